@@ -1,0 +1,137 @@
+"""PEFT's adapter format, read and written strictly: every tensor finds its place, or the error lists those that did not.
+
+A folder with `adapter_config.json` and `adapter_model.safetensors`; tensors are called
+`base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], where <module> is the name in the model
+*with* its head. PEFT itself only warns about tensors without a place, and an adapter of another prefix then does nothing.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora.attention import is_causal
+from lora.errors import UserError
+from lora.layer import LoRALinear, lora_layers, prefix_of, wrap
+
+# Keys of adapter_config.json that change what the tensors mean, with the value that this reader can honour.
+PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_rslora": (False,),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (False, None),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "modules_to_save": (None, []),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "init_lora_weights": (True, False, "gaussian", "eva"),
+}
+
+
+def save_adapter(model, folder):
+    """Write the adapter of `model` in PEFT's format. Tensors are fp32, as they were trained."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers, prefix = lora_layers(model), prefix_of(model)
+    one = next(iter(layers.values()))
+    endings = {name.rpartition(".")[2] for name in layers}
+    # Endings alone say which layers are meant, unless a layer with such an ending is not wrapped.
+    ambiguous = any(n.rpartition(".")[2] in endings and hasattr(m, "weight") for n, m in model.named_modules())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if is_causal(model) else None,
+        "base_model_name_or_path": model.config.name_or_path,
+        "r": one.r,
+        "lora_alpha": one.alpha,
+        "lora_dropout": one.dropout.p,
+        "target_modules": sorted(prefix + name for name in layers) if ambiguous else sorted(endings),
+        "bias": "none",
+        "fan_in_fan_out": isinstance(one.base_layer, Conv1D),
+        "inference_mode": True,
+    }
+    tensors = {}
+    for name, layer in layers.items():
+        for factor in ("lora_A", "lora_B"):
+            weight = getattr(layer, factor).weight
+            tensors[f"base_model.model.{prefix}{name}.{factor}.weight"] = weight.detach().cpu().contiguous()
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def read_config(folder):
+    """adapter_config.json, refused where it asks for something that this reader would have to ignore."""
+    path = Path(folder) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from None
+    for key, allowed in PLAIN.items():
+        if key in config and config[key] not in allowed:
+            raise UserError(f"{path}: {key} = {config[key]!r} is not supported; only {allowed[0]!r} is.")
+    if type(config.get("r")) is not int or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise UserError(f"{path}: r and lora_alpha must be there, as numbers.")
+    return config
+
+
+def read_tensors(folder):
+    """module name -> {"lora_A": [r, in], "lora_B": [out, r]} of an adapter folder, in fp32."""
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; only safetensors adapters are read.")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}).") from None
+    modules, strange = {}, []
+    for key, tensor in tensors.items():
+        name, _, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if not key.endswith(".weight") or factor not in ("lora_A", "lora_B") or tensor.ndim != 2:
+            strange.append(key)
+        else:
+            modules.setdefault(name, {})[factor] = tensor.float()
+    strange += [name for name, factors in modules.items() if len(factors) != 2]
+    if strange or not modules:
+        raise UserError(f"{path}: not a pair of LoRA factors: {', '.join(strange) or 'the file is empty'}.")
+    return modules
+
+
+@torch.no_grad()
+def load_adapter(model, folder):
+    """Put the adapter in `folder` (ours or PEFT's) onto `model`; on layers already injected, replace their factors.
+
+    Raises UserError if a tensor finds no place, has another shape than its place, or if an injected layer gets none.
+    """
+    config, tensors = read_config(folder), read_tensors(folder)
+    prefix = prefix_of(model)
+    # An adapter may have been made on the model with its head or without: the names then differ in this prefix.
+    inner = f"{getattr(model, 'base_model_prefix', '')}."
+    present = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D, LoRALinear))}
+    places = {}
+    for name in tensors:
+        spellings = (name.removeprefix(prefix), name, inner + name, name.removeprefix(inner))
+        places[name] = next((s for s in spellings if s in present), None)
+    lost = [name for name, place in places.items() if place is None]
+    if lost:
+        raise UserError(f"{folder}: no such linear layer in the model: {', '.join(lost)}.")
+    if not lora_layers(model):
+        wrap(model, places.values(), config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
+    layers = lora_layers(model)
+    unfilled = sorted(layers.keys() - places.values())
+    if unfilled:
+        raise UserError(f"{folder}: the adapter has no tensors for {', '.join(unfilled)}.")
+    for name, place in places.items():
+        for factor, tensor in tensors[name].items():
+            weight = getattr(layers[place], factor).weight
+            if weight.shape != tensor.shape:
+                raise UserError(f"{folder}: {name}.{factor} is {list(tensor.shape)}, its place is {list(weight.shape)}.")
+            weight.copy_(tensor)
+        layers[place].alpha = config["lora_alpha"]

@@ -1,0 +1,112 @@
+"""Checkpoints: written beside their place and renamed, the three best and the last kept, resumed exactly.
+
+    checkpoints/checkpoint_step_<N>/   weights (Task.save), optimizer.safetensors, trainer_state.json
+
+The whole state of a run is weights, optimizer, step: data order and dropout are functions of (seed, step).
+"""
+
+import json
+import os
+from pathlib import Path
+import shutil
+
+from safetensors.torch import load_file, save_file
+import torch
+
+from lora.errors import UserError
+
+KEPT = 3
+
+
+def save(folder, step, task, optimizer, state):
+    """Write `checkpoint_step_<step>` below `folder`, then delete those that are neither among the best nor the last.
+
+    `state` (JSON) goes along; its "val" are the validation metrics at this step, or None.
+    """
+    folder = Path(folder)
+    final = folder / f"checkpoint_step_{step}"
+    temporary = folder / f".tmp_{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    task.save(temporary)
+    save_file(optimizer_tensors(task, optimizer), temporary / "optimizer.safetensors", {"format": "pt"})
+    (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+    for path in [*temporary.rglob("*"), temporary]:
+        flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    flush(folder)
+    prune(folder)
+    return final
+
+
+def flush(path):
+    """Make a file or a folder's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def saved(folder):
+    """The states of the checkpoints below `folder`, the oldest first, each with its "path"."""
+    states = []
+    for path in Path(folder).glob("checkpoint_step_*"):
+        states.append({**read_state(path), "path": path})
+    return sorted(states, key=lambda state: state["step"])
+
+
+def best(states):
+    """Those with a validation loss, the lowest first (of equals, the earlier)."""
+    return sorted((s for s in states if s["val"]), key=lambda s: (s["val"]["loss"], s["step"]))
+
+
+def enters_best(folder, loss):
+    """Whether a checkpoint with this validation loss would be one of those that are kept for it."""
+    losses = [state["val"]["loss"] for state in best(saved(folder))]
+    return len(losses) < KEPT or loss < losses[KEPT - 1]
+
+
+def prune(folder):
+    states = saved(folder)
+    keep = {state["step"] for state in [*best(states)[:KEPT], *states[-1:]]}
+    for state in states:
+        if state["step"] not in keep:
+            shutil.rmtree(state["path"])
+
+
+def read_state(path):
+    try:
+        return json.loads((Path(path) / "trainer_state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: trainer_state.json cannot be read ({error}).") from None
+
+
+def load(path, task, optimizer):
+    """Put a checkpoint's weights and optimizer state into `task` and `optimizer`; returns its state."""
+    path = Path(path)
+    state = read_state(path)
+    task.load(path)
+    tensors = load_file(path / "optimizer.safetensors")
+    for name, parameter in trainable(task).items():
+        keys = [key for key in tensors if key.rpartition("/")[0] == name]
+        optimizer.state[parameter] = {key.rpartition("/")[2]: tensors.pop(key).to(parameter.device) for key in keys}
+    if tensors:
+        raise UserError(f"{path}: the optimizer has no such parameters: {', '.join(tensors)}.")
+    return state
+
+
+def trainable(task):
+    """Name -> parameter, for those that are trained."""
+    return {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+
+
+def optimizer_tensors(task, optimizer):
+    """The optimizer's state by parameter name: "model.layers.0.weight/exp_avg" -> tensor."""
+    return {
+        f"{name}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for name, parameter in trainable(task).items()
+        for key, value in optimizer.state[parameter].items()
+    }

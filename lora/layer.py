@@ -1,0 +1,123 @@
+"""LoRA on one page: y = W x + b + (alpha / r) B A x, with W and b frozen (Hu et al. 2021, equation 3).
+
+Names are PEFT's (`base_layer`, `lora_A`, `lora_B`), so that exporting an adapter is a rename. Works on any model:
+`inject` puts `LoRALinear` over its linear layers, `merge` folds the update into them and takes the wrappers away.
+"""
+
+import re
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
+
+from lora.errors import UserError
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer [in -> out] with a trainable update of rank r, kept in fp32.
+
+    `base_layer` is nn.Linear (weight [out, in]) or transformers' Conv1D (weight [in, out]). A is drawn as PEFT draws
+    it (kaiming uniform, a = sqrt(5)), B is zero: a fresh layer computes exactly what its base layer computes.
+    """
+
+    def __init__(self, base_layer, r, alpha, dropout=0.0):
+        super().__init__()
+        if isinstance(base_layer, Conv1D):
+            n_in, n_out = base_layer.weight.shape
+        else:
+            n_out, n_in = base_layer.weight.shape
+        if not 1 <= r <= min(n_in, n_out):
+            raise UserError(f"lora_r = {r}: a layer of {n_in} x {n_out} has room for a rank of 1..{min(n_in, n_out)}.")
+        self.base_layer = base_layer
+        self.r, self.alpha = r, alpha
+        self.lora_A = nn.Linear(n_in, r, bias=False, device=base_layer.weight.device)  # drawn by nn.Linear's own init
+        self.lora_B = nn.Linear(r, n_out, bias=False, device=base_layer.weight.device)
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def scaling(self):
+        return self.alpha / self.r
+
+    def forward(self, x):
+        """x [..., in] -> [..., out]. The factors are cast to x's type, whatever autocast does then."""
+        x_dropped = self.dropout(x)
+        update = F.linear(F.linear(x_dropped, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
+        return self.base_layer(x) + update * self.scaling
+
+    @torch.no_grad()
+    def merged(self):
+        """The base layer with the update folded in: summed in fp32, rounded once to the base's type."""
+        update = self.lora_B.weight @ self.lora_A.weight * self.scaling
+        if isinstance(self.base_layer, Conv1D):
+            update = update.T
+        weight = self.base_layer.weight
+        weight.copy_((weight.float() + update).to(weight.dtype))
+        return self.base_layer
+
+
+def prefix_of(model):
+    """What stands before a module's name in the model with its head: "model." for a bare LlamaModel, else ""."""
+    inner = getattr(model, "base_model_prefix", "")
+    return f"{inner}." if inner and not hasattr(model, inner) else ""
+
+
+def linear_names(model):
+    """Names of the layers that "all-linear" means: every linear one but the output head, and a pooler nobody reads."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and "pooler" not in name.split(".")
+    ]
+
+
+def matching_names(model, target_modules):
+    """The linear layers that `target_modules` names.
+
+    Each target is "all-linear", the end of a name ("q_proj", "self_attn.q_proj"), or a regular expression for the
+    whole name, as PEFT has it. Every one of them must match something.
+    """
+    chosen = set()
+    known = linear_names(model)
+    for target in [target_modules] if isinstance(target_modules, str) else target_modules:
+        if target == "all-linear":
+            found = known
+        elif re.fullmatch(r"[\w.]+", target):
+            found = [n for n in known if f".{prefix_of(model)}{n}".endswith(f".{target}")]
+        else:
+            found = [n for n in known if re.fullmatch(target, prefix_of(model) + n)]
+        if not found:
+            endings = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
+            raise UserError(f"target_modules: {target!r} matches no linear layer; there are {endings}.")
+        chosen.update(found)
+    return [name for name in known if name in chosen]
+
+
+def inject(model, r=16, alpha=32, dropout=0.0, target_modules="all-linear"):
+    """Freeze `model` and put a LoRALinear over each target, in place. Returns their names. Seed before: A is drawn."""
+    names = matching_names(model, target_modules)
+    wrap(model, names, r, alpha, dropout)
+    return names
+
+
+def wrap(model, names, r, alpha, dropout):
+    """`inject` for layers known by their full names."""
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, child, LoRALinear(getattr(parent, child), r, alpha, dropout))
+
+
+def lora_layers(model):
+    """Name -> LoRALinear, for every one in the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def merge(model):
+    """Fold every update into its base layer and take the wrappers away, in place."""
+    for name, layer in lora_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.merged())

@@ -1,0 +1,80 @@
+"""Readers turn files into examples: one small file per format, standard library only (they run before torch loads)."""
+
+from dataclasses import dataclass, field
+import hashlib
+
+from lora.errors import UserError
+
+
+@dataclass(slots=True)
+class Example:
+    """One row of somebody's data: either a text, or a prompt with steps and a label for each of them."""
+
+    where: str  # file:line, for messages
+    text: str = ""
+    prompt: str = ""
+    steps: list[str] = field(default_factory=list)
+    labels: list[float | None] = field(default_factory=list)  # 0..1, or None: no label for this step
+
+
+def read(paths, task, label_max=1.0):
+    """The examples of several files for `task` ("lm": texts, "score": steps with labels). Raises UserError."""
+    from lora.readers import arithmetic, files, pairs, steps, text
+
+    examples = []
+    for path in paths:
+        before = len(examples)
+        if path.startswith("arithmetic:"):
+            examples += arithmetic.read(path, task)
+        else:
+            for where, row in files.rows(path):
+                reader = next((r for r in (steps, pairs, text) if r.KEYS <= row.keys() or r.OTHER_KEYS <= row.keys()), None)
+                if reader is None:
+                    known = "; ".join(", ".join(sorted(r.KEYS)) for r in (steps, pairs, text))
+                    raise UserError(f"{where}: keys found: {', '.join(map(str, row))}; expected one of: {known}.")
+                if (reader is text) != (task == "lm"):
+                    needed = "score" if task == "lm" else "lm"
+                    raise UserError(f"{where}: keys {', '.join(row)} are for --task {needed}, and the task is {task}.")
+                examples.append(reader.example(where, row, label_max))
+        if len(examples) == before:
+            raise UserError(f"{path}: 0 examples.")
+    return examples
+
+
+def read_data(config):
+    """(training examples, held-out examples) that a configuration names. Raises UserError."""
+    data, task = config.data, config.model.task
+    training = read(data.train_data, task, data.label_max)[: data.max_samples]
+    if data.eval_data:
+        return training, read(data.eval_data, task, data.label_max)
+    return split_by_prompt(training, data.eval_fraction)
+
+
+def split_by_prompt(examples, fraction):
+    """(training, held-out) examples; those that share a prompt (or a whole text) stay together, so nothing leaks."""
+    texts = {example.prompt or example.text for example in examples}
+    ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    held_out = set(ordered[: max(1, round(fraction * len(ordered)))])
+    if held_out == texts:
+        raise UserError(f"{examples[0].where}: too few different prompts ({len(texts)}) to hold some out; add --eval_data.")
+    return (
+        [e for e in examples if (e.prompt or e.text) not in held_out],
+        [e for e in examples if (e.prompt or e.text) in held_out],
+    )
+
+
+def string(where, row, *names):
+    """The text under the first of `names` that the row has."""
+    name = next(n for n in names if n in row)
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise UserError(f"{where}: {name} is {str(row[name])[:40]!r}; expected a text that is not empty.")
+    return row[name]
+
+
+def label(where, value, label_max):
+    """A label as a share of `label_max`, or None for null."""
+    if value is None:
+        return None
+    if not isinstance(value, (bool, int, float)) or not 0 <= value <= label_max:
+        raise UserError(f"{where}: label {value!r}; expected 0..{label_max:g}, true, false or null (see --label_max).")
+    return float(value) / (1.0 if isinstance(value, bool) else label_max)

@@ -1,0 +1,132 @@
+"""The embedded data: worked arithmetic of several chained steps, made from a seed, each step right or wrong.
+
+    arithmetic:SPLIT:COUNT        SPLIT is train, validation or test; COUNT is a number of problems
+
+A problem is a start and three to six operations. A wrong step is one of four slips:
+
+    digit      47+38=75   one digit of the result is another one
+    carry      47+38=75   ten (or a hundred) too much or too little
+    operator   47-38=9    another operation than the problem asks for
+    carried    45+38=83   another value than the one the step before ended with
+
+and the chain goes on from whatever the step wrote, so that a step is judged by the problem and by the step before it.
+For the scoring task an example is (problem, steps, labels). For language modelling it is a text in which every slip is
+noticed and mended ("No, 47+38=85"): a base that has only read correct derivations has nothing to tell a scorer.
+"""
+
+import random
+import re
+import zlib
+
+from lora.errors import UserError
+from lora.readers import Example
+
+SPLITS = ("train", "validation", "test")
+OPERATIONS = {"+": "add", "-": "subtract", "*": "multiply by"}
+LIMIT = 999  # every value stays in 0..LIMIT, so that a small model can learn to check it
+SHARE_WRONG = 0.35
+
+
+def calculate(value, operation, operand):
+    return {"+": value + operand, "-": value - operand, "*": value * operand}[operation]
+
+
+def make_problem(rng):
+    """(start, [(operation, operand), ...]): a chain whose every value stays within 0..LIMIT."""
+    start = value = rng.randrange(2, 100)
+    operations = []
+    for _ in range(rng.randrange(3, 7)):
+        possible = []
+        if value + 10 <= LIMIT:
+            possible.append(("+", rng.randrange(2, min(99, LIMIT - value) + 1)))
+        if value >= 4:
+            possible.append(("-", rng.randrange(2, min(99, value) + 1)))
+        if 2 <= value <= LIMIT // 2:
+            possible.append(("*", rng.randrange(2, min(9, LIMIT // value) + 1)))
+        operation, operand = rng.choice(possible)
+        operations.append((operation, operand))
+        value = calculate(value, operation, operand)
+    return start, operations
+
+
+def problem_text(start, operations):
+    asked = ", ".join(f"{OPERATIONS[operation]} {operand}" for operation, operand in operations)
+    return f"Start with {start}, {asked}."
+
+
+def split_of(problem):
+    """The split a problem belongs to, by its text alone: no problem is in two of them."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(problem.encode()) % 10, "train")
+
+
+def change_digit(rng, number):
+    digits = list(str(number))
+    place = rng.randrange(len(digits))
+    digits[place] = rng.choice([d for d in "0123456789" if d != digits[place]])
+    return int("".join(digits))
+
+
+def slip(rng, value, operation, operand):
+    """A wrong version of the step `value operation operand`: (first, operation, result)."""
+    result = calculate(value, operation, operand)
+    kinds = ("digit", "carry", "operator", "carried") if 0 <= result <= LIMIT else ("operator", "carried")
+    while True:
+        kind = rng.choice(kinds)
+        first, used, wrong = value, operation, result
+        if kind == "digit":
+            wrong = change_digit(rng, result)
+        elif kind == "carry":
+            wrong = result + rng.choice((-100, -10, 10, 100) if result >= 100 else (-10, 10))
+        elif kind == "operator":
+            used = rng.choice([o for o in OPERATIONS if o != operation])
+            wrong = calculate(value, used, operand)
+        else:
+            first = change_digit(rng, value)
+            wrong = calculate(first, operation, operand)
+        if (first, used, wrong) != (value, operation, result) and 0 <= wrong <= LIMIT:
+            return first, used, wrong
+
+
+def make_chain(rng, start, operations, mend_slips):
+    """(steps, labels). With `mend_slips` each wrong step is followed by "No, " and the right one."""
+    steps, labels, value = [], [], start
+    for operation, operand in operations:
+        result = calculate(value, operation, operand)
+        right = f"{value}{operation}{operand}={result}"
+        # After a slip the next operation may lead out of the range; then it is slipped too.
+        if rng.random() < SHARE_WRONG or not 0 <= result <= LIMIT:
+            first, used, wrong = slip(rng, value, operation, operand)
+            steps.append(f"{first}{used}{operand}={wrong}")
+            labels.append(0.0)
+            if mend_slips:
+                steps.append(f"No, {right}")
+                labels.append(1.0)
+            else:
+                result = wrong
+        else:
+            steps.append(right)
+            labels.append(1.0)
+        value = result
+    return steps, labels
+
+
+def read(path, task):
+    """Yield the COUNT examples that `path` ("arithmetic:SPLIT:COUNT") names; the same ones every time."""
+    match = re.fullmatch(r"arithmetic:(\w+):(\d+)", path)
+    if not match or match[1] not in SPLITS or int(match[2]) < 1:
+        raise UserError(f"{path}: expected arithmetic:SPLIT:COUNT with SPLIT one of {', '.join(SPLITS)}.")
+    split, count = match[1], int(match[2])
+    rng = random.Random(f"arithmetic {split}")
+    seen = set()
+    while len(seen) < count:
+        start, operations = make_problem(rng)
+        prompt = problem_text(start, operations)
+        if split_of(prompt) != split or prompt in seen:
+            continue
+        seen.add(prompt)
+        steps, labels = make_chain(rng, start, operations, mend_slips=task == "lm")
+        where = f"{path}#{len(seen)}"
+        if task == "lm":
+            yield Example(where, text="\n".join([prompt, *steps]) + "\n")
+        else:
+            yield Example(where, prompt=prompt, steps=steps, labels=labels)

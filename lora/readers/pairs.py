@@ -1,0 +1,12 @@
+"""{"sentence1", "sentence2", "score" (or "label")}: a pair of sentences and a number; a chain of one step."""
+
+from lora.readers import Example, label, string
+
+KEYS = {"sentence1", "sentence2", "score"}
+OTHER_KEYS = {"sentence1", "sentence2", "label"}
+
+
+def example(where, row, label_max):
+    score = label(where, row.get("score", row.get("label")), label_max)
+    first, second = string(where, row, "sentence1"), string(where, row, "sentence2")
+    return Example(where, prompt=first, steps=[second], labels=[score])

@@ -1,0 +1,9 @@
+"""{"text"}: a document for language modelling."""
+
+from lora.readers import Example, string
+
+KEYS = OTHER_KEYS = {"text"}
+
+
+def example(where, row, label_max):
+    return Example(where, text=string(where, row, "text"))

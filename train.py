@@ -1,0 +1,186 @@
+"""Full fine-tuning, and the loop that every way of training here shares.
+
+    python train.py --base_model FOLDER --train_data FILE [--config FILE] [--learning_rate 2e-5 ...]
+
+The loop trains what requires grad. LoRA (train_lora.py) makes other tensors require grad, and that is all the difference.
+A task is a module whose `forward(batch)` returns `(loss_sum, num_targets)`; `data.batch_at(step)` gives the micro-batches of
+a step, a pure function of (seed, step). So the state of a run is weights, optimizer, step, and nothing else.
+"""
+
+import os
+import sys
+
+from lora.config import ROOT, Config, read_command_line
+from lora.errors import Stopped, one_line_errors
+from lora.readers import read_data
+
+# The command line and the data are read before torch is loaded, so that a mistake in them is answered at once; and the
+# CPU allocator must be told to use huge pages (worth a tenth to a quarter of the time) before torch starts.
+if __name__ == "__main__":
+    with one_line_errors():
+        command = read_command_line(sys.argv[1:], Config(), ROOT / "configs" / "tiny_full.toml", "Full fine-tuning.")
+        examples = read_data(command.config)
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import json
+import math
+import time
+
+import torch
+
+from lora import checkpoint
+from lora.data import TrainingData, seed_for, tokenise
+from lora.log import Log, peak_memory
+from lora.model import choose_device, choose_dtype, load_task
+
+
+def total_steps(settings, steps_per_epoch):
+    """Where a run ends: max_steps or num_train_epochs, the smaller where both are given; 10000 where neither is."""
+    by_epochs = settings.num_train_epochs and math.ceil(settings.num_train_epochs * steps_per_epoch)
+    return min(filter(None, (settings.max_steps, by_epochs)), default=10000)
+
+
+def learning_rate_at(step, total, settings):
+    """The learning rate of step 0..total-1: linear warm-up, then cosine or linear down to zero, or constant."""
+    warmup = settings.warmup_steps
+    if warmup is None:
+        ratio = settings.warmup_ratio
+        warmup = min(500, total // 20) if ratio is None else math.ceil(ratio * total)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return settings.learning_rate * shape[settings.lr_scheduler_type]
+
+
+@torch.no_grad()
+def evaluate(task, batches, device, autocast):
+    """The head's metrics over every target of `batches`: sums divided once, however the batches are cut."""
+    task.eval()
+    predictions = []
+    for batch in batches:
+        with autocast():
+            predictions.append(task.predict(batch.to(device))[1].float().cpu())
+    task.train()
+    return task.head.metrics(torch.cat(predictions), torch.cat([batch.targets for batch in batches]))
+
+
+def train(task, data, config, log, device, dtype, resume_from=""):
+    """Train what requires grad in `task`, to the end of the run that `config` describes."""
+    settings, total = config.training, total_steps(config.training, data.steps_per_epoch)
+    parameters = list(checkpoint.trainable(task).values())
+    assert all(p.dtype == torch.float32 for p in parameters), "trained weights are fp32 masters"
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=settings.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    folder = log.run_dir / "checkpoints"
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    step, best_loss, without_best = 0, math.inf, 0
+    if resume_from:
+        state = checkpoint.load(resume_from, task, optimizer)
+        step, best_loss, without_best = state["step"], state["best_loss"], state["without_best"]
+        scaler.load_state_dict(state["scaler"])
+    start = step if resume_from else None
+
+    task.train()
+    log.start(step, total)
+    while True:
+        # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never lost.
+        last, metrics, save = step >= total, None, False
+        if step != start and (step % settings.eval_steps == 0 or last):
+            metrics = evaluate(task, data.evaluation(), device, autocast)
+            log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
+            if step > 0:
+                save, without_best = checkpoint.enters_best(folder, metrics["loss"]), without_best + 1
+            if step > 0 and metrics["loss"] < best_loss:
+                best_loss, without_best = metrics["loss"], 0
+                log.say(f"New best validation loss: {best_loss:.6f} at step {step}")
+            if 0 < settings.early_stopping_patience <= without_best:
+                log.say(f"Stopping at step {step}: {without_best} evaluations without a new best.")
+                last = True
+        if step != start and step > 0 and (save or last or step % config.output.save_steps == 0):
+            state = {"best_loss": best_loss, "without_best": without_best, "scaler": scaler.state_dict()}
+            checkpoint.save(folder, step, task, optimizer, {**state, "val": metrics, "config": config.as_dict()})
+        if last:
+            break
+
+        # 2. This step's micro-batches, and the number of targets over all of them.
+        batches = data.batch_at(step)
+        num_targets = sum(batch.num_targets for batch in batches)
+
+        # 3. Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets).
+        loss = torch.zeros((), device=device)
+        for i, batch in enumerate(batches):
+            torch.manual_seed(seed_for(settings.seed, "dropout", step, i))
+            with autocast():
+                loss_sum, _ = task(batch.to(device))
+            scaler.scale(loss_sum / num_targets).backward()
+            loss += loss_sum.detach() / num_targets
+
+        # 4. Clip, stop before the update if the loss or the gradient is not finite, set the learning rate, step.
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
+        finite = loss.isfinite() if scaler.is_enabled() else (loss + grad_norm).isfinite()  # fp16: the scaler skips
+        if not finite:
+            raise Stopped(f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}; the weights are not updated.")
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, total, settings)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # 5. Log.
+        log.count(batches)
+        if step % config.output.logging_steps == 0:
+            lr = optimizer.param_groups[0]["lr"]
+            log.metrics(step, {"train/loss": loss.item(), "train/learning_rate": lr, "train/grad_norm": grad_norm.item()})
+
+
+def run(task, command, examples, device, dtype):
+    """A whole run of a task that is ready to be trained: tokenise, train, keep the weights of the best validation loss."""
+    config, started = command.config, time.monotonic()
+    (rows, facts), (held_out, held_out_facts) = (
+        tokenise(part, task, config, name) for part, name in zip(examples, ("train", "eval"))
+    )
+    data = TrainingData(rows, held_out, config)
+    total = total_steps(config.training, data.steps_per_epoch)
+    trained = sum(p.numel() for p in checkpoint.trainable(task).values())
+    every = sum(p.numel() for p in task.parameters())
+    log = Log(command.run_dir, config, checkpoint.read_state(command.resume_from)["step"] if command.resume_from else 0)
+    log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
+    log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
+    log.say(f"{facts}\n{held_out_facts}")
+    log.say(f"{total} steps of {data.examples_per_step} examples ({data.steps_per_epoch:.1f} make an epoch); in {log.run_dir}")
+
+    train(task.to(device), data, config, log, device, dtype, command.resume_from)
+
+    states = checkpoint.saved(log.run_dir / "checkpoints")
+    best, last = checkpoint.best(states)[0], states[-1]
+    task.load(best["path"])
+    task.save_artifact(log.run_dir / "final_artifact")
+    config.save(log.run_dir / "final_artifact" / "training_config.toml")
+    results = {
+        **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_gb": round(peak_memory() / 1e9, 3),
+    }
+    for path in (log.run_dir / "logs" / "final_results.json", log.run_dir / "final_artifact" / "training_metrics.json"):
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items())
+    log.say(f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}")
+    log.close()
+    return results
+
+
+def main(command, examples):
+    device = choose_device(command.config.training.device)
+    dtype = choose_dtype(command.config.training.dtype, device)
+    task = load_task(command.config, torch.float32)
+    return run(task, command, examples, device, dtype)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(command, examples)
