@@ -178,10 +178,25 @@ def keys_of(config):
     return {f.name: (table, f) for table in tables_of(config).values() for f in dataclasses.fields(table)}
 
 
-def set_key(config, name, value, where):
-    """Set one key by its name or an alias; `where` ("--lora_r", "run.toml: lora.lora_r") begins the error messages."""
+def parse_value(text, annotation):
+    """A flag's text as the type of its key, or as it is: `check` then tells what is wrong with it."""
+    kind = typing.get_args(annotation)[0] if isinstance(annotation, types.UnionType) else annotation
+    if kind is bool:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
+    try:
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
+        return text
+
+
+def set_key(config, name, value, where, from_text=False):
+    """Set one key by its name or an alias; `where` ("--lora_r", "run.toml: lora.lora_r") begins the error messages.
+
+    A flag's value is a text, and is first read as the type of its key.
+    """
     keys = keys_of(config)
     if name in DTYPE_SWITCHES:
+        value = parse_value(value, bool) if from_text else value
         if type(value) is not bool:
             raise UserError(f"{where} = {value!r}: need true or false.")
         if value or config.training.dtype == "auto":
@@ -193,6 +208,7 @@ def set_key(config, name, value, where):
             raise UserError(f"{where}: train.py trains all weights and has no such key; use train_lora.py.")
         raise UserError(f"{where}: no such key.{nearest(name, [*keys, *ALIASES, *DTYPE_SWITCHES])}")
     table, f = keys[name]
+    value = parse_value(value, f.type) if from_text else value
     setattr(table, name, check(where, value, f.type, f.metadata))
 
 
@@ -224,7 +240,7 @@ def read_file(path):
         text = Path(path).read_text(encoding="utf-8-sig")
         return json.loads(text) if str(path).endswith(".json") else tomli.loads(text)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}.") from None
+        raise UserError(f"{path}: {error.strerror}.") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}.") from None
 
@@ -261,17 +277,6 @@ class Parser(argparse.ArgumentParser):
 def underscored(argument):
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
-
-
-def parse_value(text, annotation):
-    """A flag's text as the type of its key, or as it is: `check` then tells what is wrong with it."""
-    kind = typing.get_args(annotation)[0] if isinstance(annotation, types.UnionType) else annotation
-    if kind is bool:
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
-    try:
-        return kind(text) if kind in (int, float) else text
-    except ValueError:
-        return text
 
 
 def add_flags(parser, config):
@@ -312,7 +317,7 @@ def read_command_line(argv, config, default_file, description):
 
     file, saved = arguments.config, None
     if arguments.resume_from:
-        saved = from_dict(read_saved(arguments.resume_from), arguments.resume_from)
+        saved = saved_config(arguments.resume_from)
         if (saved.lora is None) != (config.lora is None):
             raise UserError(f"--resume_from {arguments.resume_from}: {'train_lora' if saved.lora else 'train'}.py made it.")
     elif not file and not {"base_model", "train_data", "eval_data"} & flags.keys():
@@ -321,10 +326,8 @@ def read_command_line(argv, config, default_file, description):
         set_tables(config, read_file(file), file)
     elif saved:
         config = copy.deepcopy(saved)
-    for name, text in flags.items():
-        annotation = bool if name in DTYPE_SWITCHES else keys_of(config)[name][1].type
-        value = text if isinstance(text, list) else parse_value(text, annotation)
-        set_key(config, name, value, f"--{name}")
+    for name, value in flags.items():
+        set_key(config, name, value, f"--{name}", from_text=True)
 
     require_model_and_data(config)
     if saved:
@@ -367,12 +370,14 @@ def continued_folder(saved, config, checkpoint):
     return checkpoint.resolve().parent.parent
 
 
-def read_saved(checkpoint):
-    """The tables of the configuration that a checkpoint was made with."""
-    path = Path(checkpoint) / "trainer_state.json"
-    if not path.is_file():
-        raise UserError(f"--resume_from {checkpoint}: no trainer_state.json there; name a folder checkpoints/checkpoint_step_N.")
-    return read_file(path)["config"]
+def saved_config(folder):
+    """The configuration that a checkpoint (trainer_state.json) or an artifact (training_config.toml) was made with."""
+    state, toml = Path(folder) / "trainer_state.json", Path(folder) / "training_config.toml"
+    if state.is_file():
+        return from_dict(read_file(state)["config"], str(state))
+    if toml.is_file():
+        return from_dict(read_file(toml), str(toml))
+    raise UserError(f"{folder}: no checkpoint and no final artifact of ours (no {state.name}, no {toml.name}).")
 
 
 def refuse_changes(saved, config, checkpoint):

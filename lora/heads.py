@@ -112,14 +112,14 @@ class Task(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     def load(self, folder):
-        """The weights that `save` wrote, into this task. Raises UserError where they do not fit."""
+        """The weights that `save` (or merge.py) wrote, into this task. Raises UserError where they do not fit."""
         folder = Path(folder)
         if (folder / "lora_adapter").is_dir():
             load_adapter(self.model, folder / "lora_adapter")
         elif (folder / "backbone").is_dir():
             saved = type(self.model).from_pretrained(folder / "backbone", dtype=torch.float32, local_files_only=True)
             self.model.load_state_dict(saved.state_dict())
-        else:
+        elif not (folder / "config.json").is_file():  # with one, the folder is the base: merged, and loaded already
             raise UserError(f"{folder}: neither lora_adapter/ nor backbone/ is there.")
         if isinstance(self.head, MLPHead):
             if not (folder / "mlp_head.safetensors").is_file():

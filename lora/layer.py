@@ -108,7 +108,8 @@ def wrap(model, names, r, alpha, dropout):
     for name in names:
         parent, _, child = name.rpartition(".")
         parent = model.get_submodule(parent)
-        setattr(parent, child, LoRALinear(getattr(parent, child), r, alpha, dropout))
+        layer = LoRALinear(getattr(parent, child), r, alpha, dropout)
+        setattr(parent, child, layer.train(model.training))  # or a model in eval mode would drop inputs
 
 
 def lora_layers(model):

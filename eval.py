@@ -1,0 +1,107 @@
+"""Evaluate a checkpoint, a final artifact or a base; or score the steps of a text by hand.
+
+    python eval.py --checkpoint outputs/RUN/final_artifact [--eval_data FILE ...] [--output results.json]
+    python eval.py --checkpoint outputs/RUN/final_artifact --prompt 'Start with 12, add 9.
+    12+9=21'
+    python eval.py --base_model FOLDER --task lm --eval_data FILE
+
+A checkpoint brings its configuration along: without --eval_data it is evaluated on what the run held out, all of it.
+"""
+
+import json
+from pathlib import Path
+import sys
+
+from lora.config import Config, Parser, saved_config, set_key
+from lora.errors import UserError, one_line_errors
+from lora.readers import Example, read, read_data
+
+
+def read_arguments(argv):
+    """(arguments, configuration of the checkpoint or of the base)."""
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint_step_N, final_artifact, or a merged scorer")
+    parser.add_argument("--prompt", metavar="TEXT", help="a problem on the first line, its steps on the lines below it")
+    parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file too")
+    own = ("base_model", "task", "max_length", "label_max", "batch_size", "device", "dtype")
+    for name in own:
+        parser.add_argument(f"--{name}", metavar="X", help="as in train.py; default: the checkpoint's")
+    parser.add_argument("--eval_data", nargs="+", metavar="FILE", help="held-out files; default: the checkpoint's")
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"{unknown[0]}: not expected here. See --help.")
+    config = saved_config(arguments.checkpoint) if arguments.checkpoint else Config()
+    if arguments.checkpoint and (Path(arguments.checkpoint) / "config.json").is_file():
+        config.model.base_model = arguments.checkpoint  # a merged scorer is its own base, wherever it has been moved to
+    for name in own:
+        if getattr(arguments, name) is not None:
+            set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
+    if not config.model.base_model:
+        raise UserError("nothing to evaluate: add --checkpoint DIR, or --base_model FOLDER.")
+    if arguments.prompt is None and not (arguments.eval_data or config.data.train_data):
+        raise UserError("no data: add --eval_data FILE, or --prompt TEXT.")
+    return arguments, config
+
+
+def read_examples(arguments, config):
+    """What is to be scored: the steps of the prompt, the files named, or what the checkpoint's run held out."""
+    if arguments.prompt is not None:
+        problem, *steps = arguments.prompt.replace("\\n", "\n").strip().split("\n")
+        if config.model.task != "score" or not steps:
+            raise UserError("--prompt: expected a problem on the first line and steps below it, for a scorer.")
+        return [Example("--prompt", prompt=problem, steps=steps, labels=[0.0] * len(steps))]
+    if arguments.eval_data:
+        return read(arguments.eval_data, config.model.task, config.data.label_max)
+    return read_data(config)[1]
+
+
+if __name__ == "__main__":  # above torch, as in train.py
+    with one_line_errors():
+        arguments, config = read_arguments(sys.argv[1:])
+        examples = read_examples(arguments, config)
+
+import torch
+from tqdm import tqdm
+
+from lora import metrics
+from lora.data import tokenise
+from lora.model import choose_device, choose_dtype, load_task
+
+
+@torch.no_grad()
+def predict(task, rows, max_tokens, device, dtype):
+    """(what the head says at every target, the targets), in the order of the rows."""
+    task.to(device).eval()
+    batches = rows.batches(range(len(rows)), max_tokens)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        said = [task.predict(batch.to(device))[1].float().cpu() for batch in tqdm(batches, unit="batch", disable=None)]
+    return torch.cat(said), torch.cat([batch.targets for batch in batches])
+
+
+def main(arguments, config, examples):
+    device = choose_device(config.training.device)
+    dtype = choose_dtype(config.training.dtype, device)
+    task = load_task(config, torch.float32)
+    if arguments.checkpoint:
+        task.load(arguments.checkpoint)
+    elif config.model.task == "score":
+        print("note: a base has no score head; this one is untrained")
+    rows, facts = tokenise(examples, task, config, "eval")
+    said, targets = predict(task, rows, config.training.batch_size * config.data.max_length, device, dtype)
+    if arguments.prompt is not None:
+        for step, score in zip(examples[0].steps, said.tolist()):
+            print(f"{score:.3f}  {step}")
+        return
+    numbers = task.head.metrics(said, targets)
+    if config.model.task == "score":
+        numbers |= {"pearson": metrics.pearson(said, targets), "spearman": metrics.spearman(said, targets)}
+    print(facts)
+    for name, value in numbers.items():
+        print(f"{name:>12} {value:.6f}")
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(arguments, config, examples)

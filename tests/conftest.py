@@ -1,0 +1,76 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for a network
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from lora.config import Command, Config, get_lora_config
+from lora.model import EMBEDDED
+from lora.readers import read_data
+
+torch.set_num_threads(1)  # small matrices: a second thread only waits
+
+
+def tiny_llama(**changes):
+    """A random Llama of a few thousand parameters."""
+    torch.manual_seed(1)
+    shape = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(**shape | dict(num_key_value_heads=2, max_position_embeddings=512) | changes)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A folder with a random tiny Llama and the embedded tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """A folder with a random tiny BERT and a word-level tokenizer of its kind."""
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz")]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(1)
+    shape = dict(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    BertForSequenceClassification(BertConfig(**shape)).bert.save_pretrained(folder)
+    from transformers import BertTokenizerFast
+
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def configure(tiny_base, tmp_path):
+    """A small configuration: `configure(lora=True, task="score", learning_rate=1e-2, ...)`."""
+
+    def make(lora, name="run", **values):
+        config = get_lora_config() if lora else Config()
+        settings = dict(
+            base_model=str(tiny_base), task="score", train_data=["arithmetic:train:60"], eval_data=["arithmetic:validation:8"],
+            max_length=256, learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=2, max_steps=12, eval_steps=3,
+            logging_steps=1, save_steps=4, experiment_name=name, output_dir=str(tmp_path),
+        )  # fmt: skip
+        for key, value in (settings | values).items():
+            table = next(t for t in (config.model, config.data, config.lora, config.training, config.output) if hasattr(t, key))
+            setattr(table, key, value)
+        return config
+
+    return make
+
+
+def run(config, resume_from=""):
+    """A whole training run in this process; returns its folder."""
+    import train
+    import train_lora
+
+    folder = Path(config.output.output_dir) / config.output.experiment_name
+    script = train_lora if config.lora else train
+    script.main(Command(config, folder, str(resume_from)), read_data(config))
+    return folder

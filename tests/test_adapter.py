@@ -1,0 +1,125 @@
+"""PEFT = ours, in both directions; an adapter that would have no effect cannot be loaded."""
+
+import json
+
+import peft
+import pytest
+from safetensors.torch import load_file, save_file
+import torch
+
+from lora import inject, load_adapter, save_adapter
+from lora.errors import UserError
+from tests.conftest import tiny_llama
+from tests.test_layer import TOKENS, randomise, tiny_gpt2
+
+
+@pytest.fixture
+def ours(tmp_path):
+    """(model with a random adapter, the folder it is saved in)."""
+    model = tiny_llama()
+    inject(model, r=4, alpha=12)
+    randomise(model)
+    save_adapter(model, tmp_path / "ours")
+    return model, tmp_path / "ours"
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("targets", ["all-linear", [r".*\.1\..*(mlp).*"]])
+def test_peft_loads_ours_with_equal_logits(make, targets, tmp_path):
+    model = make()
+    inject(model, r=4, alpha=12, target_modules=targets)
+    randomise(model)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-6)
+
+
+def test_peft_loads_the_adapter_of_a_scorer_onto_the_causal_model(tmp_path):
+    scorer = tiny_llama().model
+    inject(scorer, r=4)
+    randomise(scorer)
+    save_adapter(scorer, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).base_model.model.model.eval()
+    hidden = scorer(TOKENS).last_hidden_state
+    torch.testing.assert_close(theirs(TOKENS).last_hidden_state, hidden, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_we_load_pefts_with_equal_logits(make, task_type, tmp_path):
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type=task_type, init_lora_weights=False)
+    theirs = peft.get_peft_model(make(), config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = make()
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_made_on_the_bare_backbone_finds_its_place_in_the_causal_model(tmp_path):
+    """PEFT would warn and change nothing."""
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="FEATURE_EXTRACTION", init_lora_weights=False)
+    theirs = peft.get_peft_model(tiny_llama().model, config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama()
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(
+        model.model(TOKENS).last_hidden_state, theirs(TOKENS).last_hidden_state, rtol=0, atol=1e-6
+    )  # fmt: skip
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes(ours, tmp_path):
+    model = tiny_llama()
+    load_adapter(model, ours[1])
+    save_adapter(model, tmp_path / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (ours[1] / name).read_bytes()
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(f"{Q}.lora_B.weight"), "not a pair of LoRA factors: model.layers.0.self_attn.q_proj"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)}), "not a pair of LoRA factors: .*magnitude"),
+        (lambda t: [t.update({k.replace("q_proj", "z_proj"): t.pop(k)}) for k in list(t)], "no such linear layer in the model: .*z_proj"),
+        (lambda t: t.clear(), "the file is empty"),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(5, 4)}), r"q_proj.lora_B is \[5, 4\], its place is \[32, 4\]"),
+    ],
+)
+def test_a_tensor_without_a_place_or_of_another_shape_is_an_error(ours, change, message):
+    change_tensors(ours[1], change)
+    with pytest.raises(UserError, match=message):
+        load_adapter(tiny_llama(), ours[1])
+
+
+def test_an_injected_layer_without_tensors_is_an_error(ours):
+    change_tensors(ours[1], lambda t: [t.pop(f"{Q}.lora_{x}.weight") for x in "AB"])
+    model = tiny_llama()
+    inject(model, r=4)
+    with pytest.raises(UserError, match="no tensors for model.layers.0.self_attn.q_proj"):
+        load_adapter(model, ours[1])
+
+
+@pytest.mark.parametrize("key, value", [("use_dora", True), ("use_rslora", True), ("alpha_pattern", {"q_proj": 3}), ("peft_type", "IA3")])
+def test_what_we_would_have_to_ignore_is_refused(ours, key, value):
+    path = ours[1] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"{key} = .* is not supported"):
+        load_adapter(tiny_llama(), ours[1])
+
+
+def test_a_truncated_file_is_an_error(ours):
+    path = ours[1] / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="adapter_model.safetensors: damaged"):
+        load_adapter(tiny_llama(), ours[1])

@@ -1,0 +1,216 @@
+"""batch_at is a pure function; how a step is cut and packed changes nothing; nothing is lost on the way to the targets."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel, MistralConfig, MistralModel, RobertaConfig, RobertaModel
+
+from lora import inject
+from lora.attention import is_causal
+from lora.data import Rows, TrainingData
+from lora.heads import Task
+from lora.model import EMBEDDED, load_task
+from lora.readers import Example, read, read_data, split_by_prompt
+from lora.render import NO_TOKEN, render
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED)
+
+
+def rows_of(path, task, tokenizer, causal=True):
+    rendered = [render(e, tokenizer, task, 256, causal) for e in read([path], task)]
+    return Rows([row for rows in rendered for row in rows], task)
+
+
+def training_data(configure, tokenizer, **values):
+    config = configure(lora=False, **values)
+    rows = rows_of("arithmetic:train:60", config.model.task, tokenizer)
+    return TrainingData(rows, rows, config)
+
+
+def gradients(task, batches):
+    """The gradient of (sum of the losses) / (number of targets), as the loop makes it."""
+    task.zero_grad()
+    num_targets = sum(batch.num_targets for batch in batches)
+    for batch in batches:
+        (task(batch)[0] / num_targets).backward()
+    return {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(one, other):
+    """Equal to 1e-6 of the whole gradient's norm: fp32 sums in another order."""
+    norm = torch.sqrt(sum(g.square().sum() for g in one.values()))
+    assert one.keys() == other.keys() and norm > 1e-3
+    for name in one:
+        assert (one[name] - other[name]).norm() <= 1e-6 * norm, name
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+def test_batch_at_depends_on_seed_and_step_alone(configure, tokenizer):
+    one, other = (training_data(configure, tokenizer) for _ in range(2))
+    later = [batch.tokens for batch in one.batch_at(20)]
+    for step in (3, 0, 20):
+        other_batches = other.batch_at(step)
+    assert all(torch.equal(a, b.tokens) for a, b in zip(later, other_batches, strict=True))
+    reseeded = training_data(configure, tokenizer, seed=1)
+    assert not torch.equal(torch.cat([b.tokens for b in reseeded.batch_at(0)], 1), torch.cat([b.tokens for b in one.batch_at(0)], 1))
+
+
+def test_each_row_is_seen_once_per_pass(configure, tokenizer):
+    data = training_data(configure, tokenizer)  # 60 rows, 8 a step: 15 steps are exactly two passes
+    seen = []
+    for step in range(15):
+        for batch in data.batch_at(step):
+            seen += [tuple(document.tolist()) for document in batch.tokens[0].split(batch.lengths)]
+    every = sorted(tuple(data.rows.tokens[a:b]) for a, b in zip(data.rows.offsets, data.rows.offsets[1:]))
+    assert sorted(seen[:60]) == sorted(seen[60:]) == every and seen[:60] != seen[60:]
+
+
+def test_a_micro_batch_holds_at_most_batch_size_times_max_length_tokens(configure, tokenizer):
+    data = training_data(configure, tokenizer, batch_size=1, gradient_accumulation_steps=8)
+    batches = data.batch_at(0)
+    assert sum(len(batch.lengths) for batch in batches) == 8 and len(batches) > 1
+    assert all(batch.tokens.numel() <= 256 and sum(batch.lengths) == batch.tokens.numel() for batch in batches)
+
+
+@pytest.mark.parametrize("task", ["lm", "score"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_accumulating_1x8_equals_8x1_with_ragged_targets(configure, tokenizer, task, lora):
+    config = configure(lora=lora, task=task)
+    model = load_task(config, torch.float32)
+    if lora:
+        inject(model.model, r=4)
+    whole = training_data(configure, tokenizer, task=task, batch_size=8, gradient_accumulation_steps=1).batch_at(0)
+    cut = training_data(configure, tokenizer, task=task, batch_size=1, gradient_accumulation_steps=8).batch_at(0)
+    assert len(whole) == 1 and len({batch.num_targets for batch in cut}) > 1
+    assert_equal_gradients(gradients(model, whole), gradients(model, cut))
+
+
+# ------------------------------------------------------------------------------------------------------ packing
+
+SHAPE = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+def scorer(make, config, **arguments):
+    torch.manual_seed(1)
+    model = make(config, **arguments).eval()
+    model.set_attn_implementation("packed")
+    return Task(model, tokenizer=None)
+
+
+@pytest.mark.parametrize(
+    "make, config",
+    [
+        (lambda c: tiny_llama().model, None),
+        (MistralModel, MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=20)),
+        (BertModel, BertConfig(**SHAPE)),
+        (RobertaModel, RobertaConfig(**SHAPE, pad_token_id=1)),
+    ],
+    ids=["llama", "mistral with a window shorter than the documents", "bert", "roberta"],
+)
+def test_packed_equals_unpacked_and_transformers_own_forward(make, config, tokenizer):
+    task = scorer(make, config)
+    rows = rows_of("arithmetic:train:6", "score", tokenizer)
+    packed = rows.batch(range(6))
+    apart = [rows.batch([i]) for i in range(6)]
+    assert_equal_gradients(gradients(task, [packed]), gradients(task, apart))
+    with torch.no_grad():
+        _, together = task.predict(packed)
+        torch.testing.assert_close(together, torch.cat([task.predict(b)[1] for b in apart]), rtol=0, atol=1e-6)
+        task.model.set_attn_implementation("eager")
+        plain = [task.model(b.tokens).last_hidden_state[0][b.target_positions] for b in apart]
+        said = [task.head(hidden, b.targets)[1] for hidden, b in zip(plain, apart)]
+    torch.testing.assert_close(together, torch.cat(said), rtol=0, atol=1e-6)
+
+
+def test_a_later_step_does_not_change_the_score_of_an_earlier_one(tokenizer):
+    """All steps of a chain are scored in one forward pass; the score of each is what a pass of its own would give."""
+    task = scorer(lambda c: tiny_llama().model, None)
+    example = read(["arithmetic:train:1"], "score")[0]
+    whole = Rows(render(example, tokenizer, "score", 256, True), "score")
+    with torch.no_grad():
+        _, together = task.predict(whole.batch([0]))
+        for k in range(1, len(example.steps) + 1):
+            prefix = Example("", prompt=example.prompt, steps=example.steps[:k], labels=example.labels[:k])
+            _, alone = task.predict(Rows(render(prefix, tokenizer, "score", 256, True), "score").batch([0]))
+            torch.testing.assert_close(alone[-1], together[k - 1], rtol=0, atol=1e-6)
+
+
+def test_an_attention_argument_that_would_change_the_result_is_refused(tokenizer):
+    task = scorer(lambda c: tiny_llama().model, None)
+    batch = rows_of("arithmetic:train:1", "score", tokenizer).batch([0])
+    with pytest.raises(ValueError, match="does not know .'softcap'."):
+        task.model(batch.tokens, use_cache=False, softcap=30.0)
+
+
+# ------------------------------------------------------------------------------------------------------ rendering
+
+
+def test_a_score_is_read_at_the_last_token_of_its_step(tokenizer):
+    example = Example("", prompt="Start with 1, add 2.", steps=["1+2=3", "3+1=4", "4+1=9"], labels=[1.0, None, 0.25])
+    (row,) = render(example, tokenizer, "score", 256, causal=True)
+    assert tokenizer.decode(row.tokens) == "Start with 1, add 2.\n1+2=3\n3+1=4\n4+1=9\n"
+    marked = {tokenizer.decode(row.tokens[: i + 1]): t for i, t in enumerate(row.targets) if t == t}
+    assert marked == {"Start with 1, add 2.\n1+2=3\n": 1.0, "Start with 1, add 2.\n1+2=3\n3+1=4\n4+1=9\n": 0.25}
+
+
+def test_steps_that_do_not_fit_are_left_out_whole(tokenizer):
+    example = read(["arithmetic:train:1"], "score")[0]
+    (full,) = render(example, tokenizer, "score", 256, True)
+    (short,) = render(example, tokenizer, "score", len(full.tokens) - 1, True)
+    assert short.tokens == full.tokens[: len(short.tokens)] and tokenizer.decode(short.tokens[-1:]) == "\n"
+    assert sum(t == t for t in short.targets) == len(example.steps) - 1
+    assert render(example, tokenizer, "score", 5, True) == []
+
+
+def test_an_encoder_gets_a_row_for_each_labelled_step(tiny_encoder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    example = Example("", prompt="ab", steps=["cd", "ef", "gh"], labels=[1.0, None, 0.5])
+    rows = render(example, tokenizer, "score", 256, causal=False)
+    assert [tokenizer.decode(row.tokens) for row in rows] == ["[CLS] ab [SEP] cd [SEP]", "[CLS] ab [SEP] cd ef gh [SEP]"]
+    assert rows[0].segments == [0] * 4 + [1] * 3 and [row.targets[-1] for row in rows] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("max_length", [7, 64, 1000])
+def test_windows_of_a_text_lose_nothing_and_end_with_eos(tokenizer, max_length):
+    example = read(["arithmetic:train:1"], "lm")[0]
+    rows = render(example, tokenizer, "lm", max_length, True)
+    tokens = [token for row in rows for token in row.tokens]
+    targets = [target for row in rows for target in row.targets if target != NO_TOKEN]
+    assert tokens[0:1] + targets == tokenizer(example.text).input_ids + [tokenizer.eos_token_id]
+    assert all(len(row.tokens) <= max_length for row in rows)
+    for row in rows:  # a target is the token that follows
+        assert row.targets[:-1] == row.tokens[1:]
+
+
+# ------------------------------------------------------------------------------------------------------ splitting
+
+
+def test_rows_that_share_a_prompt_stay_on_one_side():
+    examples = [Example("", prompt=f"p{i % 10}", steps=["s"], labels=[1.0]) for i in range(40)]
+    training, held_out = split_by_prompt(examples, 0.3)
+    assert len({e.prompt for e in held_out}) == 3 and len(training) + len(held_out) == 40
+    assert not {e.prompt for e in training} & {e.prompt for e in held_out}
+
+
+def test_evaluation_reads_the_first_n_times_4_rows_whatever_the_batch_size(configure, tokenizer):
+    sums = set()
+    for batch_size in (1, 3, 8):
+        batches = training_data(configure, tokenizer, batch_size=batch_size, max_eval_batches=5).evaluation()
+        assert sum(len(batch.lengths) for batch in batches) == 20
+        sums.add(sum(batch.tokens.sum().item() for batch in batches))
+    assert len(sums) == 1
+    assert sum(len(b.lengths) for b in training_data(configure, tokenizer, max_eval_batches=0).evaluation()) == 60
+
+
+def test_max_samples_takes_the_first_training_examples(configure):
+    training, held_out = read_data(configure(lora=False, max_samples=7))
+    assert len(training) == 7 and len(held_out) == 8

@@ -1,0 +1,107 @@
+"""Resumed = uninterrupted, bit for bit; the best three and the last checkpoint stay."""
+
+import json
+
+import pytest
+import torch
+
+from lora import checkpoint
+from lora.config import get_lora_config, read_command_line
+from lora.data import TrainingData
+from lora.errors import UserError
+from tests.conftest import run
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix == ".safetensors"}
+
+
+def metrics(folder):
+    """The metrics of a run without what a clock decides."""
+    lines = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("timestamp", "train/tokens_per_second")} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "lora, settings",
+    [
+        (True, {"lora_dropout": 0.3, "head_dropout": 0.2}),
+        (True, {"task": "lm", "lora_dropout": 0.3}),
+        (False, {"head_dropout": 0.2}),
+        (False, {"task": "lm", "init_from": "scratch"}),
+        (True, {"lora_dropout": 0.3, "dtype": "bfloat16"}),
+    ],
+    ids=["lora scorer", "lora lm", "full scorer", "full lm from scratch", "lora scorer in bfloat16"],
+)
+@pytest.mark.parametrize("step", [4, 9], ids=["saved between evaluations, mid-epoch", "saved at an evaluation, in the second epoch"])
+def test_resumed_equals_uninterrupted_bitwise(configure, monkeypatch, lora, settings, step):
+    whole = run(configure(lora, "whole", save_steps=step, **settings))
+    config = configure(lora, "cut", save_steps=step, **settings)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingData, "batch_at", interrupted_at(step + 1))
+        run(config)
+    torch.manual_seed(12345)  # whatever the generator's state is
+    cut = run(config, f"{config.output.output_dir}/cut/checkpoints/checkpoint_step_{step}")
+    last = "checkpoints/checkpoint_step_12"
+    assert files(cut / last) == files(whole / last) and len(files(whole / last)) >= 2
+    assert metrics(cut) == metrics(whole)
+
+
+def interrupted_at(stop):
+    """batch_at of a run that is killed in its step `stop`."""
+    undisturbed = TrainingData.batch_at
+
+    def batch_at(self, step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return undisturbed(self, step)
+
+    return batch_at
+
+
+def test_the_three_best_and_the_last_stay_and_survive_a_resume(configure):
+    folder = run(configure(True, max_steps=24, learning_rate=3e-2))  # evaluated at 3, 6, .. 24
+    losses = {line["step"]: line["val/loss"] for line in metrics(folder) if "val/loss" in line and line["step"]}
+    best = sorted(losses, key=losses.get)[:3]
+    kept = {state["step"] for state in checkpoint.saved(folder / "checkpoints")}
+    assert kept == {*best, 24}
+    run(configure(True, max_steps=28, learning_rate=3e-2), folder / "checkpoints" / "checkpoint_step_24")
+    losses |= {line["step"]: line["val/loss"] for line in metrics(folder) if "val/loss" in line and line["step"]}
+    assert {s["step"] for s in checkpoint.saved(folder / "checkpoints")} == {*sorted(losses, key=losses.get)[:3], 28}
+
+
+def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
+    folder = run(configure(True))
+    best = checkpoint.best(checkpoint.saved(folder / "checkpoints"))[0]
+    results = json.loads((folder / "logs" / "final_results.json").read_text())
+    assert results["best"] == {"step": best["step"], **best["val"]} and results["last"]["step"] == 12
+    for name in ("mlp_head.safetensors", "lora_adapter/adapter_model.safetensors"):
+        assert (folder / "final_artifact" / name).read_bytes() == (best["path"] / name).read_bytes()
+
+
+def test_early_stopping_counts_evaluations_without_a_new_best_and_stays_stopped(configure):
+    config = configure(True, max_steps=300, learning_rate=1e-7, early_stopping_patience=2, eval_steps=2)
+    config.training.learning_rate = 10.0  # nothing gets better after a start like this
+    folder = run(config)
+    losses = [(line["step"], line["val/loss"]) for line in metrics(folder) if "val/loss" in line and line["step"]]
+    values = [loss for _, loss in losses]
+    assert losses[-1][0] < 300 and min(values) == values[-3] and values.index(min(values)) == len(values) - 3
+    state = checkpoint.saved(folder / "checkpoints")[-1]
+    assert state["step"] == losses[-1][0] and state["without_best"] == 2
+
+
+def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(configure, tmp_path):
+    config = configure(True)
+    saved = run(config) / "checkpoints" / "checkpoint_step_12"
+
+    def resume(*flags):
+        return read_command_line([f"--resume_from={saved}", *flags], get_lora_config(), "unused.toml", "")
+
+    with pytest.raises(UserError, match=r"lora_r \(16 -> 8\), learning_rate \(0.01 -> 0.02\)"):
+        resume("--lora_r=8", "--learning_rate", "0.02")
+    command = resume("--max_steps=20", "--eval_steps=5")
+    assert command.run_dir == saved.parent.parent and command.config.training.max_steps == 20
+    assert resume("--experiment_name=branch").run_dir == tmp_path / "branch"
+    earlier = min(s["step"] for s in checkpoint.saved(saved.parent))
+    with pytest.raises(UserError, match="later checkpoint .step 12."):
+        read_command_line([f"--resume_from={saved.parent}/checkpoint_step_{earlier}"], command.config, "unused.toml", "")

@@ -1,0 +1,42 @@
+"""LoRA fine-tuning: the base is frozen, and a small update of every chosen linear layer is trained in its place.
+
+    python train_lora.py --lora_r 16                     the embedded base and data
+    python train_lora.py --base_model FOLDER --train_data FILE [--config FILE] [--lora_r 16 ...]
+
+The loop, the data, the heads, checkpoints and evaluation are train.py's. What follows is all the difference.
+"""
+
+import sys
+
+from lora.config import ROOT, get_lora_config, read_command_line
+from lora.errors import one_line_errors
+from lora.readers import read_data
+
+if __name__ == "__main__":  # above torch, as in train.py
+    with one_line_errors():
+        command = read_command_line(sys.argv[1:], get_lora_config(), ROOT / "configs" / "tiny_lora.toml", "LoRA fine-tuning.")
+        examples = read_data(command.config)
+
+from train import run  # before torch: it sets the allocator up
+
+import torch
+
+from lora.layer import inject
+from lora.model import choose_device, choose_dtype, load_task
+
+
+def main(command, examples):
+    config = command.config
+    device = choose_device(config.training.device)
+    dtype = choose_dtype(config.training.dtype, device)
+    task = load_task(config, dtype)  # frozen weights are kept in the type they are computed in
+    torch.manual_seed(config.training.seed)
+    lora = config.lora
+    names = inject(task.model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.target_modules)
+    print(f"LoRA: rank {lora.lora_r}, alpha {lora.lora_alpha:g}, over {len(names)} linear layers; the base is frozen")
+    return run(task, command, examples, device, dtype)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(command, examples)
