@@ -94,7 +94,8 @@ def main(arguments, config, examples):
         return
     numbers = task.head.metrics(said, targets)
     if config.model.task == "score":
-        numbers |= {"pearson": metrics.pearson(said, targets), "spearman": metrics.spearman(said, targets)}
+        pair = said.numpy(), targets.numpy()
+        numbers |= {"pearson": metrics.pearson(*pair), "spearman": metrics.spearman(*pair)}
     print(facts)
     for name, value in numbers.items():
         print(f"{name:>12} {value:.6f}")

@@ -41,13 +41,13 @@ def total_steps(settings, steps_per_epoch):
 
 
 def learning_rate_at(step, total, settings):
-    """The learning rate of step 0..total-1: linear warm-up, then cosine or linear down to zero, or constant."""
+    """The learning rate of step 0..total-1, as transformers' schedules have it: linear warm-up from 0, then the shape."""
     warmup = settings.warmup_steps
     if warmup is None:
         ratio = settings.warmup_ratio
         warmup = min(500, total // 20) if ratio is None else math.ceil(ratio * total)
     if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
+        return settings.learning_rate * step / warmup
     done = (step - warmup) / max(1, total - warmup)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
     return settings.learning_rate * shape[settings.lr_scheduler_type]

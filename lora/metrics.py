@@ -5,7 +5,7 @@ import numpy as np
 
 def pearson(a, b):
     """Linear correlation of two arrays [n]; NaN where one of them does not vary."""
-    a, b = (np.asarray(x, np.float64) - np.mean(x) for x in (a, b))
+    a, b = (x - x.mean() for x in (np.asarray(a, np.float64), np.asarray(b, np.float64)))
     norm = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / norm) if norm else float("nan")
 

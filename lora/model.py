@@ -54,6 +54,7 @@ def load_task(config, dtype):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         shape = AutoConfig.from_pretrained(source, **common)
+        base_dtype = shape.dtype or torch.float32
         if shape.is_encoder_decoder:
             raise UserError(f"base_model {config.model.base_model}: encoder-decoder models are not supported.")
         if config.model.init_from == "scratch":
@@ -71,7 +72,7 @@ def load_task(config, dtype):
         raise UserError(f"base_model {config.model.base_model}: {reason}") from None
     longest = getattr(shape, "max_position_embeddings", None)
     if longest and config.data.max_length > longest:
-        raise UserError(f"max_length = {config.data.max_length}: {config.model.base_model} has {longest} positions.")
+        raise UserError(f"max_length = {config.data.max_length}: {config.model.base_model} has {longest} positions; add --max_length {longest}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("pooler" not in name.split("."))  # no head reads it, so it would only go stale
-    return Task(model, tokenizer, shape.dtype or torch.float32, config.model.head_dropout)
+    return Task(model, tokenizer, base_dtype, config.model.head_dropout)

@@ -2,16 +2,17 @@
 
     arithmetic:SPLIT:COUNT        SPLIT is train, validation or test; COUNT is a number of problems
 
-A problem is a start and three to six operations. A wrong step is one of four slips:
+A problem is a start and three to six operations, "From left to right: 13*6-8+6+9". For its second step, 78-8=70, a
+wrong one is one of four slips:
 
-    digit      47+38=75   one digit of the result is another one
-    carry      47+38=75   ten (or a hundred) too much or too little
-    operator   47-38=9    another operation than the problem asks for
-    carried    45+38=83   another value than the one the step before ended with
+    digit      78-8=74   one digit of the result is another one
+    carry      78-8=80   ten too much or too little
+    operator   78+8=86   another operation than the problem asks for
+    carried    73-8=65   another value than the one the step before ended with
 
 and the chain goes on from whatever the step wrote, so that a step is judged by the problem and by the step before it.
 For the scoring task an example is (problem, steps, labels). For language modelling it is a text in which every slip is
-noticed and mended ("No, 47+38=85"): a base that has only read correct derivations has nothing to tell a scorer.
+noticed and mended ("No, 78-8=70"): a base that has only read correct derivations has nothing to tell a scorer.
 """
 
 import random
@@ -22,9 +23,9 @@ from lora.errors import UserError
 from lora.readers import Example
 
 SPLITS = ("train", "validation", "test")
-OPERATIONS = {"+": "add", "-": "subtract", "*": "multiply by"}
-LIMIT = 999  # every value stays in 0..LIMIT, so that a small model can learn to check it
-SHARE_WRONG = 0.35
+OPERATIONS = "+-*"
+LIMIT = 99  # every value stays in 0..LIMIT and operands have one digit, so that a small model can learn to check
+SHARE_WRONG = 0.4
 
 
 def calculate(value, operation, operand):
@@ -33,25 +34,19 @@ def calculate(value, operation, operand):
 
 def make_problem(rng):
     """(start, [(operation, operand), ...]): a chain whose every value stays within 0..LIMIT."""
-    start = value = rng.randrange(2, 100)
+    start = value = rng.randrange(2, LIMIT + 1)
     operations = []
     for _ in range(rng.randrange(3, 7)):
-        possible = []
-        if value + 10 <= LIMIT:
-            possible.append(("+", rng.randrange(2, min(99, LIMIT - value) + 1)))
-        if value >= 4:
-            possible.append(("-", rng.randrange(2, min(99, value) + 1)))
-        if 2 <= value <= LIMIT // 2:
-            possible.append(("*", rng.randrange(2, min(9, LIMIT // value) + 1)))
-        operation, operand = rng.choice(possible)
+        largest = {"+": LIMIT - value, "-": value, "*": LIMIT // value if value else 0}
+        operation = rng.choice([o for o in OPERATIONS if largest[o] >= 2])
+        operand = rng.randrange(2, min(9, largest[operation]) + 1)
         operations.append((operation, operand))
         value = calculate(value, operation, operand)
     return start, operations
 
 
 def problem_text(start, operations):
-    asked = ", ".join(f"{OPERATIONS[operation]} {operand}" for operation, operand in operations)
-    return f"Start with {start}, {asked}."
+    return f"From left to right: {start}" + "".join(f"{operation}{operand}" for operation, operand in operations)
 
 
 def split_of(problem):
@@ -76,7 +71,7 @@ def slip(rng, value, operation, operand):
         if kind == "digit":
             wrong = change_digit(rng, result)
         elif kind == "carry":
-            wrong = result + rng.choice((-100, -10, 10, 100) if result >= 100 else (-10, 10))
+            wrong = result + rng.choice((-10, 10))
         elif kind == "operator":
             used = rng.choice([o for o in OPERATIONS if o != operation])
             wrong = calculate(value, used, operand)

@@ -1,0 +1,168 @@
+"""One schema for file, flags and saved configuration; a mistake in it is one line."""
+
+import dataclasses
+from pathlib import Path
+import re
+
+import pytest
+import tomli
+
+from lora.config import ROOT, Config, from_dict, get_lora_config, keys_of, read_command_line, saved_config
+from lora.errors import UserError
+
+NAMED = ["--base_model=m", "--train_data=d"]
+
+
+def read(*flags, lora=True):
+    config = get_lora_config() if lora else Config()
+    return read_command_line(list(flags), config, ROOT / "configs" / "tiny_lora.toml", "").config
+
+
+@pytest.mark.parametrize("name", keys_of(get_lora_config()))
+def test_each_key_is_read_somewhere(name):
+    """A key that no line of the product reads is a dead flag."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("lora/**/*.py")]
+    lines = [line for file in files for line in file.read_text().splitlines() if f"{name}: " not in line]
+    assert any(re.search(rf"\.{name}\b", line) for line in lines)
+
+
+def test_the_defaults_are_those_the_requirements_name():
+    full, lora = Config(), get_lora_config()
+    assert (full.training.learning_rate, lora.training.learning_rate) == (2e-5, 1e-4)
+    assert (lora.lora.lora_r, lora.lora.lora_alpha, lora.lora.lora_dropout) == (16, 32, 0.0)
+    assert (full.training.batch_size, full.training.gradient_accumulation_steps, full.data.max_length) == (4, 4, 2048)
+    assert full.lora is None
+
+
+def test_flag_beats_file_beats_default(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('[model]\nbase_model = "m"\n[data]\ntrain_data = ["d"]\n[training]\nseed = 1\nmax_steps = 5\n')
+    config = read("--config", str(file), "--max_steps", "7")
+    assert (config.training.seed, config.training.max_steps, config.training.batch_size) == (1, 7, 4)
+
+
+def test_with_nothing_named_the_tiny_config_is_used_and_with_a_model_and_data_the_general_defaults():
+    assert read("--lora_r=4").model.base_model == "embedded"
+    assert read(*NAMED).training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    "alias, name, value",
+    [
+        ("--per-device-train-batch-size", "batch_size", 3),
+        ("--num_epochs", "num_train_epochs", 2.0),
+        ("--max_seq_length", "max_length", 99),
+        ("--r", "lora_r", 5),
+        ("--alpha", "lora_alpha", 7.0),
+        ("--dropout", "lora_dropout", 0.5),
+    ],
+)
+def test_an_alias_is_its_key_as_a_flag_and_in_a_file(alias, name, value, tmp_path):
+    table, _ = keys_of(read(*NAMED, alias, str(value)))[name]
+    assert getattr(table, name) == value
+    title = {"max_length": "data"}.get(name, "lora" if name.startswith("lora") else "training")
+    file = tmp_path / "c.toml"
+    file.write_text(f"[{title}]\n{alias[2:].replace('-', '_')} = {value}\n")
+    table, _ = keys_of(read("--config", str(file), *NAMED))[name]
+    assert getattr(table, name) == value
+
+
+@pytest.mark.parametrize(
+    "flags, dtype",
+    [
+        ([], "auto"),
+        (["--bf16"], "bfloat16"),
+        (["--bf16", "true"], "bfloat16"),
+        (["--fp16", "true"], "float16"),
+        (["--bf16", "false"], "float32"),
+        (["--bf16=false", "--fp16=true"], "float16"),
+        (["--bf16=true", "--fp16=false"], "bfloat16"),
+    ],
+)
+def test_bf16_and_fp16_are_real_booleans(flags, dtype):
+    assert read(*NAMED, *flags).training.dtype == dtype
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_a_saved_configuration_reads_back_equal(tmp_path, suffix):
+    config = read(*NAMED, "--train_data", 'a "quoted" näme\n.jsonl', "b\\c", "--learning_rate=3e-4", "--max_samples=5")
+    path = tmp_path / f"training_config.{suffix}"
+    config.save(path)
+    again = read("--config", str(path))
+    assert again == config
+    if suffix == "toml":
+        assert tomli.loads(path.read_text()) == config.as_dict()
+        assert saved_config(tmp_path) == from_dict(config.as_dict(), "") == config
+
+
+ERRORS = [
+    (["--lorar=8"], "--lorar: no such key. Did you mean lora_r?"),
+    (["--lora_r=2.5"], "--lora_r = '2.5': need an integer."),
+    (["--lora_r=0"], "--lora_r = 0: need an integer >= 1."),
+    (["--learning_rate=nan"], "--learning_rate = nan: need a number."),
+    (["--learning_rate=0"], "--learning_rate = 0.0: need a number > 0."),
+    (["--dtype=float31"], "Did you mean float32?"),
+    (["--bf16=maybe"], "--bf16 = 'maybe': need true or false."),
+    (["--lora_r"], "expected one argument"),
+    (["stray"], "stray: not expected here"),
+    (["--base_model=m"], "add --train_data FILE"),
+    (["--train_data=d"], "add --base_model FOLDER"),
+    (["--eval_data=d"], "neither a model nor training data is named"),
+    (["--config=/nowhere.toml"], "/nowhere.toml: No such file or directory."),
+    (["--resume_from=/nowhere"], "/nowhere: no checkpoint and no final artifact of ours"),
+]
+
+
+@pytest.mark.parametrize("flags, message", ERRORS, ids=[" ".join(flags) for flags, _ in ERRORS])
+def test_a_wrong_flag_is_one_line(flags, message):
+    with pytest.raises(UserError) as error:
+        read(*flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+FILE_ERRORS = [
+    ("[training]\nmax_stepz = 3", "training.max_stepz: no such key. Did you mean max_steps?"),
+    ("[traning]\nseed = 3", "traning: no such table. Did you mean training?"),
+    ("seed = 3", "seed: no such table. It belongs in [training]."),
+    ("[data]\nseed = 3", "data.seed: it belongs in [training]."),
+    ("[lora]\nlora_r = true", "lora.lora_r = True: need an integer."),
+    ("[lora]\nr = 4\nlora_r = 4", "lora_r is given twice"),
+    ('[training]\nlearning_rate = "1e-4"', "training.learning_rate = '1e-4': need a number."),
+    ("[training\nseed = 3", "line 1, column 10"),
+]
+
+
+@pytest.mark.parametrize("text, message", FILE_ERRORS, ids=[text for text, _ in FILE_ERRORS])
+def test_a_mistake_in_a_file_names_the_file_and_the_key(text, message, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read("--config", str(path), *NAMED)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_full_fine_tuning_refuses_lora_keys(tmp_path):
+    with pytest.raises(UserError, match="--lora_r: train.py trains all weights and has no such key; use train_lora.py"):
+        read("--lora_r=4", lora=False)
+    (tmp_path / "c.toml").write_text("[lora]\nlora_r = 4\n")
+    with pytest.raises(UserError, match=r"\[lora\]: train.py trains all weights; use train_lora.py"):
+        read("--config", str(tmp_path / "c.toml"), lora=False)
+
+
+def test_a_named_folder_that_exists_is_never_written_into(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="mine exists; choose another --experiment_name"):
+        read(*NAMED, "--output_dir", str(tmp_path), "--experiment_name=mine")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_reads_and_names_nothing_outside_the_repository(path):
+    config = read("--config", str(path), lora="lora" in tomli.loads(path.read_text()))
+    assert config.model.base_model == "embedded"
+    assert all(data.startswith("arithmetic:") for data in [*config.data.train_data, *config.data.eval_data])
+
+
+def test_every_key_has_a_line_of_help_and_stands_in_one_table():
+    names = [f.name for table in vars(get_lora_config()).values() for f in dataclasses.fields(table)]
+    assert len(names) == len(set(names)) and all(f.metadata["help"] for _, f in keys_of(get_lora_config()).values())
+    assert Path(ROOT / "README.md").exists()

@@ -1,0 +1,32 @@
+"""The agreement measures against their definitions."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lora.heads import LMHead, MLPHead
+from lora.metrics import pearson, ranks, spearman
+
+
+def test_pearson_is_numpys_and_has_no_value_without_variation():
+    a, b = np.random.default_rng(0).normal(size=(2, 50))
+    assert pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert math.isnan(pearson(a, np.ones(50)))
+
+
+def test_spearman_sees_order_only_and_ties_share_their_rank():
+    a = np.array([3.0, 1.0, 2.0, 2.0, 5.0])
+    assert ranks(a).tolist() == [4.0, 1.0, 2.5, 2.5, 5.0]
+    assert spearman(a, np.exp(a)) == pytest.approx(1.0) and spearman(a, -(a**3)) == pytest.approx(-1.0)
+
+
+def test_r2_is_zero_for_the_mean_and_one_for_the_labels():
+    import torch
+
+    labels = torch.tensor([0.0, 1.0, 1.0, 0.5])
+    assert MLPHead.metrics(labels, labels)["r2"] == 1.0
+    said = MLPHead.metrics(torch.full((4,), labels.mean().item()), labels)
+    assert said["r2"] == pytest.approx(0.0, abs=1e-6) and said["mse"] == pytest.approx(labels.var(correction=0).item())
+    assert said["mae"] == pytest.approx(0.375) and said["loss"] == said["mse"]
+    assert LMHead.metrics(torch.tensor([0.0, 2 * math.log(3)]), None)["perplexity"] == pytest.approx(3.0)

@@ -1,0 +1,36 @@
+"""Real runs: what the README says of the default commands. A few minutes; `pytest -m slow`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lora.config import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def call(script, *arguments):
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def results(folder):
+    return json.loads((folder / "logs" / "final_results.json").read_text())
+
+
+@pytest.mark.parametrize("script", ["train_lora.py", "train.py"])
+def test_the_default_run_learns_to_check_arithmetic_it_has_never_seen(script, tmp_path):
+    call(script, "--output_dir", tmp_path, "--experiment_name", "run")
+    best = results(tmp_path / "run")["best"]
+    assert best["r2"] >= 0.90 and results(tmp_path / "run")["peak_memory_gb"] < 1.5
+    out = tmp_path / "test.json"
+    call("eval.py", "--checkpoint", tmp_path / "run" / "final_artifact", "--eval_data", "arithmetic:test:400", "--output", out)
+    assert abs(json.loads(out.read_text())["r2"] - best["r2"]) <= 0.03
+
+
+def test_a_random_backbone_with_the_same_budget_does_not(tmp_path):
+    call("train_lora.py", "--init_from", "scratch", "--output_dir", tmp_path, "--experiment_name", "run")
+    assert results(tmp_path / "run")["best"]["r2"] < 0.3
