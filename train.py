@@ -3,8 +3,8 @@
     python train.py --base_model FOLDER --train_data FILE [--config FILE] [--learning_rate 2e-5 ...]
 
 The loop trains what requires grad. LoRA (train_lora.py) makes other tensors require grad, and that is all the difference.
-A task is a module whose `forward(batch)` returns `(loss_sum, num_targets)`; `data.batch_at(step)` gives the micro-batches of
-a step, a pure function of (seed, step). So the state of a run is weights, optimizer, step, and nothing else.
+A task is a module whose `forward(batch)` returns `(loss_sum, num_targets)`; `data.batch_at(step)` gives the
+micro-batches of a step, a pure function of (seed, step). So the state of a run is weights, optimizer, step.
 """
 
 import os
@@ -70,7 +70,8 @@ def train(task, data, config, log, device, dtype, resume_from=""):
     settings, total = config.training, total_steps(config.training, data.steps_per_epoch)
     parameters = list(checkpoint.trainable(task).values())
     assert all(p.dtype == torch.float32 for p in parameters), "trained weights are fp32 masters"
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=settings.weight_decay, fused=True)
+    betas = (0.9, settings.adam_beta2)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=settings.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     folder = log.run_dir / "checkpoints"
 
@@ -89,18 +90,18 @@ def train(task, data, config, log, device, dtype, resume_from=""):
     while True:
         # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never lost.
         last, metrics, save = step >= total, None, False
-        if step != start and (step % settings.eval_steps == 0 or last):
+        if step != start and (last or step % settings.eval_steps == 0):
             metrics = evaluate(task, data.evaluation(), device, autocast)
             log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
-            if step > 0:
-                save, without_best = checkpoint.enters_best(folder, metrics["loss"]), without_best + 1
-            if step > 0 and metrics["loss"] < best_loss:
+        if metrics and step > 0:
+            save, without_best = checkpoint.enters_best(folder, metrics["loss"]), without_best + 1
+            if metrics["loss"] < best_loss:
                 best_loss, without_best = metrics["loss"], 0
                 log.say(f"New best validation loss: {best_loss:.6f} at step {step}")
             if 0 < settings.early_stopping_patience <= without_best:
                 log.say(f"Stopping at step {step}: {without_best} evaluations without a new best.")
                 last = True
-        if step != start and step > 0 and (save or last or step % config.output.save_steps == 0):
+        if step not in (0, start) and (save or last or step % config.output.save_steps == 0):
             state = {"best_loss": best_loss, "without_best": without_best, "scaler": scaler.state_dict()}
             checkpoint.save(folder, step, task, optimizer, {**state, "val": metrics, "config": config.as_dict()})
         if last:
@@ -124,7 +125,8 @@ def train(task, data, config, log, device, dtype, resume_from=""):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
         finite = loss.isfinite() if scaler.is_enabled() else (loss + grad_norm).isfinite()  # fp16: the scaler skips
         if not finite:
-            raise Stopped(f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}; the weights are not updated.")
+            found = f"loss {loss.item()}, gradient norm {grad_norm.item()}"
+            raise Stopped(f"step {step}: {found}; stopped before the update, the checkpoints are as they were.")
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, total, settings)
         scaler.step(optimizer)
         scaler.update()
@@ -152,11 +154,13 @@ def run(task, command, examples, device, dtype):
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     log.say(f"{facts}\n{held_out_facts}")
-    log.say(f"{total} steps of {data.examples_per_step} examples ({data.steps_per_epoch:.1f} make an epoch); in {log.run_dir}")
+    log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
     train(task.to(device), data, config, log, device, dtype, command.resume_from)
 
     states = checkpoint.saved(log.run_dir / "checkpoints")
+    if not checkpoint.best(states):
+        raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
     best, last = checkpoint.best(states)[0], states[-1]
     task.load(best["path"])
     task.save_artifact(log.run_dir / "final_artifact")

@@ -14,7 +14,9 @@ from lora.readers import read_data
 
 if __name__ == "__main__":  # above torch, as in train.py
     with one_line_errors():
-        command = read_command_line(sys.argv[1:], get_lora_config(), ROOT / "configs" / "tiny_lora.toml", "LoRA fine-tuning.")
+        command = read_command_line(
+            sys.argv[1:], get_lora_config(), ROOT / "configs" / "tiny_lora.toml", "LoRA fine-tuning."
+        )
         examples = read_data(command.config)
 
 from train import run  # before torch: it sets the allocator up

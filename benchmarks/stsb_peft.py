@@ -125,7 +125,11 @@ def examples(rows, indices):
     for i in indices:
         span = slice(rows.offsets[i], rows.offsets[i + 1])
         tokens = torch.from_numpy(rows.tokens[span]).long()
-        yield {"input_ids": tokens, "token_type_ids": torch.from_numpy(rows.segments[span]).long(), "labels": rows.targets[span][-1]}
+        yield {
+            "input_ids": tokens,
+            "token_type_ids": torch.from_numpy(rows.segments[span]).long(),
+            "labels": rows.targets[span][-1],
+        }
 
 
 def collate(batch):
@@ -179,7 +183,9 @@ def main():
             row = {"ours": my_dev | {"seconds": my_seconds}, "peft": peer_dev | {"seconds": peer_seconds}}
             if seed is None:
                 results["equal"] = row | {"steps": len(mine), "largest_loss_difference": max(differences)}
-                print(f"dropout 0: {len(mine)} steps, largest difference of a step's loss {max(differences):.2e}", flush=True)
+                print(
+                    f"dropout 0: {len(mine)} steps, largest difference of a step's loss {max(differences):.2e}", flush=True
+                )
             else:
                 results["seeds"][seed] = row
             print(json.dumps(row), flush=True)

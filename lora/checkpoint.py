@@ -6,6 +6,7 @@ The whole state of a run is weights, optimizer, step: data order and dropout are
 """
 
 import json
+import math
 import os
 from pathlib import Path
 import shutil
@@ -59,14 +60,15 @@ def saved(folder):
 
 
 def best(states):
-    """Those with a validation loss, the lowest first (of equals, the earlier)."""
-    return sorted((s for s in states if s["val"]), key=lambda s: (s["val"]["loss"], s["step"]))
+    """Those with a (finite) validation loss, the lowest first (of equals, the earlier)."""
+    evaluated = [s for s in states if s["val"] and math.isfinite(s["val"]["loss"])]
+    return sorted(evaluated, key=lambda s: (s["val"]["loss"], s["step"]))
 
 
 def enters_best(folder, loss):
     """Whether a checkpoint with this validation loss would be one of those that are kept for it."""
     losses = [state["val"]["loss"] for state in best(saved(folder))]
-    return len(losses) < KEPT or loss < losses[KEPT - 1]
+    return math.isfinite(loss) and (len(losses) < KEPT or loss < losses[KEPT - 1])
 
 
 def prune(folder):

@@ -65,10 +65,13 @@ class TrainingConfig:
     max_steps: int | None = key(None, "optimizer steps; default: 10000, or what num_train_epochs needs", low=1)
     num_train_epochs: float | None = key(None, "passes over the data; with max_steps the smaller ends the run", above=0.0)
     warmup_steps: int | None = key(None, "default: the smaller of 500 and 5 % of the run", low=0)
-    warmup_ratio: float | None = key(None, "warm-up as a share of the run, where warmup_steps is not given", low=0.0, high=1.0)
+    warmup_ratio: float | None = key(
+        None, "warm-up as a share of the run, where warmup_steps is not given", low=0.0, high=1.0
+    )
     lr_scheduler_type: str = key("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", low=0.0)
     weight_decay: float = key(0.0, "AdamW's", low=0.0)
+    adam_beta2: float = key(0.999, "AdamW's; smaller for training from random weights", low=0.0, high=0.9999)
     seed: int = key(42, "of the weights, the order of the data and the dropout", low=0)
     eval_steps: int = key(100, "evaluate every N steps", low=1)
     max_eval_batches: int = key(100, "evaluate on the first N x 4 examples; 0: all", low=0)
@@ -199,8 +202,10 @@ def set_key(config, name, value, where, from_text=False):
         value = parse_value(value, bool) if from_text else value
         if type(value) is not bool:
             raise UserError(f"{where} = {value!r}: need true or false.")
-        if value or config.training.dtype == "auto":
-            config.training.dtype = DTYPE_SWITCHES[name] if value else "float32"
+        if value:
+            config.training.dtype = DTYPE_SWITCHES[name]
+        elif config.training.dtype in ("auto", DTYPE_SWITCHES[name]):
+            config.training.dtype = "float32"
         return
     name = ALIASES.get(name, name)
     if name not in keys:
@@ -284,14 +289,14 @@ def add_flags(parser, config):
     for title, table in tables_of(config).items():
         group = parser.add_argument_group(f"[{title}]")
         for f in dataclasses.fields(table):
-            default = getattr(table, f.name)
-            shown = "" if default in (None, "", []) else f" (default: {' '.join(default) if isinstance(default, list) else default})"
-            if f.metadata["choices"]:
-                shown = f" ({', '.join(f.metadata['choices'])}{shown.replace(' (default', '; default')[:-1]})"
-            aliases = [f"--{alias}" for alias, real in ALIASES.items() if real == f.name]
+            default, choices = getattr(table, f.name), f.metadata["choices"]
+            notes = [", ".join(choices)] if choices else []
+            if default not in (None, "", []):
+                notes.append(f"default: {' '.join(default) if isinstance(default, list) else default}")
+            help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+            flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
             nargs = "+" if typing.get_origin(f.type) is list else None
-            help = (f.metadata["help"] + shown).replace("%", "%%")
-            group.add_argument(f"--{f.name}", *aliases, dest=f.name, nargs=nargs, metavar="X", help=help)
+            group.add_argument(*flags, dest=f.name, nargs=nargs, metavar="X", help=help.replace("%", "%%"))
     for switch, dtype in DTYPE_SWITCHES.items():
         parser.add_argument(f"--{switch}", nargs="?", const="true", metavar="BOOL", help=f"true: --dtype {dtype}")
     return [*keys_of(config), *DTYPE_SWITCHES]
@@ -305,7 +310,8 @@ def read_command_line(argv, config, default_file, description):
     """
     parser = Parser(description)
     parser.add_argument("--config", metavar="FILE", help="TOML (or JSON) file with the keys below")
-    parser.add_argument("--resume_from", "--resume_from_checkpoint", metavar="DIR", default="", help="checkpoint to continue")
+    resume = ("--resume_from", "--resume_from_checkpoint")
+    parser.add_argument(*resume, metavar="DIR", default="", help="continue the run of this checkpoint")
     names = add_flags(parser, config)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):

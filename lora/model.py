@@ -17,10 +17,11 @@ logging.disable_progress_bar()
 
 def choose_device(name):
     """The device called `name`; "auto" is the first of cuda, mps and cpu that is there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not available[name]:
-        raise UserError(f"device {name} is not available here; there is {', '.join(d for d in available if available[d])}.")
-    return torch.device(next(d for d in available if available[d]) if name == "auto" else name)
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [device for device in present if present[device]]
+    if name not in ("auto", *available):
+        raise UserError(f"device {name} is not available here; there is {', '.join(available)}.")
+    return torch.device(available[0] if name == "auto" else name)
 
 
 def choose_dtype(name, device):
@@ -37,8 +38,8 @@ def locate(base_model):
     path = EMBEDDED if base_model == "embedded" else Path(base_model).expanduser()
     if path.is_dir():
         return str(path), True
-    if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") != 1:
-        raise UserError(f"base_model {base_model}: no such folder (and not a Hub name OWNER/NAME).")
+    if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1:
+        raise UserError(f"base_model {base_model}: no such folder (and no Hub name OWNER/NAME).")
     return base_model, False
 
 
@@ -72,7 +73,8 @@ def load_task(config, dtype):
         raise UserError(f"base_model {config.model.base_model}: {reason}") from None
     longest = getattr(shape, "max_position_embeddings", None)
     if longest and config.data.max_length > longest:
-        raise UserError(f"max_length = {config.data.max_length}: {config.model.base_model} has {longest} positions; add --max_length {longest}.")
+        found = f"max_length = {config.data.max_length}: {config.model.base_model} has {longest} positions"
+        raise UserError(f"{found}; add --max_length {longest}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("pooler" not in name.split("."))  # no head reads it, so it would only go stale
     return Task(model, tokenizer, base_dtype, config.model.head_dropout)

@@ -19,7 +19,9 @@ def tiny_llama(**changes):
     """A random Llama of a few thousand parameters."""
     torch.manual_seed(1)
     shape = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    return LlamaForCausalLM(LlamaConfig(**shape | dict(num_key_value_heads=2, max_position_embeddings=512) | changes)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(**shape | dict(num_key_value_heads=2, max_position_embeddings=512) | changes)
+    ).eval()
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +37,15 @@ def tiny_base(tmp_path_factory):
 def tiny_encoder(tmp_path_factory):
     """A folder with a random tiny BERT and a word-level tokenizer of its kind."""
     folder = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz")]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"abcdefghijklmnopqrstuvwxyz",
+        *("##" + c for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
     (folder / "vocab.txt").write_text("\n".join(words))
     torch.manual_seed(1)
     shape = dict(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -53,12 +63,14 @@ def configure(tiny_base, tmp_path):
     def make(lora, name="run", **values):
         config = get_lora_config() if lora else Config()
         settings = dict(
-            base_model=str(tiny_base), task="score", train_data=["arithmetic:train:60"], eval_data=["arithmetic:validation:8"],
-            max_length=256, learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=2, max_steps=12, eval_steps=3,
+            base_model=str(tiny_base), task="score", train_data=["arithmetic:train:60"],
+            eval_data=["arithmetic:validation:8"], max_length=256, learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=2, max_steps=12, eval_steps=3,
             logging_steps=1, save_steps=4, experiment_name=name, output_dir=str(tmp_path),
         )  # fmt: skip
         for key, value in (settings | values).items():
-            table = next(t for t in (config.model, config.data, config.lora, config.training, config.output) if hasattr(t, key))
+            table = next(
+                t for t in (config.model, config.data, config.lora, config.training, config.output) if hasattr(t, key)
+            )
             setattr(table, key, value)
         return config
 

@@ -91,9 +91,15 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
     [
         (lambda t: t.pop(f"{Q}.lora_B.weight"), "not a pair of LoRA factors: model.layers.0.self_attn.q_proj"),
         (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)}), "not a pair of LoRA factors: .*magnitude"),
-        (lambda t: [t.update({k.replace("q_proj", "z_proj"): t.pop(k)}) for k in list(t)], "no such linear layer in the model: .*z_proj"),
+        (
+            lambda t: [t.update({k.replace("q_proj", "z_proj"): t.pop(k)}) for k in list(t)],
+            "no such linear layer in the model: .*z_proj",
+        ),
         (lambda t: t.clear(), "the file is empty"),
-        (lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(5, 4)}), r"q_proj.lora_B is \[5, 4\], its place is \[32, 4\]"),
+        (
+            lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(5, 4)}),
+            r"q_proj.lora_B is \[5, 4\], its place is \[32, 4\]",
+        ),
     ],
 )
 def test_a_tensor_without_a_place_or_of_another_shape_is_an_error(ours, change, message):
@@ -110,7 +116,9 @@ def test_an_injected_layer_without_tensors_is_an_error(ours):
         load_adapter(model, ours[1])
 
 
-@pytest.mark.parametrize("key, value", [("use_dora", True), ("use_rslora", True), ("alpha_pattern", {"q_proj": 3}), ("peft_type", "IA3")])
+@pytest.mark.parametrize(
+    "key, value", [("use_dora", True), ("use_rslora", True), ("alpha_pattern", {"q_proj": 3}), ("peft_type", "IA3")]
+)
 def test_what_we_would_have_to_ignore_is_refused(ours, key, value):
     path = ours[1] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))

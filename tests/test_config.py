@@ -83,6 +83,11 @@ def test_bf16_and_fp16_are_real_booleans(flags, dtype):
     assert read(*NAMED, *flags).training.dtype == dtype
 
 
+def test_bf16_false_overrides_a_file(tmp_path):
+    (tmp_path / "c.toml").write_text('[training]\ndtype = "bfloat16"\n')
+    assert read("--config", str(tmp_path / "c.toml"), *NAMED, "--bf16=false").training.dtype == "float32"
+
+
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_a_saved_configuration_reads_back_equal(tmp_path, suffix):
     config = read(*NAMED, "--train_data", 'a "quoted" näme\n.jsonl', "b\\c", "--learning_rate=3e-4", "--max_samples=5")

@@ -1,15 +1,10 @@
 """batch_at is a pure function; how a step is cut and packed changes nothing; nothing is lost on the way to the targets."""
 
-import copy
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, MistralConfig, MistralModel, RobertaConfig, RobertaModel
 
 from lora import inject
-from lora.attention import is_causal
 from lora.data import Rows, TrainingData
 from lora.heads import Task
 from lora.model import EMBEDDED, load_task
@@ -61,7 +56,9 @@ def test_batch_at_depends_on_seed_and_step_alone(configure, tokenizer):
         other_batches = other.batch_at(step)
     assert all(torch.equal(a, b.tokens) for a, b in zip(later, other_batches, strict=True))
     reseeded = training_data(configure, tokenizer, seed=1)
-    assert not torch.equal(torch.cat([b.tokens for b in reseeded.batch_at(0)], 1), torch.cat([b.tokens for b in one.batch_at(0)], 1))
+    assert not torch.equal(
+        torch.cat([b.tokens for b in reseeded.batch_at(0)], 1), torch.cat([b.tokens for b in one.batch_at(0)], 1)
+    )
 
 
 def test_each_row_is_seen_once_per_pass(configure, tokenizer):

@@ -50,7 +50,11 @@ def test_labels_agree_with_the_arithmetic_and_every_kind_of_slip_is_there():
 def test_pretraining_texts_mend_every_slip():
     for example in arithmetic.read("arithmetic:train:300", "lm"):
         prompt, *lines = example.text.strip().split("\n")
-        steps = [line.removeprefix("No, ") for i, line in enumerate(lines) if not lines[i + 1 : i + 2] or "No, " not in lines[i + 1]]
+        steps = [
+            line.removeprefix("No, ")
+            for i, line in enumerate(lines)
+            if not lines[i + 1 : i + 2] or "No, " not in lines[i + 1]
+        ]
         assert set(judge(prompt, steps)) == {1.0}
     assert "No, " in example.text
 
@@ -102,13 +106,21 @@ GOOD = '{"prompt": "p", "steps": ["s"], "labels": [1]}\n'
 BAD = [
     ("a.jsonl", GOOD + '{"prompt": "p",}', "a.jsonl:2: not JSON"),
     ("a.jsonl", GOOD + "[1]", "a.jsonl:2: expected a JSON object, found list"),
-    ("a.jsonl", GOOD + '{"question": 1, "answer": 2}', "a.jsonl:2: keys found: question, answer; expected one of: labels, prompt, steps"),
+    (
+        "a.jsonl",
+        GOOD + '{"question": 1, "answer": 2}',
+        "a.jsonl:2: keys found: question, answer; expected one of: labels, prompt, steps",
+    ),
     ("a.jsonl", '{"prompt": "p", "steps": ["s", "t"], "labels": [1]}', "a.jsonl:1: 2 steps and 1 labels"),
     ("a.jsonl", '{"prompt": "p", "steps": ["s"], "labels": [7]}', "a.jsonl:1: label 7; expected 0..1"),
     ("a.jsonl", '{"prompt": "p", "steps": ["s"], "labels": [NaN]}', "a.jsonl:1: label nan; expected 0..1"),
     ("a.jsonl", '{"prompt": "p", "steps": ["s"], "labels": ["1"]}', "a.jsonl:1: label '1'; expected 0..1"),
     ("a.jsonl", '{"prompt": "p", "steps": ["s", " "], "labels": [1, 1]}', "a.jsonl:1: steps must be a list of texts"),
-    ("a.jsonl", '{"prompt": "", "steps": ["s"], "labels": [1]}', "a.jsonl:1: prompt is ''; expected a text that is not empty"),
+    (
+        "a.jsonl",
+        '{"prompt": "", "steps": ["s"], "labels": [1]}',
+        "a.jsonl:1: prompt is ''; expected a text that is not empty",
+    ),
     ("a.jsonl", '{"text": "t"}', "a.jsonl:1: keys text are for --task lm, and the task is score"),
     ("a.jsonl", "", "a.jsonl: 0 examples"),
     ("a.json", GOOD, "a.json: expected a JSON list of objects, found dict"),

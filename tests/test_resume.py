@@ -33,7 +33,9 @@ def metrics(folder):
     ],
     ids=["lora scorer", "lora lm", "full scorer", "full lm from scratch", "lora scorer in bfloat16"],
 )
-@pytest.mark.parametrize("step", [4, 9], ids=["saved between evaluations, mid-epoch", "saved at an evaluation, in the second epoch"])
+@pytest.mark.parametrize(
+    "step", [4, 9], ids=["saved between evaluations, mid-epoch", "saved at an evaluation, in the second epoch"]
+)
 def test_resumed_equals_uninterrupted_bitwise(configure, monkeypatch, lora, settings, step):
     whole = run(configure(lora, "whole", save_steps=step, **settings))
     config = configure(lora, "cut", save_steps=step, **settings)
@@ -79,7 +81,7 @@ def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
         assert (folder / "final_artifact" / name).read_bytes() == (best["path"] / name).read_bytes()
 
 
-def test_early_stopping_counts_evaluations_without_a_new_best_and_stays_stopped(configure):
+def test_early_stopping_counts_evaluations_without_a_new_best_and_saves_the_count(configure):
     config = configure(True, max_steps=300, learning_rate=1e-7, early_stopping_patience=2, eval_steps=2)
     config.training.learning_rate = 10.0  # nothing gets better after a start like this
     folder = run(config)

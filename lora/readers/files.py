@@ -18,7 +18,9 @@ def rows(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.object[error.start]:#04x} is not UTF-8; convert it: iconv -t utf-8.") from None
+        raise UserError(
+            f"{path}: byte {error.object[error.start]:#04x} is not UTF-8; convert it: iconv -t utf-8."
+        ) from None
 
 
 def parse(where, text):
