@@ -46,7 +46,7 @@ def read_arguments(argv):
 def read_examples(arguments, config):
     """What is to be scored: the steps of the prompt, the files named, or what the checkpoint's run held out."""
     if arguments.prompt is not None:
-        problem, *steps = arguments.prompt.replace("\\n", "\n").strip().split("\n")
+        problem, *steps = [line for line in arguments.prompt.split("\n") if line.strip()] or [""]
         if config.model.task != "score" or not steps:
             raise UserError("--prompt: expected a problem on the first line and steps below it, for a scorer.")
         return [Example("--prompt", prompt=problem, steps=steps, labels=[0.0] * len(steps))]
@@ -89,6 +89,8 @@ def main(arguments, config, examples):
     rows, facts = tokenise(examples, task, config, "eval")
     said, targets = predict(task, rows, config.training.batch_size * config.data.max_length, device, dtype)
     if arguments.prompt is not None:
+        if len(said) < len(examples[0].steps):
+            raise UserError(f"--prompt: longer than max_length {config.data.max_length} tokens.")
         for step, score in zip(examples[0].steps, said.tolist()):
             print(f"{score:.3f}  {step}")
         return

@@ -38,7 +38,7 @@ import transformers
 from lora.adapter import load_adapter
 from lora.config import saved_config
 from lora.layer import merge
-from lora.model import locate
+from lora.model import load_shape, load_weights
 
 
 def outputs(model, tokens):
@@ -48,28 +48,31 @@ def outputs(model, tokens):
     return (out.logits if "logits" in out else out.last_hidden_state).float()
 
 
-def load(source, dtype):
-    """The model in a folder (or of a Hub name) with the head that its config.json names."""
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    return getattr(transformers, config.architectures[0]).from_pretrained(source, dtype=dtype, use_safetensors=True)
+def find_adapter(folder, base_model):
+    """(the folder with the adapter's files, the base's name, the configuration of our run or None). Raises UserError."""
+    if (folder / "adapter_config.json").is_file():
+        if not base_model:
+            raise UserError(f"--adapter {folder}: an adapter alone does not say which base it is for; add --base_model.")
+        return folder, base_model, None
+    config = saved_config(folder)
+    if not (folder / "lora_adapter").is_dir():
+        raise UserError(f"--adapter {folder}: there is no lora_adapter/; a fully fine-tuned model needs no merging.")
+    if config.model.init_from:
+        raise UserError(f"--adapter {folder}: it was trained on random weights, which no folder holds.")
+    return folder / "lora_adapter", base_model or config.model.base_model, config
 
 
 def main(arguments):
-    adapter, base = Path(arguments.adapter), arguments.base_model
-    config = None
-    if not (adapter / "adapter_config.json").is_file():
-        config = saved_config(adapter)
-        base = base or config.model.base_model
-    if not base:
-        raise UserError(f"{adapter}: this adapter is not one of our checkpoints; add --base_model FOLDER.")
-    source, _ = locate(base)
-    model = load(source, torch.float32)
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else transformers.AutoConfig.from_pretrained(source).dtype
+    adapter, base_model, config = find_adapter(Path(arguments.adapter), arguments.base_model)
+    shape, dtype, tokenizer = load_shape(base_model)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
+    model_class = getattr(transformers, (shape.architectures or ["AutoModelForCausalLM"])[0])
+    model = load_weights(model_class, base_model, torch.float32, "sdpa")
 
     torch.manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (4, min(64, model.config.max_position_embeddings)))
+    tokens = torch.randint(shape.vocab_size, (4, 32))
     of_base = outputs(model, tokens)
-    load_adapter(model, adapter if config is None else adapter / "lora_adapter")
+    load_adapter(model, adapter)
     of_adapter = outputs(model, tokens)
     merge(model)
     of_merged = outputs(model, tokens)
@@ -77,7 +80,7 @@ def main(arguments):
     size = of_adapter.abs().max().item()
     effect = (of_adapter - of_base).abs().max().item()
     error = (of_merged - of_adapter).abs().max().item()
-    print(f"on 4 x {tokens.shape[1]} random tokens, largest output {size:.3g}")
+    print(f"on 4 x 32 random tokens, largest output {size:.3g}")
     print(f"adapter against base:           {effect:.3g}")
     print(f"merged against adapter, fp32:   {error:.3g}")
     # The sums are the same but for their order; fp32 rounds each to 6e-8, and layers multiply that.
@@ -91,17 +94,19 @@ def main(arguments):
     final = Path(arguments.output)
     temporary = final.with_name(f".tmp_{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(temporary)
-    if config is not None and config.model.task == "score":
-        shutil.copy(adapter / "mlp_head.safetensors", temporary)
-        config.lora, config.model.base_model = None, str(final)
-        config.save(temporary / "training_config.toml")  # eval.py --checkpoint reads it
-    if not torch.equal(outputs(load(temporary, dtype), tokens), outputs(model, tokens)):
-        shutil.rmtree(temporary)
-        raise UserError(f"{final}: the written model does not say what the merged one says; nothing is kept.")
-    temporary.rename(final)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if config is not None and config.model.task == "score":
+            shutil.copy(adapter.parent / "mlp_head.safetensors", temporary)
+            config.lora, config.model.base_model = None, str(final)
+            config.save(temporary / "training_config.toml")  # eval.py --checkpoint reads it
+        written = load_weights(model_class, str(temporary), dtype, "sdpa")
+        if not torch.equal(outputs(written, tokens), outputs(model, tokens)):
+            raise UserError(f"{final}: the written model does not say what the merged one says; nothing is kept.")
+        temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {final}")
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 
 from lora.config import ROOT, Config, read_command_line
-from lora.errors import Stopped, one_line_errors
+from lora.errors import Stopped, UserError, one_line_errors
 from lora.readers import read_data
 
 # The command line and the data are read before torch is loaded, so that a mistake in them is answered at once; and the
@@ -108,6 +108,7 @@ def train(task, data, config, log, device, dtype, resume_from=""):
             break
 
         # 2. This step's micro-batches, and the number of targets over all of them.
+        started = time.monotonic()
         batches = data.batch_at(step)
         num_targets = sum(batch.num_targets for batch in batches)
 
@@ -134,7 +135,7 @@ def train(task, data, config, log, device, dtype, resume_from=""):
         step += 1
 
         # 5. Log.
-        log.count(batches)
+        log.count(batches, time.monotonic() - started)
         if step % config.output.logging_steps == 0:
             lr = optimizer.param_groups[0]["lr"]
             log.metrics(step, {"train/loss": loss.item(), "train/learning_rate": lr, "train/grad_norm": grad_norm.item()})
@@ -148,12 +149,17 @@ def run(task, command, examples, device, dtype):
     )
     data = TrainingData(rows, held_out, config)
     total = total_steps(config.training, data.steps_per_epoch)
+    done = checkpoint.read_state(command.resume_from)["step"] if command.resume_from else 0
+    if done >= total:
+        raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
     trained = sum(p.numel() for p in checkpoint.trainable(task).values())
     every = sum(p.numel() for p in task.parameters())
-    log = Log(command.run_dir, config, checkpoint.read_state(command.resume_from)["step"] if command.resume_from else 0)
+    log = Log(command.run_dir, config, done)
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     log.say(f"{facts}\n{held_out_facts}")
+    if config.training.max_steps and config.training.num_train_epochs:
+        log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
     train(task.to(device), data, config, log, device, dtype, command.resume_from)
@@ -168,7 +174,7 @@ def run(task, command, examples, device, dtype):
     results = {
         **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},
         "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_gb": round(peak_memory() / 1e9, 3),
+        "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
     }
     for path in (log.run_dir / "logs" / "final_results.json", log.run_dir / "final_artifact" / "training_metrics.json"):
         path.write_text(json.dumps(results, indent=2) + "\n")

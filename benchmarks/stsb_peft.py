@@ -68,9 +68,9 @@ def agreement(said, targets):
 def ours(config, dropout):
     """(losses of the steps, dev metrics, seconds, the start that both sides share: A by layer, the head, the data)."""
     task = load_task(config, torch.float32)
+    set_dropout(task.model, dropout)  # the base's own; neither side drops anything in LoRA or head
     torch.manual_seed(config.training.seed)
     inject(task.model, config.lora.lora_r, config.lora.lora_alpha)
-    set_dropout(task, dropout)
     (rows, _), (held_out, _) = (tokenise(part, task, config, "stsb") for part in read_data(config))
     data = TrainingData(rows, held_out, config)
     data.max_eval_rows = 1  # the evaluations of the loop are not what is compared

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora.attention import is_causal
 from lora.errors import UserError
-from lora.layer import LoRALinear, lora_layers, prefix_of, wrap
+from lora.layer import LoRALinear, is_causal, lora_layers, prefix_of, wrap
 
 # Keys of adapter_config.json that change what the tensors mean, with the value that this reader can honour.
 PLAIN = {

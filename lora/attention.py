@@ -32,7 +32,9 @@ def packed_attention(
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)):
         length = q.shape[2]
         mask = None
-        if causal and sliding_window and length > sliding_window:
+        if sliding_window and not causal:
+            raise ValueError("packed attention knows sliding windows of causal models only")
+        if sliding_window and length > sliding_window:
             place = torch.arange(length, device=q.device)
             behind = place[:, None] - place
             mask = (behind >= 0) & (behind < sliding_window)
@@ -47,8 +49,3 @@ def packed_attention(
 
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
-
-
-def is_causal(model):
-    """Whether no position of the model sees a later one (its attention modules say so)."""
-    return all(module.is_causal for module in model.modules() if hasattr(module, "is_causal"))

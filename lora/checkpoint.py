@@ -11,12 +11,14 @@ import os
 from pathlib import Path
 import shutil
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 import torch
 
 from lora.errors import UserError
 
 KEPT = 3
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save(folder, step, task, optimizer, state):
@@ -91,12 +93,17 @@ def load(path, task, optimizer):
     path = Path(path)
     state = read_state(path)
     task.load(path)
-    tensors = load_file(path / "optimizer.safetensors")
-    for name, parameter in trainable(task).items():
-        keys = [key for key in tensors if key.rpartition("/")[0] == name]
-        optimizer.state[parameter] = {key.rpartition("/")[2]: tensors.pop(key).to(parameter.device) for key in keys}
-    if tensors:
-        raise UserError(f"{path}: the optimizer has no such parameters: {', '.join(tensors)}.")
+    try:
+        tensors = load_file(path / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: optimizer.safetensors cannot be read ({error}).") from None
+    parameters = trainable(task)
+    expected = {f"{name}/{key}" for name in parameters for key in ADAMW_STATE}
+    if tensors.keys() != expected:
+        strange = ", ".join(sorted(tensors.keys() ^ expected)[:5])
+        raise UserError(f"{path}: optimizer.safetensors lacks, or has without a parameter for it: {strange}.")
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {key: tensors[f"{name}/{key}"].to(parameter.device) for key in ADAMW_STATE}
     return state
 
 
@@ -108,7 +115,7 @@ def trainable(task):
 def optimizer_tensors(task, optimizer):
     """The optimizer's state by parameter name: "model.layers.0.weight/exp_avg" -> tensor."""
     return {
-        f"{name}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{name}/{key}": optimizer.state[parameter][key].detach().cpu().contiguous()
         for name, parameter in trainable(task).items()
-        for key, value in optimizer.state[parameter].items()
+        for key in ADAMW_STATE
     }

@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 from pathlib import Path
+import re
 import time
 import types
 import typing
@@ -72,7 +73,7 @@ class TrainingConfig:
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", low=0.0)
     weight_decay: float = key(0.0, "AdamW's", low=0.0)
     adam_beta2: float = key(0.999, "AdamW's; smaller for training from random weights", low=0.0, high=0.9999)
-    seed: int = key(42, "of the weights, the order of the data and the dropout", low=0)
+    seed: int = key(42, "of the weights, the order of the data and the dropout", low=0, high=2**63 - 1)
     eval_steps: int = key(100, "evaluate every N steps", low=1)
     max_eval_batches: int = key(100, "evaluate on the first N x 4 examples; 0: all", low=0)
     early_stopping_patience: int = key(0, "stop after N evaluations without a new best; 0: never", low=0)
@@ -172,7 +173,7 @@ def check(where, value, annotation, limits):
     if above is not None and value <= above:
         raise UserError(f"{where} = {value}: need {expected} > {above:g}.")
     if high is not None and value > high:
-        raise UserError(f"{where} = {value}: need {expected} <= {high:g}.")
+        raise UserError(f"{where} = {value}: need {expected} <= {high}.")
     return value
 
 
@@ -217,11 +218,20 @@ def set_key(config, name, value, where, from_text=False):
     setattr(table, name, check(where, value, f.type, f.metadata))
 
 
+def refuse_two_dtypes(values, where):
+    """dtype, bf16 = true and fp16 = true each choose the dtype: one of them may be given in one place."""
+    chosen = [n for n in ("dtype", *DTYPE_SWITCHES) if n in values and str(values[n]).lower() not in ("false", "0", "no")]
+    if len(chosen) > 1:
+        raise UserError(f"{where}: {' and '.join(chosen)} both choose the dtype; give one of them.")
+
+
 def set_tables(config, tables, where):
     """Set what a config file says, table by table. Each key must stand in its own table."""
     tables_known = tables_of(config)
     home = {name: title for title, table in tables_known.items() for name in (f.name for f in dataclasses.fields(table))}
     given = set()
+    if not isinstance(tables, dict):
+        raise UserError(f"{where}: expected tables of keys, found a {type(tables).__name__}.")
     for title, table in tables.items():
         if title == "lora" and config.lora is None:
             raise UserError(f"{where}: [lora]: train.py trains all weights; use train_lora.py.")
@@ -229,7 +239,9 @@ def set_tables(config, tables, where):
             belongs = home.get(ALIASES.get(title, title))
             hint = f" It belongs in [{belongs}]." if belongs else nearest(title, list(tables_known))
             raise UserError(f"{where}: {title}: no such table.{hint}")
+        refuse_two_dtypes(table, f"{where}: {title}")
         for name, value in table.items():
+            name = name.replace("-", "_")
             real = "dtype" if name in DTYPE_SWITCHES else ALIASES.get(name, name)
             if home.get(real, title) != title:
                 raise UserError(f"{where}: {title}.{name}: it belongs in [{home[real]}].")
@@ -296,7 +308,8 @@ def add_flags(parser, config):
             help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
             flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
             nargs = "+" if typing.get_origin(f.type) is list else None
-            group.add_argument(*flags, dest=f.name, nargs=nargs, metavar="X", help=help.replace("%", "%%"))
+            action = "extend" if nargs else "store"
+            group.add_argument(*flags, dest=f.name, nargs=nargs, action=action, metavar="X", help=help.replace("%", "%%"))
     for switch, dtype in DTYPE_SWITCHES.items():
         parser.add_argument(f"--{switch}", nargs="?", const="true", metavar="BOOL", help=f"true: --dtype {dtype}")
     return [*keys_of(config), *DTYPE_SWITCHES]
@@ -320,9 +333,12 @@ def read_command_line(argv, config, default_file, description):
     if unknown:
         raise UserError(f"{unknown[0]}: not expected here. See --help.")
     flags = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    refuse_two_dtypes(flags, "flags")
 
     file, saved = arguments.config, None
     if arguments.resume_from:
+        if not (Path(arguments.resume_from) / "trainer_state.json").is_file():
+            raise UserError(f"--resume_from {arguments.resume_from}: no checkpoint (no trainer_state.json there).")
         saved = saved_config(arguments.resume_from)
         if (saved.lora is None) != (config.lora is None):
             raise UserError(f"--resume_from {arguments.resume_from}: {'train_lora' if saved.lora else 'train'}.py made it.")
@@ -367,13 +383,14 @@ def continued_folder(saved, config, checkpoint):
     """The folder of the run that `checkpoint` belongs to, or a new one where the output options name another."""
     if (config.output.output_dir, config.output.experiment_name) != (saved.output.output_dir, saved.output.experiment_name):
         return new_folder(config)
-    steps = sorted(int(path.name.rpartition("_")[2]) for path in checkpoint.resolve().parent.glob("checkpoint_step_*"))
-    if f"checkpoint_step_{steps[-1]}" != checkpoint.resolve().name:
-        raise UserError(
-            f"--resume_from {checkpoint}: this run has a later checkpoint (step {steps[-1]}); continue from that one, "
-            "or branch off with another --experiment_name."
-        )
-    return checkpoint.resolve().parent.parent
+    place = checkpoint.resolve()
+    names = [path.name for path in place.parent.iterdir() if re.fullmatch(r"checkpoint_step_\d+", path.name)]
+    if place.parent.name != "checkpoints" or place.name not in names:
+        raise UserError(f"--resume_from {checkpoint}: not in a run's checkpoints/; name a new --experiment_name for it.")
+    newest = max(names, key=lambda name: int(name.rpartition("_")[2]))
+    if place.name != newest:
+        raise UserError(f"--resume_from {checkpoint}: {newest} is later; resume that, or name a new --experiment_name.")
+    return place.parent.parent
 
 
 def saved_config(folder):

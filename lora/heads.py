@@ -14,9 +14,8 @@ from torch import nn
 import torch.nn.functional as F
 
 from lora.adapter import load_adapter, save_adapter
-from lora.attention import is_causal
 from lora.errors import UserError
-from lora.layer import lora_layers
+from lora.layer import is_causal, lora_layers
 
 
 class LMHead(nn.Module):
@@ -78,16 +77,23 @@ class Task(nn.Module):
         table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         self.first_position = 0 if padding is None else padding + 1
+        self.has_segments = not self.causal and getattr(model.config, "type_vocab_size", 0) > 1
+
+    def hidden_states(self, batch):
+        """What the backbone makes of a micro-batch: [T, width]."""
+        segments = {"token_type_ids": batch.segments} if self.has_segments else {}
+        out = self.model.base_model(
+            input_ids=batch.tokens,
+            position_ids=batch.positions + self.first_position,
+            lengths=batch.lengths,
+            use_cache=False,
+            **segments,
+        )
+        return out.last_hidden_state[0]
 
     def predict(self, batch):
         """(sum of the losses, what the head says at each target)."""
-        segments = {} if self.causal else {"token_type_ids": batch.segments}
-        out = self.model.base_model(
-            input_ids=batch.tokens, position_ids=batch.positions + self.first_position, lengths=batch.lengths,
-            use_cache=False, **segments,
-        )  # fmt: skip
-        hidden = out.last_hidden_state[0].index_select(0, batch.target_positions)
-        return self.head(hidden, batch.targets)
+        return self.head(self.hidden_states(batch).index_select(0, batch.target_positions), batch.targets)
 
     def forward(self, batch):
         return self.predict(batch)[0], batch.num_targets
@@ -117,8 +123,13 @@ class Task(nn.Module):
         if (folder / "lora_adapter").is_dir():
             load_adapter(self.model, folder / "lora_adapter")
         elif (folder / "backbone").is_dir():
+            if lora_layers(self.model):
+                raise UserError(f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model.")
             saved = type(self.model).from_pretrained(folder / "backbone", dtype=torch.float32, local_files_only=True)
-            self.model.load_state_dict(saved.state_dict())
+            state, own = saved.state_dict(), self.model.state_dict()
+            if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in own.items()}:
+                raise UserError(f"{folder}: backbone/ has other tensors than the base_model that this run names.")
+            self.model.load_state_dict(state)
         elif not (folder / "config.json").is_file():  # with one, the folder is the base: merged, and loaded already
             raise UserError(f"{folder}: neither lora_adapter/ nor backbone/ is there.")
         if isinstance(self.head, MLPHead):

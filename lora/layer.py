@@ -58,9 +58,17 @@ class LoRALinear(nn.Module):
 
 
 def prefix_of(model):
-    """What stands before a module's name in the model with its head: "model." for a bare LlamaModel, else ""."""
+    """What stands before a module's name in the causal LM around it: "model." for a bare LlamaModel, else "".
+
+    An encoder is used without a head of its own, so its names stay as they are.
+    """
     inner = getattr(model, "base_model_prefix", "")
-    return f"{inner}." if inner and not hasattr(model, inner) else ""
+    return f"{inner}." if inner and not hasattr(model, inner) and is_causal(model) else ""
+
+
+def is_causal(model):
+    """Whether no position sees a later one, as the attention modules of transformers say of themselves."""
+    return all(module.is_causal for module in model.modules() if hasattr(module, "is_causal"))
 
 
 def linear_names(model):
@@ -81,13 +89,19 @@ def matching_names(model, target_modules):
     """
     chosen = set()
     known = linear_names(model)
-    for target in [target_modules] if isinstance(target_modules, str) else target_modules:
+    targets = [target_modules] if isinstance(target_modules, str) else target_modules
+    if not targets:
+        raise UserError("target_modules is empty: there would be nothing to train.")
+    for target in targets:
         if target == "all-linear":
             found = known
         elif re.fullmatch(r"[\w.]+", target):
             found = [n for n in known if f".{prefix_of(model)}{n}".endswith(f".{target}")]
         else:
-            found = [n for n in known if re.fullmatch(target, prefix_of(model) + n)]
+            try:
+                found = [n for n in known if re.fullmatch(target, prefix_of(model) + n)]
+            except re.error as error:
+                raise UserError(f"target_modules: {target!r} is no regular expression ({error}).") from None
         if not found:
             endings = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
             raise UserError(f"target_modules: {target!r} matches no linear layer; there are {endings}.")

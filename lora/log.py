@@ -26,12 +26,12 @@ class Log:
         config.save(folder / "config.toml")
         self.metrics_path = folder / "train_metrics.jsonl"
         if self.metrics_path.exists():
-            kept = [line for line in self.metrics_path.read_text().splitlines(True) if json.loads(line)["step"] <= start]
-            self.metrics_path.write_text("".join(kept))
+            lines = self.metrics_path.read_text().splitlines(True)
+            whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+            self.metrics_path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
         self.metrics_file = open(self.metrics_path, "a", buffering=1)
         self.text_file = open(folder / f"train_{time.strftime('%Y%m%d-%H%M%S')}.log", "a", buffering=1)
-        self.bar = None
-        self.tokens, self.since = 0, time.monotonic()
+        self.bar, self.tokens, self.seconds = None, 0, 0.0
 
     def say(self, line):
         """A line for the console and for the log."""
@@ -40,27 +40,24 @@ class Log:
 
     def start(self, step, total):
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
-        self.tokens, self.since = 0, time.monotonic()
 
-    def count(self, batches):
-        """One more step, over these micro-batches."""
+    def count(self, batches, seconds):
+        """One more step, over these micro-batches; evaluations and checkpoints are not in its seconds."""
         self.tokens += sum(batch.tokens.numel() for batch in batches)
+        self.seconds += seconds
         self.bar.update()
 
     def metrics(self, step, values):
         """A line of metrics: {"train/loss": ...} or {"val/loss": ...}. Training lines get their tokens per second."""
         if "train/loss" in values:
-            now = time.monotonic()
-            values["train/tokens_per_second"] = round(self.tokens / (now - self.since), 1)
-            self.tokens, self.since = 0, now
+            values["train/tokens_per_second"] = round(self.tokens / self.seconds, 1)
+            self.tokens, self.seconds = 0, 0.0
             shown = (values["train/loss"], values["train/learning_rate"], values["train/tokens_per_second"])
             self.bar.set_postfix_str("loss {:.4f}, lr {:.2e}, {:.0f} tokens/s".format(*shown))
             line = "step {}: loss {:.4f}, lr {:.2e}, {:.0f} tokens/s".format(step, *shown)
             self.text_file.write(line + "\n")
             if not sys.stderr.isatty():
                 print(line, flush=True)
-        elif not self.tokens:
-            self.since = time.monotonic()  # an evaluation is not training time
         self.metrics_file.write(json.dumps({"step": step, "timestamp": time.time(), **values}) + "\n")
 
     def close(self):
@@ -69,9 +66,9 @@ class Log:
         self.text_file.close()
 
 
-def peak_memory():
-    """The most memory this run has held, in bytes: the GPU's where there is one, else the process's."""
-    if torch.cuda.is_available():
+def peak_memory(device):
+    """The most memory this run has held, in bytes: the GPU's where it ran on one, else the process's."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,15 +1,19 @@
 """Load a base model and its tokenizer; choose the device and the type to compute in."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import lora.attention  # noqa: F401  (registers the attention called "packed")
 from lora.config import ROOT
+from lora.data import Rows
 from lora.errors import UserError
-from lora.heads import Task
+from lora.heads import LMHead, Task
+from lora.render import Row
 
 EMBEDDED = ROOT / "assets" / "tiny_base"
 logging.disable_progress_bar()
@@ -43,38 +47,109 @@ def locate(base_model):
     return base_model, False
 
 
+@contextmanager
+def naming(base_model):
+    """What transformers says of a base that it cannot load, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"base_model {base_model}: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_weights(model_class, base_model, dtype, attention):
+    """A model of transformers with the weights of `base_model`, all of them, in `dtype`. Raises UserError."""
+    source, local = locate(base_model)
+    with naming(base_model):
+        model, info = model_class.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            local_files_only=local,
+        )
+    absent = [str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]] if not is_pooler(str(name))]
+    if absent:
+        raise UserError(f"base_model {base_model}: no weights, or of another shape, for {', '.join(sorted(absent)[:5])}.")
+    return model
+
+
+def load_shape(base_model):
+    """(config.json as transformers reads it, the type of the weights on disk, tokenizer). Raises UserError."""
+    source, local = locate(base_model)
+    with naming(base_model):
+        shape = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    return shape, shape.dtype or torch.float32, tokenizer
+
+
+def is_pooler(name):
+    """A pooler's weights are read by no head here: they may be absent, and are not trained."""
+    return "pooler" in name.split(".")
+
+
 def load_task(config, dtype):
     """The base of `config` with the head its task needs, on the CPU, weights in `dtype`, trainable. Raises UserError.
 
-    With `init_from = "scratch"` the weights are random (seeded), in the shape the base's config.json gives.
+    With `init_from = "scratch"` the weights are random (seeded), in the shape that the base's config.json gives.
     """
-    source, local = locate(config.model.base_model)
-    common = {"trust_remote_code": False, "local_files_only": local}
+    base_model, max_length = config.model.base_model, config.data.max_length
+    shape, base_dtype, tokenizer = load_shape(base_model)
+    if shape.is_encoder_decoder:
+        raise UserError(f"base_model {base_model}: encoder-decoder models are not supported.")
     auto = AutoModelForCausalLM if config.model.task == "lm" else AutoModel
     torch.manual_seed(config.training.seed)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        shape = AutoConfig.from_pretrained(source, **common)
-        base_dtype = shape.dtype or torch.float32
-        if shape.is_encoder_decoder:
-            raise UserError(f"base_model {config.model.base_model}: encoder-decoder models are not supported.")
-        if config.model.init_from == "scratch":
-            model = auto.from_config(shape, dtype=dtype, attn_implementation="packed")
-            model.config.name_or_path = source
-        else:
-            model, info = auto.from_pretrained(
-                source, dtype=dtype, attn_implementation="packed", use_safetensors=True, output_loading_info=True, **common
-            )
-            if info["missing_keys"] or info["mismatched_keys"]:
-                missing = ", ".join(map(str, sorted([*info["missing_keys"], *info["mismatched_keys"]])[:5]))
-                raise UserError(f"base_model {config.model.base_model}: no weights, or of another shape, for {missing}.")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"base_model {config.model.base_model}: {reason}") from None
-    longest = getattr(shape, "max_position_embeddings", None)
-    if longest and config.data.max_length > longest:
-        found = f"max_length = {config.data.max_length}: {config.model.base_model} has {longest} positions"
-        raise UserError(f"{found}; add --max_length {longest}.")
+    if config.model.init_from == "scratch":
+        model = auto.from_config(shape, dtype=dtype, attn_implementation="packed")
+        model.config.name_or_path = locate(base_model)[0]
+    else:
+        model = load_weights(auto, base_model, dtype, "packed")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("pooler" not in name.split("."))  # no head reads it, so it would only go stale
-    return Task(model, tokenizer, base_dtype, config.model.head_dropout)
+        parameter.requires_grad_(not is_pooler(name))
+    task = Task(model, tokenizer, base_dtype, config.model.head_dropout)
+    longest = (getattr(shape, "max_position_embeddings", None) or max_length) - task.first_position
+    if max_length > longest:
+        raise UserError(f"max_length = {max_length}: {base_model} has {longest} positions; add --max_length {longest}.")
+    if config.model.task == "lm" and not task.causal:
+        raise UserError(f"base_model {base_model}: an encoder sees the tokens it would have to predict; use --task score.")
+    problem = disagreement(task)
+    if problem:
+        raise UserError(f"base_model {base_model}: {type(model).__name__} is not supported: {problem}.")
+    return task
+
+
+@torch.no_grad()
+def disagreement(task):
+    """What this model does otherwise than the task assumes, measured on two short documents; None if all is well.
+
+    A model whose attention does not go through transformers' AttentionInterface would let packed documents see
+    each other and train all the same.
+    """
+    task.eval()
+    rounding = 1e-4 if task.model.dtype == torch.float32 else 0.05  # of the largest output; with room to spare
+    vocabulary = task.model.get_input_embeddings().num_embeddings
+    first, second = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    changed = [*first[:-1], (first[-1] + 1) % vocabulary]
+
+    def hidden(*documents):
+        rows = Rows([Row(document, [0.0] * len(document)) for document in documents], "score")
+        return task.hidden_states(rows.batch(range(len(documents)))).float()
+
+    def differ(one, other, rounding=rounding):
+        return bool((one - other).abs().max() > rounding * one.abs().max())
+
+    try:
+        alone = hidden(first)
+        if differ(torch.cat([alone, hidden(second)]), hidden(first, second)):
+            return "documents that are packed into one row see each other"
+        if differ(alone[:-1], hidden(changed)[:-1], 1e-6) == task.causal:  # the same sums: equal in every type
+            return "whether a position sees later ones is not what its attention modules say"
+        if isinstance(task.head, LMHead):
+            logits = task.model(torch.tensor([first]), use_cache=False).logits[0].float()
+            if differ(logits, task.head.output_layer(alone.to(task.model.dtype)).float()):
+                return "it scales or caps its logits"
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        return f"a short forward pass ends in {type(error).__name__}: {error}"
+    task.train()
+    return None

@@ -6,6 +6,7 @@ import peft
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
+from transformers import BertConfig, BertModel
 
 from lora import inject, load_adapter, save_adapter
 from lora.errors import UserError
@@ -67,6 +68,26 @@ def test_an_adapter_made_on_the_bare_backbone_finds_its_place_in_the_causal_mode
     torch.testing.assert_close(
         model.model(TOKENS).last_hidden_state, theirs(TOKENS).last_hidden_state, rtol=0, atol=1e-6
     )  # fmt: skip
+
+
+def test_an_encoders_adapter_goes_both_ways(tmp_path):
+    def make():
+        torch.manual_seed(1)
+        return BertModel(
+            BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        ).eval()
+
+    model = make()
+    inject(model, r=4)
+    randomise(model)
+    save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+    hidden = model(TOKENS).last_hidden_state
+    torch.testing.assert_close(theirs(TOKENS).last_hidden_state, hidden, rtol=0, atol=1e-6)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = make()
+    load_adapter(again, tmp_path / "theirs")
+    torch.testing.assert_close(again(TOKENS).last_hidden_state, hidden, rtol=0, atol=1e-6)
 
 
 def test_saving_what_was_loaded_gives_the_same_bytes(ours, tmp_path):

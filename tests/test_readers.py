@@ -88,7 +88,7 @@ def test_steps_in_jsonl_and_json_with_soft_boolean_and_null_labels(tmp_path):
 
 def test_pairs_in_csv_with_and_without_header_tsv_and_jsonl_scaled_by_label_max(tmp_path):
     expected = [("one, two", ["three"], [0.5]), ("four", ["five\u2028six"], [1.0])]
-    table = '"one, two",three,2.5\nfour,five\u2028six,5\n'
+    table = '"one, two",three,2.5\n\nfour,five\u2028six,5\n'
     assert examples(write(tmp_path, "a.csv", table), label_max=5) == expected
     assert examples(write(tmp_path, "b.csv", "sentence1,sentence2,score\n" + table), label_max=5) == expected
     tabs = "score\tsentence1\tsentence2\n2.5\tone, two\tthree\n5\tfour\tfive\u2028six\n"
@@ -115,13 +115,18 @@ BAD = [
     ("a.jsonl", '{"prompt": "p", "steps": ["s"], "labels": [7]}', "a.jsonl:1: label 7; expected 0..1"),
     ("a.jsonl", '{"prompt": "p", "steps": ["s"], "labels": [NaN]}', "a.jsonl:1: label nan; expected 0..1"),
     ("a.jsonl", '{"prompt": "p", "steps": ["s"], "labels": ["1"]}', "a.jsonl:1: label '1'; expected 0..1"),
-    ("a.jsonl", '{"prompt": "p", "steps": ["s", " "], "labels": [1, 1]}', "a.jsonl:1: steps must be a list of texts"),
+    (
+        "a.jsonl",
+        '{"prompt": "p", "steps": ["s", " "], "labels": [1, 1]}',
+        "a.jsonl:1: step 2 is ' '; expected a text that is not empty",
+    ),
     (
         "a.jsonl",
         '{"prompt": "", "steps": ["s"], "labels": [1]}',
         "a.jsonl:1: prompt is ''; expected a text that is not empty",
     ),
     ("a.jsonl", '{"text": "t"}', "a.jsonl:1: keys text are for --task lm, and the task is score"),
+    ("a.jsonl", '{"prompt": "\\ud800", "steps": ["s"], "labels": [1]}', "a.jsonl:1: prompt holds half of a surrogate pair"),
     ("a.jsonl", "", "a.jsonl: 0 examples"),
     ("a.json", GOOD, "a.json: expected a JSON list of objects, found dict"),
     ("a.csv", "a,b,0.5\na,b\n", "a.csv:2: 2 columns, expected 3 (sentence1, sentence2, score)"),

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 import torch
 
 from lora import checkpoint
@@ -22,16 +23,28 @@ def metrics(folder):
     return [{k: v for k, v in line.items() if k not in ("timestamp", "train/tokens_per_second")} for line in lines]
 
 
+# No chain has 100 tokens, and a micro-batch holds at most batch_size x max_length.
+SEVERAL_MICRO_BATCHES = {"batch_size": 1, "gradient_accumulation_steps": 8, "max_length": 100}
+
+
 @pytest.mark.parametrize(
     "lora, settings",
     [
-        (True, {"lora_dropout": 0.3, "head_dropout": 0.2}),
+        (True, {"lora_dropout": 0.3, "head_dropout": 0.2, **SEVERAL_MICRO_BATCHES}),
         (True, {"task": "lm", "lora_dropout": 0.3}),
         (False, {"head_dropout": 0.2}),
         (False, {"task": "lm", "init_from": "scratch"}),
         (True, {"lora_dropout": 0.3, "dtype": "bfloat16"}),
+        (False, {"dtype": "float16"}),
     ],
-    ids=["lora scorer", "lora lm", "full scorer", "full lm from scratch", "lora scorer in bfloat16"],
+    ids=[
+        "lora scorer",
+        "lora lm",
+        "full scorer",
+        "full lm from scratch",
+        "lora scorer in bfloat16",
+        "full scorer in float16",
+    ],
 )
 @pytest.mark.parametrize(
     "step", [4, 9], ids=["saved between evaluations, mid-epoch", "saved at an evaluation, in the second epoch"]
@@ -81,15 +94,37 @@ def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
         assert (folder / "final_artifact" / name).read_bytes() == (best["path"] / name).read_bytes()
 
 
-def test_early_stopping_counts_evaluations_without_a_new_best_and_saves_the_count(configure):
-    config = configure(True, max_steps=300, learning_rate=1e-7, early_stopping_patience=2, eval_steps=2)
-    config.training.learning_rate = 10.0  # nothing gets better after a start like this
-    folder = run(config)
-    losses = [(line["step"], line["val/loss"]) for line in metrics(folder) if "val/loss" in line and line["step"]]
-    values = [loss for _, loss in losses]
-    assert losses[-1][0] < 300 and min(values) == values[-3] and values.index(min(values)) == len(values) - 3
-    state = checkpoint.saved(folder / "checkpoints")[-1]
-    assert state["step"] == losses[-1][0] and state["without_best"] == 2
+def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume(configure, monkeypatch):
+    settings = dict(max_steps=300, learning_rate=10.0, early_stopping_patience=3, eval_steps=2, save_steps=2)
+
+    def evaluations(folder):
+        return [(line["step"], line["val/loss"]) for line in metrics(folder) if "val/loss" in line and line["step"]]
+
+    whole = evaluations(run(configure(True, "whole", **settings)))
+    stop, losses = whole[-1][0], [loss for _, loss in whole]
+    assert stop < 300 and losses.index(min(losses)) == len(losses) - 4  # three in a row were no better
+    config = configure(True, "cut", **settings)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingData, "batch_at", interrupted_at(stop - 2))
+        run(config)
+    assert evaluations(run(config, f"{config.output.output_dir}/cut/checkpoints/checkpoint_step_{stop - 2}")) == whole
+
+
+def test_a_checkpoint_without_its_optimizer_state_is_refused(configure):
+    config = configure(True)
+    checkpoint_12 = run(config) / "checkpoints" / "checkpoint_step_12"
+    tensors = load_file(checkpoint_12 / "optimizer.safetensors")
+    gone = next(name for name in tensors if name.endswith("exp_avg"))
+    save_file({name: t for name, t in tensors.items() if name != gone}, checkpoint_12 / "optimizer.safetensors")
+    config.training.max_steps = 20
+    with pytest.raises(UserError, match=f"optimizer.safetensors lacks, .*{gone}"):
+        run(config, checkpoint_12)
+
+
+def test_a_complete_run_has_nothing_to_resume(configure):
+    config = configure(True)
+    with pytest.raises(UserError, match="that run of 12 steps is complete; raise --max_steps"):
+        run(config, run(config) / "checkpoints" / "checkpoint_step_12")
 
 
 def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(configure, tmp_path):
@@ -104,6 +139,8 @@ def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(
     command = resume("--max_steps=20", "--eval_steps=5")
     assert command.run_dir == saved.parent.parent and command.config.training.max_steps == 20
     assert resume("--experiment_name=branch").run_dir == tmp_path / "branch"
+    with pytest.raises(UserError, match="final_artifact: no checkpoint .no trainer_state.json there."):
+        read_command_line([f"--resume_from={saved.parent.parent}/final_artifact"], get_lora_config(), "unused.toml", "")
     earlier = min(s["step"] for s in checkpoint.saved(saved.parent))
-    with pytest.raises(UserError, match="later checkpoint .step 12."):
+    with pytest.raises(UserError, match="checkpoint_step_12 is later"):
         read_command_line([f"--resume_from={saved.parent}/checkpoint_step_{earlier}"], command.config, "unused.toml", "")

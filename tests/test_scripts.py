@@ -16,6 +16,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 import eval as evaluation
 import merge as merging
 from lora.config import ROOT
+from lora.errors import Stopped, UserError
+from lora.heads import Task
+from lora.layer import lora_layers, merge
 from tests.conftest import run
 
 
@@ -54,21 +57,21 @@ def test_flags_and_data_are_checked_before_torch_is_loaded():
         assert call("-c", blocked, script, "--help").returncode == 0
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(configure, monkeypatch, capsys):
-    from lora.errors import Stopped
-    from lora.heads import Task
-
-    undisturbed, seen = Task.forward, []
+def test_a_loss_that_is_not_finite_stops_before_the_update(configure, monkeypatch):
+    undisturbed, tasks, weights = Task.forward, [], []
 
     def forward(self, batch):
         loss, count = undisturbed(self, batch)
-        seen.append([p.detach().clone() for p in self.parameters()])
-        return loss * (float("nan") if len(seen) == 5 else 1), count
+        tasks.append(self)
+        weights.append([p.detach().clone() for p in self.parameters()])
+        return loss * (float("nan") if len(weights) == 5 else 1), count
 
     monkeypatch.setattr(Task, "forward", forward)
     with pytest.raises(Stopped, match=r"step 4: loss nan.*; stopped before the update") as error:
         run(configure(True, batch_size=8, gradient_accumulation_steps=1))
     assert error.value.status == 3
+    assert all(torch.equal(now, before) for now, before in zip(tasks[-1].parameters(), weights[-1], strict=True))
+    assert not all(torch.equal(now, before) for now, before in zip(weights[-1], weights[0], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves
@@ -124,7 +127,7 @@ def test_eval_repeats_the_validation_of_the_best_step_and_scores_a_prompt(finish
     assert numbers["mse"] == pytest.approx(results["best"]["mse"], abs=1e-6)
     assert {"mae", "r2", "pearson", "spearman"} < numbers.keys()
     capsys.readouterr()
-    prompt = r"Start with 1, add 2.\n1+2=3\n3+1=5"
+    prompt = "From left to right: 1+2+1\n1+2=3\n\n3+1=5"
     arguments = evaluation.read_arguments(["--checkpoint", str(folder / "final_artifact"), "--prompt", prompt])
     evaluation.main(*arguments, evaluation.read_examples(*arguments))
     shown = capsys.readouterr().out.strip().split("\n")
@@ -153,13 +156,37 @@ def test_merge_writes_a_plain_folder_that_says_what_base_and_adapter_say(configu
 
 
 def test_merge_refuses_when_rounding_would_swallow_the_adapter(configure, tmp_path):
-    from lora.errors import UserError
-
     artifact = run(configure(True, task="lm", max_steps=1, learning_rate=1e-6, warmup_steps=0)) / "final_artifact"
     arguments = merging.read_arguments(["--adapter", str(artifact), "--output", str(tmp_path / "m"), "--dtype=bfloat16"])
     with pytest.raises(UserError, match="add --dtype float32"):
         merging.main(arguments)
     assert not (tmp_path / "m").exists()
+
+
+def test_merge_refuses_a_merged_model_that_differs(configure, tmp_path, monkeypatch):
+    def half(model):
+        for layer in lora_layers(model).values():
+            layer.alpha /= 2
+        merge(model)
+
+    artifact = run(configure(True, task="lm", max_steps=3)) / "final_artifact"
+    monkeypatch.setattr(merging, "merge", half)
+    with pytest.raises(UserError, match="differs from base . adapter by .* more than rounding"):
+        merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(tmp_path / "m")]))
+    assert not (tmp_path / "m").exists()
+
+
+def test_merge_refuses_what_has_no_base_or_no_adapter(configure, tiny_base, tmp_path):
+    full = run(configure(False, "full", max_steps=1)) / "final_artifact"
+    scratch = run(configure(True, "scratch", init_from="scratch", max_steps=1)) / "final_artifact"
+    alone = scratch / "lora_adapter"
+    for folder, message in (
+        (full, "no lora_adapter/"),
+        (scratch, "trained on random weights"),
+        (alone, "add --base_model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            merging.main(merging.read_arguments(["--adapter", str(folder), "--output", str(tmp_path / "m")]))
 
 
 def test_an_encoder_scores_pairs_and_merges(configure, tiny_encoder, tmp_path):

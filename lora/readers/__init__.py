@@ -28,13 +28,14 @@ def read(paths, task, label_max=1.0):
             examples += arithmetic.read(path, task)
         else:
             for where, row in files.rows(path):
-                reader = next((r for r in (steps, pairs, text) if r.KEYS <= row.keys() or r.OTHER_KEYS <= row.keys()), None)
+                fitting = [r for r in (steps, pairs, text) if r.KEYS <= row.keys() or r.OTHER_KEYS <= row.keys()]
+                reader = next((r for r in fitting if (r is text) == (task == "lm")), None)
+                if reader is None and fitting:
+                    needed = "score" if task == "lm" else "lm"
+                    raise UserError(f"{where}: keys {', '.join(row)} are for --task {needed}, and the task is {task}.")
                 if reader is None:
                     known = "; ".join(", ".join(sorted(r.KEYS)) for r in (steps, pairs, text))
                     raise UserError(f"{where}: keys found: {', '.join(map(str, row))}; expected one of: {known}.")
-                if (reader is text) != (task == "lm"):
-                    needed = "score" if task == "lm" else "lm"
-                    raise UserError(f"{where}: keys {', '.join(row)} are for --task {needed}, and the task is {task}.")
                 examples.append(reader.example(where, row, label_max))
         if len(examples) == before:
             raise UserError(f"{path}: 0 examples.")
@@ -63,12 +64,13 @@ def split_by_prompt(examples, fraction):
     )
 
 
-def string(where, row, *names):
-    """The text under the first of `names` that the row has."""
-    name = next(n for n in names if n in row)
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise UserError(f"{where}: {name} is {str(row[name])[:40]!r}; expected a text that is not empty.")
-    return row[name]
+def string(where, name, value):
+    """`value` if it is a text that a tokenizer can read."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a text that is not empty.")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{where}: {name} holds half of a surrogate pair, which is not a character.")
+    return value
 
 
 def label(where, value, label_max):

@@ -38,7 +38,8 @@ def make_problem(rng):
     operations = []
     for _ in range(rng.randrange(3, 7)):
         largest = {"+": LIMIT - value, "-": value, "*": LIMIT // value if value else 0}
-        operation = rng.choice([o for o in OPERATIONS if largest[o] >= 2])
+        # Products fit into the range more rarely than sums; counted twice they are still the rarest.
+        operation = rng.choice([o for o in OPERATIONS + "*" if largest[o] >= 2])
         operand = rng.randrange(2, min(9, largest[operation]) + 1)
         operations.append((operation, operand))
         value = calculate(value, operation, operand)
@@ -54,43 +55,44 @@ def split_of(problem):
     return {0: "test", 1: "validation"}.get(zlib.crc32(problem.encode()) % 10, "train")
 
 
-def change_digit(rng, number):
-    digits = list(str(number))
-    place = rng.randrange(len(digits))
-    digits[place] = rng.choice([d for d in "0123456789" if d != digits[place]])
-    return int("".join(digits))
+def change_digit(number):
+    """Every number that differs from `number` in one digit."""
+    digits = str(number)
+    return [int(digits[:i] + d + digits[i + 1 :]) for i in range(len(digits)) for d in "0123456789" if d != digits[i]]
 
 
-def slip(rng, value, operation, operand):
-    """A wrong version of the step `value operation operand`: (first, operation, result)."""
+def possible_slips(value, operation, operand, rest):
+    """The wrong versions (first, operation, result) of a step from which `rest` stays in range: a list for each kind."""
     result = calculate(value, operation, operand)
-    kinds = ("digit", "carry", "operator", "carried") if 0 <= result <= LIMIT else ("operator", "carried")
-    while True:
-        kind = rng.choice(kinds)
-        first, used, wrong = value, operation, result
-        if kind == "digit":
-            wrong = change_digit(rng, result)
-        elif kind == "carry":
-            wrong = result + rng.choice((-10, 10))
-        elif kind == "operator":
-            used = rng.choice([o for o in OPERATIONS if o != operation])
-            wrong = calculate(value, used, operand)
-        else:
-            first = change_digit(rng, value)
-            wrong = calculate(first, operation, operand)
-        if (first, used, wrong) != (value, operation, result) and 0 <= wrong <= LIMIT:
-            return first, used, wrong
+    kinds = (
+        [(value, operation, wrong) for wrong in change_digit(result)],  # digit
+        [(value, operation, result - 10), (value, operation, result + 10)],  # carry
+        [(value, used, calculate(value, used, operand)) for used in OPERATIONS if used != operation],  # operator
+        [(first, operation, calculate(first, operation, operand)) for first in change_digit(value)],  # carried
+    )
+    possible = [[slip for slip in kind if in_range(slip[2], rest)] for kind in kinds]
+    return [kind for kind in possible if kind]
+
+
+def in_range(value, operations):
+    """Whether a chain that goes on from `value` stays within 0..LIMIT."""
+    for operation, operand in [*operations, ("+", 0)]:
+        if not 0 <= value <= LIMIT:
+            return False
+        value = calculate(value, operation, operand)
+    return True
 
 
 def make_chain(rng, start, operations, mend_slips):
     """(steps, labels). With `mend_slips` each wrong step is followed by "No, " and the right one."""
     steps, labels, value = [], [], start
-    for operation, operand in operations:
+    for i, (operation, operand) in enumerate(operations):
         result = calculate(value, operation, operand)
         right = f"{value}{operation}{operand}={result}"
-        # After a slip the next operation may lead out of the range; then it is slipped too.
-        if rng.random() < SHARE_WRONG or not 0 <= result <= LIMIT:
-            first, used, wrong = slip(rng, value, operation, operand)
+        rest = [] if mend_slips else operations[i + 1 :]  # what goes on from the wrong value
+        wrong_steps = possible_slips(value, operation, operand, rest) if rng.random() < SHARE_WRONG else []
+        if wrong_steps:
+            first, used, wrong = rng.choice(rng.choice(wrong_steps))
             steps.append(f"{first}{used}{operand}={wrong}")
             labels.append(0.0)
             if mend_slips:

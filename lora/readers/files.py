@@ -6,6 +6,9 @@ import json
 from lora.errors import UserError
 
 
+csv.field_size_limit(2**31 - 1)  # a cell may hold a document; csv's own limit is 128 KiB
+
+
 def rows(path):
     """Yield (file:line, row as a dict). Raises UserError for what cannot be read."""
     readers = {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "tsv": csv_rows}
@@ -17,6 +20,8 @@ def rows(path):
             yield from readers[suffix](path, file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: {error}.") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: byte {error.object[error.start]:#04x} is not UTF-8; convert it: iconv -t utf-8."
@@ -54,7 +59,7 @@ def csv_rows(path, file):
     """Rows under the names in the first line; three columns that end in a number are a pair without a header."""
     table = csv.reader(file, delimiter="\t" if path.lower().endswith("tsv") else ",")
     names = None
-    for values in table:
+    for values in filter(None, table):  # a blank line is no row
         where = f"{path}:{table.line_num}"
         if names is None:
             names = ["sentence1", "sentence2", "score"] if len(values) == 3 and is_number(values[2]) else values

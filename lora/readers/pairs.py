@@ -7,6 +7,6 @@ OTHER_KEYS = {"sentence1", "sentence2", "label"}
 
 
 def example(where, row, label_max):
-    score = label(where, row.get("score", row.get("label")), label_max)
-    first, second = string(where, row, "sentence1"), string(where, row, "sentence2")
+    score = label(where, row["score"] if row.get("score") is not None else row.get("label"), label_max)
+    first, second = (string(where, name, row[name]) for name in ("sentence1", "sentence2"))
     return Example(where, prompt=first, steps=[second], labels=[score])

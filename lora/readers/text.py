@@ -6,4 +6,4 @@ KEYS = OTHER_KEYS = {"text"}
 
 
 def example(where, row, label_max):
-    return Example(where, text=string(where, row, "text"))
+    return Example(where, text=string(where, "text", row["text"]))
