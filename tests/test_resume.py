@@ -60,6 +60,8 @@ def test_resumed_equals_uninterrupted_bitwise(configure, monkeypatch, lora, sett
     last = "checkpoints/checkpoint_step_12"
     assert files(cut / last) == files(whole / last) and len(files(whole / last)) >= 2
     assert metrics(cut) == metrics(whole)
+    states = [checkpoint.read_state(folder / last) for folder in (cut, whole)]
+    assert states[0].pop("config") and states[1].pop("config") and states[0] == states[1]
 
 
 def interrupted_at(stop):
