@@ -169,14 +169,16 @@ def theirs(config, start, dropout, total, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--max_steps", type=int)
+    parser.add_argument("--equal_steps", type=int, default=200, help="steps of part 1")
+    parser.add_argument("--max_steps", type=int, help="steps of part 2, to try it out; default: 3 epochs")
     parser.add_argument("--output", default=ROOT / "benchmarks" / "results" / "stsb_peft.json", type=Path)
     arguments = parser.parse_args()
     results = {"command": " ".join(["python", *sys.argv]), "threads": torch.get_num_threads(), "seeds": {}}
     with tempfile.TemporaryDirectory() as folder:
         for seed in [None, *arguments.seeds]:
             dropout, place = (0.0, "equal") if seed is None else (0.1, str(seed))
-            config = configure(42 if seed is None else seed, arguments.max_steps, f"{folder}/{place}")
+            steps = arguments.equal_steps if seed is None else arguments.max_steps
+            config = configure(42 if seed is None else seed, steps, f"{folder}/{place}")
             mine, my_dev, my_seconds, start = ours(config, dropout)
             peers, peer_dev, peer_seconds = theirs(config, start, dropout, len(mine), folder)
             differences = [abs(a - b) for a, b in zip(mine, peers, strict=True)]
