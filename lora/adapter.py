@@ -47,8 +47,8 @@ def save_adapter(model, folder):
     ambiguous = any(n.rpartition(".")[2] in endings and hasattr(m, "weight") for n, m in model.named_modules())
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if is_causal(model) else None,
-        "base_model_name_or_path": model.config.name_or_path,
+        "task_type": "CAUSAL_LM" if hasattr(model, "base_model_prefix") and is_causal(model) else None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
         "r": one.r,
         "lora_alpha": one.alpha,
         "lora_dropout": one.dropout.p,

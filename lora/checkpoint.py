@@ -13,7 +13,6 @@ import shutil
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-import torch
 
 from lora.errors import UserError
 

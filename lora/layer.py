@@ -118,6 +118,8 @@ def inject(model, r=16, alpha=32, dropout=0.0, target_modules="all-linear"):
 
 def wrap(model, names, r, alpha, dropout):
     """`inject` for layers known by their full names."""
+    if lora_layers(model):
+        raise ValueError("the model has LoRA layers already; merge them, or load the adapter into them")
     model.requires_grad_(False)
     for name in names:
         parent, _, child = name.rpartition(".")

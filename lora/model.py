@@ -38,7 +38,7 @@ def choose_dtype(name, device):
 
 
 def locate(base_model):
-    """(where transformers finds the base, whether that is a folder). Something that looks like a path is never a Hub name."""
+    """(where transformers finds the base, whether that is a folder). What looks like a path is never a Hub name."""
     path = EMBEDDED if base_model == "embedded" else Path(base_model).expanduser()
     if path.is_dir():
         return str(path), True

@@ -63,9 +63,9 @@ def configure(tiny_base, tmp_path):
     def make(lora, name="run", **values):
         config = get_lora_config() if lora else Config()
         settings = dict(
-            base_model=str(tiny_base), task="score", train_data=["arithmetic:train:60"],
-            eval_data=["arithmetic:validation:8"], max_length=256, learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=2, max_steps=12, eval_steps=3,
-            logging_steps=1, save_steps=4, experiment_name=name, output_dir=str(tmp_path),
+            base_model=str(tiny_base), task="score", max_length=256, train_data=["arithmetic:train:60"],
+            eval_data=["arithmetic:validation:8"], learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=2,
+            max_steps=12, eval_steps=3, logging_steps=1, save_steps=4, experiment_name=name, output_dir=str(tmp_path),
         )  # fmt: skip
         for key, value in (settings | values).items():
             table = next(

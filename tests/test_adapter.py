@@ -90,6 +90,21 @@ def test_an_encoders_adapter_goes_both_ways(tmp_path):
     torch.testing.assert_close(again(TOKENS).last_hidden_state, hidden, rtol=0, atol=1e-6)
 
 
+def test_a_model_of_the_users_own_goes_both_ways(tmp_path):
+    def make():
+        torch.manual_seed(1)
+        return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
+
+    model, x = make(), torch.randn(3, 6)
+    assert inject(model, r=2) == ["0", "2"]
+    randomise(model)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(make(), tmp_path)(x), model(x), rtol=0, atol=1e-6)
+    again = make()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(x), model(x))
+
+
 def test_saving_what_was_loaded_gives_the_same_bytes(ours, tmp_path):
     model = tiny_llama()
     load_adapter(model, ours[1])

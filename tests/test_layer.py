@@ -98,6 +98,13 @@ def test_a_target_that_matches_nothing_is_an_error_that_lists_what_there_is():
         inject(tiny_llama(), target_modules=["q_proj", "nope_proj"])
 
 
+def test_injecting_twice_is_an_error():
+    model = tiny_llama()
+    inject(model, r=4, target_modules="q_proj")
+    with pytest.raises(ValueError, match="has LoRA layers already"):
+        inject(model, r=4, target_modules="v_proj")
+
+
 def test_a_rank_above_the_layer_is_an_error():
     with pytest.raises(UserError, match=r"lora_r = 17: a layer of 32 x 16 has room for a rank of 1..16"):
         inject(tiny_llama(), r=17)

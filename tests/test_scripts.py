@@ -34,8 +34,8 @@ def call(*arguments, cwd=ROOT):
     "arguments, message",
     [
         (["train.py", "--lora_r=4"], "--lora_r: train.py trains all weights"),
-        (["train_lora.py", "--base_model=embedded", "--train_data=/nowhere.jsonl"], "/nowhere.jsonl: No such file or directory."),
-        (["train_lora.py", "--base_model=/no/such", "--task=score", "--train_data=arithmetic:train:9"], "base_model /no/such: no such folder (and no Hub name"),
+        (["train_lora.py", "--base_model=embedded", "--train_data=/no.jsonl"], "/no.jsonl: No such file or directory."),
+        (["train.py", "--base_model=/no/such", "--train_data=arithmetic:train:9"], "base_model /no/such: no such folder"),
         (["train_lora.py", "--lora_r=999"], "lora_r = 999: a layer of 128 x 128 has room for a rank of 1..128."),
         (["train_lora.py", "--max_length=4096"], "max_length = 4096: embedded has 512 positions; add --max_length 512."),
         (["eval.py"], "nothing to evaluate"),
@@ -50,7 +50,8 @@ def test_a_users_mistake_is_one_line_exit_2_and_nothing_written(arguments, messa
 
 
 def test_flags_and_data_are_checked_before_torch_is_loaded():
-    blocked = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    run_script = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    blocked = f"import sys, runpy; sys.modules['torch'] = None; {run_script}"
     for script in ("train.py", "train_lora.py"):
         done = call("-c", blocked, script, "--base_model=embedded", "--train_data=/nowhere.jsonl")
         assert done.returncode == 2 and "No such file" in done.stderr
