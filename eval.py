@@ -36,6 +36,8 @@ def read_arguments(argv):
     for name in own:
         if getattr(arguments, name) is not None:
             set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
+    if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
+        raise UserError(f"--output {arguments.output}: no such folder.")
     if not config.model.base_model:
         raise UserError("nothing to evaluate: add --checkpoint DIR, or --base_model FOLDER.")
     if arguments.prompt is None and not (arguments.eval_data or config.data.train_data):
@@ -60,22 +62,14 @@ if __name__ == "__main__":  # above torch, as in train.py
         arguments, config = read_arguments(sys.argv[1:])
         examples = read_examples(arguments, config)
 
+from train import predict  # before torch: it sets the allocator up
+
 import torch
 from tqdm import tqdm
 
 from lora import metrics
 from lora.data import tokenise
 from lora.model import choose_device, choose_dtype, load_task
-
-
-@torch.no_grad()
-def predict(task, rows, max_tokens, device, dtype):
-    """(what the head says at every target, the targets), in the order of the rows."""
-    task.to(device).eval()
-    batches = rows.batches(range(len(rows)), max_tokens)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        said = [task.predict(batch.to(device))[1].float().cpu() for batch in tqdm(batches, unit="batch", disable=None)]
-    return torch.cat(said), torch.cat([batch.targets for batch in batches])
 
 
 def main(arguments, config, examples):
@@ -87,7 +81,8 @@ def main(arguments, config, examples):
     elif config.model.task == "score":
         print("note: a base has no score head; this one is untrained")
     rows, facts = tokenise(examples, task, config, "eval")
-    said, targets = predict(task, rows, config.training.batch_size * config.data.max_length, device, dtype)
+    batches = rows.batches(range(len(rows)), config.training.batch_size * config.data.max_length)
+    said, targets = predict(task.to(device), tqdm(batches, unit="batch", disable=None), device, dtype)
     if arguments.prompt is not None:
         if len(said) < len(examples[0].steps):
             raise UserError(f"--prompt: longer than max_length {config.data.max_length} tokens.")

@@ -53,16 +53,21 @@ def learning_rate_at(step, total, settings):
     return settings.learning_rate * shape[settings.lr_scheduler_type]
 
 
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 @torch.no_grad()
-def evaluate(task, batches, device, autocast):
-    """The head's metrics over every target of `batches`: sums divided once, however the batches are cut."""
+def predict(task, batches, device, dtype):
+    """(what the head says at every target [n], the targets [n]) over `batches`, without dropout."""
     task.eval()
-    predictions = []
+    said, targets = [], []
     for batch in batches:
-        with autocast():
-            predictions.append(task.predict(batch.to(device))[1].float().cpu())
+        with autocast(device, dtype):
+            said.append(task.predict(batch.to(device))[1].float().cpu())
+        targets.append(batch.targets)
     task.train()
-    return task.head.metrics(torch.cat(predictions), torch.cat([batch.targets for batch in batches]))
+    return torch.cat(said), torch.cat(targets)
 
 
 def train(task, data, config, log, device, dtype, resume_from=""):
@@ -74,9 +79,6 @@ def train(task, data, config, log, device, dtype, resume_from=""):
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=settings.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     folder = log.run_dir / "checkpoints"
-
-    def autocast():
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     step, best_loss, without_best = 0, math.inf, 0
     if resume_from:
@@ -91,7 +93,7 @@ def train(task, data, config, log, device, dtype, resume_from=""):
         # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never lost.
         last, metrics, save = step >= total, None, False
         if step != start and (last or step % settings.eval_steps == 0):
-            metrics = evaluate(task, data.evaluation(), device, autocast)
+            metrics = task.head.metrics(*predict(task, data.evaluation(), device, dtype))
             log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
         if metrics and step > 0:
             save, without_best = checkpoint.enters_best(folder, metrics["loss"]), without_best + 1
@@ -116,7 +118,7 @@ def train(task, data, config, log, device, dtype, resume_from=""):
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             torch.manual_seed(seed_for(settings.seed, "dropout", step, i))
-            with autocast():
+            with autocast(device, dtype):
                 loss_sum, _ = task(batch.to(device))
             scaler.scale(loss_sum / num_targets).backward()
             loss += loss_sum.detach() / num_targets
@@ -158,6 +160,9 @@ def run(task, command, examples, device, dtype):
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     log.say(f"{facts}\n{held_out_facts}")
+    shared = set.intersection(*({example.subject for example in part} for part in examples))
+    if shared:
+        log.say(f"warning: {len(shared)} prompts or texts are in the training data and in the held-out data")
     if config.training.max_steps and config.training.num_train_epochs:
         log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")

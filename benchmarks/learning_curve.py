@@ -27,7 +27,7 @@ def main():
     for run in arguments.runs:
         label, _, folder = run.rpartition("=")
         axes.plot(*series(folder, arguments.metric), marker="o", markersize=3, label=label)
-    axes.set(xlabel="optimizer step", ylabel=arguments.metric, ylim=(-0.05, 1.0))
+    axes.set(xlabel="optimizer step", ylabel=arguments.metric, ylim=(-0.25, 1.0))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     for side in ("top", "right"):

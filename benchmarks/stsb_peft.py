@@ -22,14 +22,13 @@ import time
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from train import train  # before torch: it sets the allocator up, for both sides
+from train import predict, train  # before torch: it sets the allocator up, for both sides
 
 import peft
 import torch
 from torch import nn
 from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments
 
-from eval import predict
 from lora import get_lora_config, inject, metrics
 from lora.config import ROOT
 from lora.data import TrainingData, shuffle, tokenise
@@ -84,7 +83,7 @@ def ours(config, dropout):
     train(task, data, config, log, torch.device("cpu"), torch.float32)
     log.close()
     steps = [json.loads(line) for line in log.metrics_path.read_text().splitlines() if "train/loss" in line]
-    said, targets = predict(task, held_out, 4096, torch.device("cpu"), torch.float32)
+    said, targets = predict(task, held_out.batches(range(len(held_out)), 4096), torch.device("cpu"), torch.float32)
     seconds = steps[-1]["timestamp"] - steps[0]["timestamp"]
     return [step["train/loss"] for step in steps], agreement(said, targets), seconds, start
 

@@ -35,8 +35,6 @@ def save(folder, step, task, optimizer, state):
     (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
     for path in [*temporary.rglob("*"), temporary]:
         flush(path)
-    if final.exists():
-        shutil.rmtree(final)
     temporary.rename(final)
     flush(folder)
     prune(folder)

@@ -106,6 +106,11 @@ def test_a_run_leaves_what_the_readme_names(finished):
     assert not list(folder.rglob(".tmp*"))
 
 
+def test_held_out_data_that_was_trained_on_is_pointed_out(configure, capsys):
+    run(configure(True, max_steps=1, eval_data=["arithmetic:train:5"]))
+    assert "warning: 5 prompts or texts are in the training data and in the held-out data" in capsys.readouterr().out
+
+
 def test_training_leaves_every_frozen_tensor_as_it_was(configure, tiny_base, monkeypatch):
     import train
 

@@ -16,6 +16,11 @@ class Example:
     steps: list[str] = field(default_factory=list)
     labels: list[float | None] = field(default_factory=list)  # 0..1, or None: no label for this step
 
+    @property
+    def subject(self):
+        """What rows must share to belong to the same side of a split."""
+        return self.prompt or self.text
+
 
 def read(paths, task, label_max=1.0):
     """The examples of several files for `task` ("lm": texts, "score": steps with labels). Raises UserError."""
@@ -53,14 +58,14 @@ def read_data(config):
 
 def split_by_prompt(examples, fraction):
     """(training, held-out) examples; those that share a prompt (or a whole text) stay together, so nothing leaks."""
-    texts = {example.prompt or example.text for example in examples}
+    texts = {example.subject for example in examples}
     ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
     held_out = set(ordered[: max(1, round(fraction * len(ordered)))])
     if held_out == texts:
         raise UserError(f"{examples[0].where}: too few different prompts ({len(texts)}) to hold some out; add --eval_data.")
     return (
-        [e for e in examples if (e.prompt or e.text) not in held_out],
-        [e for e in examples if (e.prompt or e.text) in held_out],
+        [e for e in examples if e.subject not in held_out],
+        [e for e in examples if e.subject in held_out],
     )
 
 
