@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 import sys
 
-from lora.config import Config, Parser, saved_config, set_key
+from lora.command_line import Parser
+from lora.config import Config, saved_config, set_key
 from lora.errors import UserError, one_line_errors
 from lora.readers import Example, read, read_data
 

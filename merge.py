@@ -10,7 +10,7 @@ from pathlib import Path
 import shutil
 import sys
 
-from lora.config import Parser
+from lora.command_line import Parser
 from lora.errors import UserError, one_line_errors
 
 

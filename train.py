@@ -10,7 +10,8 @@ micro-batches of a step, a pure function of (seed, step). So the state of a run 
 import os
 import sys
 
-from lora.config import ROOT, Config, read_command_line
+from lora.command_line import read_command_line
+from lora.config import ROOT, Config
 from lora.errors import Stopped, UserError, one_line_errors
 from lora.readers import read_data
 

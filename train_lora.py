@@ -8,7 +8,8 @@ The loop, the data, the heads, checkpoints and evaluation are train.py's. What f
 
 import sys
 
-from lora.config import ROOT, get_lora_config, read_command_line
+from lora.command_line import read_command_line
+from lora.config import ROOT, get_lora_config
 from lora.errors import one_line_errors
 from lora.readers import read_data
 

@@ -4,16 +4,12 @@ Only the standard library (and tomli) is imported here, so that a wrong flag is 
 The order of precedence is flag, then config file, then the default written below.
 """
 
-import argparse
-import copy
 import dataclasses
 from dataclasses import dataclass, field
 import difflib
 import json
 import math
 from pathlib import Path
-import re
-import time
 import types
 import typing
 
@@ -135,10 +131,11 @@ def tables_of(config):
 
 
 def to_toml(tables):
-    """TOML for tables of strings, numbers, booleans and lists of them. (JSON's escapes are a subset of TOML's.)"""
+    """TOML for tables of strings, numbers, booleans and lists of them; JSON writes these as TOML reads them."""
     lines = []
     for name, table in tables.items():
-        lines += [f"[{name}]"] + [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in table.items()] + [""]
+        values = {k: json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f") for k, v in table.items()}
+        lines += [f"[{name}]", *(f"{k} = {v}" for k, v in values.items()), ""]
     return "\n".join(lines)
 
 
@@ -269,130 +266,6 @@ def from_dict(tables, where):
     return config
 
 
-# ---------------------------------------------------------------------------------------------------- command line
-
-# What may differ between a checkpoint and the run that continues it: how long, how often, and where to.
-FREE_ON_RESUME = {
-    *("max_steps", "num_train_epochs", "early_stopping_patience", "logging_steps", "eval_steps", "save_steps"),
-    *("max_eval_batches", "experiment_name", "output_dir", "device"),
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, `-` read as `_` in flags, and no guessing of abbreviated ones."""
-
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False)
-
-    def error(self, message):
-        raise UserError(f"{message}. See --help.")
-
-    def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args([underscored(a) for a in args], namespace)
-
-
-def underscored(argument):
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
-
-
-def add_flags(parser, config):
-    """A flag for every key of `config` (and its aliases); returns the names they arrive under."""
-    for title, table in tables_of(config).items():
-        group = parser.add_argument_group(f"[{title}]")
-        for f in dataclasses.fields(table):
-            default, choices = getattr(table, f.name), f.metadata["choices"]
-            notes = [", ".join(choices)] if choices else []
-            if default not in (None, "", []):
-                notes.append(f"default: {' '.join(default) if isinstance(default, list) else default}")
-            help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
-            flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
-            nargs = "+" if typing.get_origin(f.type) is list else None
-            action = "extend" if nargs else "store"
-            group.add_argument(*flags, dest=f.name, nargs=nargs, action=action, metavar="X", help=help.replace("%", "%%"))
-    for switch, dtype in DTYPE_SWITCHES.items():
-        parser.add_argument(f"--{switch}", nargs="?", const="true", metavar="BOOL", help=f"true: --dtype {dtype}")
-    return [*keys_of(config), *DTYPE_SWITCHES]
-
-
-def read_command_line(argv, config, default_file, description):
-    """The Command: `config` changed by the --config file, then by the flags. Raises UserError.
-
-    Where neither a config file nor a model nor data is named, `default_file` is the config file. A resumed run starts
-    from the configuration in its checkpoint, and may differ from it in FREE_ON_RESUME only.
-    """
-    parser = Parser(description)
-    parser.add_argument("--config", metavar="FILE", help="TOML (or JSON) file with the keys below")
-    resume = ("--resume_from", "--resume_from_checkpoint")
-    parser.add_argument(*resume, metavar="DIR", default="", help="continue the run of this checkpoint")
-    names = add_flags(parser, config)
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown and unknown[0].startswith("--"):
-        flag = unknown[0].split("=")[0]
-        set_key(config, flag[2:], None, flag)  # raises, and names the nearest flag
-    if unknown:
-        raise UserError(f"{unknown[0]}: not expected here. See --help.")
-    flags = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    refuse_two_dtypes(flags, "flags")
-
-    file, saved = arguments.config, None
-    if arguments.resume_from:
-        if not (Path(arguments.resume_from) / "trainer_state.json").is_file():
-            raise UserError(f"--resume_from {arguments.resume_from}: no checkpoint (no trainer_state.json there).")
-        saved = saved_config(arguments.resume_from)
-        if (saved.lora is None) != (config.lora is None):
-            raise UserError(f"--resume_from {arguments.resume_from}: {'train_lora' if saved.lora else 'train'}.py made it.")
-    elif not file and not {"base_model", "train_data", "eval_data"} & flags.keys():
-        file = str(default_file)
-    if file:
-        set_tables(config, read_file(file), file)
-    elif saved:
-        config = copy.deepcopy(saved)
-    for name, value in flags.items():
-        set_key(config, name, value, f"--{name}", from_text=True)
-
-    require_model_and_data(config)
-    if saved:
-        config.output.experiment_name = config.output.experiment_name or saved.output.experiment_name
-        refuse_changes(saved, config, arguments.resume_from)
-        return Command(config, continued_folder(saved, config, Path(arguments.resume_from)), arguments.resume_from)
-    if not config.output.experiment_name:
-        stem = Path(file).stem if file else Path(config.model.base_model).name
-        config.output.experiment_name = f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
-    return Command(config, new_folder(config))
-
-
-@dataclass
-class Command:
-    """What a call of a training script asks for."""
-
-    config: Config
-    run_dir: Path
-    resume_from: str = ""  # a checkpoint folder
-
-
-def new_folder(config):
-    """The folder of a new run; one that exists is never written into."""
-    folder = Path(config.output.output_dir) / config.output.experiment_name
-    if folder.exists():
-        raise UserError(f"{folder} exists; choose another --experiment_name, or continue it with --resume_from.")
-    return folder
-
-
-def continued_folder(saved, config, checkpoint):
-    """The folder of the run that `checkpoint` belongs to, or a new one where the output options name another."""
-    if (config.output.output_dir, config.output.experiment_name) != (saved.output.output_dir, saved.output.experiment_name):
-        return new_folder(config)
-    place = checkpoint.resolve()
-    names = [path.name for path in place.parent.iterdir() if re.fullmatch(r"checkpoint_step_\d+", path.name)]
-    if place.parent.name != "checkpoints" or place.name not in names:
-        raise UserError(f"--resume_from {checkpoint}: not in a run's checkpoints/; name a new --experiment_name for it.")
-    newest = max(names, key=lambda name: int(name.rpartition("_")[2]))
-    if place.name != newest:
-        raise UserError(f"--resume_from {checkpoint}: {newest} is later; resume that, or name a new --experiment_name.")
-    return place.parent.parent
-
-
 def saved_config(folder):
     """The configuration that a checkpoint (trainer_state.json) or an artifact (training_config.toml) was made with."""
     state, toml = Path(folder) / "trainer_state.json", Path(folder) / "training_config.toml"
@@ -401,24 +274,3 @@ def saved_config(folder):
     if toml.is_file():
         return from_dict(read_file(toml), str(toml))
     raise UserError(f"{folder}: no checkpoint and no final artifact of ours (no {state.name}, no {toml.name}).")
-
-
-def refuse_changes(saved, config, checkpoint):
-    before, now = keys_of(saved), keys_of(config)
-    changed = [
-        f"{name} ({getattr(before[name][0], name)} -> {getattr(now[name][0], name)})"
-        for name in now
-        if name not in FREE_ON_RESUME and getattr(before[name][0], name) != getattr(now[name][0], name)
-    ]
-    if changed:
-        raise UserError(f"--resume_from {checkpoint}: another configuration than the checkpoint's: {', '.join(changed)}.")
-
-
-def require_model_and_data(config):
-    model, data = config.model.base_model, config.data.train_data
-    if model and not data:
-        raise UserError(f"base_model {model} is named, but no data: add --train_data FILE.")
-    if data and not model:
-        raise UserError(f"train_data {data[0]} is named, but no model: add --base_model FOLDER (or 'embedded').")
-    if not model:
-        raise UserError("neither a model nor training data is named: add --base_model FOLDER --train_data FILE.")

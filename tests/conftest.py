@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from lora.config import Command, Config, get_lora_config
+from lora.command_line import Command
+from lora.config import Config, get_lora_config
 from lora.model import EMBEDDED
 from lora.readers import read_data
 

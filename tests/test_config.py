@@ -6,7 +6,8 @@ import re
 import pytest
 import tomli
 
-from lora.config import ROOT, Config, from_dict, get_lora_config, keys_of, read_command_line, saved_config
+from lora.command_line import read_command_line
+from lora.config import ROOT, Config, from_dict, get_lora_config, keys_of, saved_config
 from lora.errors import UserError
 
 NAMED = ["--base_model=m", "--train_data=d"]
@@ -89,7 +90,7 @@ def test_bf16_false_overrides_a_file(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_a_saved_configuration_reads_back_equal(tmp_path, suffix):
-    config = read(*NAMED, "--train_data", 'a "quoted" näme\n.jsonl', "b\\c", "--learning_rate=3e-4", "--max_samples=5")
+    config = read(*NAMED, "--train_data", 'a "quoted" näme\n\x7f.jsonl', "b\\c", "--learning_rate=3e-4", "--max_samples=5")
     path = tmp_path / f"training_config.{suffix}"
     config.save(path)
     again = read("--config", str(path))

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 import torch
 
 from lora import checkpoint
-from lora.config import get_lora_config, read_command_line
+from lora.command_line import read_command_line
+from lora.config import get_lora_config
 from lora.data import TrainingData
 from lora.errors import UserError
 from tests.conftest import run
