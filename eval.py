@@ -28,12 +28,11 @@ def read_arguments(argv):
     for name in own:
         parser.add_argument(f"--{name}", metavar="X", help="as in train.py; default: the checkpoint's")
     parser.add_argument("--eval_data", nargs="+", metavar="FILE", help="held-out files; default: the checkpoint's")
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(f"{unknown[0]}: not expected here. See --help.")
+    arguments = parser.parse_args(argv)
     config = saved_config(arguments.checkpoint) if arguments.checkpoint else Config()
-    if arguments.checkpoint and (Path(arguments.checkpoint) / "config.json").is_file():
-        config.model.base_model = arguments.checkpoint  # a merged scorer is its own base, wherever it has been moved to
+    whole = whole_model(arguments.checkpoint)
+    if whole:
+        config.model.base_model, config.model.init_from = whole, ""
     for name in own:
         if getattr(arguments, name) is not None:
             set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
@@ -44,6 +43,12 @@ def read_arguments(argv):
     if arguments.prompt is None and not (arguments.eval_data or config.data.train_data):
         raise UserError("no data: add --eval_data FILE, or --prompt TEXT.")
     return arguments, config
+
+
+def whole_model(checkpoint):
+    """The folder in which a checkpoint holds a whole model (trained in full, or merged), or ""."""
+    folders = [Path(checkpoint) / "backbone", Path(checkpoint)] if checkpoint else []
+    return next((str(folder) for folder in folders if (folder / "config.json").is_file()), "")
 
 
 def read_examples(arguments, config):
@@ -70,6 +75,7 @@ from tqdm import tqdm
 
 from lora import metrics
 from lora.data import tokenise
+from lora.log import without_nan
 from lora.model import choose_device, choose_dtype, load_task
 
 
@@ -77,7 +83,9 @@ def main(arguments, config, examples):
     device = choose_device(config.training.device)
     dtype = choose_dtype(config.training.dtype, device)
     task = load_task(config, torch.float32)
-    if arguments.checkpoint:
+    if whole_model(arguments.checkpoint):
+        task.load_head(arguments.checkpoint)
+    elif arguments.checkpoint:
         task.load(arguments.checkpoint)
     elif config.model.task == "score":
         print("note: a base has no score head; this one is untrained")
@@ -98,7 +106,7 @@ def main(arguments, config, examples):
     for name, value in numbers.items():
         print(f"{name:>12} {value:.6f}")
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(numbers, indent=2) + "\n")
+        Path(arguments.output).write_text(json.dumps(without_nan(numbers), indent=2) + "\n")
 
 
 if __name__ == "__main__":

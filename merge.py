@@ -20,9 +20,7 @@ def read_arguments(argv):
     parser.add_argument("--base_model", metavar="DIR", help="the base; default: the one that our checkpoint names")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to write, which must not exist")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the base's")
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(f"{unknown[0]}: not expected here. See --help.")
+    arguments = parser.parse_args(argv)
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
     return arguments
@@ -45,7 +43,10 @@ def outputs(model, tokens):
     """What the model says: logits [b, t, vocabulary], or a backbone's hidden states [b, t, width]; fp32."""
     with torch.no_grad():
         out = model.eval()(input_ids=tokens)
-    return (out.logits if "logits" in out else out.last_hidden_state).float()
+    said = out.get("logits", out.get("last_hidden_state"))
+    if said is None:
+        raise UserError(f"{type(model).__name__} gives neither logits nor hidden states, so nothing can be proved of it.")
+    return said.float()
 
 
 def find_adapter(folder, base_model):
@@ -66,7 +67,10 @@ def main(arguments):
     adapter, base_model, config = find_adapter(Path(arguments.adapter), arguments.base_model)
     shape, dtype, tokenizer = load_shape(base_model)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
-    model_class = getattr(transformers, (shape.architectures or ["AutoModelForCausalLM"])[0])
+    architecture = (shape.architectures or ["AutoModelForCausalLM"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise UserError(f"base_model {base_model}: transformers has no {architecture}.")
     model = load_weights(model_class, base_model, torch.float32, "sdpa")
 
     torch.manual_seed(0)
@@ -84,26 +88,27 @@ def main(arguments):
     print(f"adapter against base:           {effect:.3g}")
     print(f"merged against adapter, fp32:   {error:.3g}")
     # The sums are the same but for their order; fp32 rounds each to 6e-8, and layers multiply that.
-    if not error <= 1e-4 * max(size, 1.0):
+    if not error <= 1e-4 * size or error > effect:
         raise UserError(f"the merged model differs from base + adapter by {error:.3g}, which is more than rounding.")
-    rounded = (outputs(model.to(dtype), tokens) - of_adapter).abs().max().item()
-    print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounded:.3g}")
-    if rounded > effect > 0:
-        raise UserError(f"rounding to {dtype} changes more ({rounded:.3g}) than the adapter does; add --dtype float32.")
 
     final = Path(arguments.output)
     temporary = final.with_name(f".tmp_{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        model.to(dtype).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if config is not None and config.model.task == "score":
             shutil.copy(adapter.parent / "mlp_head.safetensors", temporary)
             config.lora, config.model.base_model = None, str(final)
             config.save(temporary / "training_config.toml")  # eval.py --checkpoint reads it
         written = load_weights(model_class, str(temporary), dtype, "sdpa")
-        if not torch.equal(outputs(written, tokens), outputs(model, tokens)):
-            raise UserError(f"{final}: the written model does not say what the merged one says; nothing is kept.")
+        merged = model.state_dict()
+        if any(not torch.equal(tensor, merged[name]) for name, tensor in written.state_dict().items()):
+            raise UserError(f"{final}: the written weights are not the merged ones; nothing is kept.")
+        rounded = (outputs(written, tokens) - of_adapter).abs().max().item()
+        print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounded:.3g}")
+        if rounded > effect > 0:
+            raise UserError(f"rounding to {dtype} changes more ({rounded:.3g}) than the adapter does; add --dtype float32.")
         temporary.rename(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -31,7 +31,7 @@ import torch
 
 from lora import checkpoint
 from lora.data import TrainingData, seed_for, tokenise
-from lora.log import Log, peak_memory
+from lora.log import Log, peak_memory, without_nan
 from lora.model import choose_device, choose_dtype, load_task
 
 
@@ -71,9 +71,9 @@ def predict(task, batches, device, dtype):
     return torch.cat(said), torch.cat(targets)
 
 
-def train(task, data, config, log, device, dtype, resume_from=""):
-    """Train what requires grad in `task`, to the end of the run that `config` describes."""
-    settings, total = config.training, total_steps(config.training, data.steps_per_epoch)
+def train(task, data, config, log, device, dtype, total, resume_from=""):
+    """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to that step."""
+    settings = config.training
     parameters = list(checkpoint.trainable(task).values())
     assert all(p.dtype == torch.float32 for p in parameters), "trained weights are fp32 masters"
     betas = (0.9, settings.adam_beta2)
@@ -81,12 +81,14 @@ def train(task, data, config, log, device, dtype, resume_from=""):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     folder = log.run_dir / "checkpoints"
 
-    step, best_loss, without_best = 0, math.inf, 0
+    step, start, without_best = 0, None, 0
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
-        step, best_loss, without_best = state["step"], state["best_loss"], state["without_best"]
+        step = start = state["step"]
+        without_best = state["without_best"]
         scaler.load_state_dict(state["scaler"])
-    start = step if resume_from else None
+    best = checkpoint.best(checkpoint.saved(folder))  # none where a run branches off into a new folder
+    best_loss = best[0]["val"]["loss"] if best else math.inf
 
     task.train()
     log.start(step, total)
@@ -105,8 +107,8 @@ def train(task, data, config, log, device, dtype, resume_from=""):
                 log.say(f"Stopping at step {step}: {without_best} evaluations without a new best.")
                 last = True
         if step not in (0, start) and (save or last or step % config.output.save_steps == 0):
-            state = {"best_loss": best_loss, "without_best": without_best, "scaler": scaler.state_dict()}
-            checkpoint.save(folder, step, task, optimizer, {**state, "val": metrics, "config": config.as_dict()})
+            state = {"without_best": without_best, "scaler": scaler.state_dict(), "config": config.as_dict()}
+            checkpoint.save(folder, step, task, optimizer, {**state, "val": metrics and without_nan(metrics)})
         if last:
             break
 
@@ -168,7 +170,7 @@ def run(task, command, examples, device, dtype):
         log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
-    train(task.to(device), data, config, log, device, dtype, command.resume_from)
+    train(task.to(device), data, config, log, device, dtype, total, command.resume_from)
 
     states = checkpoint.saved(log.run_dir / "checkpoints")
     if not checkpoint.best(states):
@@ -184,7 +186,7 @@ def run(task, command, examples, device, dtype):
     }
     for path in (log.run_dir / "logs" / "final_results.json", log.run_dir / "final_artifact" / "training_metrics.json"):
         path.write_text(json.dumps(results, indent=2) + "\n")
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items())
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None)
     log.say(f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}")
     log.close()
     return results

@@ -24,6 +24,7 @@ from train import run  # before torch: it sets the allocator up
 
 import torch
 
+from lora.data import seed_for
 from lora.layer import inject
 from lora.model import choose_device, choose_dtype, load_task
 
@@ -33,7 +34,7 @@ def main(command, examples):
     device = choose_device(config.training.device)
     dtype = choose_dtype(config.training.dtype, device)
     task = load_task(config, dtype)  # frozen weights are kept in the type they are computed in
-    torch.manual_seed(config.training.seed)
+    torch.manual_seed(seed_for(config.training.seed, "lora"))  # not the numbers that the head was drawn with
     lora = config.lora
     names = inject(task.model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.target_modules)
     print(f"LoRA: rank {lora.lora_r}, alpha {lora.lora_alpha:g}, over {len(names)} linear layers; the base is frozen")

@@ -22,7 +22,7 @@ import time
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from train import predict, train  # before torch: it sets the allocator up, for both sides
+from train import predict, total_steps, train  # before torch: it sets the allocator up, for both sides
 
 import peft
 import torch
@@ -31,7 +31,7 @@ from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments
 
 from lora import get_lora_config, inject, metrics
 from lora.config import ROOT
-from lora.data import TrainingData, shuffle, tokenise
+from lora.data import TrainingData, seed_for, shuffle, tokenise
 from lora.heads import MLPHead
 from lora.layer import lora_layers
 from lora.log import Log
@@ -68,7 +68,7 @@ def ours(config, dropout):
     """(losses of the steps, dev metrics, seconds, the start that both sides share: A by layer, the head, the data)."""
     task = load_task(config, torch.float32)
     set_dropout(task.model, dropout)  # the base's own; neither side drops anything in LoRA or head
-    torch.manual_seed(config.training.seed)
+    torch.manual_seed(seed_for(config.training.seed, "lora"))
     inject(task.model, config.lora.lora_r, config.lora.lora_alpha)
     (rows, _), (held_out, _) = (tokenise(part, task, config, "stsb") for part in read_data(config))
     data = TrainingData(rows, held_out, config)
@@ -80,7 +80,7 @@ def ours(config, dropout):
         "held_out": held_out,
     }
     log = Log(config.output.output_dir, config)
-    train(task, data, config, log, torch.device("cpu"), torch.float32)
+    train(task, data, config, log, torch.device("cpu"), torch.float32, total_steps(config.training, data.steps_per_epoch))
     log.close()
     steps = [json.loads(line) for line in log.metrics_path.read_text().splitlines() if "train/loss" in line]
     said, targets = predict(task, held_out.batches(range(len(held_out)), 4096), torch.device("cpu"), torch.float32)

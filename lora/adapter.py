@@ -32,6 +32,10 @@ PLAIN = {
     "layer_replication": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
     "init_lora_weights": (True, False, "gaussian", "eva"),
 }
 
@@ -127,10 +131,15 @@ def load_adapter(model, folder):
     unfilled = sorted(layers.keys() - places.values())
     if unfilled:
         raise UserError(f"{folder}: the adapter has no tensors for {', '.join(unfilled)}.")
-    for name, place in places.items():
-        for factor, tensor in tensors[name].items():
-            weight = getattr(layers[place], factor).weight
-            if weight.shape != tensor.shape:
-                raise UserError(f"{folder}: {name}.{factor} is {list(tensor.shape)}, its place is {list(weight.shape)}.")
-            weight.copy_(tensor)
+    weights = {(n, factor): getattr(layers[places[n]], factor).weight for n in tensors for factor in tensors[n]}
+    misfits = [
+        f"{name}.{factor} is {list(tensors[name][factor].shape)}, its place is {list(weight.shape)}"
+        for (name, factor), weight in weights.items()
+        if tensors[name][factor].shape != weight.shape
+    ]
+    if misfits:
+        raise UserError(f"{folder}: {'; '.join(misfits)}.")
+    for (name, factor), weight in weights.items():
+        weight.copy_(tensors[name][factor])
+    for place in places.values():
         layers[place].alpha = config["lora_alpha"]

@@ -60,7 +60,7 @@ def saved(folder):
 
 def best(states):
     """Those with a (finite) validation loss, the lowest first (of equals, the earlier)."""
-    evaluated = [s for s in states if s["val"] and math.isfinite(s["val"]["loss"])]
+    evaluated = [s for s in states if s["val"] and s["val"]["loss"] is not None]
     return sorted(evaluated, key=lambda s: (s["val"]["loss"], s["step"]))
 
 

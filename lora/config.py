@@ -57,7 +57,7 @@ class LoraConfig:
 @dataclass
 class TrainingConfig:
     learning_rate: float = key(2e-5, "peak learning rate", above=0.0)
-    batch_size: int = key(4, "examples per micro-batch and device", low=1)
+    batch_size: int = key(4, "with max_length the tokens of a micro-batch: batch_size x max_length at most", low=1)
     gradient_accumulation_steps: int = key(4, "a step is batch_size x this many examples", low=1)
     max_steps: int | None = key(None, "optimizer steps; default: 10000, or what num_train_epochs needs", low=1)
     num_train_epochs: float | None = key(None, "passes over the data; with max_steps the smaller ends the run", above=0.0)
@@ -71,7 +71,7 @@ class TrainingConfig:
     adam_beta2: float = key(0.999, "AdamW's; smaller for training from random weights", low=0.0, high=0.9999)
     seed: int = key(42, "of the weights, the order of the data and the dropout", low=0, high=2**63 - 1)
     eval_steps: int = key(100, "evaluate every N steps", low=1)
-    max_eval_batches: int = key(100, "evaluate on the first N x 4 examples; 0: all", low=0)
+    max_eval_batches: int = key(100, "evaluate on the first N x 4 rows; 0: all", low=0)
     early_stopping_patience: int = key(0, "stop after N evaluations without a new best; 0: never", low=0)
     device: str = key("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = key("auto", "of the computation", choices=("auto", "float32", "bfloat16", "float16"))
@@ -102,7 +102,8 @@ class Config:
 
     def save(self, path):
         path = Path(path)
-        path.write_text(json.dumps(self.as_dict(), indent=2) + "\n" if path.suffix == ".json" else to_toml(self.as_dict()))
+        text = json.dumps(self.as_dict(), indent=2) + "\n" if path.suffix == ".json" else to_toml(self.as_dict())
+        path.write_text(text, encoding="utf-8")
 
 
 def get_lora_config():
@@ -270,7 +271,10 @@ def saved_config(folder):
     """The configuration that a checkpoint (trainer_state.json) or an artifact (training_config.toml) was made with."""
     state, toml = Path(folder) / "trainer_state.json", Path(folder) / "training_config.toml"
     if state.is_file():
-        return from_dict(read_file(state)["config"], str(state))
+        tables = read_file(state).get("config")
+        if tables is None:
+            raise UserError(f"{state}: not a checkpoint of ours (it holds no config).")
+        return from_dict(tables, str(state))
     if toml.is_file():
         return from_dict(read_file(toml), str(toml))
     raise UserError(f"{folder}: no checkpoint and no final artifact of ours (no {state.name}, no {toml.name}).")

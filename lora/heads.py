@@ -5,9 +5,11 @@ hidden states at the target positions are picked out, and the head turns them in
 modelling and step scoring differ in nothing but the head.
 """
 
+from contextlib import contextmanager
 import math
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
@@ -118,21 +120,32 @@ class Task(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     def load(self, folder):
-        """The weights that `save` (or merge.py) wrote, into this task. Raises UserError where they do not fit."""
+        """The weights that `save` wrote, into this task. Raises UserError where they do not fit."""
         folder = Path(folder)
         if (folder / "lora_adapter").is_dir():
             load_adapter(self.model, folder / "lora_adapter")
-        elif (folder / "backbone").is_dir():
-            if lora_layers(self.model):
-                raise UserError(f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model.")
-            saved = type(self.model).from_pretrained(folder / "backbone", dtype=torch.float32, local_files_only=True)
-            state, own = saved.state_dict(), self.model.state_dict()
-            if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in own.items()}:
-                raise UserError(f"{folder}: backbone/ has other tensors than the base_model that this run names.")
-            self.model.load_state_dict(state)
-        elif not (folder / "config.json").is_file():  # with one, the folder is the base: merged, and loaded already
+        elif not (folder / "backbone").is_dir():
             raise UserError(f"{folder}: neither lora_adapter/ nor backbone/ is there.")
+        elif lora_layers(self.model):
+            raise UserError(f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model.")
+        else:
+            with one_line(folder / "backbone"):
+                saved = type(self.model).from_pretrained(folder / "backbone", dtype=torch.float32, local_files_only=True)
+                self.model.load_state_dict(saved.state_dict())
+        self.load_head(folder)
+
+    def load_head(self, folder):
+        """The MLP head in `folder`, where the task has one."""
         if isinstance(self.head, MLPHead):
-            if not (folder / "mlp_head.safetensors").is_file():
-                raise UserError(f"{folder}: no mlp_head.safetensors, which the task 'score' needs.")
-            self.head.load_state_dict(load_file(folder / "mlp_head.safetensors"))
+            path = Path(folder) / "mlp_head.safetensors"
+            with one_line(path):
+                self.head.load_state_dict(load_file(path))
+
+
+@contextmanager
+def one_line(path):
+    """What safetensors, transformers or torch say of weights that are absent, damaged or of another shape."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())[:200]}") from None

@@ -77,8 +77,13 @@ def linear_names(model):
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and "pooler" not in name.split(".")
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not is_pooler(name)
     ]
+
+
+def is_pooler(name):
+    """A pooler's weights are read by no head here: they may be absent, and are not trained."""
+    return "pooler" in name.split(".")
 
 
 def matching_names(model, target_modules):

@@ -1,6 +1,7 @@
 """What a run says: the console, a progress bar, logs/train_*.log and logs/train_metrics.jsonl."""
 
 import json
+import math
 from pathlib import Path
 import resource
 import sys
@@ -18,10 +19,12 @@ class Log:
     def __init__(self, run_dir, config, start=0):
         self.run_dir = Path(run_dir)
         folder = self.run_dir / "logs"
+        continued = start > 0 and folder.is_dir()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.run_dir.mkdir(parents=True, exist_ok=continued)  # of two runs that start at once, one gets the folder
+            folder.mkdir(exist_ok=continued)
         except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}; choose another --output_dir.") from None
+            raise UserError(f"{self.run_dir}: {error.strerror}; name another --experiment_name or --output_dir.") from None
         config.save(folder / "config.json")
         config.save(folder / "config.toml")
         self.metrics_path = folder / "train_metrics.jsonl"
@@ -58,12 +61,17 @@ class Log:
             self.text_file.write(line + "\n")
             if not sys.stderr.isatty():
                 print(line, flush=True)
-        self.metrics_file.write(json.dumps({"step": step, "timestamp": time.time(), **values}) + "\n")
+        self.metrics_file.write(json.dumps({"step": step, "timestamp": time.time(), **without_nan(values)}) + "\n")
 
     def close(self):
         self.bar.close()
         self.metrics_file.close()
         self.text_file.close()
+
+
+def without_nan(values):
+    """`values` with None for what is not finite: JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def peak_memory(device):

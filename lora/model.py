@@ -13,6 +13,7 @@ from lora.config import ROOT
 from lora.data import Rows
 from lora.errors import UserError
 from lora.heads import LMHead, Task
+from lora.layer import is_pooler
 from lora.render import Row
 
 EMBEDDED = ROOT / "assets" / "tiny_base"
@@ -82,11 +83,6 @@ def load_shape(base_model):
         shape = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     return shape, shape.dtype or torch.float32, tokenizer
-
-
-def is_pooler(name):
-    """A pooler's weights are read by no head here: they may be absent, and are not trained."""
-    return "pooler" in name.split(".")
 
 
 def load_task(config, dtype):

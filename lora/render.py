@@ -20,7 +20,7 @@ class Row:
 
 
 def render(example, tokenizer, task, max_length, causal):
-    """The rows of an example, each at most `max_length` tokens long; none where it cannot be shown whole.
+    """The rows of an example, each at most `max_length` tokens long; none where no labelled step fits.
 
     A text longer than that becomes several windows, in which every token but the first is a target exactly once. Of
     a chain, the steps that do not fit are left out. A causal model reads a chain in one row; an encoder sees what

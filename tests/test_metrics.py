@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora.heads import LMHead, MLPHead
+from lora.log import without_nan
 from lora.metrics import pearson, ranks, spearman
 
 
@@ -19,6 +20,10 @@ def test_spearman_sees_order_only_and_ties_share_their_rank():
     a = np.array([3.0, 1.0, 2.0, 2.0, 5.0])
     assert ranks(a).tolist() == [4.0, 1.0, 2.5, 2.5, 5.0]
     assert spearman(a, np.exp(a)) == pytest.approx(1.0) and spearman(a, -(a**3)) == pytest.approx(-1.0)
+
+
+def test_files_for_scripts_hold_null_where_a_number_is_not_finite():
+    assert without_nan({"r2": math.nan, "norm": math.inf, "loss": 0.5}) == {"r2": None, "norm": None, "loss": 0.5}
 
 
 def test_r2_is_zero_for_the_mean_and_one_for_the_labels():

@@ -98,7 +98,7 @@ def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
 
 
 def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume(configure, monkeypatch):
-    settings = dict(max_steps=300, learning_rate=10.0, early_stopping_patience=3, eval_steps=2, save_steps=2)
+    settings = dict(max_steps=300, learning_rate=1.0, early_stopping_patience=3, eval_steps=2, save_steps=2)
 
     def evaluations(folder):
         return [(line["step"], line["val/loss"]) for line in metrics(folder) if "val/loss" in line and line["step"]]
@@ -144,6 +144,9 @@ def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(
     assert resume("--experiment_name=branch").run_dir == tmp_path / "branch"
     with pytest.raises(UserError, match="final_artifact: no checkpoint .no trainer_state.json there."):
         read_command_line([f"--resume_from={saved.parent.parent}/final_artifact"], get_lora_config(), "unused.toml", "")
+    (tmp_path / "trainer_state.json").write_text('{"epoch": 1.0}')  # Hugging Face's Trainer calls its own so
+    with pytest.raises(UserError, match="not a checkpoint of ours"):
+        read_command_line([f"--resume_from={tmp_path}"], get_lora_config(), "unused.toml", "")
     earlier = min(s["step"] for s in checkpoint.saved(saved.parent))
     with pytest.raises(UserError, match="checkpoint_step_12 is later"):
         read_command_line([f"--resume_from={saved.parent}/checkpoint_step_{earlier}"], command.config, "unused.toml", "")

@@ -111,6 +111,12 @@ def test_held_out_data_that_was_trained_on_is_pointed_out(configure, capsys):
     assert "warning: 5 prompts or texts are in the training data and in the held-out data" in capsys.readouterr().out
 
 
+def test_of_two_runs_with_one_folder_the_second_is_refused(configure):
+    run(configure(True, max_steps=1))
+    with pytest.raises(UserError, match="run: File exists"):  # both had found the folder absent
+        run(configure(True, max_steps=1))
+
+
 def test_training_leaves_every_frozen_tensor_as_it_was(configure, tiny_base, monkeypatch):
     import train
 
@@ -138,6 +144,16 @@ def test_eval_repeats_the_validation_of_the_best_step_and_scores_a_prompt(finish
     evaluation.main(*arguments, evaluation.read_examples(*arguments))
     shown = capsys.readouterr().out.strip().split("\n")
     assert [re.fullmatch(r"[01]\.\d{3}  (.*)", line)[1] for line in shown] == ["1+2=3", "3+1=5"]
+
+
+def test_merge_into_a_bfloat16_base_is_rounded_once_and_written_as_bfloat16(configure, tmp_path, capsys):
+    artifact = run(configure(True, base_model="embedded", max_steps=3, learning_rate=3e-2)) / "final_artifact"
+    capsys.readouterr()
+    merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(tmp_path / "m")]))
+    effect, fp32, rounded = map(float, re.findall(r"(?:base|fp32|bfloat16): +(\S+)", capsys.readouterr().out))
+    assert fp32 < 1e-4 < rounded < effect
+    with safe_open(tmp_path / "m" / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
 
 
 @pytest.mark.parametrize("task", ["lm", "score"])

@@ -26,6 +26,7 @@ def test_the_default_run_learns_to_check_arithmetic_it_has_never_seen(script, tm
     call(script, "--output_dir", tmp_path, "--experiment_name", "run")
     best = results(tmp_path / "run")["best"]
     assert best["r2"] >= 0.90 and results(tmp_path / "run")["peak_memory_gb"] < 1.5
+    assert json.loads((tmp_path / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()[0])["val/r2"] < 0.1
     out = tmp_path / "test.json"
     call(
         "eval.py",
