@@ -93,7 +93,7 @@ def matching_names(model, target_modules):
     whole name, as PEFT has it. Every one of them must match something.
     """
     chosen = set()
-    known = linear_names(model)
+    known, prefix = linear_names(model), prefix_of(model)
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
     if not targets:
         raise UserError("target_modules is empty: there would be nothing to train.")
@@ -101,10 +101,10 @@ def matching_names(model, target_modules):
         if target == "all-linear":
             found = known
         elif re.fullmatch(r"[\w.]+", target):
-            found = [n for n in known if f".{prefix_of(model)}{n}".endswith(f".{target}")]
+            found = [n for n in known if f".{prefix}{n}".endswith(f".{target}")]
         else:
             try:
-                found = [n for n in known if re.fullmatch(target, prefix_of(model) + n)]
+                found = [n for n in known if re.fullmatch(target, prefix + n)]
             except re.error as error:
                 raise UserError(f"target_modules: {target!r} is no regular expression ({error}).") from None
         if not found:
