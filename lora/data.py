@@ -119,8 +119,8 @@ class TrainingData:
 def tokenise(examples, task, config, name):
     """(Rows, a line that says what they are). Raises UserError where no row has a target."""
     data = config.data
-    rendered = [render(example, task.tokenizer, config.model.task, data.max_length, task.causal) for example in examples]
-    rows = [row for rows in rendered for row in rows]
+    rendered = render(examples, task.tokenizer, config.model.task, data.max_length, task.causal)
+    rows = [row for result in rendered for row in result.rows]
     if not rows:
         raise UserError(f"{examples[0].where}: no {name} example has a target within max_length {data.max_length}.")
     table = Rows(rows, config.model.task)

@@ -1,13 +1,18 @@
 """Example -> tokens and targets: what the model reads, and at which positions it is asked for what.
 
+    python -m lora.render FILE --base_model M        shows rows with their targets coloured, and what the file amounts to
+
 `targets[i]` is what the head must say from the hidden state at position i: the next token (language modelling), or the
 label of the step that ends there (scores). Where nothing is asked it is NO_TOKEN or NaN.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from lora.chat import Piece, chat_pieces
 
 NO_TOKEN = -100
 NO_SCORE = float("nan")
+LONGEST_PIECE = 2**20  # characters of a text that are tokenised at once: memory stays small, and the threads have work
 
 
 @dataclass(slots=True)
@@ -19,16 +24,58 @@ class Row:
     segments: list[int] | None = None  # token types of an encoder's pair of texts
 
 
-def render(example, tokenizer, task, max_length, causal):
-    """The rows of an example, each at most `max_length` tokens long; none where no labelled step fits.
+@dataclass(slots=True)
+class Rendered:
+    """What became of an example: its rows, and whether max_length cut something off."""
 
-    A text longer than that becomes several windows, in which every token but the first is a target exactly once. Of
-    a chain, the steps that do not fit are left out. A causal model reads a chain in one row; an encoder sees what
-    follows a step as well, so there each step is the end of a row of its own.
+    rows: list[Row] = field(default_factory=list)
+    cut: bool = False
+
+
+def render(examples, tokenizer, task, max_length, causal):
+    """A Rendered for each example, with rows of at most `max_length` tokens; none where nothing that is asked fits.
+
+    A text longer than that becomes several windows, in which every token but the first is a target exactly once. A
+    chat is cut at its end. Of a chain, the steps that do not fit are left out. A causal model reads a chain in one
+    row; an encoder sees what follows a step as well, so there each step is the end of a row of its own.
     """
-    if task == "lm":
-        return text_rows(example, tokenizer, max_length)
-    return chain_rows(example, tokenizer, max_length) if causal else pair_rows(example, tokenizer, max_length)
+    if task == "score" and not causal:
+        return [pair_rows(example, tokenizer, max_length) for example in examples]
+    pieces = [pieces_of(example, tokenizer, task) for example in examples]
+    encoded = iter(encode([piece for parts in pieces for piece in parts], tokenizer))
+    start, end = first_token(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    results = []
+    for example, parts in zip(examples, pieces):
+        tokenised = [(piece, *next(encoded)) for piece in parts]  # (piece, tokens, which of them are targets)
+        if task == "score":
+            results.append(chain_row(tokenised, start, max_length))
+        elif example.messages:
+            results.append(chat_row(tokenised, max_length))
+        else:
+            results.append(text_rows(tokenised, start, end, max_length))
+    return results
+
+
+def pieces_of(example, tokenizer, task):
+    """The stretches of an example that are tokenised by themselves."""
+    if task == "score":  # a line each, so that a step's last token is its own
+        lines = [Piece(example.prompt + "\n"), *(Piece(step + "\n") for step in example.steps)]
+        for line, label in zip(lines[1:], example.labels):
+            line.label = label
+        return lines
+    if example.messages:
+        return chat_pieces(example.where, example.messages, example.tools, tokenizer)
+    return [Piece(text) for text in stretches(example.text)]
+
+
+def stretches(text):
+    """`text` in parts of about LONGEST_PIECE characters that begin after a line's end, where there is one."""
+    start = 0
+    while len(text) - start > LONGEST_PIECE:
+        end = text.rfind("\n", start, start + LONGEST_PIECE) + 1 or start + LONGEST_PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def first_token(tokenizer):
@@ -37,42 +84,74 @@ def first_token(tokenizer):
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def encode(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False).input_ids
+def encode(pieces, tokenizer):
+    """[(tokens, which of them are targets)] of pieces: a token is one if it lies in a span, or shares a letter with it."""
+    results = []
+    for literal in (False, True):
+        chosen = [(i, piece) for i, piece in enumerate(pieces) if piece.literal == literal]
+        if not chosen:
+            continue
+        texts = [piece.text for _, piece in chosen]
+        spanned = any(piece.spans for _, piece in chosen)
+        out = tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=literal, return_offsets_mapping=spanned, verbose=False
+        )
+        for row, (i, piece) in enumerate(chosen):
+            tokens, mask = out.input_ids[row], [False] * len(out.input_ids[row])
+            for first, last in piece.spans:
+                inside = [k for k, (a, b) in enumerate(out.offset_mapping[row]) if a < last and b > first]
+                if inside:  # all between the ends: the offsets of some tokenizers leave blanks out
+                    mask[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
+            results.append((i, tokens, mask))
+    return [(tokens, mask) for _, tokens, mask in sorted(results)]
 
 
-def text_rows(example, tokenizer, max_length):
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens = first_token(tokenizer) + encode(tokenizer, example.text) + end
+def chat_row(tokenised, max_length):
+    """The chat in one row, cut at its end; the targets are the assistant's tokens."""
+    tokens = [token for _, part, _ in tokenised for token in part]
+    asked = [flag for _, _, mask in tokenised for flag in mask]
+    targets = [token if flag else NO_TOKEN for token, flag in zip(tokens[1:max_length], asked[1:max_length])] + [NO_TOKEN]
+    row = Row(tokens[:max_length], targets)
+    has_target = any(target != NO_TOKEN for target in targets)
+    return Rendered([row] if has_target else [], cut=len(tokens) > max_length)
+
+
+def text_rows(tokenised, start, end, max_length):
+    tokens = [token for _, part, _ in tokenised for token in part]
+    tokens = (start if tokens[:1] != start else []) + tokens + (end if tokens[-1:] != end else [])
     rows = []
-    for start in range(0, len(tokens) - 1, max_length):
-        window = tokens[start : start + max_length]
-        targets = tokens[start + 1 : start + max_length + 1]
+    for first in range(0, len(tokens) - 1, max_length):
+        window = tokens[first : first + max_length]
+        targets = tokens[first + 1 : first + max_length + 1]
         rows.append(Row(window, targets + [NO_TOKEN] * (len(window) - len(targets))))
-    return rows
+    return Rendered(rows)
 
 
-def chain_rows(example, tokenizer, max_length):
-    """Prompt and steps, a line each. Every line is tokenised by itself, so that a step's last token is its own."""
-    tokens = first_token(tokenizer) + encode(tokenizer, example.prompt + "\n")
+def chain_row(tokenised, start, max_length):
+    """Prompt and steps in one row, with the labels at the last tokens of the steps."""
+    tokens = start + tokenised[0][1]
     targets = [NO_SCORE] * len(tokens)
-    for step, label in zip(example.steps, example.labels):
-        line = encode(tokenizer, step + "\n")
+    for place, (piece, line, _) in enumerate(tokenised[1:], 1):
         if len(tokens) + len(line) > max_length:
             break
         tokens += line
-        targets += [NO_SCORE] * (len(line) - 1) + [NO_SCORE if label is None else label]
-    return [Row(tokens, targets)] if any(t == t for t in targets) else []
+        targets += [NO_SCORE] * (len(line) - 1) + [NO_SCORE if piece.label is None else piece.label]
+    else:
+        place = len(tokenised)
+    has_target = any(target == target for target in targets)
+    return Rendered([Row(tokens, targets)] if has_target else [], cut=place < len(tokenised))
 
 
 def pair_rows(example, tokenizer, max_length):
     """For each labelled step: the prompt and everything up to that step, as the encoder's pair of texts."""
-    rows = []
+    result = Rendered()
     for end, label in enumerate(example.labels, 1):
         if label is None:
             continue
         pair = tokenizer(example.prompt, "\n".join(example.steps[:end]))
         if len(pair.input_ids) <= max_length:
             targets = [NO_SCORE] * (len(pair.input_ids) - 1) + [label]
-            rows.append(Row(pair.input_ids, targets, pair.get("token_type_ids")))
-    return rows
+            result.rows.append(Row(pair.input_ids, targets, pair.get("token_type_ids")))
+        else:
+            result.cut = True
+    return result

@@ -26,8 +26,11 @@ def tokenizer():
 
 
 def rows_of(path, task, tokenizer, causal=True):
-    rendered = [render(e, tokenizer, task, 256, causal) for e in read([path], task)]
-    return Rows([row for rows in rendered for row in rows], task)
+    return Rows([row for result in render(read([path], task), tokenizer, task, 256, causal) for row in result.rows], task)
+
+
+def rows_for(example, tokenizer, task, max_length=256, causal=True):
+    return render([example], tokenizer, task, max_length, causal)[0].rows
 
 
 def training_data(configure, tokenizer, **values):
@@ -170,12 +173,12 @@ def test_a_later_step_does_not_change_the_score_of_an_earlier_one(tokenizer):
     """All steps of a chain are scored in one forward pass; the score of each is what a pass of its own would give."""
     task = scorer(lambda c: tiny_llama().model, None)
     example = read(["arithmetic:train:1"], "score")[0]
-    whole = Rows(render(example, tokenizer, "score", 256, True), "score")
+    whole = Rows(rows_for(example, tokenizer, "score"), "score")
     with torch.no_grad():
         _, together = task.predict(whole.batch([0]))
         for k in range(1, len(example.steps) + 1):
             prefix = Example("", prompt=example.prompt, steps=example.steps[:k], labels=example.labels[:k])
-            _, alone = task.predict(Rows(render(prefix, tokenizer, "score", 256, True), "score").batch([0]))
+            _, alone = task.predict(Rows(rows_for(prefix, tokenizer, "score"), "score").batch([0]))
             torch.testing.assert_close(alone[-1], together[k - 1], rtol=0, atol=1e-6)
 
 
@@ -206,7 +209,7 @@ def test_an_attention_argument_that_would_change_the_result_is_refused(tokenizer
 
 def test_a_score_is_read_at_the_last_token_of_its_step(tokenizer):
     example = Example("", prompt="Start with 1, add 2.", steps=["1+2=3", "3+1=4", "4+1=9"], labels=[1.0, None, 0.25])
-    (row,) = render(example, tokenizer, "score", 256, causal=True)
+    (row,) = rows_for(example, tokenizer, "score")
     assert tokenizer.decode(row.tokens) == "Start with 1, add 2.\n1+2=3\n3+1=4\n4+1=9\n"
     marked = {tokenizer.decode(row.tokens[: i + 1]): t for i, t in enumerate(row.targets) if t == t}
     assert marked == {"Start with 1, add 2.\n1+2=3\n": 1.0, "Start with 1, add 2.\n1+2=3\n3+1=4\n4+1=9\n": 0.25}
@@ -214,17 +217,17 @@ def test_a_score_is_read_at_the_last_token_of_its_step(tokenizer):
 
 def test_steps_that_do_not_fit_are_left_out_whole(tokenizer):
     example = read(["arithmetic:train:1"], "score")[0]
-    (full,) = render(example, tokenizer, "score", 256, True)
-    (short,) = render(example, tokenizer, "score", len(full.tokens) - 1, True)
+    (full,) = rows_for(example, tokenizer, "score")
+    (short,) = rows_for(example, tokenizer, "score", len(full.tokens) - 1)
     assert short.tokens == full.tokens[: len(short.tokens)] and tokenizer.decode(short.tokens[-1:]) == "\n"
     assert sum(t == t for t in short.targets) == len(example.steps) - 1
-    assert render(example, tokenizer, "score", 5, True) == []
+    assert rows_for(example, tokenizer, "score", 5) == []
 
 
 def test_an_encoder_gets_a_row_for_each_labelled_step(tiny_encoder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
     example = Example("", prompt="ab", steps=["cd", "ef", "gh"], labels=[1.0, None, 0.5])
-    rows = render(example, tokenizer, "score", 256, causal=False)
+    rows = rows_for(example, tokenizer, "score", causal=False)
     assert [tokenizer.decode(row.tokens) for row in rows] == ["[CLS] ab [SEP] cd [SEP]", "[CLS] ab [SEP] cd ef gh [SEP]"]
     assert rows[0].segments == [0] * 4 + [1] * 3 and [row.targets[-1] for row in rows] == [1.0, 0.5]
 
@@ -232,7 +235,7 @@ def test_an_encoder_gets_a_row_for_each_labelled_step(tiny_encoder):
 @pytest.mark.parametrize("max_length", [7, 64, 1000])
 def test_windows_of_a_text_lose_nothing_and_end_with_eos(tokenizer, max_length):
     example = read(["arithmetic:train:1"], "lm")[0]
-    rows = render(example, tokenizer, "lm", max_length, True)
+    rows = rows_for(example, tokenizer, "lm", max_length)
     tokens = [token for row in rows for token in row.tokens]
     targets = [target for row in rows for target in row.targets if target != NO_TOKEN]
     assert tokens[0:1] + targets == tokenizer(example.text).input_ids + [tokenizer.eos_token_id]

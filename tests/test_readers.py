@@ -108,8 +108,8 @@ BAD = [
     ("a.jsonl", GOOD + "[1]", "a.jsonl:2: expected a JSON object, found list"),
     (
         "a.jsonl",
-        GOOD + '{"question": 1, "answer": 2}',
-        "a.jsonl:2: keys found: question, answer; expected one of: labels, prompt, steps",
+        GOOD + '{"question": 1, "reply": 2}',
+        "a.jsonl:2: keys found: question, reply; expected one of: labels, prompt, steps",
     ),
     ("a.jsonl", '{"prompt": "p", "steps": ["s", "t"], "labels": [1]}', "a.jsonl:1: 2 steps and 1 labels"),
     ("a.jsonl", '{"prompt": "p", "steps": ["s"], "labels": [7]}', "a.jsonl:1: label 7; expected 0..1"),
@@ -131,7 +131,7 @@ BAD = [
     ("a.json", GOOD, "a.json: expected a JSON list of objects, found dict"),
     ("a.csv", "a,b,0.5\na,b\n", "a.csv:2: 2 columns, expected 3 (sentence1, sentence2, score)"),
     ("a.csv", "a,b,0.5\na,b,high\n", "a.csv:2: label 'high'; expected 0..1"),
-    ("a.parquet", "", "a.parquet: expected a file named .jsonl, .json, .csv, .tsv"),
+    ("a.parquet", "", "a.parquet: expected a file named .jsonl, .json, .csv, .tsv, .txt"),
 ]
 
 

@@ -1,50 +1,64 @@
 """Readers turn files into examples: one small file per format, standard library only (they run before torch loads)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import hashlib
+import json
 
 from lora.errors import UserError
 
 
 @dataclass(slots=True)
 class Example:
-    """One row of somebody's data: either a text, or a prompt with steps and a label for each of them."""
+    """One row of somebody's data: a text, a chat, or a prompt with steps and a label for each of them."""
 
     where: str  # file:line, for messages
     text: str = ""
+    messages: list[dict] = field(default_factory=list)  # {"role", "content", ...}
+    tools: list[dict] | None = None  # what the chat's template is told of tools
     prompt: str = ""
     steps: list[str] = field(default_factory=list)
     labels: list[float | None] = field(default_factory=list)  # 0..1, or None: no label for this step
+    source: int = 0  # which of the paths it was read from
 
     @property
     def subject(self):
-        """What rows must share to belong to the same side of a split."""
+        """What rows must share to belong to the same side of a split: a document, or all before the first answer."""
+        if self.messages:
+            answer = next(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+            return json.dumps(self.messages[:answer])
         return self.prompt or self.text
 
 
 def read(paths, task, label_max=1.0):
-    """The examples of several files for `task` ("lm": texts, "score": steps with labels). Raises UserError."""
-    from lora.readers import arithmetic, files, pairs, steps, text
-
+    """The examples of several files for `task` ("lm": texts and chats, "score": steps with labels). Raises UserError."""
     examples = []
-    for path in paths:
+    for source, path in enumerate(paths):
         before = len(examples)
-        if path.startswith("arithmetic:"):
-            examples += arithmetic.read(path, task)
-        else:
-            for where, row in files.rows(path):
-                fitting = [r for r in (steps, pairs, text) if r.KEYS <= row.keys() or r.OTHER_KEYS <= row.keys()]
-                reader = next((r for r in fitting if (r is text) == (task == "lm")), None)
-                if reader is None and fitting:
-                    needed = "score" if task == "lm" else "lm"
-                    raise UserError(f"{where}: keys {', '.join(row)} are for --task {needed}, and the task is {task}.")
-                if reader is None:
-                    known = "; ".join(", ".join(sorted(r.KEYS)) for r in (steps, pairs, text))
-                    raise UserError(f"{where}: keys found: {', '.join(map(str, row))}; expected one of: {known}.")
-                examples.append(reader.example(where, row, label_max))
+        for example in examples_of(path, task, label_max):
+            example.source = source
+            examples.append(example)
         if len(examples) == before:
             raise UserError(f"{path}: 0 examples.")
     return examples
+
+
+def examples_of(path, task, label_max):
+    """Yield the examples of one path; which reader takes a row is told by the row's keys."""
+    from lora.readers import arithmetic, chat, files, pairs, questions, steps, text
+
+    if path.startswith("arithmetic:"):
+        yield from arithmetic.read(path, task)
+        return
+    readers = (chat, questions, steps, pairs, text)
+    for where, row in files.rows(path):
+        fitting = [r for r in readers if any(form <= row.keys() for form in r.FORMS)]
+        reader = next((r for r in fitting if r.TASK == task), None)
+        if reader is None and fitting:
+            raise UserError(f"{where}: keys {', '.join(row)} are for --task {fitting[0].TASK}, and the task is {task}.")
+        if reader is None:
+            known = "; ".join(", ".join(sorted(form)) for r in readers for form in r.FORMS if r.TASK == task)
+            raise UserError(f"{where}: keys found: {', '.join(map(str, row))}; expected one of: {known}.")
+        yield reader.example(where, row, label_max)
 
 
 def read_data(config):
@@ -57,12 +71,19 @@ def read_data(config):
 
 
 def split_by_prompt(examples, fraction):
-    """(training, held-out) examples; those that share a prompt (or a whole text) stay together, so nothing leaks."""
-    texts = {example.subject for example in examples}
-    ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    """(training, held-out) examples; those that share a prompt (or a whole text) stay together, so nothing leaks.
+
+    Of a single document the end is held out.
+    """
+    subjects = {example.subject for example in examples}
+    if len(subjects) == 1 and examples[0].text:
+        one = examples[0]
+        cut = int(len(one.text) * (1 - fraction))
+        return [replace(one, text=one.text[:cut])], [replace(one, text=one.text[cut:])]
+    ordered = sorted(subjects, key=lambda subject: hashlib.sha256(subject.encode()).digest())
     held_out = set(ordered[: max(1, round(fraction * len(ordered)))])
-    if held_out == texts:
-        raise UserError(f"{examples[0].where}: too few different prompts ({len(texts)}) to hold some out; add --eval_data.")
+    if held_out == subjects:
+        raise UserError(f"{examples[0].where}: all rows have the same prompt, so none can be held out; add --eval_data.")
     return (
         [e for e in examples if e.subject not in held_out],
         [e for e in examples if e.subject in held_out],

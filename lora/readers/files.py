@@ -1,31 +1,59 @@
-"""Rows of JSONL, JSON (a list) and CSV or TSV files, each with its file:line."""
+"""Rows of JSONL, JSON (a list), CSV or TSV files and whole text files, each also .gz, each row with its file:line."""
 
 import csv
+import gzip
 import json
+import re
 
 from lora.errors import UserError
 
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a document; csv's own limit is 128 KiB
+HUB = "hf://datasets/"
 
 
 def rows(path):
-    """Yield (file:line, row as a dict). Raises UserError for what cannot be read."""
-    readers = {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "tsv": csv_rows}
-    suffix = path.rpartition(".")[2].lower()
+    """Yield (file:line, row as a dict). Raises UserError for what cannot be read.
+
+    `path` is a local file, or a file of a data set on the Hub: hf://datasets/OWNER/NAME[@REVISION]/PATH.
+    """
+    readers = dict(
+        jsonl=jsonl_rows, json=json_rows, csv=csv_rows, tsv=csv_rows, txt=text_rows, text=text_rows, md=text_rows
+    )
+    suffix = path.lower().removesuffix(".gz").rpartition(".")[2]
     if suffix not in readers:
-        raise UserError(f"{path}: expected a file named .{', .'.join(readers)}.")
+        raise UserError(f"{path}: expected a file named .{', .'.join(readers)} (or one of these with .gz).")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        local = hub_file(path) if path.startswith(HUB) else path
+        opened = gzip.open if path.lower().endswith(".gz") else open
+        with opened(local, "rt", encoding="utf-8-sig", newline="") as file:
             yield from readers[suffix](path, file)
+    except gzip.BadGzipFile as error:
+        raise UserError(f"{path}: {error}.") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}.") from None
+        raise UserError(f"{path}: {error.strerror or error}.") from None
+    except EOFError:
+        raise UserError(f"{path}: the compressed file ends early; copy it again.") from None
     except csv.Error as error:
         raise UserError(f"{path}: {error}.") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: byte {error.object[error.start]:#04x} is not UTF-8; convert it: iconv -t utf-8."
         ) from None
+
+
+def hub_file(path):
+    """The local copy of a Hub file, which huggingface_hub downloads once."""
+    match = re.fullmatch(HUB + r"([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
+    if not match:
+        raise UserError(f"{path}: expected {HUB}OWNER/NAME/PATH (or OWNER/NAME@REVISION/PATH).")
+    from huggingface_hub import hf_hub_download  # half a second, for those who ask for it
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(match[1], match[3], repo_type="dataset", revision=match[2])
+    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
+        raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from None
 
 
 def parse(where, text):
@@ -57,7 +85,7 @@ def json_rows(path, file):
 
 def csv_rows(path, file):
     """Rows under the names in the first line; three columns that end in a number are a pair without a header."""
-    table = csv.reader(file, delimiter="\t" if path.lower().endswith("tsv") else ",")
+    table = csv.reader(file, delimiter="\t" if path.lower().removesuffix(".gz").endswith("tsv") else ",")
     names = None
     for values in filter(None, table):  # a blank line is no row
         where = f"{path}:{table.line_num}"
@@ -68,6 +96,13 @@ def csv_rows(path, file):
         if len(values) != len(names):
             raise UserError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)}).")
         yield where, {n: float(v) if n in ("score", "label") and is_number(v) else v for n, v in zip(names, values)}
+
+
+def text_rows(path, file):
+    """A text file is one document; line ends are read as "\\n"."""
+    text = file.read().replace("\r\n", "\n")
+    if text.strip():
+        yield path, {"text": text}
 
 
 def is_number(text):

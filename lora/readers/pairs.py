@@ -2,8 +2,8 @@
 
 from lora.readers import Example, label, string
 
-KEYS = {"sentence1", "sentence2", "score"}
-OTHER_KEYS = {"sentence1", "sentence2", "label"}
+TASK = "score"
+FORMS = ({"sentence1", "sentence2", "score"}, {"sentence1", "sentence2", "label"})
 
 
 def example(where, row, label_max):

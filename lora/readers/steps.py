@@ -3,8 +3,8 @@
 from lora.errors import UserError
 from lora.readers import Example, label, string
 
-KEYS = {"prompt", "steps", "labels"}
-OTHER_KEYS = {"prompt", "completions", "labels"}
+TASK = "score"
+FORMS = ({"prompt", "steps", "labels"}, {"prompt", "completions", "labels"})
 
 
 def example(where, row, label_max):

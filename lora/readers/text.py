@@ -2,7 +2,8 @@
 
 from lora.readers import Example, string
 
-KEYS = OTHER_KEYS = {"text"}
+TASK = "lm"
+FORMS = ({"text"},)
 
 
 def example(where, row, label_max):

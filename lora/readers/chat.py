@@ -1,0 +1,27 @@
+"""{"messages": [{"role", "content"}, ...]} (and "tools"): a chat of any number of turns, in the roles its template knows."""
+
+from lora.errors import UserError
+from lora.readers import Example, string
+
+TASK = "lm"
+FORMS = ({"messages"},)
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def example(where, row, label_max):
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: messages must be a list of objects with role and content.")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise UserError(f"{where}: message {number} has role {role!r}; expected one of {', '.join(ROLES)}.")
+        if not message.get("content") and message["role"] in ("assistant", "tool"):
+            if message["role"] == "assistant" and not message.get("tool_calls"):
+                raise UserError(f"{where}: message {number} (assistant) has neither content nor tool_calls.")
+            messages[number - 1] = message | {"content": ""}
+        else:
+            string(where, f"content of message {number}", message.get("content"))
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError(f"{where}: no message has role assistant, so there is nothing to learn.")
+    return Example(where, messages=messages, tools=row.get("tools") or None)
