@@ -74,9 +74,9 @@ import torch
 from tqdm import tqdm
 
 from lora import metrics
-from lora.data import tokenise
 from lora.log import without_nan
 from lora.model import choose_device, choose_dtype, load_task
+from lora.store import describe, tokenise
 
 
 def main(arguments, config, examples):
@@ -90,8 +90,8 @@ def main(arguments, config, examples):
     elif config.model.task == "score":
         print("note: a base has no score head; this one is untrained")
     rows, facts = tokenise(examples, task, config, "eval")
-    batches = rows.batches(range(len(rows)), config.training.batch_size * config.data.max_length)
-    said, targets = predict(task.to(device), tqdm(batches, unit="batch", disable=None), device, dtype)
+    batches = rows.batches(range(len(rows)), config.training.batch_size * config.data.max_length, task.packed)
+    said, targets, _ = predict(task.to(device), tqdm(batches, unit="batch", disable=None), device, dtype)
     if arguments.prompt is not None:
         if len(said) < len(examples[0].steps):
             raise UserError(f"--prompt: longer than max_length {config.data.max_length} tokens.")
@@ -102,7 +102,7 @@ def main(arguments, config, examples):
     if config.model.task == "score":
         pair = said.numpy(), targets.numpy()
         numbers |= {"pearson": metrics.pearson(*pair), "spearman": metrics.spearman(*pair)}
-    print(facts)
+    print(describe("eval", facts))
     for name, value in numbers.items():
         print(f"{name:>12} {value:.6f}")
     if arguments.output:

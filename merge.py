@@ -58,7 +58,7 @@ def find_adapter(folder, base_model):
     config = saved_config(folder)
     if not (folder / "lora_adapter").is_dir():
         raise UserError(f"--adapter {folder}: there is no lora_adapter/; a fully fine-tuned model needs no merging.")
-    if config.model.init_from:
+    if config.model.init_from == "scratch":
         raise UserError(f"--adapter {folder}: it was trained on random weights, which no folder holds.")
     return folder / "lora_adapter", base_model or config.model.base_model, config
 
@@ -82,7 +82,8 @@ def main(arguments):
     of_merged = outputs(model, tokens)
 
     size = of_adapter.abs().max().item()
-    effect = (of_adapter - of_base).abs().max().item()
+    known = of_base.shape[-1]  # an adapter may add tokens
+    effect = (of_adapter[..., :known] - of_base).abs().max().item()
     error = (of_merged - of_adapter).abs().max().item()
     print(f"on 4 x 32 random tokens, largest output {size:.3g}")
     print(f"adapter against base:           {effect:.3g}")

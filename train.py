@@ -13,14 +13,14 @@ import sys
 from lora.command_line import read_command_line
 from lora.config import ROOT, Config
 from lora.errors import Stopped, UserError, one_line_errors
-from lora.readers import read_data
+from lora.source import Source
 
 # The command line and the data are read before torch is loaded, so that a mistake in them is answered at once; and the
 # CPU allocator must be told to use huge pages (worth a tenth to a quarter of the time) before torch starts.
 if __name__ == "__main__":
     with one_line_errors():
         command = read_command_line(sys.argv[1:], Config(), ROOT / "configs" / "tiny_full.toml", "Full fine-tuning.")
-        examples = read_data(command.config)
+        source = Source(command.config)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import json
@@ -30,9 +30,10 @@ import time
 import torch
 
 from lora import checkpoint
-from lora.data import TrainingData, seed_for, tokenise
+from lora.data import TrainingData, seed_for
 from lora.log import Log, peak_memory, without_nan
 from lora.model import choose_device, choose_dtype, load_task
+from lora.store import describe, tokenised
 
 
 def total_steps(settings, steps_per_epoch):
@@ -60,15 +61,27 @@ def autocast(device, dtype):
 
 @torch.no_grad()
 def predict(task, batches, device, dtype):
-    """(what the head says at every target [n], the targets [n]) over `batches`, without dropout."""
+    """Of every target of `batches`, without dropout: (what the head says [n, ...], targets [n], data sets [n])."""
     task.eval()
-    said, targets = [], []
+    said, targets, sources = [], [], []
     for batch in batches:
         with autocast(device, dtype):
-            said.append(task.predict(batch.to(device))[1].float().cpu())
+            said.append(task.predict(batch.to(device)).float().cpu())
         targets.append(batch.targets)
+        sources.append(batch.sources)
     task.train()
-    return torch.cat(said), torch.cat(targets)
+    return torch.cat(said), torch.cat(targets), torch.cat(sources)
+
+
+def evaluate(task, data, device, dtype):
+    """The head's metrics over the held-out rows, and under a set's name over that set, where data is mixed."""
+    said, targets, sources = predict(task, data.evaluation(), device, dtype)
+    metrics = task.head.metrics(said, targets)
+    for name, source in data.held_out_sets.items():
+        mine = sources == source
+        if mine.any():
+            metrics |= {f"{name}/{key}": value for key, value in task.head.metrics(said[mine], targets[mine]).items()}
+    return metrics
 
 
 def train(task, data, config, log, device, dtype, total, resume_from=""):
@@ -96,7 +109,7 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
         # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never lost.
         last, metrics, save = step >= total, None, False
         if step != start and (last or step % settings.eval_steps == 0):
-            metrics = task.head.metrics(*predict(task, data.evaluation(), device, dtype))
+            metrics = evaluate(task, data, device, dtype)
             log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
         if metrics and step > 0:
             save, without_best = checkpoint.enters_best(folder, metrics["loss"]), without_best + 1
@@ -146,13 +159,13 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
             log.metrics(step, {"train/loss": loss.item(), "train/learning_rate": lr, "train/grad_norm": grad_norm.item()})
 
 
-def run(task, command, examples, device, dtype):
+def run(task, command, source, device, dtype):
     """A whole run of a task that is ready to be trained: tokenise, train, keep the weights of the best validation loss."""
     config, started = command.config, time.monotonic()
-    (rows, facts), (held_out, held_out_facts) = (
-        tokenise(part, task, config, name) for part, name in zip(examples, ("train", "eval"))
-    )
-    data = TrainingData(rows, held_out, config)
+    if config.model.init_from not in ("", "scratch") and not command.resume_from:
+        task.start_from(config.model.init_from)
+    rows, held_out, facts = tokenised(source, task)
+    data = TrainingData(rows, held_out, config, task.packed)
     total = total_steps(config.training, data.steps_per_epoch)
     done = checkpoint.read_state(command.resume_from)["step"] if command.resume_from else 0
     if done >= total:
@@ -162,10 +175,11 @@ def run(task, command, examples, device, dtype):
     log = Log(command.run_dir, config, done)
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
-    log.say(f"{facts}\n{held_out_facts}")
-    shared = set.intersection(*({example.subject for example in part} for part in examples))
-    if shared:
-        log.say(f"warning: {len(shared)} prompts or texts are in the training data and in the held-out data")
+    log.say(f"{describe('train', facts['train'])}\n{describe('eval', facts['eval'])}")
+    if facts["overlap"]:
+        log.say(f"warning: {facts['overlap']} prompts or texts are in the training data and in the held-out data")
+    if not task.packed:
+        log.say("this model's attention cannot be told where documents end: rows are sorted by length and padded")
     if config.training.max_steps and config.training.num_train_epochs:
         log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
@@ -186,19 +200,19 @@ def run(task, command, examples, device, dtype):
     }
     for path in (log.run_dir / "logs" / "final_results.json", log.run_dir / "final_artifact" / "training_metrics.json"):
         path.write_text(json.dumps(results, indent=2) + "\n")
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None)
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None and "/" not in name)
     log.say(f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}")
     log.close()
     return results
 
 
-def main(command, examples):
+def main(command, source):
     device = choose_device(command.config.training.device)
     dtype = choose_dtype(command.config.training.dtype, device)
     task = load_task(command.config, torch.float32)
-    return run(task, command, examples, device, dtype)
+    return run(task, command, source, device, dtype)
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(command, examples)
+        main(command, source)

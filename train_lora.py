@@ -11,14 +11,14 @@ import sys
 from lora.command_line import read_command_line
 from lora.config import ROOT, get_lora_config
 from lora.errors import one_line_errors
-from lora.readers import read_data
+from lora.source import Source
 
 if __name__ == "__main__":  # above torch, as in train.py
     with one_line_errors():
         command = read_command_line(
             sys.argv[1:], get_lora_config(), ROOT / "configs" / "tiny_lora.toml", "LoRA fine-tuning."
         )
-        examples = read_data(command.config)
+        source = Source(command.config)
 
 from train import run  # before torch: it sets the allocator up
 
@@ -29,18 +29,21 @@ from lora.layer import inject
 from lora.model import choose_device, choose_dtype, load_task
 
 
-def main(command, examples):
+def main(command, source):
     config = command.config
     device = choose_device(config.training.device)
     dtype = choose_dtype(config.training.dtype, device)
     task = load_task(config, dtype)  # frozen weights are kept in the type they are computed in
     torch.manual_seed(seed_for(config.training.seed, "lora"))  # not the numbers that the head was drawn with
     lora = config.lora
-    names = inject(task.model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.target_modules)
-    print(f"LoRA: rank {lora.lora_r}, alpha {lora.lora_alpha:g}, over {len(names)} linear layers; the base is frozen")
-    return run(task, command, examples, device, dtype)
+    names = inject(task.model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.target_modules, lora.modules_to_save)
+    whole = f", and {' '.join(lora.modules_to_save)} whole" if lora.modules_to_save else ""
+    print(
+        f"LoRA: rank {lora.lora_r}, alpha {lora.lora_alpha:g}, over {len(names)} linear layers{whole}; the base is frozen"
+    )
+    return run(task, command, source, device, dtype)
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(command, examples)
+        main(command, source)

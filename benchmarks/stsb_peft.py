@@ -31,12 +31,13 @@ from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments
 
 from lora import get_lora_config, inject, metrics
 from lora.config import ROOT
-from lora.data import TrainingData, seed_for, shuffle, tokenise
+from lora.data import TrainingData, seed_for, shuffle
 from lora.heads import MLPHead
 from lora.layer import lora_layers
 from lora.log import Log
 from lora.model import load_task
 from lora.readers import read_data
+from lora.store import tokenise
 
 
 def configure(seed, max_steps, folder):
@@ -83,7 +84,7 @@ def ours(config, dropout):
     train(task, data, config, log, torch.device("cpu"), torch.float32, total_steps(config.training, data.steps_per_epoch))
     log.close()
     steps = [json.loads(line) for line in log.metrics_path.read_text().splitlines() if "train/loss" in line]
-    said, targets = predict(task, held_out.batches(range(len(held_out)), 4096), torch.device("cpu"), torch.float32)
+    said, targets, _ = predict(task, held_out.batches(range(len(held_out)), 4096), torch.device("cpu"), torch.float32)
     seconds = steps[-1]["timestamp"] - steps[0]["timestamp"]
     return [step["train/loss"] for step in steps], agreement(said, targets), seconds, start
 
@@ -106,7 +107,8 @@ class Peer(nn.Module):
     def forward(self, input_ids, attention_mask, token_type_ids, labels):
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         last = attention_mask.sum(1) - 1
-        loss_sum, scores = self.head(out.last_hidden_state[torch.arange(len(last)), last], labels)
+        hidden = out.last_hidden_state[torch.arange(len(last)), last]
+        loss_sum, scores = self.head(hidden, labels), self.head.predict(hidden, labels)
         if self.training:
             self.losses.append(loss_sum.item() / len(labels))
         return {"loss": loss_sum / len(labels), "scores": scores}

@@ -7,6 +7,7 @@ A folder with `adapter_config.json` and `adapter_model.safetensors`; tensors are
 
 import json
 from pathlib import Path
+import re
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,6 @@ PLAIN = {
     "use_bdlora": (False, None),
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
-    "modules_to_save": (None, []),
     "layer_replication": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
@@ -62,6 +62,11 @@ def save_adapter(model, folder):
         "inference_mode": True,
     }
     tensors = {}
+    whole = dict(trained_whole(model))
+    if whole:
+        config["modules_to_save"] = sorted({(prefix + name).rpartition(".")[0] for name in whole})
+    for name, weight in whole.items():
+        tensors[f"base_model.model.{prefix}{name}"] = weight.detach().cpu().clone()  # tied ones share no memory on disk
     for name, layer in layers.items():
         for factor in ("lora_A", "lora_B"):
             weight = getattr(layer, factor).weight
@@ -85,8 +90,14 @@ def read_config(folder):
     return config
 
 
-def read_tensors(folder):
-    """module name -> {"lora_A": [r, in], "lora_B": [out, r]} of an adapter folder, in fp32."""
+def trained_whole(model):
+    """(name, parameter) of what is trained beside the LoRA factors; tied weights under each of their names."""
+    every = model.named_parameters(remove_duplicate=False)
+    return [(name, p) for name, p in every if p.requires_grad and not re.search(r"\.lora_[AB]\.weight$", name)]
+
+
+def read_tensors(folder, modules_to_save):
+    """({module name: {"lora_A": [r, in], "lora_B": [out, r]}}, {parameter name: tensor of a module to save}), in fp32."""
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file; only safetensors adapters are read.")
@@ -94,17 +105,20 @@ def read_tensors(folder):
         tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}).") from None
-    modules, strange = {}, []
+    modules, whole, strange = {}, {}, []
     for key, tensor in tensors.items():
-        name, _, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        if not key.endswith(".weight") or factor not in ("lora_A", "lora_B") or tensor.ndim != 2:
+        parameter = key.removeprefix("base_model.model.")
+        name, _, factor = parameter.removesuffix(".weight").rpartition(".")
+        if any(f".{parameter.rpartition('.')[0]}".endswith(f".{module}") for module in modules_to_save):
+            whole[parameter] = tensor.float()
+        elif not key.endswith(".weight") or factor not in ("lora_A", "lora_B") or tensor.ndim != 2:
             strange.append(key)
         else:
             modules.setdefault(name, {})[factor] = tensor.float()
     strange += [name for name, factors in modules.items() if len(factors) != 2]
     if strange or not modules:
         raise UserError(f"{path}: not a pair of LoRA factors: {', '.join(strange) or 'the file is empty'}.")
-    return modules
+    return modules, whole
 
 
 @torch.no_grad()
@@ -113,22 +127,29 @@ def load_adapter(model, folder):
 
     Raises UserError if a tensor finds no place, has another shape than its place, or if an injected layer gets none.
     """
-    config, tensors = read_config(folder), read_tensors(folder)
+    config = read_config(folder)
+    tensors, whole = read_tensors(folder, config.get("modules_to_save") or [])
     prefix = prefix_of(model)
     # An adapter may have been made on the model with its head or without: the names then differ in this prefix.
     inner = f"{getattr(model, 'base_model_prefix', '')}."
     present = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D, LoRALinear))}
-    places = {}
-    for name in tensors:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def place(name, among):
         spellings = (name.removeprefix(prefix), name, inner + name, name.removeprefix(inner))
-        places[name] = next((s for s in spellings if s in present), None)
-    lost = [name for name, place in places.items() if place is None]
+        return next((spelling for spelling in spellings if spelling in among), None)
+
+    places = {name: place(name, present) for name in tensors}
+    whole_places = {name: place(name, parameters) for name in whole}
+    lost = [name for name, where in (places | whole_places).items() if where is None]
     if lost:
-        raise UserError(f"{folder}: no such linear layer in the model: {', '.join(lost)}.")
+        raise UserError(f"{folder}: no such linear layer (or module to save) in the model: {', '.join(lost)}.")
+    fit_embeddings(model, {where: whole[name] for name, where in whole_places.items()})
     if not lora_layers(model):
         wrap(model, places.values(), config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
     layers = lora_layers(model)
-    unfilled = sorted(layers.keys() - places.values())
+    expected = {name for name, _ in trained_whole(model)} | layers.keys()
+    unfilled = sorted(expected - {*places.values(), *whole_places.values()})
     if unfilled:
         raise UserError(f"{folder}: the adapter has no tensors for {', '.join(unfilled)}.")
     weights = {(n, factor): getattr(layers[places[n]], factor).weight for n in tensors for factor in tensors[n]}
@@ -136,10 +157,36 @@ def load_adapter(model, folder):
         f"{name}.{factor} is {list(tensors[name][factor].shape)}, its place is {list(weight.shape)}"
         for (name, factor), weight in weights.items()
         if tensors[name][factor].shape != weight.shape
+    ] + [
+        f"{name} is {list(whole[name].shape)}, its place is {list(model.get_parameter(where).shape)}"
+        for name, where in whole_places.items()
+        if whole[name].shape != model.get_parameter(where).shape
     ]
     if misfits:
         raise UserError(f"{folder}: {'; '.join(misfits)}.")
     for (name, factor), weight in weights.items():
         weight.copy_(tensors[name][factor])
-    for place in places.values():
-        layers[place].alpha = config["lora_alpha"]
+    for where in places.values():
+        layers[where].alpha = config["lora_alpha"]
+    for name, where in whole_places.items():
+        model.get_parameter(where).copy_(whole[name]).requires_grad_(True)
+
+
+def fit_embeddings(model, whole):
+    """Make room for embeddings that came with an adapter (parameter name -> tensor): rows for added tokens, and a head
+    of its own where the base ties it and the adapter does not.
+
+    PEFT trains a copy of each module it saves: of tied weights, a lone one or two that differ are tied no more.
+    """
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    theirs = {name: tensor for name, tensor in whole.items() if model.get_parameter(name) is embeddings.weight}
+    if head is not None and head.weight is embeddings.weight and theirs:
+        first, *others = theirs.values()
+        if not (others and torch.equal(first, others[0])):
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            model.config.tie_word_embeddings = False
+    rows = max((len(tensor) for tensor in theirs.values()), default=0)
+    if rows > embeddings.num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)

@@ -1,50 +1,88 @@
 """Attention over packed documents, for the unmodified models of transformers.
 
 A micro-batch is one row with documents end to end. `packed_attention` runs one attention call per document, so no
-document sees another and no mask is ever built. It is registered under the name "packed" and gets the documents'
-lengths as the keyword `lengths`, which transformers hands through from `model(...)`.
+document sees another and no mask over the whole row is built. It is registered under the name "packed" and gets the
+documents' lengths as the keyword `lengths`, which transformers hands through from `model(...)`.
 """
+
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 # What models pass along that has no bearing on the result here.
-IGNORED = {"position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx"}
+IGNORED = {"position_ids", "use_cache", "output_attentions", "output_router_logits", "cache_position", "layer_idx"}
+SHORT = 512  # positions up to which plain matrix products beat SDPA in bfloat16 on a CPU
 
 
 def packed_attention(
     module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, is_causal=None, lengths=None,
-    sliding_window=None, **others,
+    sliding_window=None, softcap=None, s_aux=None, **others,
 ):  # fmt: skip
     """query [1, heads, T, width], key and value [1, key heads, T, width] -> ([1, T, heads, width], None).
 
-    Causality, scaling, sliding window and dropout are those the model asks for; an argument that would change the
-    result and is not known here is an error.
+    Causality, scaling, sliding window, soft-capping, sinks (s_aux [heads]) and dropout are those the model asks for; an
+    argument that would change the result and is not known here is an error.
     """
     unknown = [name for name, value in others.items() if value is not None and name not in IGNORED]
     if unknown or attention_mask is not None:
         raise ValueError(f"packed attention does not know {unknown or 'an attention mask'} of {type(module).__name__}")
     causal = module.is_causal if is_causal is None else is_causal
-    grouped = query.shape[1] != key.shape[1]
+    if sliding_window and not causal:
+        raise ValueError("packed attention knows sliding windows of causal models only")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = lengths or [query.shape[2]]
-    outputs = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)):
-        length = q.shape[2]
-        mask = None
-        if sliding_window and not causal:
-            raise ValueError("packed attention knows sliding windows of causal models only")
-        if sliding_window and length > sliding_window:
-            place = torch.arange(length, device=q.device)
-            behind = place[:, None] - place
-            mask = (behind >= 0) & (behind < sliding_window)
-        outputs.append(
-            F.scaled_dot_product_attention(
+    outputs, start = [], 0
+    for length, alike in groupby(lengths):  # neighbours of one length (the windows of a text) share a call
+        n = len(list(alike))
+        q, k, v = (documents(x[:, :, start : start + n * length], n) for x in (query, key, value))
+        start += n * length
+        windowed = bool(sliding_window) and length > sliding_window
+        quick_by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= SHORT
+        if softcap or s_aux is not None or quick_by_hand:
+            mask = seen(length, sliding_window, q.device) if causal else None
+            out = attention_by_hand(q, k, v, mask, scaling, dropout, softcap, s_aux)
+        else:
+            mask = seen(length, sliding_window, q.device) if windowed else None
+            out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and length > 1,
-                scale=scaling, enable_gqa=grouped,
-            )
-        )  # fmt: skip
-    return torch.cat(outputs, 2).transpose(1, 2), None
+                scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+def documents(x, n):
+    """[1, heads, n x t, width] -> [n, heads, t, width]"""
+    _, heads, positions, width = x.shape
+    return x.reshape(heads, n, positions // n, width).transpose(0, 1)
+
+
+def seen(length, window, device):
+    """[length, length]: whether position i sees position j, none of those after it and of the `window` latest only."""
+    place = torch.arange(length, device=device)
+    behind = place[:, None] - place
+    return (behind >= 0) & (behind < (window or length))
+
+
+def attention_by_hand(q, k, v, mask, scaling, dropout, softcap, sinks):
+    """The formula in matrix products. q [n, heads, t, width], k and v [n, key heads, t, width] -> like q.
+
+    Of grouped queries the group is laid beside the positions, so that keys are not repeated. Sinks take part in the
+    softmax of every position and in nothing else (gpt-oss).
+    """
+    n, heads, t, width = q.shape
+    grouped = (n, k.shape[1], heads // k.shape[1] * t)
+    scores = ((q.reshape(*grouped, width) * scaling) @ k.mT).view(n, heads, t, t)
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, heads, 1, 1).expand(n, heads, t, 1)], -1)
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32)[..., :t].to(q.dtype), dropout)
+    return (weights.view(*grouped, t) @ v).view(n, heads, t, width)
 
 
 AttentionInterface.register("packed", packed_attention)

@@ -59,7 +59,7 @@ def add_flags(parser, config):
             default, choices = getattr(table, f.name), f.metadata["choices"]
             notes = [", ".join(choices)] if choices else []
             if default not in (None, "", []):
-                notes.append(f"default: {' '.join(default) if isinstance(default, list) else default}")
+                notes.append(f"default: {' '.join(map(str, default)) if isinstance(default, list) else default}")
             help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
             flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
             nargs = "+" if typing.get_origin(f.type) is list else None
@@ -165,5 +165,15 @@ def require_model_and_data(config):
         raise UserError(f"base_model {model} is named, but no data: add --train_data FILE.")
     if data and not model:
         raise UserError(f"train_data {data[0]} is named, but no model: add --base_model FOLDER (or 'embedded').")
+    start = Path(config.model.init_from)
+    if start.name not in ("", "scratch"):
+        found = [name for name in ("lora_adapter", "backbone", "adapter_config.json") if (start / name).exists()]
+        if not found:
+            raise UserError(f"init_from {start}: no checkpoint, artifact or adapter there; a whole model is a base_model.")
+    if config.lora and config.model.add_special_tokens and not config.lora.modules_to_save:
+        raise UserError("add_special_tokens: LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head.")
+    weights = config.data.data_weights
+    if weights and len(weights) != len(data):
+        raise UserError(f"data_weights has {len(weights)} numbers, train_data {len(data)} paths; give one for each.")
     if not model:
         raise UserError("neither a model nor training data is named: add --base_model FOLDER --train_data FILE.")

@@ -32,13 +32,15 @@ def key(default, help, *, low=None, above=None, high=None, choices=None):
 class ModelConfig:
     base_model: str = key("", "folder or Hub name of the base; 'embedded' is the one in assets/")
     task: str = key("lm", "what is learned: the next token, or a score for every step", choices=("lm", "score"))
-    init_from: str = key("", "'scratch': random weights in the base's shape", choices=("", "scratch"))
+    init_from: str = key("", "checkpoint, artifact or adapter to start from; 'scratch': random weights in the base's shape")
+    add_special_tokens: list[str] = key([], "tokens to add to the vocabulary (LoRA: with modules_to_save)")
     head_dropout: float = key(0.0, "dropout inside the score head", low=0.0, high=0.9)
 
 
 @dataclass
 class DataConfig:
-    train_data: list[str] = key([], "training files, or arithmetic:SPLIT:COUNT")
+    train_data: list[str] = key([], "training files, hf://datasets/OWNER/NAME/PATH, or arithmetic:SPLIT:COUNT")
+    data_weights: list[float] = key([], "a weight for each of train_data: its share of the examples of a step", above=0.0)
     eval_data: list[str] = key([], "held-out files; without them eval_fraction of the training data is held out")
     eval_fraction: float = key(0.1, "share of the prompts held out where there is no eval_data", above=0.0, high=0.9)
     max_length: int = key(2048, "tokens an example may have", low=2)
@@ -52,6 +54,7 @@ class LoraConfig:
     lora_alpha: float = key(32, "the update is scaled by lora_alpha / lora_r", above=0.0)
     lora_dropout: float = key(0.0, "dropout on the input of A (0.05 costs a quarter of the speed)", low=0.0, high=0.9)
     target_modules: list[str] = key(["all-linear"], "name endings, regular expressions, or all-linear (all but the head)")
+    modules_to_save: list[str] = key([], "modules trained whole and saved with the adapter: embed_tokens lm_head")
 
 
 @dataclass
@@ -153,11 +156,8 @@ def check(where, value, annotation, limits):
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     kind = kinds[0]
     if typing.get_origin(kind) is list:
-        if isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{where} = {value!r}: need a list of strings.")
-        return value
+        values = value if isinstance(value, list) else [value]
+        return [check(where, item, typing.get_args(kind)[0], limits) for item in values]
     expected = {int: "an integer", float: "a number", str: "a string"}[kind]
     if kind is float and type(value) is int:
         value = float(value)
@@ -183,6 +183,8 @@ def keys_of(config):
 def parse_value(text, annotation):
     """A flag's text as the type of its key, or as it is: `check` then tells what is wrong with it."""
     kind = typing.get_args(annotation)[0] if isinstance(annotation, types.UnionType) else annotation
+    if typing.get_origin(kind) is list:
+        return [parse_value(item, typing.get_args(kind)[0]) for item in text]
     if kind is bool:
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
     try:

@@ -4,6 +4,7 @@ There is no loader and no state: the examples of a step are a slice of a seeded 
 by asking for that step. How they are laid out in micro-batches changes the speed and nothing else.
 """
 
+from array import array
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import hashlib
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 
 from lora.errors import UserError
-from lora.render import NO_TOKEN, render
+from lora.render import NO_TOKEN
+
+SCHEDULE = 10_000  # examples over which the shares of a mix come out exactly
 
 
 def seed_for(*parts):
@@ -20,7 +23,7 @@ def seed_for(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=64)
 def shuffle(seed, epoch, count):
     """The order in which a pass over `count` rows visits them (kept, because it is asked for at every step)."""
     return np.random.default_rng(seed_for(seed, "order", epoch)).permutation(count)
@@ -28,14 +31,18 @@ def shuffle(seed, epoch, count):
 
 @dataclass
 class Batch:
-    """A micro-batch: documents laid end to end in one row of T tokens, n of whose positions have a target."""
+    """A micro-batch, n of whose positions have a target: documents end to end in one row, or one under the other.
 
-    tokens: torch.Tensor  # [1, T]
-    positions: torch.Tensor  # [1, T], from 0 again in every document
-    segments: torch.Tensor  # [1, T], token types of an encoder, else 0
-    lengths: list[int]  # of the documents; their sum is T
-    target_positions: torch.Tensor  # [n], indices into T
+    b is 1 and t the sum of the lengths where documents are packed; else each has a row of its own, padded on the right.
+    """
+
+    tokens: torch.Tensor  # [b, t]
+    positions: torch.Tensor  # [b, t], from 0 again in every document
+    segments: torch.Tensor  # [b, t], token types of an encoder, else 0
+    lengths: list[int]  # of the documents
+    target_positions: torch.Tensor  # [n], indices into b x t
     targets: torch.Tensor  # [n], token ids or scores
+    sources: torch.Tensor  # [n], the data set that each target is of
 
     @property
     def num_targets(self):
@@ -46,89 +53,139 @@ class Batch:
         return replace(self, **tensors)
 
 
+@dataclass
 class Rows:
-    """The tokenised rows of a data set.
+    """The tokenised rows of a data set, in flat arrays over all of them; row i is offsets[i] to offsets[i + 1]."""
 
-    tokens, targets and segments are flat arrays over all rows; row i is offsets[i] to offsets[i + 1].
-    """
+    tokens: np.ndarray  # int32
+    targets: np.ndarray  # int32 with NO_TOKEN, or float32 with NaN
+    segments: np.ndarray  # int8
+    offsets: np.ndarray  # int64, one more than rows
+    sources: np.ndarray  # int16: of which path each row is
 
-    def __init__(self, rows, task):
-        self.offsets = np.cumsum([0] + [len(row.tokens) for row in rows])
-        self.tokens = np.concatenate([np.asarray(row.tokens, np.int32) for row in rows])
-        kind = np.int32 if task == "lm" else np.float32
-        self.targets = np.concatenate([np.asarray(row.targets, kind) for row in rows])
-        self.segments = np.concatenate([np.asarray(row.segments or [0] * len(row.tokens), np.int8) for row in rows])
-        self.has_target = self.targets != NO_TOKEN if task == "lm" else ~np.isnan(self.targets)
+    @classmethod
+    def of(cls, rows, task):
+        """The arrays of (Row, source) pairs, which may be a generator."""
+        tokens, targets = array("i"), array("i" if task == "lm" else "f")
+        segments, offsets, sources = array("b"), array("q", [0]), array("h")
+        for row, source in rows:
+            tokens.extend(row.tokens)
+            targets.extend(row.targets)
+            segments.extend(row.segments or bytes(len(row.tokens)))
+            offsets.append(len(tokens))
+            sources.append(source)
+        return cls(*(np.array(values) for values in (tokens, targets, segments, offsets, sources)))
 
     def __len__(self):
         return len(self.offsets) - 1
 
-    def batch(self, indices):
+    def lengths(self, indices):
+        return self.offsets[indices + 1] - self.offsets[indices]
+
+    def batch(self, indices, packed=True):
         """The micro-batch of these rows, in this order."""
-        spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices]
-        where = np.concatenate(spans)
-        has_target = self.has_target[where]
-        targets = self.targets[where][has_target]
+        indices = np.asarray(indices)
+        lengths = self.lengths(indices)
+        where = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices])
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        targets = self.targets[where]
+        has_target = targets != NO_TOKEN if targets.dtype == np.int32 else ~np.isnan(targets)
+        if packed:
+            shape, place = (1, len(where)), np.arange(len(where))
+        else:
+            shape = (len(indices), int(lengths.max()))
+            place = np.repeat(np.arange(len(indices)), lengths) * shape[1] + positions
+
+        def laid_out(values):
+            table = np.zeros(shape, np.int64)
+            table.flat[place] = values
+            return torch.from_numpy(table)
+
         return Batch(
-            tokens=torch.from_numpy(self.tokens[where].astype(np.int64))[None],
-            positions=torch.from_numpy(np.concatenate([span - span[0] for span in spans]))[None],
-            segments=torch.from_numpy(self.segments[where].astype(np.int64))[None],
-            lengths=[len(span) for span in spans],
-            target_positions=torch.from_numpy(np.flatnonzero(has_target)),
-            targets=torch.from_numpy(targets.astype(np.int64) if targets.dtype == np.int32 else targets),
+            tokens=laid_out(self.tokens[where]),
+            positions=laid_out(positions),
+            segments=laid_out(self.segments[where]),
+            lengths=lengths.tolist(),
+            target_positions=torch.from_numpy(place[has_target]),
+            targets=torch.from_numpy(targets[has_target]).to(torch.int64 if targets.dtype == np.int32 else torch.float32),
+            sources=torch.from_numpy(np.repeat(self.sources[indices], lengths)[has_target]),
         )
 
-    def batches(self, indices, max_tokens):
-        """The rows at `indices` in micro-batches of at most `max_tokens` tokens, as few as this order allows."""
+    def batches(self, indices, max_tokens, packed=True):
+        """The rows at `indices` in micro-batches of at most `max_tokens` positions.
+
+        Packed rows keep the order. Others are sorted by length first, so that little of a micro-batch is padding.
+        """
+        indices = np.asarray(indices)
+        lengths = self.lengths(indices)
+        if not packed:
+            order = np.argsort(lengths, kind="stable")
+            indices, lengths = indices[order], lengths[order]
         groups, size = [], max_tokens + 1
-        for i in indices:
-            length = self.offsets[i + 1] - self.offsets[i]
-            if size + length > max_tokens:
+        for i, length in zip(indices, lengths):
+            size = size + length if packed else (len(groups[-1]) + 1) * length if groups else max_tokens + 1
+            if size > max_tokens:
                 groups.append([])
-                size = 0
+                size = length
             groups[-1].append(i)
-            size += length
-        return [self.batch(group) for group in groups]
+        return [self.batch(group, packed) for group in groups]
 
 
 class TrainingData:
     """What the loop asks for: `batch_at(step)`, and `evaluation()`."""
 
-    def __init__(self, rows, held_out, config):
-        settings = config.training
-        self.rows, self.held_out, self.seed = rows, held_out, settings.seed
+    def __init__(self, rows, held_out, config, packed=True):
+        settings, data = config.training, config.data
+        self.rows, self.held_out, self.seed, self.packed = rows, held_out, settings.seed, packed
         self.examples_per_step = settings.batch_size * settings.gradient_accumulation_steps
-        self.max_tokens = settings.batch_size * config.data.max_length
+        self.max_tokens = settings.batch_size * data.max_length
         self.max_eval_rows = settings.max_eval_batches * 4 or len(held_out)
         self.steps_per_epoch = len(rows) / self.examples_per_step
+        if data.data_weights:
+            self.sets = [np.flatnonzero(rows.sources == source) for source in range(len(data.train_data))]
+            self.schedule = schedule(data.train_data, data.data_weights, self.sets)
+        else:
+            self.sets, self.schedule = [np.arange(len(rows))], np.zeros(1, np.int64)
+        self.quotas = np.bincount(self.schedule)
+        paths = data.eval_data or data.train_data
+        mixed = len(paths) > 1 and (data.eval_data or data.data_weights)
+        self.held_out_sets = {name: source for source, name in enumerate(names_of(paths))} if mixed else {}
+        # How often the set of an example has had its turn before, since the schedule began.
+        self.turns = np.array([np.count_nonzero(self.schedule[:i] == s) for i, s in enumerate(self.schedule)])
 
     def batch_at(self, step):
         """The micro-batches of a step: the same ones for the same (seed, step), whatever came before."""
         first = step * self.examples_per_step
-        places = np.arange(first, first + self.examples_per_step)
-        epochs = places // len(self.rows)
-        chosen = [shuffle(self.seed, int(e), len(self.rows))[p % len(self.rows)] for e, p in zip(epochs, places)]
-        return self.rows.batches(chosen, self.max_tokens)
+        rows = [self.row_at(place) for place in range(first, first + self.examples_per_step)]
+        return self.rows.batches(rows, self.max_tokens, self.packed)
+
+    def row_at(self, place):
+        """The row that is the run's example number `place`; each set is passed over in an order of its own."""
+        rounds, turn = divmod(place, len(self.schedule))
+        source = self.schedule[turn]
+        members = self.sets[source]
+        epoch, number = divmod(int(rounds * self.quotas[source] + self.turns[turn]), len(members))
+        return members[shuffle(self.seed, epoch, len(members))[number]]
 
     def evaluation(self):
         """Micro-batches of the held-out rows: the first so many of one fixed order, the same for every run."""
         order = np.random.default_rng(0).permutation(len(self.held_out))
-        return self.held_out.batches(order[: self.max_eval_rows], self.max_tokens)
+        return self.held_out.batches(order[: self.max_eval_rows], self.max_tokens, self.packed)
 
 
-def tokenise(examples, task, config, name):
-    """(Rows, a line that says what they are). Raises UserError where no row has a target."""
-    data = config.data
-    rendered = render(examples, task.tokenizer, config.model.task, data.max_length, task.causal)
-    rows = [row for result in rendered for row in result.rows]
-    if not rows:
-        raise UserError(f"{examples[0].where}: no {name} example has a target within max_length {data.max_length}.")
-    table = Rows(rows, config.model.task)
-    targets = table.targets[table.has_target]
-    facts = f"{name}: {len(examples)} examples, {len(table.tokens)} tokens, {len(targets)} targets"
-    if config.model.task == "score":
-        facts += f" (mean {targets.mean():.3f})"
-        labelled = sum(label is not None for example in examples for label in example.labels)
-        if labelled > len(targets):
-            facts += f"; {labelled - len(targets)} labelled steps do not fit max_length {data.max_length} and are left out"
-    return table, facts
+def names_of(paths):
+    """A short name for each path: its file's, with a number where two are alike."""
+    stems = [path.rpartition("/")[2].split(".")[0] for path in paths]
+    return [stem if stems.count(stem) == 1 else f"{stem}_{i}" for i, stem in enumerate(stems, 1)]
+
+
+def schedule(paths, weights, sets):
+    """[SCHEDULE]: which set each example of a mix comes from; at every point the shares are as near as can be."""
+    empty = [path for path, members in zip(paths, sets) if not len(members)]
+    if empty:
+        raise UserError(f"{empty[0]}: none of its rows is left to train on, and it has a weight in data_weights.")
+    quotas = np.round(np.array(weights) / sum(weights) * SCHEDULE).astype(int)
+    if not quotas.all():
+        raise UserError(f"data_weights = {weights}: a share below {1 / SCHEDULE} is never reached; leave that set out.")
+    turns = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quotas])
+    return np.repeat(np.arange(len(sets)), quotas)[np.argsort(turns, kind="stable")]

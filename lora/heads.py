@@ -17,25 +17,81 @@ import torch.nn.functional as F
 
 from lora.adapter import load_adapter, save_adapter
 from lora.errors import UserError
-from lora.layer import is_causal, lora_layers
+from lora.layer import is_causal, lora_layers, merge
 
 
 class LMHead(nn.Module):
-    """The model's own output layer, with cross entropy on the next token."""
+    """The model's own output layer, with cross entropy on the next token.
 
-    def __init__(self, output_layer):
+    The logits of all targets would be the largest thing in memory by far. They are made, used and dropped a chunk of
+    targets at a time, and in training the gradient is taken there and then, so that nothing is computed twice.
+    """
+
+    def __init__(self, output_layer, shape):
         super().__init__()
         self.output_layer = output_layer
+        # Granite divides its logits, Cohere multiplies them, Gemma 2 caps them.
+        self.scale = getattr(shape, "logit_scale", None) or 1 / (getattr(shape, "logits_scaling", None) or 1.0)
+        self.cap = getattr(shape, "final_logit_softcapping", None)
+
+    def logits(self, hidden):
+        """hidden [n, width] -> [n, vocabulary], fp32."""
+        logits = self.output_layer(hidden).float() * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
 
     def forward(self, hidden, targets):
-        """hidden [n, width], targets [n] token ids -> (sum of the losses, per-target loss [n])."""
-        losses = F.cross_entropy(self.output_layer(hidden).float(), targets, reduction="none")
-        return losses.sum(), losses
+        """hidden [n, width], targets [n] token ids -> sum of the losses."""
+        trained = [p for p in self.output_layer.parameters() if p.requires_grad]
+        return ChunkedLoss.apply(self, hidden, targets, *trained)
+
+    @torch.no_grad()
+    def predict(self, hidden, targets):
+        """[n, 2]: the loss at each target, and 1.0 where the target is the likeliest token."""
+        said = []
+        for part in self.chunks(hidden):
+            logits = self.logits(hidden[part])
+            losses = F.cross_entropy(logits, targets[part], reduction="none")
+            said.append(torch.stack([losses, (logits.argmax(-1) == targets[part]).float()], 1))
+        return torch.cat(said)
+
+    def chunks(self, hidden):
+        """Slices of the targets, so many at a time that their logits are of a size the device is quick with."""
+        logits = 2**28 if hidden.is_cuda else 2**23
+        size = max(16, logits // self.output_layer.weight.shape[0])
+        return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
     @staticmethod
-    def metrics(losses, targets):
-        loss = losses.double().mean().item()
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    def metrics(said, targets):
+        """loss (nats per target), perplexity, and the share of targets that were the likeliest token."""
+        loss, accuracy = said.double().mean(0).tolist()
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The sum of an LMHead's losses, with the gradients of the hidden states and of its trained weights."""
+
+    @staticmethod
+    def forward(ctx, head, hidden, targets, *trained):
+        """head LMHead, hidden [n, width], targets [n], trained: the head's weights that require grad -> scalar, fp32."""
+        total = torch.zeros((), device=hidden.device)
+        of_hidden = torch.empty_like(hidden)
+        of_weights = [torch.zeros_like(weight) for weight in trained]
+        for part in head.chunks(hidden):
+            with torch.enable_grad():
+                chunk = hidden[part].detach().requires_grad_()
+                loss = F.cross_entropy(head.logits(chunk), targets[part], reduction="sum")
+                of_chunk, *more = torch.autograd.grad(loss, [chunk, *trained])
+            total += loss.detach()
+            of_hidden[part] = of_chunk
+            for sum_of, one in zip(of_weights, more):
+                sum_of += one
+        ctx.save_for_backward(of_hidden, *of_weights)
+        return total
+
+    @staticmethod
+    def backward(ctx, of_loss):
+        of_hidden, *of_weights = ctx.saved_tensors
+        return None, of_hidden * of_loss, None, *(gradient * of_loss for gradient in of_weights)
 
 
 class MLPHead(nn.Module):
@@ -45,10 +101,13 @@ class MLPHead(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1))
 
+    def predict(self, hidden, targets):
+        """hidden [n, width] -> scores [n]."""
+        return torch.sigmoid(self.layers(hidden.float()).float()).squeeze(-1)
+
     def forward(self, hidden, targets):
-        """hidden [n, width], targets [n] in 0..1 -> (sum of the squared errors, scores [n])."""
-        scores = torch.sigmoid(self.layers(hidden.float()).float()).squeeze(-1)
-        return (scores - targets).square().sum(), scores
+        """hidden [n, width], targets [n] in 0..1 -> sum of the squared errors."""
+        return (self.predict(hidden, targets) - targets).square().sum()
 
     @staticmethod
     def metrics(scores, targets):
@@ -71,10 +130,11 @@ class Task(nn.Module):
         output_layer = model.get_output_embeddings()
         self.model, self.tokenizer = model, tokenizer
         if output_layer is not None:
-            self.head = LMHead(output_layer)
+            self.head = LMHead(output_layer, model.config.get_text_config())
         else:
             self.head = MLPHead(model.config.hidden_size, head_dropout)
         self.causal = is_causal(model)
+        self.packed = True  # False for a model whose attention cannot be told where documents end: its rows are padded
         # RoBERTa counts positions from its padding index on; the others from 0.
         table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
@@ -82,23 +142,25 @@ class Task(nn.Module):
         self.has_segments = not self.causal and getattr(model.config, "type_vocab_size", 0) > 1
 
     def hidden_states(self, batch):
-        """What the backbone makes of a micro-batch: [T, width]."""
-        segments = {"token_type_ids": batch.segments} if self.has_segments else {}
-        out = self.model.base_model(
-            input_ids=batch.tokens,
-            position_ids=batch.positions + self.first_position,
-            lengths=batch.lengths,
-            use_cache=False,
-            **segments,
-        )
-        return out.last_hidden_state[0]
+        """What the backbone makes of a micro-batch: [number of its positions, width]."""
+        packed = {}
+        if self.packed:
+            packed = {"position_ids": batch.positions + self.first_position, "lengths": batch.lengths}
+            if self.has_segments:
+                packed["token_type_ids"] = batch.segments
+        # Padding on the right of a causal model is seen by nobody, so no mask is needed there.
+        out = self.model.base_model(input_ids=batch.tokens, use_cache=False, **packed)
+        return out.last_hidden_state.flatten(0, 1)
+
+    def at_targets(self, batch):
+        return self.hidden_states(batch).index_select(0, batch.target_positions)
 
     def predict(self, batch):
-        """(sum of the losses, what the head says at each target)."""
-        return self.head(self.hidden_states(batch).index_select(0, batch.target_positions), batch.targets)
+        """What the head says at each target."""
+        return self.head.predict(self.at_targets(batch), batch.targets)
 
     def forward(self, batch):
-        return self.predict(batch)[0], batch.num_targets
+        return self.head(self.at_targets(batch), batch.targets), batch.num_targets
 
     def save(self, folder):
         """Write what was trained: `lora_adapter/`, or `backbone/` as a plain Hugging Face folder; and the MLP head."""
@@ -133,6 +195,23 @@ class Task(nn.Module):
                 saved = type(self.model).from_pretrained(folder / "backbone", dtype=torch.float32, local_files_only=True)
                 self.model.load_state_dict(saved.state_dict())
         self.load_head(folder)
+
+    def start_from(self, folder):
+        """Begin with the weights of an earlier stage: an adapter, a checkpoint or a final artifact. Raises UserError.
+
+        LoRA goes on with the adapter; full fine-tuning folds it into the weights. A scorer's head comes along.
+        """
+        folder, trains_lora = Path(folder), bool(lora_layers(self.model))
+        adapter = folder if (folder / "adapter_config.json").is_file() else folder / "lora_adapter"
+        if adapter.is_dir():
+            load_adapter(self.model, adapter)
+            if not trains_lora:
+                merge(self.model)
+                self.model.requires_grad_(True)
+            if (folder / "mlp_head.safetensors").is_file():
+                self.load_head(folder)
+        else:
+            self.load(folder)
 
     def load_head(self, folder):
         """The MLP head in `folder`, where the task has one."""

@@ -114,11 +114,29 @@ def matching_names(model, target_modules):
     return [name for name in known if name in chosen]
 
 
-def inject(model, r=16, alpha=32, dropout=0.0, target_modules="all-linear"):
-    """Freeze `model` and put a LoRALinear over each target, in place. Returns their names. Seed before: A is drawn."""
-    names = matching_names(model, target_modules)
+def inject(model, r=16, alpha=32, dropout=0.0, target_modules="all-linear", modules_to_save=()):
+    """Freeze `model` and put a LoRALinear over each target, in place. Returns their names. Seed before: A is drawn.
+
+    `modules_to_save` (ends of names, such as "embed_tokens") are trained whole, and never targets.
+    """
+    whole = named_modules(model, modules_to_save)
+    names = [name for name in matching_names(model, target_modules) if name not in whole]
     wrap(model, names, r, alpha, dropout)
+    for name in whole:
+        model.get_submodule(name).float().requires_grad_(True)  # trained weights are fp32 masters
     return names
+
+
+def named_modules(model, endings):
+    """Names of the modules that end so and hold weights; each of the endings must match one."""
+    holding = [
+        name for name, module in model.named_modules() if name and next(module.parameters(recurse=False), None) is not None
+    ]
+    found = {ending: [name for name in holding if f".{name}".endswith(f".{ending}")] for ending in endings}
+    for ending, names in found.items():
+        if not names:
+            raise UserError(f"modules_to_save: {ending!r} matches no module that holds weights.")
+    return [name for names in found.values() for name in names]
 
 
 def wrap(model, names, r, alpha, dropout):

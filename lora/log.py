@@ -46,7 +46,7 @@ class Log:
 
     def count(self, batches, seconds):
         """One more step, over these micro-batches; evaluations and checkpoints are not in its seconds."""
-        self.tokens += sum(batch.tokens.numel() for batch in batches)
+        self.tokens += sum(sum(batch.lengths) for batch in batches)
         self.seconds += seconds
         self.bar.update()
 

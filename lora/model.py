@@ -85,6 +85,13 @@ def load_shape(base_model):
     return shape, shape.dtype or torch.float32, tokenizer
 
 
+def add_tokens(model, tokenizer, tokens):
+    """Add special tokens to the tokenizer, and rows for them to the embeddings, drawn around the mean of the others."""
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+
+
 def load_task(config, dtype):
     """The base of `config` with the head its task needs, on the CPU, weights in `dtype`, trainable. Raises UserError.
 
@@ -94,25 +101,46 @@ def load_task(config, dtype):
     shape, base_dtype, tokenizer = load_shape(base_model)
     if shape.is_encoder_decoder:
         raise UserError(f"base_model {base_model}: encoder-decoder models are not supported.")
-    auto = AutoModelForCausalLM if config.model.task == "lm" else AutoModel
-    torch.manual_seed(config.training.seed)
-    if config.model.init_from == "scratch":
-        model = auto.from_config(shape, dtype=dtype, attn_implementation="packed")
-        model.config.name_or_path = locate(base_model)[0]
-    else:
-        model = load_weights(auto, base_model, dtype, "packed")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_pooler(name))
-    task = Task(model, tokenizer, base_dtype, config.model.head_dropout)
+    if not tokenizer.is_fast:
+        raise UserError(f"base_model {base_model}: its tokenizer has no fast version (no tokenizer.json), which is needed.")
+    problems = []
+    for packed in (True, False):  # what cannot be packed is padded
+        try:
+            task = Task(build(config, shape, tokenizer, dtype, packed), tokenizer, base_dtype, config.model.head_dropout)
+            if config.model.task == "lm" and not task.causal:
+                raise UserError(
+                    f"base_model {base_model}: an encoder sees what it would have to predict; use --task score."
+                )
+            task.packed = packed
+            problem = disagreement(task)
+        except KeyError as error:  # of a model that knows its own kinds of attention only
+            problem = f"it has no attention {error}"
+        if not problem:
+            break
+        problems.append(problem)
+    if problem:
+        raise UserError(f"base_model {base_model}: {shape.model_type} is not supported: {problems[0]}.")
     longest = (getattr(shape, "max_position_embeddings", None) or max_length) - task.first_position
     if max_length > longest:
         raise UserError(f"max_length = {max_length}: {base_model} has {longest} positions; add --max_length {longest}.")
-    if config.model.task == "lm" and not task.causal:
-        raise UserError(f"base_model {base_model}: an encoder sees the tokens it would have to predict; use --task score.")
-    problem = disagreement(task)
-    if problem:
-        raise UserError(f"base_model {base_model}: {type(model).__name__} is not supported: {problem}.")
     return task
+
+
+def build(config, shape, tokenizer, dtype, packed):
+    """The model that `config` asks for, trainable, with packed attention or with the one that transformers chooses."""
+    auto = AutoModelForCausalLM if config.model.task == "lm" else AutoModel
+    attention = "packed" if packed else None
+    torch.manual_seed(config.training.seed)
+    if config.model.init_from == "scratch":
+        model = auto.from_config(shape, dtype=dtype, attn_implementation=attention)
+        model.config.name_or_path = locate(config.model.base_model)[0]
+    else:
+        model = load_weights(auto, config.model.base_model, dtype, attention)
+    if config.model.add_special_tokens:
+        add_tokens(model, tokenizer, config.model.add_special_tokens)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_pooler(name))
+    return model
 
 
 @torch.no_grad()
@@ -125,12 +153,13 @@ def disagreement(task):
     task.eval()
     rounding = 1e-4 if task.model.dtype == torch.float32 else 0.05  # of the largest output; with room to spare
     vocabulary = task.model.get_input_embeddings().num_embeddings
-    first, second = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    draws = torch.randint(vocabulary, (14,), generator=torch.Generator().manual_seed(0)).tolist()
+    first, second = draws[:8], draws[8:]
     changed = [*first[:-1], (first[-1] + 1) % vocabulary]
 
     def hidden(*documents):
-        rows = Rows([Row(document, [0.0] * len(document)) for document in documents], "score")
-        return task.hidden_states(rows.batch(range(len(documents)))).float()
+        rows = Rows.of(((Row(document, [0.0] * len(document)), 0) for document in documents), "score")
+        return task.at_targets(rows.batch(range(len(documents)), task.packed)).float()
 
     def differ(one, other, rounding=rounding):
         return bool((one - other).abs().max() > rounding * one.abs().max())
@@ -143,8 +172,8 @@ def disagreement(task):
             return "whether a position sees later ones is not what its attention modules say"
         if isinstance(task.head, LMHead):
             logits = task.model(torch.tensor([first]), use_cache=False).logits[0].float()
-            if differ(logits, task.head.output_layer(alone.to(task.model.dtype)).float()):
-                return "it scales or caps its logits"
+            if differ(logits, task.head.logits(alone.to(task.model.dtype))):
+                return "its logits are not those of its output layer on the hidden states"
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         return f"a short forward pass ends in {type(error).__name__}: {error}"
     task.train()

@@ -131,15 +131,14 @@ def chain_row(tokenised, start, max_length):
     """Prompt and steps in one row, with the labels at the last tokens of the steps."""
     tokens = start + tokenised[0][1]
     targets = [NO_SCORE] * len(tokens)
-    for place, (piece, line, _) in enumerate(tokenised[1:], 1):
-        if len(tokens) + len(line) > max_length:
-            break
-        tokens += line
-        targets += [NO_SCORE] * (len(line) - 1) + [NO_SCORE if piece.label is None else piece.label]
-    else:
-        place = len(tokenised)
+    cut = False
+    for piece, line, _ in tokenised[1:]:
+        cut = cut or len(tokens) + len(line) > max_length
+        if not cut:
+            tokens += line
+            targets += [NO_SCORE] * (len(line) - 1) + [NO_SCORE if piece.label is None else piece.label]
     has_target = any(target == target for target in targets)
-    return Rendered([Row(tokens, targets)] if has_target else [], cut=place < len(tokenised))
+    return Rendered([Row(tokens, targets)] if has_target else [], cut)
 
 
 def pair_rows(example, tokenizer, max_length):

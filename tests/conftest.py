@@ -3,6 +3,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for a network
 
 from pathlib import Path
+import tempfile
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from lora.command_line import Command
 from lora.config import Config, get_lora_config
 from lora.model import EMBEDDED
-from lora.readers import read_data
+from lora.source import Source
 
+os.environ["PLAINLORA_CACHE"] = tempfile.mkdtemp(prefix="plainlora_tests_")
 torch.set_num_threads(1)  # small matrices: a second thread only waits
 
 
@@ -85,5 +87,5 @@ def run(config, resume_from=""):
 
     folder = Path(config.output.output_dir) / config.output.experiment_name
     script = train_lora if config.lora else train
-    script.main(Command(config, folder, str(resume_from)), read_data(config))
+    script.main(Command(config, folder, str(resume_from)), Source(config))
     return folder

@@ -129,7 +129,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)}), "not a pair of LoRA factors: .*magnitude"),
         (
             lambda t: [t.update({k.replace("q_proj", "z_proj"): t.pop(k)}) for k in list(t)],
-            "no such linear layer in the model: .*z_proj",
+            "no such linear layer .* in the model: .*z_proj",
         ),
         (lambda t: t.clear(), "the file is empty"),
         (

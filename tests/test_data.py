@@ -26,7 +26,11 @@ def tokenizer():
 
 
 def rows_of(path, task, tokenizer, causal=True):
-    return Rows([row for result in render(read([path], task), tokenizer, task, 256, causal) for row in result.rows], task)
+    return as_rows([row for e in render(read([path], task), tokenizer, task, 256, causal) for row in e.rows], task)
+
+
+def as_rows(rows, task):
+    return Rows.of(((row, 0) for row in rows), task)
 
 
 def rows_for(example, tokenizer, task, max_length=256, causal=True):
@@ -128,7 +132,7 @@ def test_evaluation_is_without_dropout_and_leaves_training_mode_on(configure, to
     task = load_task(config, torch.float32)
     inject(task.model, r=4, dropout=0.5)
     batches = training_data(configure, tokenizer).evaluation()
-    (one, _), (other, _) = (train.predict(task.train(), batches, torch.device("cpu"), torch.float32) for _ in range(2))
+    (one, *_), (other, *_) = (train.predict(task.train(), batches, torch.device("cpu"), torch.float32) for _ in range(2))
     assert torch.equal(one, other) and task.training
 
 
@@ -161,11 +165,11 @@ def test_packed_equals_unpacked_and_transformers_own_forward(make, config, token
     apart = [rows.batch([i]) for i in range(6)]
     assert_equal_gradients(gradients(task, [packed]), gradients(task, apart))
     with torch.no_grad():
-        _, together = task.predict(packed)
-        torch.testing.assert_close(together, torch.cat([task.predict(b)[1] for b in apart]), rtol=0, atol=1e-6)
+        together = task.predict(packed)
+        torch.testing.assert_close(together, torch.cat([task.predict(b) for b in apart]), rtol=0, atol=1e-6)
         task.model.set_attn_implementation("eager")
         plain = [task.model(b.tokens).last_hidden_state[0][b.target_positions] for b in apart]
-        said = [task.head(hidden, b.targets)[1] for hidden, b in zip(plain, apart)]
+        said = [task.head.predict(hidden, b.targets) for hidden, b in zip(plain, apart)]
     torch.testing.assert_close(together, torch.cat(said), rtol=0, atol=1e-6)
 
 
@@ -173,12 +177,12 @@ def test_a_later_step_does_not_change_the_score_of_an_earlier_one(tokenizer):
     """All steps of a chain are scored in one forward pass; the score of each is what a pass of its own would give."""
     task = scorer(lambda c: tiny_llama().model, None)
     example = read(["arithmetic:train:1"], "score")[0]
-    whole = Rows(rows_for(example, tokenizer, "score"), "score")
+    whole = as_rows(rows_for(example, tokenizer, "score"), "score")
     with torch.no_grad():
-        _, together = task.predict(whole.batch([0]))
+        together = task.predict(whole.batch([0]))
         for k in range(1, len(example.steps) + 1):
             prefix = Example("", prompt=example.prompt, steps=example.steps[:k], labels=example.labels[:k])
-            _, alone = task.predict(Rows(rows_for(prefix, tokenizer, "score"), "score").batch([0]))
+            alone = task.predict(as_rows(rows_for(prefix, tokenizer, "score"), "score").batch([0]))
             torch.testing.assert_close(alone[-1], together[k - 1], rtol=0, atol=1e-6)
 
 
@@ -200,8 +204,8 @@ def test_attention_honours_scaling_causality_and_dropout():
 def test_an_attention_argument_that_would_change_the_result_is_refused(tokenizer):
     task = scorer(lambda c: tiny_llama().model, None)
     batch = rows_of("arithmetic:train:1", "score", tokenizer).batch([0])
-    with pytest.raises(ValueError, match="does not know .'softcap'."):
-        task.model(batch.tokens, use_cache=False, softcap=30.0)
+    with pytest.raises(ValueError, match="does not know .'bias'."):
+        task.model(batch.tokens, use_cache=False, bias=30.0)
 
 
 # ------------------------------------------------------------------------------------------------------ rendering

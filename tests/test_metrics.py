@@ -34,4 +34,5 @@ def test_r2_is_zero_for_the_mean_and_one_for_the_labels():
     said = MLPHead.metrics(torch.full((4,), labels.mean().item()), labels)
     assert said["r2"] == pytest.approx(0.0, abs=1e-6) and said["mse"] == pytest.approx(labels.var(correction=0).item())
     assert said["mae"] == pytest.approx(0.375) and said["loss"] == said["mse"]
-    assert LMHead.metrics(torch.tensor([0.0, 2 * math.log(3)]), None)["perplexity"] == pytest.approx(3.0)
+    lm = LMHead.metrics(torch.tensor([[0.0, 1.0], [2 * math.log(3), 0.0]]), None)
+    assert lm["perplexity"] == pytest.approx(3.0) and lm["token_accuracy"] == 0.5

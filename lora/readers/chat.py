@@ -1,4 +1,4 @@
-"""{"messages": [{"role", "content"}, ...]} (and "tools"): a chat of any number of turns, in the roles its template knows."""
+"""{"messages": [{"role", "content"}, ...]} (and "tools"): a chat of any number of turns."""
 
 from lora.errors import UserError
 from lora.readers import Example, string

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from pathlib import Path
 import re
 
 from lora.errors import UserError
@@ -24,9 +25,8 @@ def rows(path):
     if suffix not in readers:
         raise UserError(f"{path}: expected a file named .{', .'.join(readers)} (or one of these with .gz).")
     try:
-        local = hub_file(path) if path.startswith(HUB) else path
         opened = gzip.open if path.lower().endswith(".gz") else open
-        with opened(local, "rt", encoding="utf-8-sig", newline="") as file:
+        with opened(local(path), "rt", encoding="utf-8-sig", newline="") as file:
             yield from readers[suffix](path, file)
     except gzip.BadGzipFile as error:
         raise UserError(f"{path}: {error}.") from None
@@ -42,8 +42,14 @@ def rows(path):
         ) from None
 
 
-def hub_file(path):
-    """The local copy of a Hub file, which huggingface_hub downloads once."""
+def local(path):
+    """Where the file lies; a Hub file is downloaded once, by huggingface_hub. Raises UserError."""
+    if not path.startswith(HUB):
+        if not Path(path).is_file():
+            raise UserError(
+                f"{path}: {'a folder; name its files' if Path(path).is_dir() else 'No such file or directory'}."
+            )
+        return Path(path)
     match = re.fullmatch(HUB + r"([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
     if not match:
         raise UserError(f"{path}: expected {HUB}OWNER/NAME/PATH (or OWNER/NAME@REVISION/PATH).")
@@ -51,7 +57,7 @@ def hub_file(path):
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return hf_hub_download(match[1], match[3], repo_type="dataset", revision=match[2])
+        return Path(hf_hub_download(match[1], match[3], repo_type="dataset", revision=match[2]))
     except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
         raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from None
 

@@ -1,0 +1,52 @@
+"""The data that a configuration names, as one thing: its examples, and a hash of all that they depend on.
+
+Like the readers it imports the standard library only, and runs before torch is loaded.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from lora.readers import files, read_data
+
+READERS = Path(__file__).parent / "readers"
+
+
+def cache_folder():
+    """Where tokenised data is kept: PLAINLORA_CACHE, else plainlora/ in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PLAINLORA_CACHE") or Path(cache) / "plainlora")
+
+
+def digest(*parts):
+    """A hash of texts, settings and files (Path: the file's content)."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            total.update(hashlib.sha256(repr(part).encode()).digest())
+    return total.hexdigest()[:32]
+
+
+class Source:
+    """The training and the held-out examples of `config`, read (and so checked) at once unless a run has tokenised them.
+
+    `key` changes with every byte of the data, with the settings that choose from it, and with the readers' code.
+    """
+
+    def __init__(self, config):
+        self.config, data = config, config.data
+        contents = [
+            path if path.startswith("arithmetic:") else files.local(path) for path in (*data.train_data, *data.eval_data)
+        ]
+        chosen = (len(data.train_data), data.eval_fraction, data.max_samples, data.label_max, config.model.task)
+        self.key = digest(chosen, *contents, *sorted(READERS.glob("*.py")))
+        self.folder = cache_folder() / self.key
+        self.read = None if any(self.folder.glob("*/facts.json")) else read_data(config)
+
+    def examples(self):
+        """(training examples, held-out examples)."""
+        self.read = self.read or read_data(self.config)
+        return self.read

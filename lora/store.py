@@ -1,0 +1,122 @@
+"""Token store: a data set is tokenised once, and every later run maps the arrays from disk.
+
+    <cache>/<hash of the data>/<hash of tokenizer, template, settings and code>/
+
+So an entry is never stale, and any of them may be deleted at any time. Of several processes that start at once one
+tokenises, and the others wait for it.
+"""
+
+from contextlib import contextmanager
+import dataclasses
+import fcntl
+import json
+from pathlib import Path
+import shutil
+import tempfile
+
+import numpy as np
+from tqdm import tqdm
+
+from lora.chat import use_chatml
+from lora.data import Rows
+from lora.errors import UserError
+from lora.render import NO_TOKEN, render
+from lora.source import digest
+
+CODE = [Path(__file__).parent / name for name in ("chat.py", "render.py", "data.py", "store.py")]
+CHUNK = 1000  # examples that the tokenizer's threads share at a time
+
+
+def tokenised(source, task):
+    """(training Rows, held-out Rows, facts) of a Source for a Task. facts: what `tokenise` says of each part, and
+
+    "overlap", the number of prompts or texts that are in both, and "chats", whether there are any.
+    """
+    config, tokenizer = source.config, task.tokenizer
+    settings = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map)
+    key = digest(settings, config.data.max_length, task.causal, *CODE)
+    with locked(source.folder) as folder:
+        if not (folder / key).is_dir():
+            write(source, task, folder, key)
+        facts = json.loads((folder / key / "facts.json").read_text())
+        names = [field.name for field in dataclasses.fields(Rows)]
+        parts = [
+            Rows(*(np.load(folder / key / f"{part}_{n}.npy", mmap_mode="r") for n in names)) for part in ("train", "eval")
+        ]
+    if facts["chats"]:
+        use_chatml(tokenizer)
+    return *parts, facts
+
+
+@contextmanager
+def locked(folder):
+    """`folder`, made if need be, while no other process has it; a temporary one where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+    except OSError as error:
+        print(f"note: {folder}: {error.strerror}; tokenised data is not kept (set PLAINLORA_CACHE)")
+        folder = Path(tempfile.mkdtemp(prefix="plainlora_"))
+        lock = open(folder / "lock", "w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def write(source, task, folder, key):
+    examples = source.examples()
+    facts = {"chats": any(example.messages for part in examples for example in part)}
+    facts["overlap"] = len(set.intersection(*({example.subject for example in part} for part in examples)))
+    temporary = folder / f".tmp_{key}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, part in zip(("train", "eval"), examples):
+        rows, facts[name] = tokenise(part, task, source.config, name)
+        for field in dataclasses.fields(Rows):
+            np.save(temporary / f"{name}_{field.name}.npy", getattr(rows, field.name))
+    (temporary / "facts.json").write_text(json.dumps(facts))
+    temporary.rename(folder / key)
+
+
+def tokenise(examples, task, config, name):
+    """(Rows, what is to be said of them) of examples. Raises UserError where no row has a target."""
+    max_length, kind, tokenizer = config.data.max_length, config.model.task, task.tokenizer
+    if any(example.messages for example in examples):
+        use_chatml(tokenizer)
+    facts = {"examples": len(examples), "cut": 0, "without_target": 0}
+
+    def rows():
+        with tqdm(total=len(examples), desc=f"tokenising {name}", unit="example", disable=None, leave=False) as bar:
+            for start in range(0, len(examples), CHUNK):
+                chunk = examples[start : start + CHUNK]
+                for example, rendered in zip(chunk, render(chunk, tokenizer, kind, max_length, task.causal)):
+                    facts["cut"] += rendered.cut
+                    facts["without_target"] += not rendered.rows
+                    yield from ((row, example.source) for row in rendered.rows)
+                bar.update(len(chunk))
+
+    table = Rows.of(rows(), kind)
+    if not len(table):
+        raise UserError(f"{examples[0].where}: no {name} example has a target within max_length {max_length}.")
+    targets = table.targets[table.targets != NO_TOKEN] if kind == "lm" else table.targets[~np.isnan(table.targets)]
+    facts |= {"rows": len(table), "tokens": len(table.tokens), "targets": len(targets)}
+    facts["lengths"] = np.quantile(np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher").tolist()
+    if kind == "score":
+        facts["label_mean"] = targets.mean().item()
+        facts["labels_left_out"] = sum(label is not None for e in examples for label in e.labels) - len(targets)
+    return table, facts
+
+
+def describe(name, facts):
+    """The facts about a part of the data, in a line."""
+    median, most, longest = facts["lengths"]
+    line = f"{name}: {{examples}} examples in {{rows}} rows, {{tokens}} tokens, {{targets}} targets".format_map(facts)
+    line += f"; lengths: half up to {median}, 95 % up to {most}, all up to {longest}"
+    if "label_mean" in facts:
+        line += f"; label mean {facts['label_mean']:.3f}"
+    for key, what in (("cut", "cut off at max_length"), ("without_target", "without a target, left out")):
+        if facts[key]:
+            line += f"; {facts[key]} ({facts[key] / facts['examples']:.1%}) {what}"
+    if facts.get("labels_left_out"):
+        line += f"; {facts['labels_left_out']} labelled steps do not fit max_length and are left out"
+    return line
