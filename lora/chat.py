@@ -46,8 +46,8 @@ def chat_pieces(where, messages, tools, tokenizer):
     Together they are the template's own render, but for an end token where the template ends the last turn with none.
     """
     chat = Chat(where, messages, tools, tokenizer)
-    ending = turn_ending(tokenizer, tokenizer.chat_template)
-    spans = [chat.with_ending(span, ending) for span in chat.assistant_spans(ending)]
+    ending, straight = turn_habits(tokenizer, tokenizer.chat_template)
+    spans = [chat.with_ending(span, ending) for span in chat.assistant_spans(ending, straight)]
     text, (start, end) = chat.text, spans[-1]
     if tokenizer.eos_token and chat.messages[-1]["role"] == "assistant" and not chat.specials.search(text, start):
         text = text[:end] + tokenizer.eos_token
@@ -62,21 +62,22 @@ def prompt_pieces(where, messages, tools, tokenizer):
 
 
 @lru_cache(maxsize=8)
-def turn_ending(tokenizer, template):
-    """What ends every assistant turn alike, inside a chat and at its end: "<|im_end|>"; "" where nothing does."""
+def turn_habits(tokenizer, template):
+    """(what ends every assistant turn alike, or "", whether a generation prompt leads straight to the answer)."""
     say = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         chat = Chat("a chat of two turns", say + say, None, tokenizer)
-        (_, first), (_, last) = chat.marked_spans([1, 3])
+        (start, first), (_, last) = chat.marked_spans([1, 3])
+        prompt = chat.render(say[:1], add_generation_prompt=True)
     except (UserError, TypeError):  # it refuses such a chat, or moves the marks
-        return ""
+        return "", False
     units = re.compile(f"{chat.specials.pattern}|.", re.DOTALL)
     common = []
     for one, other in zip(units.findall(chat.text, first), units.findall(chat.text, last)):
         if one != other:
             break
         common.append(one)
-    return "".join(common).rstrip()
+    return "".join(common).rstrip(), chat.text.startswith(prompt) and not chat.text[len(prompt) : start].strip()
 
 
 class Chat:
@@ -107,12 +108,18 @@ class Chat:
     def error(self, problem):
         return UserError(f"{self.where}: {' '.join(problem.split())}.")
 
-    def assistant_spans(self, ending):
-        """(start, end) in `text` of what the assistant says, for each of its turns."""
+    def assistant_spans(self, ending, straight):
+        """(start, end) in `text` of what the assistant says, for each of its turns. Raises UserError."""
         turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
         plain = [i for i in turns if not self.reasoning(i) and not self.messages[i].get("tool_calls")]
         spans = dict(zip(plain, self.marked_spans(plain) or []))
-        return [spans.get(i) or self.prompted_span(i, ending) or self.answer_span(i) for i in turns]
+        for i in turns:
+            if i not in plain:
+                spans[i] = self.prompted_span(i, ending, straight) or self.answer_span(i)
+            if not spans.get(i):
+                name = self.tokenizer.name_or_path
+                raise self.error(f"message {i + 1}: where the chat template of {name} writes it cannot be told")
+        return [spans[i] for i in turns]
 
     def reasoning(self, i):
         """What message i says before its answer: in its content, up to </think>, or under a key of its own."""
@@ -141,14 +148,15 @@ class Chat:
                 return spans
         return None
 
-    def prompted_span(self, i, ending):
+    def prompted_span(self, i, ending, straight):
         """(start, end) of turn i, from the end of its generation prompt to the first ending; None if that is not it.
 
         For turns of which the template writes more than the content (tool calls, reasoning).
         """
         calls = self.messages[i].get("tool_calls") or []
         prompt = self.render(self.messages[:i], add_generation_prompt=True)
-        if not self.text.startswith(prompt) or (calls and not ending):
+        prompts = straight or prompt != self.render(self.messages[:i])  # or the template knows no generation prompt
+        if not prompts or not self.text.startswith(prompt) or (calls and not ending):
             return None
         if ending:
             end = self.text.find(ending, len(prompt))
@@ -162,14 +170,9 @@ class Chat:
         return (len(prompt), end) if whole and not any(text and text in said for text in following) else None
 
     def answer_span(self, i):
-        """(start, end) of turn i where the template has dropped its reasoning, and nothing else."""
-        spans = None if self.messages[i].get("tool_calls") else self.marked_spans([i])
-        if not spans or self.reasoning(i) in self.text:
-            name = self.tokenizer.name_or_path
-            raise self.error(
-                f"message {i + 1}: where the chat template of {name} puts what the assistant says cannot be told"
-            )
-        return spans[0]
+        """(start, end) of turn i where the template has dropped its reasoning, and nothing else; else None."""
+        dropped = not self.messages[i].get("tool_calls") and self.reasoning(i) not in self.text
+        return (self.marked_spans([i]) or [None])[0] if dropped else None
 
     def with_ending(self, span, ending):
         """The span with what ends its turn: `ending`, else the special token that follows, if any does."""
