@@ -1,48 +1,101 @@
-"""Evaluate a checkpoint, a final artifact or a base; or score the steps of a text by hand.
+"""Evaluate a checkpoint, a final artifact or a base: its loss, its answers, its embeddings; or try it by hand.
 
     python eval.py --checkpoint outputs/RUN/final_artifact [--eval_data FILE ...] [--output results.json]
+    python eval.py --checkpoint outputs/RUN/final_artifact --test_set FILE [--critical_questions FILE]
+    python eval.py --checkpoint outputs/RUN/final_artifact --test_queries FILE --corpus FILE
     python eval.py --checkpoint outputs/RUN/final_artifact --prompt 'Start with 12, add 9.
     12+9=21'
     python eval.py --base_model FOLDER --task lm --eval_data FILE
 
-A checkpoint brings its configuration along: without --eval_data it is evaluated on what the run held out, all of it.
+A checkpoint brings its configuration along: where nothing else is asked for, it is evaluated on what its run held out,
+all of it. What answers are measured by stands in lora/text_metrics.py.
 """
 
+from dataclasses import dataclass, field
 import json
+import math
 from pathlib import Path
 import sys
+import typing
 
+from lora import retrieval
 from lora.command_line import Parser
-from lora.config import Config, saved_config, set_key
+from lora.config import Config, from_dict, keys_of, read_file, saved_config, set_key
 from lora.errors import UserError, one_line_errors
 from lora.readers import Example, read, read_data
+from lora.text_metrics import Question, check_patterns, means, passes, read_questions, rouge_scorer, scores
+
+KEYS = (
+    *("base_model", "task", "max_length", "label_max", "batch_size", "seed", "device", "dtype"),
+    *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
+)
+
+
+@dataclass
+class Asked:
+    """What a call of eval.py is to find out, read from its files."""
+
+    examples: list[Example] = field(default_factory=list)  # whose loss is measured, or the steps of --prompt
+    test_set: list[Question] = field(default_factory=list)
+    critical: list[Question] = field(default_factory=list)
+    corpus: dict[str, str] = field(default_factory=dict)
+    queries: list[tuple[str, set[int]]] = field(default_factory=list)
 
 
 def read_arguments(argv):
     """(arguments, configuration of the checkpoint or of the base)."""
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint_step_N, final_artifact, or a merged scorer")
-    parser.add_argument("--prompt", metavar="TEXT", help="a problem on the first line, its steps on the lines below it")
-    parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file too")
-    own = ("base_model", "task", "max_length", "label_max", "batch_size", "device", "dtype")
-    for name in own:
-        parser.add_argument(f"--{name}", metavar="X", help="as in train.py; default: the checkpoint's")
+    parser.add_argument("--config", metavar="FILE", help="TOML or JSON as for training, where there is no checkpoint")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to answer; for a scorer a problem, and its steps below it")
+    parser.add_argument("--ignore_chat_template", action="store_true", help="go on with the text of --prompt as it is")
     parser.add_argument("--eval_data", nargs="+", metavar="FILE", help="held-out files; default: the checkpoint's")
+    parser.add_argument("--test_set", metavar="FILE", help="chats whose last answers are generated and measured")
+    parser.add_argument("--critical_questions", metavar="FILE", help="the same, each question with PASS or FAIL")
+    parser.add_argument("--test_queries", metavar="FILE", help="rows of query and relevant (ids of the corpus)")
+    parser.add_argument("--corpus", metavar="FILE", help="rows of id and text")
+    parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file too, the answers beside it")
+    for name in KEYS:
+        _, key = keys_of(Config())[name]
+        nargs = "+" if typing.get_origin(key.type) is list else None
+        help = key.metadata["help"].replace("%", "%%")
+        parser.add_argument(f"--{name}", nargs=nargs, metavar="X", help=f"{help} (default: the checkpoint's)")
     arguments = parser.parse_args(argv)
-    config = saved_config(arguments.checkpoint) if arguments.checkpoint else Config()
+
+    if arguments.checkpoint and arguments.config:
+        raise UserError("--checkpoint brings its configuration along; leave --config out, and override keys with flags.")
+    if arguments.checkpoint:
+        config = saved_config(arguments.checkpoint)
+    else:
+        config = from_dict(read_file(arguments.config), arguments.config) if arguments.config else Config()
     whole = whole_model(arguments.checkpoint)
     if whole:
         config.model.base_model, config.model.init_from = whole, ""
-    for name in own:
+    for name in KEYS:
         if getattr(arguments, name) is not None:
             set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
+    refuse_what_does_not_go_together(arguments, config)
+    check_patterns(config.evaluation)
+    return arguments, config
+
+
+def refuse_what_does_not_go_together(arguments, config):
+    answers = arguments.test_set or arguments.critical_questions
+    others = answers or arguments.eval_data or arguments.test_queries
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
         raise UserError(f"--output {arguments.output}: no such folder.")
     if not config.model.base_model:
         raise UserError("nothing to evaluate: add --checkpoint DIR, or --base_model FOLDER.")
-    if arguments.prompt is None and not (arguments.eval_data or config.data.train_data):
+    if arguments.prompt is None and not (others or config.data.train_data):
         raise UserError("no data: add --eval_data FILE, or --prompt TEXT.")
-    return arguments, config
+    if arguments.prompt is not None and (others or arguments.output):
+        raise UserError("--prompt is for trying by hand; call eval.py once more for files.")
+    if arguments.ignore_chat_template and arguments.prompt is None:
+        raise UserError("--ignore_chat_template is for --prompt.")
+    if (arguments.test_queries is None) != (arguments.corpus is None):
+        raise UserError("--test_queries and --corpus go together.")
+    if answers and config.model.task != "lm":
+        raise UserError("--test_set and --critical_questions are for --task lm: a scorer gives no answers.")
 
 
 def whole_model(checkpoint):
@@ -52,21 +105,35 @@ def whole_model(checkpoint):
 
 
 def read_examples(arguments, config):
-    """What is to be scored: the steps of the prompt, the files named, or what the checkpoint's run held out."""
+    """What is Asked: the steps of the prompt, the files named, or what the checkpoint's run held out."""
+    asked = Asked()
     if arguments.prompt is not None:
-        problem, *steps = [line for line in arguments.prompt.split("\n") if line.strip()] or [""]
-        if config.model.task != "score" or not steps:
-            raise UserError("--prompt: expected a problem on the first line and steps below it, for a scorer.")
-        return [Example("--prompt", prompt=problem, steps=steps, labels=[0.0] * len(steps))]
+        if config.model.task == "score":
+            problem, *steps = [line for line in arguments.prompt.split("\n") if line.strip()] or [""]
+            if not steps:
+                raise UserError("--prompt: expected a problem on the first line and steps below it, for a scorer.")
+            asked.examples = [Example("--prompt", prompt=problem, steps=steps, labels=[0.0] * len(steps))]
+        elif not arguments.prompt.strip():
+            raise UserError("--prompt: expected a text that is not empty.")
+        return asked
+    if arguments.test_set:
+        asked.test_set = read_questions(arguments.test_set)
+    if arguments.critical_questions:
+        asked.critical = read_questions(arguments.critical_questions)
+    if arguments.test_queries:
+        asked.corpus = retrieval.read_corpus(arguments.corpus)
+        asked.queries = retrieval.read_queries(arguments.test_queries, asked.corpus)
     if arguments.eval_data:
-        return read(arguments.eval_data, config.model.task, config.data.label_max)
-    return read_data(config)[1]
+        asked.examples = read(arguments.eval_data, config.model.task, config.data.label_max)
+    elif not (asked.test_set or asked.critical or asked.queries):
+        asked.examples = read_data(config)[1]
+    return asked
 
 
 if __name__ == "__main__":  # above torch, as in train.py
     with one_line_errors():
         arguments, config = read_arguments(sys.argv[1:])
-        examples = read_examples(arguments, config)
+        asked = read_examples(arguments, config)
 
 from train import predict  # before torch: it sets the allocator up
 
@@ -74,14 +141,16 @@ import torch
 from tqdm import tqdm
 
 from lora import metrics
+from lora.chat import use_chatml
+from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
 from lora.log import without_nan
 from lora.model import choose_device, choose_dtype, load_task
+from lora.render import printable
 from lora.store import describe, tokenise
 
 
-def main(arguments, config, examples):
-    device = choose_device(config.training.device)
-    dtype = choose_dtype(config.training.dtype, device)
+def load(arguments, config, device):
+    """The task with its trained weights, on `device`."""
     task = load_task(config, torch.float32)
     if whole_model(arguments.checkpoint):
         task.load_head(arguments.checkpoint)
@@ -89,26 +158,117 @@ def main(arguments, config, examples):
         task.load(arguments.checkpoint)
     elif config.model.task == "score":
         print("note: a base has no score head; this one is untrained")
+    return task.to(device)
+
+
+def said_at_targets(examples, task, config, device, dtype):
+    """(what the head says at every target, the targets, a line about the examples)."""
     rows, facts = tokenise(examples, task, config, "eval")
     batches = rows.batches(range(len(rows)), config.training.batch_size * config.data.max_length, task.packed)
-    said, targets, _ = predict(task.to(device), tqdm(batches, unit="batch", disable=None), device, dtype)
-    if arguments.prompt is not None:
-        if len(said) < len(examples[0].steps):
-            raise UserError(f"--prompt: longer than max_length {config.data.max_length} tokens.")
-        for step, score in zip(examples[0].steps, said.tolist()):
-            print(f"{score:.3f}  {step}")
-        return
+    said, targets, _ = predict(task, tqdm(batches, unit="batch", disable=None), device, dtype)
+    return said, targets, describe("eval", facts)
+
+
+def loss_numbers(examples, task, config, device, dtype):
+    said, targets, facts = said_at_targets(examples, task, config, device, dtype)
+    print(facts)
     numbers = task.head.metrics(said, targets)
     if config.model.task == "score":
         pair = said.numpy(), targets.numpy()
-        numbers |= {"pearson": metrics.pearson(*pair), "spearman": metrics.spearman(*pair)}
-    print(describe("eval", facts))
+        return numbers | {"pearson": metrics.pearson(*pair), "spearman": metrics.spearman(*pair)}
+    text = task.tokenizer.decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    size = len(text.encode()) or math.nan
+    return numbers | {"bits_per_byte": numbers["loss"] * len(targets) / math.log(2) / size}
+
+
+def generate(prompts, task, config, dtype):
+    settings = config.evaluation
+    return answers(
+        task.model, task.tokenizer, prompts, max_new_tokens=settings.max_new_tokens,
+        stop=stop_tokens(task.model, task.tokenizer), dtype=dtype, temperature=settings.temperature,
+        max_tokens=config.training.batch_size * config.data.max_length, seed=config.training.seed,
+    )  # fmt: skip
+
+
+def answer_rows(questions, task, config, dtype):
+    """(a dict for each question: where, prompt, reference, answer and its scores; the means of the scores)."""
+    use_chatml(task.tokenizer)
+    prompts = [(q.where, prompt_tokens(q.where, q.messages, q.tools, task.tokenizer)) for q in questions]
+    texts = generate(prompts, task, config, dtype)
+    rouge = rouge_scorer()
+    if rouge is None:
+        print("note: no ROUGE without rouge_score: pip install 'plainlora[eval]'")
+    measured = [scores(text, q.reference, config.evaluation, rouge) for q, text in zip(questions, texts)]
+    rows = [
+        {"where": q.where, "prompt": task.tokenizer.decode(tokens), "reference": q.reference, "answer": text, **of_row}
+        for q, (_, tokens), text, of_row in zip(questions, prompts, texts, measured)
+    ]
+    return rows, means(measured)
+
+
+def retrieval_numbers(asked, task, config, device, dtype):
+    texts = [*asked.corpus.values(), *(query for query, _ in asked.queries)]
+    limits = config.data.max_length, config.training.batch_size * config.data.max_length
+    embeddings = retrieval.embed(task, texts, *limits, device, dtype)
+    corpus, queries = embeddings[: len(asked.corpus)], embeddings[len(asked.corpus) :]
+    return retrieval.metrics(retrieval.ranks_of(queries, corpus, [relevant for _, relevant in asked.queries]))
+
+
+def try_by_hand(arguments, config, asked, task, device, dtype):
+    """Print the answer to --prompt, or each of its steps with its score."""
+    if config.model.task == "lm":
+        if arguments.ignore_chat_template:
+            tokens = text_tokens(arguments.prompt, task.tokenizer)
+        else:
+            use_chatml(task.tokenizer)
+            tokens = prompt_tokens("--prompt", [{"role": "user", "content": arguments.prompt}], None, task.tokenizer)
+        print(printable(generate([("--prompt", tokens)], task, config, dtype)[0]))
+        return
+    steps = asked.examples[0].steps
+    said = said_at_targets(asked.examples, task, config, device, dtype)[0]
+    if len(said) < len(steps):
+        raise UserError(f"--prompt: longer than max_length {config.data.max_length} tokens.")
+    for step, score in zip(steps, said.tolist()):
+        print(f"{score:.3f}  {step}")
+
+
+def main(arguments, config, asked):
+    device = choose_device(config.training.device)
+    dtype = choose_dtype(config.training.dtype, device)
+    task = load(arguments, config, device)
+    if arguments.prompt is not None:
+        try_by_hand(arguments, config, asked, task, device, dtype)
+        return
+    numbers, rows, verdicts = {}, [], []
+    if asked.examples:
+        numbers |= loss_numbers(asked.examples, task, config, device, dtype)
+    if asked.test_set:
+        rows, of_set = answer_rows(asked.test_set, task, config, dtype)
+        numbers |= of_set
+    if asked.critical:
+        of_critical, of_set = answer_rows(asked.critical, task, config, dtype)
+        for question, row in zip(asked.critical, of_critical):
+            row["passed"] = passes(row["answer"], row["reference"], config.evaluation)
+            asked_last = question.messages[-1]["content"]
+            verdicts.append({"where": question.where, "question": asked_last, "passed": row["passed"]})
+            last_line = printable(asked_last).strip().rpartition("\n")[2]
+            print(f"{'PASS' if row['passed'] else 'FAIL'}  {question.where}  {last_line}")
+        rows += of_critical
+        of_set |= {"passed": sum(row["passed"] for row in of_critical) / len(of_critical)}
+        numbers |= {f"critical/{name}": value for name, value in of_set.items()}
+    if asked.queries:
+        numbers |= retrieval_numbers(asked, task, config, device, dtype)
+    width = max(12, *map(len, numbers))
     for name, value in numbers.items():
-        print(f"{name:>12} {value:.6f}")
+        print(f"{name:>{width}} {value:.6f}")
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(without_nan(numbers), indent=2) + "\n")
+        results = without_nan(numbers) | ({"critical_questions": verdicts} if verdicts else {})
+        Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")
+        if rows:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            Path(arguments.output).with_suffix(".generations.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(arguments, config, examples)
+        main(arguments, config, asked)

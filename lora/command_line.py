@@ -26,10 +26,12 @@ from lora.config import (
 )
 from lora.errors import UserError
 
-# What may differ between a checkpoint and the run that continues it: how long, how often, and where to.
+# What may differ between a checkpoint and the run that continues it: how long, how often, where to, and what is asked of
+# the answers afterwards.
 FREE_ON_RESUME = {
     *("max_steps", "num_train_epochs", "early_stopping_patience", "logging_steps", "eval_steps", "save_steps"),
     *("max_eval_batches", "experiment_name", "output_dir", "device"),
+    *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
 }
 
 

@@ -89,6 +89,17 @@ class OutputConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """What eval.py asks of generated answers; training does not read it."""
+
+    max_new_tokens: int = key(256, "tokens an answer may have", low=1)
+    temperature: float = key(0.0, "answers are drawn at this temperature; 0: the likeliest token each time", low=0.0)
+    refusal_pattern: str = key("", "regular expression: an answer that matches it refuses")
+    citation_pattern: str = key("", "regular expression: its matches in an answer are citations")
+    json_keys: list[str] = key([], "answers are to be JSON objects that have these keys")
+
+
+@dataclass
 class Config:
     """Full fine-tuning's configuration; `get_lora_config()` is LoRA's. `config.save(path)` writes TOML or JSON."""
 
@@ -97,6 +108,7 @@ class Config:
     lora: LoraConfig | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def as_dict(self):
         """Tables of the keys that have a value; `from_dict` reads it back."""

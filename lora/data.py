@@ -15,6 +15,7 @@ import torch
 from lora.errors import UserError
 from lora.render import NO_TOKEN
 
+MOST_PADDING = 0.05  # of the positions of a micro-batch of padded rows
 SCHEDULE = 10_000  # examples over which the shares of a mix come out exactly
 
 
@@ -121,12 +122,13 @@ class Rows:
         if not packed:
             order = np.argsort(lengths, kind="stable")
             indices, lengths = indices[order], lengths[order]
-        groups, size = [], max_tokens + 1
+        groups, held = [[]], 0
         for i, length in zip(indices, lengths):
-            size = size + length if packed else (len(groups[-1]) + 1) * length if groups else max_tokens + 1
-            if size > max_tokens:
+            held += length
+            size = held if packed else (len(groups[-1]) + 1) * length
+            if groups[-1] and (size > max_tokens or size - held > MOST_PADDING * size):
                 groups.append([])
-                size = length
+                held = length
             groups[-1].append(i)
         return [self.batch(group, packed) for group in groups]
 

@@ -8,6 +8,7 @@ label of the step that ends there (scores). Where nothing is asked it is NO_TOKE
 
 from dataclasses import dataclass, field
 from itertools import groupby
+import re
 import sys
 from types import SimpleNamespace
 
@@ -161,6 +162,12 @@ def pair_rows(example, tokenizer, max_length):
 
 
 # ------------------------------------------------------------------------------------------- python -m lora.render FILE
+
+
+def printable(text):
+    """`text` without terminal commands and other control characters, but for line ends and tabs."""
+    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?", "", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
 
 
 def shown(row, tokenizer, colour):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lora.command_line import Command
-from lora.config import Config, get_lora_config
+from lora.config import Config, get_lora_config, keys_of
 from lora.model import EMBEDDED
 from lora.source import Source
 
@@ -71,9 +71,7 @@ def configure(tiny_base, tmp_path):
             max_steps=12, eval_steps=3, logging_steps=1, save_steps=4, experiment_name=name, output_dir=str(tmp_path),
         )  # fmt: skip
         for key, value in (settings | values).items():
-            table = next(
-                t for t in (config.model, config.data, config.lora, config.training, config.output) if hasattr(t, key)
-            )
+            table, _ = keys_of(config)[key]
             setattr(table, key, value)
         return config
 

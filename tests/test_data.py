@@ -14,7 +14,8 @@ from lora.data import Rows, TrainingData
 from lora.heads import Task
 from lora.model import EMBEDDED, load_task
 from lora.readers import Example, read, read_data, split_by_prompt
-from lora.render import NO_TOKEN, render
+from lora.errors import UserError
+from lora.render import NO_TOKEN, Row, render
 from tests.conftest import run, tiny_llama
 from tests.test_layer import randomise
 import train
@@ -271,3 +272,73 @@ def test_evaluation_reads_the_first_n_times_4_rows_whatever_the_batch_size(confi
 def test_max_samples_takes_the_first_training_examples(configure):
     training, held_out = read_data(configure(lora=False, max_samples=7))
     assert len(training) == 7 and len(held_out) == 8
+
+
+# ------------------------------------------------------------------------------------------------------ mixing
+
+
+def mixed(configure, weights, counts=(60, 25, 40), **values):
+    """Training data of three sets, told apart by their rows' sources."""
+    paths = [f"arithmetic:train:{count}" for count in counts]
+    rows = Rows.of(
+        ((Row([source, i, 0], [i, 0, NO_TOKEN]), source) for source, n in enumerate(counts) for i in range(n)), "lm"
+    )
+    return TrainingData(rows, rows, configure(False, task="lm", train_data=paths, data_weights=weights, **values))
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.7, 0.2, 0.1], [3.0, 1e-3, 5.0]])
+def test_the_shares_of_a_mix_are_its_weights_at_every_point(configure, weights):
+    data = mixed(configure, weights)
+    drawn = [data.rows.sources[data.row_at(place)] for place in range(12_000)]  # beyond the schedule's end
+    for end in (100, 1_000, 12_000):
+        for source, weight in enumerate(weights):
+            share = drawn[:end].count(source) / end
+            assert abs(share - weight / sum(weights)) <= max(0.01, 1.5 / end)
+
+
+def test_every_row_of_a_set_is_seen_once_per_pass_whatever_the_weights(configure):
+    data = mixed(configure, [5.0, 1.0, 2.0])
+    seen = {0: [], 1: [], 2: []}
+    for place in range(2_000):
+        row = data.row_at(place)
+        seen[int(data.rows.sources[row])].append(int(row))
+    for source, count in enumerate((60, 25, 40)):
+        members, passes = seen[source], len(seen[source]) // count
+        assert passes >= 6
+        for k in range(passes):
+            assert len(set(members[k * count : (k + 1) * count])) == count
+        assert members[:count] != members[count : 2 * count]
+
+
+def test_without_weights_the_sets_are_one(configure, tokenizer):
+    one, other = mixed(configure, []), mixed(configure, [], counts=(125,))
+    assert [int(one.row_at(i)) for i in range(300)] == [int(other.row_at(i)) for i in range(300)]
+
+
+def test_a_set_too_small_to_be_reached_or_with_nothing_left_is_an_error(configure):
+    with pytest.raises(UserError, match="a share below 0.0001 is never reached"):
+        mixed(configure, [1.0, 1e-6, 1.0])
+    with pytest.raises(UserError, match="arithmetic:train:0: none of its rows is left"):
+        mixed(configure, [1.0, 1.0, 1.0], counts=(60, 0, 40))
+
+
+def test_each_set_has_validation_metrics_of_its_own_that_add_up(configure):
+    paths = ["arithmetic:train:30", "arithmetic:validation:30"]
+    folder = run(configure(True, train_data=paths, data_weights=[2.0, 1.0], eval_data=[], eval_fraction=0.3, max_steps=1))
+    (line,) = [line for line in map(json.loads, open(folder / "logs" / "train_metrics.jsonl")) if line["step"] == 0]
+    parts = [line["val/arithmetic:train:30/mse"], line["val/arithmetic:validation:30/mse"]]
+    assert min(parts) <= line["val/mse"] <= max(parts) and parts[0] != parts[1]
+
+
+def test_padded_rows_are_sorted_and_little_of_them_is_padding(configure, tokenizer):
+    config = configure(False, task="lm", batch_size=32, gradient_accumulation_steps=4)
+    rows = rows_of("arithmetic:train:600", "lm", tokenizer)
+    batches = TrainingData(rows, rows, config, packed=False).batch_at(0)
+    assert sum(len(batch.lengths) for batch in batches) == 128
+    for batch in batches:
+        count, longest = batch.tokens.shape
+        assert count * longest <= 32 * 256 and longest == max(batch.lengths) and count == len(batch.lengths)
+        flat = batch.tokens.flatten()[batch.target_positions + 1]
+        assert torch.equal(flat, batch.targets)  # what follows a position is its target, in the same row
+        assert sum(batch.lengths) >= 0.95 * batch.tokens.numel()
+    assert len(batches) < 20

@@ -1,0 +1,162 @@
+"""Your documents as questions whose answers quote and cite a passage, or refuse: chats to train and to test on.
+
+    python -m lora.cite_or_refuse CORPUS... --output DIR [--seed 42] [--passages 3] [--refusals 0.3] [--eval_fraction 0.1]
+
+CORPUS: text files, or rows with "text"; each file or row is a document. A question shows numbered passages and the first
+words of a sentence, and the answer is the rest of that sentence with the passage's number. In a share of the questions
+the passage with the answer is not shown, and the answer is REFUSAL. The other passages are of other documents on the
+same side of the split. No language model writes anything here, so every answer is right; it teaches to look up, to
+cite and to refuse, not to paraphrase. Writes DIR/train.jsonl and DIR/test.jsonl.
+"""
+
+from dataclasses import dataclass
+import hashlib
+import json
+from pathlib import Path
+import random
+import re
+import shutil
+import sys
+
+from lora.command_line import Parser
+from lora.errors import UserError, one_line_errors
+from lora.readers import files, string
+
+INSTRUCTION = "Answer from the numbered sources only. Quote them and cite the number. If they do not say it, say so."
+REFUSAL = "The sources do not say."
+QUESTION = 'What follows "{opening}" in the sources?'
+PASSAGE = 300  # characters a passage may have
+WORDS = 8  # that a sentence must have to be asked for
+
+
+@dataclass(slots=True)
+class Sentence:
+    """A sentence that can be asked for."""
+
+    opening: str  # the words shown in the question; on its side of the split they stand in this sentence only
+    rest: str
+    passage: str
+    document: int
+
+
+def read_arguments(argv):
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("corpus", nargs="+", metavar="CORPUS", help="text files, or JSONL/JSON/CSV rows with text")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write, which must not exist")
+    parser.add_argument("--seed", type=int, default=42, help="of the split and of what is drawn (default: 42)")
+    parser.add_argument("--passages", type=int, default=3, metavar="N", help="passages shown at most (default: 3)")
+    parser.add_argument("--refusals", type=float, default=0.3, help="share of questions without answer (default: 0.3)")
+    parser.add_argument("--eval_fraction", type=float, default=0.1, help="share of the documents in test.jsonl (0.1)")
+    arguments = parser.parse_args(argv)
+    if Path(arguments.output).exists():
+        raise UserError(f"--output {arguments.output} exists; choose another folder.")
+    if arguments.passages < 1:
+        raise UserError(f"--passages {arguments.passages}: need an integer >= 1.")
+    if not 0 <= arguments.refusals <= 1:
+        raise UserError(f"--refusals {arguments.refusals}: need a share 0..1.")
+    if not 0 < arguments.eval_fraction < 1:
+        raise UserError(f"--eval_fraction {arguments.eval_fraction}: need a share between 0 and 1.")
+    return arguments
+
+
+def read_documents(paths):
+    """Every file or row as its sentences, each document once. Raises UserError."""
+    texts = [string(where, "text", row.get("text")) for path in paths for where, row in files.rows(path)]
+    return list(dict.fromkeys(map(sentences_of, texts)))
+
+
+def sentences_of(text):
+    """The sentences of a text with single blanks; a blank line ends one too, so that a heading stands alone."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
+    return tuple(sentence for paragraph in paragraphs for sentence in re.split(r"(?<=[.!?]) ", paragraph) if sentence)
+
+
+def split(documents, fraction, seed):
+    """(training documents, test documents), two of each at least: the passages beside the right one are of another."""
+    if len(documents) < 4:
+        raise UserError(f"{len(documents)} documents; need 4 at least, two for training and two for the test.")
+    ordered = sorted(documents, key=lambda sentences: hashlib.sha256(repr((seed, sentences)).encode()).digest())
+    held_out = min(max(2, round(fraction * len(ordered))), len(ordered) - 2)
+    return ordered[held_out:], ordered[:held_out]
+
+
+def passages_of(document):
+    """A document as passages [[sentence, ...], ...] of at most PASSAGE characters; a longer sentence is left out."""
+    passages = []
+    for sentence in document:
+        if len(sentence) > PASSAGE:
+            continue
+        if not passages or len(" ".join([*passages[-1], sentence])) > PASSAGE:
+            passages.append([])
+        passages[-1].append(sentence)
+    return passages
+
+
+def askable(documents):
+    """([the passages of each document], [the Sentences that can be asked for])."""
+    passages = [passages_of(document) for document in documents]
+    everything = "\n".join(" ".join(document) for document in documents)
+    sentences = []
+    for number, of_document in enumerate(passages):
+        for passage in of_document:
+            for sentence in passage:
+                words = sentence.split(" ")
+                half = len(words) // 2
+                opening, rest = " ".join(words[:half]), " ".join(words[half:])
+                plain = not re.search(r'["“”\[\]]', sentence)  # the question quotes it, and brackets cite
+                if len(words) >= WORDS and plain and everything.count(opening) == 1:
+                    sentences.append(Sentence(opening, rest, " ".join(passage), number))
+    return [[" ".join(passage) for passage in of_document] for of_document in passages], sentences
+
+
+def make_rows(documents, shown, refusals, rng):
+    """A chat for every sentence that can be asked for, in random order; `refusals` is the share without the answer."""
+    passages, sentences = askable(documents)
+    rng.shuffle(sentences)
+    refused = round(refusals * len(sentences))
+    rows = []
+    for place, sentence in enumerate(sentences):
+        refuses = place < refused
+        others = [
+            p for n, of_one in enumerate(passages) if n != sentence.document for p in of_one if sentence.rest not in p
+        ]
+        sources = rng.sample(others, min(len(others), shown if refuses else shown - 1))
+        if not refuses:
+            sources.insert(rng.randrange(len(sources) + 1), sentence.passage)
+        numbered = "\n".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
+        answer = REFUSAL if refuses else f"{sentence.rest} [{sources.index(sentence.passage) + 1}]"
+        question = f"{numbered}\n\n{QUESTION.format(opening=sentence.opening)}"
+        turns = (("system", INSTRUCTION), ("user", question), ("assistant", answer))
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    rng.shuffle(rows)
+    return rows
+
+
+def main(arguments):
+    sides = split(read_documents(arguments.corpus), arguments.eval_fraction, arguments.seed)
+    final = Path(arguments.output)
+    temporary = final.with_name(f".tmp_{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name, documents in zip(("train", "test"), sides):
+            rng = random.Random(f"cite or refuse {arguments.seed} {name}")
+            rows = make_rows(documents, arguments.passages, arguments.refusals, rng)
+            if not rows:
+                raise UserError(f"{arguments.corpus[0]}: no sentence of {WORDS} words or more for {name}.jsonl.")
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            refused = sum(row["messages"][-1]["content"] == REFUSAL for row in rows)
+            print(
+                f"{final / name}.jsonl: {len(documents)} documents, {len(rows)} questions, {refused} without their answer"
+            )
+        temporary.rename(final)
+    except OSError as error:
+        raise UserError(f"--output {final}: {error.strerror}.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(read_arguments(sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""One training after another: weights of an earlier stage with a fresh schedule, and tokens that were added."""
+
+import json
+
+from peft import PeftModel
+import pytest
+from safetensors.torch import load_file
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora.adapter import load_adapter
+from lora.command_line import read_command_line
+from lora.config import get_lora_config
+from lora.errors import UserError
+from lora.layer import inject, lora_layers, merge
+from lora.model import load_task
+from tests.conftest import run, tiny_llama
+from tests.test_layer import randomise
+
+LM = dict(task="lm", max_steps=4, eval_steps=4, train_data=["arithmetic:train:60"], eval_data=["arithmetic:validation:8"])
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    return [line["val/loss"] for line in lines if "val/loss" in line]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["from lora", "from full"])
+@pytest.mark.parametrize("second", [True, False], ids=["to lora", "to full"])
+def test_a_stage_begins_where_the_one_before_ended(configure, first, second):
+    one = run(configure(first, "one", **LM))
+    if second and not first:
+        with pytest.raises(UserError, match="holds a whole model, not an adapter; name its backbone/ as the base_model"):
+            run(configure(second, "two", init_from=str(one / "final_artifact"), **LM))
+        return
+    two = run(configure(second, "two", init_from=str(one / "final_artifact"), **LM))
+    assert losses(two)[0] == pytest.approx(losses(one)[-1], abs=1e-5)  # merged: sums in another order
+    assert losses(two)[-1] < losses(one)[-1] < losses(one)[0]
+    settings = [json.loads(line) for line in (two / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in settings if "train/loss" in line] == [1, 2, 3, 4]  # a schedule of its own
+
+
+def test_a_scorer_starts_from_an_adapter_of_language_modelling(configure):
+    one = run(configure(True, "one", **LM))
+    two = run(
+        configure(True, "two", init_from=str(one / "checkpoints" / "checkpoint_step_4"), max_steps=1, learning_rate=1e-9)
+    )
+    before = load_file(one / "final_artifact" / "lora_adapter" / "adapter_model.safetensors")
+    after = load_file(two / "final_artifact" / "lora_adapter" / "adapter_model.safetensors")
+    assert before.keys() == after.keys() and max((after[k] - before[k]).abs().max().item() for k in after) < 1e-6
+
+
+def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path):
+    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", f"--init_from={tmp_path}"]
+    with pytest.raises(UserError, match="no checkpoint, artifact or adapter there"):
+        read_command_line(flags, get_lora_config(), "none.toml", "")
+
+
+# ---------------------------------------------------------------------------------------------- added tokens
+
+ADDED = dict(add_special_tokens=["<step>", "</step>"], modules_to_save=["embed_tokens", "lm_head"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_tokens_are_trained_saved_and_loaded_by_us_and_by_peft(configure, tmp_path, tied):
+    base = tmp_path / "base"
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(base)
+    AutoTokenizer.from_pretrained(configure(True).model.base_model).save_pretrained(base)
+    rows = [{"text": f"<step>{i} and {i + 1}</step>"} for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = dict(train_data=[str(tmp_path / "texts.jsonl")], eval_data=[])
+    modules = ADDED | (dict(modules_to_save=["embed_tokens"]) if tied else {})
+    config = configure(True, base_model=str(base), **LM | data | modules)
+    artifact = run(config) / "final_artifact"
+
+    saved = json.loads((artifact / "lora_adapter" / "adapter_config.json").read_text())
+    assert saved["modules_to_save"] == ["lm_head", "model.embed_tokens"]  # tied ones under both names, for PEFT
+    tokenizer = AutoTokenizer.from_pretrained(artifact)
+    (step,) = tokenizer("<step>", add_special_tokens=False).input_ids
+    assert step >= 2048 and len(tokenizer) == 2050
+
+    tokens = torch.tensor([[step, 5, 6, step + 1]])
+    ours = load_task(config, torch.float32)
+    ours.load(artifact)
+    base_logits = ours.model(tokens).logits
+    peers = AutoModelForCausalLM.from_pretrained(base)
+    peers.resize_token_embeddings(2050)
+    peers = PeftModel.from_pretrained(peers, artifact / "lora_adapter").eval()
+    torch.testing.assert_close(peers(tokens).logits, ours.model(tokens).logits, rtol=0, atol=1e-5)
+    merge(ours.model)
+    torch.testing.assert_close(ours.model(tokens).logits, base_logits, rtol=0, atol=1e-5)
+    assert (ours.model.get_output_embeddings().weight is ours.model.get_input_embeddings().weight) == tied
+
+
+def test_an_adapter_that_holds_one_of_two_tied_weights_unties_them(tmp_path):
+    """PEFT trains a copy of the module it saves, and leaves the other half of the tie as it was."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    peers = get_peft_model(tiny_llama(tie_word_embeddings=True), settings).eval()
+    with torch.no_grad():
+        for parameter in peers.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter)
+    peers.save_pretrained(tmp_path)
+    ours = tiny_llama(tie_word_embeddings=True)
+    load_adapter(ours, tmp_path)
+    tokens = torch.arange(8)[None]
+    torch.testing.assert_close(ours(tokens).logits, peers(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_tokens_without_trained_embeddings_are_refused():
+    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", "--add_special_tokens", "<step>"]
+    with pytest.raises(UserError, match="LoRA trains no embeddings; add --modules_to_save"):
+        read_command_line(flags, get_lora_config(), "none.toml", "")
+
+
+def test_modules_to_save_are_trained_in_fp32_and_must_exist():
+    model = tiny_llama(tie_word_embeddings=True).bfloat16()
+    inject(model, r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"])
+    randomise(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
+    assert trained == {"model.embed_tokens.weight", "model.norm.weight"} and len(lora_layers(model)) == 2
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    with pytest.raises(UserError, match="modules_to_save: 'wte' matches no module"):
+        inject(tiny_llama(), r=2, modules_to_save=["wte"])

@@ -1,0 +1,152 @@
+"""What is tokenised once is used again: the same rows, for the same bytes and settings only, by any number of processes."""
+
+import dataclasses
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lora import store
+from lora.config import ROOT
+from lora.data import Rows
+from lora.model import load_task
+from lora.render import NO_TOKEN
+from lora.source import Source, cache_folder
+
+
+@pytest.fixture
+def chats(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i + 1)}]}
+        for i in range(40)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAINLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def settings(configure, path, **values):
+    return configure(False, task="lm", train_data=[str(path)], eval_data=[], **values)
+
+
+def equal(one, other):
+    return all(np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(Rows))
+
+
+def test_a_second_run_reads_no_data_and_tokenises_nothing(configure, chats, monkeypatch):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    *first, facts = store.tokenised(Source(config), task)
+    monkeypatch.setattr(store, "render", None)
+    source = Source(config)
+    assert source.read is None
+    *second, again = store.tokenised(source, task)
+    assert facts == again and all(equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(isinstance(second[0].tokens, np.memmap) for _ in second)
+    assert facts["train"]["examples"] == 36 and facts["eval"]["examples"] == 4 and facts["overlap"] == 0
+
+
+@pytest.mark.parametrize("change", ["data", "max_length", "template", "split"])
+def test_a_change_of_data_settings_or_template_is_another_entry(configure, chats, change):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    before, _, _ = store.tokenised(Source(config), task)
+    if change == "data":
+        chats.write_text(chats.read_text().replace("say 7", "say 8"))
+    elif change == "template":
+        task.tokenizer.chat_template = task.tokenizer.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+    else:
+        config.data.max_length, config.data.eval_fraction = {"max_length": (20, 0.1), "split": (256, 0.5)}[change]
+    after, _, facts = store.tokenised(Source(config), task)
+    assert not equal(before, after)
+    fresh, _ = store.tokenise(Source(config).examples()[0], task, config, "train")
+    assert equal(fresh, after) and facts["train"]["rows"] == len(after)
+
+
+def test_processes_that_start_at_once_share_one_entry(configure, chats, tiny_base, own_cache):
+    program = f"""
+import torch
+from lora.config import Config
+from lora.model import load_task
+from lora.source import Source
+from lora.store import tokenised
+config = Config()
+config.model.base_model, config.data.train_data, config.data.max_length = {str(tiny_base)!r}, [{str(chats)!r}], 256
+rows, held_out, facts = tokenised(Source(config), load_task(config, torch.float32))
+print(len(rows), int(rows.tokens.sum()), facts["train"]["targets"])
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = {process.communicate()[0] for process in started}
+    assert len(said) == 1 and said.pop().startswith("36 ") and all(process.returncode == 0 for process in started)
+    assert len(list(own_cache.glob("*/*/facts.json"))) == 1 and not list(own_cache.glob("*/.tmp*"))
+
+
+def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.json, "dumps", fail)
+        with pytest.raises(KeyboardInterrupt):
+            store.tokenised(Source(config), task)
+    rows, _, _ = store.tokenised(Source(config), task)
+    assert len(rows) == 36
+
+
+def test_where_the_cache_cannot_be_written_the_run_goes_on(configure, chats, own_cache, capsys):
+    own_cache.write_text("a file stands where the folder would be")
+    config = settings(configure, chats)
+    rows, _, _ = store.tokenised(Source(config), load_task(config, torch.float32))
+    assert len(rows) == 36 and "tokenised data is not kept" in capsys.readouterr().out
+
+
+def test_gz_hub_and_plain_files_give_the_same_rows(configure, chats, tmp_path, monkeypatch):
+    packed = tmp_path / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress(chats.read_bytes()))
+    snapshot = tmp_path / "hub" / "datasets--someone--chats" / "snapshots" / "abc"
+    (snapshot / "data").mkdir(parents=True)
+    (snapshot / "data" / "chats.jsonl").write_bytes(chats.read_bytes())
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    import huggingface_hub.file_download
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    paths = [str(chats), str(packed), "hf://datasets/someone/chats/data/chats.jsonl"]
+    task = load_task(settings(configure, chats), torch.float32)
+    tables = [store.tokenised(Source(settings(configure, path)), task)[0] for path in paths]
+    assert equal(tables[0], tables[1]) and equal(tables[0], tables[2])
+
+
+def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chats):
+    config = settings(configure, chats, max_length=24)
+    task = load_task(config, torch.float32)
+    rows, facts = store.tokenise(Source(config).examples()[0], task, config, "train")
+    lengths = np.diff(rows.offsets)
+    assert facts["cut"] and facts["rows"] == len(rows) == facts["examples"] - facts["without_target"]
+    assert lengths.max() == facts["lengths"][2] == 24 and facts["targets"] == (rows.targets != NO_TOKEN).sum()
+    line = store.describe("train", facts)
+    assert f"{facts['cut']} (" in line and "cut off at max_length" in line
+
+
+def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("PLAINLORA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "plainlora"
