@@ -36,7 +36,7 @@ import transformers
 from lora.adapter import load_adapter
 from lora.config import saved_config
 from lora.layer import merge
-from lora.model import load_shape, load_weights
+from lora.model import add_tokens, load_shape, load_tokenizer, load_weights
 
 
 def outputs(model, tokens):
@@ -72,6 +72,10 @@ def main(arguments):
     if model_class is None:
         raise UserError(f"base_model {base_model}: transformers has no {architecture}.")
     model = load_weights(model_class, base_model, torch.float32, "sdpa")
+    if config is not None and config.model.add_special_tokens:
+        add_tokens(model, tokenizer, config.model.add_special_tokens)
+    if config is not None and (adapter.parent / "tokenizer.json").is_file():  # a final artifact's, with its template
+        tokenizer = load_tokenizer(str(adapter.parent))
 
     torch.manual_seed(0)
     tokens = torch.randint(shape.vocab_size, (4, 32))

@@ -36,13 +36,16 @@ class LMHead(nn.Module):
 
     def logits(self, hidden):
         """hidden [n, width] -> [n, vocabulary], fp32."""
-        logits = self.output_layer(hidden).float() * self.scale
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+        return self.shaped(self.output_layer(hidden).float())
+
+    def shaped(self, logits):
+        """What the family makes of its output layer's logits [n, vocabulary] (fp32), in place."""
+        logits *= self.scale
+        return logits.div_(self.cap).tanh_().mul_(self.cap) if self.cap else logits
 
     def forward(self, hidden, targets):
         """hidden [n, width], targets [n] token ids -> sum of the losses."""
-        trained = [p for p in self.output_layer.parameters() if p.requires_grad]
-        return ChunkedLoss.apply(self, hidden, targets, *trained)
+        return ChunkedLoss.apply(self, hidden, targets, self.output_layer.weight, self.output_layer.bias)
 
     @torch.no_grad()
     def predict(self, hidden, targets):
@@ -68,30 +71,44 @@ class LMHead(nn.Module):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The sum of an LMHead's losses, with the gradients of the hidden states and of its trained weights."""
+    """The sum of an LMHead's losses, with the gradients of the hidden states and of its weights, if these are trained.
+
+    Of z = cap tanh(scale h W / cap), or scale h W, the gradient is (softmax(z) - one-hot) (1 - z^2 / cap^2) scale.
+    """
 
     @staticmethod
-    def forward(ctx, head, hidden, targets, *trained):
-        """head LMHead, hidden [n, width], targets [n], trained: the head's weights that require grad -> scalar, fp32."""
+    def forward(ctx, head, hidden, targets, weight, bias):
+        """head LMHead, hidden [n, width], targets [n], weight [vocabulary, width], bias [vocabulary] or None -> scalar."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden)
-        of_weights = [torch.zeros_like(weight) for weight in trained]
-        for part in head.chunks(hidden):
-            with torch.enable_grad():
-                chunk = hidden[part].detach().requires_grad_()
-                loss = F.cross_entropy(head.logits(chunk), targets[part], reduction="sum")
-                of_chunk, *more = torch.autograd.grad(loss, [chunk, *trained])
-            total += loss.detach()
-            of_hidden[part] = of_chunk
-            for sum_of, one in zip(of_weights, more):
-                sum_of += one
-        ctx.save_for_backward(of_hidden, *of_weights)
+        of_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        of_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
+        with torch.autocast(device, enabled=False):
+            for part in head.chunks(hidden):
+                states, wanted = hidden[part].to(dtype), targets[part, None]
+                logits = head.shaped(F.linear(states, cast, cast_bias).float())
+                slope = 1 - (logits / head.cap).square_() if head.cap else 1.0
+                largest, said = logits.amax(1, keepdim=True), logits.gather(1, wanted)
+                share = logits.sub_(largest).exp_()  # of the probability, in place of the logits from here on
+                sums = share.sum(1, keepdim=True)
+                total += (largest + sums.log() - said).sum()
+                share.div_(sums).scatter_add_(1, wanted, share.new_full(wanted.shape, -1.0))
+                gradient = share.mul_(slope).mul_(head.scale).to(dtype)
+                of_hidden[part] = gradient @ cast
+                if of_weight is not None:
+                    of_weight += gradient.T @ states
+                if of_bias is not None:
+                    of_bias += gradient.sum(0)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
         return total
 
     @staticmethod
     def backward(ctx, of_loss):
-        of_hidden, *of_weights = ctx.saved_tensors
-        return None, of_hidden * of_loss, None, *(gradient * of_loss for gradient in of_weights)
+        gradients = [None if gradient is None else gradient.mul_(of_loss) for gradient in ctx.saved_tensors]
+        return None, gradients[0], None, *gradients[1:]
 
 
 class MLPHead(nn.Module):

@@ -81,8 +81,16 @@ def load_shape(base_model):
     source, local = locate(base_model)
     with naming(base_model):
         shape = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    return shape, shape.dtype or torch.float32, load_tokenizer(base_model)
+
+
+def load_tokenizer(base_model):
+    source, local = locate(base_model)
+    with naming(base_model):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
-    return shape, shape.dtype or torch.float32, tokenizer
+    if not tokenizer.is_fast:
+        raise UserError(f"base_model {base_model}: its tokenizer has no fast version (no tokenizer.json), which is needed.")
+    return tokenizer
 
 
 def add_tokens(model, tokenizer, tokens):
@@ -101,8 +109,6 @@ def load_task(config, dtype):
     shape, base_dtype, tokenizer = load_shape(base_model)
     if shape.is_encoder_decoder:
         raise UserError(f"base_model {base_model}: encoder-decoder models are not supported.")
-    if not tokenizer.is_fast:
-        raise UserError(f"base_model {base_model}: its tokenizer has no fast version (no tokenizer.json), which is needed.")
     problems = []
     for packed in (True, False):  # what cannot be packed is padded
         try:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import merge as merging
 from lora.adapter import load_adapter
 from lora.command_line import read_command_line
 from lora.config import get_lora_config
@@ -89,6 +90,10 @@ def test_added_tokens_are_trained_saved_and_loaded_by_us_and_by_peft(configure, 
     torch.testing.assert_close(peers(tokens).logits, ours.model(tokens).logits, rtol=0, atol=1e-5)
     merge(ours.model)
     torch.testing.assert_close(ours.model(tokens).logits, base_logits, rtol=0, atol=1e-5)
+    merging.main(merging.read_arguments([f"--adapter={artifact}", f"--output={tmp_path / 'merged'}", "--dtype=float32"]))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(tokens).logits, base_logits, rtol=0, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("<step>").input_ids == [step]
     assert (ours.model.get_output_embeddings().weight is ours.model.get_input_embeddings().weight) == tied
 
 
