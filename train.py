@@ -33,6 +33,7 @@ from lora import checkpoint
 from lora.data import TrainingData, seed_for
 from lora.log import Log, peak_memory, without_nan
 from lora.model import choose_device, choose_dtype, load_task
+from lora.optimizer import make_optimizer
 from lora.store import describe, tokenised
 
 
@@ -87,10 +88,10 @@ def evaluate(task, data, device, dtype):
 def train(task, data, config, log, device, dtype, total, resume_from=""):
     """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to that step."""
     settings = config.training
-    parameters = list(checkpoint.trainable(task).values())
+    named = checkpoint.trainable(task)
+    parameters = list(named.values())
     assert all(p.dtype == torch.float32 for p in parameters), "trained weights are fp32 masters"
-    betas = (0.9, settings.adam_beta2)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=settings.weight_decay, fused=True)
+    optimizer = make_optimizer(named, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     folder = log.run_dir / "checkpoints"
 
@@ -146,7 +147,9 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
         if not finite:
             found = f"loss {loss.item()}, gradient norm {grad_norm.item()}"
             raise Stopped(f"step {step}: {found}; stopped before the update, the checkpoints are as they were.")
-        optimizer.param_groups[0]["lr"] = learning_rate_at(step, total, settings)
+        learning_rate = learning_rate_at(step, total, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_ratio"]
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -155,8 +158,8 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
         # 5. Log.
         log.count(batches, time.monotonic() - started)
         if step % config.output.logging_steps == 0:
-            lr = optimizer.param_groups[0]["lr"]
-            log.metrics(step, {"train/loss": loss.item(), "train/learning_rate": lr, "train/grad_norm": grad_norm.item()})
+            values = {"loss": loss.item(), "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
+            log.metrics(step, {f"train/{name}": value for name, value in values.items()})
 
 
 def run(task, command, source, device, dtype):

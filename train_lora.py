@@ -36,11 +36,14 @@ def main(command, source):
     task = load_task(config, dtype)  # frozen weights are kept in the type they are computed in
     torch.manual_seed(seed_for(config.training.seed, "lora"))  # not the numbers that the head was drawn with
     lora = config.lora
-    names = inject(task.model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.target_modules, lora.modules_to_save)
+    names = inject(
+        task.model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.target_modules, lora.modules_to_save,
+        rslora=lora.use_rslora, dora=lora.use_dora, rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern,
+    )  # fmt: skip
+    bits = f" in 4 bits ({lora.bnb_4bit_quant_type})" if lora.load_in_4bit else ""
     whole = f", and {' '.join(lora.modules_to_save)} whole" if lora.modules_to_save else ""
-    print(
-        f"LoRA: rank {lora.lora_r}, alpha {lora.lora_alpha:g}, over {len(names)} linear layers{whole}; the base is frozen"
-    )
+    shape = f"rank {lora.lora_r}, alpha {lora.lora_alpha:g}"
+    print(f"LoRA: {shape}, over {len(names)} linear layers{whole}; the base is frozen{bits}")
     return run(task, command, source, device, dtype)
 
 

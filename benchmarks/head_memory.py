@@ -28,7 +28,7 @@ def step(way, targets, vocabulary, width, trained):
 
     torch.manual_seed(0)
     layer = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(trained)
-    head = LMHead(layer, SimpleNamespace())
+    head = LMHead(lambda: layer, SimpleNamespace())
     hidden, labels = torch.randn(targets, width, requires_grad=True), torch.randint(vocabulary, (targets,))
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     loss = head(hidden, labels) if way == "chunks" else F.cross_entropy(head.logits(hidden), labels, reduction="sum")

@@ -5,6 +5,7 @@ A folder with `adapter_config.json` and `adapter_model.safetensors`; tensors are
 *with* its head. PEFT itself only warns about tensors without a place, and an adapter of another prefix then does nothing.
 """
 
+from collections import Counter
 import json
 from pathlib import Path
 import re
@@ -16,19 +17,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora.errors import UserError
-from lora.layer import LoRALinear, is_causal, lora_layers, prefix_of, wrap
+from lora.layer import (
+    LoRAEmbedding, LoRALinear, by_pattern, embeddings_of, is_causal, lora_layers, prefix_of, untie, wrap,
+)  # fmt: skip
 
-# Keys of adapter_config.json that change what the tensors mean, with the value that this reader can honour.
-PLAIN = {
+# Keys of adapter_config.json that change what the tensors mean, with the values that this reader can honour. What only
+# says which layers were chosen (target_modules, layers_to_transform, ...) the tensors' names say as well.
+HONOURED = {
     "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_rslora": (False,),
-    "use_dora": (False,),
-    "lora_bias": (False,),
     "use_qalora": (False,),
     "use_bdlora": (False, None),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
     "layer_replication": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
@@ -36,8 +34,22 @@ PLAIN = {
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
-    "init_lora_weights": (True, False, "gaussian", "eva"),
 }
+# Whether A and B began at zero product on the base as it is. PiSSA and its like begin by taking B A out of the base.
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+KINDS = (nn.Linear, nn.Embedding, Conv1D, LoRALinear, LoRAEmbedding)  # Linear4bit is an nn.Linear
+FACTOR = r"(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
+
+
+def factors(layer):
+    """The trained tensors of a LoRA layer, under PEFT's names."""
+    return {name: weight for name, weight in layer.named_parameters() if not name.startswith("base_layer.")}
+
+
+def trained_whole(model):
+    """(name, parameter) of what is trained beside the LoRA factors; tied weights under each of their names."""
+    every = model.named_parameters(remove_duplicate=False)
+    return [(name, p) for name, p in every if p.requires_grad and not re.search(rf"\.{FACTOR}$", name)]
 
 
 def save_adapter(model, folder):
@@ -45,34 +57,44 @@ def save_adapter(model, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers, prefix = lora_layers(model), prefix_of(model)
-    one = next(iter(layers.values()))
+    tensors = {f"{name}.{factor}": weight for name, layer in layers.items() for factor, weight in factors(layer).items()}
+    for name, layer in layers.items():
+        if layer in embeddings_of(model):  # they may have been given rows that no base has
+            tensors[f"{name}.base_layer.weight"] = layer.base_layer.weight
+    tensors |= dict(trained_whole(model))
+    copies = {f"base_model.model.{prefix}{n}": w.detach().float().cpu().clone() for n, w in tensors.items()}  # untied
+    (folder / "adapter_config.json").write_text(json.dumps(config_of(model, layers, prefix), indent=2) + "\n")
+    save_file(copies, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def config_of(model, layers, prefix):
+    """adapter_config.json of these LoRA layers; r and lora_alpha are those that most of them have."""
+    r, alpha = (Counter(getattr(layer, key) for layer in layers.values()).most_common(1)[0][0] for key in ("r", "alpha"))
+    linear = [layer for layer in layers.values() if isinstance(layer, LoRALinear)]
     endings = {name.rpartition(".")[2] for name in layers}
     # Endings alone say which layers are meant, unless a layer with such an ending is not wrapped.
     ambiguous = any(n.rpartition(".")[2] in endings and hasattr(m, "weight") for n, m in model.named_modules())
-    config = {
+    whole = [name for name, _ in trained_whole(model)]
+    saved = {name.removesuffix(".weight") for name in whole if name.endswith(".weight")}
+    biases = [name for name in whole if name.endswith(".bias") and name.removesuffix(".bias") not in saved]
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if hasattr(model, "base_model_prefix") and is_causal(model) else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
-        "r": one.r,
-        "lora_alpha": one.alpha,
-        "lora_dropout": one.dropout.p,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(prefix + n): layer.r for n, layer in layers.items() if layer.r != r},
+        "alpha_pattern": {re.escape(prefix + n): layer.alpha for n, layer in layers.items() if layer.alpha != alpha},
+        "use_rslora": any(layer.rslora for layer in layers.values()),
+        "use_dora": any(layer.lora_magnitude_vector is not None for layer in linear),
+        "lora_bias": any(layer.lora_B.bias is not None for layer in linear),
+        "lora_dropout": linear[0].dropout.p if linear else 0.0,
         "target_modules": sorted(prefix + name for name in layers) if ambiguous else sorted(endings),
-        "bias": "none",
-        "fan_in_fan_out": isinstance(one.base_layer, Conv1D),
+        "modules_to_save": sorted(prefix + name for name in saved) or None,
+        "bias": "none" if not biases else "lora_only" if all(".base_layer." in name for name in biases) else "all",
+        "fan_in_fan_out": bool(linear) and isinstance(linear[0].base_layer, Conv1D),
         "inference_mode": True,
     }
-    tensors = {}
-    whole = dict(trained_whole(model))
-    if whole:
-        config["modules_to_save"] = sorted({(prefix + name).rpartition(".")[0] for name in whole})
-    for name, weight in whole.items():
-        tensors[f"base_model.model.{prefix}{name}"] = weight.detach().cpu().clone()  # tied ones share no memory on disk
-    for name, layer in layers.items():
-        for factor in ("lora_A", "lora_B"):
-            weight = getattr(layer, factor).weight
-            tensors[f"base_model.model.{prefix}{name}.{factor}.weight"] = weight.detach().cpu().contiguous()
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def read_config(folder):
@@ -82,22 +104,22 @@ def read_config(folder):
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from None
-    for key, allowed in PLAIN.items():
+    for key, allowed in HONOURED.items():
         if key in config and config[key] not in allowed:
             raise UserError(f"{path}: {key} = {config[key]!r} is not supported; only {allowed[0]!r} is.")
-    if type(config.get("r")) is not int or not isinstance(config.get("lora_alpha"), (int, float)):
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise UserError(
+            f"{path}: init_lora_weights = {start!r}: such an adapter belongs on a base from which a part was taken out, "
+            "and is wrong on any other. PEFT can convert it: save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    if not all(type(config.get(key)) in (int, float) for key in ("r", "lora_alpha")):
         raise UserError(f"{path}: r and lora_alpha must be there, as numbers.")
     return config
 
 
-def trained_whole(model):
-    """(name, parameter) of what is trained beside the LoRA factors; tied weights under each of their names."""
-    every = model.named_parameters(remove_duplicate=False)
-    return [(name, p) for name, p in every if p.requires_grad and not re.search(r"\.lora_[AB]\.weight$", name)]
-
-
-def read_tensors(folder, modules_to_save):
-    """({module name: {"lora_A": [r, in], "lora_B": [out, r]}}, {parameter name: tensor of a module to save}), in fp32."""
+def read_tensors(folder, config):
+    """({module name: {factor: tensor}}, {parameter name: tensor that stands in the base's place}), in fp32."""
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file; only safetensors adapters are read.")
@@ -105,19 +127,24 @@ def read_tensors(folder, modules_to_save):
         tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}).") from None
-    modules, whole, strange = {}, {}, []
+    modules, whole = {}, {}
     for key, tensor in tensors.items():
-        parameter = key.removeprefix("base_model.model.")
-        name, _, factor = parameter.removesuffix(".weight").rpartition(".")
-        if any(f".{parameter.rpartition('.')[0]}".endswith(f".{module}") for module in modules_to_save):
-            whole[parameter] = tensor.float()
-        elif not key.endswith(".weight") or factor not in ("lora_A", "lora_B") or tensor.ndim != 2:
-            strange.append(key)
+        name = key.removeprefix("base_model.model.")
+        found = re.fullmatch(rf"(.*)\.{FACTOR}", name)
+        if found:
+            modules.setdefault(found[1], {})[found[2]] = tensor.float()
         else:
-            modules.setdefault(name, {})[factor] = tensor.float()
-    strange += [name for name, factors in modules.items() if len(factors) != 2]
-    if strange or not modules:
-        raise UserError(f"{path}: not a pair of LoRA factors: {', '.join(strange) or 'the file is empty'}.")
+            whole[name] = tensor.float()
+    pairs = {"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}
+    odd = [name for name, found in modules.items() if sum(pair <= found.keys() for pair in pairs) != 1]
+    if odd or not modules:
+        raise UserError(f"{path}: not a pair of LoRA factors: {', '.join(odd) or 'there are none in the file'}.")
+    for key, factor in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        odd = [
+            n for n, found in modules.items() if "lora_A.weight" in found and (factor in found) != config.get(key, False)
+        ]
+        if odd:
+            raise UserError(f"{path}: {key} = {config.get(key, False)} in the config is not so of {', '.join(odd)}.")
     return modules, whole
 
 
@@ -125,51 +152,74 @@ def read_tensors(folder, modules_to_save):
 def load_adapter(model, folder):
     """Put the adapter in `folder` (ours or PEFT's) onto `model`; on layers already injected, replace their factors.
 
-    Raises UserError if a tensor finds no place, has another shape than its place, or if an injected layer gets none.
+    Whole weights that come along (modules_to_save, biases, embeddings with more rows) take the place of the base's.
+    Raises UserError if a tensor finds no place, has another shape than its place, or if what is trained gets none.
     """
     config = read_config(folder)
-    tensors, whole = read_tensors(folder, config.get("modules_to_save") or [])
-    prefix = prefix_of(model)
-    # An adapter may have been made on the model with its head or without: the names then differ in this prefix.
-    inner = f"{getattr(model, 'base_model_prefix', '')}."
-    present = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D, LoRALinear))}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-
-    def place(name, among):
-        spellings = (name.removeprefix(prefix), name, inner + name, name.removeprefix(inner))
-        return next((spelling for spelling in spellings if spelling in among), None)
-
-    places = {name: place(name, present) for name in tensors}
-    whole_places = {name: place(name, parameters) for name in whole}
-    lost = [name for name, where in (places | whole_places).items() if where is None]
-    if lost:
-        raise UserError(f"{folder}: no such linear layer (or module to save) in the model: {', '.join(lost)}.")
-    fit_embeddings(model, {where: whole[name] for name, where in whole_places.items()})
+    modules, whole = read_tensors(folder, config)
+    place_of = places(model, folder, modules, [n for n, m in model.named_modules() if isinstance(m, KINDS)])
+    at = places(model, folder, map(plain, whole), map(plain, parameters_of(model)))
+    whole = {at[plain(name)]: tensor for name, tensor in whole.items()}
+    fit_embeddings(model, whole)
+    alphas = {where: by_pattern(config.get("alpha_pattern"), n, config["lora_alpha"]) for n, where in place_of.items()}
     if not lora_layers(model):
-        wrap(model, places.values(), config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
-    layers = lora_layers(model)
-    expected = {name for name, _ in trained_whole(model)} | layers.keys()
-    unfilled = sorted(expected - {*places.values(), *whole_places.values()})
-    if unfilled:
-        raise UserError(f"{folder}: the adapter has no tensors for {', '.join(unfilled)}.")
-    weights = {(n, factor): getattr(layers[places[n]], factor).weight for n in tensors for factor in tensors[n]}
+        wrap(model, {w: layer_for(model.get_submodule(w), modules[n], alphas[w], config) for n, w in place_of.items()})
+
+    theirs = {f"{place_of[name]}.{factor}": tensor for name, found in modules.items() for factor, tensor in found.items()}
+    names = {plain(name): name for name in parameters_of(model)}
+    theirs |= {names[name]: tensor for name, tensor in whole.items()}
+    ours = parameters_of(model)
+    trained = {name for name, weight in ours.items() if weight.requires_grad}
+    if trained - theirs.keys():
+        raise UserError(f"{folder}: the adapter has no tensors for {', '.join(sorted(trained - theirs.keys()))}.")
+    if theirs.keys() - ours.keys():
+        lacking = ", ".join(sorted(theirs.keys() - ours.keys()))
+        raise UserError(f"{folder}: the model's LoRA layers are of another kind and lack {lacking}.")
     misfits = [
-        f"{name}.{factor} is {list(tensors[name][factor].shape)}, its place is {list(weight.shape)}"
-        for (name, factor), weight in weights.items()
-        if tensors[name][factor].shape != weight.shape
-    ] + [
-        f"{name} is {list(whole[name].shape)}, its place is {list(model.get_parameter(where).shape)}"
-        for name, where in whole_places.items()
-        if whole[name].shape != model.get_parameter(where).shape
+        f"{name} is {list(tensor.shape)}, its place is {list(ours[name].shape)}"
+        for name, tensor in theirs.items()
+        if tensor.shape != ours[name].shape
     ]
     if misfits:
         raise UserError(f"{folder}: {'; '.join(misfits)}.")
-    for (name, factor), weight in weights.items():
-        weight.copy_(tensors[name][factor])
-    for where in places.values():
-        layers[where].alpha = config["lora_alpha"]
-    for name, where in whole_places.items():
-        model.get_parameter(where).copy_(whole[name]).requires_grad_(True)
+    for name, tensor in theirs.items():
+        ours[name].copy_(tensor)
+        if not name.endswith(".base_layer.weight"):
+            ours[name].requires_grad_(True)
+    for where, alpha in alphas.items():
+        layer = model.get_submodule(where)
+        layer.alpha, layer.rslora = alpha, config.get("use_rslora", False)
+
+
+def plain(name):
+    """A parameter's name as it is without LoRA layers in the model."""
+    return name.replace(".base_layer.", ".")
+
+
+def parameters_of(model):
+    """Name -> parameter; tied ones under each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def places(model, folder, names, among):
+    """Name in an adapter's file -> name in the model, which may be with or without its head where the other is not."""
+    prefix, inner, among = prefix_of(model), f"{getattr(model, 'base_model_prefix', '')}.", set(among)
+    spelled = {name: (name.removeprefix(prefix), name, inner + name, name.removeprefix(inner)) for name in names}
+    found = {name: next((s for s in spellings if s in among), None) for name, spellings in spelled.items()}
+    lost = [name for name, where in found.items() if where is None]
+    if lost:
+        raise UserError(f"{folder}: no such layer (or module to save) in the model: {', '.join(lost)}.")
+    return found
+
+
+def layer_for(base_layer, tensors, alpha, config):
+    """A LoRA layer over `base_layer` with room for these tensors."""
+    rslora = config.get("use_rslora", False)
+    if "lora_embedding_A" in tensors:
+        return LoRAEmbedding(base_layer, len(tensors["lora_embedding_A"]), alpha, rslora)
+    dora, bias = "lora_magnitude_vector" in tensors, "lora_B.bias" in tensors
+    dropout = config.get("lora_dropout", 0.0)
+    return LoRALinear(base_layer, len(tensors["lora_A.weight"]), alpha, dropout, rslora, dora, bias)
 
 
 def fit_embeddings(model, whole):
@@ -180,13 +230,11 @@ def fit_embeddings(model, whole):
     """
     if not hasattr(model, "get_input_embeddings"):
         return
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    theirs = {name: tensor for name, tensor in whole.items() if model.get_parameter(name) is embeddings.weight}
-    if head is not None and head.weight is embeddings.weight and theirs:
-        first, *others = theirs.values()
-        if not (others and torch.equal(first, others[0])):
-            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-            model.config.tie_word_embeddings = False
-    rows = max((len(tensor) for tensor in theirs.values()), default=0)
-    if rows > embeddings.num_embeddings:
+    embeddings = model.get_input_embeddings()
+    weight = parameters_of(embeddings).get("weight", getattr(embeddings, "base_layer", embeddings).weight)
+    theirs = [whole[plain(name)] for name, p in parameters_of(model).items() if p is weight and plain(name) in whole]
+    if theirs and not (len(theirs) > 1 and torch.equal(*theirs[:2])):
+        untie(model)
+    rows = max(map(len, theirs), default=0)
+    if rows > len(weight):
         model.resize_token_embeddings(rows, mean_resizing=False)

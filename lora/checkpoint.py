@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora.errors import UserError
+from lora.optimizer import set_state, state_of
 
 KEPT = 3
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save(folder, step, task, optimizer, state):
@@ -95,12 +95,19 @@ def load(path, task, optimizer):
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: optimizer.safetensors cannot be read ({error}).") from None
     parameters = trainable(task)
-    expected = {f"{name}/{key}" for name in parameters for key in ADAMW_STATE}
-    if tensors.keys() != expected:
-        strange = ", ".join(sorted(tensors.keys() ^ expected)[:5])
-        raise UserError(f"{path}: optimizer.safetensors lacks, or has without a parameter for it: {strange}.")
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {key: tensors[f"{name}/{key}"].to(parameter.device) for key in ADAMW_STATE}
+    by_name = {name: {} for name in parameters}
+    for key, tensor in tensors.items():
+        name, _, of_state = key.rpartition("/")
+        by_name.setdefault(name, {})[of_state] = tensor
+    strange = sorted(by_name.keys() - parameters.keys())
+    try:
+        if not strange:
+            set_state(optimizer, {parameter: by_name[name] for name, parameter in parameters.items()})
+    except KeyError as error:
+        name = next(name for name, parameter in parameters.items() if parameter is error.args[0])
+        strange = [f"{name}/{key}" for key in error.args[1:]]
+    if strange:
+        raise UserError(f"{path}: optimizer.safetensors lacks, or has without a place for it: {', '.join(strange[:5])}.")
     return state
 
 
@@ -111,8 +118,9 @@ def trainable(task):
 
 def optimizer_tensors(task, optimizer):
     """The optimizer's state by parameter name: "model.layers.0.weight/exp_avg" -> tensor."""
+    states = state_of(optimizer)
     return {
-        f"{name}/{key}": optimizer.state[parameter][key].detach().cpu().contiguous()
+        f"{name}/{key}": tensor.detach().cpu().contiguous()
         for name, parameter in trainable(task).items()
-        for key in ADAMW_STATE
+        for key, tensor in states[parameter].items()
     }

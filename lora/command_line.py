@@ -7,6 +7,7 @@ import argparse
 import copy
 import dataclasses
 from dataclasses import dataclass
+import os
 from pathlib import Path
 import re
 import time
@@ -58,18 +59,23 @@ def add_flags(parser, config):
     for title, table in tables_of(config).items():
         group = parser.add_argument_group(f"[{title}]")
         for f in dataclasses.fields(table):
-            default, choices = getattr(table, f.name), f.metadata["choices"]
+            default, choices, kind = getattr(table, f.name), f.metadata["choices"], typing.get_origin(f.type) or f.type
+            if kind is dict:
+                continue  # given as a table in the file
             notes = [", ".join(choices)] if choices else []
             if default not in (None, "", []):
                 notes.append(f"default: {' '.join(map(str, default)) if isinstance(default, list) else default}")
             help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
             flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
-            nargs = "+" if typing.get_origin(f.type) is list else None
-            action = "extend" if nargs else "store"
-            group.add_argument(*flags, dest=f.name, nargs=nargs, action=action, metavar="X", help=help.replace("%", "%%"))
+            settings = {"dest": f.name, "metavar": "X", "help": help.replace("%", "%%")}
+            if kind is list:
+                settings |= {"nargs": "+", "action": "extend"}
+            elif kind is bool:
+                settings |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
+            group.add_argument(*flags, **settings)
     for switch, dtype in DTYPE_SWITCHES.items():
         parser.add_argument(f"--{switch}", nargs="?", const="true", metavar="BOOL", help=f"true: --dtype {dtype}")
-    return [*keys_of(config), *DTYPE_SWITCHES]
+    return [*(name for name, (_, f) in keys_of(config).items() if typing.get_origin(f.type) is not dict), *DTYPE_SWITCHES]
 
 
 def read_command_line(argv, config, default_file, description):
@@ -93,6 +99,8 @@ def read_command_line(argv, config, default_file, description):
     refuse_two_dtypes(flags, "flags")
 
     file, saved = arguments.config, None
+    if config.lora:
+        config.lora.load_in_4bit = from_environment("USE_BNB_QUANT")
     if arguments.resume_from:
         if not (Path(arguments.resume_from) / "trainer_state.json").is_file():
             raise UserError(f"--resume_from {arguments.resume_from}: no checkpoint (no trainer_state.json there).")
@@ -117,6 +125,14 @@ def read_command_line(argv, config, default_file, description):
         stem = Path(file).stem if file else Path(config.model.base_model).name
         config.output.experiment_name = f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
     return Command(config, new_folder(config))
+
+
+def from_environment(name):
+    """Whether a variable of the environment says true; false where it is not set."""
+    value = os.environ.get(name, "false").lower()
+    if value not in ("true", "false", "1", "0", ""):
+        raise UserError(f"{name}={value} in the environment: need true or false.")
+    return value in ("true", "1")
 
 
 @dataclass

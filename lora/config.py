@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def key(default, help, *, low=None, above=None, high=None, choices=None):
     """A configuration key: its default, its help line, and what its value may be (low and high are allowed, above not)."""
     checks = {"help": help, "low": low, "above": above, "high": high, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=checks)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=checks)
     return field(default=default, metadata=checks)
 
 
@@ -55,6 +55,17 @@ class LoraConfig:
     lora_dropout: float = key(0.0, "dropout on the input of A (0.05 costs a quarter of the speed)", low=0.0, high=0.9)
     target_modules: list[str] = key(["all-linear"], "name endings, regular expressions, or all-linear (all but the head)")
     modules_to_save: list[str] = key([], "modules trained whole and saved with the adapter: embed_tokens lm_head")
+    use_rslora: bool = key(False, "scale the update by lora_alpha / sqrt(lora_r)")
+    use_dora: bool = key(False, "train the lengths of the weights' rows as well (DoRA)")
+    rank_pattern: dict[str, int] = key({}, "ends of names -> a rank of their own, as PEFT has it", low=1)
+    alpha_pattern: dict[str, float] = key({}, "ends of names -> an alpha of their own", above=0.0)
+    loraplus_lr_ratio: float = key(1.0, "B learns at this many times the learning rate (LoRA+: 16)", above=0.0)
+    load_in_4bit: bool = key(False, "QLoRA: the base in 4 bits, by bitsandbytes; USE_BNB_QUANT in the environment too")
+    bnb_4bit_quant_type: str = key("nf4", "the sixteen values a weight can have", choices=("nf4", "fp4"))
+    bnb_4bit_use_double_quant: bool = key(True, "quantise the scales of the blocks as well")
+    bnb_4bit_compute_dtype: str = key(
+        "bfloat16", "of the 4-bit layers' products", choices=("float32", "bfloat16", "float16")
+    )
 
 
 @dataclass
@@ -71,6 +82,9 @@ class TrainingConfig:
     lr_scheduler_type: str = key("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", low=0.0)
     weight_decay: float = key(0.0, "AdamW's", low=0.0)
+    optimizer: str = key(
+        "adamw", "8 bits: AdamW's state of bitsandbytes", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")
+    )
     adam_beta2: float = key(0.999, "AdamW's; smaller for training from random weights", low=0.0, high=0.9999)
     seed: int = key(42, "of the weights, the order of the data and the dropout", low=0, high=2**63 - 1)
     eval_steps: int = key(100, "evaluate every N steps", low=1)
@@ -137,6 +151,7 @@ ALIASES = {
     "dropout": "lora_dropout",
     "base_model_id": "base_model",
     "model_name": "base_model",
+    "optim": "optimizer",
 }
 # HfArgumentParser's habit: `bf16 = true` chooses the dtype, `bf16 = false` (alone) asks for full precision.
 DTYPE_SWITCHES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -147,12 +162,17 @@ def tables_of(config):
 
 
 def to_toml(tables):
-    """TOML for tables of strings, numbers, booleans and lists of them; JSON writes these as TOML reads them."""
+    """TOML for tables of strings, numbers, booleans, lists and tables; JSON writes all but the last as TOML reads them."""
     lines = []
     for name, table in tables.items():
-        values = {k: json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f") for k, v in table.items()}
-        lines += [f"[{name}]", *(f"{k} = {v}" for k, v in values.items()), ""]
+        lines += [f"[{name}]", *(f"{k} = {toml_value(v)}" for k, v in table.items()), ""]
     return "\n".join(lines)
+
+
+def toml_value(value):
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 # ---------------------------------------------------------------------------------------------------- setting a value
@@ -170,7 +190,11 @@ def check(where, value, annotation, limits):
     if typing.get_origin(kind) is list:
         values = value if isinstance(value, list) else [value]
         return [check(where, item, typing.get_args(kind)[0], limits) for item in values]
-    expected = {int: "an integer", float: "a number", str: "a string"}[kind]
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where} = {value!r}: need a table, in the config file.")
+        return {name: check(f"{where}.{name}", item, typing.get_args(kind)[1], limits) for name, item in value.items()}
+    expected = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):

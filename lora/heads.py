@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from lora.adapter import load_adapter, save_adapter
 from lora.errors import UserError
-from lora.layer import is_causal, lora_layers, merge
+from lora.layer import LoRALinear, is_causal, lora_layers, merge, sizes
 
 
 class LMHead(nn.Module):
@@ -27,16 +27,17 @@ class LMHead(nn.Module):
     targets at a time, and in training the gradient is taken there and then, so that nothing is computed twice.
     """
 
-    def __init__(self, output_layer, shape):
+    def __init__(self, find_output_layer, shape):
+        """find_output_layer() -> nn.Linear or LoRALinear: asked each time, as LoRA may be put over it."""
         super().__init__()
-        self.output_layer = output_layer
+        self.find_output_layer = find_output_layer
         # Granite divides its logits, Cohere multiplies them, Gemma 2 caps them.
         self.scale = getattr(shape, "logit_scale", None) or 1 / (getattr(shape, "logits_scaling", None) or 1.0)
         self.cap = getattr(shape, "final_logit_softcapping", None)
 
     def logits(self, hidden):
         """hidden [n, width] -> [n, vocabulary], fp32."""
-        return self.shaped(self.output_layer(hidden).float())
+        return self.shaped(self.find_output_layer()(hidden).float())
 
     def shaped(self, logits):
         """What the family makes of its output layer's logits [n, vocabulary] (fp32), in place."""
@@ -45,22 +46,26 @@ class LMHead(nn.Module):
 
     def forward(self, hidden, targets):
         """hidden [n, width], targets [n] token ids -> sum of the losses."""
-        return ChunkedLoss.apply(self, hidden, targets, self.output_layer.weight, self.output_layer.bias)
+        layer = self.find_output_layer()
+        if isinstance(layer, LoRALinear):
+            return ChunkedLoss.apply(self, hidden, targets, layer.merged_weight(), layer.merged_bias())
+        return ChunkedLoss.apply(self, hidden, targets, layer.weight, layer.bias)
 
     @torch.no_grad()
     def predict(self, hidden, targets):
         """[n, 2]: the loss at each target, and 1.0 where the target is the likeliest token."""
         said = []
-        for part in self.chunks(hidden):
+        for part in self.chunks(hidden, sizes(self.find_output_layer())[1]):
             logits = self.logits(hidden[part])
             losses = F.cross_entropy(logits, targets[part], reduction="none")
             said.append(torch.stack([losses, (logits.argmax(-1) == targets[part]).float()], 1))
         return torch.cat(said)
 
-    def chunks(self, hidden):
+    @staticmethod
+    def chunks(hidden, vocabulary):
         """Slices of the targets, so many at a time that their logits are of a size the device is quick with."""
         logits = 2**28 if hidden.is_cuda else 2**23
-        size = max(16, logits // self.output_layer.weight.shape[0])
+        size = max(16, logits // vocabulary)
         return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
     @staticmethod
@@ -87,7 +92,7 @@ class ChunkedLoss(torch.autograd.Function):
         of_weight = torch.zeros_like(weight) if weight.requires_grad else None
         of_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         with torch.autocast(device, enabled=False):
-            for part in head.chunks(hidden):
+            for part in head.chunks(hidden, len(weight)):
                 states, wanted = hidden[part].to(dtype), targets[part, None]
                 logits = head.shaped(F.linear(states, cast, cast_bias).float())
                 slope = 1 - (logits / head.cap).square_() if head.cap else 1.0
@@ -144,10 +149,9 @@ class Task(nn.Module):
     def __init__(self, model, tokenizer, base_dtype=torch.float32, head_dropout=0.0):
         super().__init__()
         self.base_dtype = base_dtype  # of the base's files, and of the final artifact
-        output_layer = model.get_output_embeddings()
         self.model, self.tokenizer = model, tokenizer
-        if output_layer is not None:
-            self.head = LMHead(output_layer, model.config.get_text_config())
+        if model.get_output_embeddings() is not None:
+            self.head = LMHead(model.get_output_embeddings, model.config.get_text_config())
         else:
             self.head = MLPHead(model.config.hidden_size, head_dropout)
         self.causal = is_causal(model)

@@ -4,6 +4,7 @@ Names are PEFT's (`base_layer`, `lora_A`, `lora_B`), so that exporting an adapte
 `inject` puts `LoRALinear` over its linear layers, `merge` folds the update into them and takes the wrappers away.
 """
 
+import math
 import re
 
 import torch
@@ -12,49 +13,113 @@ import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lora.errors import UserError
+from lora.quantize import dense, dense_weight
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer [in -> out] with a trainable update of rank r, kept in fp32.
 
-    `base_layer` is nn.Linear (weight [out, in]) or transformers' Conv1D (weight [in, out]). A is drawn as PEFT draws
-    it (kaiming uniform, a = sqrt(5)), B is zero: a fresh layer computes exactly what its base layer computes.
+    `base_layer` is nn.Linear (weight [out, in]), transformers' Conv1D (weight [in, out]) or bitsandbytes' Linear4bit. A
+    is drawn as PEFT draws it (kaiming uniform, a = sqrt(5)), B is zero: a fresh layer computes what its base computes.
+
+    rslora: the update is scaled by alpha / sqrt(r) (Kalajdzievski 2023). dora: of W + update the rows keep lengths of their
+    own, which are trained (Liu et al. 2024, equation 5; the norm is a constant to the gradient, as in section 4.3 there).
     """
 
-    def __init__(self, base_layer, r, alpha, dropout=0.0):
+    def __init__(self, base_layer, r, alpha, dropout=0.0, rslora=False, dora=False, bias=False):
         super().__init__()
-        if isinstance(base_layer, Conv1D):
-            n_in, n_out = base_layer.weight.shape
-        else:
-            n_out, n_in = base_layer.weight.shape
+        weight = base_layer.weight
+        n_in, n_out = sizes(base_layer)
         if not 1 <= r <= min(n_in, n_out):
             raise UserError(f"lora_r = {r}: a layer of {n_in} x {n_out} has room for a rank of 1..{min(n_in, n_out)}.")
         self.base_layer = base_layer
-        self.r, self.alpha = r, alpha
-        self.lora_A = nn.Linear(n_in, r, bias=False, device=base_layer.weight.device)  # drawn by nn.Linear's own init
-        self.lora_B = nn.Linear(r, n_out, bias=False, device=base_layer.weight.device)
+        self.r, self.alpha, self.rslora = r, alpha, rslora
+        self.lora_A = nn.Linear(n_in, r, bias=False, device=weight.device)  # drawn by nn.Linear's own init
+        self.lora_B = nn.Linear(r, n_out, bias=bias, device=weight.device)
         nn.init.zeros_(self.lora_B.weight)
+        if bias:
+            nn.init.zeros_(self.lora_B.bias)
+        self.lora_magnitude_vector = nn.Parameter(dense_weight(base_layer).norm(dim=1)) if dora else None
         self.dropout = nn.Dropout(dropout)
 
     @property
     def scaling(self):
-        return self.alpha / self.r
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def forward(self, x):
         """x [..., in] -> [..., out]. The factors are cast to x's type, whatever autocast does then."""
-        x_dropped = self.dropout(x)
-        update = F.linear(F.linear(x_dropped, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
-        return self.base_layer(x) + update * self.scaling
+        factors = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        update = F.linear(F.linear(self.dropout(x), factors[0]), factors[1]) * self.scaling
+        y = self.base_layer(x)
+        if self.lora_magnitude_vector is not None:
+            stretch = (self.lora_magnitude_vector / self.row_norms()).to(x.dtype)
+            bias = 0 if self.base_layer.bias is None else self.base_layer.bias
+            y = (y - bias + update) * stretch + bias
+        else:
+            y = y + update
+        return y if self.lora_B.bias is None else y + (self.lora_B.bias * self.scaling).to(x.dtype)
+
+    @torch.no_grad()
+    def row_norms(self):
+        """[out]: the lengths of the rows of W + update."""
+        return (dense_weight(self.base_layer) + self.lora_B.weight @ self.lora_A.weight * self.scaling).norm(dim=1)
+
+    def merged_weight(self):
+        """[out, in], fp32: W + update, with DoRA's lengths; has a gradient to the factors."""
+        weight = dense_weight(self.base_layer) + self.lora_B.weight @ self.lora_A.weight * self.scaling
+        if self.lora_magnitude_vector is not None:
+            weight = weight * (self.lora_magnitude_vector / self.row_norms())[:, None]
+        return weight
+
+    def merged_bias(self):
+        """[out], fp32, or None; with a gradient to lora_B's bias."""
+        ours, base = self.lora_B.bias, self.base_layer.bias
+        if ours is None:
+            return base
+        return ours * self.scaling + (0 if base is None else base.float())
 
     @torch.no_grad()
     def merged(self):
-        """The base layer with the update folded in: summed in fp32, rounded once to the base's type."""
-        update = self.lora_B.weight @ self.lora_A.weight * self.scaling
-        if isinstance(self.base_layer, Conv1D):
-            update = update.T
-        weight = self.base_layer.weight
-        weight.copy_((weight.float() + update).to(weight.dtype))
+        """The base layer with the update folded in: summed in fp32, rounded once to its type; 4 bits become dense fp32."""
+        weight, bias, layer = self.merged_weight(), self.merged_bias(), dense(self.base_layer)
+        layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight)
+        if bias is not None:
+            if layer.bias is None:
+                raise UserError("the adapter has biases (lora_bias), and the base has none to fold them into.")
+            layer.bias.copy_(bias)
+        return layer
+
+
+class LoRAEmbedding(nn.Module):
+    """A frozen embedding [vocabulary, width] with a trainable update of rank r; PEFT's `lora_embedding_A` and `_B`."""
+
+    def __init__(self, base_layer, r, alpha, rslora=False):
+        super().__init__()
+        self.base_layer = base_layer
+        self.r, self.alpha, self.rslora = r, alpha, rslora
+        device = base_layer.weight.device
+        self.lora_embedding_A = nn.Parameter(torch.zeros(r, base_layer.num_embeddings, device=device))
+        self.lora_embedding_B = nn.Parameter(torch.randn(base_layer.embedding_dim, r, device=device))
+
+    scaling = LoRALinear.scaling
+
+    def forward(self, ids):
+        """ids [...] -> [..., width]. Gemma scales its embeddings, and what is added to them."""
+        update = F.embedding(ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T * self.scaling
+        y = self.base_layer(ids)
+        return y + (update * getattr(self.base_layer, "embed_scale", 1.0)).to(y.dtype)
+
+    @torch.no_grad()
+    def merged(self):
+        update = (self.lora_embedding_B @ self.lora_embedding_A).T * self.scaling
+        self.base_layer.weight.copy_(self.base_layer.weight.float() + update)
         return self.base_layer
+
+
+def sizes(layer):
+    """(in, out) of nn.Linear, Conv1D or Linear4bit, or of the one under a LoRALinear."""
+    layer = getattr(layer, "base_layer", layer)
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
 
 
 def prefix_of(model):
@@ -71,13 +136,28 @@ def is_causal(model):
     return all(module.is_causal for module in model.modules() if hasattr(module, "is_causal"))
 
 
+def embeddings_of(model):
+    """[input embeddings, output head], as far as the model has them."""
+    getters = (getattr(model, f"get_{end}_embeddings", lambda: None) for end in ("input", "output"))
+    return [module for module in (get() for get in getters) if module is not None]
+
+
+def untie(model):
+    """Give a head that shares its weight with the embeddings a copy of its own."""
+    weights = [getattr(module, "base_layer", module).weight for module in embeddings_of(model)]
+    if len(weights) == 2 and weights[0] is weights[1]:
+        head = getattr(model.get_output_embeddings(), "base_layer", model.get_output_embeddings())
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
 def linear_names(model):
     """Names of the layers that "all-linear" means: every linear one but the output head, and a pooler nobody reads."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    kept_out = embeddings_of(model)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not is_pooler(name)
+        if isinstance(module, (nn.Linear, Conv1D)) and not is_pooler(name) and not any(module is m for m in kept_out)
     ]
 
 
@@ -90,16 +170,17 @@ def matching_names(model, target_modules):
     """The linear layers that `target_modules` names.
 
     Each target is "all-linear", the end of a name ("q_proj", "self_attn.q_proj"), or a regular expression for the
-    whole name, as PEFT has it. Every one of them must match something.
+    whole name, as PEFT has it. Every one of them must match something; the head must be named.
     """
     chosen = set()
-    known, prefix = linear_names(model), prefix_of(model)
+    prefix, heads = prefix_of(model), [m for m in embeddings_of(model) if isinstance(m, nn.Linear)]
+    known = [*linear_names(model), *(name for name, module in model.named_modules() if any(module is h for h in heads))]
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
     if not targets:
         raise UserError("target_modules is empty: there would be nothing to train.")
     for target in targets:
         if target == "all-linear":
-            found = known
+            found = linear_names(model)
         elif re.fullmatch(r"[\w.]+", target):
             found = [n for n in known if f".{prefix}{n}".endswith(f".{target}")]
         else:
@@ -114,17 +195,32 @@ def matching_names(model, target_modules):
     return [name for name in known if name in chosen]
 
 
-def inject(model, r=16, alpha=32, dropout=0.0, target_modules="all-linear", modules_to_save=()):
+def inject(
+    model, r=16, alpha=32, dropout=0.0, target_modules="all-linear", modules_to_save=(), *,
+    rslora=False, dora=False, rank_pattern=None, alpha_pattern=None,
+):  # fmt: skip
     """Freeze `model` and put a LoRALinear over each target, in place. Returns their names. Seed before: A is drawn.
 
-    `modules_to_save` (ends of names, such as "embed_tokens") are trained whole, and never targets.
+    `modules_to_save` (ends of names, such as "embed_tokens") are trained whole, and never targets. The patterns (regular
+    expressions for the end of a name -> value) give layers a rank or an alpha of their own, as PEFT has it.
     """
     whole = named_modules(model, modules_to_save)
     names = [name for name in matching_names(model, target_modules) if name not in whole]
-    wrap(model, names, r, alpha, dropout)
+    prefix = prefix_of(model)
+    layers = {}
+    for name in names:
+        own_r, own_alpha = by_pattern(rank_pattern, prefix + name, r), by_pattern(alpha_pattern, prefix + name, alpha)
+        layers[name] = LoRALinear(model.get_submodule(name), own_r, own_alpha, dropout, rslora, dora)
+    wrap(model, layers)
     for name in whole:
         model.get_submodule(name).float().requires_grad_(True)  # trained weights are fp32 masters
     return names
+
+
+def by_pattern(patterns, name, default):
+    """The value of the first of PEFT's patterns that matches the end of `name`, else `default`."""
+    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+    return next(found, default)
 
 
 def named_modules(model, endings):
@@ -139,21 +235,23 @@ def named_modules(model, endings):
     return [name for names in found.values() for name in names]
 
 
-def wrap(model, names, r, alpha, dropout):
-    """`inject` for layers known by their full names."""
+def wrap(model, layers):
+    """Freeze `model` and put these layers (name -> LoRALinear or LoRAEmbedding) in their places."""
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already; merge them, or load the adapter into them")
     model.requires_grad_(False)
-    for name in names:
+    if any(layer.base_layer is module for layer in layers.values() for module in embeddings_of(model)):
+        untie(model)
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        layer = LoRALinear(getattr(parent, child), r, alpha, dropout)
-        setattr(parent, child, layer.train(model.training))  # or a model in eval mode would drop inputs
+        layer.requires_grad_(True)
+        layer.base_layer.requires_grad_(False)
+        setattr(model.get_submodule(parent), child, layer.train(model.training))  # in eval mode nothing may be dropped
 
 
 def lora_layers(model):
-    """Name -> LoRALinear, for every one in the model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """Name -> LoRALinear or LoRAEmbedding, for every one in the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoRAEmbedding))}
 
 
 def merge(model):

@@ -13,7 +13,8 @@ from lora.config import ROOT
 from lora.data import Rows
 from lora.errors import UserError
 from lora.heads import LMHead, Task
-from lora.layer import is_pooler
+from lora.layer import is_pooler, linear_names
+from lora.quantize import FourBitSettings, bitsandbytes, is_4bit
 from lora.render import Row
 
 EMBEDDED = ROOT / "assets" / "tiny_base"
@@ -57,14 +58,24 @@ def naming(base_model):
         raise UserError(f"base_model {base_model}: {str(error).strip().splitlines()[0]}") from None
 
 
-def load_weights(model_class, base_model, dtype, attention):
-    """A model of transformers with the weights of `base_model`, all of them, in `dtype`. Raises UserError."""
+def four_bits(lora, device):
+    """How the base is to be quantised, or None where the [lora] table does not ask for it. Raises UserError."""
+    if not (lora and lora.load_in_4bit):
+        return None
+    bitsandbytes("load_in_4bit", device)
+    compute_dtype = getattr(torch, lora.bnb_4bit_compute_dtype)
+    return FourBitSettings(linear_names, lora.bnb_4bit_quant_type, lora.bnb_4bit_use_double_quant, compute_dtype, device)
+
+
+def load_weights(model_class, base_model, dtype, attention, quantization=None):
+    """A model of transformers with the weights of `base_model`, all of them, in `dtype` or quantised. Raises UserError."""
     source, local = locate(base_model)
     with naming(base_model):
         model, info = model_class.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attention,
+            quantization_config=quantization,
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
@@ -73,6 +84,8 @@ def load_weights(model_class, base_model, dtype, attention):
     absent = [str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]] if not is_pooler(str(name))]
     if absent:
         raise UserError(f"base_model {base_model}: no weights, or of another shape, for {', '.join(sorted(absent)[:5])}.")
+    if quantization:
+        model.hf_quantizer.remove_quantization_config(model)  # what is saved of it is the base's own config
     return model
 
 
@@ -137,15 +150,18 @@ def build(config, shape, tokenizer, dtype, packed):
     auto = AutoModelForCausalLM if config.model.task == "lm" else AutoModel
     attention = "packed" if packed else None
     torch.manual_seed(config.training.seed)
+    quantization = four_bits(config.lora, choose_device(config.training.device))
     if config.model.init_from == "scratch":
+        if quantization:
+            raise UserError("init_from scratch: random weights are not quantised; leave load_in_4bit out.")
         model = auto.from_config(shape, dtype=dtype, attn_implementation=attention)
         model.config.name_or_path = locate(config.model.base_model)[0]
     else:
-        model = load_weights(auto, config.model.base_model, dtype, attention)
+        model = load_weights(auto, config.model.base_model, dtype, attention, quantization)
     if config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_pooler(name))
+        parameter.requires_grad_(parameter.is_floating_point() and not is_pooler(name))  # 4-bit ones are bytes
     return model
 
 
@@ -157,7 +173,8 @@ def disagreement(task):
     each other and train all the same.
     """
     task.eval()
-    rounding = 1e-4 if task.model.dtype == torch.float32 else 0.05  # of the largest output; with room to spare
+    coarse = task.model.dtype != torch.float32 or any(map(is_4bit, task.model.modules()))
+    rounding = 0.05 if coarse else 1e-4  # of the largest output; with room to spare
     vocabulary = task.model.get_input_embeddings().num_embeddings
     draws = torch.randint(vocabulary, (14,), generator=torch.Generator().manual_seed(0)).tolist()
     first, second = draws[:8], draws[8:]

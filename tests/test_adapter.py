@@ -126,15 +126,15 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
     "change, message",
     [
         (lambda t: t.pop(f"{Q}.lora_B.weight"), "not a pair of LoRA factors: model.layers.0.self_attn.q_proj"),
-        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)}), "not a pair of LoRA factors: .*magnitude"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)}), "use_dora = False .* not so of .*q_proj"),
         (
             lambda t: [t.update({k.replace("q_proj", "z_proj"): t.pop(k)}) for k in list(t)],
-            "no such linear layer .* in the model: .*z_proj",
+            "no such layer .* in the model: .*z_proj",
         ),
-        (lambda t: t.clear(), "the file is empty"),
+        (lambda t: t.clear(), "there are none in the file"),
         (
             lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(5, 4)}),
-            r"q_proj.lora_B is \[5, 4\], its place is \[32, 4\]",
+            r"q_proj.lora_B.weight is \[5, 4\], its place is \[32, 4\]",
         ),
     ],
 )
@@ -153,12 +153,26 @@ def test_an_injected_layer_without_tensors_is_an_error(ours):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("use_dora", True), ("use_rslora", True), ("alpha_pattern", {"q_proj": 3}), ("peft_type", "IA3")]
+    "key, value",
+    [
+        ("use_qalora", True),
+        ("target_parameters", ["experts.down_proj"]),
+        ("peft_type", "IA3"),
+        ("layer_replication", [[0, 2]]),
+    ],
 )
 def test_what_we_would_have_to_ignore_is_refused(ours, key, value):
     path = ours[1] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=f"{key} = .* is not supported"):
+        load_adapter(tiny_llama(), ours[1])
+
+
+@pytest.mark.parametrize("key, value", [("use_dora", True), ("lora_bias", True), ("init_lora_weights", "pissa_niter_4")])
+def test_a_config_that_its_tensors_belie_or_that_needs_another_base_is_refused(ours, key, value):
+    path = ours[1] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"{key} = {value}|{key} = '{value}': .* wrong on any other"):
         load_adapter(tiny_llama(), ours[1])
 
 

@@ -23,7 +23,8 @@ SHAPES = {
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(LMHead, "chunks", lambda self, hidden: [slice(i, i + 7) for i in range(0, len(hidden), 7)])
+    sevens = staticmethod(lambda hidden, vocabulary: [slice(i, i + 7) for i in range(0, len(hidden), 7)])
+    monkeypatch.setattr(LMHead, "chunks", sevens)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -32,7 +33,7 @@ def small_chunks(monkeypatch):
 def test_loss_and_gradients_are_the_plain_formulas(shape, trained, bias, small_chunks):
     torch.manual_seed(0)
     layer = nn.Linear(16, 300, bias=bias).requires_grad_(trained)
-    head = LMHead(layer, Shape(**SHAPES[shape]))
+    head = LMHead(lambda: layer, Shape(**SHAPES[shape]))
     hidden, targets = torch.randn(45, 16, requires_grad=True), torch.randint(300, (45,))
     (head(hidden, targets) * 0.3).backward()
     ours = [hidden.grad.clone(), *(p.grad for p in layer.parameters() if trained)]
@@ -59,7 +60,8 @@ def test_all_the_logits_never_exist_at_once(monkeypatch):
     """Of 8,192 targets over 151,936 tokens the logits alone would take 5 GB in fp32; here 200 targets show the chunks."""
     sizes, linear = [], F.linear
     monkeypatch.setattr(F, "linear", lambda *arguments: sizes.append((out := linear(*arguments)).numel()) or out)
-    head = LMHead(nn.Linear(4, 151_936, bias=False).requires_grad_(False), Shape())
+    layer = nn.Linear(4, 151_936, bias=False).requires_grad_(False)
+    head = LMHead(lambda: layer, Shape())
     hidden = torch.randn(200, 4, requires_grad=True)
     head(hidden, torch.randint(151_936, (200,))).backward()
     head.predict(hidden, torch.randint(151_936, (200,)))
@@ -68,8 +70,9 @@ def test_all_the_logits_never_exist_at_once(monkeypatch):
 
 def test_bfloat16_hidden_states_lose_nothing_but_their_own_rounding():
     torch.manual_seed(0)
-    head = LMHead(nn.Linear(16, 300, bias=False).bfloat16(), Shape())
+    layer = nn.Linear(16, 300, bias=False).bfloat16()
+    head = LMHead(lambda: layer, Shape())
     hidden, targets = torch.randn(45, 16).bfloat16(), torch.randint(300, (45,))
-    exact = F.cross_entropy(F.linear(hidden.float(), head.output_layer.weight.float()), targets, reduction="sum")
+    exact = F.cross_entropy(F.linear(hidden.float(), layer.weight.float()), targets, reduction="sum")
     assert head(hidden, targets).dtype == torch.float32
     torch.testing.assert_close(head(hidden, targets), exact, rtol=2e-3, atol=0)  # logits have 8 bits

@@ -1,0 +1,53 @@
+"""AdamW, in 32 bits or with bitsandbytes' 8-bit state, over all that is trained."""
+
+import torch
+
+from lora.quantize import bitsandbytes
+
+
+def make_optimizer(parameters, config, device):
+    """The optimizer that `config` names over `parameters` (name -> parameter). Raises UserError where it cannot be had.
+
+    With `loraplus_lr_ratio` the LoRA B's learn faster than the rest (LoRA+, Hayou et al. 2024): each group's "lr_ratio"
+    multiplies the learning rate of the schedule.
+    """
+    settings, ratio = config.training, config.lora.loraplus_lr_ratio if config.lora else 1.0
+    fast = [parameter for name, parameter in parameters.items() if ratio != 1 and ".lora_B." in name]
+    rest = [parameter for parameter in parameters.values() if not any(parameter is other for other in fast)]
+    groups = [{"params": rest, "lr_ratio": 1.0}, {"params": fast, "lr_ratio": ratio}]
+    groups = [group for group in groups if group["params"]]
+    values = {"lr": 0.0, "betas": (0.9, settings.adam_beta2), "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **values)
+    bnb = bitsandbytes(f"optimizer {settings.optimizer}", device)
+    paged = settings.optimizer == "paged_adamw_8bit"
+    if paged and device.type == "cpu":
+        print("optimizer paged_adamw_8bit: on the CPU there is nothing to page to; it is adamw_8bit here")
+        paged = False
+    return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)(groups, **values)
+
+
+def state_of(optimizer):
+    """Parameter -> {name: tensor}: what the optimizer remembers of it. Empty before the first step."""
+    return {
+        parameter: {key: torch.as_tensor(value) for key, value in state.items() if not key.startswith("qmap")}  # constants
+        for parameter, state in optimizer.state.items()
+    }
+
+
+def set_state(optimizer, tensors):
+    """Put back what `state_of` gave. Raises KeyError(parameter, names that are too few or too many)."""
+    for i, group in enumerate(optimizer.param_groups):
+        for j, parameter in enumerate(group["params"]):
+            saved, state = tensors[parameter], {"step": 0.0, "exp_avg": parameter, "exp_avg_sq": parameter}
+            if not isinstance(optimizer, torch.optim.AdamW):
+                optimizer.init_state(group, parameter, i, j)  # paged memory must be bitsandbytes' own
+                state = optimizer.state[parameter]
+            wrong = saved.keys() ^ {key for key in state if not key.startswith("qmap")}
+            if wrong:
+                raise KeyError(parameter, *sorted(wrong))
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in saved.items()}
+            else:
+                for key, tensor in saved.items():
+                    state[key] = tensor.item() if key == "step" else state[key].copy_(tensor)

@@ -1,0 +1,120 @@
+"""A base of 4 bits (QLoRA, Dettmers et al. 2023, section 3): bitsandbytes' Linear4bit, quantised while the files are read.
+
+transformers would do the same with accelerate; here its loader is given a quantizer of our own through
+`register_quantizer`, and the bytes are the same. bitsandbytes takes seconds to import and is loaded where it is used.
+"""
+
+import importlib
+import logging
+
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lora.errors import UserError
+
+
+def bitsandbytes(purpose, device):
+    """The library, for `purpose` on `device`. Raises UserError where it is not there or cannot do that."""
+    if device.type == "mps":
+        raise UserError(f"{purpose}: not on mps, where bitsandbytes cannot train; leave it out, or add --device cpu.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it would have downloaded
+    try:
+        return importlib.import_module("bitsandbytes")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(f"{purpose}: bitsandbytes cannot be loaded ({str(error).splitlines()[0]}).") from None
+
+
+@register_quantization_config("plainlora_4bit")
+class FourBitSettings(QuantizationConfigMixin):
+    """Which layers (a function of the model -> names) are quantised how, and on which device."""
+
+    def __init__(self, names, quant_type, double_quant, compute_dtype, device):
+        self.quant_method = "plainlora_4bit"
+        self.names, self.device = names, device
+        self.layer = {"quant_type": quant_type, "compress_statistics": double_quant, "compute_dtype": compute_dtype}
+
+
+@register_quantizer("plainlora_4bit")
+class FourBitQuantizer(HfQuantizer):
+    """What transformers' loader asks for: modules to put in place first, and what to do with a weight that it has read."""
+
+    is_trainable = True
+
+    def is_serializable(self):
+        return False
+
+    def _process_model_before_weight_loading(self, model, **others):
+        bnb = importlib.import_module("bitsandbytes")
+        for name in self.quantization_config.names(model):
+            parent, _, child = name.rpartition(".")
+            old = model.get_submodule(name)
+            n_out, n_in = reversed(old.weight.shape) if isinstance(old, Conv1D) else old.weight.shape
+            new = bnb.nn.Linear4bit(n_in, n_out, old.bias is not None, **self.quantization_config.layer, device="meta")
+            new.was_conv1d = isinstance(old, Conv1D)
+            # Else bitsandbytes 0.50.2 repacks the weight at the first evaluation, and gradients are cut from then on.
+            new.support_avx512bf16_for_cpu = False
+            setattr(model.get_submodule(parent), child, new)
+
+    def param_needs_quantization(self, model, param_name, **others):
+        name, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and is_4bit(model.get_submodule(name))
+
+    def get_quantize_ops(self):
+        return Quantise(self.quantization_config.device)
+
+
+class Quantise(ConversionOps):
+    """A dense weight as it was read -> Params4bit."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def convert(self, input_dict, model, **others):
+        bnb = importlib.import_module("bitsandbytes")
+        quantised = {}
+        for name, (weight,) in input_dict.items():
+            layer = model.get_submodule(name.rpartition(".")[0])
+            if not weight.isfinite().all():
+                raise UserError(f"{name}: not finite, which would spoil its whole block of 4-bit weights.")
+            weight = (weight.T if layer.was_conv1d else weight).to(self.device).contiguous()
+            settings = {key: getattr(layer.weight, key) for key in ("quant_type", "compress_statistics")}
+            quantised[name] = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **settings).to(self.device)
+            layer._is_hf_initialized = True  # transformers would draw it anew
+        return quantised
+
+
+def is_4bit(layer):
+    return type(layer).__name__ == "Linear4bit"
+
+
+def dense_weight(layer):
+    """[out, in], fp32: the weight of nn.Linear, Conv1D or Linear4bit."""
+    if is_4bit(layer):
+        functional = importlib.import_module("bitsandbytes.functional")
+        return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    return (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).float()
+
+
+def dense(layer):
+    """The layer itself, or of a Linear4bit the nn.Linear or Conv1D (fp32) that it stands for."""
+    if not is_4bit(layer):
+        return layer
+    weight = dense_weight(layer)
+    new = nn.Linear(*reversed(weight.shape), bias=layer.bias is not None, device="meta")
+    if layer.was_conv1d:
+        new = Conv1D(*weight.shape)
+    new.weight = nn.Parameter(weight.T.contiguous() if layer.was_conv1d else weight, requires_grad=False)
+    new.bias = layer.bias
+    return new
+
+
+def dequantize(model):
+    """Every Linear4bit of `model` as the dense layer that it stands for, in place."""
+    for name, layer in list(model.named_modules()):
+        if is_4bit(layer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, dense(layer))
