@@ -6,6 +6,7 @@
 The sums are made in fp32 and rounded once, to the base's own type (or --dtype). The head of a scorer goes along.
 """
 
+import json
 from pathlib import Path
 import shutil
 import sys
@@ -20,6 +21,14 @@ def read_arguments(argv):
     parser.add_argument("--base_model", metavar="DIR", help="the base; default: the one that our checkpoint names")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to write, which must not exist")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the base's")
+    into = "the base as it is, or (QLoRA) the 4-bit base that was trained on, made dense again"
+    parser.add_argument("--merge_into", choices=("16bit", "dequantized"), default="16bit", help=f"{into}; default: 16bit")
+    for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+        parser.add_argument(
+            f"--{name}", metavar="X", help="of that 4-bit base; default: the checkpoint's, else PEFT's habit"
+        )
+    portable = "write an adapter instead: one rank, the scale in B, so that PEFT, vLLM and llama.cpp do the same with it"
+    parser.add_argument("--portable", action="store_true", help=portable)
     arguments = parser.parse_args(argv)
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
@@ -32,11 +41,14 @@ if __name__ == "__main__":  # above torch, as in train.py
 
 import torch
 import transformers
+from transformers import AutoModel
 
-from lora.adapter import load_adapter
-from lora.config import saved_config
-from lora.layer import merge
-from lora.model import add_tokens, load_shape, load_tokenizer, load_weights
+from lora.adapter import load_adapter, write_portable
+from lora.config import get_lora_config, saved_config, set_key
+from lora.heads import Task
+from lora.layer import merge, prefix_of
+from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights
+from lora.quantize import dequantize
 
 
 def outputs(model, tokens):
@@ -63,22 +75,57 @@ def find_adapter(folder, base_model):
     return folder / "lora_adapter", base_model or config.model.base_model, config
 
 
+def class_for(shape, config):
+    """The class of transformers that the merged weights are to be: for a scorer the bare backbone."""
+    if config is not None and config.model.task == "score":
+        return AutoModel
+    architecture = (shape.architectures or ["AutoModelForCausalLM"])[0]
+    if not hasattr(transformers, architecture):
+        raise UserError(f"transformers has no {architecture}, which the base says it is.")
+    return getattr(transformers, architecture)
+
+
+def load_base(model_class, base_model, quantization=None):
+    """The base in fp32: its own weights, or what is left of them in 4 bits."""
+    model = load_weights(model_class, base_model, torch.float32, "sdpa", quantization)
+    if quantization:
+        dequantize(model)
+    return model
+
+
+def four_bits_of(arguments, config):
+    """How the 4-bit base was quantised: as our run says, else as QLoRA is usually done, and the flags above either."""
+    config = config or get_lora_config()
+    for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+        if getattr(arguments, name) is not None:
+            set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
+    config.lora.load_in_4bit = True
+    return four_bits(config.lora, torch.device("cpu"))
+
+
+def difference(one, other):
+    return (one - other).abs().max().item()
+
+
 def main(arguments):
+    if arguments.portable:
+        folder = Path(arguments.adapter)
+        write_portable(folder / "lora_adapter" if (folder / "lora_adapter").is_dir() else folder, Path(arguments.output))
+        print(f"wrote {arguments.output}")
+        return
     adapter, base_model, config = find_adapter(Path(arguments.adapter), arguments.base_model)
     shape, dtype, tokenizer = load_shape(base_model)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
-    architecture = (shape.architectures or ["AutoModelForCausalLM"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise UserError(f"base_model {base_model}: transformers has no {architecture}.")
-    model = load_weights(model_class, base_model, torch.float32, "sdpa")
+    model_class = class_for(shape, config)
+    into_4bit = arguments.merge_into == "dequantized"
+    model = load_base(model_class, base_model, four_bits_of(arguments, config) if into_4bit else None)
     if config is not None and config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
     if config is not None and (adapter.parent / "tokenizer.json").is_file():  # a final artifact's, with its template
         tokenizer = load_tokenizer(str(adapter.parent))
 
     torch.manual_seed(0)
-    tokens = torch.randint(shape.vocab_size, (4, 32))
+    tokens = torch.randint(shape.get_text_config().vocab_size, (4, 32))
     of_base = outputs(model, tokens)
     load_adapter(model, adapter)
     of_adapter = outputs(model, tokens)
@@ -86,31 +133,38 @@ def main(arguments):
     of_merged = outputs(model, tokens)
 
     size = of_adapter.abs().max().item()
-    known = of_base.shape[-1]  # an adapter may add tokens
-    effect = (of_adapter[..., :known] - of_base).abs().max().item()
-    error = (of_merged - of_adapter).abs().max().item()
+    effect = difference(of_adapter[..., : of_base.shape[-1]], of_base)  # an adapter may add tokens
+    error = difference(of_merged, of_adapter)
     print(f"on 4 x 32 random tokens, largest output {size:.3g}")
     print(f"adapter against base:           {effect:.3g}")
     print(f"merged against adapter, fp32:   {error:.3g}")
     # The sums are the same but for their order; fp32 rounds each to 6e-8, and layers multiply that.
     if not error <= 1e-4 * size or error > effect:
         raise UserError(f"the merged model differs from base + adapter by {error:.3g}, which is more than rounding.")
+    if config is not None and config.lora.load_in_4bit and not into_4bit:
+        trained = load_base(model_class, base_model, four_bits_of(arguments, config))
+        load_adapter(trained, adapter)
+        apart = difference(of_merged, outputs(trained, tokens))
+        print(f"against the 4-bit base it was trained on: {apart:.3g} (--merge_into dequantized keeps that base)")
+        del trained
 
     final = Path(arguments.output)
     temporary = final.with_name(f".tmp_{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.to(dtype).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        model.to(dtype)
         if config is not None and config.model.task == "score":
-            shutil.copy(adapter.parent / "mlp_head.safetensors", temporary)
-            config.lora, config.model.base_model = None, str(final)
+            save_scorer(model, tokenizer, adapter.parent, temporary)
+            config.lora, config.model.base_model, config.model.add_special_tokens = None, str(final), []
             config.save(temporary / "training_config.toml")  # eval.py --checkpoint reads it
+        else:
+            model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         written = load_weights(model_class, str(temporary), dtype, "sdpa")
         merged = model.state_dict()
         if any(not torch.equal(tensor, merged[name]) for name, tensor in written.state_dict().items()):
             raise UserError(f"{final}: the written weights are not the merged ones; nothing is kept.")
-        rounded = (outputs(written, tokens) - of_adapter).abs().max().item()
+        rounded = difference(outputs(written, tokens), of_adapter)
         print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounded:.3g}")
         if rounded > effect > 0:
             raise UserError(f"rounding to {dtype} changes more ({rounded:.3g}) than the adapter does; add --dtype float32.")
@@ -118,6 +172,26 @@ def main(arguments):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {final}")
+
+
+def save_scorer(model, tokenizer, folder, output):
+    """The backbone and the MLP head in `folder` as one model of two classes, in the names of vLLM's reward models.
+
+    `model.*` and `score.0`, `score.2` are what Qwen2ForProcessRewardModel is made of; transformers' AutoModel reads the
+    backbone of it, and eval.py --checkpoint all of it.
+    """
+    task = Task(model, tokenizer)
+    task.load_head(folder)
+    state = {
+        (prefix_of(model) or f"{model.base_model_prefix}.") + name: tensor for name, tensor in model.state_dict().items()
+    }
+    state |= {name: tensor.detach().to(model.dtype) for name, tensor in task.head.two_rows().items()}
+    family = type(model).__name__.removesuffix("Model")
+    model.config.num_labels = 2
+    model.save_pretrained(output, state_dict=state)
+    shape = json.loads((output / "config.json").read_text())
+    shape["architectures"] = [f"{family}ForProcessRewardModel"]
+    (output / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -148,6 +148,38 @@ def read_tensors(folder, config):
     return modules, whole
 
 
+def write_portable(folder, output):
+    """Rewrite the adapter in `folder` so that every reader applies the same scale. Raises UserError where that cannot be.
+
+    vLLM knows no patterns, and llama.cpp divides alpha by each tensor's own rank and knows no rsLoRA. Here every layer is
+    filled up with zeros to the largest rank R, its scale is in B, and r = lora_alpha = R.
+    """
+    config = read_config(folder)
+    modules, whole = read_tensors(folder, config)
+    if config.get("use_dora") or config.get("lora_bias"):
+        raise UserError(f"{folder}: DoRA and lora_bias have no portable form; merge the adapter instead.")
+    lost = [name for name in whole if not name.endswith(".base_layer.weight")]
+    if lost:
+        raise UserError(
+            f"{folder}: vLLM and llama.cpp read no whole weights ({', '.join(lost)}); merge the adapter instead."
+        )
+    first, second = ({"lora_A.weight", "lora_embedding_A"}, {"lora_B.weight", "lora_embedding_B"})
+    largest = max(len(tensor) for found in modules.values() for name, tensor in found.items() if name in first)
+    tensors = {}
+    for module, found in modules.items():
+        (a_name,), (b_name,) = found.keys() & first, found.keys() & second
+        r = len(found[a_name])
+        alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
+        missing = largest - r
+        tensors[f"base_model.model.{module}.{a_name}"] = torch.nn.functional.pad(found[a_name], (0, 0, 0, missing))
+        tensors[f"base_model.model.{module}.{b_name}"] = torch.nn.functional.pad(found[b_name] * scaling, (0, missing))
+    config |= {"r": largest, "lora_alpha": largest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    output.mkdir(parents=True)
+    (output / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, output / "adapter_model.safetensors", {"format": "pt"})
+
+
 @torch.no_grad()
 def load_adapter(model, folder):
     """Put the adapter in `folder` (ours or PEFT's) onto `model`; on layers already injected, replace their factors.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
@@ -123,6 +123,18 @@ class MLPHead(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1))
 
+    def two_rows(self):
+        """The head as others serve it, Linear - ReLU - Linear to two classes: softmax([0, z])[1] = sigmoid(z)."""
+        first, last = self.layers[0], self.layers[3]
+        rows = {name: torch.cat([torch.zeros_like(p), p]) for name, p in last.named_parameters()}
+        return {f"score.0.{name}": p for name, p in first.named_parameters()} | {f"score.2.{n}": p for n, p in rows.items()}
+
+    def load_two_rows(self, tensors):
+        """Take over what `two_rows` gave, or the head of another such model: only the rows' difference counts."""
+        last = {name: tensors[f"score.2.{name}"] for name in ("weight", "bias")}
+        state = {f"0.{name}": tensors[f"score.0.{name}"] for name in ("weight", "bias")}
+        self.layers.load_state_dict(state | {f"3.{name}": rows[1:] - rows[:1] for name, rows in last.items()})
+
     def predict(self, hidden, targets):
         """hidden [n, width] -> scores [n]."""
         return torch.sigmoid(self.layers(hidden.float()).float()).squeeze(-1)
@@ -235,11 +247,23 @@ class Task(nn.Module):
             self.load(folder)
 
     def load_head(self, folder):
-        """The MLP head in `folder`, where the task has one."""
-        if isinstance(self.head, MLPHead):
-            path = Path(folder) / "mlp_head.safetensors"
-            with one_line(path):
+        """The MLP head in `folder`, where the task has one: a file of its own, or among the weights of a merged scorer."""
+        if not isinstance(self.head, MLPHead):
+            return
+        path = Path(folder) / "mlp_head.safetensors"
+        with one_line(path):
+            if path.is_file():
                 self.head.load_state_dict(load_file(path))
+                return
+            score = {}
+            for path in sorted(Path(folder).glob("*.safetensors")):
+                with safe_open(path, "pt") as file:
+                    score |= {name: file.get_tensor(name).float() for name in file.keys() if name.startswith("score.")}
+            if len(score) != 4 or len(score["score.2.weight"]) != 2:
+                raise UserError(
+                    f"{folder}: no mlp_head.safetensors, and no score.0 and score.2 (of two rows) in its weights."
+                )
+            self.head.load_two_rows(score)
 
 
 @contextmanager

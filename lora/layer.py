@@ -244,8 +244,6 @@ def wrap(model, layers):
         untie(model)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        layer.requires_grad_(True)
-        layer.base_layer.requires_grad_(False)
         setattr(model.get_submodule(parent), child, layer.train(model.training))  # in eval mode nothing may be dropped
 
 
