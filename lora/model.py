@@ -85,6 +85,9 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
     if absent:
         raise UserError(f"base_model {base_model}: no weights, or of another shape, for {', '.join(sorted(absent)[:5])}.")
     if quantization:
+        damaged = model.hf_quantizer.quantization_config.damaged
+        if damaged:
+            raise UserError(f"base_model {base_model}: not finite: {', '.join(damaged[:5])}.")
         model.hf_quantizer.remove_quantization_config(model)  # what is saved of it is the base's own config
     return model
 

@@ -30,11 +30,14 @@ def bitsandbytes(purpose, device):
 
 @register_quantization_config("plainlora_4bit")
 class FourBitSettings(QuantizationConfigMixin):
-    """Which layers (a function of the model -> names) are quantised how, and on which device."""
+    """Which layers (a function of the model -> names) are quantised how, and on which device.
+
+    `damaged` lists the weights that were found not finite: transformers would swallow an error there.
+    """
 
     def __init__(self, names, quant_type, double_quant, compute_dtype, device):
         self.quant_method = "plainlora_4bit"
-        self.names, self.device = names, device
+        self.names, self.device, self.damaged = names, device, []
         self.layer = {"quant_type": quant_type, "compress_statistics": double_quant, "compute_dtype": compute_dtype}
 
 
@@ -64,14 +67,14 @@ class FourBitQuantizer(HfQuantizer):
         return leaf == "weight" and is_4bit(model.get_submodule(name))
 
     def get_quantize_ops(self):
-        return Quantise(self.quantization_config.device)
+        return Quantise(self.quantization_config)
 
 
 class Quantise(ConversionOps):
     """A dense weight as it was read -> Params4bit."""
 
-    def __init__(self, device):
-        self.device = device
+    def __init__(self, settings):
+        self.settings = settings
 
     def convert(self, input_dict, model, **others):
         bnb = importlib.import_module("bitsandbytes")
@@ -79,10 +82,13 @@ class Quantise(ConversionOps):
         for name, (weight,) in input_dict.items():
             layer = model.get_submodule(name.rpartition(".")[0])
             if not weight.isfinite().all():
-                raise UserError(f"{name}: not finite, which would spoil its whole block of 4-bit weights.")
-            weight = (weight.T if layer.was_conv1d else weight).to(self.device).contiguous()
-            settings = {key: getattr(layer.weight, key) for key in ("quant_type", "compress_statistics")}
-            quantised[name] = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **settings).to(self.device)
+                self.settings.damaged.append(name)
+            device, how = self.settings.device, self.settings.layer
+            weight = (weight.T if layer.was_conv1d else weight).to(device).contiguous()
+            quantised[name] = bnb.nn.Params4bit(
+                weight, requires_grad=False, quant_type=how["quant_type"], compress_statistics=how["compress_statistics"],
+                module=layer,
+            ).to(device)  # fmt: skip
             layer._is_hf_initialized = True  # transformers would draw it anew
         return quantised
 
