@@ -187,7 +187,6 @@ def save_scorer(model, tokenizer, folder, output):
     }
     state |= {name: tensor.detach().to(model.dtype) for name, tensor in task.head.two_rows().items()}
     family = type(model).__name__.removesuffix("Model")
-    model.config.num_labels = 2
     model.save_pretrained(output, state_dict=state)
     shape = json.loads((output / "config.json").read_text())
     shape["architectures"] = [f"{family}ForProcessRewardModel"]
