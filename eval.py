@@ -6,6 +6,7 @@
     python eval.py --checkpoint outputs/RUN/final_artifact --prompt 'Start with 12, add 9.
     12+9=21'
     python eval.py --base_model FOLDER --task lm --eval_data FILE
+    python eval.py --verify_only --artifact_dir outputs/RUN/final_artifact
 
 A checkpoint brings its configuration along: where nothing else is asked for, it is evaluated on what its run held out,
 all of it. What answers are measured by stands in lora/text_metrics.py.
@@ -19,6 +20,7 @@ import sys
 import typing
 
 from lora import retrieval
+from lora.checksums import verify_artifact
 from lora.command_line import Parser
 from lora.config import Config, from_dict, keys_of, read_file, saved_config, set_key
 from lora.errors import UserError, one_line_errors
@@ -45,7 +47,11 @@ class Asked:
 def read_arguments(argv):
     """(arguments, configuration of the checkpoint or of the base)."""
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", metavar="DIR", help="checkpoint_step_N, final_artifact, or a merged scorer")
+    help = "checkpoint_step_N, final_artifact, or a merged scorer"
+    parser.add_argument("--checkpoint", "--artifact_dir", metavar="DIR", help=help)
+    parser.add_argument(
+        "--verify_only", action="store_true", help="only prove every file of the artifact as it was written"
+    )
     parser.add_argument("--config", metavar="FILE", help="TOML or JSON as for training, where there is no checkpoint")
     parser.add_argument("--prompt", metavar="TEXT", help="what to answer; for a scorer a problem, and its steps below it")
     parser.add_argument("--ignore_chat_template", action="store_true", help="go on with the text of --prompt as it is")
@@ -62,6 +68,8 @@ def read_arguments(argv):
         parser.add_argument(f"--{name}", nargs=nargs, metavar="X", help=f"{help} (default: the checkpoint's)")
     arguments = parser.parse_args(argv)
 
+    if arguments.verify_only:
+        verify(arguments.checkpoint)
     if arguments.checkpoint and arguments.config:
         raise UserError("--checkpoint brings its configuration along; leave --config out, and override keys with flags.")
     if arguments.checkpoint:
@@ -77,6 +85,15 @@ def read_arguments(argv):
     refuse_what_does_not_go_together(arguments, config)
     check_patterns(config.evaluation)
     return arguments, config
+
+
+def verify(folder):
+    """Say that the artifact is whole, and end there, as --help does."""
+    if not folder:
+        raise UserError("--verify_only: add --artifact_dir DIR.")
+    verify_artifact(folder)
+    print(f"{folder}: verified: every file is as it was written")
+    raise SystemExit
 
 
 def refuse_what_does_not_go_together(arguments, config):

@@ -29,7 +29,7 @@ import time
 
 import torch
 
-from lora import checkpoint
+from lora import artifact, baseline, checkpoint
 from lora.data import TrainingData, seed_for
 from lora.log import Log, peak_memory, without_nan
 from lora.model import choose_device, choose_dtype, load_task
@@ -173,11 +173,14 @@ def run(task, command, source, device, dtype):
     done = checkpoint.read_state(command.resume_from)["step"] if command.resume_from else 0
     if done >= total:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
+    adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
     trained = sum(p.numel() for p in checkpoint.trainable(task).values())
     every = sum(p.numel() for p in task.parameters())
     log = Log(command.run_dir, config, done)
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
+    if adapters_alone:
+        log.say(adapters_alone)
     log.say(f"{describe('train', facts['train'])}\n{describe('eval', facts['eval'])}")
     if facts["overlap"]:
         log.say(f"warning: {facts['overlap']} prompts or texts are in the training data and in the held-out data")
@@ -187,22 +190,24 @@ def run(task, command, source, device, dtype):
         log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
-    train(task.to(device), data, config, log, device, dtype, total, command.resume_from)
+    task.to(device)
+    data_files, base = artifact.hash_data(config), baseline.measure(task, config)
+    baseline.record(log.run_dir, config, base)
+    train(task, data, config, log, device, dtype, total, command.resume_from)
+    log.say(baseline.compare(base, baseline.measure(task, config)))
 
     states = checkpoint.saved(log.run_dir / "checkpoints")
     if not checkpoint.best(states):
         raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
     best, last = checkpoint.best(states)[0], states[-1]
     task.load(best["path"])
-    task.save_artifact(log.run_dir / "final_artifact")
-    config.save(log.run_dir / "final_artifact" / "training_config.toml")
     results = {
         **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
     }
-    for path in (log.run_dir / "logs" / "final_results.json", log.run_dir / "final_artifact" / "training_metrics.json"):
-        path.write_text(json.dumps(results, indent=2) + "\n")
+    (log.run_dir / "logs" / "final_results.json").write_text(json.dumps(results, indent=2) + "\n")
+    artifact.write(log.run_dir / "final_artifact", task, config, results, base["files"], data_files)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None and "/" not in name)
     log.say(f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}")
     log.close()

@@ -7,6 +7,7 @@ _HOMES = {
     "merge": "lora.layer",
     "save_adapter": "lora.adapter",
     "load_adapter": "lora.adapter",
+    "verify_artifact": "lora.checksums",
 }
 __all__ = list(_HOMES)
 

@@ -1,0 +1,128 @@
+"""final_artifact/: what a finished run hands on, whole or absent, with a record of what it was made of.
+
+the weights and the tokenizer   Task.save_artifact
+training_config.toml            with whole paths, so that eval.py and merge.py find base and data from any folder
+training_metrics.json           the best step and the last
+metadata.json                   base, data, versions, hardware: `metadata` below
+README.md                       lora/model_card.py
+checksums.json                  of all of these; lora/checksums.py
+"""
+
+import copy
+from importlib.metadata import version
+import json
+import os
+from pathlib import Path
+import platform
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from lora.checkpoint import flush, trainable
+from lora.checksums import sha256_of, write_checksums
+from lora.config import ROOT
+from lora.model import locate
+from lora.model_card import model_card
+from lora.readers import files
+
+ARTIFACT_VERSION = 1
+
+
+def write(folder, task, config, results, base_files, data_files):
+    """Write the artifact of a run whose base was found unchanged; the hashes are those of before its training."""
+    folder = Path(folder)
+    temporary, old = folder.with_name(f".tmp_{folder.name}"), folder.with_name(f".old_{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    task.save_artifact(temporary)
+    config = with_whole_paths(config)
+    config.save(temporary / "training_config.toml")
+    facts = metadata(task, config, results, base_files, data_files)
+    (temporary / "training_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    (temporary / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (temporary / "README.md").write_text(model_card(task, config, facts), encoding="utf-8")
+    write_checksums(temporary)
+    for path in [*temporary.rglob("*"), temporary]:
+        flush(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():  # of a run that was over, and was then continued
+        folder.rename(old)
+    temporary.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def with_whole_paths(config):
+    config = copy.deepcopy(config)
+    if config.model.base_model != "embedded":
+        source, local = locate(config.model.base_model)
+        config.model.base_model = os.path.abspath(source) if local else source
+    for key in ("train_data", "eval_data"):
+        paths = [os.path.abspath(path) if Path(path).is_file() else path for path in getattr(config.data, key)]
+        setattr(config.data, key, paths)
+    return config
+
+
+def hash_data(config):
+    """Of the training and of the held-out data, path -> sha256; null for arithmetic:..., which is made, not read."""
+    paths = {"train_data": config.data.train_data, "eval_data": config.data.eval_data}
+    return {
+        key: {path: None if path.startswith("arithmetic:") else sha256_of(files.local(path)) for path in named}
+        for key, named in paths.items()
+    }
+
+
+def metadata(task, config, results, base_files, data_files):
+    return {
+        "artifact_version": ARTIFACT_VERSION,
+        "task": config.model.task,
+        "method": "lora" if config.lora else "full",
+        "base_model": config.model.base_model,
+        "base_files": base_files,
+        "base_unchanged": True if base_files or config.lora else None,  # a run that changed it has no artifact
+        **data_files,
+        "best": results["best"],
+        "seed": config.training.seed,
+        "seconds": results["seconds"],
+        "trainable_parameters": sum(p.numel() for p in trainable(task).values()),
+        "parameters": sum(p.numel() for p in task.parameters()),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "hardware": hardware(next(task.parameters()).device),
+    }
+
+
+def versions():
+    names = ["torch", "transformers", "safetensors", "tokenizers"]
+    names += [name for name in ("bitsandbytes",) if name in sys.modules]
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def git_commit():
+    """The commit of this code, with "-dirty" behind it where files differ from it; None outside of a checkout."""
+    if not (ROOT / ".git").exists():  # git would go on to look for a checkout around this folder
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware(device):
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+    }
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

@@ -1,0 +1,107 @@
+"""The base, hashed before and after training: that it is unchanged is measured, and so is what alone is trained.
+
+outputs/RUN/baseline_checksums.json   sha256 of the base's weight files, and one over the frozen tensors in memory
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import json
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+import torch
+
+from lora.checkpoint import flush, trainable
+from lora.checksums import sha256_of
+from lora.errors import Stopped, UserError
+from lora.heads import MLPHead
+from lora.layer import lora_layers, named_modules
+from lora.model import locate
+
+THREADS = 8  # hashing lets go of the interpreter; from a GPU each holds one tensor in main memory
+
+
+def measure(task, config):
+    """{"files": {weight file of the base: sha256}, "frozen": {frozen tensor: sha256, as it lies in memory}}.
+
+    Full fine-tuning freezes nothing, and random weights come from no file.
+    """
+    files = {path.name: path for path in weight_files(config.model)}
+    frozen = frozen_tensors(task.model) if config.lora else {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {
+            "files": dict(zip(files, pool.map(sha256_of, files.values()))),
+            "frozen": dict(zip(frozen, pool.map(sha256_of_tensor, frozen.values()))),
+        }
+
+
+def weight_files(model):
+    """The base's files of weights, on this disk. `model` is the [model] table of a configuration."""
+    if model.init_from == "scratch":
+        return []
+    source, local = locate(model.base_model)
+    if not local:  # its config.json was read a moment ago; the weights lie beside it
+        source = Path(hf_hub_download(source, "config.json", local_files_only=True)).parent
+    return sorted(Path(source).glob("*.safetensors"))
+
+
+def frozen_tensors(model):
+    """Name -> tensor, for all that the model's state holds and that is not trained, a 4-bit weight's scales among it.
+
+    Buffers outside of the state are made anew by the model itself (rotary frequencies, for the length it reads).
+    """
+    state = model.state_dict(keep_vars=True)
+    once = {id(tensor): name for name, tensor in state.items() if not tensor.requires_grad}  # tied ones have two names
+    return {name: state[name] for name in sorted(once.values())}
+
+
+def sha256_of_tensor(tensor):
+    total = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    plain = tensor.detach()  # or a 4-bit weight would take its scales along to the CPU
+    total.update(plain.cpu().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def sha256_over(sums):
+    """One sha256 over {name: sha256}."""
+    return hashlib.sha256("".join(f"{name} {one}\n" for name, one in sorted(sums.items())).encode()).hexdigest()
+
+
+def record(run_dir, config, before):
+    """Write baseline_checksums.json. Raises UserError where this run was begun on other weights of the base."""
+    path = Path(run_dir) / "baseline_checksums.json"
+    if path.is_file() and json.loads(path.read_text())["files"] != before["files"]:
+        raise UserError(f"base_model {config.model.base_model}: its weights are not those that {run_dir} was begun with.")
+    frozen = {"frozen_tensors": len(before["frozen"]), "frozen_sha256": sha256_over(before["frozen"])}
+    sums = {"base_model": config.model.base_model, "files": before["files"], **frozen}
+    temporary = path.with_name(f".tmp_{path.name}")
+    temporary.write_text(json.dumps(sums, indent=2) + "\n")
+    flush(temporary)
+    temporary.replace(path)
+
+
+def compare(before, after):
+    """A line that says that nothing changed. Raises Stopped with the names of what did."""
+    names = {(part, name) for sums in (before, after) for part in sums for name in sums[part]}
+    changed = sorted(name for part, name in names if before[part].get(name) != after[part].get(name))
+    if changed:
+        listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if changed[5:] else "")
+        raise Stopped(f"the base's weights changed during training: {listed}; no artifact is made of this run.")
+    frozen = f"{len(before['frozen'])} frozen tensors, sha256 {sha256_over(before['frozen'])}; " if before["frozen"] else ""
+    return f"base model weights unchanged: {frozen}weight files: {len(before['files'])}"
+
+
+def only_adapters_train(task, modules_to_save):
+    """A line that says so. Raises Stopped where anything but LoRA's tensors, modules to save and the head is trained."""
+    layers = lora_layers(task.model).values()
+    factors = [p for layer in layers for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
+    whole = [p for name in named_modules(task.model, modules_to_save) for p in task.model.get_submodule(name).parameters()]
+    head = list(task.head.parameters()) if isinstance(task.head, MLPHead) else []
+    allowed = {id(p) for p in (*factors, *whole, *head)}
+    strange = [name for name, p in trainable(task).items() if id(p) not in allowed]
+    if strange:
+        raise Stopped(
+            f"trained beside the adapter: {', '.join(strange[:5])}; freeze them, or name them in modules_to_save."
+        )
+    counts = (factors, "LoRA tensors"), (whole, "of modules to save"), (head, "of the head")
+    return "only adapter parameters are trainable: " + ", ".join(f"{len(some)} {what}" for some, what in counts if some)
