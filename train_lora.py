@@ -10,7 +10,7 @@ import sys
 
 from lora.command_line import read_command_line
 from lora.config import ROOT, get_lora_config
-from lora.errors import one_line_errors
+from lora.errors import UserError, one_line_errors
 from lora.source import Source
 
 if __name__ == "__main__":  # above torch, as in train.py
@@ -26,7 +26,7 @@ import torch
 
 from lora.data import seed_for
 from lora.layer import inject
-from lora.model import choose_device, choose_dtype, load_task
+from lora.model import choose_device, choose_dtype, disagreement, load_task
 
 
 def main(command, source):
@@ -42,6 +42,9 @@ def main(command, source):
     )  # fmt: skip
     bits = f" in 4 bits ({lora.bnb_4bit_quant_type})" if lora.load_in_4bit else ""
     whole = f", and {' '.join(lora.modules_to_save)} whole" if lora.modules_to_save else ""
+    problem = disagreement(task)  # some models read the weights of a layer past the layer
+    if problem:
+        raise UserError(f"target_modules {' '.join(lora.target_modules)}: with LoRA there {problem}; name other layers.")
     shape = f"rank {lora.lora_r}, alpha {lora.lora_alpha:g}"
     print(f"LoRA: {shape}, over {len(names)} linear layers{whole}; the base is frozen{bits}")
     return run(task, command, source, device, dtype)

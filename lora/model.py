@@ -161,6 +161,8 @@ def build(config, shape, tokenizer, dtype, packed):
         model.config.name_or_path = locate(config.model.base_model)[0]
     else:
         model = load_weights(auto, config.model.base_model, dtype, attention, quantization)
+        if quantization:
+            model.to(quantization.device)  # where its 4-bit weights are already
     if config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
     for name, parameter in model.named_parameters():
@@ -178,14 +180,14 @@ def disagreement(task):
     task.eval()
     coarse = task.model.dtype != torch.float32 or any(map(is_4bit, task.model.modules()))
     rounding = 0.05 if coarse else 1e-4  # of the largest output; with room to spare
-    vocabulary = task.model.get_input_embeddings().num_embeddings
+    vocabulary, device = task.model.get_input_embeddings().num_embeddings, task.model.device
     draws = torch.randint(vocabulary, (14,), generator=torch.Generator().manual_seed(0)).tolist()
     first, second = draws[:8], draws[8:]
     changed = [*first[:-1], (first[-1] + 1) % vocabulary]
 
     def hidden(*documents):
         rows = Rows.of(((Row(document, [0.0] * len(document)), 0) for document in documents), "score")
-        return task.at_targets(rows.batch(range(len(documents)), task.packed)).float()
+        return task.at_targets(rows.batch(range(len(documents)), task.packed).to(device)).float()
 
     def differ(one, other, rounding=rounding):
         return bool((one - other).abs().max() > rounding * one.abs().max())
@@ -197,10 +199,11 @@ def disagreement(task):
         if differ(alone[:-1], hidden(changed)[:-1], 1e-6) == task.causal:  # the same sums: equal in every type
             return "whether a position sees later ones is not what its attention modules say"
         if isinstance(task.head, LMHead):
-            logits = task.model(torch.tensor([first]), use_cache=False).logits[0].float()
+            logits = task.model(torch.tensor([first], device=device), use_cache=False).logits[0].float()
             if differ(logits, task.head.logits(alone.to(task.model.dtype))):
                 return "its logits are not those of its output layer on the hidden states"
+        task.train()
+        hidden(first)  # some take another way in training
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         return f"a short forward pass ends in {type(error).__name__}: {error}"
-    task.train()
     return None
