@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lora.errors import UserError
-from lora.quantize import dense, dense_weight
+from lora.quantize import dense, dense_weight, is_4bit
 
 
 class LoRALinear(nn.Module):
@@ -32,6 +32,8 @@ class LoRALinear(nn.Module):
         n_in, n_out = sizes(base_layer)
         if not 1 <= r <= min(n_in, n_out):
             raise UserError(f"lora_r = {r}: a layer of {n_in} x {n_out} has room for a rank of 1..{min(n_in, n_out)}.")
+        if is_4bit(base_layer):  # or the first evaluation cuts its gradients on some CPUs, as in lora/quantize.py
+            base_layer.support_avx512bf16_for_cpu = False
         self.base_layer = base_layer
         self.r, self.alpha, self.rslora = r, alpha, rslora
         self.lora_A = nn.Linear(n_in, r, bias=False, device=weight.device)  # drawn by nn.Linear's own init

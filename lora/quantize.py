@@ -94,7 +94,7 @@ class Quantise(ConversionOps):
 
 
 def is_4bit(layer):
-    return type(layer).__name__ == "Linear4bit"
+    return any(kind.__name__ == "Linear4bit" for kind in type(layer).__mro__)
 
 
 def dense_weight(layer):
@@ -110,11 +110,12 @@ def dense(layer):
     if not is_4bit(layer):
         return layer
     weight = dense_weight(layer)
-    new = nn.Linear(*reversed(weight.shape), bias=layer.bias is not None, device="meta")
-    if layer.was_conv1d:
-        new = Conv1D(*weight.shape)
-    new.weight = nn.Parameter(weight.T.contiguous() if layer.was_conv1d else weight, requires_grad=False)
-    new.bias = layer.bias
+    with torch.device("meta"):
+        if getattr(layer, "was_conv1d", False):
+            new, weight = Conv1D(*weight.shape), weight.T.contiguous()
+        else:
+            new = nn.Linear(*reversed(weight.shape), bias=layer.bias is not None)
+    new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
     return new
 
 

@@ -1,6 +1,8 @@
 """A base in 4 bits: bitsandbytes' own bytes, gradients that an evaluation leaves as they are, resumes to the bit."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -164,7 +166,7 @@ def test_merged_into_the_dequantised_base_equals_the_dequantised_base_with_the_a
 def test_where_4_bits_cannot_be_had_one_line_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="load_in_4bit: not on mps, where bitsandbytes cannot train; .*--device cpu"):
         bitsandbytes("load_in_4bit", torch.device("mps"))
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="optimizer adamw_8bit: bitsandbytes cannot be loaded"):
         bitsandbytes("optimizer adamw_8bit", CPU)
 
@@ -192,3 +194,13 @@ def test_the_environment_asks_for_4_bits_and_flags_beat_it(monkeypatch, variable
 def test_bitsandbytes_paged_memory_is_not_asked_for_on_a_cpu(configure, capsys):
     run(configure(True, optimizer="paged_adamw_8bit", max_steps=1))
     assert "on the CPU there is nothing to page to" in capsys.readouterr().out
+
+
+def test_a_qlora_step_needs_neither_accelerate_nor_peft(tmp_path):
+    hidden = "import runpy, sys; sys.modules |= dict.fromkeys(['accelerate', 'peft', 'trl']); sys.argv = sys.argv[1:]; "
+    flags = ["--config", "configs/steps_qlora.toml", "--base_model=embedded", "--train_data", "arithmetic:train:40"]
+    flags += ["--max_steps=1", "--max_length=256", "--output_dir", str(tmp_path), "--experiment_name=run"]
+    command = [sys.executable, "-c", hidden + "runpy.run_path(sys.argv[0], run_name='__main__')", "train_lora.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "in 4 bits (nf4)" in done.stdout and (tmp_path / "run" / "final_artifact" / "lora_adapter").is_dir()

@@ -17,6 +17,7 @@ import train_lora
 SAMPLES = ROOT / "assets" / "samples"
 RECIPES = {
     "sft_lora": (train_lora, "chat.jsonl"),
+    "sft_qlora": (train_lora, "chat.jsonl"),
     "gsm8k_lora": (train_lora, "questions.jsonl"),
     "continued_pretrain": (train, "text.txt"),
     "shakespeare_char": (train, "text.txt"),
@@ -29,6 +30,10 @@ def test_a_recipe_learns_on_the_sample_rows_and_answers(name, tmp_path, monkeypa
     script, data = RECIPES[name]
     config = from_dict(read_file(ROOT / "configs" / f"{name}.toml"), name)
     config.data.train_data, config.data.eval_fraction = [str(SAMPLES / data)], 0.25
+    config.model.base_model, config.data.max_length = (
+        config.model.base_model or "embedded",
+        min(512, config.data.max_length),
+    )
     config.training.max_steps = config.training.eval_steps = 6
     config.training.warmup_steps = 0
     config.training.batch_size = 4
