@@ -7,6 +7,7 @@ transformers would do the same with accelerate; here its loader is given a quant
 import importlib
 import logging
 
+import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
