@@ -76,9 +76,13 @@ def family(config):
 
 def gguf_keys(config, tokenizer):
     """{method of GGUFWriter: its argument}, all that llama.cpp is told besides the tensors. Raises UserError."""
-    family(config)
+    architecture = FAMILIES[family(config)]
     if config.hidden_act != "silu":
         raise UserError(f"gguf: hidden_act is {config.hidden_act}; llama.cpp computes silu in this family.")
+    if architecture == "qwen2" and head_size(config) * config.num_attention_heads != config.hidden_size:
+        raise UserError(f"gguf: head_dim is {head_size(config)}; llama.cpp's qwen2 has hidden_size / num_attention_heads.")
+    if architecture == "qwen3" and config.attention_bias:
+        raise UserError("gguf: attention_bias is true; llama.cpp's qwen3 has none.")
     return {
         "add_context_length": min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf),
         "add_block_count": config.num_hidden_layers,

@@ -255,6 +255,8 @@ def test_scaled_positions(tmp_path):
     [
         ("Gemma", {}, "GemmaForCausalLM is not written for llama.cpp here; LlamaForCausalLM, Mistral"),
         ("Llama", dict(hidden_act="gelu"), "hidden_act is gelu"),
+        ("Qwen2", dict(head_dim=16), "head_dim is 16; llama.cpp's qwen2 has hidden_size / num_attention_heads"),
+        ("Qwen3", dict(attention_bias=True), "attention_bias is true; llama.cpp's qwen3 has none"),
         ("Qwen2", dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=64)), "default, linear, yarn in"),
         ("Llama", dict(rope_parameters=YARN | dict(attention_factor=1.5)), "in their plain form"),
         ("Llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "in their plain form"),
