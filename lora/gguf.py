@@ -47,6 +47,7 @@ def write_gguf(folder, path, kind):
     temporary = path.with_name(f".tmp_{path.name}")
     writer = gguf.GGUFWriter(temporary, FAMILIES[family(config)])
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for method, value in keys.items():
         getattr(writer, method)(value)
     tensors = [(*tensor, stored_type(tensor[1], kind)) for tensor in named_tensors(Path(folder), config)]
