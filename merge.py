@@ -2,11 +2,13 @@
 
     python merge.py --adapter outputs/RUN/final_artifact --output merged
     python merge.py --adapter PEFT_ADAPTER --base_model FOLDER --output merged
+    python merge.py --adapter outputs/RUN/final_artifact --output merged --gguf merged.gguf --gguf_type q8_0
 
 The sums are made in fp32 and rounded once, to the base's own type (or --dtype). The head of a scorer goes along.
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 import shutil
 import sys
@@ -29,9 +31,17 @@ def read_arguments(argv):
         )
     portable = "write an adapter instead: one rank, the scale in B, so that PEFT, vLLM and llama.cpp do the same with it"
     parser.add_argument("--portable", action="store_true", help=portable)
+    parser.add_argument("--gguf", metavar="FILE", help="also write the merged model for llama.cpp, to a file not there yet")
+    parser.add_argument("--gguf_type", choices=("f32", "f16", "bf16", "q8_0"), help="of its matrices; default: f16")
     arguments = parser.parse_args(argv)
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
+    if arguments.gguf and Path(arguments.gguf).exists():
+        raise UserError(f"--gguf {arguments.gguf} exists; choose another file.")
+    if arguments.gguf and find_spec("gguf") is None:
+        raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
+    if arguments.gguf_type and not arguments.gguf:
+        raise UserError("--gguf_type says how --gguf FILE is written; add it.")
     return arguments
 
 
@@ -114,6 +124,8 @@ def main(arguments):
         print(f"wrote {arguments.output}")
         return
     adapter, base_model, config = find_adapter(Path(arguments.adapter), arguments.base_model)
+    if arguments.gguf and config is not None and config.model.task == "score":
+        raise UserError(f"--gguf: {arguments.adapter} is a step scorer, whose head llama.cpp does not know.")
     shape, dtype, tokenizer = load_shape(base_model)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
     model_class = class_for(shape, config)
@@ -123,6 +135,10 @@ def main(arguments):
         add_tokens(model, tokenizer, config.model.add_special_tokens)
     if config is not None and (adapter.parent / "tokenizer.json").is_file():  # a final artifact's, with its template
         tokenizer = load_tokenizer(str(adapter.parent))
+    if arguments.gguf:
+        from lora.gguf import gguf_keys, write_gguf  # an extra
+
+        gguf_keys(model.config, tokenizer)  # what cannot be written is refused before the work
 
     torch.manual_seed(0)
     tokens = torch.randint(shape.get_text_config().vocab_size, (4, 32))
@@ -172,6 +188,9 @@ def main(arguments):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {final}")
+    if arguments.gguf:
+        write_gguf(final, Path(arguments.gguf), arguments.gguf_type or "f16")
+        print(f"wrote {arguments.gguf}")
 
 
 def save_scorer(model, tokenizer, folder, output):
