@@ -3,12 +3,13 @@
     python merge.py --adapter outputs/RUN/final_artifact --output merged
     python merge.py --adapter PEFT_ADAPTER --base_model FOLDER --output merged
     python merge.py --adapter outputs/RUN/final_artifact --output merged --gguf merged.gguf --gguf_type q8_0
+    python merge.py --adapter PEFT_ADAPTER --output rewritten --portable
 
 The sums are made in fp32 and rounded once, to the base's own type (or --dtype). The head of a scorer goes along.
 """
 
-import json
 from importlib.util import find_spec
+import json
 from pathlib import Path
 import shutil
 import sys
@@ -23,11 +24,11 @@ def read_arguments(argv):
     parser.add_argument("--base_model", metavar="DIR", help="the base; default: the one that our checkpoint names")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to write, which must not exist")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the base's")
-    into = "the base as it is, or (QLoRA) the 4-bit base that was trained on, made dense again"
-    parser.add_argument("--merge_into", choices=("16bit", "dequantized"), default="16bit", help=f"{into}; default: 16bit")
+    into = "the base as it is (default), or the 4-bit base that QLoRA was trained on, made dense again"
+    parser.add_argument("--merge_into", choices=("16bit", "dequantized"), default="16bit", help=into)
     for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
         parser.add_argument(
-            f"--{name}", metavar="X", help="of that 4-bit base; default: the checkpoint's, else PEFT's habit"
+            f"--{name}", metavar="X", help="of that 4-bit base; default: our checkpoint's, else nf4 and true"
         )
     portable = "write an adapter instead: one rank, the scale in B, so that PEFT, vLLM and llama.cpp do the same with it"
     parser.add_argument("--portable", action="store_true", help=portable)
@@ -40,6 +41,8 @@ def read_arguments(argv):
         raise UserError(f"--gguf {arguments.gguf} exists; choose another file.")
     if arguments.gguf and find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
+    if arguments.portable and any((arguments.gguf, arguments.dtype, arguments.merge_into != "16bit")):
+        raise UserError("--portable rewrites an adapter and merges nothing; it goes with --adapter and --output only.")
     if arguments.gguf_type and not arguments.gguf:
         raise UserError("--gguf_type says how --gguf FILE is written; add it.")
     return arguments
@@ -56,7 +59,7 @@ from transformers import AutoModel
 from lora.adapter import load_adapter, write_portable
 from lora.config import get_lora_config, saved_config, set_key
 from lora.heads import Task
-from lora.layer import merge, prefix_of
+from lora.layer import merge
 from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights
 from lora.quantize import dequantize
 
@@ -147,7 +150,6 @@ def main(arguments):
     of_adapter = outputs(model, tokens)
     merge(model)
     of_merged = outputs(model, tokens)
-
     size = of_adapter.abs().max().item()
     effect = difference(of_adapter[..., : of_base.shape[-1]], of_base)  # an adapter may add tokens
     error = difference(of_merged, of_adapter)
@@ -169,18 +171,14 @@ def main(arguments):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.to(dtype)
+        tokenizer.save_pretrained(temporary)
         if config is not None and config.model.task == "score":
             save_scorer(model, tokenizer, adapter.parent, temporary)
             config.lora, config.model.base_model, config.model.add_special_tokens = None, str(final), []
             config.save(temporary / "training_config.toml")  # eval.py --checkpoint reads it
         else:
             model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        written = load_weights(model_class, str(temporary), dtype, "sdpa")
-        merged = model.state_dict()
-        if any(not torch.equal(tensor, merged[name]) for name, tensor in written.state_dict().items()):
-            raise UserError(f"{final}: the written weights are not the merged ones; nothing is kept.")
-        rounded = difference(outputs(written, tokens), of_adapter)
+        rounded = difference(outputs(read_back(model, model_class, temporary), tokens), of_adapter)
         print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounded:.3g}")
         if rounded > effect > 0:
             raise UserError(f"rounding to {dtype} changes more ({rounded:.3g}) than the adapter does; add --dtype float32.")
@@ -193,6 +191,15 @@ def main(arguments):
         print(f"wrote {arguments.gguf}")
 
 
+def read_back(model, model_class, folder):
+    """The model that was written to `folder`. Raises UserError where a weight of it is not that of `model`."""
+    written = load_weights(model_class, str(folder), model.dtype, "sdpa")
+    merged = model.state_dict()
+    if any(not torch.equal(tensor, merged[name]) for name, tensor in written.state_dict().items()):
+        raise UserError(f"{folder}: the written weights are not the merged ones; nothing is kept.")
+    return written
+
+
 def save_scorer(model, tokenizer, folder, output):
     """The backbone and the MLP head in `folder` as one model of two classes, in the names of vLLM's reward models.
 
@@ -201,10 +208,8 @@ def save_scorer(model, tokenizer, folder, output):
     """
     task = Task(model, tokenizer)
     task.load_head(folder)
-    state = {
-        (prefix_of(model) or f"{model.base_model_prefix}.") + name: tensor for name, tensor in model.state_dict().items()
-    }
-    state |= {name: tensor.detach().to(model.dtype) for name, tensor in task.head.two_rows().items()}
+    state = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {name: tensor.detach() for name, tensor in task.head.two_rows().items()}  # fp32, as it was trained
     family = type(model).__name__.removesuffix("Model")
     model.save_pretrained(output, state_dict=state)
     shape = json.loads((output / "config.json").read_text())

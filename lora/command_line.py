@@ -92,7 +92,7 @@ def read_command_line(argv, config, default_file, description):
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
         flag = unknown[0].split("=")[0]
-        set_key(config, flag[2:], None, flag)  # raises, and names the nearest flag
+        set_key(config, flag[2:], unknown[0].partition("=")[2], flag)  # raises, and names the nearest flag
     if unknown:
         raise UserError(f"{unknown[0]}: not expected here. See --help.")
     flags = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

@@ -91,6 +91,7 @@ def test_bf16_false_overrides_a_file(tmp_path):
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_a_saved_configuration_reads_back_equal(tmp_path, suffix):
     config = read(*NAMED, "--train_data", 'a "quoted" näme\n\x7f.jsonl', "b\\c", "--learning_rate=3e-4", "--max_samples=5")
+    config.lora.rank_pattern, config.lora.alpha_pattern = {r"layers\.1\..*": 4, 'a "q"': 2}, {"q_proj": 3.5}
     path = tmp_path / f"training_config.{suffix}"
     config.save(path)
     again = read("--config", str(path))
@@ -101,6 +102,9 @@ def test_a_saved_configuration_reads_back_equal(tmp_path, suffix):
 
 
 ERRORS = [
+    (["--rank_pattern=4"], "--rank_pattern = '4': need a table, in the config file."),
+    (["--load_in_4bit=maybe"], "--load_in_4bit = 'maybe': need true or false."),
+    (["--use_dora=2"], "--use_dora = '2': need true or false."),
     (["--lorar=8"], "--lorar: no such key. Did you mean lora_r?"),
     (["--lora_r=2.5"], "--lora_r = '2.5': need an integer."),
     (["--lora_r=0"], "--lora_r = 0: need an integer >= 1."),
@@ -129,6 +133,8 @@ def test_a_wrong_flag_is_one_line(flags, message):
 
 
 FILE_ERRORS = [
+    ("[lora]\nrank_pattern = 4", "lora.rank_pattern = 4: need a table"),
+    ("[lora]\nrank_pattern = {q_proj = 0}", "lora.rank_pattern.q_proj = 0: need an integer >= 1"),
     ("[training]\nmax_stepz = 3", "training.max_stepz: no such key. Did you mean max_steps?"),
     ("[traning]\nseed = 3", "traning: no such table. Did you mean training?"),
     ("seed = 3", "seed: no such table. It belongs in [training]."),
