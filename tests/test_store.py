@@ -74,6 +74,15 @@ def test_a_change_of_data_settings_or_template_is_another_entry(configure, chats
     assert equal(fresh, after) and facts["train"]["rows"] == len(after)
 
 
+def test_the_same_bytes_under_another_suffix_are_another_entry(configure, chats):
+    """The suffix chooses the reader: a text file is one document, whatever stands in it."""
+    renamed = chats.with_suffix(".txt")
+    renamed.write_bytes(chats.read_bytes())
+    task = load_task(settings(configure, chats), torch.float32)
+    counts = [store.tokenised(Source(settings(configure, path)), task)[2]["train"]["examples"] for path in (renamed, chats)]
+    assert counts == [1, 36]
+
+
 def test_processes_that_start_at_once_share_one_entry(configure, chats, tiny_base, own_cache):
     program = f"""
 import torch
