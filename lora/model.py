@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import lora.attention  # noqa: F401  (registers the attention called "packed")
@@ -94,8 +94,13 @@ def load_tokenizer(base_model):
 
 
 def add_tokens(model, tokenizer, tokens):
-    """Add special tokens to the tokenizer, and rows for them to the embeddings, drawn around the mean of the others."""
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    """Add tokens to the tokenizer, and rows for them to the embeddings, drawn around the mean of the others.
+
+    Those that the chat template writes are special: where a chat's contents hold them, they are text. The others are
+    there for contents to hold.
+    """
+    template = str(tokenizer.chat_template or "<|im_start|> <|im_end|>")  # ChatML's, which use_chatml will give it
+    tokenizer.add_tokens([AddedToken(token, special=token in template, normalized=False) for token in tokens])
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
 

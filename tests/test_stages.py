@@ -10,11 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge as merging
 from lora.adapter import load_adapter
+from lora.chat import use_chatml
 from lora.command_line import read_command_line
 from lora.config import get_lora_config
 from lora.errors import UserError
 from lora.layer import inject, lora_layers, merge
 from lora.model import load_task
+from lora.readers import Example
+from lora.render import NO_TOKEN, render
 from tests.conftest import run, tiny_llama
 from tests.test_layer import randomise
 
@@ -95,6 +98,26 @@ def test_added_tokens_are_trained_saved_and_loaded_by_us_and_by_peft(configure, 
     torch.testing.assert_close(merged(tokens).logits, base_logits, rtol=0, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("<step>").input_ids == [step]
     assert (ours.model.get_output_embeddings().weight is ours.model.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_added_tokens_are_read_in_chats_unless_the_template_writes_them(configure, tmp_path, template):
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(configure(True).model.base_model)
+    if not template:
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(base)
+    config = configure(True, base_model=str(base), task="lm", add_special_tokens=["<step>", "<|im_start|>"])
+    task = load_task(config, torch.float32)
+    use_chatml(task.tokenizer)
+    said = "<step>one <|im_start|>"
+    example = Example("", messages=[{"role": "user", "content": "go"}, {"role": "assistant", "content": said}])
+    (row,) = render([example], task.tokenizer, "lm", 256, True)[0].rows
+    step, start = task.tokenizer.convert_tokens_to_ids(["<step>", "<|im_start|>"])
+    assert row.targets.count(step) == 1 and row.tokens.count(start) == 2 and start not in row.targets
+    targets = [target for target in row.targets if target != NO_TOKEN]
+    assert task.tokenizer.decode(targets[:-1], skip_special_tokens=True) == said
 
 
 def test_an_adapter_that_holds_one_of_two_tied_weights_unties_them(tmp_path):
