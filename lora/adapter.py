@@ -145,13 +145,17 @@ def load_adapter(model, folder):
     if lost:
         raise UserError(f"{folder}: no such linear layer (or module to save) in the model: {', '.join(lost)}.")
     fit_embeddings(model, {where: whole[name] for name, where in whole_places.items()})
-    if not lora_layers(model):
+    injected = bool(lora_layers(model))
+    if not injected:
         wrap(model, places.values(), config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
     layers = lora_layers(model)
     expected = {name for name, _ in trained_whole(model)} | layers.keys()
-    unfilled = sorted(expected - {*places.values(), *whole_places.values()})
-    if unfilled:
-        raise UserError(f"{folder}: the adapter has no tensors for {', '.join(unfilled)}.")
+    found = {*places.values(), *whole_places.values()}
+    if expected - found:
+        raise UserError(f"{folder}: the adapter has no tensors for {', '.join(sorted(expected - found))}.")
+    if injected and found - expected:
+        strange = ", ".join(sorted(found - expected))
+        raise UserError(f"{folder}: not among what is trained (see target_modules, modules_to_save): {strange}.")
     weights = {(n, factor): getattr(layers[places[n]], factor).weight for n in tensors for factor in tensors[n]}
     misfits = [
         f"{name}.{factor} is {list(tensors[name][factor].shape)}, its place is {list(weight.shape)}"

@@ -172,6 +172,10 @@ def require_model_and_data(config):
         found = [name for name in ("lora_adapter", "backbone", "adapter_config.json") if (start / name).exists()]
         if not found:
             raise UserError(f"init_from {start}: no checkpoint, artifact or adapter there; a whole model is a base_model.")
+        ours = any((start / name).is_file() for name in ("trainer_state.json", "training_config.toml"))
+        tokens = saved_config(start).model.add_special_tokens if ours else []
+        if config.model.add_special_tokens[: len(tokens)] != tokens:
+            raise UserError(f"init_from {start}: it added tokens; begin with --add_special_tokens {' '.join(tokens)}.")
     if config.lora and config.model.add_special_tokens and not config.lora.modules_to_save:
         raise UserError("add_special_tokens: LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head.")
     weights = config.data.data_weights

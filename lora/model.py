@@ -13,7 +13,7 @@ from lora.config import ROOT
 from lora.data import Rows
 from lora.errors import UserError
 from lora.heads import LMHead, Task
-from lora.layer import is_pooler
+from lora.layer import is_pooler, train_all
 from lora.render import Row
 
 EMBEDDED = ROOT / "assets" / "tiny_base"
@@ -149,8 +149,7 @@ def build(config, shape, tokenizer, dtype, packed):
         model = load_weights(auto, config.model.base_model, dtype, attention)
     if config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_pooler(name))
+    train_all(model)
     return model
 
 

@@ -54,6 +54,52 @@ def test_a_scorer_starts_from_an_adapter_of_language_modelling(configure):
     assert before.keys() == after.keys() and max((after[k] - before[k]).abs().max().item() for k in after) < 1e-6
 
 
+def test_full_stages_of_both_tasks_follow_each_other(configure, tmp_path):
+    text = run(configure(False, "text", **LM)) / "final_artifact"
+    run(configure(False, "scores", init_from=str(text), max_steps=1))
+    base = tmp_path / "untied"
+    tiny_llama(tie_word_embeddings=False).save_pretrained(base)
+    AutoTokenizer.from_pretrained(configure(True).model.base_model).save_pretrained(base)
+    scorer = run(configure(False, "scorer", base_model=str(base), max_steps=1)) / "final_artifact"
+    with pytest.raises(UserError, match="backbone: no weights for lm_head.weight"):  # not random ones
+        run(configure(False, "later", base_model=str(base), init_from=str(scorer), **LM))
+
+
+def test_full_fine_tuning_of_an_encoder_starts_from_its_adapter(configure, tiny_encoder):
+    shape = dict(base_model=str(tiny_encoder), max_length=128, max_steps=2)
+    one = run(configure(True, "one", **shape))
+    two = run(configure(False, "two", init_from=str(one / "final_artifact"), **shape))
+    assert losses(two)[0] == pytest.approx(losses(one)[-1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        (dict(lora_r=4), dict(lora_r=8), r"down_proj.lora_A is \[4, 48\], its place is \[8, 48\]"),
+        ({}, dict(target_modules=["q_proj"]), "not among what is trained .see target_modules.*: model.layers.0.mlp.down"),
+        (dict(target_modules=["q_proj"]), {}, "no tensors for model.layers.0.mlp.down_proj"),
+        (dict(modules_to_save=["norm"]), {}, "not among what is trained .see .* modules_to_save.: model.norm.weight"),
+    ],
+)
+def test_an_adapter_of_another_make_is_an_error(configure, first, second, message):
+    one = run(configure(True, "one", **LM | first))
+    with pytest.raises(UserError, match=message):
+        run(configure(True, "two", init_from=str(one / "final_artifact"), **LM | second))
+
+
+def test_a_stage_after_one_that_added_tokens_must_add_them_first(configure, tmp_path):
+    one = run(configure(True, "one", **LM | ADDED)) / "final_artifact"
+    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", "--modules_to_save", "embed_tokens", "lm_head"]
+    for tokens in ([], ["--add_special_tokens", "</step>", "<step>"]):
+        with pytest.raises(UserError, match="it added tokens; begin with --add_special_tokens <step> </step>"):
+            read_command_line([*flags, *tokens, f"--init_from={one}"], get_lora_config(), "none.toml", "")
+    for again in (ADDED | dict(add_special_tokens=[]), {}):
+        with pytest.raises(UserError, match="has embeddings of 2050 tokens, not 2048|not among what is trained"):
+            run(configure(True, f"two{len(again)}", init_from=str(one / "lora_adapter"), **LM | again))
+    two = run(configure(True, "three", init_from=str(one), **LM | ADDED))
+    assert losses(two)[0] == pytest.approx(losses(one.parent)[-1], abs=1e-5)
+
+
 def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path):
     flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", f"--init_from={tmp_path}"]
     with pytest.raises(UserError, match="no checkpoint, artifact or adapter there"):
