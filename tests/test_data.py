@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 import torch
+import torch.nn.functional as F
 from transformers import AutoTokenizer, BertConfig, BertModel, MistralConfig, MistralModel, RobertaConfig, RobertaModel
 
 from lora import inject
@@ -200,6 +201,16 @@ def test_attention_honours_scaling_causality_and_dropout():
             torch.testing.assert_close(out[:, a:b].transpose(1, 2), expected, rtol=0, atol=1e-6)
         dropped, _ = packed_attention(module, query, key, value, None, scaling=0.3, lengths=[4, 5], dropout=0.5)
         assert not torch.allclose(dropped, out)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_values_may_be_narrower_than_queries(kind):
+    """As in DeepSeek's models."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 4, 9, width).to(kind) for width in (8, 8, 6))
+    out, _ = packed_attention(SimpleNamespace(is_causal=True), query, key, value, None, lengths=[9])
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6 if kind == torch.float32 else 0.02)
 
 
 def test_an_attention_argument_that_would_change_the_result_is_refused(tokenizer):
