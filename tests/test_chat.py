@@ -6,6 +6,7 @@ import re
 
 import jinja2
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from lora.chat import chat_pieces, turn_habits, use_chatml
@@ -211,6 +212,15 @@ def test_what_is_said_next_may_stand_in_the_call_or_the_reasoning_before_it(qwen
 def test_of_an_answer_that_is_empty_after_its_reasoning_the_end_is_learned(qwen3):
     (row,) = row_of([TURN[0], {"role": "assistant", "content": "<think>\n\n</think>\n\n"}], qwen3).rows
     assert said(row, qwen3) == ["<|im_end|>"]
+
+
+def test_blanks_that_the_tokenizers_offsets_leave_out_are_targets_too():
+    messages = [TURN[0], {"role": "assistant", "content": "      indented \n  by two"}]
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    (row,) = row_of(messages, tokenizer).rows
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as in Llama 3
+    assert row_of(messages, tokenizer).rows == [row]
+    assert said(row, tokenizer) == ["      indented \n  by two<|im_end|>"]
 
 
 def test_private_use_characters_in_the_data_are_no_marks():
