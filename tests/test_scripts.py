@@ -211,6 +211,13 @@ def test_merge_refuses_what_has_no_base_or_no_adapter(configure, tiny_base, tmp_
             merging.main(merging.read_arguments(["--adapter", str(folder), "--output", str(tmp_path / "m")]))
 
 
+def test_merge_into_a_place_that_cannot_be_written_is_one_line(configure, tmp_path):
+    artifact = run(configure(True, task="lm", max_steps=1)) / "final_artifact"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output .*/file/m: Not a directory"):
+        merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(tmp_path / "file" / "m")]))
+
+
 def test_an_encoder_scores_pairs_and_merges(configure, tiny_encoder, tmp_path):
     data = tmp_path / "pairs.jsonl"
     rows = [{"sentence1": "ab" * (i % 5 + 1), "sentence2": "cd", "score": i % 5} for i in range(40)]
