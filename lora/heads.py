@@ -94,7 +94,7 @@ class ChunkedLoss(torch.autograd.Function):
                 largest, said = logits.amax(1, keepdim=True), logits.gather(1, wanted)
                 share = logits.sub_(largest).exp_()  # of the probability, in place of the logits from here on
                 sums = share.sum(1, keepdim=True)
-                total += (largest + sums.log() - said).sum()
+                total += (largest - said + sums.log()).sum()  # in this order: large logits would swallow the logarithm
                 share.div_(sums).scatter_add_(1, wanted, share.new_full(wanted.shape, -1.0))
                 gradient = share.mul_(slope).mul_(head.scale).to(dtype)
                 of_hidden[part] = gradient @ cast
