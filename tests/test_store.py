@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -120,11 +121,13 @@ def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch):
     assert len(rows) == 36
 
 
-def test_where_the_cache_cannot_be_written_the_run_goes_on(configure, chats, own_cache, capsys):
+def test_where_the_cache_cannot_be_written_the_run_goes_on(configure, chats, own_cache, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     own_cache.write_text("a file stands where the folder would be")
     config = settings(configure, chats)
     rows, _, _ = store.tokenised(Source(config), load_task(config, torch.float32))
     assert len(rows) == 36 and "tokenised data is not kept" in capsys.readouterr().out
+    assert rows.tokens.sum() > 0 and not list(tmp_path.glob("plainlora_*"))  # nor left behind
 
 
 def test_gz_hub_and_plain_files_give_the_same_rows(configure, chats, tmp_path, monkeypatch):
