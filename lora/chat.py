@@ -183,9 +183,13 @@ class Chat:
 
     def ends_before(self, i, start, end):
         """Whether the stretch of `text` ends before message i, if there is one, begins."""
-        following = "".join(message["content"].strip() for message in self.messages[i : i + 1])
-        spans = self.marked_spans([i]) if following else None
-        return end <= spans[0][0] if spans else not following or following not in self.text[start:end]
+        for later in range(i, len(self.messages)):
+            spans, content = self.marked_spans([later]), self.messages[later]["content"].strip()
+            if spans:
+                return end <= spans[0][0]
+            if content and content in self.text[start:end]:
+                return False
+        return True
 
     def answer_span(self, i):
         """(start, end) of turn i where the template has dropped its reasoning, and nothing else; else None."""

@@ -45,6 +45,7 @@ CALLING = [
     {"role": "tool", "content": "found", "name": "look"},
     {"role": "assistant", "content": "atwo"},
 ]
+NOTHING_FOUND = [*CALLING[:2], CALLING[2] | {"content": ""}, CALLING[3]]
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
     "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
@@ -118,7 +119,7 @@ def special_tokens(template):
 def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path):
     template = path.read_text()
     shows_text = False
-    for name, messages in {**CHATS, "thinking": THINKING, "calling": CALLING}.items():
+    for name, messages in {**CHATS, "thinking": THINKING, "calling": CALLING, "nothing": NOTHING_FOUND}.items():
         tokenizer = tokenizer_with(template, *special_tokens(template))
         try:
             plain = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -143,7 +144,7 @@ def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path)
         for run, answer, turn in zip(runs, answers, [m for m in messages if m["role"] == "assistant"]):
             assert answer in run and not any(word in run for word in ("uone", "utwo", "sone", "found"))
             if "tool_calls" in turn:
-                assert "look" in run and "y" in run
+                assert "look" in run and "y" in run and "atwo" not in run
             elif name in CHATS:  # what is left of the run is what ends the turn
                 ending = run.replace(answer, "", 1).strip()
                 assert not ending or ending in [
