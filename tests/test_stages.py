@@ -1,6 +1,7 @@
 """One training after another: weights of an earlier stage with a fresh schedule, and tokens that were added."""
 
 import json
+import shutil
 
 from peft import PeftModel
 import pytest
@@ -100,10 +101,20 @@ def test_a_stage_after_one_that_added_tokens_must_add_them_first(configure, tmp_
     assert losses(two)[0] == pytest.approx(losses(one.parent)[-1], abs=1e-5)
 
 
-def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path):
-    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", f"--init_from={tmp_path}"]
+@pytest.mark.parametrize("name", ["empty", "scratch"])
+def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path, name):
+    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", f"--init_from={tmp_path / name}"]
     with pytest.raises(UserError, match="no checkpoint, artifact or adapter there"):
         read_command_line(flags, get_lora_config(), "none.toml", "")
+
+
+def test_a_run_is_resumed_without_the_stage_it_began_with(configure):
+    one = run(configure(True, "one", **LM))
+    two = run(configure(True, "two", init_from=str(one / "final_artifact"), **LM))
+    shutil.rmtree(one)
+    last = two / "checkpoints" / "checkpoint_step_4"
+    command = read_command_line([f"--resume_from={last}", "--max_steps=5"], get_lora_config(), "none.toml", "")
+    assert (run(command.config, last) / "checkpoints" / "checkpoint_step_5").is_dir()
 
 
 # ---------------------------------------------------------------------------------------------- added tokens
