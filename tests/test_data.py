@@ -270,6 +270,17 @@ def test_rows_that_share_a_prompt_stay_on_one_side():
     assert not {e.prompt for e in training} & {e.prompt for e in held_out}
 
 
+def test_chats_that_the_assistant_opens_are_told_apart_by_what_the_user_says():
+    def chat(*texts):
+        roles = ["assistant", "user"] * 2
+        return Example("", messages=[{"role": role, "content": text} for role, text in zip(roles, texts)])
+
+    examples = [chat("hello", f"q{i % 20}", f"a{i}") for i in range(40)] + [chat(f"alone {i}") for i in range(20)]
+    training, held_out = split_by_prompt(examples, 0.5)
+    assert len({e.subject for e in held_out}) == 20 and len({e.subject for e in examples}) == 40
+    assert not {e.subject for e in training} & {e.subject for e in held_out}
+
+
 def test_evaluation_reads_the_first_n_times_4_rows_whatever_the_batch_size(configure, tokenizer):
     sums = set()
     for batch_size in (1, 3, 8):
