@@ -35,9 +35,11 @@ class Piece:
 
 
 def use_chatml(tokenizer):
-    """Give a tokenizer without a chat template ChatML, and say so."""
+    """Give a tokenizer without a chat template ChatML, and say so. Raises UserError."""
     if not tokenizer.chat_template:
         end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
+        if not end:
+            raise UserError(f"{tokenizer.name_or_path}: no chat template and no end token, so no turn can be ended.")
         tokenizer.chat_template = CHATML.replace("TURN_END", end)
         print(f"the tokenizer has no chat template: using ChatML, with {end} at the end of a turn")
 

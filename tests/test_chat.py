@@ -274,6 +274,9 @@ def test_without_a_template_chatml_is_used_and_the_known_end_token_ends_a_turn(c
     char = AutoTokenizer.from_pretrained(EMBEDDED.parent / "char")
     use_chatml(char)
     assert said(row_of(TURN, char).rows[0], char) == ["aone<|endoftext|>"]
+    char.chat_template = char.eos_token = None
+    with pytest.raises(UserError, match="no chat template and no end token"):
+        use_chatml(char)
 
 
 def test_pieces_are_the_plain_render():
