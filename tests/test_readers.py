@@ -150,6 +150,13 @@ def test_a_tool_call_is_an_object_with_a_name(tmp_path, calls):
         read([path], "lm")
 
 
+def test_half_a_character_in_a_call_is_an_error(tmp_path):
+    call = '{"name": "f", "arguments": {"x": "\\ud800"}}'
+    path = write(tmp_path, "a.jsonl", f'{{"messages": [{{"role": "assistant", "tool_calls": [{call}]}}]}}')
+    with pytest.raises(UserError, match="a.jsonl:1: the chat holds half of a surrogate pair"):
+        read([path], "lm")
+
+
 def test_a_damaged_gz_file_is_an_error(tmp_path):
     packed = bytearray(gzip.compress("".join(f'{{"text": "{i * 7919 % 1000}"}}\n' for i in range(3000)).encode()))
     for name, damage in {"bits": packed[:200] + bytes(60) + packed[260:], "end": packed[:-9], "start": b"text"}.items():

@@ -1,5 +1,7 @@
 """{"messages": [{"role", "content"}, ...]} (and "tools"): a chat of any number of turns."""
 
+import json
+
 from lora.errors import UserError
 from lora.readers import Example, string
 
@@ -27,7 +29,9 @@ def example(where, row, label_max):
             string(where, f"content of message {number}", message.get("content"))
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where}: no message has role assistant, so there is nothing to learn.")
-    return Example(where, messages=messages, tools=row.get("tools") or None)
+    tools = row.get("tools") or None
+    string(where, "the chat", json.dumps([messages, tools], ensure_ascii=False))  # calls and reasoning too
+    return Example(where, messages=messages, tools=tools)
 
 
 def is_call(call):
