@@ -106,19 +106,20 @@ print(len(rows), int(rows.tokens.sum()), facts["train"]["targets"])
     assert len(list(own_cache.glob("*/*/facts.json"))) == 1 and not list(own_cache.glob("*/.tmp*"))
 
 
-def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch):
+def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch, own_cache):
     config = settings(configure, chats)
     task = load_task(config, torch.float32)
 
-    def fail(*arguments):
+    def fail(path):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.json, "dumps", fail)
+        patch.setattr(store, "flush", fail)  # with everything written, but for the last
         with pytest.raises(KeyboardInterrupt):
             store.tokenised(Source(config), task)
+    assert list(own_cache.glob("*/.tmp_*/facts.json"))
     rows, _, _ = store.tokenised(Source(config), task)
-    assert len(rows) == 36
+    assert len(rows) == 36 and not list(own_cache.glob("*/.tmp_*"))
 
 
 def test_where_the_cache_cannot_be_written_the_run_goes_on(configure, chats, own_cache, capsys, tmp_path, monkeypatch):
