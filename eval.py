@@ -77,6 +77,8 @@ def read_arguments(argv):
     else:
         config = from_dict(read_file(arguments.config), arguments.config) if arguments.config else Config()
     whole = whole_model(arguments.checkpoint)
+    if whole and arguments.base_model:
+        raise UserError(f"--base_model {arguments.base_model}: {arguments.checkpoint} holds a whole model; leave it out.")
     if whole:
         config.model.base_model, config.model.init_from = whole, ""
     for name in KEYS:
@@ -101,6 +103,8 @@ def refuse_what_does_not_go_together(arguments, config):
     others = answers or arguments.eval_data or arguments.test_queries
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
         raise UserError(f"--output {arguments.output}: no such folder.")
+    if arguments.output and Path(arguments.output).is_dir():
+        raise UserError(f"--output {arguments.output}: a folder; expected the name of a file.")
     if not config.model.base_model:
         raise UserError("nothing to evaluate: add --checkpoint DIR, or --base_model FOLDER.")
     if arguments.prompt is None and not (others or config.data.train_data):

@@ -183,6 +183,8 @@ def main(arguments):
         if rounded > effect > 0:
             raise UserError(f"rounding to {dtype} changes more ({rounded:.3g}) than the adapter does; add --dtype float32.")
         temporary.rename(final)
+    except OSError as error:
+        raise UserError(f"--output {final}: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {final}")

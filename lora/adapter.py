@@ -194,7 +194,8 @@ def load_adapter(model, folder):
     whole = {at[plain(name)]: tensor for name, tensor in whole.items()}
     fit_embeddings(model, whole)
     alphas = {where: by_pattern(config.get("alpha_pattern"), n, config["lora_alpha"]) for n, where in place_of.items()}
-    if not lora_layers(model):
+    injected = bool(lora_layers(model))
+    if not injected:
         wrap(model, {w: layer_for(model.get_submodule(w), modules[n], alphas[w], config) for n, w in place_of.items()})
 
     theirs = {f"{place_of[name]}.{factor}": tensor for name, found in modules.items() for factor, tensor in found.items()}
@@ -204,9 +205,10 @@ def load_adapter(model, folder):
     trained = {name for name, weight in ours.items() if weight.requires_grad}
     if trained - theirs.keys():
         raise UserError(f"{folder}: the adapter has no tensors for {', '.join(sorted(trained - theirs.keys()))}.")
-    if theirs.keys() - ours.keys():
-        lacking = ", ".join(sorted(theirs.keys() - ours.keys()))
-        raise UserError(f"{folder}: the model's LoRA layers are of another kind and lack {lacking}.")
+    strange = {n for n in theirs.keys() - trained if injected and not n.endswith(".base_layer.weight")}
+    if strange:
+        listed = ", ".join(sorted(strange))
+        raise UserError(f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora): {listed}.")
     misfits = [
         f"{name} is {list(tensor.shape)}, its place is {list(ours[name].shape)}"
         for name, tensor in theirs.items()

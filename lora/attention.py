@@ -67,7 +67,7 @@ def seen(length, window, device):
 
 
 def attention_by_hand(q, k, v, mask, scaling, dropout, softcap, sinks):
-    """The formula in matrix products. q [n, heads, t, width], k and v [n, key heads, t, width] -> like q.
+    """The formula in matrix products. q [n, heads, t, width], k and v [n, key heads, t, width] -> [n, heads, t, v's width].
 
     Of grouped queries the group is laid beside the positions, so that keys are not repeated. Sinks take part in the
     softmax of every position and in nothing else (gpt-oss).
@@ -82,7 +82,7 @@ def attention_by_hand(q, k, v, mask, scaling, dropout, softcap, sinks):
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(1, heads, 1, 1).expand(n, heads, t, 1)], -1)
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32)[..., :t].to(q.dtype), dropout)
-    return (weights.view(*grouped, t) @ v).view(n, heads, t, width)
+    return (weights.view(*grouped, t) @ v).view(n, heads, t, -1)
 
 
 AttentionInterface.register("packed", packed_attention)

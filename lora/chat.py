@@ -5,9 +5,11 @@ result: the text is wrapped in two private-use characters, the chat is rendered 
 and what stands between the two is the assistant's. Taking them out again must give the plain render, or it is an error.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
+import json
 import re
 
 from jinja2 import TemplateError
@@ -33,9 +35,11 @@ class Piece:
 
 
 def use_chatml(tokenizer):
-    """Give a tokenizer without a chat template ChatML, and say so."""
+    """Give a tokenizer without a chat template ChatML, and say so. Raises UserError."""
     if not tokenizer.chat_template:
         end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
+        if not end:
+            raise UserError(f"{tokenizer.name_or_path}: no chat template and no end token, so no turn can be ended.")
         tokenizer.chat_template = CHATML.replace("TURN_END", end)
         print(f"the tokenizer has no chat template: using ChatML, with {end} at the end of a turn")
 
@@ -84,18 +88,26 @@ class Chat:
     """A chat, rendered. In `text`, special tokens that somebody wrote stand as one private-use character each."""
 
     def __init__(self, where, messages, tools, tokenizer):
-        self.where, self.tools, self.tokenizer = where, tools, tokenizer
+        self.where, self.tokenizer = where, tokenizer
         special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
         self.specials = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        contents = "".join(message["content"] for message in messages)
-        free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in contents)
+        written = json.dumps([messages, tools], ensure_ascii=False)
+        free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in written)
         self.begin, self.end = next(free), next(free)
-        self.literals = {text: next(free) for text in dict.fromkeys(self.specials.findall(contents))}
-        self.messages = [
-            message | {"content": self.specials.sub(lambda match: self.literals[match[0]], message["content"])}
-            for message in messages
-        ]
+        self.literals = defaultdict(lambda: next(free))  # special token -> what stands for it
+        self.messages, self.tools = self.without_specials(messages), self.without_specials(tools)
         self.text = self.render(self.messages)
+        for special, mark in self.literals.items():
+            if f"\\u{ord(mark):x}" in self.text:
+                raise self.error(f"the chat template of {tokenizer.name_or_path} escapes what stands for {special}")
+
+    def without_specials(self, value):
+        """`value` with a character for every special token, in all texts of its lists and dicts."""
+        if isinstance(value, str):
+            return self.specials.sub(lambda match: self.literals[match[0]], value)
+        if isinstance(value, dict):
+            return {key: self.without_specials(part) for key, part in value.items()}
+        return [self.without_specials(part) for part in value] if isinstance(value, list) else value
 
     def render(self, messages, add_generation_prompt=False):
         try:
@@ -124,7 +136,8 @@ class Chat:
     def reasoning(self, i):
         """What message i says before its answer: in its content, up to </think>, or under a key of its own."""
         inside, _, _ = self.messages[i]["content"].rpartition("</think>")
-        return inside.replace("<think>", "").strip() or next(filter(None, map(self.messages[i].get, REASONING)), "")
+        apart = (text for text in map(self.messages[i].get, REASONING) if isinstance(text, str) and text.strip())
+        return inside.replace("<think>", "").strip() or next(apart, "")
 
     def answer(self, i):
         return self.messages[i]["content"].rpartition("</think>")[2].strip()
@@ -138,7 +151,9 @@ class Chat:
         for texts in ([self.messages[i]["content"] for i in turns], answers):
             marked = list(self.messages)
             for i, text in zip(turns, texts):
-                before, _, after = marked[i]["content"].rpartition(text)
+                content = marked[i]["content"]
+                start = content.rfind(text)
+                before, after = content[:start], content[start + len(text) :]
                 marked[i] = marked[i] | {"content": f"{before}{self.begin}{text}{self.end}{after}"}
             parts = re.split(f"({self.begin}[^{self.begin}{self.end}]*{self.end})", self.render(marked))
             ends = list(accumulate(len(part) - 2 * (number % 2) for number, part in enumerate(parts)))
@@ -165,9 +180,18 @@ class Chat:
             end = match.start() if match else len(self.text.rstrip())
         said = self.text[len(prompt) : end]
         names = [(call.get("function") or call).get("name", "") for call in calls]
-        following = [message["content"].strip() for message in self.messages[i + 1 : i + 2]]
         whole = end >= 0 and all(part in said for part in (self.answer(i), *names))
-        return (len(prompt), end) if whole and not any(text and text in said for text in following) else None
+        return (len(prompt), end) if whole and self.ends_before(i + 1, len(prompt), end) else None
+
+    def ends_before(self, i, start, end):
+        """Whether the stretch of `text` ends before message i, if there is one, begins."""
+        for later in range(i, len(self.messages)):
+            spans, content = self.marked_spans([later]), self.messages[later]["content"].strip()
+            if spans:
+                return end <= spans[0][0]
+            if content and content in self.text[start:end]:
+                return False
+        return True
 
     def answer_span(self, i):
         """(start, end) of turn i where the template has dropped its reasoning, and nothing else; else None."""

@@ -121,6 +121,8 @@ def read_command_line(argv, config, default_file, description):
         config.output.experiment_name = config.output.experiment_name or saved.output.experiment_name
         refuse_changes(saved, config, arguments.resume_from)
         return Command(config, continued_folder(saved, config, Path(arguments.resume_from)), arguments.resume_from)
+    if config.model.init_from not in ("", "scratch"):
+        require_stage(config.model)
     if not config.output.experiment_name:
         stem = Path(file).stem if file else Path(config.model.base_model).name
         config.output.experiment_name = f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -183,11 +185,6 @@ def require_model_and_data(config):
         raise UserError(f"base_model {model} is named, but no data: add --train_data FILE.")
     if data and not model:
         raise UserError(f"train_data {data[0]} is named, but no model: add --base_model FOLDER (or 'embedded').")
-    start = Path(config.model.init_from)
-    if start.name not in ("", "scratch"):
-        found = [name for name in ("lora_adapter", "backbone", "adapter_config.json") if (start / name).exists()]
-        if not found:
-            raise UserError(f"init_from {start}: no checkpoint, artifact or adapter there; a whole model is a base_model.")
     if config.lora and config.model.add_special_tokens and not config.lora.modules_to_save:
         raise UserError("add_special_tokens: LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head.")
     weights = config.data.data_weights
@@ -195,3 +192,15 @@ def require_model_and_data(config):
         raise UserError(f"data_weights has {len(weights)} numbers, train_data {len(data)} paths; give one for each.")
     if not model:
         raise UserError("neither a model nor training data is named: add --base_model FOLDER --train_data FILE.")
+
+
+def require_stage(model):
+    """That `init_from` names an earlier stage which this one can go on from."""
+    start = Path(model.init_from)
+    found = [name for name in ("lora_adapter", "backbone", "adapter_config.json") if (start / name).exists()]
+    if not found:
+        raise UserError(f"init_from {start}: no checkpoint, artifact or adapter there; a whole model is a base_model.")
+    ours = any((start / name).is_file() for name in ("trainer_state.json", "training_config.toml"))
+    tokens = saved_config(start).model.add_special_tokens if ours else []
+    if model.add_special_tokens[: len(tokens)] != tokens:
+        raise UserError(f"init_from {start}: it added tokens; begin with --add_special_tokens {' '.join(tokens)}.")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from lora.adapter import load_adapter, save_adapter
 from lora.errors import UserError
-from lora.layer import LoRALinear, is_causal, lora_layers, merge, sizes
+from lora.layer import LoRALinear, is_causal, lora_layers, merge, sizes, train_all
 
 
 class LMHead(nn.Module):
@@ -99,7 +99,7 @@ class ChunkedLoss(torch.autograd.Function):
                 largest, said = logits.amax(1, keepdim=True), logits.gather(1, wanted)
                 share = logits.sub_(largest).exp_()  # of the probability, in place of the logits from here on
                 sums = share.sum(1, keepdim=True)
-                total += (largest + sums.log() - said).sum()
+                total += (largest - said + sums.log()).sum()  # in this order: large logits would swallow the logarithm
                 share.div_(sums).scatter_add_(1, wanted, share.new_full(wanted.shape, -1.0))
                 gradient = share.mul_(slope).mul_(head.scale).to(dtype)
                 of_hidden[part] = gradient @ cast
@@ -216,7 +216,11 @@ class Task(nn.Module):
 
     def load(self, folder):
         """The weights that `save` wrote, into this task. Raises UserError where they do not fit."""
-        folder = Path(folder)
+        self.load_model(Path(folder))
+        self.load_head(folder)
+
+    def load_model(self, folder):
+        """`load` without the MLP head."""
         if (folder / "lora_adapter").is_dir():
             load_adapter(self.model, folder / "lora_adapter")
         elif not (folder / "backbone").is_dir():
@@ -225,9 +229,12 @@ class Task(nn.Module):
             raise UserError(f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model.")
         else:
             with one_line(folder / "backbone"):
-                saved = type(self.model).from_pretrained(folder / "backbone", dtype=torch.float32, local_files_only=True)
+                saved, info = type(self.model).from_pretrained(
+                    folder / "backbone", dtype=torch.float32, local_files_only=True, output_loading_info=True
+                )
+                if info["missing_keys"]:  # a scorer's backbone has no output layer
+                    raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys']))}")
                 self.model.load_state_dict(saved.state_dict())
-        self.load_head(folder)
 
     def start_from(self, folder):
         """Begin with the weights of an earlier stage: an adapter, a checkpoint or a final artifact. Raises UserError.
@@ -237,14 +244,18 @@ class Task(nn.Module):
         folder, trains_lora = Path(folder), bool(lora_layers(self.model))
         adapter = folder if (folder / "adapter_config.json").is_file() else folder / "lora_adapter"
         if adapter.is_dir():
+            tokens = self.model.get_input_embeddings().num_embeddings
             load_adapter(self.model, adapter)
+            found = self.model.get_input_embeddings().num_embeddings
+            if found != tokens:
+                raise UserError(f"{adapter}: has embeddings of {found} tokens, not {tokens}; add its --add_special_tokens.")
             if not trains_lora:
                 merge(self.model)
-                self.model.requires_grad_(True)
-            if (folder / "mlp_head.safetensors").is_file():
-                self.load_head(folder)
+                train_all(self.model)
         else:
-            self.load(folder)
+            self.load_model(folder)
+        if (folder / "mlp_head.safetensors").is_file():
+            self.load_head(folder)
 
     def load_head(self, folder):
         """The MLP head in `folder`, where the task has one: a file of its own, or among the weights of a merged scorer."""

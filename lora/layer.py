@@ -168,6 +168,12 @@ def is_pooler(name):
     return "pooler" in name.split(".")
 
 
+def train_all(model):
+    """Full fine-tuning: every weight requires grad, but for a pooler's; those of 4 bits cannot."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and not is_pooler(name))
+
+
 def matching_names(model, target_modules):
     """The linear layers that `target_modules` names.
 

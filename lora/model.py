@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import lora.attention  # noqa: F401  (registers the attention called "packed")
@@ -13,7 +13,7 @@ from lora.config import ROOT
 from lora.data import Rows
 from lora.errors import UserError
 from lora.heads import LMHead, Task
-from lora.layer import is_pooler, linear_names
+from lora.layer import is_pooler, linear_names, train_all
 from lora.quantize import FourBitSettings, bitsandbytes, is_4bit
 from lora.render import Row
 
@@ -110,8 +110,13 @@ def load_tokenizer(base_model):
 
 
 def add_tokens(model, tokenizer, tokens):
-    """Add special tokens to the tokenizer, and rows for them to the embeddings, drawn around the mean of the others."""
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+    """Add tokens to the tokenizer, and rows for them to the embeddings, drawn around the mean of the others.
+
+    Those that the chat template writes are special: where a chat's contents hold them, they are text. The others are
+    there for contents to hold.
+    """
+    template = str(tokenizer.chat_template or "<|im_start|> <|im_end|>")  # ChatML's, which use_chatml will give it
+    tokenizer.add_tokens([AddedToken(token, special=token in template, normalized=False) for token in tokens])
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
 
@@ -165,8 +170,7 @@ def build(config, shape, tokenizer, dtype, packed):
             model.to(quantization.device)  # where its 4-bit weights are already
     if config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and not is_pooler(name))  # 4-bit ones are bytes
+    train_all(model)
     return model
 
 

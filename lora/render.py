@@ -103,8 +103,11 @@ def encode(pieces, tokenizer):
         )
         for row, (i, piece) in enumerate(chosen):
             tokens, mask = out.input_ids[row], [False] * len(out.input_ids[row])
+            offsets = out.offset_mapping[row] if piece.spans else []
+            # Llama 3 has blanks end where they begin: such a token reaches back to the one before it.
+            starts = [a if a < b else before for (a, b), (_, before) in zip(offsets, [(0, 0), *offsets])]
             for first, last in piece.spans:
-                inside = [k for k, (a, b) in enumerate(out.offset_mapping[row]) if a < last and b > first]
+                inside = [k for k, (_, b) in enumerate(offsets) if starts[k] < last and b > first]
                 if inside:  # all between the ends: the offsets of some tokenizers leave blanks out
                     mask[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
             results.append((i, tokens, mask))

@@ -38,10 +38,10 @@ class Source:
 
     def __init__(self, config):
         self.config, data = config, config.data
-        contents = [
-            path if path.startswith("arithmetic:") else files.local(path) for path in (*data.train_data, *data.eval_data)
-        ]
-        chosen = (len(data.train_data), data.eval_fraction, data.max_samples, data.label_max, config.model.task)
+        paths = (*data.train_data, *data.eval_data)
+        contents = [path if path.startswith("arithmetic:") else files.local(path) for path in paths]
+        suffixes = [Path(path.lower()).suffixes for path in paths]  # they choose the reader
+        chosen = (len(data.train_data), data.eval_fraction, data.max_samples, data.label_max, config.model.task, suffixes)
         self.key = digest(chosen, *contents, *sorted(READERS.glob("*.py")))
         self.folder = cache_folder() / self.key
         self.read = None if any(self.folder.glob("*/facts.json")) else read_data(config)

@@ -6,7 +6,7 @@ So an entry is never stale, and any of them may be deleted at any time. Of sever
 tokenises, and the others wait for it.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 import dataclasses
 import fcntl
 import json
@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lora.chat import use_chatml
+from lora.checkpoint import flush
 from lora.data import Rows
 from lora.errors import UserError
 from lora.render import NO_TOKEN, render
@@ -50,15 +51,18 @@ def tokenised(source, task):
 
 @contextmanager
 def locked(folder):
-    """`folder`, made if need be, while no other process has it; a temporary one where it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
-    except OSError as error:
-        print(f"note: {folder}: {error.strerror}; tokenised data is not kept (set PLAINLORA_CACHE)")
-        folder = Path(tempfile.mkdtemp(prefix="plainlora_"))
-        lock = open(folder / "lock", "w")
-    with lock:
+    """`folder`, made if need be, while no other process has it; a temporary one where it cannot be made.
+
+    What is mapped from a temporary folder stays readable when the folder is gone.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / "lock", "w"))
+        except OSError as error:
+            print(f"note: {folder}: {error.strerror}; tokenised data is not kept (set PLAINLORA_CACHE)")
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plainlora_")))
+            lock = stack.enter_context(open(folder / "lock", "w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
 
@@ -75,6 +79,8 @@ def write(source, task, folder, key):
         for field in dataclasses.fields(Rows):
             np.save(temporary / f"{name}_{field.name}.npy", getattr(rows, field.name))
     (temporary / "facts.json").write_text(json.dumps(facts))
+    for path in [*temporary.iterdir(), temporary]:
+        flush(path)
     temporary.rename(folder / key)
 
 

@@ -88,7 +88,7 @@ def scores(answer, reference, settings, rouge):
 def passes(answer, reference, settings):
     """Whether an answer to a critical question will do: the same number; else a refusal where the reference refuses;
 
-    else the reference's text stands in it, whatever its case and blanks.
+    else the reference's text stands in it, whatever its case and blanks, and not within a longer word or number.
     """
     number = final_number(reference)
     if number is not None:
@@ -96,7 +96,7 @@ def passes(answer, reference, settings):
     if refuses(reference, settings):
         return refuses(answer, settings)
     plain_answer, plain_reference = (" ".join(text.casefold().split()) for text in (answer, reference))
-    return plain_reference in plain_answer
+    return bool(re.search(rf"(?<![a-z0-9]){re.escape(plain_reference)}(?![a-z0-9])", plain_answer))
 
 
 def means(rows):

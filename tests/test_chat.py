@@ -6,6 +6,7 @@ import re
 
 import jinja2
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from lora.chat import chat_pieces, turn_habits, use_chatml
@@ -44,6 +45,7 @@ CALLING = [
     {"role": "tool", "content": "found", "name": "look"},
     {"role": "assistant", "content": "atwo"},
 ]
+NOTHING_FOUND = [*CALLING[:2], CALLING[2] | {"content": ""}, CALLING[3]]
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
     "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
@@ -117,7 +119,7 @@ def special_tokens(template):
 def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path):
     template = path.read_text()
     shows_text = False
-    for name, messages in {**CHATS, "thinking": THINKING, "calling": CALLING}.items():
+    for name, messages in {**CHATS, "thinking": THINKING, "calling": CALLING, "nothing": NOTHING_FOUND}.items():
         tokenizer = tokenizer_with(template, *special_tokens(template))
         try:
             plain = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -142,7 +144,7 @@ def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path)
         for run, answer, turn in zip(runs, answers, [m for m in messages if m["role"] == "assistant"]):
             assert answer in run and not any(word in run for word in ("uone", "utwo", "sone", "found"))
             if "tool_calls" in turn:
-                assert "look" in run and "y" in run
+                assert "look" in run and "y" in run and "atwo" not in run
             elif name in CHATS:  # what is left of the run is what ends the turn
                 ending = run.replace(answer, "", 1).strip()
                 assert not ending or ending in [
@@ -153,14 +155,10 @@ def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path)
     assert shows_text or path.stem in ("idefics3", "llava_next", "smolvlm")
 
 
-def test_reasoning_is_learned_where_the_template_writes_it_and_only_the_answer_where_it_drops_it():
-    qwen3 = next((path for path in templates_of_trl() if path.stem == "qwen3"), None)
-    if qwen3 is None:
-        pytest.skip("trl is not installed")
-    tokenizer = tokenizer_with(qwen3.read_text())
-    runs = said(row_of(THINKING, tokenizer).rows[0], tokenizer)
+def test_reasoning_is_learned_where_the_template_writes_it_and_only_the_answer_where_it_drops_it(qwen3):
+    runs = said(row_of(THINKING, qwen3).rows[0], qwen3)
     assert runs == ["aone<|im_end|>", "<think>\nr2\n</think>\n\natwo<|im_end|>"]
-    runs = said(row_of(CALLING, tokenizer).rows[0], tokenizer)
+    runs = said(row_of(CALLING, qwen3).rows[0], qwen3)
     assert runs == ['<tool_call>\n{"name": "look", "arguments": {"x": "y"}}\n</tool_call><|im_end|>', "atwo<|im_end|>"]
 
 
@@ -175,6 +173,55 @@ def test_special_tokens_that_somebody_wrote_stay_text():
     assert tokenizer.decode(row.tokens) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert row.tokens.count(end) == 2 and row.targets.count(end) == 1
     assert said(row, tokenizer) == ["<|im_end|> ends a turn<|im_end|>"]
+
+
+@pytest.fixture
+def qwen3():
+    path = next((path for path in templates_of_trl() if path.stem == "qwen3"), None)
+    if path is None:
+        pytest.skip("trl is not installed")
+    return tokenizer_with(path.read_text())
+
+
+def calling(result, **arguments):
+    calls = [{"type": "function", "function": {"name": "look", "arguments": arguments}}]
+    return [CALLING[0], {"role": "assistant", "content": "", "tool_calls": calls}, CALLING[2] | {"content": result}]
+
+
+def test_special_tokens_in_a_call_or_in_reasoning_stay_text_too(qwen3):
+    end = qwen3.convert_tokens_to_ids("<|im_end|>")
+    last = {"role": "assistant", "content": "atwo", "reasoning_content": "r <|im_end|> r"}
+    (row,) = row_of([*calling("found", x="a <|im_end|> b"), last], qwen3).rows
+    assert said(row, qwen3) == [
+        '<tool_call>\n{"name": "look", "arguments": {"x": "a <|im_end|> b"}}\n</tool_call><|im_end|>',
+        "<think>\nr <|im_end|> r\n</think>\n\natwo<|im_end|>",
+    ]
+    assert row.targets.count(end) == 2
+    written = tokenizer_with("{% for m in messages %}{{ m.role }} {{ m.content }} {{ m.tool_calls }}\n{% endfor %}")
+    with pytest.raises(UserError, match=r"escapes what stands for <\|im_end\|>"):  # as Python writes a list
+        row_of(calling("found", x="<|im_end|>"), written)
+
+
+def test_what_is_said_next_may_stand_in_the_call_or_the_reasoning_before_it(qwen3):
+    call = '<tool_call>\n{"name": "look", "arguments": {"x": 8}}\n</tool_call><|im_end|>'
+    assert said(row_of(calling("8", x=8), qwen3).rows[0], qwen3) == [call]
+    thinking = [THINKING[0], {"role": "assistant", "content": "<think>I look</think>aone"}, TURN[0] | {"content": "ok"}]
+    embedded = AutoTokenizer.from_pretrained(EMBEDDED)
+    assert said(row_of(thinking, embedded).rows[0], embedded) == ["<think>I look</think>aone<|im_end|>"]
+
+
+def test_of_an_answer_that_is_empty_after_its_reasoning_the_end_is_learned(qwen3):
+    (row,) = row_of([TURN[0], {"role": "assistant", "content": "<think>\n\n</think>\n\n"}], qwen3).rows
+    assert said(row, qwen3) == ["<|im_end|>"]
+
+
+def test_blanks_that_the_tokenizers_offsets_leave_out_are_targets_too():
+    messages = [TURN[0], {"role": "assistant", "content": "      indented \n  by two"}]
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    (row,) = row_of(messages, tokenizer).rows
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as in Llama 3
+    assert row_of(messages, tokenizer).rows == [row]
+    assert said(row, tokenizer) == ["      indented \n  by two<|im_end|>"]
 
 
 def test_private_use_characters_in_the_data_are_no_marks():
@@ -227,6 +274,9 @@ def test_without_a_template_chatml_is_used_and_the_known_end_token_ends_a_turn(c
     char = AutoTokenizer.from_pretrained(EMBEDDED.parent / "char")
     use_chatml(char)
     assert said(row_of(TURN, char).rows[0], char) == ["aone<|endoftext|>"]
+    char.chat_template = char.eos_token = None
+    with pytest.raises(UserError, match="no chat template and no end token"):
+        use_chatml(char)
 
 
 def test_pieces_are_the_plain_render():

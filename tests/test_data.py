@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 import torch
+import torch.nn.functional as F
 from transformers import AutoTokenizer, BertConfig, BertModel, MistralConfig, MistralModel, RobertaConfig, RobertaModel
 
 from lora import inject
@@ -202,6 +203,16 @@ def test_attention_honours_scaling_causality_and_dropout():
         assert not torch.allclose(dropped, out)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_values_may_be_narrower_than_queries(kind):
+    """As in DeepSeek's models."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 4, 9, width).to(kind) for width in (8, 8, 6))
+    out, _ = packed_attention(SimpleNamespace(is_causal=True), query, key, value, None, lengths=[9])
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6 if kind == torch.float32 else 0.02)
+
+
 def test_an_attention_argument_that_would_change_the_result_is_refused(tokenizer):
     task = scorer(lambda c: tiny_llama().model, None)
     batch = rows_of("arithmetic:train:1", "score", tokenizer).batch([0])
@@ -257,6 +268,17 @@ def test_rows_that_share_a_prompt_stay_on_one_side():
     training, held_out = split_by_prompt(examples, 0.3)
     assert len({e.prompt for e in held_out}) == 3 and len(training) + len(held_out) == 40
     assert not {e.prompt for e in training} & {e.prompt for e in held_out}
+
+
+def test_chats_that_the_assistant_opens_are_told_apart_by_what_the_user_says():
+    def chat(*texts):
+        roles = ["assistant", "user"] * 2
+        return Example("", messages=[{"role": role, "content": text} for role, text in zip(roles, texts)])
+
+    examples = [chat("hello", f"q{i % 20}", f"a{i}") for i in range(40)] + [chat(f"alone {i}") for i in range(20)]
+    training, held_out = split_by_prompt(examples, 0.5)
+    assert len({e.subject for e in held_out}) == 20 and len({e.subject for e in examples}) == 40
+    assert not {e.subject for e in training} & {e.subject for e in held_out}
 
 
 def test_evaluation_reads_the_first_n_times_4_rows_whatever_the_batch_size(configure, tokenizer):

@@ -94,6 +94,10 @@ def test_rouge_is_f1_of_words_pairs_and_subsequences():
         ("Yes.", "I cannot say.", False),
         ("Well:  THE\nblue one!", "the blue one", True),
         ("the red one", "the blue one", False),
+        ("I do not know, perhaps 150.", "no", False),
+        ("I do not know, perhaps 150.", "15", False),
+        ("It is (15).", "15", True),
+        ("それは東京です", "東京", True),
     ],
 )
 def test_a_critical_question_passes_by_number_by_refusal_or_by_text(answer, reference, passed):
@@ -227,6 +231,13 @@ def test_a_checkpoint_brings_its_patterns_along_and_flags_beat_them(configure):
     assert config.evaluation == EvaluationConfig(refusal_pattern="^no", json_keys=["x", "y"], temperature=0.5)
 
 
+def test_a_base_beside_a_checkpoint_that_is_a_whole_model_is_refused(configure, tiny_base):
+    """The base would be evaluated, in the checkpoint's name."""
+    artifact = run(configure(False, task="lm", max_steps=1)) / "final_artifact"
+    with pytest.raises(UserError, match="holds a whole model; leave it out"):
+        evaluation.read_arguments(["--checkpoint", str(artifact), "--base_model", str(tiny_base)])
+
+
 def test_ignore_chat_template_goes_on_with_the_text(capsys):
     start = "From left to right: 7+8-6\n7+8=15\n"
     flags = ("--base_model=embedded", "--max_length=256", "--max_new_tokens=30")
@@ -244,6 +255,7 @@ MISTAKES = [
     ([*BASE, "--task=score", "--test_set=a"], "a scorer gives no answers"),
     ([*BASE, "--test_set=/no.jsonl"], "/no.jsonl: No such file"),
     (["--config=a", "--checkpoint=b"], "leave --config out"),
+    ([*BASE, "--eval_data=arithmetic:test:9", "--output=/tmp"], "--output /tmp: a folder"),
     ([*BASE, "--temperature=-1", "--prompt=a"], "--temperature = -1.0: need a number >= 0"),
 ]
 

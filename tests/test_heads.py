@@ -56,6 +56,16 @@ def test_loss_and_gradients_are_the_plain_formulas(shape, trained, bias, small_c
     assert torch.equal(said[:, 1].bool(), logits.argmax(-1) == targets)
 
 
+def test_large_logits_cost_no_precision():
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 300)
+    nn.init.constant_(layer.bias, 1000.0)
+    hidden = 20 * torch.randn(45, 16)
+    targets = layer(hidden).argmax(1)  # small losses
+    exact = F.cross_entropy(layer(hidden).double(), targets, reduction="sum").float()
+    torch.testing.assert_close(LMHead(lambda: layer, Shape())(hidden, targets), exact, rtol=1e-6, atol=0)
+
+
 def test_all_the_logits_never_exist_at_once(monkeypatch):
     """Of 8,192 targets over 151,936 tokens the logits alone would take 5 GB in fp32; here 200 targets show the chunks."""
     sizes, linear = [], F.linear

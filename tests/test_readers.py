@@ -1,5 +1,6 @@
 """Rows in, examples out; a bad row is one line that names file and line. The arithmetic is right where it says so."""
 
+import gzip
 import json
 import re
 
@@ -140,6 +141,28 @@ def test_a_bad_row_is_one_line_that_names_file_and_line(tmp_path, name, text, me
     with pytest.raises(UserError) as error:
         read([write(tmp_path, name, text)], "score")
     assert str(error.value).startswith(f"{tmp_path}/{message}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("calls", ['["f"]', '{"name": "f"}', '[{"function": {"name": null}}]', '[{"function": "f"}]'])
+def test_a_tool_call_is_an_object_with_a_name(tmp_path, calls):
+    path = write(tmp_path, "a.jsonl", f'{{"messages": [{{"role": "assistant", "tool_calls": {calls}}}]}}')
+    with pytest.raises(UserError, match="a.jsonl:1: tool_calls of message 1: expected a list of objects"):
+        read([path], "lm")
+
+
+def test_half_a_character_in_a_call_is_an_error(tmp_path):
+    call = '{"name": "f", "arguments": {"x": "\\ud800"}}'
+    path = write(tmp_path, "a.jsonl", f'{{"messages": [{{"role": "assistant", "tool_calls": [{call}]}}]}}')
+    with pytest.raises(UserError, match="a.jsonl:1: the chat holds half of a surrogate pair"):
+        read([path], "lm")
+
+
+def test_a_damaged_gz_file_is_an_error(tmp_path):
+    packed = bytearray(gzip.compress("".join(f'{{"text": "{i * 7919 % 1000}"}}\n' for i in range(3000)).encode()))
+    for name, damage in {"bits": packed[:200] + bytes(60) + packed[260:], "end": packed[:-9], "start": b"text"}.items():
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(damage)
+        with pytest.raises(UserError, match=f"{name}.jsonl.gz: "):
+            read([str(tmp_path / f"{name}.jsonl.gz")], "lm")
 
 
 def test_a_file_that_is_missing_or_not_utf8_is_an_error(tmp_path):

@@ -1,6 +1,7 @@
 """One training after another: weights of an earlier stage with a fresh schedule, and tokens that were added."""
 
 import json
+import shutil
 
 from peft import PeftModel
 import pytest
@@ -10,11 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge as merging
 from lora.adapter import load_adapter
+from lora.chat import use_chatml
 from lora.command_line import read_command_line
 from lora.config import get_lora_config
 from lora.errors import UserError
 from lora.layer import inject, lora_layers, merge
 from lora.model import load_task
+from lora.readers import Example
+from lora.render import NO_TOKEN, render
 from tests.conftest import run, tiny_llama
 from tests.test_layer import randomise
 
@@ -51,10 +55,66 @@ def test_a_scorer_starts_from_an_adapter_of_language_modelling(configure):
     assert before.keys() == after.keys() and max((after[k] - before[k]).abs().max().item() for k in after) < 1e-6
 
 
-def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path):
-    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", f"--init_from={tmp_path}"]
+def test_full_stages_of_both_tasks_follow_each_other(configure, tmp_path):
+    text = run(configure(False, "text", **LM)) / "final_artifact"
+    run(configure(False, "scores", init_from=str(text), max_steps=1))
+    base = tmp_path / "untied"
+    tiny_llama(tie_word_embeddings=False).save_pretrained(base)
+    AutoTokenizer.from_pretrained(configure(True).model.base_model).save_pretrained(base)
+    scorer = run(configure(False, "scorer", base_model=str(base), max_steps=1)) / "final_artifact"
+    with pytest.raises(UserError, match="backbone: no weights for lm_head.weight"):  # not random ones
+        run(configure(False, "later", base_model=str(base), init_from=str(scorer), **LM))
+
+
+def test_full_fine_tuning_of_an_encoder_starts_from_its_adapter(configure, tiny_encoder):
+    shape = dict(base_model=str(tiny_encoder), max_length=128, max_steps=2)
+    one = run(configure(True, "one", **shape))
+    two = run(configure(False, "two", init_from=str(one / "final_artifact"), **shape))
+    assert losses(two)[0] == pytest.approx(losses(one)[-1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        (dict(lora_r=4), dict(lora_r=8), r"down_proj.lora_A.weight is \[4, 48\], its place is \[8, 48\]"),
+        ({}, dict(target_modules=["q_proj"]), "not among what is trained .see target_modules.*: model.layers.0.mlp.down"),
+        (dict(target_modules=["q_proj"]), {}, "no tensors for model.layers.0.mlp.down_proj"),
+        (dict(modules_to_save=["norm"]), {}, "not among what is trained .see .* use_dora.: model.norm.weight"),
+    ],
+)
+def test_an_adapter_of_another_make_is_an_error(configure, first, second, message):
+    one = run(configure(True, "one", **LM | first))
+    with pytest.raises(UserError, match=message):
+        run(configure(True, "two", init_from=str(one / "final_artifact"), **LM | second))
+
+
+def test_a_stage_after_one_that_added_tokens_must_add_them_first(configure, tmp_path):
+    one = run(configure(True, "one", **LM | ADDED)) / "final_artifact"
+    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", "--modules_to_save", "embed_tokens", "lm_head"]
+    for tokens in ([], ["--add_special_tokens", "</step>", "<step>"]):
+        with pytest.raises(UserError, match="it added tokens; begin with --add_special_tokens <step> </step>"):
+            read_command_line([*flags, *tokens, f"--init_from={one}"], get_lora_config(), "none.toml", "")
+    for again in (ADDED | dict(add_special_tokens=[]), {}):
+        with pytest.raises(UserError, match="has embeddings of 2050 tokens, not 2048|not among what is trained"):
+            run(configure(True, f"two{len(again)}", init_from=str(one / "lora_adapter"), **LM | again))
+    two = run(configure(True, "three", init_from=str(one), **LM | ADDED))
+    assert losses(two)[0] == pytest.approx(losses(one.parent)[-1], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["empty", "scratch"])
+def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path, name):
+    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", f"--init_from={tmp_path / name}"]
     with pytest.raises(UserError, match="no checkpoint, artifact or adapter there"):
         read_command_line(flags, get_lora_config(), "none.toml", "")
+
+
+def test_a_run_is_resumed_without_the_stage_it_began_with(configure):
+    one = run(configure(True, "one", **LM))
+    two = run(configure(True, "two", init_from=str(one / "final_artifact"), **LM))
+    shutil.rmtree(one)
+    last = two / "checkpoints" / "checkpoint_step_4"
+    command = read_command_line([f"--resume_from={last}", "--max_steps=5"], get_lora_config(), "none.toml", "")
+    assert (run(command.config, last) / "checkpoints" / "checkpoint_step_5").is_dir()
 
 
 # ---------------------------------------------------------------------------------------------- added tokens
@@ -95,6 +155,26 @@ def test_added_tokens_are_trained_saved_and_loaded_by_us_and_by_peft(configure, 
     torch.testing.assert_close(merged(tokens).logits, base_logits, rtol=0, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("<step>").input_ids == [step]
     assert (ours.model.get_output_embeddings().weight is ours.model.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_added_tokens_are_read_in_chats_unless_the_template_writes_them(configure, tmp_path, template):
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(configure(True).model.base_model)
+    if not template:
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(base)
+    config = configure(True, base_model=str(base), task="lm", add_special_tokens=["<step>", "<|im_start|>"])
+    task = load_task(config, torch.float32)
+    use_chatml(task.tokenizer)
+    said = "<step>one <|im_start|>"
+    example = Example("", messages=[{"role": "user", "content": "go"}, {"role": "assistant", "content": said}])
+    (row,) = render([example], task.tokenizer, "lm", 256, True)[0].rows
+    step, start = task.tokenizer.convert_tokens_to_ids(["<step>", "<|im_start|>"])
+    assert row.targets.count(step) == 1 and row.tokens.count(start) == 2 and start not in row.targets
+    targets = [target for target in row.targets if target != NO_TOKEN]
+    assert task.tokenizer.decode(targets[:-1], skip_special_tokens=True) == said
 
 
 def test_an_adapter_that_holds_one_of_two_tied_weights_unties_them(tmp_path):

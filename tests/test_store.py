@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -74,6 +75,15 @@ def test_a_change_of_data_settings_or_template_is_another_entry(configure, chats
     assert equal(fresh, after) and facts["train"]["rows"] == len(after)
 
 
+def test_the_same_bytes_under_another_suffix_are_another_entry(configure, chats):
+    """The suffix chooses the reader: a text file is one document, whatever stands in it."""
+    renamed = chats.with_suffix(".txt")
+    renamed.write_bytes(chats.read_bytes())
+    task = load_task(settings(configure, chats), torch.float32)
+    counts = [store.tokenised(Source(settings(configure, path)), task)[2]["train"]["examples"] for path in (renamed, chats)]
+    assert counts == [1, 36]
+
+
 def test_processes_that_start_at_once_share_one_entry(configure, chats, tiny_base, own_cache):
     program = f"""
 import torch
@@ -96,26 +106,29 @@ print(len(rows), int(rows.tokens.sum()), facts["train"]["targets"])
     assert len(list(own_cache.glob("*/*/facts.json"))) == 1 and not list(own_cache.glob("*/.tmp*"))
 
 
-def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch):
+def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch, own_cache):
     config = settings(configure, chats)
     task = load_task(config, torch.float32)
 
-    def fail(*arguments):
+    def fail(path):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.json, "dumps", fail)
+        patch.setattr(store, "flush", fail)  # with everything written, but for the last
         with pytest.raises(KeyboardInterrupt):
             store.tokenised(Source(config), task)
+    assert list(own_cache.glob("*/.tmp_*/facts.json"))
     rows, _, _ = store.tokenised(Source(config), task)
-    assert len(rows) == 36
+    assert len(rows) == 36 and not list(own_cache.glob("*/.tmp_*"))
 
 
-def test_where_the_cache_cannot_be_written_the_run_goes_on(configure, chats, own_cache, capsys):
+def test_where_the_cache_cannot_be_written_the_run_goes_on(configure, chats, own_cache, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     own_cache.write_text("a file stands where the folder would be")
     config = settings(configure, chats)
     rows, _, _ = store.tokenised(Source(config), load_task(config, torch.float32))
     assert len(rows) == 36 and "tokenised data is not kept" in capsys.readouterr().out
+    assert rows.tokens.sum() > 0 and not list(tmp_path.glob("plainlora_*"))  # nor left behind
 
 
 def test_gz_hub_and_plain_files_give_the_same_rows(configure, chats, tmp_path, monkeypatch):

@@ -22,10 +22,11 @@ class Example:
 
     @property
     def subject(self):
-        """What rows must share to belong to the same side of a split: a document, or all before the first answer."""
+        """What rows must share to belong to the same side of a split: a document, or all before a user is answered."""
         if self.messages:
-            answer = next(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
-            return json.dumps(self.messages[:answer])
+            roles = [message["role"] for message in self.messages]
+            asked = roles.index("user") if "user" in roles else len(roles)
+            return json.dumps(self.messages[: roles.index("assistant", asked) if "assistant" in roles[asked:] else None])
         return self.prompt or self.text
 
 

@@ -1,5 +1,7 @@
 """{"messages": [{"role", "content"}, ...]} (and "tools"): a chat of any number of turns."""
 
+import json
+
 from lora.errors import UserError
 from lora.readers import Example, string
 
@@ -16,6 +18,9 @@ def example(where, row, label_max):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
             raise UserError(f"{where}: message {number} has role {role!r}; expected one of {', '.join(ROLES)}.")
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(map(is_call, calls)):
+            raise UserError(f"{where}: tool_calls of message {number}: expected a list of objects, each with its name.")
         if not message.get("content") and message["role"] in ("assistant", "tool"):
             if message["role"] == "assistant" and not message.get("tool_calls"):
                 raise UserError(f"{where}: message {number} (assistant) has neither content nor tool_calls.")
@@ -24,4 +29,12 @@ def example(where, row, label_max):
             string(where, f"content of message {number}", message.get("content"))
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where}: no message has role assistant, so there is nothing to learn.")
-    return Example(where, messages=messages, tools=row.get("tools") or None)
+    tools = row.get("tools") or None
+    string(where, "the chat", json.dumps([messages, tools], ensure_ascii=False))  # calls and reasoning too
+    return Example(where, messages=messages, tools=tools)
+
+
+def is_call(call):
+    """Whether it is {"function": {"name", ...}} or {"name", ...}."""
+    function = (call.get("function") or call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)

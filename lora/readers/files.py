@@ -5,6 +5,7 @@ import gzip
 import json
 from pathlib import Path
 import re
+import zlib
 
 from lora.errors import UserError
 
@@ -28,7 +29,7 @@ def rows(path):
         opened = gzip.open if path.lower().endswith(".gz") else open
         with opened(local(path), "rt", encoding="utf-8-sig", newline="") as file:
             yield from readers[suffix](path, file)
-    except gzip.BadGzipFile as error:
+    except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: {error}.") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}.") from None
