@@ -201,6 +201,14 @@ def test_tokens_without_trained_embeddings_are_refused():
         read_command_line(flags, get_lora_config(), "none.toml", "")
 
 
+@pytest.mark.parametrize("bits", [False, True])
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["norm"]])
+def test_modules_to_save_are_fp32_beside_a_base_in_half(configure, modules, bits):
+    """bfloat16 is what a GPU computes in unless it is told otherwise."""
+    folder = run(configure(True, **LM, dtype="bfloat16", load_in_4bit=bits, modules_to_save=modules))
+    assert losses(folder)[-1] < losses(folder)[0]
+
+
 def test_modules_to_save_are_trained_in_fp32_and_must_exist():
     model = tiny_llama(tie_word_embeddings=True).bfloat16()
     inject(model, r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"])
