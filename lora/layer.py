@@ -30,8 +30,6 @@ class LoRALinear(nn.Module):
         super().__init__()
         weight = base_layer.weight
         n_in, n_out = sizes(base_layer)
-        if not 1 <= r <= min(n_in, n_out):
-            raise UserError(f"lora_r = {r}: a layer of {n_in} x {n_out} has room for a rank of 1..{min(n_in, n_out)}.")
         if is_4bit(base_layer):  # or the first evaluation cuts its gradients on some CPUs, as in lora/quantize.py
             base_layer.support_avx512bf16_for_cpu = False
         self.base_layer = base_layer
@@ -215,6 +213,14 @@ def inject(
     whole = named_modules(model, modules_to_save)
     names = [name for name in matching_names(model, target_modules) if name not in whole]
     prefix = prefix_of(model)
+    if not names:
+        raise UserError("modules_to_save names every one of target_modules: there is nothing left for LoRA.")
+    room = max(min(sizes(model.get_submodule(name))) for name in names)
+    if not 1 <= r <= room:
+        raise UserError(f"lora_r = {r}: the largest layer has room for a rank of 1..{room}.")
+    for pattern in [*(rank_pattern or {}), *(alpha_pattern or {})]:
+        if not any(by_pattern({pattern: True}, prefix + name, False) for name in names):
+            raise UserError(f"rank_pattern, alpha_pattern: {pattern!r} matches none of the layers that LoRA is put over.")
     layers = {}
     for name in names:
         own_r, own_alpha = by_pattern(rank_pattern, prefix + name, r), by_pattern(alpha_pattern, prefix + name, alpha)
@@ -227,8 +233,11 @@ def inject(
 
 def by_pattern(patterns, name, default):
     """The value of the first of PEFT's patterns that matches the end of `name`, else `default`."""
-    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
-    return next(found, default)
+    try:
+        found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+        return next(found, default)
+    except re.error as error:
+        raise UserError(f"rank_pattern, alpha_pattern: {error.pattern!r} is no regular expression ({error}).") from None
 
 
 def named_modules(model, endings):
