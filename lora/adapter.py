@@ -245,7 +245,7 @@ def load_adapter(model, folder):
     require_targets(folder, config, set(layers) - set(place_of.values()))
     at = places(model, folder, map(plain, whole), map(plain, parameters_of(model)))
     whole = {at[plain(name)]: tensor for name, tensor in whole.items()}
-    fit_embeddings(model, whole)
+    fit_embeddings(model, whole, place_of.values())
     alphas = {where: by_pattern(config.get("alpha_pattern"), n, config["lora_alpha"]) for n, where in place_of.items()}
     injected = bool(lora_layers(model))
     if not injected:
@@ -328,19 +328,31 @@ def layer_for(base_layer, tensors, alpha, config):
     return LoRALinear(base_layer, rank(tensors), alpha, dropout, rslora, dora, bias)
 
 
-def fit_embeddings(model, whole):
+def fit_embeddings(model, whole, adapted):
     """Make room for embeddings that came with an adapter (parameter name -> tensor): rows for added tokens, and a head
-    of its own where the base ties it and the adapter does not.
+    of its own where the base ties it and the adapter does not. `adapted` are the names of the layers with factors.
 
-    PEFT trains a copy of each module it saves: of tied weights, a lone one or two that differ are tied no more.
+    PEFT trains a copy of each module it saves: of tied weights, a lone one or two that differ are tied no more. What it
+    saves of an embedding with factors is the base's own weight, which the head shares.
     """
     if not hasattr(model, "get_input_embeddings"):
         return
-    embeddings = model.get_input_embeddings()
-    weight = parameters_of(embeddings).get("weight", getattr(embeddings, "base_layer", embeddings).weight)
-    theirs = [whole[plain(name)] for name, p in parameters_of(model).items() if p is weight and plain(name) in whole]
-    if theirs and not (len(theirs) > 1 and torch.equal(*theirs[:2])):
-        untie(model)
-    rows = max(map(len, theirs), default=0)
-    if rows > len(weight):
+    shared = shared_embeddings(model)
+    rows = max((len(whole[name]) for name in shared if name in whole), default=0)
+    if rows > len(next(iter(shared.values()))):
         model.resize_token_embeddings(rows, mean_resizing=False)
+        shared = shared_embeddings(model)
+    theirs = {name: whole[name] for name in shared if name in whole}
+    of_base = [name for name in theirs if name.removesuffix(".weight") in adapted]
+    for name in of_base:
+        if theirs[name].shape == shared[name].shape:
+            shared[name].copy_(theirs[name])
+    if len(theirs) > len(of_base) and not (len(theirs) > 1 and torch.equal(*list(theirs.values())[:2])):
+        untie(model)
+
+
+def shared_embeddings(model):
+    """Plain name -> parameter: the input embeddings, under each of their names where they are tied."""
+    embeddings = model.get_input_embeddings()
+    weight = getattr(embeddings, "base_layer", embeddings).weight
+    return {plain(name): parameter for name, parameter in parameters_of(model).items() if parameter is weight}
