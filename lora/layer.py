@@ -29,6 +29,10 @@ class LoRALinear(nn.Module):
     def __init__(self, base_layer, r, alpha, dropout=0.0, rslora=False, dora=False, bias=False):
         super().__init__()
         weight = base_layer.weight
+        if not (weight.is_floating_point() or is_4bit(base_layer)):
+            raise UserError(
+                f"LoRA is put over dense layers and bitsandbytes' 4 bits, not over a {type(base_layer).__name__}."
+            )
         n_in, n_out = sizes(base_layer)
         if is_4bit(base_layer):  # or the first evaluation cuts its gradients on some CPUs, as in lora/quantize.py
             base_layer.support_avx512bf16_for_cpu = False
@@ -80,7 +84,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The base layer with the update folded in: summed in fp32, rounded once to its type; 4 bits become dense fp32."""
+        """The base layer with the update folded in: summed in fp32, rounded once to its type; 4 bits become dense."""
         weight, bias, layer = self.merged_weight(), self.merged_bias(), dense(self.base_layer)
         layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight)
         if bias is not None:
@@ -227,6 +231,10 @@ def inject(
         layers[name] = LoRALinear(model.get_submodule(name), own_r, own_alpha, dropout, rslora, dora)
     wrap(model, layers)
     for name in whole:
+        if is_4bit(model.get_submodule(name)):
+            raise UserError(
+                f"modules_to_save: {name} is in 4 bits, which cannot be trained whole; make it a target instead."
+            )
         model.get_submodule(name).float().requires_grad_(True)  # trained weights are fp32 masters
     return names
 

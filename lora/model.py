@@ -78,16 +78,18 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
             quantization_config=quantization,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
             trust_remote_code=False,
             local_files_only=local,
         )
-    absent = [str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]] if not is_pooler(str(name))]
+    absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    absent = [name for name in absent if not is_pooler(name)]
     if absent:
         raise UserError(f"base_model {base_model}: no weights, or of another shape, for {', '.join(sorted(absent)[:5])}.")
     if quantization:
         damaged = model.hf_quantizer.quantization_config.damaged
         if damaged:
-            raise UserError(f"base_model {base_model}: not finite: {', '.join(damaged[:5])}.")
+            raise UserError(f"base_model {base_model}: {'; '.join(damaged[:5])}.")
         model.hf_quantizer.remove_quantization_config(model)  # what is saved of it is the base's own config
     return model
 
@@ -97,6 +99,10 @@ def load_shape(base_model):
     source, local = locate(base_model)
     with naming(base_model):
         shape = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    if getattr(shape, "quantization_config", None):
+        raise UserError(
+            f"base_model {base_model}: its files are quantised; name the dense base (load_in_4bit quantises it)."
+        )
     return shape, shape.dtype or torch.float32, load_tokenizer(base_model)
 
 
