@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 import pytest
 from safetensors.torch import load_file
 import torch
@@ -101,6 +101,18 @@ def test_a_stage_after_one_that_added_tokens_must_add_them_first(configure, tmp_
     assert losses(two)[0] == pytest.approx(losses(one.parent)[-1], abs=1e-5)
 
 
+@pytest.mark.parametrize("target, task", [("embed_tokens", "score"), ("embed_tokens", "lm"), ("lm_head", "lm")])
+def test_full_fine_tuning_folds_factors_of_embeddings_in_unless_they_untie_the_head(configure, tmp_path, target, task):
+    settings = LoraConfig(r=2, target_modules=["q_proj", target], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(tiny_llama(tie_word_embeddings=True), settings).save_pretrained(tmp_path / "theirs")
+    config = configure(False, **LM | dict(task=task, max_steps=1), init_from=str(tmp_path / "theirs"))
+    if task == "lm":
+        with pytest.raises(UserError, match="gives the model a head of its own; merge it .merge.py., and train the result"):
+            run(config)
+    else:
+        run(config)
+
+
 @pytest.mark.parametrize("name", ["empty", "scratch"])
 def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path, name):
     flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", f"--init_from={tmp_path / name}"]
@@ -179,8 +191,6 @@ def test_added_tokens_are_read_in_chats_unless_the_template_writes_them(configur
 
 def test_an_adapter_that_holds_one_of_two_tied_weights_unties_them(tmp_path):
     """PEFT trains a copy of the module it saves, and leaves the other half of the tie as it was."""
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(0)
     settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
     peers = get_peft_model(tiny_llama(tie_word_embeddings=True), settings).eval()
