@@ -146,10 +146,15 @@ def embeddings_of(model):
     return [module for module in (get() for get in getters) if module is not None]
 
 
+def is_tied(model):
+    """Whether the output head shares its weight with the embeddings."""
+    weights = [getattr(module, "base_layer", module).weight for module in embeddings_of(model)]
+    return len(weights) == 2 and weights[0] is weights[1]
+
+
 def untie(model):
     """Give a head that shares its weight with the embeddings a copy of its own."""
-    weights = [getattr(module, "base_layer", module).weight for module in embeddings_of(model)]
-    if len(weights) == 2 and weights[0] is weights[1]:
+    if is_tied(model):
         head = getattr(model.get_output_embeddings(), "base_layer", model.get_output_embeddings())
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
