@@ -100,6 +100,13 @@ def is_4bit(layer):
     return any(kind.__name__ == "Linear4bit" for kind in type(layer).__mro__)
 
 
+def share_4bit(model):
+    """What part of the model's weights is in 4 bits: experts that transformers keeps as one tensor are not."""
+    sizes = {name: m.in_features * m.out_features for name, m in model.named_modules() if is_4bit(m)}
+    dense = sum(p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") not in sizes)
+    return sum(sizes.values()) / (sum(sizes.values()) + dense)
+
+
 def dense_weight(layer):
     """[out, in], fp32: the weight of nn.Linear, Conv1D or Linear4bit."""
     if is_4bit(layer):

@@ -8,7 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import eval as evaluation
 import merge as merging
@@ -19,7 +19,7 @@ from lora.data import Rows
 from lora.errors import UserError
 from lora.layer import linear_names
 from lora.model import four_bits, load_task, load_weights
-from lora.quantize import bitsandbytes, dense_weight, dequantize, is_4bit
+from lora.quantize import bitsandbytes, dense_weight, dequantize, is_4bit, share_4bit
 from lora.render import Row
 from tests.conftest import run
 from tests.test_layer import randomise, tiny_gpt2
@@ -135,6 +135,7 @@ def test_8_bits_are_used_for_what_is_large(configure):
 def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys):
     folder = run(configure(True, load_in_4bit=True, learning_rate=3e-2))
     results = json.loads((folder / "logs" / "final_results.json").read_text())["best"]
+    assert "A LoRA adapter of rank 16, trained on 4 bits, of `" in (folder / "final_artifact" / "README.md").read_text()
     numbers = {}
     merged = tmp_path / "merged"
     flags = ["--adapter", str(folder / "final_artifact"), "--output", str(merged), "--dtype=float32"]
@@ -208,6 +209,19 @@ def test_what_is_in_4_bits_is_not_trained_whole(tiny_base):
         inject(load(tiny_base), r=4, target_modules=["v_proj"], modules_to_save=["q_proj"])
 
 
+def test_how_much_is_in_4_bits_is_measured(tiny_base, tmp_path):
+    """transformers keeps the experts of a layer as one tensor, which is no linear layer."""
+    model = load(tiny_base)
+    sizes = {
+        name: parameter.numel() for name, parameter in AutoModelForCausalLM.from_pretrained(tiny_base).named_parameters()
+    }
+    assert share_4bit(model) == sum(sizes[f"{name}.weight"] for name in linear_names(model)) / sum(sizes.values())
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_local_experts=4)
+    experts = MixtralForCausalLM(MixtralConfig(vocab_size=64, **shape, num_key_value_heads=2))
+    experts.save_pretrained(tmp_path)
+    assert 0 < share_4bit(load(tmp_path)) < 0.2
+
+
 def test_a_layer_of_8_bits_is_refused():
     """Its bytes would be taken for weights when the update is folded in."""
     model = torch.nn.Sequential(bitsandbytes("", CPU).nn.Linear8bitLt(32, 32, has_fp16_weights=False))
@@ -251,4 +265,4 @@ def test_a_qlora_step_needs_neither_accelerate_nor_peft(tmp_path):
     command = [sys.executable, "-c", hidden + "runpy.run_path(sys.argv[0], run_name='__main__')", "train_lora.py", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "in 4 bits (nf4)" in done.stdout and (tmp_path / "run" / "final_artifact" / "lora_adapter").is_dir()
+    assert "% of it in 4 bits (nf4)" in done.stdout and (tmp_path / "run" / "final_artifact" / "lora_adapter").is_dir()
