@@ -262,6 +262,10 @@ def load_adapter(model, folder):
     if strange:
         listed = ", ".join(sorted(strange))
         raise UserError(f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora): {listed}.")
+    scales = {where: (alpha, config.get("use_rslora", False)) for where, alpha in alphas.items()}
+    other = [where for where, layer in lora_layers(model).items() if (layer.alpha, layer.rslora) != scales[where]]
+    if other:
+        raise UserError(f"{folder}: of another lora_alpha, alpha_pattern or use_rslora than here: {', '.join(other[:5])}.")
     misfits = [
         f"{name} is {list(tensor.shape)}, its place is {list(ours[name].shape)}"
         for name, tensor in theirs.items()
@@ -273,9 +277,6 @@ def load_adapter(model, folder):
         ours[name].copy_(tensor)
         if not name.endswith(".base_layer.weight"):
             ours[name].requires_grad_(True)
-    for where, alpha in alphas.items():
-        layer = model.get_submodule(where)
-        layer.alpha, layer.rslora = alpha, config.get("use_rslora", False)
 
 
 def plain(name):
