@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora.errors import UserError
 from lora.layer import (
-    LoRAEmbedding, LoRALinear, by_pattern, embeddings_of, is_causal, lora_layers, prefix_of, untie, wrap,
+    LoRAEmbedding, LoRALinear, by_pattern, embeddings_of, lora_layers, prefix_of, untie, wrap,
 )  # fmt: skip
 
 # Keys of adapter_config.json that change what the tensors mean, with the values that this reader can honour. What only
@@ -81,7 +81,7 @@ def config_of(model, layers, prefix):
     biases = [name for name in whole if name.endswith(".bias") and name.removesuffix(".bias") not in saved]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "base_model_prefix") and is_causal(model) else None,
+        "task_type": "CAUSAL_LM" if prefix or hasattr(model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
         "r": r,
         "lora_alpha": alpha,

@@ -6,7 +6,7 @@ import peft
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForSequenceClassification
 
 from lora import inject, load_adapter, save_adapter
 from lora.errors import UserError
@@ -103,6 +103,21 @@ def test_a_model_of_the_users_own_goes_both_ways(tmp_path):
     again = make()
     load_adapter(again, tmp_path)
     assert torch.equal(again(x), model(x))
+
+
+def test_peft_reads_ours_onto_a_classifier(tmp_path):
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+
+    def make():
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(LlamaConfig(**shape, pad_token_id=0)).eval()
+
+    model, x = make(), torch.arange(1, 12)[None]
+    inject(model, r=4, modules_to_save=["score"])
+    randomise(model)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(theirs(x).logits, model(x).logits, rtol=0, atol=1e-6)
 
 
 def test_saving_what_was_loaded_gives_the_same_bytes(ours, tmp_path):
