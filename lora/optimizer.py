@@ -46,7 +46,7 @@ def set_state(optimizer, tensors):
                 state = optimizer.state[parameter]
             shapes = {key: torch.as_tensor(value).shape for key, value in state.items() if not key.startswith("qmap")}
             wrong = [key for key in {**saved, **shapes} if key not in saved or saved[key].shape != shapes.get(key)]
-            if wrong:  # torch's fused step would read beyond the end of a tensor that is too small
+            if wrong:  # torch's fused step does not look at shapes
                 raise KeyError(parameter, *sorted(wrong))
             if isinstance(optimizer, torch.optim.AdamW):
                 optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in saved.items()}

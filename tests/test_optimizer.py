@@ -30,7 +30,7 @@ def test_a_state_of_another_make_is_one_line(configure, optimizer, state, damage
     path = run(config) / "checkpoints" / "checkpoint_step_2" / "optimizer.safetensors"
     tensors = load_file(path)
     key = f"model.layers.0.mlp.up_proj.lora_A.weight/{state}"
-    if damage == "smaller":  # the fused step of torch would read beyond its end
+    if damage == "smaller":  # torch's fused step took it without a word
         tensors[key] = tensors[key][:1].clone()
     else:
         tensors[f"{key}s"] = tensors.pop(key) if damage == "absent" else tensors[key] + 1
