@@ -8,6 +8,8 @@
 The sums are made in fp32 and rounded once, to the base's own type (or --dtype). The head of a scorer goes along.
 """
 
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 import json
 from pathlib import Path
@@ -41,7 +43,8 @@ def read_arguments(argv):
         raise UserError(f"--gguf {arguments.gguf} exists; choose another file.")
     if arguments.gguf and find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
-    if arguments.portable and any((arguments.gguf, arguments.dtype, arguments.merge_into != "16bit")):
+    others = (vars(arguments)[name] for name in ("gguf", "dtype", "base_model", "bnb_4bit_quant_type"))
+    if arguments.portable and (any(others) or arguments.merge_into != "16bit"):
         raise UserError("--portable rewrites an adapter and merges nothing; it goes with --adapter and --output only.")
     if arguments.gguf_type and not arguments.gguf:
         raise UserError("--gguf_type says how --gguf FILE is written; add it.")
@@ -54,9 +57,13 @@ if __name__ == "__main__":  # above torch, as in train.py
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModel
 
 from lora.adapter import load_adapter, write_portable
+from lora.baseline import weight_files
+from lora.checkpoint import flush
+from lora.checksums import NAME, sha256_of, verify_artifact
 from lora.config import get_lora_config, saved_config, set_key
 from lora.heads import Task
 from lora.layer import merge
@@ -88,6 +95,17 @@ def find_adapter(folder, base_model):
     return folder / "lora_adapter", base_model or config.model.base_model, config
 
 
+def check_artifact(folder, model):
+    """That a final artifact is as it was written; and a warning where the base is not the one it was trained on.
+
+    `model` is the [model] table of its configuration, with the base that is merged into.
+    """
+    if (folder / NAME).is_file():
+        trained_on = verify_artifact(folder)["base_files"]
+        if trained_on != {path.name: sha256_of(path) for path in weight_files(model)}:
+            print(f"warning: {model.base_model} does not hold the weights that the adapter was trained on")
+
+
 def class_for(shape, config):
     """The class of transformers that the merged weights are to be: for a scorer the bare backbone."""
     if config is not None and config.model.task == "score":
@@ -116,6 +134,23 @@ def four_bits_of(arguments, config):
     return four_bits(config.lora, torch.device("cpu"))
 
 
+@contextmanager
+def folder_for(final):
+    """A folder beside `final` to write to, which takes its place if nothing goes wrong, and is taken away if it does."""
+    temporary = final.with_name(f".tmp_{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            flush(path)
+        temporary.rename(final)
+        flush(final.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output {final}: {getattr(error, 'strerror', None) or error}.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def difference(one, other):
     return (one - other).abs().max().item()
 
@@ -123,17 +158,22 @@ def difference(one, other):
 def main(arguments):
     if arguments.portable:
         folder = Path(arguments.adapter)
-        write_portable(folder / "lora_adapter" if (folder / "lora_adapter").is_dir() else folder, Path(arguments.output))
+        with folder_for(Path(arguments.output)) as temporary:
+            write_portable(folder / "lora_adapter" if (folder / "lora_adapter").is_dir() else folder, temporary)
         print(f"wrote {arguments.output}")
         return
     adapter, base_model, config = find_adapter(Path(arguments.adapter), arguments.base_model)
     if arguments.gguf and config is not None and config.model.task == "score":
         raise UserError(f"--gguf: {arguments.adapter} is a step scorer, whose head llama.cpp does not know.")
+    into_4bit = arguments.merge_into == "dequantized"
+    if into_4bit and config is not None and not config.lora.load_in_4bit:
+        raise UserError(f"--merge_into dequantized: {arguments.adapter} was trained on the base as it is, not on 4 bits.")
     shape, dtype, tokenizer = load_shape(base_model)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
     model_class = class_for(shape, config)
-    into_4bit = arguments.merge_into == "dequantized"
     model = load_base(model_class, base_model, four_bits_of(arguments, config) if into_4bit else None)
+    if config is not None:
+        check_artifact(adapter.parent, replace(config.model, base_model=base_model))
     if config is not None and config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
     if config is not None and (adapter.parent / "tokenizer.json").is_file():  # a final artifact's, with its template
@@ -159,6 +199,8 @@ def main(arguments):
     # The sums are the same but for their order; fp32 rounds each to 6e-8, and layers multiply that.
     if not error <= 1e-4 * size or error > effect:
         raise UserError(f"the merged model differs from base + adapter by {error:.3g}, which is more than rounding.")
+    if not effect:
+        raise UserError(f"--adapter {arguments.adapter}: it changes nothing, so there is nothing to merge.")
     if config is not None and config.lora.load_in_4bit and not into_4bit:
         trained = load_base(model_class, base_model, four_bits_of(arguments, config))
         load_adapter(trained, adapter)
@@ -167,9 +209,7 @@ def main(arguments):
         del trained
 
     final = Path(arguments.output)
-    temporary = final.with_name(f".tmp_{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with folder_for(final) as temporary:
         model.to(dtype)
         tokenizer.save_pretrained(temporary)
         if config is not None and config.model.task == "score":
@@ -180,13 +220,8 @@ def main(arguments):
             model.save_pretrained(temporary)
         rounded = difference(outputs(read_back(model, model_class, temporary), tokens), of_adapter)
         print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounded:.3g}")
-        if rounded > effect > 0:
+        if rounded > effect:
             raise UserError(f"rounding to {dtype} changes more ({rounded:.3g}) than the adapter does; add --dtype float32.")
-        temporary.rename(final)
-    except OSError as error:
-        raise UserError(f"--output {final}: {error.strerror or error}.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {final}")
     if arguments.gguf:
         write_gguf(final, Path(arguments.gguf), arguments.gguf_type or "f16")

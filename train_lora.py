@@ -27,6 +27,7 @@ import torch
 from lora.data import seed_for
 from lora.layer import inject
 from lora.model import choose_device, choose_dtype, disagreement, load_task
+from lora.quantize import share_4bit
 
 
 def main(command, source):
@@ -40,7 +41,7 @@ def main(command, source):
         task.model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.target_modules, lora.modules_to_save,
         rslora=lora.use_rslora, dora=lora.use_dora, rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern,
     )  # fmt: skip
-    bits = f" in 4 bits ({lora.bnb_4bit_quant_type})" if lora.load_in_4bit else ""
+    bits = f", {share_4bit(task.model):.0%} of it in 4 bits ({lora.bnb_4bit_quant_type})" if lora.load_in_4bit else ""
     whole = f", and {' '.join(lora.modules_to_save)} whole" if lora.modules_to_save else ""
     problem = disagreement(task)  # some models read the weights of a layer past the layer
     if problem:

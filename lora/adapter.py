@@ -7,6 +7,7 @@ A folder with `adapter_config.json` and `adapter_model.safetensors`; tensors are
 
 from collections import Counter
 import json
+import math
 from pathlib import Path
 import re
 
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora.errors import UserError
 from lora.layer import (
-    LoRAEmbedding, LoRALinear, by_pattern, embeddings_of, is_causal, lora_layers, prefix_of, untie, wrap,
+    LoRAEmbedding, LoRALinear, by_pattern, embeddings_of, lora_layers, prefix_of, untie, wrap,
 )  # fmt: skip
 
 # Keys of adapter_config.json that change what the tensors mean, with the values that this reader can honour. What only
@@ -37,6 +38,7 @@ HONOURED = {
 }
 # Whether A and B began at zero product on the base as it is. PiSSA and its like begin by taking B A out of the base.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+LINEAR, EMBEDDING = {"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}
 KINDS = (nn.Linear, nn.Embedding, Conv1D, LoRALinear, LoRAEmbedding)  # Linear4bit is an nn.Linear
 FACTOR = r"(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
 
@@ -79,7 +81,7 @@ def config_of(model, layers, prefix):
     biases = [name for name in whole if name.endswith(".bias") and name.removesuffix(".bias") not in saved]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "base_model_prefix") and is_causal(model) else None,
+        "task_type": "CAUSAL_LM" if prefix or hasattr(model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
         "r": r,
         "lora_alpha": alpha,
@@ -102,8 +104,10 @@ def read_config(folder):
     path = Path(folder) / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a table of keys, found a {type(config).__name__}.")
     for key, allowed in HONOURED.items():
         if key in config and config[key] not in allowed:
             raise UserError(f"{path}: {key} = {config[key]!r} is not supported; only {allowed[0]!r} is.")
@@ -113,9 +117,33 @@ def read_config(folder):
             f"{path}: init_lora_weights = {start!r}: such an adapter belongs on a base from which a part was taken out, "
             "and is wrong on any other. PEFT can convert it: save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
-    if not all(type(config.get(key)) in (int, float) for key in ("r", "lora_alpha")):
-        raise UserError(f"{path}: r and lora_alpha must be there, as numbers.")
+    fine = {
+        "r": type(config.get("r")) is int and config["r"] >= 1,
+        "lora_alpha": is_scale(config.get("lora_alpha")),
+        "lora_dropout": config.get("lora_dropout", 0.0) == 0.0
+        or is_scale(config["lora_dropout"])
+        and config["lora_dropout"] < 1,
+        **{key: type(config.get(key, False)) is bool for key in ("use_rslora", "use_dora", "lora_bias")},
+        **{key: are_patterns(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")},
+    }
+    if not all(fine.values()):
+        wrong = ", ".join(f"{key} = {config.get(key)!r}" for key in fine if not fine[key])
+        raise UserError(f"{path}: nothing that LoRA can have: {wrong[:300]}.")
     return config
+
+
+def is_scale(value):
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def are_patterns(patterns):
+    """Whether these are regular expressions -> numbers, and none of which matching could take for ever.
+
+    That is a repeated group, or many repetitions in a row; they come with files that others wrote.
+    """
+    if not (isinstance(patterns, dict) and all(map(is_scale, patterns.values()))):
+        return False
+    return not any(re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4 for pattern in patterns)
 
 
 def read_tensors(folder, config):
@@ -127,18 +155,29 @@ def read_tensors(folder, config):
         tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}).") from None
+    odd = [key for key, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.float().isfinite().all())]
+    if odd:
+        raise UserError(f"{path}: not finite numbers: {', '.join(odd[:5])}.")
+    named = {key.removeprefix("base_model.model."): tensor.float() for key, tensor in tensors.items()}
+    # PEFT may write the modules to save three times over; the plain names are those that it reads.
+    copies = {
+        name for name in named if re.sub(r"\.(modules_to_save|original_module)\.", ".", name) in named.keys() - {name}
+    }
     modules, whole = {}, {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix("base_model.model.")
+    for name, tensor in named.items():
         found = re.fullmatch(rf"(.*)\.{FACTOR}", name)
         if found:
-            modules.setdefault(found[1], {})[found[2]] = tensor.float()
-        else:
-            whole[name] = tensor.float()
-    pairs = {"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}
-    odd = [name for name, found in modules.items() if sum(pair <= found.keys() for pair in pairs) != 1]
+            modules.setdefault(found[1], {})[found[2]] = tensor
+        elif name not in copies:
+            whole[name] = tensor
+    if len(tensors) > len({plain(name) for name in named}):
+        raise UserError(f"{path}: two tensors of one name, with and without base_model.model. or base_layer.")
+    odd = [name for name, found in modules.items() if not is_pair(found)]
     if odd or not modules:
         raise UserError(f"{path}: not a pair of LoRA factors: {', '.join(odd) or 'there are none in the file'}.")
+    odd = [n for n, found in modules.items() if rank(found) != by_pattern(config.get("rank_pattern"), n, config["r"])]
+    if odd:
+        raise UserError(f"{path}: of another rank than r and rank_pattern say: {', '.join(odd[:5])}.")
     for key, factor in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
         odd = [
             n for n, found in modules.items() if "lora_A.weight" in found and (factor in found) != config.get(key, False)
@@ -146,6 +185,19 @@ def read_tensors(folder, config):
         if odd:
             raise UserError(f"{path}: {key} = {config.get(key, False)} in the config is not so of {', '.join(odd)}.")
     return modules, whole
+
+
+def is_pair(found):
+    """Whether {factor: tensor} are a layer's A [r, in] and B [out, r], with what else a linear layer may have."""
+    if found.keys() != EMBEDDING and not LINEAR <= found.keys() <= LINEAR | {"lora_B.bias", "lora_magnitude_vector"}:
+        return False
+    a, b = (found[name] for name in sorted(found.keys() & (LINEAR | EMBEDDING)))
+    return a.dim() == b.dim() == 2 and len(a) == b.shape[1]
+
+
+def rank(found):
+    """The rows of A in {factor: tensor}."""
+    return next(len(tensor) for name, tensor in found.items() if "_A" in name)
 
 
 def write_portable(folder, output):
@@ -163,12 +215,11 @@ def write_portable(folder, output):
         raise UserError(
             f"{folder}: vLLM and llama.cpp read no whole weights ({', '.join(lost)}); merge the adapter instead."
         )
-    first, second = ({"lora_A.weight", "lora_embedding_A"}, {"lora_B.weight", "lora_embedding_B"})
-    largest = max(len(tensor) for found in modules.values() for name, tensor in found.items() if name in first)
+    largest = max(map(rank, modules.values()))
     tensors = {}
     for module, found in modules.items():
-        (a_name,), (b_name,) = found.keys() & first, found.keys() & second
-        r = len(found[a_name])
+        a_name, b_name = sorted(found)
+        r = rank(found)
         alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
         scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
         missing = largest - r
@@ -189,10 +240,12 @@ def load_adapter(model, folder):
     """
     config = read_config(folder)
     modules, whole = read_tensors(folder, config)
-    place_of = places(model, folder, modules, [n for n, m in model.named_modules() if isinstance(m, KINDS)])
+    layers = [name for name, module in model.named_modules() if isinstance(module, KINDS)]
+    place_of = places(model, folder, modules, layers)
+    require_targets(folder, config, set(layers) - set(place_of.values()))
     at = places(model, folder, map(plain, whole), map(plain, parameters_of(model)))
     whole = {at[plain(name)]: tensor for name, tensor in whole.items()}
-    fit_embeddings(model, whole)
+    fit_embeddings(model, whole, place_of.values())
     alphas = {where: by_pattern(config.get("alpha_pattern"), n, config["lora_alpha"]) for n, where in place_of.items()}
     injected = bool(lora_layers(model))
     if not injected:
@@ -209,6 +262,10 @@ def load_adapter(model, folder):
     if strange:
         listed = ", ".join(sorted(strange))
         raise UserError(f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora): {listed}.")
+    scales = {where: (alpha, config.get("use_rslora", False)) for where, alpha in alphas.items()}
+    other = [where for where, layer in lora_layers(model).items() if (layer.alpha, layer.rslora) != scales[where]]
+    if other:
+        raise UserError(f"{folder}: of another lora_alpha, alpha_pattern or use_rslora than here: {', '.join(other[:5])}.")
     misfits = [
         f"{name} is {list(tensor.shape)}, its place is {list(ours[name].shape)}"
         for name, tensor in theirs.items()
@@ -220,9 +277,6 @@ def load_adapter(model, folder):
         ours[name].copy_(tensor)
         if not name.endswith(".base_layer.weight"):
             ours[name].requires_grad_(True)
-    for where, alpha in alphas.items():
-        layer = model.get_submodule(where)
-        layer.alpha, layer.rslora = alpha, config.get("use_rslora", False)
 
 
 def plain(name):
@@ -243,32 +297,63 @@ def places(model, folder, names, among):
     lost = [name for name, where in found.items() if where is None]
     if lost:
         raise UserError(f"{folder}: no such layer (or module to save) in the model: {', '.join(lost)}.")
+    if len(set(found.values())) < len(found):
+        raise UserError(f"{folder}: two spellings of one layer of the model: {', '.join(found)[:300]}.")
     return found
+
+
+def require_targets(folder, config, others):
+    """That none of the `others`, layers without factors in the file, is one that the adapter was trained on."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or any(config.get(key) for key in ("layers_to_transform", "exclude_modules")):
+        return
+    whole = config.get("modules_to_save") or []
+    absent = sorted(n for n in others if ends_with_one(n, targets) and not ends_with_one(n, whole))
+    if absent:
+        raise UserError(f"{folder}: the adapter has no tensors for {', '.join(absent[:5])}, which its target_modules name.")
+
+
+def ends_with_one(name, endings):
+    return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
 
 def layer_for(base_layer, tensors, alpha, config):
     """A LoRA layer over `base_layer` with room for these tensors."""
     rslora = config.get("use_rslora", False)
+    if ("lora_embedding_A" in tensors) != isinstance(base_layer, nn.Embedding):
+        raise UserError(f"factors {', '.join(tensors)} do not belong on a {type(base_layer).__name__}.")
     if "lora_embedding_A" in tensors:
-        return LoRAEmbedding(base_layer, len(tensors["lora_embedding_A"]), alpha, rslora)
+        return LoRAEmbedding(base_layer, rank(tensors), alpha, rslora)
     dora, bias = "lora_magnitude_vector" in tensors, "lora_B.bias" in tensors
     dropout = config.get("lora_dropout", 0.0)
-    return LoRALinear(base_layer, len(tensors["lora_A.weight"]), alpha, dropout, rslora, dora, bias)
+    return LoRALinear(base_layer, rank(tensors), alpha, dropout, rslora, dora, bias)
 
 
-def fit_embeddings(model, whole):
+def fit_embeddings(model, whole, adapted):
     """Make room for embeddings that came with an adapter (parameter name -> tensor): rows for added tokens, and a head
-    of its own where the base ties it and the adapter does not.
+    of its own where the base ties it and the adapter does not. `adapted` are the names of the layers with factors.
 
-    PEFT trains a copy of each module it saves: of tied weights, a lone one or two that differ are tied no more.
+    PEFT trains a copy of each module it saves: of tied weights, a lone one or two that differ are tied no more. What it
+    saves of an embedding with factors is the base's own weight, which the head shares.
     """
     if not hasattr(model, "get_input_embeddings"):
         return
-    embeddings = model.get_input_embeddings()
-    weight = parameters_of(embeddings).get("weight", getattr(embeddings, "base_layer", embeddings).weight)
-    theirs = [whole[plain(name)] for name, p in parameters_of(model).items() if p is weight and plain(name) in whole]
-    if theirs and not (len(theirs) > 1 and torch.equal(*theirs[:2])):
-        untie(model)
-    rows = max(map(len, theirs), default=0)
-    if rows > len(weight):
+    shared = shared_embeddings(model)
+    rows = max((len(whole[name]) for name in shared if name in whole), default=0)
+    if rows > len(next(iter(shared.values()))):
         model.resize_token_embeddings(rows, mean_resizing=False)
+        shared = shared_embeddings(model)
+    theirs = {name: whole[name] for name in shared if name in whole}
+    of_base = [name for name in theirs if name.removesuffix(".weight") in adapted]
+    for name in of_base:
+        if theirs[name].shape == shared[name].shape:
+            shared[name].copy_(theirs[name])
+    if len(theirs) > len(of_base) and not (len(theirs) > 1 and torch.equal(*list(theirs.values())[:2])):
+        untie(model)
+
+
+def shared_embeddings(model):
+    """Plain name -> parameter: the input embeddings, under each of their names where they are tied."""
+    embeddings = model.get_input_embeddings()
+    weight = getattr(embeddings, "base_layer", embeddings).weight
+    return {plain(name): parameter for name, parameter in parameters_of(model).items() if parameter is weight}

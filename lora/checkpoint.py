@@ -107,7 +107,9 @@ def load(path, task, optimizer):
         name = next(name for name, parameter in parameters.items() if parameter is error.args[0])
         strange = [f"{name}/{key}" for key in error.args[1:]]
     if strange:
-        raise UserError(f"{path}: optimizer.safetensors lacks, or has without a place for it: {', '.join(strange[:5])}.")
+        raise UserError(
+            f"{path}: optimizer.safetensors lacks, has without a place or in another shape: {', '.join(strange[:5])}."
+        )
     return state
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from lora.adapter import load_adapter, save_adapter
 from lora.errors import UserError
-from lora.layer import LoRALinear, is_causal, lora_layers, merge, sizes, train_all
+from lora.layer import LoRALinear, is_causal, is_tied, lora_layers, merge, sizes, train_all
 
 
 class LMHead(nn.Module):
@@ -244,14 +244,16 @@ class Task(nn.Module):
         folder, trains_lora = Path(folder), bool(lora_layers(self.model))
         adapter = folder if (folder / "adapter_config.json").is_file() else folder / "lora_adapter"
         if adapter.is_dir():
-            tokens = self.model.get_input_embeddings().num_embeddings
+            was_tied, tokens = is_tied(self.model), self.model.get_input_embeddings().num_embeddings
             load_adapter(self.model, adapter)
-            found = self.model.get_input_embeddings().num_embeddings
-            if found != tokens:
-                raise UserError(f"{adapter}: has embeddings of {found} tokens, not {tokens}; add its --add_special_tokens.")
             if not trains_lora:
                 merge(self.model)
                 train_all(self.model)
+            found = self.model.get_input_embeddings().num_embeddings
+            if found != tokens:
+                raise UserError(f"{adapter}: has embeddings of {found} tokens, not {tokens}; add its --add_special_tokens.")
+            if was_tied and not is_tied(self.model):  # a resumed run would begin with the base's tied ones
+                raise UserError(f"{adapter}: gives the model a head of its own; merge it (merge.py), and train the result.")
         else:
             self.load_model(folder)
         if (folder / "mlp_head.safetensors").is_file():

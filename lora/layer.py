@@ -29,9 +29,11 @@ class LoRALinear(nn.Module):
     def __init__(self, base_layer, r, alpha, dropout=0.0, rslora=False, dora=False, bias=False):
         super().__init__()
         weight = base_layer.weight
+        if not (weight.is_floating_point() or is_4bit(base_layer)):
+            raise UserError(
+                f"LoRA is put over dense layers and bitsandbytes' 4 bits, not over a {type(base_layer).__name__}."
+            )
         n_in, n_out = sizes(base_layer)
-        if not 1 <= r <= min(n_in, n_out):
-            raise UserError(f"lora_r = {r}: a layer of {n_in} x {n_out} has room for a rank of 1..{min(n_in, n_out)}.")
         if is_4bit(base_layer):  # or the first evaluation cuts its gradients on some CPUs, as in lora/quantize.py
             base_layer.support_avx512bf16_for_cpu = False
         self.base_layer = base_layer
@@ -82,7 +84,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The base layer with the update folded in: summed in fp32, rounded once to its type; 4 bits become dense fp32."""
+        """The base layer with the update folded in: summed in fp32, rounded once to its type; 4 bits become dense."""
         weight, bias, layer = self.merged_weight(), self.merged_bias(), dense(self.base_layer)
         layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight)
         if bias is not None:
@@ -144,10 +146,15 @@ def embeddings_of(model):
     return [module for module in (get() for get in getters) if module is not None]
 
 
+def is_tied(model):
+    """Whether the output head shares its weight with the embeddings."""
+    weights = [getattr(module, "base_layer", module).weight for module in embeddings_of(model)]
+    return len(weights) == 2 and weights[0] is weights[1]
+
+
 def untie(model):
     """Give a head that shares its weight with the embeddings a copy of its own."""
-    weights = [getattr(module, "base_layer", module).weight for module in embeddings_of(model)]
-    if len(weights) == 2 and weights[0] is weights[1]:
+    if is_tied(model):
         head = getattr(model.get_output_embeddings(), "base_layer", model.get_output_embeddings())
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
@@ -215,20 +222,35 @@ def inject(
     whole = named_modules(model, modules_to_save)
     names = [name for name in matching_names(model, target_modules) if name not in whole]
     prefix = prefix_of(model)
+    if not names:
+        raise UserError("modules_to_save names every one of target_modules: there is nothing left for LoRA.")
+    room = max(min(sizes(model.get_submodule(name))) for name in names)
+    if not 1 <= r <= room:
+        raise UserError(f"lora_r = {r}: the largest layer has room for a rank of 1..{room}.")
+    for pattern in [*(rank_pattern or {}), *(alpha_pattern or {})]:
+        if not any(by_pattern({pattern: True}, prefix + name, False) for name in names):
+            raise UserError(f"rank_pattern, alpha_pattern: {pattern!r} matches none of the layers that LoRA is put over.")
     layers = {}
     for name in names:
         own_r, own_alpha = by_pattern(rank_pattern, prefix + name, r), by_pattern(alpha_pattern, prefix + name, alpha)
         layers[name] = LoRALinear(model.get_submodule(name), own_r, own_alpha, dropout, rslora, dora)
     wrap(model, layers)
     for name in whole:
+        if is_4bit(model.get_submodule(name)):
+            raise UserError(
+                f"modules_to_save: {name} is in 4 bits, which cannot be trained whole; make it a target instead."
+            )
         model.get_submodule(name).float().requires_grad_(True)  # trained weights are fp32 masters
     return names
 
 
 def by_pattern(patterns, name, default):
     """The value of the first of PEFT's patterns that matches the end of `name`, else `default`."""
-    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
-    return next(found, default)
+    try:
+        found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+        return next(found, default)
+    except re.error as error:
+        raise UserError(f"rank_pattern, alpha_pattern: {error.pattern!r} is no regular expression ({error}).") from None
 
 
 def named_modules(model, endings):

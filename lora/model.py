@@ -14,7 +14,7 @@ from lora.data import Rows
 from lora.errors import UserError
 from lora.heads import LMHead, Task
 from lora.layer import is_pooler, linear_names, train_all
-from lora.quantize import FourBitSettings, bitsandbytes, is_4bit
+from lora.quantize import FourBitSettings, bitsandbytes
 from lora.render import Row
 
 EMBEDDED = ROOT / "assets" / "tiny_base"
@@ -78,16 +78,18 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
             quantization_config=quantization,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
             trust_remote_code=False,
             local_files_only=local,
         )
-    absent = [str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]] if not is_pooler(str(name))]
+    absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    absent = [name for name in absent if not is_pooler(name)]
     if absent:
         raise UserError(f"base_model {base_model}: no weights, or of another shape, for {', '.join(sorted(absent)[:5])}.")
     if quantization:
         damaged = model.hf_quantizer.quantization_config.damaged
         if damaged:
-            raise UserError(f"base_model {base_model}: not finite: {', '.join(damaged[:5])}.")
+            raise UserError(f"base_model {base_model}: {'; '.join(damaged[:5])}.")
         model.hf_quantizer.remove_quantization_config(model)  # what is saved of it is the base's own config
     return model
 
@@ -97,6 +99,10 @@ def load_shape(base_model):
     source, local = locate(base_model)
     with naming(base_model):
         shape = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    if getattr(shape, "quantization_config", None):
+        raise UserError(
+            f"base_model {base_model}: its files are quantised; name the dense base (load_in_4bit quantises it)."
+        )
     return shape, shape.dtype or torch.float32, load_tokenizer(base_model)
 
 
@@ -182,9 +188,10 @@ def disagreement(task):
     each other and train all the same.
     """
     task.eval()
-    coarse = task.model.dtype != torch.float32 or any(map(is_4bit, task.model.modules()))
-    rounding = 0.05 if coarse else 1e-4  # of the largest output; with room to spare
+    types = {weight.dtype for weight in task.model.parameters()}  # of a frozen base, of what is trained, of 4 bits
+    rounding = 0.05 if types - {torch.float32} else 1e-4  # of the largest output; with room to spare
     vocabulary, device = task.model.get_input_embeddings().num_embeddings, task.model.device
+    half = next(iter(types & {torch.bfloat16, torch.float16}), None)
     draws = torch.randint(vocabulary, (14,), generator=torch.Generator().manual_seed(0)).tolist()
     first, second = draws[:8], draws[8:]
     changed = [*first[:-1], (first[-1] + 1) % vocabulary]
@@ -197,17 +204,18 @@ def disagreement(task):
         return bool((one - other).abs().max() > rounding * one.abs().max())
 
     try:
-        alone = hidden(first)
-        if differ(torch.cat([alone, hidden(second)]), hidden(first, second)):
-            return "documents that are packed into one row see each other"
-        if differ(alone[:-1], hidden(changed)[:-1], 1e-6) == task.causal:  # the same sums: equal in every type
-            return "whether a position sees later ones is not what its attention modules say"
-        if isinstance(task.head, LMHead):
-            logits = task.model(torch.tensor([first], device=device), use_cache=False).logits[0].float()
-            if differ(logits, task.head.logits(alone.to(task.model.dtype))):
-                return "its logits are not those of its output layer on the hidden states"
-        task.train()
-        hidden(first)  # some take another way in training
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        return f"a short forward pass ends in {type(error).__name__}: {error}"
+        with torch.autocast(device.type, half, enabled=half is not None):  # what is trained is fp32 beside a frozen half
+            alone = hidden(first)
+            if differ(torch.cat([alone, hidden(second)]), hidden(first, second)):
+                return "documents that are packed into one row see each other"
+            if differ(alone[:-1], hidden(changed)[:-1], 1e-6) == task.causal:  # the same sums: equal in every type
+                return "whether a position sees later ones is not what its attention modules say"
+            if isinstance(task.head, LMHead):
+                logits = task.model(torch.tensor([first], device=device), use_cache=False).logits[0].float()
+                if differ(logits, task.head.logits(alone)):
+                    return "its logits are not those of its output layer on the hidden states"
+            task.train()
+            hidden(first)  # some take another way in training
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        return f"a short forward pass ends in {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None

@@ -62,7 +62,7 @@ def model_card(task, config, facts):
         library="peft" if config.lora else "transformers",
         tags=json.dumps(["plainlora", facts["method"], facts["task"]]),
         name=config.output.experiment_name,
-        what=f"A LoRA adapter of rank {config.lora.lora_r}" if config.lora else "A full fine-tuning",
+        what=what(config.lora),
         step=facts["best"]["step"],
         figures="\n".join(f"| {name} | {value:.6g} |" for name, value in figures.items() if value is not None),
         data="\n".join(f"| `{path}` | {sha256 or 'generated'} |" for path, sha256 in of_data.items()),
@@ -71,6 +71,12 @@ def model_card(task, config, facts):
         loading="\n".join(loading(task, config, base)),
         head=HEAD if config.model.task == "score" else "",
     )
+
+
+def what(lora):
+    if lora is None:
+        return "A full fine-tuning"
+    return f"A LoRA adapter of rank {lora.lora_r}" + (", trained on 4 bits," if lora.load_in_4bit else "")
 
 
 def commands(config):

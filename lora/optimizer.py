@@ -12,10 +12,11 @@ def make_optimizer(parameters, config, device):
     multiplies the learning rate of the schedule.
     """
     settings, ratio = config.training, config.lora.loraplus_lr_ratio if config.lora else 1.0
-    fast = [parameter for name, parameter in parameters.items() if ratio != 1 and ".lora_B." in name]
-    rest = [parameter for parameter in parameters.values() if not any(parameter is other for other in fast)]
-    groups = [{"params": rest, "lr_ratio": 1.0}, {"params": fast, "lr_ratio": ratio}]
-    groups = [group for group in groups if group["params"]]
+    ratios = {name: ratio if ".lora_B." in name else 1.0 for name in parameters}
+    groups = [
+        {"params": [parameters[name] for name in parameters if ratios[name] == value], "lr_ratio": value}
+        for value in dict.fromkeys(ratios.values())
+    ]
     values = {"lr": 0.0, "betas": (0.9, settings.adam_beta2), "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, **values)
@@ -36,15 +37,16 @@ def state_of(optimizer):
 
 
 def set_state(optimizer, tensors):
-    """Put back what `state_of` gave. Raises KeyError(parameter, names that are too few or too many)."""
+    """Put back what `state_of` gave. Raises KeyError(parameter, names that are absent, too many or of another shape)."""
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
             saved, state = tensors[parameter], {"step": 0.0, "exp_avg": parameter, "exp_avg_sq": parameter}
             if not isinstance(optimizer, torch.optim.AdamW):
                 optimizer.init_state(group, parameter, i, j)  # paged memory must be bitsandbytes' own
                 state = optimizer.state[parameter]
-            wrong = saved.keys() ^ {key for key in state if not key.startswith("qmap")}
-            if wrong:
+            shapes = {key: torch.as_tensor(value).shape for key, value in state.items() if not key.startswith("qmap")}
+            wrong = [key for key in {**saved, **shapes} if key not in saved or saved[key].shape != shapes.get(key)]
+            if wrong:  # torch's fused step does not look at shapes
                 raise KeyError(parameter, *sorted(wrong))
             if isinstance(optimizer, torch.optim.AdamW):
                 optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in saved.items()}

@@ -33,7 +33,7 @@ def bitsandbytes(purpose, device):
 class FourBitSettings(QuantizationConfigMixin):
     """Which layers (a function of the model -> names) are quantised how, and on which device.
 
-    `damaged` lists the weights that were found not finite: transformers would swallow an error there.
+    `damaged` lists what was wrong with the weights that were read: transformers would swallow an error there.
     """
 
     def __init__(self, names, quant_type, double_quant, compute_dtype, device):
@@ -82,10 +82,12 @@ class Quantise(ConversionOps):
         quantised = {}
         for name, (weight,) in input_dict.items():
             layer = model.get_submodule(name.rpartition(".")[0])
-            if not weight.isfinite().all():
-                self.settings.damaged.append(name)
             device, how = self.settings.device, self.settings.layer
             weight = (weight.T if layer.was_conv1d else weight).to(device).contiguous()
+            if not weight.isfinite().all():
+                self.settings.damaged.append(f"{name} is not finite")
+            if weight.shape != (layer.out_features, layer.in_features):
+                self.settings.damaged.append(f"{name} is of another shape than config.json says")
             quantised[name] = bnb.nn.Params4bit(
                 weight, requires_grad=False, quant_type=how["quant_type"], compress_statistics=how["compress_statistics"],
                 module=layer,
@@ -98,6 +100,13 @@ def is_4bit(layer):
     return any(kind.__name__ == "Linear4bit" for kind in type(layer).__mro__)
 
 
+def share_4bit(model):
+    """What part of the model's weights is in 4 bits: experts that transformers keeps as one tensor are not."""
+    sizes = {name: m.in_features * m.out_features for name, m in model.named_modules() if is_4bit(m)}
+    dense = sum(p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") not in sizes)
+    return sum(sizes.values()) / (sum(sizes.values()) + dense)
+
+
 def dense_weight(layer):
     """[out, in], fp32: the weight of nn.Linear, Conv1D or Linear4bit."""
     if is_4bit(layer):
@@ -107,7 +116,7 @@ def dense_weight(layer):
 
 
 def dense(layer):
-    """The layer itself, or of a Linear4bit the nn.Linear or Conv1D (fp32) that it stands for."""
+    """The layer itself, or of a Linear4bit the nn.Linear or Conv1D it stands for, in the type it was quantised from."""
     if not is_4bit(layer):
         return layer
     weight = dense_weight(layer)
@@ -116,6 +125,7 @@ def dense(layer):
             new, weight = Conv1D(*weight.shape), weight.T.contiguous()
         else:
             new = nn.Linear(*reversed(weight.shape), bias=layer.bias is not None)
+    weight = weight.to(layer.weight.quant_state.dtype)
     new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
     return new
 

@@ -6,7 +6,7 @@ import peft
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForSequenceClassification
 
 from lora import inject, load_adapter, save_adapter
 from lora.errors import UserError
@@ -105,6 +105,21 @@ def test_a_model_of_the_users_own_goes_both_ways(tmp_path):
     assert torch.equal(again(x), model(x))
 
 
+def test_peft_reads_ours_onto_a_classifier(tmp_path):
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+
+    def make():
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(LlamaConfig(**shape, pad_token_id=0)).eval()
+
+    model, x = make(), torch.arange(1, 12)[None]
+    inject(model, r=4, modules_to_save=["score"])
+    randomise(model)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(theirs(x).logits, model(x).logits, rtol=0, atol=1e-6)
+
+
 def test_saving_what_was_loaded_gives_the_same_bytes(ours, tmp_path):
     model = tiny_llama()
     load_adapter(model, ours[1])
@@ -135,6 +150,27 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (
             lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(5, 4)}),
             r"q_proj.lora_B.weight is \[5, 4\], its place is \[32, 4\]",
+        ),
+        (lambda t: [t.pop(f"{Q}.lora_{x}.weight") for x in "AB"], "no tensors for .*q_proj, which its target_modules name"),
+        (lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan")), "not finite numbers: .*q_proj.lora_A.weight"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}), "not finite numbers: .*q_proj"),
+        (lambda t: t.update({f"{Q}.lora_A.weight": torch.tensor(1.0)}), "not a pair of LoRA factors: .*q_proj"),
+        (
+            lambda t: t.update(
+                {f"{Q}.lora_{x}.weight": torch.ones(shape) for x, shape in (("A", (5, 32)), ("B", (32, 5)))}
+            ),
+            "of another rank than r and rank_pattern say: .*q_proj",
+        ),
+        (
+            lambda t: t.update({k.replace("model.model.model.", "model.model."): v + 1 for k, v in t.items()}),
+            "two spellings of one layer",
+        ),
+        (lambda t: t.update({k.replace("base_model.model.", ""): v + 1 for k, v in t.items()}), "two tensors of one name"),
+        (
+            lambda t: t.update(
+                {k.replace("layers.0.self_attn.q_proj", "embed_tokens"): v + 1 for k, v in t.items() if Q in k}
+            ),
+            "do not belong on a Embedding",
         ),
     ],
 )
@@ -174,6 +210,56 @@ def test_a_config_that_its_tensors_belie_or_that_needs_another_base_is_refused(o
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=f"{key} = {value}|{key} = '{value}': .* wrong on any other"):
         load_adapter(tiny_llama(), ours[1])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lora_alpha": 0},
+        {"lora_alpha": float("nan")},
+        {"r": 0},
+        {"lora_dropout": "0.1"},
+        {"use_rslora": "false"},
+        {"alpha_pattern": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": "3"}},
+        {"alpha_pattern": {"(([a-z_.0-9])+)+X": 2}},  # these two would take for ever
+        {"rank_pattern": {".*.*.*.*.*x": 2}},
+        {"alpha_pattern": {"(": 2}},
+    ],
+    ids=str,
+)
+def test_a_config_that_no_lora_can_have_is_one_line(ours, values):
+    path = ours[1] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(UserError, match=f"nothing that LoRA can have: {next(iter(values))}|no regular expression"):
+        load_adapter(tiny_llama(), ours[1])
+    path.write_text("[]")
+    with pytest.raises(UserError, match="expected a table of keys, found a list"):
+        load_adapter(tiny_llama(), ours[1])
+
+
+def test_modules_to_save_that_peft_writes_three_times_are_read(tmp_path):
+    """As it does where the embeddings were given rows, and of biases where all of them are trained."""
+    settings = {"target_modules": ["c_attn"], "modules_to_save": ["lm_head", "ln_f"], "bias": "all", "fan_in_fan_out": True}
+    model = tiny_gpt2()
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for parameter in theirs.eval().parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter) * 0.1
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("original_module" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    again = tiny_gpt2()
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(again(TOKENS).logits, theirs(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+def test_dora_over_embeddings_is_refused(tmp_path):
+    settings = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True, "task_type": "CAUSAL_LM"}
+    peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, **settings)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="not a pair of LoRA factors: model.embed_tokens"):
+        load_adapter(tiny_llama(), tmp_path)
 
 
 def test_a_truncated_file_is_an_error(ours):

@@ -146,3 +146,16 @@ def test_biases_cannot_be_merged_where_the_base_has_none(tmp_path):
     load_adapter(model, tmp_path)
     with pytest.raises(UserError, match="the base has none to fold them into"):
         merge(model)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "embed_tokens", "lm_head"]])
+def test_added_rows_under_factors_are_the_tied_heads_too(targets, tmp_path):
+    """PEFT saves the base's own weight then, once; the head of its model shares it."""
+    model = base({"tie_word_embeddings": True})
+    model.resize_token_embeddings(2051)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=targets)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    ours = base({"tie_word_embeddings": True})
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(TOKENS).logits, theirs(TOKENS).logits, rtol=0, atol=1e-5)

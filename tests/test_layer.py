@@ -105,6 +105,14 @@ def test_injecting_twice_is_an_error():
         inject(model, r=4, target_modules="v_proj")
 
 
-def test_a_rank_above_the_layer_is_an_error():
-    with pytest.raises(UserError, match=r"lora_r = 17: a layer of 32 x 16 has room for a rank of 1..16"):
-        inject(tiny_llama(), r=17)
+def test_a_rank_above_every_layer_is_an_error():
+    with pytest.raises(UserError, match=r"lora_r = 33: the largest layer has room for a rank of 1..32"):
+        inject(tiny_llama(), r=33)
+    inject(tiny_llama(), r=17)  # k_proj is 32 x 16; PEFT has no limit, and one layer of 32 x 1 limits nothing
+
+
+def test_a_pattern_must_be_one_and_match_a_layer():
+    with pytest.raises(UserError, match="'q_prj' matches none of the layers"):
+        inject(tiny_llama(), r=4, alpha_pattern={"q_prj": 2})
+    with pytest.raises(UserError, match="is no regular expression"):
+        inject(tiny_llama(), r=4, rank_pattern={"q_proj(": 2})

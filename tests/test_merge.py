@@ -1,10 +1,11 @@
 """What merge.py writes for others: a portable adapter, a scorer in the names of vLLM's reward models."""
 
 import json
+import shutil
 
 import peft
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -92,3 +93,40 @@ def test_a_merged_model_loads_in_plain_transformers_and_generates(configure, tmp
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")("3+4=", return_tensors="pt")
     assert model.generate(**tokens, max_new_tokens=3, do_sample=False).shape[1] > tokens.input_ids.shape[1]
+
+
+def test_an_artifact_is_verified_and_another_base_is_said(configure, tmp_path, capsys):
+    folder = run(configure(True, learning_rate=3e-2)) / "final_artifact"
+    other = tmp_path / "other"
+    shutil.copytree(configure(True).model.base_model, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] += 1e-3
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    call("--adapter", folder, "--output", tmp_path / "same")
+    assert "warning" not in capsys.readouterr().out
+    call("--adapter", folder, "--output", tmp_path / "merged", "--base_model", other)
+    assert "does not hold the weights that the adapter was trained on" in capsys.readouterr().out
+    head = bytearray((folder / "mlp_head.safetensors").read_bytes())
+    head[-1] ^= 1
+    (folder / "mlp_head.safetensors").write_bytes(head)
+    with pytest.raises(UserError, match="mlp_head.safetensors': changed"):
+        call("--adapter", folder, "--output", tmp_path / "damaged")
+    assert not list(tmp_path.glob("*damaged"))
+
+
+def test_what_would_change_nothing_or_another_base_than_the_adapters_is_refused(configure, tmp_path):
+    folder = run(configure(True, max_steps=1)) / "checkpoints" / "checkpoint_step_1"
+    with pytest.raises(UserError, match="dequantized: .* was trained on the base as it is"):
+        call("--adapter", folder, "--output", tmp_path / "merged", "--merge_into", "dequantized")
+    path = folder / "lora_adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(UserError, match="it changes nothing"):
+        call("--adapter", folder, "--output", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("portable", [[], ["--portable"]])
+def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_left(patterned, tmp_path, tiny_base, portable):
+    (tmp_path / "file").write_text("")
+    base = [] if portable else ["--base_model", tiny_base]
+    with pytest.raises(UserError, match="--output .*file/merged: Not a directory"):
+        call("--adapter", patterned[0], "--output", tmp_path / "file" / "merged", *portable, *base)

@@ -1,8 +1,10 @@
-"""The learning rates that the tensors of an adapter get."""
+"""The learning rates that the tensors of an adapter get, and what the optimizer remembers of them."""
 
-from safetensors.torch import load_file
+import pytest
+from safetensors.torch import load_file, save_file
 import torch
 
+from lora.errors import UserError
 from tests.conftest import run
 
 
@@ -19,3 +21,20 @@ def test_with_loraplus_b_learns_as_many_times_faster_as_it_says(configure, tiny_
     torch.testing.assert_close(first[1.0], torch.tensor(1e-3), rtol=1e-3, atol=0)
     torch.testing.assert_close(first[16.0], torch.tensor(16e-3), rtol=1e-3, atol=0)
     assert torch.equal(first[1.0, "head"], first[16.0, "head"])
+
+
+@pytest.mark.parametrize("optimizer, state", [("adamw", "exp_avg"), ("adamw_8bit", "state1")])
+@pytest.mark.parametrize("damage", ["smaller", "absent", "extra"])
+def test_a_state_of_another_make_is_one_line(configure, optimizer, state, damage):
+    config = configure(True, optimizer=optimizer, max_steps=2)
+    path = run(config) / "checkpoints" / "checkpoint_step_2" / "optimizer.safetensors"
+    tensors = load_file(path)
+    key = f"model.layers.0.mlp.up_proj.lora_A.weight/{state}"
+    if damage == "smaller":  # torch's fused step took it without a word
+        tensors[key] = tensors[key][:1].clone()
+    else:
+        tensors[f"{key}s"] = tensors.pop(key) if damage == "absent" else tensors[key] + 1
+    save_file(tensors, path, {"format": "pt"})
+    config.training.max_steps = 3
+    with pytest.raises(UserError, match=f"lacks, has without a place or in another shape: .*{key}"):
+        run(config, resume_from=path.parent)

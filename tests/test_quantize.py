@@ -1,24 +1,25 @@
 """A base in 4 bits: bitsandbytes' own bytes, gradients that an evaluation leaves as they are, resumes to the bit."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import eval as evaluation
 import merge as merging
-from lora import inject, load_adapter
+from lora import inject, load_adapter, merge
 from lora.command_line import read_command_line
 from lora.config import ROOT, get_lora_config
 from lora.data import Rows
 from lora.errors import UserError
 from lora.layer import linear_names
 from lora.model import four_bits, load_task, load_weights
-from lora.quantize import bitsandbytes, dense_weight, dequantize, is_4bit
+from lora.quantize import bitsandbytes, dense_weight, dequantize, is_4bit, share_4bit
 from lora.render import Row
 from tests.conftest import run
 from tests.test_layer import randomise, tiny_gpt2
@@ -134,6 +135,7 @@ def test_8_bits_are_used_for_what_is_large(configure):
 def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys):
     folder = run(configure(True, load_in_4bit=True, learning_rate=3e-2))
     results = json.loads((folder / "logs" / "final_results.json").read_text())["best"]
+    assert "A LoRA adapter of rank 16, trained on 4 bits, of `" in (folder / "final_artifact" / "README.md").read_text()
     numbers = {}
     merged = tmp_path / "merged"
     flags = ["--adapter", str(folder / "final_artifact"), "--output", str(merged), "--dtype=float32"]
@@ -176,8 +178,68 @@ def test_a_weight_that_is_not_finite_is_refused(tiny_base, tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"not finite: model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight is not finite"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [True, False])
+def test_a_weight_of_another_shape_is_one_line(tiny_base, tmp_path, bits):
+    shutil.copytree(tiny_base, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.ones(16, 32)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"of another shape.* model.layers.0.self_attn.q_proj.weight|q_proj.* another shape"
+    ):
+        load(tmp_path) if bits else load_weights(AutoModelForCausalLM, str(tmp_path), torch.float32, "sdpa")
+
+
+def test_a_base_whose_files_are_quantised_is_one_line(configure, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((tiny_base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    for bits in (True, False):
+        with pytest.raises(UserError, match="its files are quantised; name the dense base"):
+            load_task(configure(True, base_model=str(tmp_path / "base"), load_in_4bit=bits), torch.float32)
+
+
+def test_what_is_in_4_bits_is_not_trained_whole(tiny_base):
+    with pytest.raises(UserError, match="q_proj is in 4 bits, which cannot be trained whole"):
+        inject(load(tiny_base), r=4, target_modules=["v_proj"], modules_to_save=["q_proj"])
+
+
+def test_how_much_is_in_4_bits_is_measured(tiny_base, tmp_path):
+    """transformers keeps the experts of a layer as one tensor, which is no linear layer."""
+    model = load(tiny_base)
+    sizes = {
+        name: parameter.numel() for name, parameter in AutoModelForCausalLM.from_pretrained(tiny_base).named_parameters()
+    }
+    assert share_4bit(model) == sum(sizes[f"{name}.weight"] for name in linear_names(model)) / sum(sizes.values())
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_local_experts=4)
+    experts = MixtralForCausalLM(MixtralConfig(vocab_size=64, **shape, num_key_value_heads=2))
+    experts.save_pretrained(tmp_path)
+    assert 0 < share_4bit(load(tmp_path)) < 0.2
+
+
+def test_a_layer_of_8_bits_is_refused():
+    """Its bytes would be taken for weights when the update is folded in."""
+    model = torch.nn.Sequential(bitsandbytes("", CPU).nn.Linear8bitLt(32, 32, has_fp16_weights=False))
+    with pytest.raises(UserError, match="not over a Linear8bitLt"):
+        inject(model.to("cpu"), r=4)
+
+
+def test_4_bits_are_merged_to_the_type_they_were_quantised_from(tiny_base):
+    config = get_lora_config()
+    config.lora.load_in_4bit = True
+    model = load_weights(AutoModelForCausalLM, str(tiny_base), torch.bfloat16, "sdpa", four_bits(config.lora, CPU))
+    inject(model, r=4)
+    randomise(model)
+    tokens = torch.arange(20)[None]
+    unmerged = model(tokens).logits
+    merge(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(model(tokens).logits, unmerged, rtol=0, atol=0.1 * unmerged.abs().max().item())
 
 
 @pytest.mark.parametrize(
@@ -203,4 +265,4 @@ def test_a_qlora_step_needs_neither_accelerate_nor_peft(tmp_path):
     command = [sys.executable, "-c", hidden + "runpy.run_path(sys.argv[0], run_name='__main__')", "train_lora.py", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "in 4 bits (nf4)" in done.stdout and (tmp_path / "run" / "final_artifact" / "lora_adapter").is_dir()
+    assert "% of it in 4 bits (nf4)" in done.stdout and (tmp_path / "run" / "final_artifact" / "lora_adapter").is_dir()

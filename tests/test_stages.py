@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 import pytest
 from safetensors.torch import load_file
 import torch
@@ -79,6 +79,12 @@ def test_full_fine_tuning_of_an_encoder_starts_from_its_adapter(configure, tiny_
         (dict(lora_r=4), dict(lora_r=8), r"down_proj.lora_A.weight is \[4, 48\], its place is \[8, 48\]"),
         ({}, dict(target_modules=["q_proj"]), "not among what is trained .see target_modules.*: model.layers.0.mlp.down"),
         (dict(target_modules=["q_proj"]), {}, "no tensors for model.layers.0.mlp.down_proj"),
+        (
+            dict(lora_alpha=8),
+            {},
+            "of another lora_alpha, alpha_pattern or use_rslora than here: model.layers.0",
+        ),
+        ({}, dict(use_rslora=True), "of another lora_alpha, alpha_pattern or use_rslora than here"),
         (dict(modules_to_save=["norm"]), {}, "not among what is trained .see .* use_dora.: model.norm.weight"),
     ],
 )
@@ -99,6 +105,18 @@ def test_a_stage_after_one_that_added_tokens_must_add_them_first(configure, tmp_
             run(configure(True, f"two{len(again)}", init_from=str(one / "lora_adapter"), **LM | again))
     two = run(configure(True, "three", init_from=str(one), **LM | ADDED))
     assert losses(two)[0] == pytest.approx(losses(one.parent)[-1], abs=1e-5)
+
+
+@pytest.mark.parametrize("target, task", [("embed_tokens", "score"), ("embed_tokens", "lm"), ("lm_head", "lm")])
+def test_full_fine_tuning_folds_factors_of_embeddings_in_unless_they_untie_the_head(configure, tmp_path, target, task):
+    settings = LoraConfig(r=2, target_modules=["q_proj", target], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(tiny_llama(tie_word_embeddings=True), settings).save_pretrained(tmp_path / "theirs")
+    config = configure(False, **LM | dict(task=task, max_steps=1), init_from=str(tmp_path / "theirs"))
+    if task == "lm":
+        with pytest.raises(UserError, match="gives the model a head of its own; merge it .merge.py., and train the result"):
+            run(config)
+    else:
+        run(config)
 
 
 @pytest.mark.parametrize("name", ["empty", "scratch"])
@@ -179,8 +197,6 @@ def test_added_tokens_are_read_in_chats_unless_the_template_writes_them(configur
 
 def test_an_adapter_that_holds_one_of_two_tied_weights_unties_them(tmp_path):
     """PEFT trains a copy of the module it saves, and leaves the other half of the tie as it was."""
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(0)
     settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
     peers = get_peft_model(tiny_llama(tie_word_embeddings=True), settings).eval()
@@ -199,6 +215,14 @@ def test_tokens_without_trained_embeddings_are_refused():
     flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", "--add_special_tokens", "<step>"]
     with pytest.raises(UserError, match="LoRA trains no embeddings; add --modules_to_save"):
         read_command_line(flags, get_lora_config(), "none.toml", "")
+
+
+@pytest.mark.parametrize("bits", [False, True])
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["norm"]])
+def test_modules_to_save_are_fp32_beside_a_base_in_half(configure, modules, bits):
+    """bfloat16 is what a GPU computes in unless it is told otherwise."""
+    folder = run(configure(True, **LM, dtype="bfloat16", load_in_4bit=bits, modules_to_save=modules))
+    assert losses(folder)[-1] < losses(folder)[0]
 
 
 def test_modules_to_save_are_trained_in_fp32_and_must_exist():
