@@ -14,6 +14,7 @@ import shutil
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lora import distributed
 from lora.errors import UserError
 from lora.optimizer import set_state, state_of
 
@@ -23,8 +24,11 @@ KEPT = 3
 def save(folder, step, task, optimizer, state):
     """Write `checkpoint_step_<step>` below `folder`, then delete those that are neither among the best nor the last.
 
-    `state` (JSON) goes along; its "val" are the validation metrics at this step, or None.
+    Of several processes, which hold the same, the first does so. `state` (JSON) goes along; its "val" are the validation
+    metrics at this step, or None.
     """
+    if distributed.rank() > 0:
+        return
     folder = Path(folder)
     final = folder / f"checkpoint_step_{step}"
     temporary = folder / f".tmp_{final.name}"
@@ -38,7 +42,6 @@ def save(folder, step, task, optimizer, state):
     temporary.rename(final)
     flush(folder)
     prune(folder)
-    return final
 
 
 def flush(path):
@@ -62,6 +65,11 @@ def best(states):
     """Those with a (finite) validation loss, the lowest first (of equals, the earlier)."""
     evaluated = [s for s in states if s["val"] and s["val"]["loss"] is not None]
     return sorted(evaluated, key=lambda s: (s["val"]["loss"], s["step"]))
+
+
+def best_loss(folder):
+    """The lowest validation loss among the checkpoints below `folder`; infinite where there is none."""
+    return min((state["val"]["loss"] for state in best(saved(folder))), default=math.inf)
 
 
 def enters_best(folder, loss):

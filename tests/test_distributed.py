@@ -1,0 +1,115 @@
+"""Two processes = one, at the same examples per step; a run goes on with any number of processes, and after a lost one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+import torch
+
+from lora.config import ROOT
+from lora.data import deal
+from tests.conftest import run
+
+STEPS = 12
+
+
+def torchrun(script, config, processes, folder, *flags, more=()):
+    """A finished call of a script under torchrun, with the configuration in a file."""
+    path = folder / f"{config.output.experiment_name}.toml"
+    config.save(path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more]
+    command += [script, "--config", str(path), *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )  # fmt: skip
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, out
+    return out
+
+
+def weights(folder, step):
+    folder = folder / "checkpoints" / f"checkpoint_step_{step}"
+    files = [path for path in folder.rglob("*.safetensors") if path.name != "optimizer.safetensors"]
+    return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    keys = ("train/loss", "train/grad_norm", "val/loss")
+    return torch.tensor([[line[key] for key in keys if key in line] for line in lines if "train/loss" in line])
+
+
+def assert_close(one, other):
+    """Sums in another order, carried through the updates; a few thousandths of what the weights move."""
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_two_processes_equal_one_at_the_same_examples_per_step(configure, tmp_path, lora):
+    settings = dict(max_steps=STEPS, learning_rate=2e-3, eval_steps=4)
+    one = run(configure(lora, name="one", batch_size=4, gradient_accumulation_steps=2, **settings))
+    two = configure(lora, name="two", batch_size=2, gradient_accumulation_steps=2, **settings)
+    out = finish(torchrun("train_lora.py" if lora else "train.py", two, 2, tmp_path))
+    assert out.count("steps of 8 examples") == 1  # one of them talks
+    torch.testing.assert_close(losses(one), losses(tmp_path / "two"), rtol=1e-5, atol=1e-6)
+    assert_close(weights(one, STEPS), weights(tmp_path / "two", STEPS))
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_one_and_with_three(configure, tmp_path):
+    settings = dict(learning_rate=2e-3, lr_scheduler_type="constant", eval_steps=4, save_steps=4, batch_size=3)
+    whole = run(configure(True, name="whole", max_steps=STEPS, **settings | {"batch_size": 6}))
+    finish(torchrun("train_lora.py", configure(True, name="two", max_steps=8, **settings), 2, tmp_path))
+    start = tmp_path / "two" / "checkpoints" / "checkpoint_step_8"
+    for processes in (1, 3):
+        name = f"on_{processes}"
+        flags = ["--resume_from", str(start), "--experiment_name", name]
+        config = configure(True, name=name, max_steps=STEPS, **settings)
+        finish(torchrun("train_lora.py", config, processes, tmp_path, *flags))
+        assert_close(weights(whole, STEPS), weights(tmp_path / name, STEPS))
+
+
+def test_a_lost_process_costs_nothing_but_the_steps_since_the_last_checkpoint(configure, tmp_path):
+    settings = dict(max_steps=60, eval_steps=20, save_steps=5, lora_dropout=0.1)
+    finish(torchrun("train_lora.py", configure(True, name="calm", **settings), 2, tmp_path))
+    config = configure(True, name="killed", **settings)
+    flags = ["--resume_from", "auto", "--experiment_name", "killed"]
+    process = torchrun("train_lora.py", config, 2, tmp_path, *flags, more=["--max_restarts=3"])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "checkpoints" / "checkpoint_step_10").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found = subprocess.run(["pgrep", "-f", "killed.toml"], capture_output=True, text=True).stdout.split()
+    ranks = {}
+    for pid in map(int, found):
+        environment = open(f"/proc/{pid}/environ").read().split("\0")
+        ranks |= {entry: pid for entry in environment if entry.startswith("RANK=")}
+    os.kill(ranks["RANK=1"], signal.SIGKILL)
+    out = finish(process)
+    assert "SIGKILL" in out or "exitcode: -9" in out or "Signal 9" in out
+    calm, killed = weights(tmp_path / "calm", 60), weights(tmp_path / "killed", 60)
+    assert calm.keys() == killed.keys() and all(torch.equal(calm[name], killed[name]) for name in calm)
+
+
+def test_what_is_wrong_is_said_once(configure, tmp_path):
+    config = configure(True, name="wrong", base_model=str(tmp_path / "nowhere"))
+    process = torchrun("train_lora.py", config, 2, tmp_path)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and out.count("error: base_model") == 1
+
+
+def test_rows_are_dealt_so_that_the_processes_have_as_much_to_do():
+    lengths = np.random.default_rng(0).integers(20, 500, 64)
+    for world in (1, 2, 3, 8):
+        owner = deal(lengths, world)
+        loads = np.bincount(owner, lengths, world)
+        assert loads.max() <= 1.05 * loads.mean() and set(owner) == set(range(world))
