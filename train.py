@@ -74,6 +74,8 @@ def predict(task, batches, device, dtype):
                 said.append(task.predict(batch.to(device)).float())
         targets.append(batch.targets)
         sources.append(batch.sources)
+    if -len(targets) % distributed.world() > distributed.world() - 1 - distributed.rank():
+        task.predict(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
     task.train()
     lengths = [len(one) for one in targets]
     return distributed.interleaved(said, lengths, device).cpu(), torch.cat(targets), torch.cat(sources)
@@ -145,11 +147,11 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
             scaler.scale(loss_sum / num_targets).backward()
             loss += loss_sum.detach() / num_targets
 
-        # 4. Sum over the processes, clip, stop before the update if the loss or the gradient is not finite, set the learning rate, step.
+        # 4. Sum over the processes, clip, stop before the update if anything is not finite, set the learning rate, step.
         distributed.sum_gradients(parameters)
         distributed.sum_over_all(loss)
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
+        grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
         finite = loss.isfinite() if scaler.is_enabled() else (loss + grad_norm).isfinite()  # fp16: the scaler skips
         if not finite:
             found = f"loss {loss.item()}, gradient norm {grad_norm.item()}"
@@ -193,13 +195,16 @@ def run(task, command, source, device, dtype):
     if facts["overlap"]:
         log.say(f"warning: {facts['overlap']} prompts or texts are in the training data and in the held-out data")
     if distributed.world() > 1:
-        log.say(f"{distributed.world()} processes: each holds the model, and they sum their gradients once a step")
+        held = "the model, and they sum their gradients once a step" if config.lora else "a part of every layer"
+        log.say(f"{distributed.world()} processes: each holds {held}")
     if not task.packed:
         log.say("this model's attention cannot be told where documents end: rows are sorted by length and padded")
     if config.training.max_steps and config.training.num_train_epochs:
         log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
+    if distributed.world() > 1 and not config.lora:
+        distributed.shard(task, dtype)
     task.to(device)
     first = distributed.rank() == 0
     if first:
@@ -215,6 +220,8 @@ def run(task, command, source, device, dtype):
     if not checkpoint.best(states):
         raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
     best, last = checkpoint.best(states)[0], states[-1]
+    if any(map(distributed.is_sharded, task.parameters())):
+        task = load_task(config, torch.float32)
     task.load(best["path"])
     results = {
         **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},

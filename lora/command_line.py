@@ -218,7 +218,7 @@ def require_model_and_data(config):
 def require_stage(model):
     """That `init_from` names an earlier stage which this one can go on from."""
     start = Path(model.init_from)
-    found = [name for name in ("lora_adapter", "backbone", "adapter_config.json") if (start / name).exists()]
+    found = [name for name in ("lora_adapter", "backbone", "adapter_config.json", "shards.json") if (start / name).exists()]
     if not found:
         raise UserError(f"init_from {start}: no checkpoint, artifact or adapter there; a whole model is a base_model.")
     ours = any((start / name).is_file() for name in ("trainer_state.json", "training_config.toml"))

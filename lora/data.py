@@ -83,14 +83,14 @@ class Rows:
     def lengths(self, indices):
         return self.offsets[indices + 1] - self.offsets[indices]
 
-    def batch(self, indices, packed=True):
-        """The micro-batch of these rows, in this order."""
+    def batch(self, indices, packed=True, asked=True):
+        """The micro-batch of these rows, in this order; with their targets, if `asked`."""
         indices = np.asarray(indices)
         lengths = self.lengths(indices)
         where = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices])
         positions = np.concatenate([np.arange(length) for length in lengths])
         targets = self.targets[where]
-        has_target = is_target(targets)
+        has_target = is_target(targets) & asked
         if packed:
             shape, place = (1, len(where)), np.arange(len(where))
         else:
@@ -116,14 +116,16 @@ class Rows:
         return sum(int(is_target(self.targets[self.offsets[i] : self.offsets[i + 1]]).sum()) for i in indices)
 
     def batches(self, indices, max_tokens, packed=True):
-        """The rows at `indices` in micro-batches of at most `max_tokens` positions.
+        """The rows at `indices` in micro-batches of at most `max_tokens` positions."""
+        return [self.batch(group, packed) for group in self.groups(indices, max_tokens, packed)]
+
+    def groups(self, indices, max_tokens, packed=True):
+        """The rows of each micro-batch.
 
         Packed rows keep the order. Others are sorted by length first, so that little of a micro-batch is padding.
         """
-        indices = np.asarray(indices)
+        indices = np.asarray(indices, np.int64)
         lengths = self.lengths(indices)
-        if not len(indices):
-            return []
         if not packed:
             order = np.argsort(lengths, kind="stable")
             indices, lengths = indices[order], lengths[order]
@@ -135,7 +137,7 @@ class Rows:
                 groups.append([])
                 held = length
             groups[-1].append(i)
-        return [self.batch(group, packed) for group in groups]
+        return groups
 
 
 def is_target(targets):
@@ -168,11 +170,15 @@ class TrainingData:
     def batch_at(self, step):
         """This process's micro-batches of a step: the same ones for the same (seed, step), whatever came before.
 
-        Rows are dealt by their lengths, so that the processes are done at about the same time.
+        Rows are dealt by their lengths, so that the processes are done at about the same time, and every process gets as
+        many micro-batches, since sharded weights are gathered by all at once.
         """
         rows = self.rows_at(step)
-        mine = rows[deal(self.rows.lengths(rows), self.world) == self.rank]
-        return self.rows.batches(mine, self.max_tokens, self.packed)
+        owner = deal(self.rows.lengths(rows), self.world)
+        dealt = [self.rows.groups(rows[owner == i], self.max_tokens, self.packed) for i in range(self.world)]
+        mine = cut(dealt[self.rank], max(map(len, dealt)))
+        shortest = rows[self.rows.lengths(rows).argmin()]
+        return [self.rows.batch(group or [shortest], self.packed, asked=bool(group)) for group in mine]
 
     def num_targets_at(self, step):
         """The number of targets of a step, over all processes."""
@@ -207,6 +213,19 @@ def deal(lengths, world):
         owner[i] = load.argmin()
         load[owner[i]] += lengths[i]
     return owner
+
+
+def cut(groups, count):
+    """The groups in `count` parts: the largest are halved, and where there is nothing to halve a part is empty."""
+    groups = [group for group in groups if group]
+    while len(groups) < count:
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
+        if largest is None or len(groups[largest]) == 1:
+            groups.append([])
+        else:
+            group = groups[largest]
+            groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    return groups
 
 
 def names_of(paths):

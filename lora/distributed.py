@@ -9,6 +9,7 @@ import os
 import sys
 
 import torch
+from torch import nn
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)  # of a process that waits for the others
@@ -44,6 +45,65 @@ def start(device):
         sys.stdout = open(os.devnull, "w")
 
 
+def shard(task, dtype):
+    """Lay out the weights of `task` over the processes (FSDP2): each holds a part of every layer, and of its optimizer.
+
+    A layer is gathered when it is computed, in `dtype`; the parts are fp32, and so are the gradients' sums.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
+
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+    layers = next((module for module in task.model.modules() if isinstance(module, nn.ModuleList)), [])
+    for module in (*layers, task):
+        fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # the loss is divided by the targets of all processes
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    register_fsdp_forward_method(task, "predict")
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")  # a DTensor
+
+
+def whole(tensor):
+    """A sharded tensor's value, on every process."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def rows(count, processes):
+    """[processes + 1]: where in `count` rows the part of each process begins, and the end; as torch.chunk has it."""
+    size = -(-count // processes)
+    return [min(i * size, count) for i in range(processes + 1)]
+
+
+def my_rows(tensor):
+    """(first, last + 1) of the rows of `tensor` that this process holds."""
+    if not is_sharded(tensor):
+        return 0, len(tensor)
+    return tuple(rows(len(tensor), world())[rank() : rank() + 2])
+
+
+@torch.no_grad()
+def fill(tensor, mine):
+    """Copy this process's rows into a tensor that may be sharded."""
+    (tensor.to_local() if is_sharded(tensor) else tensor).copy_(mine)
+
+
+def like(parameter, local):
+    """This process's rows, as a tensor that is sharded as `parameter` is, if it is."""
+    local = local.to(parameter.device)
+    if not is_sharded(parameter) or local.ndim == 0:
+        return local
+    layout = {"shape": parameter.shape, "stride": parameter.stride()}
+    return type(parameter.data).from_local(local, parameter.device_mesh, parameter.placements, **layout)
+
+
+def wait():
+    """Until every process has come here."""
+    if world() > 1:
+        dist.barrier()
+
+
 def stop():
     if world() > 1:
         dist.destroy_process_group()
@@ -58,7 +118,7 @@ def sum_over_all(tensor):
 
 def sum_gradients(parameters):
     """Give every process the sum of all processes' gradients; one call over all of them, once a step."""
-    if world() == 1:
+    if world() == 1 or any(map(is_sharded, parameters)):  # sharded ones are summed on the way
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = sum_over_all(torch.cat([gradient.flatten() for gradient in gradients]))
