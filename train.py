@@ -204,7 +204,7 @@ def run(task, command, source, device, dtype):
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
     if distributed.world() > 1 and not config.lora:
-        distributed.shard(task, dtype)
+        distributed.shard(task, dtype, config.training.optimizer)
     task.to(device)
     first = distributed.rank() == 0
     if first:

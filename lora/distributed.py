@@ -12,6 +12,8 @@ import torch
 from torch import nn
 import torch.distributed as dist
 
+from lora.errors import UserError
+
 TIMEOUT = timedelta(minutes=10)  # of a process that waits for the others
 
 
@@ -45,11 +47,17 @@ def start(device):
         sys.stdout = open(os.devnull, "w")
 
 
-def shard(task, dtype):
+def shard(task, dtype, optimizer):
     """Lay out the weights of `task` over the processes (FSDP2): each holds a part of every layer, and of its optimizer.
 
-    A layer is gathered when it is computed, in `dtype`; the parts are fp32, and so are the gradients' sums.
+    A layer is gathered when it is computed, in `dtype`; the parts are fp32, and so are the gradients' sums. Raises UserError.
     """
+    if dtype == torch.float16:
+        raise UserError(
+            "dtype float16: full fine-tuning on several processes computes in bfloat16 or float32; add --dtype."
+        )
+    if optimizer != "adamw":
+        raise UserError(f"optimizer {optimizer}: full fine-tuning on several processes has adamw only, laid out over them.")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
 
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
