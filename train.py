@@ -183,6 +183,9 @@ def run(task, command, source, device, dtype):
     total, done = total_steps(config.training, data.steps_per_epoch), before["step"]
     if done >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
+    if distributed.world() > 1 and not config.lora:
+        distributed.shard(task, dtype, config.training.optimizer)
+    task.to(device)
     adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
     trained = sum(p.numel() for p in checkpoint.trainable(task).values())
     every = sum(p.numel() for p in task.parameters())
@@ -203,9 +206,6 @@ def run(task, command, source, device, dtype):
         log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
-    if distributed.world() > 1 and not config.lora:
-        distributed.shard(task, dtype, config.training.optimizer)
-    task.to(device)
     first = distributed.rank() == 0
     if first:
         data_files, base = artifact.hash_data(config), baseline.measure(task, config)

@@ -50,12 +50,10 @@ def start(device):
 def shard(task, dtype, optimizer):
     """Lay out the weights of `task` over the processes (FSDP2): each holds a part of every layer, and of its optimizer.
 
-    A layer is gathered when it is computed, in `dtype`; the parts are fp32, and so are the gradients' sums. Raises UserError.
+    A layer is gathered when it is computed, in `dtype`; the parts and the sums of the gradients are fp32. Raises UserError.
     """
     if dtype == torch.float16:
-        raise UserError(
-            "dtype float16: full fine-tuning on several processes computes in bfloat16 or float32; add --dtype."
-        )
+        raise UserError("dtype float16: full fine-tuning on several processes computes in bfloat16 or float32.")
     if optimizer != "adamw":
         raise UserError(f"optimizer {optimizer}: full fine-tuning on several processes has adamw only, laid out over them.")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second

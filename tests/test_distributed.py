@@ -136,6 +136,7 @@ def test_what_is_not_proven_on_sharded_weights_is_refused(configure, tmp_path, k
     process = torchrun("train.py", configure(False, **{key: value}), 2, tmp_path)
     out, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and f"error: {key} {value}: full fine-tuning on several processes" in out
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_are_dealt_so_that_the_processes_have_as_much_to_do():
