@@ -29,7 +29,7 @@ import time
 
 import torch
 
-from lora import artifact, baseline, checkpoint
+from lora import artifact, baseline, checkpoint, distributed
 from lora.data import TrainingData, seed_for
 from lora.log import Log, peak_memory, without_nan
 from lora.model import choose_device, choose_dtype, load_task
@@ -62,16 +62,23 @@ def autocast(device, dtype):
 
 @torch.no_grad()
 def predict(task, batches, device, dtype):
-    """Of every target of `batches`, without dropout: (what the head says [n, ...], targets [n], data sets [n])."""
+    """Of every target of `batches`, without dropout: (what the head says [n, ...], targets [n], data sets [n]).
+
+    The batches are dealt over the processes, and what they say is put together again in the order of the batches.
+    """
     task.eval()
     said, targets, sources = [], [], []
-    for batch in batches:
-        with autocast(device, dtype):
-            said.append(task.predict(batch.to(device)).float().cpu())
+    for i, batch in enumerate(batches):
+        if i % distributed.world() == distributed.rank():
+            with autocast(device, dtype):
+                said.append(task.predict(batch.to(device)).float())
         targets.append(batch.targets)
         sources.append(batch.sources)
+    if -len(targets) % distributed.world() > distributed.world() - 1 - distributed.rank():
+        task.predict(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
     task.train()
-    return torch.cat(said), torch.cat(targets), torch.cat(sources)
+    lengths = [len(one) for one in targets]
+    return distributed.interleaved(said, lengths, device).cpu(), torch.cat(targets), torch.cat(sources)
 
 
 def evaluate(task, data, device, dtype):
@@ -101,8 +108,7 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
         step = start = state["step"]
         without_best = state["without_best"]
         scaler.load_state_dict(state["scaler"])
-    best = checkpoint.best(checkpoint.saved(folder))  # none where a run branches off into a new folder
-    best_loss = best[0]["val"]["loss"] if best else math.inf
+    best_loss = distributed.of_first(checkpoint.best_loss, folder)  # of no checkpoints where a run branches off
 
     task.train()
     log.start(step, total)
@@ -113,7 +119,8 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
             metrics = evaluate(task, data, device, dtype)
             log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
         if metrics and step > 0:
-            save, without_best = checkpoint.enters_best(folder, metrics["loss"]), without_best + 1
+            save = distributed.of_first(checkpoint.enters_best, folder, metrics["loss"])
+            without_best += 1
             if metrics["loss"] < best_loss:
                 best_loss, without_best = metrics["loss"], 0
                 log.say(f"New best validation loss: {best_loss:.6f} at step {step}")
@@ -122,27 +129,29 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
                 last = True
         if step not in (0, start) and (save or last or step % config.output.save_steps == 0):
             state = {"without_best": without_best, "scaler": scaler.state_dict(), "config": config.as_dict()}
+            state["examples_per_step"] = data.examples_per_step  # kept on resume, whatever the number of processes
             checkpoint.save(folder, step, task, optimizer, {**state, "val": metrics and without_nan(metrics)})
         if last:
             break
 
         # 2. This step's micro-batches, and the number of targets over all of them.
         started = time.monotonic()
-        batches = data.batch_at(step)
-        num_targets = sum(batch.num_targets for batch in batches)
+        batches, num_targets = data.batch_at(step), data.num_targets_at(step)
 
         # 3. Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets).
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
-            torch.manual_seed(seed_for(settings.seed, "dropout", step, i))
+            torch.manual_seed(seed_for(settings.seed, "dropout", step, distributed.place(i)))
             with autocast(device, dtype):
                 loss_sum, _ = task(batch.to(device))
             scaler.scale(loss_sum / num_targets).backward()
             loss += loss_sum.detach() / num_targets
 
-        # 4. Clip, stop before the update if the loss or the gradient is not finite, set the learning rate, step.
+        # 4. Sum over the processes, clip, stop before the update if anything is not finite, set the learning rate, step.
+        distributed.sum_gradients(parameters)
+        distributed.sum_over_all(loss)
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
+        grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
         finite = loss.isfinite() if scaler.is_enabled() else (loss + grad_norm).isfinite()  # fp16: the scaler skips
         if not finite:
             found = f"loss {loss.item()}, gradient norm {grad_norm.item()}"
@@ -156,7 +165,7 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
         step += 1
 
         # 5. Log.
-        log.count(batches, time.monotonic() - started)
+        log.count(data.size_at(step - 1), time.monotonic() - started)
         if step % config.output.logging_steps == 0:
             values = {"loss": loss.item(), "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
             log.metrics(step, {f"train/{name}": value for name, value in values.items()})
@@ -168,15 +177,19 @@ def run(task, command, source, device, dtype):
     if config.model.init_from not in ("", "scratch") and not command.resume_from:
         task.start_from(config.model.init_from)
     rows, held_out, facts = tokenised(source, task)
-    data = TrainingData(rows, held_out, config, task.packed)
-    total = total_steps(config.training, data.steps_per_epoch)
-    done = checkpoint.read_state(command.resume_from)["step"] if command.resume_from else 0
-    if done >= total:
+    before = checkpoint.read_state(command.resume_from) if command.resume_from else {"step": 0}
+    processes = distributed.rank(), distributed.world()
+    data = TrainingData(rows, held_out, config, task.packed, *processes, before.get("examples_per_step"))
+    total, done = total_steps(config.training, data.steps_per_epoch), before["step"]
+    if done >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
+    if distributed.world() > 1 and not config.lora:
+        distributed.shard(task, dtype, config.training.optimizer)
+    task.to(device)
     adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
     trained = sum(p.numel() for p in checkpoint.trainable(task).values())
     every = sum(p.numel() for p in task.parameters())
-    log = Log(command.run_dir, config, done)
+    log = Log(command.run_dir, config, done, command.continues)
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     if adapters_alone:
@@ -184,22 +197,31 @@ def run(task, command, source, device, dtype):
     log.say(f"{describe('train', facts['train'])}\n{describe('eval', facts['eval'])}")
     if facts["overlap"]:
         log.say(f"warning: {facts['overlap']} prompts or texts are in the training data and in the held-out data")
+    if distributed.world() > 1:
+        held = "the model, and they sum their gradients once a step" if config.lora else "a part of every layer"
+        log.say(f"{distributed.world()} processes: each holds {held}")
     if not task.packed:
         log.say("this model's attention cannot be told where documents end: rows are sorted by length and padded")
     if config.training.max_steps and config.training.num_train_epochs:
         log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
-    task.to(device)
-    data_files, base = artifact.hash_data(config), baseline.measure(task, config)
-    baseline.record(log.run_dir, config, base)
+    first = distributed.rank() == 0
+    if first:
+        data_files, base = artifact.hash_data(config), baseline.measure(task, config)
+        baseline.record(log.run_dir, config, base)
     train(task, data, config, log, device, dtype, total, command.resume_from)
+    distributed.stop()
+    if not first:
+        return None
     log.say(baseline.compare(base, baseline.measure(task, config)))
 
     states = checkpoint.saved(log.run_dir / "checkpoints")
     if not checkpoint.best(states):
         raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
     best, last = checkpoint.best(states)[0], states[-1]
+    if any(map(distributed.is_sharded, task.parameters())):
+        task = load_task(config, torch.float32)
     task.load(best["path"])
     results = {
         **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},
@@ -216,6 +238,7 @@ def run(task, command, source, device, dtype):
 
 def main(command, source):
     device = choose_device(command.config.training.device)
+    distributed.start(device)
     dtype = choose_dtype(command.config.training.dtype, device)
     task = load_task(command.config, torch.float32)
     return run(task, command, source, device, dtype)

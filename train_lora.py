@@ -24,6 +24,7 @@ from train import run  # before torch: it sets the allocator up
 
 import torch
 
+from lora import distributed
 from lora.data import seed_for
 from lora.layer import inject
 from lora.model import choose_device, choose_dtype, disagreement, load_task
@@ -33,6 +34,7 @@ from lora.quantize import share_4bit
 def main(command, source):
     config = command.config
     device = choose_device(config.training.device)
+    distributed.start(device)
     dtype = choose_dtype(config.training.dtype, device)
     task = load_task(config, dtype)  # frozen weights are kept in the type they are computed in
     torch.manual_seed(seed_for(config.training.seed, "lora"))  # not the numbers that the head was drawn with

@@ -12,10 +12,12 @@ from pathlib import Path
 import shutil
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from lora import distributed
 from lora.errors import UserError
 from lora.optimizer import set_state, state_of
+from lora.shards import INDEX, Shards, write
 
 KEPT = 3
 
@@ -23,22 +25,34 @@ KEPT = 3
 def save(folder, step, task, optimizer, state):
     """Write `checkpoint_step_<step>` below `folder`, then delete those that are neither among the best nor the last.
 
-    `state` (JSON) goes along; its "val" are the validation metrics at this step, or None.
+    Of several processes, which hold the same, the first does so. `state` (JSON) goes along; its "val" are the validation
+    metrics at this step, or None.
     """
+    sharded, first = any(map(distributed.is_sharded, task.parameters())), distributed.rank() == 0
+    if not (sharded or first):
+        return
     folder = Path(folder)
     final = folder / f"checkpoint_step_{step}"
     temporary = folder / f".tmp_{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    task.save(temporary)
-    save_file(optimizer_tensors(task, optimizer), temporary / "optimizer.safetensors", {"format": "pt"})
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    if sharded:
+        distributed.wait()
+        write(temporary, trainable(task) | optimizer_tensors(task, optimizer))
+        distributed.wait()
+        if not first:
+            return
+    else:
+        task.save(temporary)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in optimizer_tensors(task, optimizer).items()}
+        save_file(tensors, temporary / "optimizer.safetensors", {"format": "pt"})
     (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
     for path in [*temporary.rglob("*"), temporary]:
         flush(path)
     temporary.rename(final)
     flush(folder)
     prune(folder)
-    return final
 
 
 def flush(path):
@@ -62,6 +76,11 @@ def best(states):
     """Those with a (finite) validation loss, the lowest first (of equals, the earlier)."""
     evaluated = [s for s in states if s["val"] and s["val"]["loss"] is not None]
     return sorted(evaluated, key=lambda s: (s["val"]["loss"], s["step"]))
+
+
+def best_loss(folder):
+    """The lowest validation loss among the checkpoints below `folder`; infinite where there is none."""
+    return min((state["val"]["loss"] for state in best(saved(folder))), default=math.inf)
 
 
 def enters_best(folder, loss):
@@ -90,16 +109,19 @@ def load(path, task, optimizer):
     path = Path(path)
     state = read_state(path)
     task.load(path)
-    try:
-        tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: optimizer.safetensors cannot be read ({error}).") from None
     parameters = trainable(task)
     by_name = {name: {} for name in parameters}
-    for key, tensor in tensors.items():
-        name, _, of_state = key.rpartition("/")
-        by_name.setdefault(name, {})[of_state] = tensor
-    strange = sorted(by_name.keys() - parameters.keys())
+    strange = []
+    try:
+        saved = Shards(path if (path / INDEX).is_file() else path / "optimizer.safetensors")
+        for key in saved.index.keys() - parameters.keys():
+            name, _, of_state = key.rpartition("/")
+            if name in parameters:
+                by_name[name][of_state] = saved.get(key, *distributed.my_rows(parameters[name]))
+            else:
+                strange.append(key)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: optimizer.safetensors cannot be read ({error}).") from None
     try:
         if not strange:
             set_state(optimizer, {parameter: by_name[name] for name, parameter in parameters.items()})
@@ -122,7 +144,7 @@ def optimizer_tensors(task, optimizer):
     """The optimizer's state by parameter name: "model.layers.0.weight/exp_avg" -> tensor."""
     states = state_of(optimizer)
     return {
-        f"{name}/{key}": tensor.detach().cpu().contiguous()
+        f"{name}/{key}": tensor.detach()
         for name, parameter in trainable(task).items()
         for key, tensor in states[parameter].items()
     }

@@ -87,7 +87,8 @@ def read_command_line(argv, config, default_file, description):
     parser = Parser(description)
     parser.add_argument("--config", metavar="FILE", help="TOML (or JSON) file with the keys below")
     resume = ("--resume_from", "--resume_from_checkpoint")
-    parser.add_argument(*resume, metavar="DIR", default="", help="continue the run of this checkpoint")
+    help = "continue the run of this checkpoint; auto: the newest of --experiment_name, or a new run if it has none"
+    parser.add_argument(*resume, metavar="DIR", default="", help=help)
     names = add_flags(parser, config)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
@@ -98,10 +99,10 @@ def read_command_line(argv, config, default_file, description):
     flags = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     refuse_two_dtypes(flags, "flags")
 
-    file, saved = arguments.config, None
+    file, saved, auto = arguments.config, None, arguments.resume_from == "auto"
     if config.lora:
         config.lora.load_in_4bit = from_environment("USE_BNB_QUANT")
-    if arguments.resume_from:
+    if arguments.resume_from and not auto:
         if not (Path(arguments.resume_from) / "trainer_state.json").is_file():
             raise UserError(f"--resume_from {arguments.resume_from}: no checkpoint (no trainer_state.json there).")
         saved = saved_config(arguments.resume_from)
@@ -117,6 +118,8 @@ def read_command_line(argv, config, default_file, description):
         set_key(config, name, value, f"--{name}", from_text=True)
 
     require_model_and_data(config)
+    if auto:
+        return newest(config)
     if saved:
         config.output.experiment_name = config.output.experiment_name or saved.output.experiment_name
         refuse_changes(saved, config, arguments.resume_from)
@@ -144,6 +147,24 @@ class Command:
     config: Config
     run_dir: Path
     resume_from: str = ""  # a checkpoint folder
+    auto: bool = False  # --resume_from auto
+
+    @property
+    def continues(self):
+        """Whether the folder is that of the run which is resumed, so that it may be there."""
+        return self.auto or Path(self.resume_from).resolve().parent.parent == self.run_dir.resolve()
+
+
+def newest(config):
+    """The Command that continues the run called experiment_name from its newest checkpoint, or begins it."""
+    if not config.output.experiment_name:
+        raise UserError("--resume_from auto: add --experiment_name, which says the run that is continued.")
+    folder = Path(config.output.output_dir) / config.output.experiment_name
+    states = folder.glob("checkpoints/checkpoint_step_*/trainer_state.json")
+    found = sorted((path.parent for path in states), key=lambda path: int(path.name.rpartition("_")[2]))
+    if found:
+        refuse_changes(saved_config(found[-1]), config, found[-1])
+    return Command(config, folder, str(found[-1]) if found else "", auto=True)
 
 
 def new_folder(config):
@@ -197,7 +218,7 @@ def require_model_and_data(config):
 def require_stage(model):
     """That `init_from` names an earlier stage which this one can go on from."""
     start = Path(model.init_from)
-    found = [name for name in ("lora_adapter", "backbone", "adapter_config.json") if (start / name).exists()]
+    found = [name for name in ("lora_adapter", "backbone", "adapter_config.json", "shards.json") if (start / name).exists()]
     if not found:
         raise UserError(f"init_from {start}: no checkpoint, artifact or adapter there; a whole model is a base_model.")
     ours = any((start / name).is_file() for name in ("trainer_state.json", "training_config.toml"))

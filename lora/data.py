@@ -83,14 +83,14 @@ class Rows:
     def lengths(self, indices):
         return self.offsets[indices + 1] - self.offsets[indices]
 
-    def batch(self, indices, packed=True):
-        """The micro-batch of these rows, in this order."""
+    def batch(self, indices, packed=True, asked=True):
+        """The micro-batch of these rows, in this order; with their targets, if `asked`."""
         indices = np.asarray(indices)
         lengths = self.lengths(indices)
         where = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices])
         positions = np.concatenate([np.arange(length) for length in lengths])
         targets = self.targets[where]
-        has_target = targets != NO_TOKEN if targets.dtype == np.int32 else ~np.isnan(targets)
+        has_target = is_target(targets) & asked
         if packed:
             shape, place = (1, len(where)), np.arange(len(where))
         else:
@@ -112,12 +112,19 @@ class Rows:
             sources=torch.from_numpy(np.repeat(self.sources[indices], lengths)[has_target]),
         )
 
+    def num_targets(self, indices):
+        return sum(int(is_target(self.targets[self.offsets[i] : self.offsets[i + 1]]).sum()) for i in indices)
+
     def batches(self, indices, max_tokens, packed=True):
-        """The rows at `indices` in micro-batches of at most `max_tokens` positions.
+        """The rows at `indices` in micro-batches of at most `max_tokens` positions."""
+        return [self.batch(group, packed) for group in self.groups(indices, max_tokens, packed)]
+
+    def groups(self, indices, max_tokens, packed=True):
+        """The rows of each micro-batch.
 
         Packed rows keep the order. Others are sorted by length first, so that little of a micro-batch is padding.
         """
-        indices = np.asarray(indices)
+        indices = np.asarray(indices, np.int64)
         lengths = self.lengths(indices)
         if not packed:
             order = np.argsort(lengths, kind="stable")
@@ -130,16 +137,21 @@ class Rows:
                 groups.append([])
                 held = length
             groups[-1].append(i)
-        return [self.batch(group, packed) for group in groups]
+        return groups
+
+
+def is_target(targets):
+    return targets != NO_TOKEN if targets.dtype == np.int32 else ~np.isnan(targets)
 
 
 class TrainingData:
-    """What the loop asks for: `batch_at(step)`, and `evaluation()`."""
+    """What the loop asks for: `batch_at(step)`, and `evaluation()`, for one process of several."""
 
-    def __init__(self, rows, held_out, config, packed=True):
+    def __init__(self, rows, held_out, config, packed=True, rank=0, world=1, examples_per_step=None):
         settings, data = config.training, config.data
+        self.rank, self.world = rank, world
         self.rows, self.held_out, self.seed, self.packed = rows, held_out, settings.seed, packed
-        self.examples_per_step = settings.batch_size * settings.gradient_accumulation_steps
+        self.examples_per_step = examples_per_step or settings.batch_size * settings.gradient_accumulation_steps * world
         self.max_tokens = settings.batch_size * data.max_length
         self.max_eval_rows = settings.max_eval_batches * 4 or len(held_out)
         self.steps_per_epoch = len(rows) / self.examples_per_step
@@ -156,10 +168,29 @@ class TrainingData:
         self.turns = np.array([np.count_nonzero(self.schedule[:i] == s) for i, s in enumerate(self.schedule)])
 
     def batch_at(self, step):
-        """The micro-batches of a step: the same ones for the same (seed, step), whatever came before."""
+        """This process's micro-batches of a step: the same ones for the same (seed, step), whatever came before.
+
+        Rows are dealt by their lengths, so that the processes are done at about the same time, and every process gets as
+        many micro-batches, since sharded weights are gathered by all at once.
+        """
+        rows = self.rows_at(step)
+        owner = deal(self.rows.lengths(rows), self.world)
+        dealt = [self.rows.groups(rows[owner == i], self.max_tokens, self.packed) for i in range(self.world)]
+        mine = cut(dealt[self.rank], max(map(len, dealt)))
+        shortest = rows[self.rows.lengths(rows).argmin()]
+        return [self.rows.batch(group or [shortest], self.packed, asked=bool(group)) for group in mine]
+
+    def num_targets_at(self, step):
+        """The number of targets of a step, over all processes."""
+        return self.rows.num_targets(self.rows_at(step))
+
+    def size_at(self, step):
+        """The number of tokens of a step, over all processes."""
+        return int(self.rows.lengths(self.rows_at(step)).sum())
+
+    def rows_at(self, step):
         first = step * self.examples_per_step
-        rows = [self.row_at(place) for place in range(first, first + self.examples_per_step)]
-        return self.rows.batches(rows, self.max_tokens, self.packed)
+        return np.array([self.row_at(place) for place in range(first, first + self.examples_per_step)])
 
     def row_at(self, place):
         """The row that is the run's example number `place`; each set is passed over in an order of its own."""
@@ -170,9 +201,31 @@ class TrainingData:
         return members[shuffle(self.seed, epoch, len(members))[number]]
 
     def evaluation(self):
-        """Micro-batches of the held-out rows: the first so many of one fixed order, the same for every run."""
+        """Micro-batches of the held-out rows, for all processes: the first so many of one order, the same for every run."""
         order = np.random.default_rng(0).permutation(len(self.held_out))
         return self.held_out.batches(order[: self.max_eval_rows], self.max_tokens, self.packed)
+
+
+def deal(lengths, world):
+    """[len(lengths)]: which process gets each row; the longest first, each to the one that has the least to do."""
+    owner, load = np.zeros(len(lengths), np.int64), np.zeros(world, np.int64)
+    for i in np.argsort(-lengths, kind="stable"):
+        owner[i] = load.argmin()
+        load[owner[i]] += lengths[i]
+    return owner
+
+
+def cut(groups, count):
+    """The groups in `count` parts: the largest are halved, and where there is nothing to halve a part is empty."""
+    groups = [group for group in groups if group]
+    while len(groups) < count:
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
+        if largest is None or len(groups[largest]) == 1:
+            groups.append([])
+        else:
+            group = groups[largest]
+            groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    return groups
 
 
 def names_of(paths):

@@ -1,7 +1,9 @@
 """The two ways a run ends early on purpose. Anything else that escapes is a bug of ours and keeps its traceback."""
 
 from contextlib import contextmanager
+import os
 import sys
+import time
 
 
 class UserError(Exception):
@@ -16,6 +18,11 @@ class Stopped(UserError):
     status = 3
 
 
+# Seconds that a process waits before it speaks: what all of them find wrong the first one says, what one finds wrong that
+# one says, and torchrun ends the others meanwhile.
+PATIENCE = 5
+
+
 @contextmanager
 def one_line_errors():
     """Turn a UserError into its one line on stderr and its exit status."""
@@ -23,5 +30,13 @@ def one_line_errors():
         yield
     except UserError as error:
         sys.stdout.flush()
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(PATIENCE)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.status) from None
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "gloo" not in str(error) and "NCCL" not in str(error):
+            raise
+        time.sleep(PATIENCE)
+        print("error: another process of this run was lost.", file=sys.stderr)
+        raise SystemExit(4) from None

@@ -16,8 +16,10 @@ from torch import nn
 import torch.nn.functional as F
 
 from lora.adapter import load_adapter, save_adapter
+from lora.distributed import fill, my_rows
 from lora.errors import UserError
 from lora.layer import LoRALinear, is_causal, is_tied, lora_layers, merge, sizes, train_all
+from lora.shards import INDEX, Shards
 
 
 class LMHead(nn.Module):
@@ -217,12 +219,19 @@ class Task(nn.Module):
     def load(self, folder):
         """The weights that `save` wrote, into this task. Raises UserError where they do not fit."""
         self.load_model(Path(folder))
-        self.load_head(folder)
+        if not (Path(folder) / INDEX).is_file():
+            self.load_head(folder)
 
     def load_model(self, folder):
         """`load` without the MLP head."""
         if (folder / "lora_adapter").is_dir():
             load_adapter(self.model, folder / "lora_adapter")
+        elif (folder / INDEX).is_file():
+            with one_line(folder):
+                saved = Shards(folder)
+                for name, parameter in self.named_parameters():
+                    if name in saved.index:
+                        fill(parameter, saved.get(name, *my_rows(parameter)))
         elif not (folder / "backbone").is_dir():
             raise UserError(f"{folder}: neither lora_adapter/ nor backbone/ is there.")
         elif lora_layers(self.model):
@@ -234,7 +243,9 @@ class Task(nn.Module):
                 )
                 if info["missing_keys"]:  # a scorer's backbone has no output layer
                     raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys']))}")
-                self.model.load_state_dict(saved.state_dict())
+                state = saved.state_dict()
+                for name, tensor in self.model.state_dict().items():
+                    fill(tensor, state[name][slice(*my_rows(tensor))] if tensor.ndim else state[name])
 
     def start_from(self, folder):
         """Begin with the weights of an earlier stage: an adapter, a checkpoint or a final artifact. Raises UserError.
@@ -266,7 +277,9 @@ class Task(nn.Module):
         path = Path(folder) / "mlp_head.safetensors"
         with one_line(path):
             if path.is_file():
-                self.head.load_state_dict(load_file(path))
+                for name, tensor in load_file(path).items():
+                    parameter = self.head.get_parameter(name)
+                    fill(parameter, tensor[slice(*my_rows(parameter))])
                 return
             score = {}
             for path in sorted(Path(folder).glob("*.safetensors")):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 import resource
 import sys
@@ -10,19 +11,25 @@ import time
 import torch
 from tqdm import tqdm
 
+from lora import distributed
 from lora.errors import UserError
 
 
 class Log:
-    """The log of a run in `run_dir`. Metrics of steps after `start` are cut off: a resumed run writes them again."""
+    """The log of a run in `run_dir`. Metrics of steps after `start` are cut off: a resumed run writes them again.
 
-    def __init__(self, run_dir, config, start=0):
-        self.run_dir = Path(run_dir)
+    Of several processes only the first has one.
+    """
+
+    def __init__(self, run_dir, config, start=0, may_exist=False):
+        self.run_dir, self.bar, self.tokens, self.seconds = Path(run_dir), None, 0, 0.0
+        if distributed.rank() > 0:
+            self.metrics_file = self.text_file = open(os.devnull, "w")
+            return
         folder = self.run_dir / "logs"
-        continued = start > 0 and folder.is_dir()
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=continued)  # of two runs that start at once, one gets the folder
-            folder.mkdir(exist_ok=continued)
+            self.run_dir.mkdir(parents=True, exist_ok=may_exist)  # of two runs that start at once, one gets the folder
+            folder.mkdir(exist_ok=may_exist)
         except OSError as error:
             raise UserError(f"{self.run_dir}: {error.strerror}; name another --experiment_name or --output_dir.") from None
         config.save(folder / "config.json")
@@ -31,10 +38,9 @@ class Log:
         if self.metrics_path.exists():
             lines = self.metrics_path.read_text().splitlines(True)
             whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-            self.metrics_path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
+            self.metrics_path.write_text("".join(line for line in whole if start and json.loads(line)["step"] <= start))
         self.metrics_file = open(self.metrics_path, "a", buffering=1)
         self.text_file = open(folder / f"train_{time.strftime('%Y%m%d-%H%M%S')}.log", "a", buffering=1)
-        self.bar, self.tokens, self.seconds = None, 0, 0.0
 
     def say(self, line):
         """A line for the console and for the log."""
@@ -42,11 +48,12 @@ class Log:
         self.text_file.write(line + "\n")
 
     def start(self, step, total):
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        quiet = True if distributed.rank() > 0 else None  # None: without a terminal
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
 
-    def count(self, batches, seconds):
-        """One more step, over these micro-batches; evaluations and checkpoints are not in its seconds."""
-        self.tokens += sum(sum(batch.lengths) for batch in batches)
+    def count(self, tokens, seconds):
+        """One more step, over so many tokens; evaluations and checkpoints are not in its seconds."""
+        self.tokens += tokens
         self.seconds += seconds
         self.bar.update()
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from lora.distributed import like
 from lora.quantize import bitsandbytes
 
 
@@ -49,7 +50,7 @@ def set_state(optimizer, tensors):
             if wrong:  # torch's fused step does not look at shapes
                 raise KeyError(parameter, *sorted(wrong))
             if isinstance(optimizer, torch.optim.AdamW):
-                optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in saved.items()}
+                optimizer.state[parameter] = {key: like(parameter, tensor) for key, tensor in saved.items()}
             else:
                 for key, tensor in saved.items():
                     state[key] = tensor.item() if key == "step" else state[key].copy_(tensor)

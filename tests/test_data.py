@@ -39,10 +39,10 @@ def rows_for(example, tokenizer, task, max_length=256, causal=True):
     return render([example], tokenizer, task, max_length, causal)[0].rows
 
 
-def training_data(configure, tokenizer, **values):
+def training_data(configure, tokenizer, rank=0, world=1, examples=None, **values):
     config = configure(lora=False, **values)
     rows = rows_of("arithmetic:train:60", config.model.task, tokenizer)
-    return TrainingData(rows, rows, config)
+    return TrainingData(rows, rows, config, rank=rank, world=world, examples_per_step=examples)
 
 
 def gradients(task, batches):
@@ -63,6 +63,21 @@ def assert_equal_gradients(one, other):
 
 
 # ------------------------------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_the_gradients_of_all_processes_sum_to_that_of_one(configure, tokenizer, world):
+    """Also of processes that get no row, and with as many micro-batches for each."""
+    task = load_task(configure(False), torch.float32)
+    whole = training_data(configure, tokenizer, batch_size=6, gradient_accumulation_steps=1)
+    shape = dict(batch_size=2, gradient_accumulation_steps=1, max_length=100)
+    parts = [training_data(configure, tokenizer, **shape, rank=rank, world=world, examples=6) for rank in range(world)]
+    for step in (0, 11):
+        dealt = [part.batch_at(step) for part in parts]
+        assert len({len(batches) for batches in dealt}) == 1
+        assert {part.num_targets_at(step) for part in parts} == {sum(b.num_targets for b in whole.batch_at(step))}
+        together = [batch for batches in dealt for batch in batches]
+        assert_equal_gradients(gradients(task, together), gradients(task, whole.batch_at(step)))
 
 
 def test_batch_at_depends_on_seed_and_step_alone(configure, tokenizer):

@@ -1,0 +1,158 @@
+"""Several processes under torchrun: which one this is, and the sums that make all of them one.
+
+Without torchrun there is one process, and nothing here does anything.
+"""
+
+from datetime import timedelta
+import json
+import os
+import sys
+
+import torch
+from torch import nn
+import torch.distributed as dist
+
+from lora.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)  # of a process that waits for the others
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def place(i):
+    """The number of this process's i-th part, where the parts are dealt in turn."""
+    return i * world() + rank()
+
+
+def start(device):
+    """Join the processes of this run; of what is printed, the first one's is shown."""
+    if world() == 1:
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself then keeps the store
+    store = dist.TCPStore(address, port, world(), is_master=rank() == 0 and not agents, timeout=TIMEOUT)
+    # A restart by torchrun finds what the attempt before left in the store, and would wait for processes that are gone.
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=TIMEOUT)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def shard(task, dtype, optimizer):
+    """Lay out the weights of `task` over the processes (FSDP2): each holds a part of every layer, and of its optimizer.
+
+    A layer is gathered when it is computed, in `dtype`; the parts and the sums of the gradients are fp32. Raises UserError.
+    """
+    if dtype == torch.float16:
+        raise UserError("dtype float16: full fine-tuning on several processes computes in bfloat16 or float32.")
+    if optimizer != "adamw":
+        raise UserError(f"optimizer {optimizer}: full fine-tuning on several processes has adamw only, laid out over them.")
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
+
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+    layers = next((module for module in task.model.modules() if isinstance(module, nn.ModuleList)), [])
+    for module in (*layers, task):
+        fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # the loss is divided by the targets of all processes
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    register_fsdp_forward_method(task, "predict")
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")  # a DTensor
+
+
+def whole(tensor):
+    """A sharded tensor's value, on every process."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def rows(count, processes):
+    """[processes + 1]: where in `count` rows the part of each process begins, and the end; as torch.chunk has it."""
+    size = -(-count // processes)
+    return [min(i * size, count) for i in range(processes + 1)]
+
+
+def my_rows(tensor):
+    """(first, last + 1) of the rows of `tensor` that this process holds."""
+    if not is_sharded(tensor):
+        return 0, len(tensor)
+    return tuple(rows(len(tensor), world())[rank() : rank() + 2])
+
+
+@torch.no_grad()
+def fill(tensor, mine):
+    """Copy this process's rows into a tensor that may be sharded."""
+    (tensor.to_local() if is_sharded(tensor) else tensor).copy_(mine)
+
+
+def like(parameter, local):
+    """This process's rows, as a tensor that is sharded as `parameter` is, if it is."""
+    local = local.to(parameter.device)
+    if not is_sharded(parameter) or local.ndim == 0:
+        return local
+    layout = {"shape": parameter.shape, "stride": parameter.stride()}
+    return type(parameter.data).from_local(local, parameter.device_mesh, parameter.placements, **layout)
+
+
+def wait():
+    """Until every process has come here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def stop():
+    if world() > 1:
+        dist.destroy_process_group()
+
+
+def sum_over_all(tensor):
+    """The sum of every process's `tensor`, in its place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(parameters):
+    """Give every process the sum of all processes' gradients; one call over all of them, once a step."""
+    if world() == 1 or any(map(is_sharded, parameters)):  # sharded ones are summed on the way
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = sum_over_all(torch.cat([gradient.flatten() for gradient in gradients]))
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad = part.view_as(parameter)
+
+
+def of_first(function, *arguments):
+    """What `function` gives in the first process (numbers, texts or lists of them), for all; no other calls it."""
+    value = function(*arguments) if rank() == 0 else None
+    if world() == 1:
+        return value
+    content = json.dumps(value).encode().ljust(4096)
+    text = torch.frombuffer(bytearray(content), dtype=torch.uint8).to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(text, 0)
+    return json.loads(text.cpu().numpy().tobytes())
+
+
+def interleaved(mine, lengths, device):
+    """What the processes made of parts 0, world, 2 world, ... (the first one), 1, world + 1, ..., in the parts' order.
+
+    mine: tensors [n, ...]; lengths: of all the parts.
+    """
+    if world() == 1:
+        return torch.cat(mine)
+    shape = of_first(lambda: list(mine[0].shape[1:]))
+    whole = torch.zeros(sum(lengths), *shape, device=device)
+    for i, part in enumerate(mine):
+        begin = sum(lengths[: place(i)])
+        whole[begin : begin + len(part)] = part
+    return sum_over_all(whole)  # every place is filled by one process, and the others add zero

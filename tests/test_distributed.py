@@ -1,0 +1,147 @@
+"""Two processes = one, at the same examples per step; a run goes on with any number of processes, and after a lost one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+import torch
+
+from lora.config import ROOT
+from lora.data import deal
+from tests.conftest import run
+
+STEPS = 12
+LEARNED = ["arithmetic:train:60"]  # on what is trained on the last step is the best
+SMOOTH = {
+    "task": "lm",
+    "eval_data": LEARNED,
+    "eval_steps": 4,
+}  # the scorer's ReLU has kinks, at which rounding is not small
+LAST = "checkpoints/checkpoint_step_60/lora_adapter/adapter_model.safetensors"
+
+
+def torchrun(script, config, processes, folder, *flags, more=()):
+    """A call of a script under torchrun that has begun, with the configuration in a file."""
+    path = folder / f"{config.output.experiment_name}.toml"
+    config.save(path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more]
+    command += [script, "--config", str(path), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, out
+    return out
+
+
+def weights(folder):
+    """The last ones: an adapter's from its checkpoint, a model's from the artifact, which holds the best."""
+    last = folder / "checkpoints" / f"checkpoint_step_{STEPS}"
+    if not (last / "lora_adapter").is_dir():
+        assert json.loads((folder / "logs" / "final_results.json").read_text())["best"]["step"] == STEPS
+        last = folder / "final_artifact"
+    files = [path for path in last.rglob("*.safetensors") if path.name != "optimizer.safetensors"]
+    return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    keys = ("train/loss", "train/grad_norm", "val/loss")
+    return torch.tensor([[line[key] for key in keys if key in line] for line in lines if "train/loss" in line])
+
+
+def assert_close(one, other):
+    """Sums in another order, carried through the updates."""
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5)
+
+
+SCRIPTS = {True: "train_lora.py", False: "train.py"}
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_two_processes_equal_one_at_the_same_examples_per_step(configure, tmp_path, lora):
+    settings = dict(max_steps=STEPS, learning_rate=2e-3, **SMOOTH)
+    one = run(configure(lora, name="one", batch_size=4, gradient_accumulation_steps=2, **settings))
+    two = configure(lora, name="two", batch_size=2, gradient_accumulation_steps=2, **settings)
+    out = finish(torchrun(SCRIPTS[lora], two, 2, tmp_path))
+    assert out.count("steps of 8 examples") == 1  # one of them talks
+    torch.testing.assert_close(losses(one), losses(tmp_path / "two"), rtol=1e-5, atol=1e-6)
+    assert_close(weights(one), weights(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora, processes", [(True, 1), (True, 3), (False, 1), (False, 3)])
+def test_a_checkpoint_of_two_processes_goes_on_with_another_number(configure, tmp_path, lora, processes):
+    settings = dict(learning_rate=2e-3, save_steps=4, batch_size=3, **SMOOTH)
+    settings["lr_scheduler_type"] = "constant"
+    whole = run(configure(lora, name="whole", max_steps=STEPS, **settings | {"batch_size": 6}))
+    finish(torchrun(SCRIPTS[lora], configure(lora, name="two", max_steps=8, **settings), 2, tmp_path))
+    flags = ["--resume_from", str(tmp_path / "two" / "checkpoints" / "checkpoint_step_8"), "--experiment_name", "on"]
+    finish(torchrun(SCRIPTS[lora], configure(lora, name="on", max_steps=STEPS, **settings), processes, tmp_path, *flags))
+    assert_close(weights(whole), weights(tmp_path / "on"))
+
+
+@pytest.mark.slow
+def test_a_full_run_of_one_process_goes_on_sharded_over_two(configure, tmp_path):
+    settings = dict(learning_rate=2e-3, save_steps=4, batch_size=6, **SMOOTH)
+    settings["lr_scheduler_type"] = "constant"
+    whole = run(configure(False, name="whole", max_steps=STEPS, **settings))
+    start = whole / "checkpoints" / "checkpoint_step_8"
+    flags = ["--resume_from", str(start), "--experiment_name", "on"]
+    finish(torchrun("train.py", configure(False, name="on", max_steps=STEPS, **settings), 2, tmp_path, *flags))
+    assert_close(weights(whole), weights(tmp_path / "on"))
+
+
+@pytest.mark.slow
+def test_a_lost_process_costs_nothing_but_the_steps_since_the_last_checkpoint(configure, tmp_path):
+    settings = dict(max_steps=60, eval_steps=20, save_steps=5, lora_dropout=0.1)
+    finish(torchrun("train_lora.py", configure(True, name="calm", **settings), 2, tmp_path))
+    config = configure(True, name="killed", **settings)
+    flags = ["--resume_from", "auto", "--experiment_name", "killed"]
+    process = torchrun("train_lora.py", config, 2, tmp_path, *flags, more=["--max_restarts=3"])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "checkpoints" / "checkpoint_step_10").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found = subprocess.run(["pgrep", "-f", "killed.toml"], capture_output=True, text=True).stdout.split()
+    ranks = {}
+    for pid in map(int, found):
+        environment = open(f"/proc/{pid}/environ").read().split("\0")
+        ranks |= {entry: pid for entry in environment if entry.startswith("RANK=")}
+    os.kill(ranks["RANK=1"], signal.SIGKILL)
+    out = finish(process)
+    assert "SIGKILL" in out or "exitcode: -9" in out or "Signal 9" in out
+    calm, killed = (load_file(tmp_path / name / LAST) for name in ("calm", "killed"))
+    assert calm.keys() == killed.keys() and all(torch.equal(calm[name], killed[name]) for name in calm)
+
+
+def test_what_is_wrong_is_said_once(configure, tmp_path):
+    config = configure(True, name="wrong", base_model=str(tmp_path / "nowhere"))
+    process = torchrun("train_lora.py", config, 2, tmp_path)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and out.count("error: base_model") == 1
+
+
+@pytest.mark.parametrize("key, value", [("dtype", "float16"), ("optimizer", "adamw_8bit")])
+def test_what_is_not_proven_on_sharded_weights_is_refused(configure, tmp_path, key, value):
+    process = torchrun("train.py", configure(False, **{key: value}), 2, tmp_path)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and f"error: {key} {value}: full fine-tuning on several processes" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_dealt_so_that_the_processes_have_as_much_to_do():
+    lengths = np.random.default_rng(0).integers(20, 500, 64)
+    for world in (1, 2, 3, 8):
+        owner = deal(lengths, world)
+        loads = np.bincount(owner, lengths, world)
+        assert loads.max() <= 1.05 * loads.mean() and set(owner) == set(range(world))
