@@ -65,7 +65,7 @@ from lora.baseline import weight_files
 from lora.checkpoint import flush
 from lora.checksums import NAME, sha256_of, verify_artifact
 from lora.config import get_lora_config, saved_config, set_key
-from lora.heads import Task
+from lora.task import Task
 from lora.layer import merge
 from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights
 from lora.quantize import dequantize

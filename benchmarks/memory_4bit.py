@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lora.config import get_lora_config
-from lora.layer import linear_names
+from lora.targets import linear_names
 from lora.model import four_bits, load_weights
 from lora.quantize import dense_weight
 

@@ -18,9 +18,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora.errors import UserError
-from lora.layer import (
-    LoRAEmbedding, LoRALinear, by_pattern, embeddings_of, lora_layers, prefix_of, untie, wrap,
-)  # fmt: skip
+from lora.layer import LoRAEmbedding, LoRALinear, lora_layers, wrap
+from lora.targets import by_pattern, embeddings_of, prefix_of, untie
 
 # Keys of adapter_config.json that change what the tensors mean, with the values that this reader can honour. What only
 # says which layers were chosen (target_modules, layers_to_transform, ...) the tensors' names say as well.

@@ -15,7 +15,8 @@ from lora.checkpoint import flush, trainable
 from lora.checksums import sha256_of
 from lora.errors import Stopped, UserError
 from lora.heads import MLPHead
-from lora.layer import lora_layers, named_modules
+from lora.layer import lora_layers
+from lora.targets import named_modules
 from lora.model import locate
 
 THREADS = 8  # hashing lets go of the interpreter; from a GPU each holds one tensor in main memory

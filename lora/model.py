@@ -12,8 +12,9 @@ import lora.attention  # noqa: F401  (registers the attention called "packed")
 from lora.config import ROOT
 from lora.data import Rows
 from lora.errors import UserError
-from lora.heads import LMHead, Task
-from lora.layer import is_pooler, linear_names, train_all
+from lora.heads import LMHead
+from lora.task import Task
+from lora.targets import is_pooler, linear_names, train_all
 from lora.quantize import FourBitSettings, bitsandbytes
 from lora.render import Row
 

@@ -198,7 +198,7 @@ def main(argv):
 
     from lora.command_line import Parser
     from lora.config import Config, set_key
-    from lora.layer import is_causal
+    from lora.targets import is_causal
     from lora.model import load_shape
     from lora.readers import read
     from lora.store import describe, tokenise

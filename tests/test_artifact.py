@@ -19,7 +19,7 @@ from lora.checkpoint import trainable
 from lora.checksums import as_written, sha256_of
 from lora.config import ROOT
 from lora.errors import Stopped, UserError
-from lora.heads import Task
+from lora.task import Task
 from tests.conftest import run
 
 

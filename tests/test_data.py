@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, MistralConfig, Mi
 from lora import inject
 from lora.attention import packed_attention
 from lora.data import Rows, TrainingData
-from lora.heads import Task
+from lora.task import Task
 from lora.model import EMBEDDED, load_task
 from lora.readers import Example, read, read_data, split_by_prompt
 from lora.errors import UserError

@@ -17,7 +17,7 @@ from lora.command_line import read_command_line
 from lora.config import ROOT, get_lora_config
 from lora.data import Rows
 from lora.errors import UserError
-from lora.layer import linear_names
+from lora.targets import linear_names
 from lora.model import four_bits, load_task, load_weights
 from lora.quantize import bitsandbytes, dense_weight, dequantize, is_4bit, share_4bit
 from lora.render import Row

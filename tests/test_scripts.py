@@ -17,7 +17,7 @@ import eval as evaluation
 import merge as merging
 from lora.config import ROOT
 from lora.errors import Stopped, UserError
-from lora.heads import Task
+from lora.task import Task
 from lora.layer import lora_layers, merge
 from tests.conftest import run
 
