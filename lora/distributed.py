@@ -89,10 +89,17 @@ def my_rows(tensor):
     return tuple(rows(len(tensor), world())[rank() : rank() + 2])
 
 
+def local(tensor):
+    """The rows that this process holds, as a plain tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 @torch.no_grad()
-def fill(tensor, mine):
-    """Copy this process's rows into a tensor that may be sharded."""
-    (tensor.to_local() if is_sharded(tensor) else tensor).copy_(mine)
+def fill(tensor, value):
+    """Copy a whole `value` into a tensor that may be sharded. Raises ValueError where it is of another shape."""
+    if tensor.shape != value.shape:
+        raise ValueError(f"a tensor of {list(value.shape)} for a place of {list(tensor.shape)}")
+    local(tensor).copy_(value[slice(*my_rows(tensor))] if value.ndim else value)
 
 
 def like(parameter, local):

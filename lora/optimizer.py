@@ -2,7 +2,7 @@
 
 import torch
 
-from lora.distributed import like
+from lora.distributed import like, local
 from lora.quantize import bitsandbytes
 
 
@@ -41,7 +41,8 @@ def set_state(optimizer, tensors):
     """Put back what `state_of` gave. Raises KeyError(parameter, names that are absent, too many or of another shape)."""
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
-            saved, state = tensors[parameter], {"step": 0.0, "exp_avg": parameter, "exp_avg_sq": parameter}
+            mine = local(parameter)
+            saved, state = tensors[parameter], {"step": 0.0, "exp_avg": mine, "exp_avg_sq": mine}
             if not isinstance(optimizer, torch.optim.AdamW):
                 optimizer.init_state(group, parameter, i, j)  # paged memory must be bitsandbytes' own
                 state = optimizer.state[parameter]

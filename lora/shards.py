@@ -21,11 +21,12 @@ def write(folder, tensors):
     world, rank = distributed.world(), distributed.rank()
     index, mine = {}, {}
     for name, tensor in tensors.items():
-        local = tensor.to_local() if distributed.is_sharded(tensor) else tensor
+        local = distributed.local(tensor)
+        sharded = distributed.is_sharded(tensor)
         index[name] = {"shape": list(tensor.shape)}
-        if distributed.is_sharded(tensor):
-            index[name]["rows"] = distributed.rows(len(tensor), world)
-        if "rows" in index[name] or rank == 0:
+        if tensor.ndim:
+            index[name]["rows"] = distributed.rows(len(tensor), world if sharded else 1)
+        if sharded or rank == 0:
             mine[name] = local.detach().cpu().contiguous()
     save_file(mine, Path(folder) / f"shard_{rank}.safetensors", {"format": "pt"})
     if rank == 0:
@@ -39,13 +40,21 @@ class Shards:
         path = Path(path)
         if path.is_dir():
             self.index = json.loads((path / INDEX).read_text())
-            count = max(len(entry.get("rows", ())) for entry in self.index.values()) - 1
+            count = max(len(entry.get("rows", (0, 0))) for entry in self.index.values()) - 1
             self.files = [path / f"shard_{process}.safetensors" for process in range(count)]
         else:
             self.files = [path]
             with safe_open(path, "pt") as file:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
             self.index = {name: {"shape": s, **({"rows": [0, s[0]]} if s else {})} for name, s in shapes.items()}
+
+    @torch.no_grad()
+    def fill(self, tensor, name):
+        """Copy the rows that this process holds into `tensor`. Raises ValueError where it is of another shape."""
+        shape = self.index.get(name, {}).get("shape")
+        if shape != list(tensor.shape):
+            raise ValueError(f"{name} is {shape or 'absent'}, its place is {list(tensor.shape)}")
+        distributed.local(tensor).copy_(self.get(name, *distributed.my_rows(tensor)))
 
     def get(self, name, first, last):
         """Rows first..last of a tensor; a number is given whole."""

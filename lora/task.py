@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora.adapter import load_adapter, save_adapter
-from lora.distributed import fill, my_rows
+from lora.distributed import fill
 from lora.errors import UserError
 from lora.heads import LMHead, MLPHead
 from lora.layer import lora_layers, merge
@@ -93,16 +93,16 @@ class Task(nn.Module):
         """`load` without the MLP head."""
         if (folder / "lora_adapter").is_dir():
             load_adapter(self.model, folder / "lora_adapter")
+        elif not ((folder / INDEX).is_file() or (folder / "backbone").is_dir()):
+            raise UserError(f"{folder}: neither lora_adapter/ nor backbone/ is there.")
+        elif lora_layers(self.model):
+            raise UserError(f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model.")
         elif (folder / INDEX).is_file():
             with one_line(folder):
                 saved = Shards(folder)
                 for name, parameter in self.named_parameters():
-                    if name in saved.index:
-                        fill(parameter, saved.get(name, *my_rows(parameter)))
-        elif not (folder / "backbone").is_dir():
-            raise UserError(f"{folder}: neither lora_adapter/ nor backbone/ is there.")
-        elif lora_layers(self.model):
-            raise UserError(f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model.")
+                    if parameter.requires_grad:
+                        saved.fill(parameter, name)
         else:
             with one_line(folder / "backbone"):
                 saved, info = type(self.model).from_pretrained(
@@ -112,7 +112,7 @@ class Task(nn.Module):
                     raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys']))}")
                 state = saved.state_dict()
                 for name, tensor in self.model.state_dict().items():
-                    fill(tensor, state[name][slice(*my_rows(tensor))] if tensor.ndim else state[name])
+                    fill(tensor, state[name])
 
     def start_from(self, folder):
         """Begin with the weights of an earlier stage: an adapter, a checkpoint or a final artifact. Raises UserError.
@@ -144,9 +144,11 @@ class Task(nn.Module):
         path = Path(folder) / "mlp_head.safetensors"
         with one_line(path):
             if path.is_file():
-                for name, tensor in load_file(path).items():
-                    parameter = self.head.get_parameter(name)
-                    fill(parameter, tensor[slice(*my_rows(parameter))])
+                saved, ours = load_file(path), dict(self.head.named_parameters())
+                if saved.keys() != ours.keys():
+                    raise ValueError(f"other tensors than the head's: {', '.join(sorted(saved.keys() ^ ours.keys()))}")
+                for name, parameter in ours.items():
+                    fill(parameter, saved[name])
                 return
             score = {}
             for path in sorted(Path(folder).glob("*.safetensors")):
