@@ -255,7 +255,7 @@ def try_by_hand(arguments, config, asked, task, device, dtype):
 
 def main(arguments, config, asked):
     device = choose_device(config.training.device)
-    dtype = choose_dtype(config.training.dtype, device)
+    dtype = choose_dtype(config, device)
     task = load(arguments, config, device)
     if arguments.prompt is not None:
         try_by_hand(arguments, config, asked, task, device, dtype)

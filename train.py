@@ -239,7 +239,7 @@ def run(task, command, source, device, dtype):
 def main(command, source):
     device = choose_device(command.config.training.device)
     distributed.start(device)
-    dtype = choose_dtype(command.config.training.dtype, device)
+    dtype = choose_dtype(command.config, device)
     task = load_task(command.config, torch.float32)
     return run(task, command, source, device, dtype)
 

@@ -35,7 +35,7 @@ def main(command, source):
     config = command.config
     device = choose_device(config.training.device)
     distributed.start(device)
-    dtype = choose_dtype(config.training.dtype, device)
+    dtype = choose_dtype(config, device)
     task = load_task(config, dtype)  # frozen weights are kept in the type they are computed in
     torch.manual_seed(seed_for(config.training.seed, "lora"))  # not the numbers that the head was drawn with
     lora = config.lora

@@ -90,7 +90,10 @@ class TrainingConfig:
     eval_steps: int = key(100, "evaluate every N steps", low=1)
     max_eval_batches: int = key(100, "evaluate on the first N x 4 rows; 0: all", low=0)
     early_stopping_patience: int = key(0, "stop after N evaluations without a new best; 0: never", low=0)
-    device: str = key("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
+    gradient_checkpointing: bool = key(False, "keep one state per layer and compute the rest again: a third slower")
+    device: str = key(
+        "auto", "where to run; DEVICE_PREFERENCE in the environment too", choices=("auto", "cuda", "mps", "cpu")
+    )
     dtype: str = key("auto", "of the computation", choices=("auto", "float32", "bfloat16", "float16"))
 
 

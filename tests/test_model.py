@@ -14,9 +14,14 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from lora import inject
 from lora.config import Config
+from lora.data import Rows
 from lora.errors import UserError
-from lora.model import EMBEDDED, choose_device, load_task, locate
+from lora.layer import lora_layers
+from lora.model import BFLOAT16_WIDTH, EMBEDDED, choose_device, choose_dtype, load_task, locate
+from lora.render import NO_TOKEN, Row
+from tests.conftest import tiny_llama
 
 SHAPE = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
@@ -96,3 +101,49 @@ def test_the_device_is_what_was_asked_for_or_an_error():
         with pytest.raises(UserError, match="device cuda is not available here; there is .*cpu"):
             choose_device("cuda")
     assert Path(locate("embedded")[0]) == EMBEDDED
+
+
+def test_the_environment_prefers_a_device_and_a_flag_beats_it(monkeypatch):
+    monkeypatch.setenv("DEVICE_PREFERENCE", "cpu")
+    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+    monkeypatch.setenv("DEVICE_PREFERENCE", "gpu")
+    with pytest.raises(UserError, match="DEVICE_PREFERENCE gpu is not available here; there is cpu"):
+        choose_device("auto")
+
+
+@pytest.mark.parametrize("able", [{"avx512_bf16": True}, {"amx_bf16": True}, {}], ids=str)
+@pytest.mark.parametrize("width", [BFLOAT16_WIDTH, 32])
+def test_a_cpu_computes_in_bfloat16_where_it_is_quick_at_it_and_the_base_is_wide(
+    configure, tmp_path, monkeypatch, able, width
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    folder = save(tmp_path, tiny_llama(hidden_size=width))
+    config = configure(True, base_model=str(folder))
+    expected = torch.bfloat16 if able and width == BFLOAT16_WIDTH else torch.float32
+    assert choose_dtype(config, torch.device("cpu")) == expected
+    config.training.dtype = "float16"
+    assert choose_dtype(config, torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_gradient_checkpointing_gives_the_same_gradients_to_the_bit_and_keeps_far_less(configure, lora):
+    gradients, kept = [], []
+    for on in (True, False):
+        task = load_task(configure(lora, task="lm", gradient_checkpointing=on), torch.float32).train()
+        if lora:
+            torch.manual_seed(0)
+            inject(task.model, r=4, dropout=0.2)
+            for layer in lora_layers(task.model).values():
+                torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+        row = Row(list(range(5, 205)), [*range(6, 205), NO_TOKEN])
+        batch, sizes = Rows.of([(row, 0)], "lm").batch([0]), []
+        torch.manual_seed(7)  # the dropout is drawn again as it was
+        keep = lambda tensor, sizes=sizes: (sizes.append(tensor.nbytes), tensor)[1]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = task(batch)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in task.named_parameters() if p.requires_grad})
+        kept.append(sum(sizes))
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+    assert kept[0] < kept[1] / 3
