@@ -1,6 +1,8 @@
 """Real runs: what the README says of the default commands. A few minutes; `pytest -m slow`."""
 
 import json
+import os
+from pathlib import Path
 import subprocess
 import sys
 
@@ -43,3 +45,17 @@ def test_the_default_run_learns_to_check_arithmetic_it_has_never_seen(script, tm
 def test_a_random_backbone_with_the_same_budget_does_not(tmp_path):
     call("train_lora.py", "--init_from", "scratch", "--output_dir", tmp_path, "--experiment_name", "run")
     assert results(tmp_path / "run")["best"]["r2"] < 0.3
+
+
+def test_qlora_learns_as_well_as_lora(tmp_path):
+    """Within 0.03 of the 0.938 that the fp32 base reaches (README.md)."""
+    call("train_lora.py", "--load_in_4bit", "--output_dir", tmp_path, "--experiment_name", "run")
+    assert results(tmp_path / "run")["best"]["r2"] >= 0.90
+
+
+@pytest.mark.skipif("PLAINLORA_DATA" not in os.environ, reason="needs the public sets: PLAINLORA_DATA names their folder")
+def test_characters_from_random_weights_reach_the_loss_of_nanogpts_setting(tmp_path):
+    text = Path(os.environ["PLAINLORA_DATA"]) / "tinyshakespeare" / "input.txt"
+    flags = ["--config", "configs/shakespeare_char.toml", "--train_data", text.resolve()]
+    call("train.py", *flags, "--output_dir", tmp_path, "--experiment_name", "run")
+    assert results(tmp_path / "run")["best"]["loss"] <= 1.88
