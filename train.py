@@ -75,7 +75,8 @@ def predict(task, batches, device, dtype):
         targets.append(batch.targets)
         sources.append(batch.sources)
     if -len(targets) % distributed.world() > distributed.world() - 1 - distributed.rank():
-        task.predict(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
+        with autocast(device, dtype):
+            task.predict(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
     task.train()
     lengths = [len(one) for one in targets]
     return distributed.interleaved(said, lengths, device).cpu(), torch.cat(targets), torch.cat(sources)

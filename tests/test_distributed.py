@@ -125,6 +125,11 @@ def test_a_lost_process_costs_nothing_but_the_steps_since_the_last_checkpoint(co
     assert calm.keys() == killed.keys() and all(torch.equal(calm[name], killed[name]) for name in calm)
 
 
+def test_a_process_without_a_part_of_the_evaluation_computes_in_the_same_type(configure, tmp_path):
+    config = configure(False, dtype="bfloat16", eval_data=["arithmetic:validation:1"], max_steps=1)
+    finish(torchrun("train.py", config, 2, tmp_path))
+
+
 def test_what_is_wrong_is_said_once(configure, tmp_path):
     config = configure(True, name="wrong", base_model=str(tmp_path / "nowhere"))
     process = torchrun("train_lora.py", config, 2, tmp_path)
