@@ -190,7 +190,8 @@ def run(task, command, source, device, dtype):
     adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
     trained = sum(p.numel() for p in checkpoint.trainable(task).values())
     every = sum(p.numel() for p in task.parameters())
-    log = Log(command.run_dir, config, done, command.continues)
+    run_dir = distributed.of_first(str, command.run_dir)  # of a run that was given no name it holds the second
+    log = Log(run_dir, config, done, command.continues)
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     if adapters_alone:

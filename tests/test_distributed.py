@@ -130,6 +130,16 @@ def test_a_process_without_a_part_of_the_evaluation_computes_in_the_same_type(co
     finish(torchrun("train.py", config, 2, tmp_path))
 
 
+def test_processes_that_start_in_different_seconds_write_to_one_folder(configure, tmp_path):
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, runpy, sys, time\nsys.path.insert(0, os.getcwd())\ntime.sleep(1.5 * int(os.environ['RANK']))\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    finish(torchrun(str(late), configure(False, name="", max_steps=1), 2, tmp_path))
+    assert len(list(tmp_path.glob("*/checkpoints"))) == len(list(tmp_path.glob("*/final_artifact"))) == 1
+
+
 def test_what_is_wrong_is_said_once(configure, tmp_path):
     config = configure(True, name="wrong", base_model=str(tmp_path / "nowhere"))
     process = torchrun("train_lora.py", config, 2, tmp_path)
