@@ -223,7 +223,8 @@ def run(task, command, source, device, dtype):
         raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
     best, last = checkpoint.best(states)[0], states[-1]
     if any(map(distributed.is_sharded, task.parameters())):
-        task = load_task(config, torch.float32)
+        tokenizer, task = task.tokenizer, load_task(config, torch.float32)
+        task.tokenizer = tokenizer  # it may have been given a chat template
     task.load(best["path"])
     results = {
         **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},

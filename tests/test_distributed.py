@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,16 @@ def test_processes_that_start_in_different_seconds_write_to_one_folder(configure
     )
     finish(torchrun(str(late), configure(False, name="", max_steps=1), 2, tmp_path))
     assert len(list(tmp_path.glob("*/checkpoints"))) == len(list(tmp_path.glob("*/final_artifact"))) == 1
+
+
+def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(configure, tiny_base, tmp_path):
+    base, chats = tmp_path / "base", tmp_path / "chats.jsonl"
+    shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("chat_template*"))
+    turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+    chats.write_text(8 * (json.dumps({"messages": turns}) + "\n"))
+    settings = dict(base_model=str(base), task="lm", train_data=[str(chats)], eval_data=[str(chats)], max_steps=1)
+    out = finish(torchrun("train.py", configure(False, **settings), 2, tmp_path))
+    assert "using ChatML" in out and (tmp_path / "run" / "final_artifact" / "chat_template.jinja").is_file()
 
 
 def test_what_is_wrong_is_said_once(configure, tmp_path):
