@@ -185,7 +185,7 @@ def run(task, command, source, device, dtype):
     if done >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
     if distributed.world() > 1 and not config.lora:
-        distributed.shard(task, dtype, config.training.optimizer)
+        distributed.shard(task, dtype, config.training.optimizer, device)
     task.to(device)
     adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
     trained = sum(p.numel() for p in checkpoint.trainable(task).values())
