@@ -75,7 +75,8 @@ def predict(task, batches, device, dtype):
         targets.append(batch.targets)
         sources.append(batch.sources)
     if -len(targets) % distributed.world() > distributed.world() - 1 - distributed.rank():
-        task.predict(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
+        with autocast(device, dtype):
+            task.predict(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
     task.train()
     lengths = [len(one) for one in targets]
     return distributed.interleaved(said, lengths, device).cpu(), torch.cat(targets), torch.cat(sources)
@@ -184,12 +185,13 @@ def run(task, command, source, device, dtype):
     if done >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
     if distributed.world() > 1 and not config.lora:
-        distributed.shard(task, dtype, config.training.optimizer)
+        distributed.shard(task, dtype, config.training.optimizer, device)
     task.to(device)
     adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
     trained = sum(p.numel() for p in checkpoint.trainable(task).values())
     every = sum(p.numel() for p in task.parameters())
-    log = Log(command.run_dir, config, done, command.continues)
+    run_dir = distributed.of_first(str, command.run_dir)  # of a run that was given no name it holds the second
+    log = Log(run_dir, config, done, command.continues)
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     if adapters_alone:
@@ -221,7 +223,8 @@ def run(task, command, source, device, dtype):
         raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
     best, last = checkpoint.best(states)[0], states[-1]
     if any(map(distributed.is_sharded, task.parameters())):
-        task = load_task(config, torch.float32)
+        tokenizer, task = task.tokenizer, load_task(config, torch.float32)
+        task.tokenizer = tokenizer  # it may have been given a chat template
     task.load(best["path"])
     results = {
         **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},

@@ -106,8 +106,7 @@ def read_command_line(argv, config, default_file, description):
         if not (Path(arguments.resume_from) / "trainer_state.json").is_file():
             raise UserError(f"--resume_from {arguments.resume_from}: no checkpoint (no trainer_state.json there).")
         saved = saved_config(arguments.resume_from)
-        if (saved.lora is None) != (config.lora is None):
-            raise UserError(f"--resume_from {arguments.resume_from}: {'train_lora' if saved.lora else 'train'}.py made it.")
+        refuse_other_script(saved, config, arguments.resume_from)
     elif not file and not {"base_model", "train_data", "eval_data"} & flags.keys():
         file = str(default_file)
     if file:
@@ -163,7 +162,11 @@ def newest(config):
     states = folder.glob("checkpoints/checkpoint_step_*/trainer_state.json")
     found = sorted((path.parent for path in states), key=lambda path: int(path.name.rpartition("_")[2]))
     if found:
-        refuse_changes(saved_config(found[-1]), config, found[-1])
+        saved = saved_config(found[-1])
+        refuse_other_script(saved, config, found[-1])
+        refuse_changes(saved, config, found[-1])
+    elif config.model.init_from not in ("", "scratch"):
+        require_stage(config.model)
     return Command(config, folder, str(found[-1]) if found else "", auto=True)
 
 
@@ -187,6 +190,11 @@ def continued_folder(saved, config, checkpoint):
     if place.name != newest:
         raise UserError(f"--resume_from {checkpoint}: {newest} is later; resume that, or name a new --experiment_name.")
     return place.parent.parent
+
+
+def refuse_other_script(saved, config, checkpoint):
+    if (saved.lora is None) != (config.lora is None):
+        raise UserError(f"--resume_from {checkpoint}: {'train_lora' if saved.lora else 'train'}.py made it.")
 
 
 def refuse_changes(saved, config, checkpoint):

@@ -47,7 +47,7 @@ def start(device):
         sys.stdout = open(os.devnull, "w")
 
 
-def shard(task, dtype, optimizer):
+def shard(task, dtype, optimizer, device):
     """Lay out the weights of `task` over the processes (FSDP2): each holds a part of every layer, and of its optimizer.
 
     A layer is gathered when it is computed, in `dtype`; the parts and the sums of the gradients are fp32. Raises UserError.
@@ -56,12 +56,14 @@ def shard(task, dtype, optimizer):
         raise UserError("dtype float16: full fine-tuning on several processes computes in bfloat16 or float32.")
     if optimizer != "adamw":
         raise UserError(f"optimizer {optimizer}: full fine-tuning on several processes has adamw only, laid out over them.")
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
 
+    mesh = init_device_mesh(device.type, (world(),))  # fully_shard's own is of GPUs wherever there are some
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
     layers = next((module for module in task.model.modules() if isinstance(module, nn.ModuleList)), [])
     for module in (*layers, task):
-        fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the targets of all processes
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     register_fsdp_forward_method(task, "predict")

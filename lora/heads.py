@@ -80,8 +80,8 @@ class ChunkedLoss(torch.autograd.Function):
         cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden)
-        of_weight = torch.zeros_like(weight) if weight.requires_grad else None
-        of_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
         with torch.autocast(device, enabled=False):
             for part in head.chunks(hidden, len(weight)):
                 states, wanted = hidden[part].to(dtype), targets[part, None]

@@ -1,6 +1,7 @@
 """One schema for file, flags and saved configuration; a mistake in it is one line."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -99,6 +100,20 @@ def test_a_saved_configuration_reads_back_equal(tmp_path, suffix):
     if suffix == "toml":
         assert tomli.loads(path.read_text()) == config.as_dict()
         assert saved_config(tmp_path) == from_dict(config.as_dict(), "") == config
+
+
+def test_resume_from_auto_looks_at_script_and_stage_as_a_run_that_is_named_does(tmp_path):
+    flags = [*NAMED, "--resume_from=auto", "--experiment_name=a", f"--output_dir={tmp_path}"]
+    with pytest.raises(UserError, match="no checkpoint, artifact or adapter there"):
+        read(*flags, f"--init_from={tmp_path}")
+    newest = tmp_path / "a" / "checkpoints" / "checkpoint_step_4"
+    begun = {lora: read(*flags, lora=lora) for lora in (True, False)}
+    newest.mkdir(parents=True)
+    for lora, name in ((True, "train_lora.py"), (False, "train.py")):
+        (newest / "trainer_state.json").write_text(json.dumps({"config": begun[lora].as_dict()}))
+        assert read(*flags, lora=lora) == begun[lora]
+        with pytest.raises(UserError, match=f"checkpoint_step_4: {name} made it"):
+            read(*flags, lora=not lora)
 
 
 ERRORS = [

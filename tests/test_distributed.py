@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,31 @@ def test_a_lost_process_costs_nothing_but_the_steps_since_the_last_checkpoint(co
     assert "SIGKILL" in out or "exitcode: -9" in out or "Signal 9" in out
     calm, killed = (load_file(tmp_path / name / LAST) for name in ("calm", "killed"))
     assert calm.keys() == killed.keys() and all(torch.equal(calm[name], killed[name]) for name in calm)
+
+
+def test_a_process_without_a_part_of_the_evaluation_computes_in_the_same_type(configure, tmp_path):
+    config = configure(False, dtype="bfloat16", eval_data=["arithmetic:validation:1"], max_steps=1)
+    finish(torchrun("train.py", config, 2, tmp_path))
+
+
+def test_processes_that_start_in_different_seconds_write_to_one_folder(configure, tmp_path):
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, runpy, sys, time\nsys.path.insert(0, os.getcwd())\ntime.sleep(1.5 * int(os.environ['RANK']))\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    finish(torchrun(str(late), configure(False, name="", max_steps=1), 2, tmp_path))
+    assert len(list(tmp_path.glob("*/checkpoints"))) == len(list(tmp_path.glob("*/final_artifact"))) == 1
+
+
+def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(configure, tiny_base, tmp_path):
+    base, chats = tmp_path / "base", tmp_path / "chats.jsonl"
+    shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("chat_template*"))
+    turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+    chats.write_text(8 * (json.dumps({"messages": turns}) + "\n"))
+    settings = dict(base_model=str(base), task="lm", train_data=[str(chats)], eval_data=[str(chats)], max_steps=1)
+    out = finish(torchrun("train.py", configure(False, **settings), 2, tmp_path))
+    assert "using ChatML" in out and (tmp_path / "run" / "final_artifact" / "chat_template.jinja").is_file()
 
 
 def test_what_is_wrong_is_said_once(configure, tmp_path):

@@ -1,5 +1,7 @@
 """The language model's head in chunks equals the plain formula, in value, gradient and memory it does not take."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -86,3 +88,14 @@ def test_bfloat16_hidden_states_lose_nothing_but_their_own_rounding():
     exact = F.cross_entropy(F.linear(hidden.float(), layer.weight.float()), targets, reduction="sum")
     assert head(hidden, targets).dtype == torch.float32
     torch.testing.assert_close(head(hidden, targets), exact, rtol=2e-3, atol=0)  # logits have 8 bits
+
+
+def test_a_bfloat16_head_is_summed_over_the_chunks_in_fp32(small_chunks):
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 300).bfloat16()
+    hidden, targets = torch.randn(4500, 16).bfloat16(), torch.randint(300, (4500,))
+    LMHead(lambda: layer, Shape())(hidden, targets).backward()
+    exact = copy.deepcopy(layer).float()
+    F.cross_entropy(exact(hidden.float()), targets, reduction="sum").backward()
+    for ours, theirs in zip(layer.parameters(), exact.parameters()):
+        assert (ours.grad - theirs.grad).norm() < 4e-3 * theirs.grad.norm()  # gradients of logits have 8 bits
