@@ -62,13 +62,13 @@ from transformers import AutoModel
 
 from lora.adapter import load_adapter, write_portable
 from lora.baseline import weight_files
-from lora.checkpoint import flush
+from lora.checkpoint import flush, flush_all
 from lora.checksums import NAME, sha256_of, verify_artifact
 from lora.config import get_lora_config, saved_config, set_key
-from lora.task import Task
 from lora.layer import merge
 from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights
 from lora.quantize import dequantize
+from lora.task import Task
 
 
 def outputs(model, tokens):
@@ -141,8 +141,7 @@ def folder_for(final):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            flush(path)
+        flush_all(temporary)
         temporary.rename(final)
         flush(final.parent)
     except (OSError, SafetensorError) as error:

@@ -210,7 +210,7 @@ def run(task, command, source, device, dtype):
 
     first = distributed.rank() == 0
     if first:
-        data_files, base = artifact.hash_data(config), baseline.measure(task, config)
+        base = baseline.measure(task, config)
         baseline.record(log.run_dir, config, base)
     train(task, data, config, log, device, dtype, total, command.resume_from)
     distributed.stop()
@@ -232,7 +232,7 @@ def run(task, command, source, device, dtype):
         "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
     }
     (log.run_dir / "logs" / "final_results.json").write_text(json.dumps(results, indent=2) + "\n")
-    artifact.write(log.run_dir / "final_artifact", task, config, results, base["files"], data_files)
+    artifact.write(log.run_dir / "final_artifact", task, config, results, base["files"], source.files)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None and "/" not in name)
     log.say(f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}")
     log.close()

@@ -20,12 +20,11 @@ import sys
 
 import torch
 
-from lora.checkpoint import flush, trainable
-from lora.checksums import sha256_of, write_checksums
+from lora.checkpoint import flush, flush_all, trainable
+from lora.checksums import write_checksums
 from lora.config import ROOT
 from lora.model import locate
 from lora.model_card import model_card
-from lora.readers import files
 
 ARTIFACT_VERSION = 1
 
@@ -43,8 +42,7 @@ def write(folder, task, config, results, base_files, data_files):
     (temporary / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
     (temporary / "README.md").write_text(model_card(task, config, facts), encoding="utf-8")
     write_checksums(temporary)
-    for path in [*temporary.rglob("*"), temporary]:
-        flush(path)
+    flush_all(temporary)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():  # of a run that was over, and was then continued
         folder.rename(old)
@@ -62,15 +60,6 @@ def with_whole_paths(config):
         paths = [os.path.abspath(path) if Path(path).is_file() else path for path in getattr(config.data, key)]
         setattr(config.data, key, paths)
     return config
-
-
-def hash_data(config):
-    """Of the training and of the held-out data, path -> sha256; null for arithmetic:..., which is made, not read."""
-    paths = {"train_data": config.data.train_data, "eval_data": config.data.eval_data}
-    return {
-        key: {path: None if path.startswith("arithmetic:") else sha256_of(files.local(path)) for path in named}
-        for key, named in paths.items()
-    }
 
 
 def metadata(task, config, results, base_files, data_files):

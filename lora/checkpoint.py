@@ -48,8 +48,7 @@ def save(folder, step, task, optimizer, state):
         tensors = {name: tensor.cpu().contiguous() for name, tensor in optimizer_tensors(task, optimizer).items()}
         save_file(tensors, temporary / "optimizer.safetensors", {"format": "pt"})
     (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    for path in [*temporary.rglob("*"), temporary]:
-        flush(path)
+    flush_all(temporary)
     temporary.rename(final)
     flush(folder)
     prune(folder)
@@ -62,6 +61,12 @@ def flush(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_all(folder):
+    """Make a folder and all that is in it durable."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
 
 
 def saved(folder):

@@ -56,6 +56,7 @@ def underscored(argument):
 
 def add_flags(parser, config):
     """A flag for every key of `config` (and its aliases); returns the names they arrive under."""
+    names = []
     for title, table in tables_of(config).items():
         group = parser.add_argument_group(f"[{title}]")
         for f in dataclasses.fields(table):
@@ -73,9 +74,10 @@ def add_flags(parser, config):
             elif kind is bool:
                 settings |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
             group.add_argument(*flags, **settings)
+            names.append(f.name)
     for switch, dtype in DTYPE_SWITCHES.items():
         parser.add_argument(f"--{switch}", nargs="?", const="true", metavar="BOOL", help=f"true: --dtype {dtype}")
-    return [*(name for name, (_, f) in keys_of(config).items() if typing.get_origin(f.type) is not dict), *DTYPE_SWITCHES]
+    return [*names, *DTYPE_SWITCHES]
 
 
 def read_command_line(argv, config, default_file, description):

@@ -9,10 +9,10 @@ import os
 import sys
 
 import torch
-from torch import nn
 import torch.distributed as dist
 
 from lora.errors import UserError
+from lora.targets import decoder_layers
 
 TIMEOUT = timedelta(minutes=10)  # of a process that waits for the others
 
@@ -61,8 +61,7 @@ def shard(task, dtype, optimizer, device):
 
     mesh = init_device_mesh(device.type, (world(),))  # fully_shard's own is of GPUs wherever there are some
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    layers = next((module for module in task.model.modules() if isinstance(module, nn.ModuleList)), [])
-    for module in (*layers, task):
+    for module in (*decoder_layers(task.model), task):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the targets of all processes
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from lora.layer import LoRALinear, sizes
+from lora.layer import LoRALinear
+from lora.targets import sizes
 
 
 class LMHead(nn.Module):

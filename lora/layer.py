@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lora.errors import UserError
 from lora.quantize import dense, dense_weight, is_4bit
-from lora.targets import by_pattern, embeddings_of, matching_names, named_modules, prefix_of, untie
+from lora.targets import (
+    by_pattern, embeddings_of, matching_names, named_modules, prefix_of, sizes, untie,
+)  # fmt: skip
 
 
 class LoRALinear(nn.Module):
@@ -120,12 +122,6 @@ class LoRAEmbedding(nn.Module):
         return self.base_layer
 
 
-def sizes(layer):
-    """(in, out) of nn.Linear, Conv1D or Linear4bit, or of the one under a LoRALinear."""
-    layer = getattr(layer, "base_layer", layer)
-    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-
-
 def inject(
     model, r=16, alpha=32, dropout=0.0, target_modules="all-linear", modules_to_save=(), *,
     rslora=False, dora=False, rank_pattern=None, alpha_pattern=None,
@@ -168,8 +164,7 @@ def wrap(model, layers):
     if any(layer.base_layer is module for layer in layers.values() for module in embeddings_of(model)):
         untie(model)
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.train(model.training))  # in eval mode nothing may be dropped
+        model.set_submodule(name, layer.train(model.training))  # in eval mode nothing may be dropped
 
 
 def lora_layers(model):
@@ -180,5 +175,4 @@ def lora_layers(model):
 def merge(model):
     """Fold every update into its base layer and take the wrappers away, in place."""
     for name, layer in lora_layers(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.merged())
+        model.set_submodule(name, layer.merged())

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -17,10 +16,10 @@ from lora.config import ROOT
 from lora.data import Rows
 from lora.errors import UserError
 from lora.heads import LMHead
-from lora.task import Task
-from lora.targets import is_pooler, linear_names, train_all
 from lora.quantize import FourBitSettings, bitsandbytes
 from lora.render import Row
+from lora.targets import decoder_layers, is_pooler, train_all
+from lora.task import Task
 
 BFLOAT16_WIDTH = 512  # on a CPU: 2.4 times as fast from there on, in a base of 128 between 0.7 and 1.6 times (LOG.md)
 EMBEDDED = ROOT / "assets" / "tiny_base"
@@ -51,15 +50,15 @@ def choose_dtype(config, device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     able = torch.cpu.get_capabilities()
     if device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")):
-        width = load_shape(config.model.base_model)[0].get_text_config().hidden_size
+        width = read_shape(config.model.base_model).get_text_config().hidden_size
         return torch.bfloat16 if width >= BFLOAT16_WIDTH else torch.float32
     return torch.float32
 
 
 def checkpoint_layers(model):
     """Keep only the input of each decoder layer, and compute the layer again when its gradient is asked for."""
-    layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), None)
-    if layers is None:
+    layers = decoder_layers(model)
+    if not layers:
         raise UserError("gradient_checkpointing: this model has no list of layers; leave it out.")
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -90,7 +89,7 @@ def four_bits(lora, device):
         return None
     bitsandbytes("load_in_4bit", device)
     compute_dtype = getattr(torch, lora.bnb_4bit_compute_dtype)
-    return FourBitSettings(linear_names, lora.bnb_4bit_quant_type, lora.bnb_4bit_use_double_quant, compute_dtype, device)
+    return FourBitSettings(lora.bnb_4bit_quant_type, lora.bnb_4bit_use_double_quant, compute_dtype, device)
 
 
 def load_weights(model_class, base_model, dtype, attention, quantization=None):
@@ -120,8 +119,8 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
     return model
 
 
-def load_shape(base_model):
-    """(config.json as transformers reads it, the type of the weights on disk, tokenizer). Raises UserError."""
+def read_shape(base_model):
+    """config.json as transformers reads it. Raises UserError."""
     source, local = locate(base_model)
     with naming(base_model):
         shape = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
@@ -129,6 +128,12 @@ def load_shape(base_model):
         raise UserError(
             f"base_model {base_model}: its files are quantised; name the dense base (load_in_4bit quantises it)."
         )
+    return shape
+
+
+def load_shape(base_model):
+    """(config.json as transformers reads it, the type of the weights on disk, tokenizer). Raises UserError."""
+    shape = read_shape(base_model)
     return shape, shape.dtype or torch.float32, load_tokenizer(base_model)
 
 

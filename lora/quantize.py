@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora.errors import UserError
+from lora.targets import linear_names, sizes
 
 
 def bitsandbytes(purpose, device):
@@ -31,14 +32,14 @@ def bitsandbytes(purpose, device):
 
 @register_quantization_config("plainlora_4bit")
 class FourBitSettings(QuantizationConfigMixin):
-    """Which layers (a function of the model -> names) are quantised how, and on which device.
+    """How the linear layers are quantised, and on which device.
 
     `damaged` lists what was wrong with the weights that were read: transformers would swallow an error there.
     """
 
-    def __init__(self, names, quant_type, double_quant, compute_dtype, device):
+    def __init__(self, quant_type, double_quant, compute_dtype, device):
         self.quant_method = "plainlora_4bit"
-        self.names, self.device, self.damaged = names, device, []
+        self.device, self.damaged = device, []
         self.layer = {"quant_type": quant_type, "compress_statistics": double_quant, "compute_dtype": compute_dtype}
 
 
@@ -53,15 +54,13 @@ class FourBitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **others):
         bnb = importlib.import_module("bitsandbytes")
-        for name in self.quantization_config.names(model):
-            parent, _, child = name.rpartition(".")
+        for name in linear_names(model):
             old = model.get_submodule(name)
-            n_out, n_in = reversed(old.weight.shape) if isinstance(old, Conv1D) else old.weight.shape
-            new = bnb.nn.Linear4bit(n_in, n_out, old.bias is not None, **self.quantization_config.layer, device="meta")
+            new = bnb.nn.Linear4bit(*sizes(old), old.bias is not None, **self.quantization_config.layer, device="meta")
             new.was_conv1d = isinstance(old, Conv1D)
             # Else bitsandbytes 0.50.2 repacks the weight at the first evaluation, and gradients are cut from then on.
             new.support_avx512bf16_for_cpu = False
-            setattr(model.get_submodule(parent), child, new)
+            model.set_submodule(name, new)
 
     def param_needs_quantization(self, model, param_name, **others):
         name, _, leaf = param_name.rpartition(".")
@@ -134,5 +133,4 @@ def dequantize(model):
     """Every Linear4bit of `model` as the dense layer that it stands for, in place."""
     for name, layer in list(model.named_modules()):
         if is_4bit(layer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, dense(layer))
+            model.set_submodule(name, dense(layer))

@@ -7,6 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from lora.checksums import sha256_of
 from lora.readers import files, read_data
 
 READERS = Path(__file__).parent / "readers"
@@ -22,27 +23,25 @@ def digest(*parts):
     """A hash of texts, settings and files (Path: the file's content)."""
     total = hashlib.sha256()
     for part in parts:
-        if isinstance(part, Path):
-            with open(part, "rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        else:
-            total.update(hashlib.sha256(repr(part).encode()).digest())
+        total.update((sha256_of(part) if isinstance(part, Path) else repr(part)).encode() + b"\n")
     return total.hexdigest()[:32]
 
 
 class Source:
     """The training and the held-out examples of `config`, read (and so checked) at once unless a run has tokenised them.
 
-    `key` changes with every byte of the data, with the settings that choose from it, and with the readers' code.
+    `key` changes with every byte of the data, with the settings that choose from it, and with the readers' code. `files`
+    is {"train_data", "eval_data"}: path -> sha256, or None for arithmetic:..., which is made, not read.
     """
 
     def __init__(self, config):
         self.config, data = config, config.data
         paths = (*data.train_data, *data.eval_data)
-        contents = [path if path.startswith("arithmetic:") else files.local(path) for path in paths]
+        sums = {path: None if path.startswith("arithmetic:") else sha256_of(files.local(path)) for path in paths}
+        self.files = {name: {path: sums[path] for path in getattr(data, name)} for name in ("train_data", "eval_data")}
         suffixes = [Path(path.lower()).suffixes for path in paths]  # they choose the reader
         chosen = (len(data.train_data), data.eval_fraction, data.max_samples, data.label_max, config.model.task, suffixes)
-        self.key = digest(chosen, *contents, *sorted(READERS.glob("*.py")))
+        self.key = digest(chosen, *(sums[path] or path for path in paths), *sorted(READERS.glob("*.py")))
         self.folder = cache_folder() / self.key
         self.read = None if any(self.folder.glob("*/facts.json")) else read_data(config)
 

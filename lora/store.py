@@ -18,10 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from lora.chat import use_chatml
-from lora.checkpoint import flush
-from lora.data import Rows
+from lora.checkpoint import flush_all
+from lora.data import Rows, is_target
 from lora.errors import UserError
-from lora.render import NO_TOKEN, render
+from lora.render import render
 from lora.source import digest
 
 CODE = [Path(__file__).parent / name for name in ("chat.py", "render.py", "data.py", "store.py")]
@@ -79,8 +79,7 @@ def write(source, task, folder, key):
         for field in dataclasses.fields(Rows):
             np.save(temporary / f"{name}_{field.name}.npy", getattr(rows, field.name))
     (temporary / "facts.json").write_text(json.dumps(facts))
-    for path in [*temporary.iterdir(), temporary]:
-        flush(path)
+    flush_all(temporary)
     temporary.rename(folder / key)
 
 
@@ -104,7 +103,7 @@ def tokenise(examples, task, config, name):
     table = Rows.of(rows(), kind)
     if not len(table):
         raise UserError(f"{examples[0].where}: no {name} example has a target within max_length {max_length}.")
-    targets = table.targets[table.targets != NO_TOKEN] if kind == "lm" else table.targets[~np.isnan(table.targets)]
+    targets = table.targets[is_target(table.targets)]
     facts |= {"rows": len(table), "tokens": len(table.tokens), "targets": len(targets)}
     facts["lengths"] = np.quantile(np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher").tolist()
     if kind == "score":

@@ -8,6 +8,17 @@ from transformers.pytorch_utils import Conv1D
 from lora.errors import UserError
 
 
+def sizes(layer):
+    """(in, out) of nn.Linear, Conv1D or Linear4bit, or of the one under a LoRALinear."""
+    layer = getattr(layer, "base_layer", layer)
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+
+
+def decoder_layers(model):
+    """The model's first list of modules, which are its layers; empty where it has none."""
+    return next((module for module in model.modules() if isinstance(module, nn.ModuleList)), [])
+
+
 def prefix_of(model):
     """What stands before a module's name in the causal LM around it: "model." for a bare LlamaModel, else "".
 
