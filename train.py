@@ -21,6 +21,7 @@ if __name__ == "__main__":
     with one_line_errors():
         command = read_command_line(sys.argv[1:], Config(), ROOT / "configs" / "tiny_full.toml", "Full fine-tuning.")
         source = Source(command.config)
+        command.require_same(source.files)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import json
@@ -30,7 +31,9 @@ import time
 import torch
 
 from lora import artifact, baseline, checkpoint, distributed
+from lora.checksums import damage
 from lora.data import TrainingData, seed_for
+from lora.durable import write_text
 from lora.log import Log, peak_memory, without_nan
 from lora.model import choose_device, choose_dtype, load_task
 from lora.optimizer import make_optimizer
@@ -93,8 +96,11 @@ def evaluate(task, data, device, dtype):
     return metrics
 
 
-def train(task, data, config, log, device, dtype, total, resume_from=""):
-    """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to that step."""
+def train(task, data, config, log, device, dtype, total, resume_from="", facts=None):
+    """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to that step.
+
+    `facts` (JSON) go into the checkpoints: what a run that goes on from one must have in common with this.
+    """
     settings = config.training
     named = checkpoint.trainable(task)
     parameters = list(named.values())
@@ -131,7 +137,8 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
         if step not in (0, start) and (save or last or step % config.output.save_steps == 0):
             state = {"without_best": without_best, "scaler": scaler.state_dict(), "config": config.as_dict()}
             state["examples_per_step"] = data.examples_per_step  # kept on resume, whatever the number of processes
-            checkpoint.save(folder, step, task, optimizer, {**state, "val": metrics and without_nan(metrics)})
+            state |= {"facts": facts, "val": metrics and without_nan(metrics)}
+            checkpoint.save(folder, step, task, optimizer, state)
         if last:
             break
 
@@ -172,6 +179,14 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
             log.metrics(step, {f"train/{name}": value for name, value in values.items()})
 
 
+def place(device, before):
+    """Where the sums are made, which decides their bits. A run that goes on takes as many threads as it had."""
+    if before["step"] and before["facts"]["place"]["processes"] == distributed.world():
+        torch.set_num_threads(before["facts"]["place"]["threads"])
+    versions = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    return {"device": device.type, "processes": distributed.world(), "threads": torch.get_num_threads(), **versions}
+
+
 def run(task, command, source, device, dtype):
     """A whole run of a task that is ready to be trained: tokenise, train, keep the weights of the best validation loss."""
     config, started = command.config, time.monotonic()
@@ -190,8 +205,19 @@ def run(task, command, source, device, dtype):
     adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
     trained = sum(p.numel() for p in checkpoint.trainable(task).values())
     every = sum(p.numel() for p in task.parameters())
+    first, base = distributed.rank() == 0, None
+    if first:
+        base = baseline.measure(task, config)
+        command.require_same({"base_model": base["files"], "dtype": str(dtype)})
+    facts = {**source.files, "base_model": base and base["files"], "dtype": str(dtype), "place": place(device, before)}
     run_dir = distributed.of_first(str, command.run_dir)  # of a run that was given no name it holds the second
     log = Log(run_dir, config, done, command.continues)
+    if first:
+        baseline.record(log.run_dir, config, base)
+        for line in checkpoint.recover(log.run_dir):
+            log.say(line)
+    if before["step"] and before["facts"]["place"] != facts["place"]:
+        log.say(f"resumed on {facts['place']} after {before['facts']['place']}: the same examples, not the same bits")
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     if adapters_alone:
@@ -208,20 +234,16 @@ def run(task, command, source, device, dtype):
         log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
-    first = distributed.rank() == 0
-    if first:
-        base = baseline.measure(task, config)
-        baseline.record(log.run_dir, config, base)
-    train(task, data, config, log, device, dtype, total, command.resume_from)
+    train(task, data, config, log, device, dtype, total, command.resume_from, facts)
     distributed.stop()
     if not first:
         return None
     log.say(baseline.compare(base, baseline.measure(task, config)))
 
     states = checkpoint.saved(log.run_dir / "checkpoints")
-    if not checkpoint.best(states):
+    best, last = next((s for s in checkpoint.best(states) if not damage(s["path"], "trainer_state.json")), None), states[-1]
+    if not best:
         raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
-    best, last = checkpoint.best(states)[0], states[-1]
     if any(map(distributed.is_sharded, task.parameters())):
         tokenizer, task = task.tokenizer, load_task(config, torch.float32)
         task.tokenizer = tokenizer  # it may have been given a chat template
@@ -231,7 +253,7 @@ def run(task, command, source, device, dtype):
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
     }
-    (log.run_dir / "logs" / "final_results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(log.run_dir / "logs" / "final_results.json", json.dumps(results, indent=2) + "\n")
     artifact.write(log.run_dir / "final_artifact", task, config, results, base["files"], source.files)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None and "/" not in name)
     log.say(f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}")

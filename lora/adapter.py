@@ -225,7 +225,7 @@ def write_portable(folder, output):
         tensors[f"base_model.model.{module}.{a_name}"] = torch.nn.functional.pad(found[a_name], (0, 0, 0, missing))
         tensors[f"base_model.model.{module}.{b_name}"] = torch.nn.functional.pad(found[b_name] * scaling, (0, missing))
     config |= {"r": largest, "lora_alpha": largest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
     (output / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, output / "adapter_model.safetensors", {"format": "pt"})
 

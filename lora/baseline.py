@@ -11,9 +11,10 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 import torch
 
-from lora.checkpoint import flush, trainable
+from lora.checkpoint import trainable
 from lora.checksums import sha256_of
-from lora.errors import Stopped, UserError
+from lora.durable import write_text
+from lora.errors import Stopped
 from lora.heads import MLPHead
 from lora.layer import lora_layers
 from lora.targets import named_modules
@@ -69,16 +70,10 @@ def sha256_over(sums):
 
 
 def record(run_dir, config, before):
-    """Write baseline_checksums.json. Raises UserError where this run was begun on other weights of the base."""
-    path = Path(run_dir) / "baseline_checksums.json"
-    if path.is_file() and json.loads(path.read_text())["files"] != before["files"]:
-        raise UserError(f"base_model {config.model.base_model}: its weights are not those that {run_dir} was begun with.")
+    """Write baseline_checksums.json."""
     frozen = {"frozen_tensors": len(before["frozen"]), "frozen_sha256": sha256_over(before["frozen"])}
     sums = {"base_model": config.model.base_model, "files": before["files"], **frozen}
-    temporary = path.with_name(f".tmp_{path.name}")
-    temporary.write_text(json.dumps(sums, indent=2) + "\n")
-    flush(temporary)
-    temporary.replace(path)
+    write_text(Path(run_dir) / "baseline_checksums.json", json.dumps(sums, indent=2) + "\n")
 
 
 def compare(before, after):

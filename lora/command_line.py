@@ -13,11 +13,13 @@ import re
 import time
 import typing
 
+from lora.checksums import damage
 from lora.config import (
     ALIASES,
     DTYPE_SWITCHES,
     Config,
     keys_of,
+    nearest,
     read_file,
     refuse_two_dtypes,
     saved_config,
@@ -89,8 +91,10 @@ def read_command_line(argv, config, default_file, description):
     parser = Parser(description)
     parser.add_argument("--config", metavar="FILE", help="TOML (or JSON) file with the keys below")
     resume = ("--resume_from", "--resume_from_checkpoint")
-    help = "continue the run of this checkpoint; auto: the newest of --experiment_name, or a new run if it has none"
+    help = "continue the run of this checkpoint; auto: the newest whole one of --experiment_name, or a new run"
     parser.add_argument(*resume, metavar="DIR", default="", help=help)
+    help = "with --resume_from: keys that may differ from the checkpoint's, as a,b,c"
+    parser.add_argument("--allow_change", metavar="KEYS", default="", help=help)
     names = add_flags(parser, config)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
@@ -102,11 +106,19 @@ def read_command_line(argv, config, default_file, description):
     refuse_two_dtypes(flags, "flags")
 
     file, saved, auto = arguments.config, None, arguments.resume_from == "auto"
+    allowed = tuple(filter(None, arguments.allow_change.split(",")))
+    for name in allowed:
+        if name not in keys_of(config):
+            raise UserError(f"--allow_change {name}: no such key.{nearest(name, [*keys_of(config)])}")
     if config.lora:
         config.lora.load_in_4bit = from_environment("USE_BNB_QUANT")
     if arguments.resume_from and not auto:
         if not (Path(arguments.resume_from) / "trainer_state.json").is_file():
             raise UserError(f"--resume_from {arguments.resume_from}: no checkpoint (no trainer_state.json there).")
+        found = damage(arguments.resume_from, "trainer_state.json")
+        if found:
+            hint = "--resume_from auto takes the newest whole one"
+            raise UserError(f"--resume_from {arguments.resume_from}: damaged: {found}; {hint} of an --experiment_name.")
         saved = saved_config(arguments.resume_from)
         refuse_other_script(saved, config, arguments.resume_from)
     elif not file and not {"base_model", "train_data", "eval_data"} & flags.keys():
@@ -120,11 +132,12 @@ def read_command_line(argv, config, default_file, description):
 
     require_model_and_data(config)
     if auto:
-        return newest(config)
+        return newest(config, allowed)
     if saved:
         config.output.experiment_name = config.output.experiment_name or saved.output.experiment_name
-        refuse_changes(saved, config, arguments.resume_from)
-        return Command(config, continued_folder(saved, config, Path(arguments.resume_from)), arguments.resume_from)
+        refuse_changes(saved, config, arguments.resume_from, allowed)
+        run_dir = continued_folder(saved, config, Path(arguments.resume_from))
+        return Command(config, run_dir, arguments.resume_from, False, allowed)
     if config.model.init_from not in ("", "scratch"):
         require_stage(config.model)
     if not config.output.experiment_name:
@@ -149,27 +162,41 @@ class Command:
     run_dir: Path
     resume_from: str = ""  # a checkpoint folder
     auto: bool = False  # --resume_from auto
+    allowed: tuple[str, ...] = ()  # --allow_change: what may be another than the checkpoint's
 
     @property
     def continues(self):
         """Whether the folder is that of the run which is resumed, so that it may be there."""
         return self.auto or Path(self.resume_from).resolve().parent.parent == self.run_dir.resolve()
 
+    def require_same(self, facts):
+        """Raises UserError where `facts` (JSON, by name) are not those that the checkpoint was made with."""
+        if not self.resume_from:
+            return
+        before = read_file(Path(self.resume_from) / "trainer_state.json")["facts"]
+        changed = [
+            f"{name} ({shown(before, name)} -> {shown(facts, name)})" for name in facts if facts[name] != before[name]
+        ]
+        refuse(self.resume_from, [one for one in changed if one.split()[0] not in self.allowed])
 
-def newest(config):
+
+def newest(config, allowed):
     """The Command that continues the run called experiment_name from its newest checkpoint, or begins it."""
     if not config.output.experiment_name:
         raise UserError("--resume_from auto: add --experiment_name, which says the run that is continued.")
     folder = Path(config.output.output_dir) / config.output.experiment_name
-    states = folder.glob("checkpoints/checkpoint_step_*/trainer_state.json")
-    found = sorted((path.parent for path in states), key=lambda path: int(path.name.rpartition("_")[2]))
-    if found:
-        saved = saved_config(found[-1])
-        refuse_other_script(saved, config, found[-1])
-        refuse_changes(saved, config, found[-1])
+    found = [path for path in folder.glob("checkpoints/checkpoint_step_*") if path.name.rpartition("_")[2].isdigit()]
+    found.sort(key=lambda path: int(path.name.rpartition("_")[2]), reverse=True)
+    newest = next((path for path in found if not damage(path, "trainer_state.json")), None)  # the run says which are
+    if found and not newest:
+        raise UserError(f"--resume_from auto: every checkpoint in {folder} is damaged; choose another --experiment_name.")
+    if newest:
+        saved = saved_config(newest)
+        refuse_other_script(saved, config, newest)
+        refuse_changes(saved, config, newest, allowed)
     elif config.model.init_from not in ("", "scratch"):
         require_stage(config.model)
-    return Command(config, folder, str(found[-1]) if found else "", auto=True)
+    return Command(config, folder, str(newest or ""), True, allowed)
 
 
 def new_folder(config):
@@ -199,15 +226,31 @@ def refuse_other_script(saved, config, checkpoint):
         raise UserError(f"--resume_from {checkpoint}: {'train_lora' if saved.lora else 'train'}.py made it.")
 
 
-def refuse_changes(saved, config, checkpoint):
+def refuse_changes(saved, config, checkpoint, allowed):
     before, now = keys_of(saved), keys_of(config)
     changed = [
         f"{name} ({getattr(before[name][0], name)} -> {getattr(now[name][0], name)})"
         for name in now
-        if name not in FREE_ON_RESUME and getattr(before[name][0], name) != getattr(now[name][0], name)
+        if name not in {*FREE_ON_RESUME, *allowed} and getattr(before[name][0], name) != getattr(now[name][0], name)
     ]
+    refuse(checkpoint, changed)
+
+
+def refuse(checkpoint, changed):
     if changed:
-        raise UserError(f"--resume_from {checkpoint}: another configuration than the checkpoint's: {', '.join(changed)}.")
+        names = ",".join(one.split()[0] for one in changed)
+        listed = ", ".join(changed)
+        raise UserError(
+            f"--resume_from {checkpoint}: not what it was made with: {listed}; --allow_change {names} allows it."
+        )
+
+
+def shown(facts, name):
+    """A fact in a few characters; of hashed files their names and the beginnings of their hashes."""
+    value = facts[name]
+    return (
+        " ".join(f"{Path(k).name} {(v or '')[:8]}".strip() for k, v in value.items()) if isinstance(value, dict) else value
+    )
 
 
 def require_model_and_data(config):

@@ -11,15 +11,14 @@ import dataclasses
 import fcntl
 import json
 from pathlib import Path
-import shutil
 import tempfile
 
 import numpy as np
 from tqdm import tqdm
 
 from lora.chat import use_chatml
-from lora.checkpoint import flush_all
 from lora.data import Rows, is_target
+from lora.durable import folder_for
 from lora.errors import UserError
 from lora.render import render
 from lora.source import digest
@@ -71,16 +70,12 @@ def write(source, task, folder, key):
     examples = source.examples()
     facts = {"chats": any(example.messages for part in examples for example in part)}
     facts["overlap"] = len(set.intersection(*({example.subject for example in part} for part in examples)))
-    temporary = folder / f".tmp_{key}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for name, part in zip(("train", "eval"), examples):
-        rows, facts[name] = tokenise(part, task, source.config, name)
-        for field in dataclasses.fields(Rows):
-            np.save(temporary / f"{name}_{field.name}.npy", getattr(rows, field.name))
-    (temporary / "facts.json").write_text(json.dumps(facts))
-    flush_all(temporary)
-    temporary.rename(folder / key)
+    with folder_for(folder / key) as temporary:
+        for name, part in zip(("train", "eval"), examples):
+            rows, facts[name] = tokenise(part, task, source.config, name)
+            for field in dataclasses.fields(Rows):
+                np.save(temporary / f"{name}_{field.name}.npy", getattr(rows, field.name))
+        (temporary / "facts.json").write_text(json.dumps(facts))
 
 
 def tokenise(examples, task, config, name):
