@@ -22,7 +22,7 @@ import typing
 from lora import retrieval
 from lora.checksums import verify_artifact
 from lora.command_line import Parser
-from lora.config import Config, from_dict, keys_of, read_file, saved_config, set_key
+from lora.config import Config, from_dict, keys_of, read_file, rows_per_batch, saved_config, set_key
 from lora.errors import UserError, one_line_errors
 from lora.readers import Example, read, read_data
 from lora.text_metrics import Question, check_patterns, means, passes, read_questions, rouge_scorer, scores
@@ -185,7 +185,7 @@ def load(arguments, config, device):
 def said_at_targets(examples, task, config, device, dtype):
     """(what the head says at every target, the targets, a line about the examples)."""
     rows, facts = tokenise(examples, task, config, "eval")
-    batches = rows.batches(range(len(rows)), config.training.batch_size * config.data.max_length, task.packed)
+    batches = rows.batches(range(len(rows)), rows_per_batch(config.training) * config.data.max_length, task.packed)
     said, targets, _ = predict(task, tqdm(batches, unit="batch", disable=None), device, dtype)
     return said, targets, describe("eval", facts)
 
@@ -207,7 +207,7 @@ def generate(prompts, task, config, dtype):
     return answers(
         task.model, task.tokenizer, prompts, max_new_tokens=settings.max_new_tokens,
         stop=stop_tokens(task.model, task.tokenizer), dtype=dtype, temperature=settings.temperature,
-        max_tokens=config.training.batch_size * config.data.max_length, seed=config.training.seed,
+        max_tokens=rows_per_batch(config.training) * config.data.max_length, seed=config.training.seed,
     )  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def answer_rows(questions, task, config, dtype):
 
 def retrieval_numbers(asked, task, config, device, dtype):
     texts = [*asked.corpus.values(), *(query for query, _ in asked.queries)]
-    limits = config.data.max_length, config.training.batch_size * config.data.max_length
+    limits = config.data.max_length, rows_per_batch(config.training) * config.data.max_length
     embeddings = retrieval.embed(task, texts, *limits, device, dtype)
     corpus, queries = embeddings[: len(asked.corpus)], embeddings[len(asked.corpus) :]
     return retrieval.metrics(retrieval.ranks_of(queries, corpus, [relevant for _, relevant in asked.queries]))

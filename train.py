@@ -12,7 +12,7 @@ import sys
 
 from lora.command_line import read_command_line
 from lora.config import ROOT, Config
-from lora.errors import Stopped, UserError, one_line_errors
+from lora.errors import Stopped, UserError, one_line_errors, ran_out_of_memory
 from lora.source import Source
 
 # The command line and the data are read before torch is loaded, so that a mistake in them is answered at once; and the
@@ -30,13 +30,13 @@ import time
 
 import torch
 
-from lora import artifact, baseline, checkpoint, distributed
+from lora import artifact, baseline, checkpoint, distributed, guard
 from lora.checksums import damage
 from lora.data import TrainingData, seed_for
 from lora.durable import write_text
 from lora.log import Log, peak_memory, without_nan
 from lora.model import choose_device, choose_dtype, load_task
-from lora.optimizer import make_optimizer
+from lora.optimizer import make_optimizer, state_bytes
 from lora.store import describe, tokenised
 
 
@@ -96,6 +96,32 @@ def evaluate(task, data, device, dtype):
     return metrics
 
 
+def backward(task, data, step, scaler, seed, device, dtype):
+    """Add the gradients of this process's part of a step; returns [its part of the loss, 1 if its memory ran out, 1 if a
+
+    signal asks it to stop].
+
+    Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets, over all processes), so
+    that how a step is cut changes nothing.
+    """
+    batches, num_targets = data.batch_at(step), data.num_targets_at(step)
+    totals = torch.zeros(3, device=device)
+    try:
+        for i, batch in enumerate(batches):
+            torch.manual_seed(seed_for(seed, "dropout", step, distributed.place(i)))
+            with autocast(device, dtype):
+                loss_sum, _ = task(batch.to(device))
+            scaler.scale(loss_sum / num_targets).backward()
+            totals[0] += loss_sum.detach() / num_targets
+    except RuntimeError as error:
+        # Where weights are sharded the other processes wait in the middle of a layer: this one cannot go back alone.
+        if not ran_out_of_memory(error) or any(map(distributed.is_sharded, task.parameters())):
+            raise
+        totals[1] = 1
+    totals[2] = guard.received > 0
+    return totals
+
+
 def train(task, data, config, log, device, dtype, total, resume_from="", facts=None):
     """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to that step.
 
@@ -109,15 +135,36 @@ def train(task, data, config, log, device, dtype, total, resume_from="", facts=N
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     folder = log.run_dir / "checkpoints"
 
-    step, start, without_best = 0, None, 0
+    step, start, without_best, skipped, stop = 0, None, 0, 0, False
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
         step = start = state["step"]
-        without_best = state["without_best"]
+        without_best, skipped = state["without_best"], state["skipped"]
         scaler.load_state_dict(state["scaler"])
     best_loss = distributed.of_first(checkpoint.best_loss, folder)  # of no checkpoints where a run branches off
 
+    def gradients(step):
+        """Add the gradients of a step over all processes, in smaller micro-batches if memory runs out.
+
+        Returns the loss, and whether a signal asks for the end.
+        """
+        while True:
+            totals = backward(task, data, step, scaler, settings.seed, device, dtype)
+            distributed.sum_gradients(parameters, totals)
+            loss, out_of_memory, stop = totals.tolist()  # here the host waits for the device
+            if not out_of_memory:
+                return loss, stop > 0
+            optimizer.zero_grad(set_to_none=True)
+            log.say(data.halve(step))
+
     task.train()
+    # The longest rows first, without an update: what does not fit shows now and not after forty steps.
+    reserved = torch.empty(
+        0 if resume_from else state_bytes(parameters, settings.optimizer), dtype=torch.int8, device=device
+    )
+    gradients(None)
+    optimizer.zero_grad(set_to_none=True)
+    del reserved
     log.start(step, total)
     while True:
         # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never lost.
@@ -134,57 +181,47 @@ def train(task, data, config, log, device, dtype, total, resume_from="", facts=N
             if 0 < settings.early_stopping_patience <= without_best:
                 log.say(f"Stopping at step {step}: {without_best} evaluations without a new best.")
                 last = True
-        if step not in (0, start) and (save or last or step % config.output.save_steps == 0):
-            state = {"without_best": without_best, "scaler": scaler.state_dict(), "config": config.as_dict()}
-            state["examples_per_step"] = data.examples_per_step  # kept on resume, whatever the number of processes
-            state |= {"facts": facts, "val": metrics and without_nan(metrics)}
+        if step not in (0, start) and (save or last or stop or step % config.output.save_steps == 0):
+            state = {"without_best": without_best, "skipped": skipped, "scaler": scaler.state_dict()}
+            state |= {"examples_per_step": data.examples_per_step, "max_tokens": data.max_tokens}  # kept on resume
+            state |= {"config": config.as_dict(), "facts": facts, "val": metrics and without_nan(metrics)}
             checkpoint.save(folder, step, task, optimizer, state)
+        if stop:
+            raise guard.stopped(step)
         if last:
             break
 
-        # 2. This step's micro-batches, and the number of targets over all of them.
+        # 2. and 3. The gradients of this step's micro-batches, divided by the number of targets over all of them.
         started = time.monotonic()
-        batches, num_targets = data.batch_at(step), data.num_targets_at(step)
+        loss, stop = gradients(step)
 
-        # 3. Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets).
-        loss = torch.zeros((), device=device)
-        for i, batch in enumerate(batches):
-            torch.manual_seed(seed_for(settings.seed, "dropout", step, distributed.place(i)))
-            with autocast(device, dtype):
-                loss_sum, _ = task(batch.to(device))
-            scaler.scale(loss_sum / num_targets).backward()
-            loss += loss_sum.detach() / num_targets
-
-        # 4. Sum over the processes, clip, stop before the update if anything is not finite, set the learning rate, step.
-        distributed.sum_gradients(parameters)
-        distributed.sum_over_all(loss)
+        # 4. Clip, stop (or skip the step) before the update if anything is not finite, set the learning rate, step.
         scaler.unscale_(optimizer)
-        grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
-        finite = loss.isfinite() if scaler.is_enabled() else (loss + grad_norm).isfinite()  # fp16: the scaler skips
-        if not finite:
-            found = f"loss {loss.item()}, gradient norm {grad_norm.item()}"
-            raise Stopped(f"step {step}: {found}; stopped before the update, the checkpoints are as they were.")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
+        grad_norm = distributed.whole(norm).item()
         learning_rate = learning_rate_at(step, total, settings)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
-        scaler.step(optimizer)
+        if math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(grad_norm)):  # fp16: the scaler skips
+            scaler.step(optimizer)
+        else:
+            found = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+            skipped += 1
+            if skipped > settings.skip_nonfinite:
+                rows = data.rows_at(step).tolist()
+                raise Stopped(
+                    f"{found}; stopped before the update, the checkpoints are as they were.", step=step, rows=rows
+                )
+            log.say(f"{found}; the update is left out ({skipped} of {settings.skip_nonfinite} that may be)")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         # 5. Log.
-        log.count(data.size_at(step - 1), time.monotonic() - started)
+        log.count(step, data.size_at(step - 1), time.monotonic() - started, loss)
         if step % config.output.logging_steps == 0:
-            values = {"loss": loss.item(), "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
+            values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
             log.metrics(step, {f"train/{name}": value for name, value in values.items()})
-
-
-def place(device, before):
-    """Where the sums are made, which decides their bits. A run that goes on takes as many threads as it had."""
-    if before["step"] and before["facts"]["place"]["processes"] == distributed.world():
-        torch.set_num_threads(before["facts"]["place"]["threads"])
-    versions = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    return {"device": device.type, "processes": distributed.world(), "threads": torch.get_num_threads(), **versions}
 
 
 def run(task, command, source, device, dtype):
@@ -193,10 +230,9 @@ def run(task, command, source, device, dtype):
     if config.model.init_from not in ("", "scratch") and not command.resume_from:
         task.start_from(config.model.init_from)
     rows, held_out, facts = tokenised(source, task)
-    before = checkpoint.read_state(command.resume_from) if command.resume_from else {"step": 0}
-    processes = distributed.rank(), distributed.world()
-    data = TrainingData(rows, held_out, config, task.packed, *processes, before.get("examples_per_step"))
-    total, done = total_steps(config.training, data.steps_per_epoch), before["step"]
+    before = checkpoint.read_state(command.resume_from) if command.resume_from else None
+    data = TrainingData(rows, held_out, config, task.packed, distributed.rank(), distributed.world(), before)
+    total, done = total_steps(config.training, data.steps_per_epoch), before["step"] if before else 0
     if done >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
     if distributed.world() > 1 and not config.lora:
@@ -209,15 +245,20 @@ def run(task, command, source, device, dtype):
     if first:
         base = baseline.measure(task, config)
         command.require_same({"base_model": base["files"], "dtype": str(dtype)})
-    facts = {**source.files, "base_model": base and base["files"], "dtype": str(dtype), "place": place(device, before)}
+    made_of = {
+        **source.files,
+        "base_model": base and base["files"],
+        "dtype": str(dtype),
+        "place": distributed.place_of(device, before),
+    }
     run_dir = distributed.of_first(str, command.run_dir)  # of a run that was given no name it holds the second
     log = Log(run_dir, config, done, command.continues)
     if first:
         baseline.record(log.run_dir, config, base)
         for line in checkpoint.recover(log.run_dir):
             log.say(line)
-    if before["step"] and before["facts"]["place"] != facts["place"]:
-        log.say(f"resumed on {facts['place']} after {before['facts']['place']}: the same examples, not the same bits")
+    if before and before["facts"]["place"] != made_of["place"]:
+        log.say(f"resumed on {made_of['place']} after {before['facts']['place']}: the same examples, not the same bits")
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     if adapters_alone:
@@ -234,7 +275,8 @@ def run(task, command, source, device, dtype):
         log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
-    train(task, data, config, log, device, dtype, total, command.resume_from, facts)
+    with guard.watching():
+        train(task, data, config, log, device, dtype, total, command.resume_from, made_of)
     distributed.stop()
     if not first:
         return None

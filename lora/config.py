@@ -20,9 +20,12 @@ from lora.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def key(default, help, *, low=None, above=None, high=None, choices=None):
-    """A configuration key: its default, its help line, and what its value may be (low and high are allowed, above not)."""
-    checks = {"help": help, "low": low, "above": above, "high": high, "choices": choices}
+def key(default, help, *, low=None, above=None, high=None, choices=None, word=None):
+    """A configuration key: its default, its help line, and what its value may be (low and high are allowed, above not).
+
+    word: a text that may stand in the place of a number.
+    """
+    checks = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "word": word}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=checks)
     return field(default=default, metadata=checks)
@@ -71,7 +74,12 @@ class LoraConfig:
 @dataclass
 class TrainingConfig:
     learning_rate: float = key(2e-5, "peak learning rate", above=0.0)
-    batch_size: int = key(4, "with max_length the tokens of a micro-batch: batch_size x max_length at most", low=1)
+    batch_size: int = key(
+        4,
+        "a micro-batch has at most batch_size x max_length tokens; auto: 4, in micro-batches as large as fit",
+        low=1,
+        word="auto",
+    )
     gradient_accumulation_steps: int = key(4, "a step is batch_size x this many examples", low=1)
     max_steps: int | None = key(None, "optimizer steps; default: 10000, or what num_train_epochs needs", low=1)
     num_train_epochs: float | None = key(None, "passes over the data; with max_steps the smaller ends the run", above=0.0)
@@ -81,6 +89,7 @@ class TrainingConfig:
     )
     lr_scheduler_type: str = key("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", low=0.0)
+    skip_nonfinite: int = key(0, "leave out up to N steps whose loss or gradient is not finite; one more stops", low=0)
     weight_decay: float = key(0.0, "AdamW's", low=0.0)
     optimizer: str = key(
         "adamw", "8 bits: AdamW's state of bitsandbytes", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")
@@ -160,6 +169,11 @@ ALIASES = {
 DTYPE_SWITCHES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
+def rows_per_batch(training):
+    """batch_size as a number; "auto" is the default's."""
+    return TrainingConfig.batch_size if training.batch_size == "auto" else training.batch_size
+
+
 def tables_of(config):
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) is not None}
 
@@ -197,11 +211,14 @@ def check(where, value, annotation, limits):
         if not isinstance(value, dict):
             raise UserError(f"{where} = {value!r}: need a table, in the config file.")
         return {name: check(f"{where}.{name}", item, typing.get_args(kind)[1], limits) for name, item in value.items()}
+    if limits["word"] and value == limits["word"]:
+        return value
     expected = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{where} = {value!r}: need {expected}.")
+        word = f" or {limits['word']}" if limits["word"] else ""
+        raise UserError(f"{where} = {value!r}: need {expected}{word}.")
     low, above, high, choices = (limits[k] for k in ("low", "above", "high", "choices"))
     if choices and value not in choices:
         raise UserError(f"{where} = {value!r}: need one of {', '.join(choices)}.{nearest(value, choices)}")

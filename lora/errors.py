@@ -46,10 +46,19 @@ class Interrupted(UserError):
         self.status = 128 + number
 
 
+LESS_MEMORY = "Use less: --batch_size 1 (or auto), --gradient_checkpointing, a smaller --max_length, --load_in_4bit."
+
+
+def ran_out_of_memory(error):
+    """Whether torch says so: on a GPU by a class of its own, on a CPU in words only."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 # Seconds that a process waits before it speaks: what all of them find wrong the first one says, what one finds wrong that
 # one says, and torchrun ends the others meanwhile.
 PATIENCE = 5
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 run_dir = None  # of the run in this process, once it has one
 
@@ -68,7 +77,9 @@ def one_line_errors():
             raise
         sys.stdout.flush()
         lost = isinstance(error, Exhausted) and error is not raised and WORLD > 1
-        if lost or int(os.environ.get("RANK", 0)) > 0:
+        if isinstance(error, Interrupted) and RANK > 0:  # all have agreed, and the first one speaks
+            raise SystemExit(error.status) from None
+        if lost or RANK > 0:
             time.sleep(PATIENCE)
         line = " ".join(f"{error}{how_to_go_on() if error.status >= 4 else ''}".split())
         if not lost or record_of(run_dir) is None:  # else the lost one has said why
@@ -88,8 +99,8 @@ def named(error):
         return Interrupted("interrupted before the training began.", signal.SIGINT)
     if is_full(error):
         return Exhausted(f"{text}: no room for it; the checkpoints are as they were.")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return Exhausted(f"out of memory ({text}): lower --batch_size or --max_length, or add --gradient_checkpointing.")
+    if ran_out_of_memory(error):
+        return Exhausted(f"{text.rstrip('.')}. {LESS_MEMORY}")
     if "EADDRINUSE" in text:
         return Exhausted(f"port {os.environ.get('MASTER_PORT')} is taken: let torchrun --standalone choose a free one.")
     if WORLD > 1 and isinstance(error, RuntimeError) and re.search("gloo|NCCL", text):

@@ -1,11 +1,13 @@
 """What a run says: the console, a progress bar, logs/train_*.log and logs/train_metrics.jsonl."""
 
+from collections import deque
 import fcntl
 import json
 import math
 import os
 from pathlib import Path
 import resource
+import statistics
 import sys
 import time
 
@@ -16,6 +18,8 @@ from lora import distributed, errors
 from lora.durable import write_text
 from lora.errors import UserError
 
+SPIKE_WINDOW, SPIKE = 50, 6.0  # steps, standard deviations of their losses
+
 
 class Log:
     """The log of a run in `run_dir`. Metrics of steps after `start` are cut off: a resumed run writes them again.
@@ -25,6 +29,7 @@ class Log:
 
     def __init__(self, run_dir, config, start=0, may_exist=False):
         self.run_dir, self.bar, self.tokens, self.seconds = Path(run_dir), None, 0, 0.0
+        self.losses = deque(maxlen=SPIKE_WINDOW)
         errors.run_dir = self.run_dir
         if distributed.rank() > 0:
             self.metrics_file = self.text_file = open(os.devnull, "w")
@@ -62,8 +67,15 @@ class Log:
         quiet = True if distributed.rank() > 0 else None  # None: without a terminal
         self.bar = tqdm(total=total, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
 
-    def count(self, tokens, seconds):
-        """One more step, over so many tokens; evaluations and checkpoints are not in its seconds."""
+    def count(self, step, tokens, seconds, loss):
+        """Step number `step` is done, over so many tokens; evaluations and checkpoints are not in its seconds."""
+        if len(self.losses) == SPIKE_WINDOW:
+            usual = statistics.fmean(self.losses)
+            if loss > usual + SPIKE * statistics.pstdev(self.losses):
+                self.say(
+                    f"step {step}: the loss {loss:.4f} is a spike: the mean of the {SPIKE_WINDOW} before is {usual:.4f}"
+                )
+        self.losses.append(loss)
         self.tokens += tokens
         self.seconds += seconds
         self.bar.update()

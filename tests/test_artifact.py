@@ -299,7 +299,9 @@ def test_a_run_is_not_continued_on_another_base(configure, own_base):
     weights.unlink()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     config.training.max_steps = 8
-    with pytest.raises(UserError, match="its weights are not those that .* was begun with"):
+    with pytest.raises(
+        UserError, match="base_model \\(model.safetensors \\w+ -> model.safetensors \\w+\\); --allow_change base_model"
+    ):
         run(config, folder / "checkpoints" / "checkpoint_step_4")
 
 

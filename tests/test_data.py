@@ -42,7 +42,8 @@ def rows_for(example, tokenizer, task, max_length=256, causal=True):
 def training_data(configure, tokenizer, rank=0, world=1, examples=None, **values):
     config = configure(lora=False, **values)
     rows = rows_of("arithmetic:train:60", config.model.task, tokenizer)
-    return TrainingData(rows, rows, config, rank=rank, world=world, examples_per_step=examples)
+    before = examples and {"examples_per_step": examples, "max_tokens": config.training.batch_size * config.data.max_length}
+    return TrainingData(rows, rows, config, rank=rank, world=world, before=before)
 
 
 def gradients(task, batches):
