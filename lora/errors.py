@@ -58,7 +58,6 @@ def ran_out_of_memory(error):
 # Seconds that a process waits before it speaks: what all of them find wrong the first one says, what one finds wrong that
 # one says, and torchrun ends the others meanwhile.
 PATIENCE = 5
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 run_dir = None  # of the run in this process, once it has one
 
@@ -76,10 +75,11 @@ def one_line_errors():
             record(1, f"{type(raised).__name__}: {raised}")
             raise
         sys.stdout.flush()
-        lost = isinstance(error, Exhausted) and error is not raised and WORLD > 1
-        if isinstance(error, Interrupted) and RANK > 0:  # all have agreed, and the first one speaks
+        rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
+        lost = isinstance(error, Exhausted) and error is not raised and several
+        if isinstance(error, Interrupted) and rank > 0:  # all have agreed, and the first one speaks
             raise SystemExit(error.status) from None
-        if lost or RANK > 0:
+        if lost or rank > 0:
             time.sleep(PATIENCE)
         line = " ".join(f"{error}{how_to_go_on() if error.status >= 4 else ''}".split())
         if not lost or record_of(run_dir) is None:  # else the lost one has said why
@@ -88,6 +88,11 @@ def one_line_errors():
         raise SystemExit(error.status) from None
     if run_dir:
         record(0)
+
+
+def are_several():
+    """Whether this process is one of several of a run."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def named(error):
@@ -103,7 +108,7 @@ def named(error):
         return Exhausted(f"{text.rstrip('.')}. {LESS_MEMORY}")
     if "EADDRINUSE" in text:
         return Exhausted(f"port {os.environ.get('MASTER_PORT')} is taken: let torchrun --standalone choose a free one.")
-    if WORLD > 1 and isinstance(error, RuntimeError) and re.search("gloo|NCCL", text):
+    if are_several() and isinstance(error, RuntimeError) and re.search("gloo|NCCL", text):
         return Exhausted("another process of this run was lost (torchrun says which).")
     return None
 
@@ -119,7 +124,7 @@ def how_to_go_on():
     if not found:
         return ""
     newest = max(found, key=lambda path: int(path.name.rpartition("_")[2]))
-    launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if WORLD > 1 else "python"
+    launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if are_several() else "python"
     return f" Go on with: {launcher} {shlex.join([sys.argv[0], '--resume_from', str(newest)])}"
 
 
