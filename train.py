@@ -35,7 +35,7 @@ from lora.checksums import damage
 from lora.data import TrainingData, seed_for
 from lora.durable import write_text
 from lora.log import Log, peak_memory, without_nan
-from lora.model import choose_device, choose_dtype, load_task
+from lora.model import choose_device, choose_dtype, disagreement, load_task, prepare_layers
 from lora.optimizer import make_optimizer, state_bytes
 from lora.store import describe, tokenised
 
@@ -235,9 +235,14 @@ def run(task, command, source, device, dtype):
     total, done = total_steps(config.training, data.steps_per_epoch), before["step"] if before else 0
     if done >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
+    prepare_layers(task.model, config.training)
     if distributed.world() > 1 and not config.lora:
         distributed.shard(task, dtype, config.training.optimizer, device)
     task.to(device)
+    if device.type != "cpu" and not any(map(distributed.is_sharded, task.parameters())):
+        problem = disagreement(task, dtype)  # it has been tried on the CPU, but for the device's own kernels
+        if problem:
+            raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
     adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
     trained = sum(p.numel() for p in checkpoint.trainable(task).values())
     every = sum(p.numel() for p in task.parameters())

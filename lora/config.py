@@ -100,6 +100,8 @@ class TrainingConfig:
     max_eval_batches: int = key(100, "evaluate on the first N x 4 rows; 0: all", low=0)
     early_stopping_patience: int = key(0, "stop after N evaluations without a new best; 0: never", low=0)
     gradient_checkpointing: bool = key(False, "keep one state per layer and compute the rest again: a third slower")
+    offload_activations: bool = key(False, "keep what the backward pass needs of the layers in main memory, not on the GPU")
+    compile: bool = key(False, "torch.compile each layer: faster on a GPU after the first steps, which take longer")
     device: str = key(
         "auto", "where to run; DEVICE_PREFERENCE in the environment too", choices=("auto", "cuda", "mps", "cpu")
     )
