@@ -162,6 +162,7 @@ import torch
 from tqdm import tqdm
 
 from lora import metrics
+from lora.baseline import file_sums, other_base
 from lora.chat import use_chatml
 from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
 from lora.log import without_nan
@@ -177,6 +178,8 @@ def load(arguments, config, device):
         task.load_head(arguments.checkpoint)
     elif arguments.checkpoint:
         task.load(arguments.checkpoint)
+        if warning := other_base(arguments.checkpoint, config.model.base_model, file_sums(config.model)):
+            print(warning)
     elif config.model.task == "score":
         print("note: a base has no score head; this one is untrained")
     return task.to(device)

@@ -58,8 +58,8 @@ import transformers
 from transformers import AutoModel
 
 from lora.adapter import load_adapter, write_portable
-from lora.baseline import weight_files
-from lora.checksums import NAME, sha256_of, verify_artifact
+from lora.baseline import file_sums, other_base
+from lora.checksums import NAME, damage
 from lora.config import get_lora_config, saved_config, set_key
 from lora.durable import folder_for
 from lora.layer import merge
@@ -93,14 +93,14 @@ def find_adapter(folder, base_model):
 
 
 def check_artifact(folder, model):
-    """That a final artifact is as it was written; and a warning where the base is not the one it was trained on.
+    """That an artifact or a checkpoint is as it was written; and a warning where the base is not the one it was trained on.
 
     `model` is the [model] table of its configuration, with the base that is merged into.
     """
-    if (folder / NAME).is_file():
-        trained_on = verify_artifact(folder)["base_files"]
-        if trained_on != {path.name: sha256_of(path) for path in weight_files(model)}:
-            print(f"warning: {model.base_model} does not hold the weights that the adapter was trained on")
+    if (folder / NAME).is_file() and (found := damage(folder, "lora_adapter/adapter_config.json")):
+        raise UserError(f"--adapter {folder}: not as it was written: {found}. Copy the folder again.")
+    if warning := other_base(folder, model.base_model, file_sums(model)):
+        print(warning)
 
 
 def class_for(shape, config):

@@ -269,6 +269,11 @@ def run(task, command, source, device, dtype):
     if adapters_alone:
         log.say(adapters_alone)
     log.say(f"{describe('train', facts['train'])}\n{describe('eval', facts['eval'])}")
+    if first and config.model.init_from and config.lora:
+        if warning := baseline.other_base(config.model.init_from, config.model.base_model, base["files"]):
+            log.say(warning)
+    if facts["repeated"]:
+        log.say(f"warning: {facts['repeated']} training examples are repeated word for word")
     if facts["overlap"]:
         log.say(f"warning: {facts['overlap']} prompts or texts are in the training data and in the held-out data")
     if distributed.world() > 1:

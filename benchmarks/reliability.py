@@ -1,4 +1,4 @@
-"""What the README promises of kills, faults and hostile files, tried: runs are killed, their files damaged, the results compared.
+"""What the README promises of kills and faults, tried: runs are killed, their files damaged, and the ends compared.
 
     python benchmarks/reliability.py [--kills 50] [--only kills crash_points ...] [--seed 0] [--output FILE]
 
@@ -9,6 +9,7 @@ optimizer and metrics of the undisturbed run, bit for bit.
 
 import argparse
 from contextlib import contextmanager
+from functools import partial
 import json
 import os
 from pathlib import Path
@@ -41,7 +42,7 @@ import train
 import train_lora
 
 torch.set_num_threads(1)
-LAST = 16  # steps of a run; 8 to an epoch
+LAST = 12  # steps of a run; the data begin anew in the tenth
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
 
@@ -53,7 +54,9 @@ class Bench:
         os.environ["PLAINLORA_CACHE"] = str(self.folder / "cache")
         torch.manual_seed(1)
         shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-        LlamaForCausalLM(LlamaConfig(vocab_size=2048, max_position_embeddings=512, **shape)).save_pretrained(self.folder / "base")
+        LlamaForCausalLM(LlamaConfig(vocab_size=2048, max_position_embeddings=512, **shape)).save_pretrained(
+            self.folder / "base"
+        )
         AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(self.folder / "base")
         self.undisturbed = {}
         self.reference("lora")  # in a child, which tokenises
@@ -65,10 +68,12 @@ class Bench:
         return f"run_{self.count}"
 
     def flags(self, kind, name):
-        """A run of 16 steps of 8 examples, saved at 4, 8, .. and evaluated at 3, 6, .."""
+        """A run of 12 steps of 8 examples, saved at 4, 8, .. and evaluated at 3, 6, .."""
         shared = f"--base_model {self.folder}/base --train_data arithmetic:train:64 --eval_data arithmetic:validation:8 "
         shared += f"--max_length 100 --batch_size 1 --gradient_accumulation_steps 8 --max_steps {LAST} --eval_steps 3 "
-        shared += f"--save_steps 4 --logging_steps 1 --learning_rate 1e-2 --output_dir {self.folder} --experiment_name {name}"
+        shared += (
+            f"--save_steps 4 --logging_steps 1 --learning_rate 1e-2 --output_dir {self.folder} --experiment_name {name}"
+        )
         return [*shared.split(), "--resume_from", "auto", *KINDS[kind]]
 
     def main(self, kind, name, more=()):
@@ -203,7 +208,7 @@ def kills(bench, count):
     while done < count:
         name, before, runs = bench.name(), [], runs + 1
         for _ in range(min(5, count - done)):
-            (child,) = bench.start("lora", name, lambda rank: report_kept(bench.folder / f"{name}_kept"))
+            (child,) = bench.start("lora", name, partial(report_kept, bench.folder / f"{name}_kept"))
             time.sleep(bench.draw.uniform(0, duration / 2))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -220,7 +225,7 @@ def kills(bench, count):
     return done, done - failed, text + f"{unreadable} unreadable under a final name, {too_many} restarts with more than 4"
 
 
-def report_kept(path):
+def report_kept(path, rank):
     """Write how many checkpoints there are once a restart has cleared what the run before left."""
     undisturbed = checkpoint.recover
 
@@ -233,28 +238,34 @@ def report_kept(path):
     checkpoint.recover = recover
 
 
-def crash_points(bench):
-    """SIGKILL before every mkdir, open for writing, fsync, rename, unlink and rmdir in the run's folder, and with every
-    file that is being made durable cut to half its length: of a run up to its second checkpoint."""
-    more = ["--max_steps", "6"]
+def crash_points(bench, stride):
+    """SIGKILL before every mkdir, open for writing, fsync, rename, unlink and rmdir in the folder of a run, and with every
+    file that is being made durable cut to half its length: up to the second checkpoint, and after the last step.
+    """
     counted = bench.folder / "points"
-    bench.run("lora", "counted", lambda rank: crash_at(bench.folder / "counted", None, counted), more=more)
-    total = int(counted.read_text())
+    bench.run("lora", "counted", partial(crash_at, bench.folder / "counted", None, counted))
+    points = range(1, int(counted.read_text()) + 1, stride)
     passed = 0
-    for point in range(1, total + 1):
+    for point in points:
         name = bench.name()
-        bench.run("lora", name, lambda rank: crash_at(bench.folder / name, point, counted), more=more)
-        whole = bench.whole(name)
-        passed += whole is not None and bench.finish("lora", name)
-    return total, passed, "every one resumed to the undisturbed end"
+        killed = bench.run("lora", name, partial(crash_at, bench.folder / name, point, counted))
+        passed += killed == [-signal.SIGKILL] and bench.whole(name) is not None and bench.finish("lora", name)
+    return len(points), passed, "every checkpoint whole, every run resumed to the undisturbed end"
 
 
-def crash_at(folder, point, report):
+def crash_at(folder, point, report, rank):
     """End this process at its `point`-th call that changes something in `folder`; write down how many there are."""
-    reached = 0
+    reached, step, inside, batch_at = 0, None, False, TrainingData.batch_at
 
-    def here(event, before_death=lambda: None):
+    def batch_of(self, asked):
+        nonlocal step
+        step = asked
+        return batch_at(self, asked)
+
+    def here(before_death=lambda: None):
         nonlocal reached
+        if step is not None and 4 <= step < LAST - 1:
+            return
         reached += 1
         if point is None:
             report.write_text(str(reached))
@@ -262,25 +273,24 @@ def crash_at(folder, point, report):
             before_death()
             die()
 
-    inside = False
-
     def hook(event, arguments):
         nonlocal inside
         writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
         if inside or not (writes or event in EVENTS) or not str(arguments[0]).startswith(str(folder)):
             return
         inside = True
-        here(event)
+        here()
         inside = False
 
+    TrainingData.batch_at = batch_of
     sync = os.fsync
 
     def fsync(descriptor):
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         if path.startswith(str(folder)):
-            here("fsync")
+            here()
             if os.path.isfile(path):
-                here("half-written", lambda: os.truncate(path, os.path.getsize(path) // 2))
+                here(lambda: os.truncate(path, os.path.getsize(path) // 2))
         sync(descriptor)
 
     os.fsync = fsync
@@ -288,8 +298,7 @@ def crash_at(folder, point, report):
 
 
 def damaged_checkpoints(bench, flips=200, truncations=50):
-    """A flipped bit, or a file cut short, in the newest checkpoint: found by `auto`, which takes the one before, and refused
-    by name."""
+    """A flipped bit, or a file cut short, in the newest checkpoint: `auto` takes the one before, by name it is refused."""
     bench.reference("lora")
     name = bench.name()
     bench.run("lora", name)
@@ -320,50 +329,54 @@ def full_disk(bench, sizes=20):
     passed = 0
     largest = max(len(content) for content in bench.reference("lora")[0].values())
     for i in range(sizes):
-        name, limit = bench.name(), 1 + (largest - 2) * i // (sizes - 1)
-
-        def prepare(rank):
-            undisturbed = checkpoint.prune
-
-            def prune(folder):
-                undisturbed(folder)
-                if checkpoint.saved(folder):
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-            checkpoint.prune = prune
-
-        statuses = bench.run("lora", name, prepare)
+        name = bench.name()
+        limit = 8192 + (largest - 8193) * i // (sizes - 1)  # what a run prints has room
+        statuses = bench.run("lora", name, partial(limit_files, limit))
         passed += statuses == [4] and bool(bench.whole(name)) and bench.finish("lora", name)
     return sizes, passed, "exit 4, the checkpoints before verify, the resumed run ends as the undisturbed one"
+
+
+def limit_files(limit, rank):
+    undisturbed = checkpoint.prune
+
+    def prune(folder):
+        undisturbed(folder)
+        if checkpoint.saved(folder):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    checkpoint.prune = prune
 
 
 def resumes(bench):
     """SIGKILL at chosen places of every kind of run."""
     places = {
-        "mid-epoch": lambda: at_call(TrainingData, "batch_at", 6),
-        "mid-accumulation": lambda: at_call(Task, "forward", 5 * 8 + 4),
-        "at an epoch's end": lambda: at_call(TrainingData, "batch_at", 10),
-        "at an evaluation": lambda: at_call(Task, "predict", 40),
+        "mid-epoch": (TrainingData, "batch_at", 6),
+        "mid-accumulation": (Task, "forward", 5 * 8 + 4),
+        "at an epoch's end": (TrainingData, "batch_at", 11),
+        "at an evaluation": (Task, "predict", 20),
     }
     total = passed = 0
     for kind in KINDS:
         for world in (1, 2) if kind in ("lora", "full") else (1,):
-            for die_there in places.values():
+            for where, place in places.items():
                 name = bench.name()
-                killed = bench.run(kind, name, lambda rank: die_there() if rank == world - 1 else None, world=world)
+                killed = bench.run(kind, name, partial(at_call, *place, world - 1), world=world)
                 total += 1
-                passed += killed[-1] == -signal.SIGKILL and bench.finish(kind, name, world)
+                good = killed[-1] == -signal.SIGKILL and bench.finish(kind, name, world)
+                passed += good
+                if not good:
+                    print(f"    {kind}, {where}, {world} processes: {killed}", flush=True)
     return total, passed, f"{', '.join(KINDS)}; {', '.join(places)}; LoRA and full also on two processes"
 
 
-def at_call(owner, method, number):
-    """End this process in the `number`-th call of a method."""
+def at_call(owner, method, number, victim, rank):
+    """End this process, if it is the `victim`, in the `number`-th call of a method."""
     undisturbed, called = getattr(owner, method), 0
 
     def counted(*arguments, **named):
         nonlocal called
         called += 1
-        if called == number:
+        if called == number and rank == victim:
             die()
         return undisturbed(*arguments, **named)
 
@@ -378,7 +391,7 @@ def signals(bench, moments=20):
             name, number = bench.name(), (signal.SIGTERM, signal.SIGINT)[i % 2]
             children = bench.start("lora", name, world=world)
             path = bench.folder / name / "logs" / "train_metrics.jsonl"
-            step = bench.draw.randrange(1, LAST - 2)
+            step = bench.draw.randrange(1, LAST - 3)
             while not (path.exists() and len(path.read_text().splitlines()) > step):
                 time.sleep(0.002)
             time.sleep(bench.draw.uniform(0, 0.02))
@@ -449,6 +462,7 @@ PARTS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--stride", type=int, default=1, help="of the crash points every N-th")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     parser.add_argument("--output", metavar="FILE", help="write the table to this file")
@@ -456,10 +470,11 @@ def main():
     print(f"seed {arguments.seed}")
     folder = tempfile.mkdtemp(prefix="plainlora_reliability_")
     bench = Bench(folder, arguments.seed)
+    counts = {"kills": [arguments.kills], "crash_points": [arguments.stride]}
     rows, failed = ["| what was tried | passed | | seconds |", "|---|---|---|---|"], 0
     for part in arguments.only:
         began = time.monotonic()
-        total, passed, text = globals()[part](bench, *([arguments.kills] if part == "kills" else []))
+        total, passed, text = globals()[part](bench, *counts.get(part, []))
         failed += total - passed
         rows.append(f"| {PARTS[part]} | {passed} of {total} | {text} | {time.monotonic() - began:.0f} |")
         print(rows[-1], flush=True)

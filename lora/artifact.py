@@ -23,7 +23,7 @@ from lora.checkpoint import trainable
 from lora.checksums import write_checksums
 from lora.config import ROOT
 from lora.durable import folder_for
-from lora.model import locate
+from lora.foreign import locate
 from lora.model_card import model_card
 
 ARTIFACT_VERSION = 1

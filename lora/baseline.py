@@ -18,7 +18,7 @@ from lora.errors import Stopped
 from lora.heads import MLPHead
 from lora.layer import lora_layers
 from lora.targets import named_modules
-from lora.model import locate
+from lora.foreign import locate
 
 THREADS = 8  # hashing lets go of the interpreter; from a GPU each holds one tensor in main memory
 
@@ -28,17 +28,33 @@ def measure(task, config):
 
     Full fine-tuning freezes nothing, and random weights come from no file.
     """
-    files = {path.name: path for path in weight_files(config.model)}
     frozen = frozen_tensors(task.model) if config.lora else {}
     with ThreadPoolExecutor(THREADS) as pool:
-        return {
-            "files": dict(zip(files, pool.map(sha256_of, files.values()))),
-            "frozen": dict(zip(frozen, pool.map(sha256_of_tensor, frozen.values()))),
-        }
+        sums = dict(zip(frozen, pool.map(sha256_of_tensor, frozen.values())))
+    return {"files": file_sums(config.model), "frozen": sums}
+
+
+def file_sums(model):
+    """{weight file of the base: sha256}. `model` is the [model] table of a configuration."""
+    files = {path.name: path for path in weight_files(model)}
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(files, pool.map(sha256_of, files.values())))
+
+
+def other_base(folder, base_model, sums):
+    """A warning, if the adapter in `folder` was trained by a run of ours on other weight files than `sums`; else ""."""
+    for place in (Path(folder), Path(folder).resolve().parent):
+        records = (place / "metadata.json", "base_files"), (place / "trainer_state.json", "facts")
+        for path, key in records:
+            if path.is_file():
+                found = json.loads(path.read_text()).get(key) or {}
+                known = found.get("base_model", found) in ({}, sums)
+                return "" if known else f"warning: {base_model} does not hold the weights that {folder} was trained on"
+    return ""
 
 
 def weight_files(model):
-    """The base's files of weights, on this disk. `model` is the [model] table of a configuration."""
+    """The base's files of weights, on this disk."""
     if model.init_from == "scratch":
         return []
     source, local = locate(model.base_model)

@@ -28,6 +28,7 @@ from lora.config import (
     tables_of,
 )
 from lora.errors import UserError
+from lora.foreign import check_weights, locate
 
 # What may differ between a checkpoint and the run that continues it: how long, how often, where to, and what is asked of
 # the answers afterwards.
@@ -204,6 +205,9 @@ def new_folder(config):
     folder = Path(config.output.output_dir) / config.output.experiment_name
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --experiment_name, or continue it with --resume_from.")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"output_dir {config.output.output_dir}: {above} is no folder that can be written to.")
     return folder
 
 
@@ -266,6 +270,9 @@ def require_model_and_data(config):
         raise UserError(f"data_weights has {len(weights)} numbers, train_data {len(data)} paths; give one for each.")
     if not model:
         raise UserError("neither a model nor training data is named: add --base_model FOLDER --train_data FILE.")
+    source, local = locate(model)
+    if local and config.model.init_from != "scratch":
+        check_weights(source)
 
 
 def require_stage(model):

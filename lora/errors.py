@@ -65,6 +65,8 @@ run_dir = None  # of the run in this process, once it has one
 @contextmanager
 def one_line_errors():
     """Turn what `named` knows into its one line on stderr and its exit status; keep a record of how a run ended."""
+    global run_dir
+    run_dir = None
     try:
         yield
     except SystemExit:  # --help

@@ -39,7 +39,7 @@ class Log:
             self.run_dir.mkdir(parents=True, exist_ok=may_exist)  # of two runs that start at once, one gets the folder
             folder.mkdir(exist_ok=may_exist)
             self.lock = open(folder / "lock", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this process lives
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this process lives; it may begin anew
         except BlockingIOError:
             errors.run_dir = None
             raise UserError(f"{self.run_dir}: another process is training there; wait for it or end it.") from None
