@@ -59,7 +59,7 @@ from transformers import AutoModel
 
 from lora.adapter import load_adapter, write_portable
 from lora.baseline import file_sums, other_base
-from lora.checksums import NAME, damage
+from lora.checksums import require_as_written
 from lora.config import get_lora_config, saved_config, set_key
 from lora.durable import folder_for
 from lora.layer import merge
@@ -97,8 +97,7 @@ def check_artifact(folder, model):
 
     `model` is the [model] table of its configuration, with the base that is merged into.
     """
-    if (folder / NAME).is_file() and (found := damage(folder, "lora_adapter/adapter_config.json")):
-        raise UserError(f"--adapter {folder}: not as it was written: {found}. Copy the folder again.")
+    require_as_written(folder)
     if warning := other_base(folder, model.base_model, file_sums(model)):
         print(warning)
 

@@ -97,9 +97,7 @@ def evaluate(task, data, device, dtype):
 
 
 def backward(task, data, step, scaler, seed, device, dtype):
-    """Add the gradients of this process's part of a step; returns [its part of the loss, 1 if its memory ran out, 1 if a
-
-    signal asks it to stop].
+    """Add the gradients of this process's part of a step; returns [its part of the loss, 1 if memory ran out, 1 to stop].
 
     Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets, over all processes), so
     that how a step is cut changes nothing.
@@ -122,7 +120,7 @@ def backward(task, data, step, scaler, seed, device, dtype):
     return totals
 
 
-def train(task, data, config, log, device, dtype, total, resume_from="", facts=None):
+def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
     """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to that step.
 
     `facts` (JSON) go into the checkpoints: what a run that goes on from one must have in common with this.
@@ -262,8 +260,10 @@ def run(task, command, source, device, dtype):
         baseline.record(log.run_dir, config, base)
         for line in checkpoint.recover(log.run_dir):
             log.say(line)
-    if before and before["facts"]["place"] != made_of["place"]:
-        log.say(f"resumed on {made_of['place']} after {before['facts']['place']}: the same examples, not the same bits")
+    was = before["facts"]["place"] if before else made_of["place"]
+    moved = [f"{name} {was[name]} -> {now}" for name, now in made_of["place"].items() if now != was[name]]
+    if moved:
+        log.say(f"resumed with {', '.join(moved)}: the same examples and targets a step, not the same bits")
     log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
     log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
     if adapters_alone:
@@ -286,7 +286,7 @@ def run(task, command, source, device, dtype):
     log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
 
     with guard.watching():
-        train(task, data, config, log, device, dtype, total, command.resume_from, made_of)
+        train(task, data, config, log, device, dtype, total, made_of, command.resume_from)
     distributed.stop()
     if not first:
         return None

@@ -11,6 +11,7 @@ import argparse
 from contextlib import contextmanager
 from functools import partial
 import json
+import math
 import os
 from pathlib import Path
 import random
@@ -18,6 +19,8 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -447,6 +450,64 @@ def lost_process(bench, repeats=5):
     return repeats, passed, f"the other one exits with status 4, {slowest:.1f} s later at most"
 
 
+def inputs(bench):
+    """The bad inputs of tests/test_inputs.py that need no model, as their user meets them: the time to the answer."""
+    from tests.test_inputs import DATA, FLAGS
+
+    calls, seconds, plain = [], [], bench.folder / "plain"
+    plain.write_text("")
+    for number, name, content, task, _ in DATA:
+        data = bench.folder / f"{number}_{name}"
+        data.write_bytes(content.encode() if isinstance(content, str) else content)
+        calls.append(["--base_model", "embedded", "--train_data", str(data), "--task", task])
+    for i, (_, flags, toml, _) in enumerate(FLAGS):
+        path = bench.folder / f"{i}.toml"
+        path.write_text(toml)
+        named = ["--base_model", "embedded", "--train_data", "arithmetic:train:9", "--config", str(path)]
+        calls.append([*named, *(flag.format(file=plain) for flag in flags)])
+    for flags in calls:
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "train_lora.py", *flags], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.monotonic() - began if done.returncode == 2 else math.inf)
+        if seconds[-1] >= 0.3:
+            print(f"    {seconds[-1]:.2f} s: {done.stderr.strip()[-150:]}")
+    text = f"answered in {statistics.median(seconds):.2f} s, {max(seconds):.2f} s at most; to pass is 0.3 s"
+    return len(calls), sum(one < 0.3 for one in seconds), text
+
+
+def overhead(bench):
+    """What checkpoints cost the default LoRA run: one in 500 steps."""
+    report = bench.folder / "overhead.json"
+    flags = ["--config", str(ROOT / "configs" / "tiny_lora.toml"), "--output_dir", str(bench.folder), "--save_steps", "20"]
+    flags += ["--max_steps", "100", "--eval_steps", "100", "--logging_steps", "1"]
+    command = read_command_line([*flags, "--experiment_name", "overhead"], get_lora_config(), "", "")
+    child = os.fork()
+    if not child:
+        silence(os.devnull)
+        took, save = [], checkpoint.save
+
+        def timed(*arguments):
+            began = time.monotonic()
+            save(*arguments)
+            took.append(time.monotonic() - began)
+            report.write_text(json.dumps(took))
+
+        checkpoint.save = timed
+        train_lora.main(command, Source(command.config))
+        os._exit(0)
+    os.waitpid(child, 0)
+    lines = (bench.folder / "overhead" / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    times = [line["timestamp"] for line in map(json.loads, lines) if "train/loss" in line]
+    step = statistics.median(after - before for before, after in zip(times, times[1:]))
+    save = statistics.median(json.loads(report.read_text()))
+    share = save / (500 * step)
+    return (
+        1,
+        int(share < 0.02),
+        f"{1000 * save:.0f} ms a checkpoint, {1000 * step:.0f} ms a step: {share:.2%} at save_steps 500",
+    )
+
+
 PARTS = {
     "kills": "SIGKILL at random moments",
     "crash_points": "SIGKILL at every call that changes the run's folder",
@@ -456,6 +517,8 @@ PARTS = {
     "signals": "SIGTERM and Ctrl-C at random moments",
     "not_finite": "NaN on one process of two",
     "lost_process": "one process of two killed",
+    "inputs": "bad flags and data, the time to the answer",
+    "overhead": "time that checkpoints take",
 }
 
 

@@ -81,11 +81,18 @@ def damage(folder, needed):
         return str(error).removeprefix(f"{folder}/")
     now = sums_of(folder)
     problems = {name: "a name that leaves the folder" for name in sums if leaves(name)}
-    problems |= {name: "missing" for name in {*sums, needed} - now.keys() - problems.keys()}
+    problems |= {name: "missing" for name in {*sums, needed} - {*now, *problems, NAME}}
     problems |= {name: one if isinstance(one, str) else "extra" for name, one in now.items() if name not in sums}
     changed = {name: one for name, one in now.items() if name in sums and one != sums[name]}
     problems |= {name: one if isinstance(one, str) else "changed" for name, one in changed.items()}
     return "; ".join(f"{name!r}: {what}" for name, what in sorted(problems.items()))
+
+
+def require_as_written(folder):
+    """Raises UserError where a folder that a run wrote is no longer as it was; one without checksums.json others wrote."""
+    found = damage(folder, NAME) if (Path(folder) / NAME).exists() else ""
+    if found:
+        raise UserError(f"{folder}: not as it was written: {found}. Copy the folder again, or take another.")
 
 
 def verify_artifact(folder):

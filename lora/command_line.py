@@ -13,7 +13,7 @@ import re
 import time
 import typing
 
-from lora.checksums import damage
+from lora.checksums import damage, require_as_written
 from lora.config import (
     ALIASES,
     DTYPE_SWITCHES,
@@ -281,6 +281,7 @@ def require_stage(model):
     found = [name for name in ("lora_adapter", "backbone", "adapter_config.json", "shards.json") if (start / name).exists()]
     if not found:
         raise UserError(f"init_from {start}: no checkpoint, artifact or adapter there; a whole model is a base_model.")
+    require_as_written(start)
     ours = any((start / name).is_file() for name in ("trainer_state.json", "training_config.toml"))
     tokens = saved_config(start).model.add_special_tokens if ours else []
     if model.add_special_tokens[: len(tokens)] != tokens:

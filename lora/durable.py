@@ -52,9 +52,11 @@ def folder_for(final):
         yield temporary
         flush_all(temporary)
         if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         temporary.rename(final)
         flush(final.parent)
+        flush(final.parent.parent)  # the folder around it may be new as well
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_full(error):

@@ -38,6 +38,10 @@ class Exhausted(UserError):
     status = 4
 
 
+class Lost(Exhausted):
+    """Another process of the run is gone, and may have said why."""
+
+
 class Interrupted(UserError):
     """A signal ended the run. Exit status 128 + its number: 130 for Ctrl-C, 143 for SIGTERM."""
 
@@ -77,24 +81,19 @@ def one_line_errors():
             record(1, f"{type(raised).__name__}: {raised}")
             raise
         sys.stdout.flush()
-        rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
-        lost = isinstance(error, Exhausted) and error is not raised and several
-        if isinstance(error, Interrupted) and rank > 0:  # all have agreed, and the first one speaks
+        first = int(os.environ.get("RANK", 0)) == 0
+        if isinstance(error, Interrupted) and not first:  # all have agreed, and the first one speaks
             raise SystemExit(error.status) from None
-        if lost or rank > 0:
+        if isinstance(error, Lost) or not first:
             time.sleep(PATIENCE)
         line = " ".join(f"{error}{how_to_go_on() if error.status >= 4 else ''}".split())
-        if not lost or record_of(run_dir) is None:  # else the lost one has said why
+        line = "".join(character for character in line if character.isprintable())  # it may quote somebody's file
+        if not (isinstance(error, Lost) and has_ended()):
             record(error.status, line, **getattr(error, "facts", {}))
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(error.status) from None
     if run_dir:
         record(0)
-
-
-def are_several():
-    """Whether this process is one of several of a run."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def named(error):
@@ -103,15 +102,15 @@ def named(error):
     if isinstance(error, UserError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted before the training began.", signal.SIGINT)
+        return Interrupted("interrupted.", signal.SIGINT)
     if is_full(error):
         return Exhausted(f"{text}: no room for it; the checkpoints are as they were.")
     if ran_out_of_memory(error):
         return Exhausted(f"{text.rstrip('.')}. {LESS_MEMORY}")
     if "EADDRINUSE" in text:
         return Exhausted(f"port {os.environ.get('MASTER_PORT')} is taken: let torchrun --standalone choose a free one.")
-    if are_several() and isinstance(error, RuntimeError) and re.search("gloo|NCCL", text):
-        return Exhausted("another process of this run was lost (torchrun says which).")
+    if "LOCAL_WORLD_SIZE" in os.environ and isinstance(error, RuntimeError) and re.search("gloo|NCCL", text):
+        return Lost("another process of this run was lost (torchrun says which).")
     return None
 
 
@@ -126,16 +125,17 @@ def how_to_go_on():
     if not found:
         return ""
     newest = max(found, key=lambda path: int(path.name.rpartition("_")[2]))
-    launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if are_several() else "python"
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
+    launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
     return f" Go on with: {launcher} {shlex.join([sys.argv[0], '--resume_from', str(newest)])}"
 
 
-def record_of(folder):
-    """The exit status in a run's status.json; None while it goes on, or where it was killed."""
+def has_ended():
+    """Whether a process of this run has written how it ended."""
     try:
-        return json.loads((folder / "status.json").read_text())["exit"]
-    except (TypeError, OSError, ValueError):
-        return None
+        return run_dir is not None and json.loads((run_dir / "status.json").read_text())["exit"] is not None
+    except (OSError, ValueError):
+        return False
 
 
 def record(status, line=None, **facts):

@@ -1,7 +1,8 @@
 """The 48 bad inputs and faults: each has its one line, its exit status, and leaves nothing behind.
 
 Those that need no model are answered by scripts for which torch cannot be imported. What is not here by its number is
-elsewhere: 38, 41, 44 and 47 in benchmarks/reliability.py (and tests/test_reliability.py), 45 in tests/test_memory.py.
+elsewhere: 18 (overlap) in test_scripts.py, 19 in test_chat.py, 45 in test_memory.py, and 38, 41, 44, 46, 47 in
+test_reliability.py and the harness that it runs.
 """
 
 import gzip

@@ -90,7 +90,7 @@ def test_nothing_is_renamed_before_all_of_it_is_durable(tmp_path, monkeypatch):
         (folder / "b").write_text("b")
     temporary = tmp_path / ".tmp_final"
     durable_before = {str(path) for path in (temporary, temporary / "inner", temporary / "inner" / "a", temporary / "b")}
-    assert set(calls[:4]) == durable_before and calls[4:] == ["rename", str(tmp_path)]
+    assert set(calls[:4]) == durable_before and calls[4:] == ["rename", str(tmp_path), str(tmp_path.parent)]
 
 
 def test_a_start_clears_what_a_killed_run_left_and_sets_damaged_checkpoints_aside(configure, capsys):
