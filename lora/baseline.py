@@ -13,6 +13,7 @@ import torch
 
 from lora.checkpoint import trainable
 from lora.checksums import sha256_of
+from lora.config import read_file
 from lora.durable import write_text
 from lora.errors import Stopped
 from lora.heads import MLPHead
@@ -43,14 +44,16 @@ def file_sums(model):
 
 def other_base(folder, base_model, sums):
     """A warning, if the adapter in `folder` was trained by a run of ours on other weight files than `sums`; else ""."""
-    for place in (Path(folder), Path(folder).resolve().parent):
-        records = (place / "metadata.json", "base_files"), (place / "trainer_state.json", "facts")
-        for path, key in records:
-            if path.is_file():
-                found = json.loads(path.read_text()).get(key) or {}
-                known = found.get("base_model", found) in ({}, sums)
-                return "" if known else f"warning: {base_model} does not hold the weights that {folder} was trained on"
-    return ""
+    folder = Path(folder).resolve()
+    place = folder.parent if folder.name == "lora_adapter" else folder
+    if (place / "metadata.json").is_file():
+        trained_on = read_file(place / "metadata.json").get("base_files")
+    elif (place / "trainer_state.json").is_file():
+        trained_on = read_file(place / "trainer_state.json").get("facts", {}).get("base_model")
+    else:
+        return ""
+    known = trained_on in (None, {}, sums)
+    return "" if known else f"warning: {base_model} does not hold the weights that {folder} was trained on"
 
 
 def weight_files(model):

@@ -175,10 +175,8 @@ class Command:
         if not self.resume_from:
             return
         before = read_file(Path(self.resume_from) / "trainer_state.json")["facts"]
-        changed = [
-            f"{name} ({shown(before, name)} -> {shown(facts, name)})" for name in facts if facts[name] != before[name]
-        ]
-        refuse(self.resume_from, [one for one in changed if one.split()[0] not in self.allowed])
+        changed = {name: (shown(before[name]), shown(now)) for name, now in facts.items() if now != before[name]}
+        refuse(self.resume_from, changed, self.allowed)
 
 
 def newest(config, allowed):
@@ -188,16 +186,16 @@ def newest(config, allowed):
     folder = Path(config.output.output_dir) / config.output.experiment_name
     found = [path for path in folder.glob("checkpoints/checkpoint_step_*") if path.name.rpartition("_")[2].isdigit()]
     found.sort(key=lambda path: int(path.name.rpartition("_")[2]), reverse=True)
-    newest = next((path for path in found if not damage(path, "trainer_state.json")), None)  # the run says which are
-    if found and not newest:
+    whole = next((path for path in found if not damage(path, "trainer_state.json")), None)  # the run says which are not
+    if found and not whole:
         raise UserError(f"--resume_from auto: every checkpoint in {folder} is damaged; choose another --experiment_name.")
-    if newest:
-        saved = saved_config(newest)
-        refuse_other_script(saved, config, newest)
-        refuse_changes(saved, config, newest, allowed)
+    if whole:
+        saved = saved_config(whole)
+        refuse_other_script(saved, config, whole)
+        refuse_changes(saved, config, whole, allowed)
     elif config.model.init_from not in ("", "scratch"):
         require_stage(config.model)
-    return Command(config, folder, str(newest or ""), True, allowed)
+    return Command(config, folder, str(whole or ""), True, allowed)
 
 
 def new_folder(config):
@@ -231,30 +229,25 @@ def refuse_other_script(saved, config, checkpoint):
 
 
 def refuse_changes(saved, config, checkpoint, allowed):
-    before, now = keys_of(saved), keys_of(config)
-    changed = [
-        f"{name} ({getattr(before[name][0], name)} -> {getattr(now[name][0], name)})"
-        for name in now
-        if name not in {*FREE_ON_RESUME, *allowed} and getattr(before[name][0], name) != getattr(now[name][0], name)
-    ]
-    refuse(checkpoint, changed)
+    before, now = ({n: getattr(table, n) for n, (table, _) in keys_of(one).items()} for one in (saved, config))
+    changed = {name: (before[name], now[name]) for name in now if now[name] != before[name] and name not in FREE_ON_RESUME}
+    refuse(checkpoint, changed, allowed)
 
 
-def refuse(checkpoint, changed):
+def refuse(checkpoint, changed, allowed):
+    """Raises UserError that names what is `changed`, {name: (before, now)}, and not allowed to be."""
+    changed = {name: pair for name, pair in changed.items() if name not in allowed}
     if changed:
-        names = ",".join(one.split()[0] for one in changed)
-        listed = ", ".join(changed)
-        raise UserError(
-            f"--resume_from {checkpoint}: not what it was made with: {listed}; --allow_change {names} allows it."
-        )
+        listed = ", ".join(f"{name} ({before} -> {now})" for name, (before, now) in changed.items())
+        hint = f"--allow_change {','.join(changed)} allows it"
+        raise UserError(f"--resume_from {checkpoint}: not what it was made with: {listed}; {hint}.")
 
 
-def shown(facts, name):
+def shown(fact):
     """A fact in a few characters; of hashed files their names and the beginnings of their hashes."""
-    value = facts[name]
-    return (
-        " ".join(f"{Path(k).name} {(v or '')[:8]}".strip() for k, v in value.items()) if isinstance(value, dict) else value
-    )
+    if not isinstance(fact, dict):
+        return fact
+    return " ".join(f"{Path(path).name} {(sha256 or '')[:8]}".strip() for path, sha256 in fact.items())
 
 
 def require_model_and_data(config):
