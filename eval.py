@@ -20,7 +20,7 @@ import sys
 import typing
 
 from lora import retrieval
-from lora.checksums import verify_artifact
+from lora.checksums import require_as_written, verify_artifact
 from lora.command_line import Parser
 from lora.config import Config, from_dict, keys_of, read_file, rows_per_batch, saved_config, set_key
 from lora.errors import UserError, one_line_errors
@@ -73,6 +73,7 @@ def read_arguments(argv):
     if arguments.checkpoint and arguments.config:
         raise UserError("--checkpoint brings its configuration along; leave --config out, and override keys with flags.")
     if arguments.checkpoint:
+        require_as_written(arguments.checkpoint)
         config = saved_config(arguments.checkpoint)
     else:
         config = from_dict(read_file(arguments.config), arguments.config) if arguments.config else Config()
@@ -162,6 +163,7 @@ import torch
 from tqdm import tqdm
 
 from lora import metrics
+from lora.baseline import file_sums, other_base
 from lora.chat import use_chatml
 from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
 from lora.log import without_nan
@@ -177,6 +179,8 @@ def load(arguments, config, device):
         task.load_head(arguments.checkpoint)
     elif arguments.checkpoint:
         task.load(arguments.checkpoint)
+        if warning := other_base(arguments.checkpoint, config.model.base_model, file_sums(config.model)):
+            print(warning)
     elif config.model.task == "score":
         print("note: a base has no score head; this one is untrained")
     return task.to(device)

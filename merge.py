@@ -8,12 +8,10 @@
 The sums are made in fp32 and rounded once, to the base's own type (or --dtype). The head of a scorer goes along.
 """
 
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 import json
 from pathlib import Path
-import shutil
 import sys
 
 from lora.command_line import Parser
@@ -57,14 +55,13 @@ if __name__ == "__main__":  # above torch, as in train.py
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoModel
 
 from lora.adapter import load_adapter, write_portable
-from lora.baseline import weight_files
-from lora.checkpoint import flush, flush_all
-from lora.checksums import NAME, sha256_of, verify_artifact
+from lora.baseline import file_sums, other_base
+from lora.checksums import require_as_written
 from lora.config import get_lora_config, saved_config, set_key
+from lora.durable import folder_for
 from lora.layer import merge
 from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights
 from lora.quantize import dequantize
@@ -96,14 +93,13 @@ def find_adapter(folder, base_model):
 
 
 def check_artifact(folder, model):
-    """That a final artifact is as it was written; and a warning where the base is not the one it was trained on.
+    """That an artifact or a checkpoint is as it was written; and a warning where the base is not the one it was trained on.
 
     `model` is the [model] table of its configuration, with the base that is merged into.
     """
-    if (folder / NAME).is_file():
-        trained_on = verify_artifact(folder)["base_files"]
-        if trained_on != {path.name: sha256_of(path) for path in weight_files(model)}:
-            print(f"warning: {model.base_model} does not hold the weights that the adapter was trained on")
+    require_as_written(folder)
+    if warning := other_base(folder, model.base_model, file_sums(model)):
+        print(warning)
 
 
 def class_for(shape, config):
@@ -132,22 +128,6 @@ def four_bits_of(arguments, config):
             set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
     config.lora.load_in_4bit = True
     return four_bits(config.lora, torch.device("cpu"))
-
-
-@contextmanager
-def folder_for(final):
-    """A folder beside `final` to write to, which takes its place if nothing goes wrong, and is taken away if it does."""
-    temporary = final.with_name(f".tmp_{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-        flush_all(temporary)
-        temporary.rename(final)
-        flush(final.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--output {final}: {getattr(error, 'strerror', None) or error}.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def difference(one, other):

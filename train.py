@@ -21,6 +21,7 @@ if __name__ == "__main__":
     with one_line_errors():
         command = read_command_line(sys.argv[1:], Config(), ROOT / "configs" / "tiny_full.toml", "Full fine-tuning.")
         source = Source(command.config)
+        command.require_same(source.files)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from functools import partial
@@ -30,8 +31,10 @@ import time
 
 import torch
 
-from lora import artifact, baseline, checkpoint, distributed
+from lora import artifact, baseline, checkpoint, distributed, guard
+from lora.checksums import damage
 from lora.data import TrainingData, seed_for
+from lora.durable import write_text
 from lora.log import Log, peak_memory, without_nan
 from lora.model import autocast, choose_device, choose_dtype, disagreement, load_task, prepare_layers
 from lora.optimizer import make_optimizer, state_bytes
@@ -92,13 +95,13 @@ def evaluate(task, data, device, dtype):
 
 
 def backward(task, data, step, scaler, seed, device, dtype):
-    """Add the gradients of this process's part of a step; returns [its part of the loss, 1 if its memory ran out].
+    """Add the gradients of this process's part of a step; returns [its part of the loss, 1 if memory ran out, 1 to stop].
 
     Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets, over all processes), so
     that how a step is cut changes nothing.
     """
     batches, num_targets = data.batch_at(step), data.num_targets_at(step)
-    totals = torch.zeros(2, device=device)
+    totals = torch.zeros(3, device=device)
     try:
         for i, batch in enumerate(batches):
             torch.manual_seed(seed_for(seed, "dropout", step, distributed.place(i)))
@@ -111,11 +114,15 @@ def backward(task, data, step, scaler, seed, device, dtype):
         if not ran_out_of_memory(error) or any(map(distributed.is_sharded, task.parameters())):
             raise
         totals[1] = 1
+    totals[2] = guard.received > 0
     return totals
 
 
-def train(task, data, config, log, device, dtype, total, resume_from=""):
-    """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to that step."""
+def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
+    """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to that step.
+
+    `facts` (JSON) go into the checkpoints: what a run that goes on from one must have in common with this.
+    """
     settings = config.training
     named = checkpoint.trainable(task)
     parameters = list(named.values())
@@ -124,22 +131,25 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     folder = log.run_dir / "checkpoints"
 
-    step, start, without_best = 0, None, 0
+    step, start, without_best, skipped, stop = 0, None, 0, 0, False
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
         step = start = state["step"]
-        without_best = state["without_best"]
+        without_best, skipped = state["without_best"], state["skipped"]
         scaler.load_state_dict(state["scaler"])
     best_loss = distributed.of_first(checkpoint.best_loss, folder)  # of no checkpoints where a run branches off
 
     def gradients(step):
-        """Add the gradients of a step over all processes, in smaller micro-batches if memory runs out; returns the loss."""
+        """Add the gradients of a step over all processes, in smaller micro-batches if memory runs out.
+
+        Returns the loss, and whether a signal asks for the end.
+        """
         while True:
             totals = backward(task, data, step, scaler, settings.seed, device, dtype)
             distributed.sum_gradients(parameters, totals)
-            loss, out_of_memory = totals.tolist()  # here the host waits for the device
+            loss, out_of_memory, stop = totals.tolist()  # here the host waits for the device
             if not out_of_memory:
-                return loss
+                return loss, stop > 0
             optimizer.zero_grad(set_to_none=True)
             log.say(data.halve(step))
 
@@ -167,34 +177,44 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
             if 0 < settings.early_stopping_patience <= without_best:
                 log.say(f"Stopping at step {step}: {without_best} evaluations without a new best.")
                 last = True
-        if step not in (0, start) and (save or last or step % config.output.save_steps == 0):
-            state = {"without_best": without_best, "scaler": scaler.state_dict(), "config": config.as_dict()}
+        if step not in (0, start) and (save or last or stop or step % config.output.save_steps == 0):
+            state = {"without_best": without_best, "skipped": skipped, "scaler": scaler.state_dict()}
             state |= {"examples_per_step": data.examples_per_step, "max_tokens": data.max_tokens}  # kept on resume
-            checkpoint.save(folder, step, task, optimizer, {**state, "val": metrics and without_nan(metrics)})
+            state |= {"config": config.as_dict(), "facts": facts, "val": metrics and without_nan(metrics)}
+            checkpoint.save(folder, step, task, optimizer, state)
+        if stop:
+            raise guard.stopped(step)
         if last:
             break
 
         # 2. and 3. The gradients of this step's micro-batches, divided by the number of targets over all of them.
         started = time.monotonic()
-        loss = gradients(step)
+        loss, stop = gradients(step)
 
-        # 4. Clip, stop before the update if anything is not finite, set the learning rate, step.
+        # 4. Clip, stop (or skip the step) before the update if anything is not finite, set the learning rate, step.
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
         grad_norm = distributed.whole(norm).item()
-        if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(grad_norm)):  # fp16: the scaler skips
-            found = f"loss {loss}, gradient norm {grad_norm}"
-            raise Stopped(f"step {step}: {found}; stopped before the update, the checkpoints are as they were.")
         learning_rate = learning_rate_at(step, total, settings)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
-        scaler.step(optimizer)
+        if math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(grad_norm)):  # fp16: the scaler skips
+            scaler.step(optimizer)
+        else:
+            found = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+            skipped += 1
+            if skipped > settings.skip_nonfinite:
+                rows = data.rows_at(step).tolist()
+                raise Stopped(
+                    f"{found}; stopped before the update, the checkpoints are as they were.", step=step, rows=rows
+                )
+            log.say(f"{found}; the update is left out ({skipped} of {settings.skip_nonfinite} that may be)")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         # 5. Log.
-        log.count(data.size_at(step - 1), time.monotonic() - started)
+        log.count(step, data.size_at(step - 1), time.monotonic() - started, loss)
         if step % config.output.logging_steps == 0:
             values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
             log.metrics(step, {f"train/{name}": value for name, value in values.items()})
@@ -229,24 +249,42 @@ def run(task, command, source, device, dtype):
         step = partial(backward, task, data, 0, torch.amp.GradScaler(enabled=False), config.training.seed, device, dtype)
         print(describe_time(step, partial(evaluate, task, data, device, dtype), total, config.training.eval_steps))
         return None
-    run_dir = distributed.of_first(str, command.run_dir)  # of a run that was given no name it holds the second
-    log = Log(run_dir, config, done, command.continues)
-    log.say(f"{opening}; in {log.run_dir}")
-
-    first = distributed.rank() == 0
+    first, base = distributed.rank() == 0, None
     if first:
         base = baseline.measure(task, config)
+        command.require_same({"base_model": base["files"], "dtype": str(dtype)})
+    made_of = {
+        **source.files,
+        "base_model": base and base["files"],
+        "dtype": str(dtype),
+        "place": distributed.place_of(device, before),
+    }
+    run_dir = distributed.of_first(str, command.run_dir)  # of a run that was given no name it holds the second
+    log = Log(run_dir, config, done, command.continues)
+    if first:
         baseline.record(log.run_dir, config, base)
-    train(task, data, config, log, device, dtype, total, command.resume_from)
+        for line in checkpoint.recover(log.run_dir):
+            log.say(line)
+    was = before["facts"]["place"] if before else made_of["place"]
+    moved = [f"{name} {was[name]} -> {now}" for name, now in made_of["place"].items() if now != was[name]]
+    if moved:
+        log.say(f"resumed with {', '.join(moved)}: the same examples and targets a step, not the same bits")
+    log.say(f"{opening}; in {log.run_dir}")
+    if first and config.model.init_from and config.lora:
+        if warning := baseline.other_base(config.model.init_from, config.model.base_model, base["files"]):
+            log.say(warning)
+
+    with guard.watching():
+        train(task, data, config, log, device, dtype, total, made_of, command.resume_from)
     distributed.stop()
     if not first:
         return None
     log.say(baseline.compare(base, baseline.measure(task, config)))
 
     states = checkpoint.saved(log.run_dir / "checkpoints")
-    if not checkpoint.best(states):
+    best, last = next((s for s in checkpoint.best(states) if not damage(s["path"], "trainer_state.json")), None), states[-1]
+    if not best:
         raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
-    best, last = checkpoint.best(states)[0], states[-1]
     if any(map(distributed.is_sharded, task.parameters())):
         tokenizer, task = task.tokenizer, load_task(config, torch.float32)
         task.tokenizer = tokenizer  # it may have been given a chat template
@@ -256,7 +294,7 @@ def run(task, command, source, device, dtype):
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
     }
-    (log.run_dir / "logs" / "final_results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(log.run_dir / "logs" / "final_results.json", json.dumps(results, indent=2) + "\n")
     artifact.write(log.run_dir / "final_artifact", task, config, results, base["files"], source.files)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None and "/" not in name)
     log.say(f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}")

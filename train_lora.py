@@ -19,6 +19,7 @@ if __name__ == "__main__":  # above torch, as in train.py
             sys.argv[1:], get_lora_config(), ROOT / "configs" / "tiny_lora.toml", "LoRA fine-tuning."
         )
         source = Source(command.config)
+        command.require_same(source.files)
 
 from train import run  # before torch: it sets the allocator up
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora.errors import UserError
+from lora.foreign import plain_file
 from lora.layer import LoRAEmbedding, LoRALinear, lora_layers, wrap
 from lora.targets import by_pattern, embeddings_of, prefix_of, untie
 
@@ -100,7 +101,7 @@ def config_of(model, layers, prefix):
 
 def read_config(folder):
     """adapter_config.json, refused where it asks for something that this reader would have to ignore."""
-    path = Path(folder) / "adapter_config.json"
+    path = plain_file(Path(folder) / "adapter_config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -138,18 +139,21 @@ def is_scale(value):
 def are_patterns(patterns):
     """Whether these are regular expressions -> numbers, and none of which matching could take for ever.
 
-    That is a repeated group, or many repetitions in a row; they come with files that others wrote.
+    That is a repeated group, or many repetitions and options in a row; they come with files that others wrote.
     """
     if not (isinstance(patterns, dict) and all(map(is_scale, patterns.values()))):
         return False
-    return not any(re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4 for pattern in patterns)
+    return not any(re.search(r"\)[*+{?]", pattern) or len(re.findall(r"[*+{?]", pattern)) > 4 for pattern in patterns)
 
 
 def read_tensors(folder, config):
     """({module name: {factor: tensor}}, {parameter name: tensor that stands in the base's place}), in fp32."""
-    path = Path(folder) / "adapter_model.safetensors"
+    path = plain_file(Path(folder) / "adapter_model.safetensors")
     if not path.is_file():
-        raise UserError(f"{path}: no such file; only safetensors adapters are read.")
+        old, new = (repr(path.with_suffix(suffix).name) for suffix in (".bin", ".safetensors"))
+        convert = f"import torch, safetensors.torch as s; s.save_file(torch.load({old}), {new})"
+        hint = f'; convert it there: python -c "{convert}"' if path.with_suffix(".bin").exists() else ""
+        raise UserError(f"{path}: no such file; only safetensors adapters are read{hint}.")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -225,7 +229,7 @@ def write_portable(folder, output):
         tensors[f"base_model.model.{module}.{a_name}"] = torch.nn.functional.pad(found[a_name], (0, 0, 0, missing))
         tensors[f"base_model.model.{module}.{b_name}"] = torch.nn.functional.pad(found[b_name] * scaling, (0, missing))
     config |= {"r": largest, "lora_alpha": largest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
     (output / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, output / "adapter_model.safetensors", {"format": "pt"})
 

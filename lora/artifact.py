@@ -14,16 +14,16 @@ import json
 import os
 from pathlib import Path
 import platform
-import shutil
 import subprocess
 import sys
 
 import torch
 
-from lora.checkpoint import flush, flush_all, trainable
+from lora.checkpoint import trainable
 from lora.checksums import write_checksums
 from lora.config import ROOT
-from lora.model import locate
+from lora.durable import folder_for
+from lora.foreign import locate
 from lora.model_card import model_card
 
 ARTIFACT_VERSION = 1
@@ -31,24 +31,15 @@ ARTIFACT_VERSION = 1
 
 def write(folder, task, config, results, base_files, data_files):
     """Write the artifact of a run whose base was found unchanged; the hashes are those of before its training."""
-    folder = Path(folder)
-    temporary, old = folder.with_name(f".tmp_{folder.name}"), folder.with_name(f".old_{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    task.save_artifact(temporary)
-    config = with_whole_paths(config)
-    config.save(temporary / "training_config.toml")
-    facts = metadata(task, config, results, base_files, data_files)
-    (temporary / "training_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    (temporary / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (temporary / "README.md").write_text(model_card(task, config, facts), encoding="utf-8")
-    write_checksums(temporary)
-    flush_all(temporary)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():  # of a run that was over, and was then continued
-        folder.rename(old)
-    temporary.rename(folder)
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with folder_for(folder) as temporary:
+        task.save_artifact(temporary)
+        config = with_whole_paths(config)
+        config.save(temporary / "training_config.toml")
+        facts = metadata(task, config, results, base_files, data_files)
+        (temporary / "training_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+        (temporary / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (temporary / "README.md").write_text(model_card(task, config, facts), encoding="utf-8")
+        write_checksums(temporary)
 
 
 def with_whole_paths(config):

@@ -11,13 +11,15 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 import torch
 
-from lora.checkpoint import flush, trainable
+from lora.checkpoint import trainable
 from lora.checksums import sha256_of
-from lora.errors import Stopped, UserError
+from lora.config import read_file
+from lora.durable import write_text
+from lora.errors import Stopped
 from lora.heads import MLPHead
 from lora.layer import lora_layers
 from lora.targets import named_modules
-from lora.model import locate
+from lora.foreign import locate
 
 THREADS = 8  # hashing lets go of the interpreter; from a GPU each holds one tensor in main memory
 
@@ -27,17 +29,35 @@ def measure(task, config):
 
     Full fine-tuning freezes nothing, and random weights come from no file.
     """
-    files = {path.name: path for path in weight_files(config.model)}
     frozen = frozen_tensors(task.model) if config.lora else {}
     with ThreadPoolExecutor(THREADS) as pool:
-        return {
-            "files": dict(zip(files, pool.map(sha256_of, files.values()))),
-            "frozen": dict(zip(frozen, pool.map(sha256_of_tensor, frozen.values()))),
-        }
+        sums = dict(zip(frozen, pool.map(sha256_of_tensor, frozen.values())))
+    return {"files": file_sums(config.model), "frozen": sums}
+
+
+def file_sums(model):
+    """{weight file of the base: sha256}. `model` is the [model] table of a configuration."""
+    files = {path.name: path for path in weight_files(model)}
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(files, pool.map(sha256_of, files.values())))
+
+
+def other_base(folder, base_model, sums):
+    """A warning, if the adapter in `folder` was trained by a run of ours on other weight files than `sums`; else ""."""
+    folder = Path(folder).resolve()
+    place = folder.parent if folder.name == "lora_adapter" else folder
+    if (place / "metadata.json").is_file():
+        trained_on = read_file(place / "metadata.json").get("base_files")
+    elif (place / "trainer_state.json").is_file():
+        trained_on = read_file(place / "trainer_state.json").get("facts", {}).get("base_model")
+    else:
+        return ""
+    known = trained_on in (None, {}, sums)
+    return "" if known else f"warning: {base_model} does not hold the weights that {folder} was trained on"
 
 
 def weight_files(model):
-    """The base's files of weights, on this disk. `model` is the [model] table of a configuration."""
+    """The base's files of weights, on this disk."""
     if model.init_from == "scratch":
         return []
     source, local = locate(model.base_model)
@@ -69,16 +89,10 @@ def sha256_over(sums):
 
 
 def record(run_dir, config, before):
-    """Write baseline_checksums.json. Raises UserError where this run was begun on other weights of the base."""
-    path = Path(run_dir) / "baseline_checksums.json"
-    if path.is_file() and json.loads(path.read_text())["files"] != before["files"]:
-        raise UserError(f"base_model {config.model.base_model}: its weights are not those that {run_dir} was begun with.")
+    """Write baseline_checksums.json."""
     frozen = {"frozen_tensors": len(before["frozen"]), "frozen_sha256": sha256_over(before["frozen"])}
     sums = {"base_model": config.model.base_model, "files": before["files"], **frozen}
-    temporary = path.with_name(f".tmp_{path.name}")
-    temporary.write_text(json.dumps(sums, indent=2) + "\n")
-    flush(temporary)
-    temporary.replace(path)
+    write_text(Path(run_dir) / "baseline_checksums.json", json.dumps(sums, indent=2) + "\n")
 
 
 def compare(before, after):

@@ -6,11 +6,14 @@ and what stands between the two is the assistant's. Taking them out again must g
 """
 
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 import json
 import re
+import signal
+import threading
 
 from jinja2 import TemplateError
 
@@ -21,6 +24,8 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + 'TURN_END\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+LONGEST_RENDER = 10.0  # seconds for one chat; a template is a program that came with somebody's tokenizer
+MOST_ADDED = 2**20  # characters a template may write beside ten times what it is given
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which data sets keep it
 
 
@@ -32,6 +37,25 @@ class Piece:
     spans: list[tuple[int, int]] = field(default_factory=list)  # characters that are targets
     literal: bool = False  # a special token written in it is mere text
     label: float | None = None  # of the step that ends with it
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError in the block once it has taken so long; in the main thread, the only one that can be told."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def use_chatml(tokenizer):
@@ -110,12 +134,19 @@ class Chat:
         return [self.without_specials(part) for part in value] if isinstance(value, list) else value
 
     def render(self, messages, add_generation_prompt=False):
+        name = self.tokenizer.name_or_path
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=self.tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise self.error(f"the chat template of {self.tokenizer.name_or_path} refuses it: {error}") from None
+            with time_limit(LONGEST_RENDER):
+                text = self.tokenizer.apply_chat_template(
+                    messages, tools=self.tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            raise self.error(f"the chat template of {name} refuses it: {error}") from None
+        except (TimeoutError, MemoryError) as error:
+            raise self.error(f"the chat template of {name} does not come to an end ({type(error).__name__})") from None
+        if len(text) > MOST_ADDED + 10 * len(str(messages)):
+            raise self.error(f"the chat template of {name} makes {len(text):,} characters of it")
+        return text
 
     def error(self, problem):
         return UserError(f"{self.where}: {' '.join(problem.split())}.")

@@ -1,20 +1,20 @@
 """Checkpoints: written beside their place and renamed, the three best and the last kept, resumed exactly.
 
-    checkpoints/checkpoint_step_<N>/   weights (Task.save), optimizer.safetensors, trainer_state.json
+    checkpoints/checkpoint_step_<N>/   weights (Task.save), optimizer.safetensors, trainer_state.json, checksums.json
 
 The whole state of a run is weights, optimizer, step: data order and dropout are functions of (seed, step).
 """
 
 import json
 import math
-import os
 from pathlib import Path
-import shutil
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lora import distributed
+from lora.checksums import damage, write_checksums
+from lora.durable import clear, folder_for, remove
 from lora.errors import UserError
 from lora.optimizer import set_state, state_of
 from lora.shards import INDEX, Shards, write
@@ -28,45 +28,29 @@ def save(folder, step, task, optimizer, state):
     Of several processes, which hold the same, the first does so. `state` (JSON) goes along; its "val" are the validation
     metrics at this step, or None.
     """
-    sharded, first = any(map(distributed.is_sharded, task.parameters())), distributed.rank() == 0
-    if not (sharded or first):
-        return
-    folder = Path(folder)
-    final = folder / f"checkpoint_step_{step}"
-    temporary = folder / f".tmp_{final.name}"
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    sharded = any(map(distributed.is_sharded, task.parameters()))
+    final = Path(folder) / f"checkpoint_step_{step}"
+    if distributed.rank() == 0:
+        with folder_for(final) as temporary:
+            write_tensors(temporary, task, optimizer, sharded)
+            (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+            write_checksums(temporary)
+        prune(folder)
+    elif sharded:
+        write_tensors(final.with_name(f".tmp_{final.name}"), task, optimizer, sharded)
+
+
+def write_tensors(folder, task, optimizer, sharded):
+    """Write weights and optimizer state: whole, or this process's part of them once the first one has made the folder."""
+    tensors = optimizer_tensors(task, optimizer)
     if sharded:
         distributed.wait()
-        write(temporary, trainable(task) | optimizer_tensors(task, optimizer))
+        write(folder, trainable(task) | tensors)
         distributed.wait()
-        if not first:
-            return
     else:
-        task.save(temporary)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in optimizer_tensors(task, optimizer).items()}
-        save_file(tensors, temporary / "optimizer.safetensors", {"format": "pt"})
-    (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    flush_all(temporary)
-    temporary.rename(final)
-    flush(folder)
-    prune(folder)
-
-
-def flush(path):
-    """Make a file or a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_all(folder):
-    """Make a folder and all that is in it durable."""
-    for path in [*folder.rglob("*"), folder]:
-        flush(path)
+        task.save(folder)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / "optimizer.safetensors", {"format": "pt"})
 
 
 def saved(folder):
@@ -99,7 +83,24 @@ def prune(folder):
     keep = {state["step"] for state in [*best(states)[:KEPT], *states[-1:]]}
     for state in states:
         if state["step"] not in keep:
-            shutil.rmtree(state["path"])
+            remove(state["path"])
+
+
+def recover(run_dir):
+    """Clear what a killed run left, set damaged checkpoints aside and delete those that are not to stay; lines to say."""
+    said, folder = [], Path(run_dir) / "checkpoints"
+    clear(Path(run_dir))
+    clear(folder)
+    for path in folder.glob("checkpoint_step_*"):
+        found = damage(path, "trainer_state.json")
+        if found:
+            aside = folder / f"damaged_{path.name}"
+            if aside.exists():
+                remove(aside)
+            path.rename(aside)
+            said.append(f"warning: {path}: damaged ({found}); set aside as {aside.name}")
+    prune(folder)
+    return said
 
 
 def read_state(path):

@@ -3,6 +3,7 @@
 `python eval.py --verify_only` runs this before torch is loaded, so it imports the standard library only.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 import hashlib
 import json
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from lora.errors import UserError
 
 NAME = "checksums.json"
+THREADS = 8  # hashing lets go of the interpreter
 
 
 def sha256_of(path):
@@ -19,14 +21,27 @@ def sha256_of(path):
 
 def write_checksums(folder):
     """Write checksums.json, the last file of `folder`: {"relative/path": {"sha256", "bytes"}} of every other one."""
-    folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = {path.relative_to(folder).as_posix(): of_file(path) for path in paths}
-    (folder / NAME).write_bytes(as_written(sums))
+    (Path(folder) / NAME).write_bytes(as_written(sums_of(Path(folder))))
+
+
+def sums_of(folder):
+    """{"relative/path": {"sha256", "bytes"}, or why it has none} of every file in `folder` but checksums.json.
+
+    Files are found by walking through the folder, never by following what checksums.json or a link says.
+    """
+    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir()}
+    paths = {name: path for name, path in found.items() if name != NAME}
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(paths, pool.map(of_file, paths.values())))
 
 
 def of_file(path):
-    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+    if path.is_symlink() or not path.is_file():
+        return "a link or no plain file"
+    try:
+        return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def as_written(sums):
@@ -37,7 +52,9 @@ def as_written(sums):
 def read_checksums(path):
     """checksums.json, {name: {"sha256", "bytes"}}. Raises UserError where it is absent or not as it was written."""
     if path.is_symlink() or not path.is_file():
-        raise UserError(f"{path}: no such file (or a link); only a final_artifact/ as a run wrote it can be verified.")
+        raise UserError(
+            f"{path}: no such file (or a link); only a final_artifact/ or a checkpoint as a run wrote it can be verified."
+        )
     content = path.read_bytes()
     try:
         sums = json.loads(content)
@@ -55,32 +72,32 @@ def leaves(name):
     return path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name
 
 
-def verify_artifact(folder):
-    """The metadata of a final artifact. Raises UserError that names every file that is not as it was written.
-
-    Files are found by walking through the folder, never by following what checksums.json or a link says.
-    """
+def damage(folder, needed):
+    """What is not as it was written in `folder`, which must hold the file `needed`, in a line; "" where all is well."""
     folder = Path(folder)
-    sums = read_checksums(folder / NAME)
-    problems = [(name, "a name that leaves the folder") for name in sums if leaves(name)]
-    found = set()
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            problems.append((name, "a link or no plain file"))
-        elif path.is_dir() or name == NAME:
-            continue
-        elif name not in sums:
-            problems.append((name, "extra"))
-        else:
-            try:
-                if of_file(path) != sums[name]:
-                    problems.append((name, "changed"))
-            except OSError as error:
-                problems.append((name, f"cannot be read ({error.strerror})"))
-        found.add(name)
-    problems += [(name, "missing") for name in {*sums, "metadata.json"} - found if not leaves(name)]
-    if problems:
-        listed = "; ".join(f"{name!r}: {what}" for name, what in sorted(problems))
-        raise UserError(f"{folder}: not as it was written: {listed}. Copy the folder again, or make a new one.")
-    return json.loads((folder / "metadata.json").read_bytes())
+    try:
+        sums = read_checksums(folder / NAME)
+    except UserError as error:
+        return str(error).removeprefix(f"{folder}/")
+    now = sums_of(folder)
+    problems = {name: "a name that leaves the folder" for name in sums if leaves(name)}
+    problems |= {name: "missing" for name in {*sums, needed} - {*now, *problems, NAME}}
+    problems |= {name: one if isinstance(one, str) else "extra" for name, one in now.items() if name not in sums}
+    changed = {name: one for name, one in now.items() if name in sums and one != sums[name]}
+    problems |= {name: one if isinstance(one, str) else "changed" for name, one in changed.items()}
+    return "; ".join(f"{name!r}: {what}" for name, what in sorted(problems.items()))
+
+
+def require_as_written(folder):
+    """Raises UserError where a folder that a run wrote is no longer as it was; one without checksums.json others wrote."""
+    found = damage(folder, NAME) if (Path(folder) / NAME).exists() else ""
+    if found:
+        raise UserError(f"{folder}: not as it was written: {found}. Copy the folder again, or take another.")
+
+
+def verify_artifact(folder):
+    """The metadata of a final artifact. Raises UserError that names every file that is not as it was written."""
+    found = damage(folder, "metadata.json")
+    if found:
+        raise UserError(f"{folder}: not as it was written: {found}. Copy the folder again, or make a new one.")
+    return json.loads((Path(folder) / "metadata.json").read_bytes())

@@ -15,10 +15,10 @@ import json
 from pathlib import Path
 import random
 import re
-import shutil
 import sys
 
 from lora.command_line import Parser
+from lora.durable import folder_for
 from lora.errors import UserError, one_line_errors
 from lora.readers import files, string
 
@@ -135,10 +135,7 @@ def make_rows(documents, shown, refusals, rng):
 def main(arguments):
     sides = split(read_documents(arguments.corpus), arguments.eval_fraction, arguments.seed)
     final = Path(arguments.output)
-    temporary = final.with_name(f".tmp_{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with folder_for(final) as temporary:
         for name, documents in zip(("train", "test"), sides):
             rng = random.Random(f"cite or refuse {arguments.seed} {name}")
             rows = make_rows(documents, arguments.passages, arguments.refusals, rng)
@@ -150,11 +147,6 @@ def main(arguments):
             print(
                 f"{final / name}.jsonl: {len(documents)} documents, {len(rows)} questions, {refused} without their answer"
             )
-        temporary.rename(final)
-    except OSError as error:
-        raise UserError(f"--output {final}: {error.strerror}.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

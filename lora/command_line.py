@@ -13,11 +13,13 @@ import re
 import time
 import typing
 
+from lora.checksums import damage, require_as_written
 from lora.config import (
     ALIASES,
     DTYPE_SWITCHES,
     Config,
     keys_of,
+    nearest,
     read_file,
     refuse_two_dtypes,
     saved_config,
@@ -26,12 +28,13 @@ from lora.config import (
     tables_of,
 )
 from lora.errors import UserError
+from lora.foreign import check_weights, locate
 
 # What may differ between a checkpoint and the run that continues it: how long, how often, where to, and what is asked of
 # the answers afterwards.
 FREE_ON_RESUME = {
     *("max_steps", "num_train_epochs", "early_stopping_patience", "logging_steps", "eval_steps", "save_steps"),
-    *("max_eval_batches", "experiment_name", "output_dir", "device"),
+    *("max_eval_batches", "skip_nonfinite", "experiment_name", "output_dir", "device"),
     *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
 }
 
@@ -89,11 +92,13 @@ def read_command_line(argv, config, default_file, description):
     parser = Parser(description)
     parser.add_argument("--config", metavar="FILE", help="TOML (or JSON) file with the keys below")
     resume = ("--resume_from", "--resume_from_checkpoint")
-    help = "continue the run of this checkpoint; auto: the newest of --experiment_name, or a new run if it has none"
+    help = "continue the run of this checkpoint; auto: the newest whole one of --experiment_name, or a new run"
     parser.add_argument(*resume, metavar="DIR", default="", help=help)
     parser.add_argument(
         "--dry_run", action="store_true", help="say what the run would need, memory and time; train nothing"
     )
+    help = "with --resume_from: keys that may differ from the checkpoint's, as a,b,c"
+    parser.add_argument("--allow_change", metavar="KEYS", default="", help=help)
     names = add_flags(parser, config)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
@@ -105,11 +110,19 @@ def read_command_line(argv, config, default_file, description):
     refuse_two_dtypes(flags, "flags")
 
     file, saved, auto = arguments.config, None, arguments.resume_from == "auto"
+    allowed = tuple(filter(None, arguments.allow_change.split(",")))
+    for name in allowed:
+        if name not in keys_of(config):
+            raise UserError(f"--allow_change {name}: no such key.{nearest(name, [*keys_of(config)])}")
     if config.lora:
         config.lora.load_in_4bit = from_environment("USE_BNB_QUANT")
     if arguments.resume_from and not auto:
         if not (Path(arguments.resume_from) / "trainer_state.json").is_file():
             raise UserError(f"--resume_from {arguments.resume_from}: no checkpoint (no trainer_state.json there).")
+        found = damage(arguments.resume_from, "trainer_state.json")
+        if found:
+            hint = "--resume_from auto takes the newest whole one"
+            raise UserError(f"--resume_from {arguments.resume_from}: damaged: {found}; {hint} of an --experiment_name.")
         saved = saved_config(arguments.resume_from)
         refuse_other_script(saved, config, arguments.resume_from)
     elif not file and not {"base_model", "train_data", "eval_data"} & flags.keys():
@@ -125,11 +138,12 @@ def read_command_line(argv, config, default_file, description):
     if arguments.dry_run:
         return Command(config, Path(), dry_run=True)
     if auto:
-        return newest(config)
+        return newest(config, allowed)
     if saved:
         config.output.experiment_name = config.output.experiment_name or saved.output.experiment_name
-        refuse_changes(saved, config, arguments.resume_from)
-        return Command(config, continued_folder(saved, config, Path(arguments.resume_from)), arguments.resume_from)
+        refuse_changes(saved, config, arguments.resume_from, allowed)
+        run_dir = continued_folder(saved, config, Path(arguments.resume_from))
+        return Command(config, run_dir, arguments.resume_from, False, allowed)
     if config.model.init_from not in ("", "scratch"):
         require_stage(config.model)
     if not config.output.experiment_name:
@@ -155,27 +169,39 @@ class Command:
     resume_from: str = ""  # a checkpoint folder
     auto: bool = False  # --resume_from auto
     dry_run: bool = False
+    allowed: tuple[str, ...] = ()  # --allow_change: what may be another than the checkpoint's
 
     @property
     def continues(self):
         """Whether the folder is that of the run which is resumed, so that it may be there."""
         return self.auto or Path(self.resume_from).resolve().parent.parent == self.run_dir.resolve()
 
+    def require_same(self, facts):
+        """Raises UserError where `facts` (JSON, by name) are not those that the checkpoint was made with."""
+        if not self.resume_from:
+            return
+        before = read_file(Path(self.resume_from) / "trainer_state.json")["facts"]
+        changed = {name: (shown(before[name]), shown(now)) for name, now in facts.items() if now != before[name]}
+        refuse(self.resume_from, changed, self.allowed)
 
-def newest(config):
+
+def newest(config, allowed):
     """The Command that continues the run called experiment_name from its newest checkpoint, or begins it."""
     if not config.output.experiment_name:
         raise UserError("--resume_from auto: add --experiment_name, which says the run that is continued.")
     folder = Path(config.output.output_dir) / config.output.experiment_name
-    states = folder.glob("checkpoints/checkpoint_step_*/trainer_state.json")
-    found = sorted((path.parent for path in states), key=lambda path: int(path.name.rpartition("_")[2]))
-    if found:
-        saved = saved_config(found[-1])
-        refuse_other_script(saved, config, found[-1])
-        refuse_changes(saved, config, found[-1])
+    found = [path for path in folder.glob("checkpoints/checkpoint_step_*") if path.name.rpartition("_")[2].isdigit()]
+    found.sort(key=lambda path: int(path.name.rpartition("_")[2]), reverse=True)
+    whole = next((path for path in found if not damage(path, "trainer_state.json")), None)  # the run says which are not
+    if found and not whole:
+        raise UserError(f"--resume_from auto: every checkpoint in {folder} is damaged; choose another --experiment_name.")
+    if whole:
+        saved = saved_config(whole)
+        refuse_other_script(saved, config, whole)
+        refuse_changes(saved, config, whole, allowed)
     elif config.model.init_from not in ("", "scratch"):
         require_stage(config.model)
-    return Command(config, folder, str(found[-1]) if found else "", auto=True)
+    return Command(config, folder, str(whole or ""), True, allowed)
 
 
 def new_folder(config):
@@ -183,6 +209,9 @@ def new_folder(config):
     folder = Path(config.output.output_dir) / config.output.experiment_name
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --experiment_name, or continue it with --resume_from.")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"output_dir {config.output.output_dir}: {above} is no folder that can be written to.")
     return folder
 
 
@@ -205,15 +234,26 @@ def refuse_other_script(saved, config, checkpoint):
         raise UserError(f"--resume_from {checkpoint}: {'train_lora' if saved.lora else 'train'}.py made it.")
 
 
-def refuse_changes(saved, config, checkpoint):
-    before, now = keys_of(saved), keys_of(config)
-    changed = [
-        f"{name} ({getattr(before[name][0], name)} -> {getattr(now[name][0], name)})"
-        for name in now
-        if name not in FREE_ON_RESUME and getattr(before[name][0], name) != getattr(now[name][0], name)
-    ]
+def refuse_changes(saved, config, checkpoint, allowed):
+    before, now = ({n: getattr(table, n) for n, (table, _) in keys_of(one).items()} for one in (saved, config))
+    changed = {name: (before[name], now[name]) for name in now if now[name] != before[name] and name not in FREE_ON_RESUME}
+    refuse(checkpoint, changed, allowed)
+
+
+def refuse(checkpoint, changed, allowed):
+    """Raises UserError that names what is `changed`, {name: (before, now)}, and not allowed to be."""
+    changed = {name: pair for name, pair in changed.items() if name not in allowed}
     if changed:
-        raise UserError(f"--resume_from {checkpoint}: another configuration than the checkpoint's: {', '.join(changed)}.")
+        listed = ", ".join(f"{name} ({before} -> {now})" for name, (before, now) in changed.items())
+        hint = f"--allow_change {','.join(changed)} allows it"
+        raise UserError(f"--resume_from {checkpoint}: not what it was made with: {listed}; {hint}.")
+
+
+def shown(fact):
+    """A fact in a few characters; of hashed files their names and the beginnings of their hashes."""
+    if not isinstance(fact, dict):
+        return fact
+    return " ".join(f"{Path(path).name} {(sha256 or '')[:8]}".strip() for path, sha256 in fact.items())
 
 
 def require_model_and_data(config):
@@ -229,6 +269,9 @@ def require_model_and_data(config):
         raise UserError(f"data_weights has {len(weights)} numbers, train_data {len(data)} paths; give one for each.")
     if not model:
         raise UserError("neither a model nor training data is named: add --base_model FOLDER --train_data FILE.")
+    source, local = locate(model)
+    if local and config.model.init_from != "scratch":
+        check_weights(source)
 
 
 def require_stage(model):
@@ -237,6 +280,7 @@ def require_stage(model):
     found = [name for name in ("lora_adapter", "backbone", "adapter_config.json", "shards.json") if (start / name).exists()]
     if not found:
         raise UserError(f"init_from {start}: no checkpoint, artifact or adapter there; a whole model is a base_model.")
+    require_as_written(start)
     ours = any((start / name).is_file() for name in ("trainer_state.json", "training_config.toml"))
     tokens = saved_config(start).model.add_special_tokens if ours else []
     if model.add_special_tokens[: len(tokens)] != tokens:

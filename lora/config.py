@@ -89,6 +89,7 @@ class TrainingConfig:
     )
     lr_scheduler_type: str = key("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", low=0.0)
+    skip_nonfinite: int = key(0, "leave out up to N steps whose loss or gradient is not finite; one more stops", low=0)
     weight_decay: float = key(0.0, "AdamW's", low=0.0)
     optimizer: str = key(
         "adamw", "8 bits: AdamW's state of bitsandbytes", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")

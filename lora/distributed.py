@@ -30,6 +30,14 @@ def place(i):
     return i * world() + rank()
 
 
+def place_of(device, before):
+    """Where the sums are made, which decides their bits. A run that goes on from a checkpoint takes as many threads."""
+    if before and before["facts"]["place"]["processes"] == world():
+        torch.set_num_threads(before["facts"]["place"]["threads"])
+    versions = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    return {"device": device.type, "processes": world(), "threads": torch.get_num_threads(), **versions}
+
+
 def start(device):
     """Join the processes of this run; of what is printed, the first one's is shown."""
     if world() == 1:

@@ -1,9 +1,19 @@
-"""The two ways a run ends early on purpose. Anything else that escapes is a bug of ours and keeps its traceback."""
+"""The ways a run ends early on purpose, each with its exit status. Anything else that escapes is our bug, with a traceback.
+
+RUN/status.json   {"exit": null while the run goes on, "error": its one line, ...}: torchrun's own exit status is 1 for all
+RUN/error.log     the traceback, where there was an error
+"""
 
 from contextlib import contextmanager
+import errno
+import json
 import os
+import re
+import shlex
+import signal
 import sys
 import time
+import traceback
 
 
 class UserError(Exception):
@@ -13,15 +23,31 @@ class UserError(Exception):
 
 
 class Stopped(UserError):
-    """A guard stopped the run (a loss that is not finite, say). Exit status 3."""
+    """A guard stopped the run (a loss that is not finite, say); `facts` go into status.json. Exit status 3."""
 
     status = 3
 
+    def __init__(self, message, **facts):
+        super().__init__(message)
+        self.facts = facts
+
 
 class Exhausted(UserError):
-    """The machine has not enough of something: memory, disk. Exit status 4."""
+    """The machine could not go on: its disk or memory is full, a port is taken, another process was lost. Exit status 4."""
 
     status = 4
+
+
+class Lost(Exhausted):
+    """Another process of the run is gone, and may have said why."""
+
+
+class Interrupted(UserError):
+    """A signal ended the run. Exit status 128 + its number: 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.status = 128 + number
 
 
 LESS_MEMORY = "Use less: --batch_size 1 (or auto), --gradient_checkpointing, a smaller --max_length, --load_in_4bit."
@@ -36,25 +62,92 @@ def ran_out_of_memory(error):
 # Seconds that a process waits before it speaks: what all of them find wrong the first one says, what one finds wrong that
 # one says, and torchrun ends the others meanwhile.
 PATIENCE = 5
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+run_dir = None  # of the run in this process, once it has one
 
 
 @contextmanager
 def one_line_errors():
-    """Turn a UserError into its one line on stderr and its exit status."""
+    """Turn what `named` knows into its one line on stderr and its exit status; keep a record of how a run ended."""
+    global run_dir
+    run_dir = None
     try:
         yield
-    except UserError as error:
-        sys.stdout.flush()
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(PATIENCE)
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.status) from None
-    except (RuntimeError, MemoryError) as error:
-        if ran_out_of_memory(error):
-            print(f"error: {str(error).splitlines()[0]}. {LESS_MEMORY}", file=sys.stderr)
-            raise SystemExit(Exhausted.status) from None
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "gloo" not in str(error) and "NCCL" not in str(error):
+    except SystemExit:  # --help
+        raise
+    except BaseException as raised:
+        error = named(raised)
+        if error is None:
+            record(1, f"{type(raised).__name__}: {raised}")
             raise
-        time.sleep(PATIENCE)
-        print("error: another process of this run was lost.", file=sys.stderr)
-        raise SystemExit(4) from None
+        sys.stdout.flush()
+        first = int(os.environ.get("RANK", 0)) == 0
+        if isinstance(error, Interrupted) and not first:  # all have agreed, and the first one speaks
+            raise SystemExit(error.status) from None
+        if isinstance(error, Lost) or not first:
+            time.sleep(PATIENCE)
+        line = " ".join(f"{error}{how_to_go_on() if error.status >= 4 else ''}".split())
+        line = "".join(character for character in line if character.isprintable())  # it may quote somebody's file
+        if not (isinstance(error, Lost) and has_ended()):
+            record(error.status, line, **getattr(error, "facts", {}))
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(error.status) from None
+    if int(os.environ.get("RANK", 0)) == 0:  # the others are done before its artifact is
+        record(0)
+
+
+def named(error):
+    """What went wrong as one of the errors above, or None: then it is a bug."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted.", signal.SIGINT)
+    if is_full(error):
+        return Exhausted(f"{text}: no room for it; the checkpoints are as they were.")
+    if ran_out_of_memory(error):
+        return Exhausted(f"{text.rstrip('.')}. {LESS_MEMORY}")
+    if "EADDRINUSE" in text:
+        return Exhausted(f"port {os.environ.get('MASTER_PORT')} is taken: let torchrun --standalone choose a free one.")
+    if "LOCAL_WORLD_SIZE" in os.environ and isinstance(error, RuntimeError) and re.search("gloo|NCCL", text):
+        return Lost("another process of this run was lost (torchrun says which).")
+    return None
+
+
+def is_full(error):
+    """Whether a disk (or a quota, or a limit) has no room left, as Python or a library in Rust says it."""
+    return getattr(error, "errno", None) in FULL or any(f"os error {number})" in str(error) for number in FULL)
+
+
+def how_to_go_on():
+    """The command that continues this process's run from its newest checkpoint, if it has one."""
+    found = list(run_dir.glob("checkpoints/checkpoint_step_*")) if run_dir else []
+    if not found:
+        return ""
+    newest = max(found, key=lambda path: int(path.name.rpartition("_")[2]))
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
+    launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
+    return f" Go on with: {launcher} {shlex.join([sys.argv[0], '--resume_from', str(newest)])}"
+
+
+def has_ended():
+    """Whether a process of this run has written how it ended."""
+    try:
+        return run_dir is not None and json.loads((run_dir / "status.json").read_text())["exit"] is not None
+    except (OSError, ValueError):
+        return False
+
+
+def record(status, line=None, **facts):
+    """Write the run's status.json, and error.log where an error is being handled."""
+    if run_dir is None:
+        return
+    path = run_dir / "status.json"
+    try:
+        if status and sys.exc_info()[0]:
+            (run_dir / "error.log").write_text(traceback.format_exc())
+        temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
+        temporary.write_text(json.dumps({"exit": status, "error": line, **facts}, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError:  # the disk may be what is full
+        pass

@@ -15,7 +15,7 @@ from safetensors import safe_open
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lora.checkpoint import flush
+from lora.durable import flush
 from lora.errors import UserError
 from lora.gguf_tokenizer import tokenizer_keys
 from lora.model import load_shape

@@ -1,18 +1,24 @@
 """What a run says: the console, a progress bar, logs/train_*.log and logs/train_metrics.jsonl."""
 
+from collections import deque
+import fcntl
 import json
 import math
 import os
 from pathlib import Path
 import resource
+import statistics
 import sys
 import time
 
 import torch
 from tqdm import tqdm
 
-from lora import distributed
+from lora import distributed, errors
+from lora.durable import write_text
 from lora.errors import UserError
+
+SPIKE_WINDOW, SPIKE = 50, 6.0  # steps, standard deviations of their losses
 
 
 class Log:
@@ -23,6 +29,8 @@ class Log:
 
     def __init__(self, run_dir, config, start=0, may_exist=False):
         self.run_dir, self.bar, self.tokens, self.seconds = Path(run_dir), None, 0, 0.0
+        self.losses = deque(maxlen=SPIKE_WINDOW)
+        errors.run_dir = self.run_dir
         if distributed.rank() > 0:
             self.metrics_file = self.text_file = open(os.devnull, "w")
             return
@@ -30,15 +38,23 @@ class Log:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=may_exist)  # of two runs that start at once, one gets the folder
             folder.mkdir(exist_ok=may_exist)
+            self.lock = open(folder / "lock", "w")
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this process lives; it may begin anew
+        except BlockingIOError:
+            errors.run_dir = None
+            raise UserError(f"{self.run_dir}: another process is training there; wait for it or end it.") from None
         except OSError as error:
+            errors.run_dir = None
             raise UserError(f"{self.run_dir}: {error.strerror}; name another --experiment_name or --output_dir.") from None
+        errors.record(None)
         config.save(folder / "config.json")
         config.save(folder / "config.toml")
         self.metrics_path = folder / "train_metrics.jsonl"
         if self.metrics_path.exists():
             lines = self.metrics_path.read_text().splitlines(True)
             whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-            self.metrics_path.write_text("".join(line for line in whole if start and json.loads(line)["step"] <= start))
+            kept = "".join(line for line in whole if start and json.loads(line)["step"] <= start)
+            write_text(self.metrics_path, kept)
         self.metrics_file = open(self.metrics_path, "a", buffering=1)
         self.text_file = open(folder / f"train_{time.strftime('%Y%m%d-%H%M%S')}.log", "a", buffering=1)
 
@@ -51,8 +67,15 @@ class Log:
         quiet = True if distributed.rank() > 0 else None  # None: without a terminal
         self.bar = tqdm(total=total, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
 
-    def count(self, tokens, seconds):
-        """One more step, over so many tokens; evaluations and checkpoints are not in its seconds."""
+    def count(self, step, tokens, seconds, loss):
+        """Step number `step` is done, over so many tokens; evaluations and checkpoints are not in its seconds."""
+        if len(self.losses) == SPIKE_WINDOW:
+            usual = statistics.fmean(self.losses)
+            if loss > usual + SPIKE * statistics.pstdev(self.losses):
+                self.say(
+                    f"step {step}: the loss {loss:.4f} is a spike: the mean of the {SPIKE_WINDOW} before is {usual:.4f}"
+                )
+        self.losses.append(loss)
         self.tokens += tokens
         self.seconds += seconds
         self.bar.update()
@@ -74,6 +97,8 @@ class Log:
         self.bar.close()
         self.metrics_file.close()
         self.text_file.close()
+        if distributed.rank() == 0:
+            self.lock.close()
 
 
 def without_nan(values):

@@ -3,7 +3,6 @@
 from contextlib import contextmanager
 from functools import partial
 import os
-from pathlib import Path
 
 from safetensors import SafetensorError
 import torch
@@ -13,9 +12,9 @@ from transformers import AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
 import lora.attention  # noqa: F401  (registers the attention called "packed")
-from lora.config import ROOT
 from lora.data import Rows
 from lora.errors import UserError
+from lora.foreign import EMBEDDED, check_weights, locate  # noqa: F401  (the base that comes along)
 from lora.heads import LMHead
 from lora.quantize import FourBitSettings, bitsandbytes
 from lora.render import Row
@@ -23,7 +22,6 @@ from lora.targets import decoder_layers, is_pooler, train_all
 from lora.task import Task
 
 BFLOAT16_WIDTH = 512  # on a CPU: 2.4 times as fast from there on, in a base of 128 between 0.7 and 1.6 times (LOG.md)
-EMBEDDED = ROOT / "assets" / "tiny_base"
 logging.disable_progress_bar()
 
 
@@ -82,16 +80,6 @@ def offloaded(forward, *args, **kwargs):
         return forward(*args, **kwargs)
 
 
-def locate(base_model):
-    """(where transformers finds the base, whether that is a folder). What looks like a path is never a Hub name."""
-    path = EMBEDDED if base_model == "embedded" else Path(base_model).expanduser()
-    if path.is_dir():
-        return str(path), True
-    if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1:
-        raise UserError(f"base_model {base_model}: no such folder (and no Hub name OWNER/NAME).")
-    return base_model, False
-
-
 @contextmanager
 def naming(base_model):
     """What transformers says of a base that it cannot load, in one line."""
@@ -113,6 +101,8 @@ def four_bits(lora, device):
 def load_weights(model_class, base_model, dtype, attention, quantization=None):
     """A model of transformers with the weights of `base_model`, all of them, in `dtype` or quantised. Raises UserError."""
     source, local = locate(base_model)
+    if local:
+        check_weights(source)
     with naming(base_model):
         model, info = model_class.from_pretrained(
             source,
@@ -129,12 +119,20 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
     absent = [name for name in absent if not is_pooler(name)]
     if absent:
         raise UserError(f"base_model {base_model}: no weights, or of another shape, for {', '.join(sorted(absent)[:5])}.")
+    odd = [name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p)]
+    if odd:
+        raise UserError(f"base_model {base_model}: weights that are not finite numbers, in {', '.join(odd[:5])}.")
     if quantization:
         damaged = model.hf_quantizer.quantization_config.damaged
         if damaged:
             raise UserError(f"base_model {base_model}: {'; '.join(damaged[:5])}.")
         model.hf_quantizer.remove_quantization_config(model)  # what is saved of it is the base's own config
     return model
+
+
+def is_finite(tensor):
+    """Whether all its numbers are, without a copy of it."""
+    return not tensor.numel() or all(bound.isfinite() for bound in tensor.detach().aminmax())
 
 
 def read_shape(base_model):

@@ -5,7 +5,7 @@ import os
 import shlex
 
 from lora.config import ROOT
-from lora.model import locate
+from lora.foreign import locate
 
 HEAD = "`mlp_head.safetensors` is Linear - ReLU - Linear - sigmoid, on the last hidden state of each step's last token.\n"
 PROMPTS = {"lm": "From left to right: 12+9-1", "score": "From left to right: 12+9-1\n12+9=21"}

@@ -35,6 +35,8 @@ def describe_run(task, config, data, facts, total, device, dtype):
     if config.lora:
         lines += [only_adapters_train(task, config.lora.modules_to_save)]
     lines += [describe("train", facts["train"]), describe("eval", facts["eval"])]
+    if facts["repeated"]:
+        lines += [f"warning: {facts['repeated']} training examples are repeated word for word"]
     if facts["overlap"]:
         lines += [f"warning: {facts['overlap']} prompts or texts are in the training data and in the held-out data"]
     if distributed.world() > 1:

@@ -6,6 +6,7 @@ transformers would do the same with accelerate; here its loader is given a quant
 
 import importlib
 import logging
+import sys
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ def bitsandbytes(purpose, device):
     if device.type == "mps":
         raise UserError(f"{purpose}: not on mps, where bitsandbytes cannot train; leave it out, or add --device cpu.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it would have downloaded
+    sys.modules.setdefault("kernels", None)  # or it would download programs from the Hub, where that package is installed
     try:
         return importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:

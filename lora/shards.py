@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import torch
 
 from lora import distributed
+from lora.durable import flush
 
 INDEX = "shards.json"
 
@@ -28,7 +29,9 @@ def write(folder, tensors):
             index[name]["rows"] = distributed.rows(len(tensor), world if sharded else 1)
         if sharded or rank == 0:
             mine[name] = local.detach().cpu().contiguous()
-    save_file(mine, Path(folder) / f"shard_{rank}.safetensors", {"format": "pt"})
+    path = Path(folder) / f"shard_{rank}.safetensors"
+    save_file(mine, path, {"format": "pt"})
+    flush(path)  # of several machines each makes durable what it wrote
     if rank == 0:
         (Path(folder) / INDEX).write_text(json.dumps(index) + "\n")
 

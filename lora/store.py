@@ -8,18 +8,18 @@ tokenises, and the others wait for it.
 
 from contextlib import ExitStack, contextmanager
 import dataclasses
+from dataclasses import replace
 import fcntl
 import json
 from pathlib import Path
-import shutil
 import tempfile
 
 import numpy as np
 from tqdm import tqdm
 
 from lora.chat import use_chatml
-from lora.checkpoint import flush_all
 from lora.data import Rows, is_target
+from lora.durable import folder_for
 from lora.errors import UserError
 from lora.render import render
 from lora.source import digest
@@ -31,7 +31,8 @@ CHUNK = 1000  # examples that the tokenizer's threads share at a time
 def tokenised(source, task):
     """(training Rows, held-out Rows, facts) of a Source for a Task. facts: what `tokenise` says of each part, and
 
-    "overlap", the number of prompts or texts that are in both, and "chats", whether there are any.
+    "overlap", the number of prompts or texts that are in both, "repeated", of training examples that are there before, and
+    "chats", whether there are any.
     """
     config, tokenizer = source.config, task.tokenizer
     settings = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map)
@@ -46,6 +47,13 @@ def tokenised(source, task):
         ]
     if facts["chats"]:
         use_chatml(tokenizer)
+    largest, room = max(facts[part]["largest_token"] for part in ("train", "eval")), task.model.get_input_embeddings()
+    if largest >= room.num_embeddings:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"base_model {config.model.base_model}: its tokenizer writes {token!r} as {largest}, and its embeddings have "
+            f"{room.num_embeddings} rows; they do not belong together, or tokens were added without their rows."
+        )
     return *parts, facts
 
 
@@ -70,17 +78,14 @@ def locked(folder):
 def write(source, task, folder, key):
     examples = source.examples()
     facts = {"chats": any(example.messages for part in examples for example in part)}
+    facts["repeated"] = len(examples[0]) - len({str(replace(example, where="")) for example in examples[0]})
     facts["overlap"] = len(set.intersection(*({example.subject for example in part} for part in examples)))
-    temporary = folder / f".tmp_{key}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for name, part in zip(("train", "eval"), examples):
-        rows, facts[name] = tokenise(part, task, source.config, name)
-        for field in dataclasses.fields(Rows):
-            np.save(temporary / f"{name}_{field.name}.npy", getattr(rows, field.name))
-    (temporary / "facts.json").write_text(json.dumps(facts))
-    flush_all(temporary)
-    temporary.rename(folder / key)
+    with folder_for(folder / key) as temporary:
+        for name, part in zip(("train", "eval"), examples):
+            rows, facts[name] = tokenise(part, task, source.config, name)
+            for field in dataclasses.fields(Rows):
+                np.save(temporary / f"{name}_{field.name}.npy", getattr(rows, field.name))
+        (temporary / "facts.json").write_text(json.dumps(facts))
 
 
 def tokenise(examples, task, config, name):
@@ -105,6 +110,7 @@ def tokenise(examples, task, config, name):
         raise UserError(f"{examples[0].where}: no {name} example has a target within max_length {max_length}.")
     targets = table.targets[is_target(table.targets)]
     facts |= {"rows": len(table), "tokens": len(table.tokens), "targets": len(targets)}
+    facts["largest_token"] = int(table.tokens.max())
     facts["lengths"] = np.quantile(np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher").tolist()
     if kind == "score":
         facts["label_mean"] = targets.mean().item()

@@ -3,6 +3,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for a network
 
 from pathlib import Path
+import runpy
+import sys
 import tempfile
 
 import pytest
@@ -87,3 +89,15 @@ def run(config, resume_from=""):
     script = train_lora if config.lora else train
     script.main(Command(config, folder, str(resume_from)), Source(config))
     return folder
+
+
+def script(monkeypatch, capsys, *arguments):
+    """(exit status, stdout, stderr) of a script, run as a program in this process, which has torch loaded already."""
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    capsys.readouterr()
+    status = 0
+    try:
+        runpy.run_path(str(arguments[0]), run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    return status, *capsys.readouterr()

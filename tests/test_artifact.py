@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 import random
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -20,25 +19,13 @@ from lora.checksums import as_written, sha256_of
 from lora.config import ROOT
 from lora.errors import Stopped, UserError
 from lora.task import Task
-from tests.conftest import run
+from tests.conftest import run, script
 
 
 @pytest.fixture
 def made(configure):
     """The final artifact of a small LoRA run of a scorer."""
     return run(configure(True, max_steps=2)) / "final_artifact"
-
-
-def script(monkeypatch, capsys, *arguments):
-    """(exit status, stdout, stderr) of a script, run as a program in this process, which has torch loaded already."""
-    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-    capsys.readouterr()
-    status = 0
-    try:
-        runpy.run_path(str(arguments[0]), run_name="__main__")
-    except SystemExit as end:
-        status = end.code or 0
-    return status, *capsys.readouterr()
 
 
 # ---------------------------------------------------------------------------------------------------- verification
@@ -299,7 +286,9 @@ def test_a_run_is_not_continued_on_another_base(configure, own_base):
     weights.unlink()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     config.training.max_steps = 8
-    with pytest.raises(UserError, match="its weights are not those that .* was begun with"):
+    with pytest.raises(
+        UserError, match="base_model \\(model.safetensors \\w+ -> model.safetensors \\w+\\); --allow_change base_model"
+    ):
         run(config, folder / "checkpoints" / "checkpoint_step_4")
 
 

@@ -8,6 +8,7 @@ import pytest
 import tomli
 
 from lora.command_line import read_command_line
+from lora.checksums import write_checksums
 from lora.config import ROOT, Config, from_dict, get_lora_config, keys_of, read_file, saved_config
 from lora.errors import UserError
 
@@ -111,6 +112,7 @@ def test_resume_from_auto_looks_at_script_and_stage_as_a_run_that_is_named_does(
     newest.mkdir(parents=True)
     for lora, name in ((True, "train_lora.py"), (False, "train.py")):
         (newest / "trainer_state.json").write_text(json.dumps({"config": begun[lora].as_dict()}))
+        write_checksums(newest)
         assert read(*flags, lora=lora) == begun[lora]
         with pytest.raises(UserError, match=f"checkpoint_step_4: {name} made it"):
             read(*flags, lora=not lora)

@@ -4,6 +4,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 import torch
 
+from lora.checksums import write_checksums
 from lora.errors import UserError
 from tests.conftest import run
 
@@ -35,6 +36,7 @@ def test_a_state_of_another_make_is_one_line(configure, optimizer, state, damage
     else:
         tensors[f"{key}s"] = tensors.pop(key) if damage == "absent" else tensors[key] + 1
     save_file(tensors, path, {"format": "pt"})
+    write_checksums(path.parent)
     config.training.max_steps = 3
     with pytest.raises(UserError, match=f"lacks, has without a place or in another shape: .*{key}"):
         run(config, resume_from=path.parent)

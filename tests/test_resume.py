@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 import torch
 
 from lora import checkpoint
+from lora.checksums import write_checksums
 from lora.command_line import read_command_line
 from lora.config import get_lora_config
 from lora.data import TrainingData
@@ -119,6 +120,7 @@ def test_a_checkpoint_without_its_optimizer_state_is_refused(configure):
     tensors = load_file(checkpoint_12 / "optimizer.safetensors")
     gone = next(name for name in tensors if name.endswith("exp_avg"))
     save_file({name: t for name, t in tensors.items() if name != gone}, checkpoint_12 / "optimizer.safetensors")
+    write_checksums(checkpoint_12)
     config.training.max_steps = 20
     with pytest.raises(UserError, match=f"optimizer.safetensors lacks, .*{gone}"):
         run(config, checkpoint_12)
@@ -145,7 +147,7 @@ def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(
     with pytest.raises(UserError, match="final_artifact: no checkpoint .no trainer_state.json there."):
         read_command_line([f"--resume_from={saved.parent.parent}/final_artifact"], get_lora_config(), "unused.toml", "")
     (tmp_path / "trainer_state.json").write_text('{"epoch": 1.0}')  # Hugging Face's Trainer calls its own so
-    with pytest.raises(UserError, match="not a checkpoint of ours"):
+    with pytest.raises(UserError, match="damaged: checksums.json: no such file"):
         read_command_line([f"--resume_from={tmp_path}"], get_lora_config(), "unused.toml", "")
     earlier = min(s["step"] for s in checkpoint.saved(saved.parent))
     with pytest.raises(UserError, match="checkpoint_step_12 is later"):

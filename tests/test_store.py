@@ -114,10 +114,10 @@ def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch, own_c
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "flush_all", fail)  # with everything written, but for the last
+        patch.setattr("lora.durable.flush_all", fail)  # with everything written, but for the last
         with pytest.raises(KeyboardInterrupt):
             store.tokenised(Source(config), task)
-    assert list(own_cache.glob("*/.tmp_*/facts.json"))
+    assert not list(own_cache.glob("*/*/facts.json"))
     rows, _, _ = store.tokenised(Source(config), task)
     assert len(rows) == 36 and not list(own_cache.glob("*/.tmp_*"))
 

@@ -51,7 +51,8 @@ def examples_of(path, task, label_max):
         yield from arithmetic.read(path, task)
         return
     readers = (chat, questions, steps, pairs, text)
-    for where, row in files.rows(path):
+
+    def example(where, row):
         fitting = [r for r in readers if any(form <= row.keys() for form in r.FORMS)]
         reader = next((r for r in fitting if r.TASK == task), None)
         if reader is None and fitting:
@@ -59,7 +60,12 @@ def examples_of(path, task, label_max):
         if reader is None:
             known = "; ".join(", ".join(sorted(form)) for r in readers for form in r.FORMS if r.TASK == task)
             raise UserError(f"{where}: keys found: {', '.join(map(str, row))}; expected one of: {known}.")
-        yield reader.example(where, row, label_max)
+        return reader.example(where, row, label_max)
+
+    bad = []
+    for where, row in files.rows(path, bad):
+        yield from files.good(bad, example, where, row)
+    files.refuse(path, bad)
 
 
 def read_data(config):

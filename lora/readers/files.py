@@ -12,23 +12,26 @@ from lora.errors import UserError
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a document; csv's own limit is 128 KiB
 HUB = "hf://datasets/"
+LISTED = 10  # of the bad rows of a file
 
 
-def rows(path):
-    """Yield (file:line, row as a dict). Raises UserError for what cannot be read.
+def rows(path, bad=None):
+    """Yield (file:line, row as a dict). Raises UserError for what cannot be read: after the last row, of all bad rows.
 
+    A caller that finds faults of its own in the rows gives a list, `bad`, to which theirs are added, and calls `refuse`.
     `path` is a local file, or a file of a data set on the Hub: hf://datasets/OWNER/NAME[@REVISION]/PATH.
     """
     readers = dict(
         jsonl=jsonl_rows, json=json_rows, csv=csv_rows, tsv=csv_rows, txt=text_rows, text=text_rows, md=text_rows
     )
+    collected = [] if bad is None else bad
     suffix = path.lower().removesuffix(".gz").rpartition(".")[2]
     if suffix not in readers:
         raise UserError(f"{path}: expected a file named .{', .'.join(readers)} (or one of these with .gz).")
     try:
         opened = gzip.open if path.lower().endswith(".gz") else open
         with opened(local(path), "rt", encoding="utf-8-sig", newline="") as file:
-            yield from readers[suffix](path, file)
+            yield from readers[suffix](path, file, collected)
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: {error}.") from None
     except OSError as error:
@@ -38,9 +41,40 @@ def rows(path):
     except csv.Error as error:
         raise UserError(f"{path}: {error}.") from None
     except UnicodeDecodeError as error:
+        line, byte = undecodable(opened(local(path), "rb")) or ("", error.object[error.start])
         raise UserError(
-            f"{path}: byte {error.object[error.start]:#04x} is not UTF-8; convert it: iconv -t utf-8."
+            f"{path}:{line}: byte {byte:#04x} is not UTF-8; convert it: iconv -f ITS_ENCODING -t utf-8."
         ) from None
+    if bad is None:
+        refuse(path, collected)
+
+
+def undecodable(file):
+    """(number of the first line that is not UTF-8, its first byte that is not)."""
+    with file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return number, line[error.start]
+
+
+def good(bad, function, *arguments):
+    """[what `function` gives], or [] where it raises a UserError, which is then added to `bad`."""
+    try:
+        return [function(*arguments)]
+    except UserError as error:
+        bad.append(error)
+        return []
+
+
+def refuse(path, bad):
+    """Raises UserError with the number of all bad rows, and the first ten of them."""
+    if len(bad) > 1:
+        listed = "; ".join(str(error).removeprefix(f"{path}:").strip() for error in bad[:LISTED])
+        raise UserError(f"{path}: {len(bad)} bad rows: {listed}{'; ...' if len(bad) > LISTED else ''}")
+    if bad:
+        raise bad[0]
 
 
 def local(path):
@@ -65,9 +99,20 @@ def local(path):
 
 def parse(where, text):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=with_different_keys)
+    except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}" if "\n" in text.strip() else where
+        raise UserError(f"{place}: not JSON ({error.msg}, column {error.colno}).") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}).") from None
+        raise UserError(f"{where}: not JSON that can be read ({error}).") from None
+
+
+def with_different_keys(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
+        raise ValueError(f"{twice!r} is given twice")
+    return row
 
 
 def as_row(where, value):
@@ -76,21 +121,21 @@ def as_row(where, value):
     return where, value
 
 
-def jsonl_rows(path, file):
+def jsonl_rows(path, file, bad):
     for number, line in enumerate(file, 1):
         if line.strip():
-            yield as_row(f"{path}:{number}", parse(f"{path}:{number}", line))
+            yield from good(bad, lambda where, line: as_row(where, parse(where, line)), f"{path}:{number}", line)
 
 
-def json_rows(path, file):
+def json_rows(path, file, bad):
     values = parse(path, file.read())
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a JSON list of objects, found {type(values).__name__}.")
     for number, value in enumerate(values, 1):
-        yield as_row(f"{path}: row {number}", value)
+        yield from good(bad, as_row, f"{path}: row {number}", value)
 
 
-def csv_rows(path, file):
+def csv_rows(path, file, bad):
     """Rows under the names in the first line; three columns that end in a number are a pair without a header."""
     table = csv.reader(file, delimiter="\t" if path.lower().removesuffix(".gz").endswith("tsv") else ",")
     names = None
@@ -101,11 +146,12 @@ def csv_rows(path, file):
             if names is values:
                 continue
         if len(values) != len(names):
-            raise UserError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)}).")
+            bad.append(UserError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)})."))
+            continue
         yield where, {n: float(v) if n in ("score", "label") and is_number(v) else v for n, v in zip(names, values)}
 
 
-def text_rows(path, file):
+def text_rows(path, file, bad):
     """A text file is one document; line ends are read as "\\n"."""
     text = file.read().replace("\r\n", "\n")
     if text.strip():
