@@ -168,8 +168,8 @@ class Command:
     run_dir: Path
     resume_from: str = ""  # a checkpoint folder
     auto: bool = False  # --resume_from auto
-    dry_run: bool = False
     allowed: tuple[str, ...] = ()  # --allow_change: what may be another than the checkpoint's
+    dry_run: bool = False
 
     @property
     def continues(self):
