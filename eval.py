@@ -107,7 +107,7 @@ def refuse_what_does_not_go_together(arguments, config):
         raise UserError(f"--output {arguments.output}: a folder; expected the name of a file.")
     if not config.model.base_model:
         raise UserError("nothing to evaluate: add --checkpoint DIR, or --base_model FOLDER.")
-    if arguments.prompt is None and not (others or config.data.train_data):
+    if arguments.prompt is None and not (others or config.data.train_paths):
         raise UserError("no data: add --eval_data FILE, or --prompt TEXT.")
     if arguments.prompt is not None and (others or arguments.output):
         raise UserError("--prompt is for trying by hand; call eval.py once more for files.")
@@ -145,7 +145,7 @@ def read_examples(arguments, config):
         asked.corpus = retrieval.read_corpus(arguments.corpus)
         asked.queries = retrieval.read_queries(arguments.test_queries, asked.corpus)
     if arguments.eval_data:
-        asked.examples = read(arguments.eval_data, config.model.task, config.data.label_max)
+        asked.examples = read(arguments.eval_data, config.model.task, config.data)
     elif not (asked.test_set or asked.critical or asked.queries):
         asked.examples = read_data(config)[1]
     return asked

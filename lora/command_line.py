@@ -211,7 +211,10 @@ def refuse_changes(saved, config, checkpoint):
 
 
 def require_model_and_data(config):
-    model, data = config.model.base_model, config.data.train_data
+    for name in ("prm800k", "eqasc", "reveal"):
+        if getattr(config.data, f"use_{name}") and not getattr(config.data, f"{name}_path"):
+            raise UserError(f"use_{name}: add --{name}_path FILE.")
+    model, data = config.model.base_model, config.data.train_paths
     if model and not data:
         raise UserError(f"base_model {model} is named, but no data: add --train_data FILE.")
     if data and not model:
@@ -219,8 +222,9 @@ def require_model_and_data(config):
     if config.lora and config.model.add_special_tokens and not config.lora.modules_to_save:
         raise UserError("add_special_tokens: LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head.")
     weights = config.data.data_weights
-    if weights and len(weights) != len(data):
-        raise UserError(f"data_weights has {len(weights)} numbers, train_data {len(data)} paths; give one for each.")
+    paths = config.data.train_data
+    if weights and len(weights) != len(paths):
+        raise UserError(f"data_weights has {len(weights)} numbers, train_data {len(paths)} paths; give one for each.")
     if not model:
         raise UserError("neither a model nor training data is named: add --base_model FOLDER --train_data FILE.")
 

@@ -46,6 +46,49 @@ class DataConfig:
     max_length: int = key(2048, "tokens an example may have", low=2)
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
     label_max: float = key(1.0, "labels are 0..label_max in the files and are divided by it", above=0.0)
+    max_steps_per_example: int | None = key(None, "steps of a chain that are read; the later ones are left out", low=1)
+    neutral_label: float = key(0.5, "the label of PRM800K's rating 0: not wrong, no progress", low=0.0, high=1.0)
+    use_prm800k: bool = key(False, "train on the file of PRM800K in prm800k_path")
+    prm800k_path: str = key("", "phase1_train.jsonl or phase2_train.jsonl")
+    prm800k_weight: float = key(1.0, "its weight, beside data_weights (1 each where there are none)", above=0.0)
+    use_eqasc: bool = key(False, "train on the file of eQASC (or eOBQA) in eqasc_path")
+    eqasc_path: str = key("", "eqasc_train_grc.json, or eOBQA's table")
+    eqasc_weight: float = key(1.0, "its weight", above=0.0)
+    use_reveal: bool = key(False, "evaluate on the file of REVEAL in reveal_path; its owners permit no training")
+    reveal_path: str = key("", "reveal_eval.csv or reveal_open.csv")
+    reveal_weight: float = key(1.0, "its weight, where it may be trained on", above=0.0)
+    reveal_columns: dict[str, str] = key({}, "REVEAL's columns, where they have other names than the reader expects")
+    reveal_train_i_have_permission: bool = key(False, "train on REVEAL: its owners have permitted it to you")
+
+    @property
+    def named_sets(self):
+        """{path: weight} of the sets that a use_* key adds to train_data."""
+        permitted = self.use_reveal and self.reveal_train_i_have_permission
+        sets = (
+            (self.use_prm800k, self.prm800k_path, self.prm800k_weight),
+            (self.use_eqasc, self.eqasc_path, self.eqasc_weight),
+            (permitted, self.reveal_path, self.reveal_weight),
+        )
+        return {path: weight for used, path, weight in sets if used}
+
+    @property
+    def train_paths(self):
+        return [*self.train_data, *self.named_sets]
+
+    @property
+    def weights(self):
+        """A weight for each of train_paths, or [] where the rows of all make one set."""
+        named = [*self.named_sets.values()]
+        return [*(self.data_weights or [1.0] * len(self.train_data)), *named] if named else self.data_weights
+
+    @property
+    def only_evaluated(self):
+        return [self.reveal_path] if self.use_reveal and not self.reveal_train_i_have_permission else []
+
+    @property
+    def eval_paths(self):
+        """What is evaluated on, by the number that its examples have as their source."""
+        return [*(self.eval_data or self.train_paths), *self.only_evaluated]
 
 
 @dataclass

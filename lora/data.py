@@ -155,15 +155,14 @@ class TrainingData:
         self.max_tokens = settings.batch_size * data.max_length
         self.max_eval_rows = settings.max_eval_batches * 4 or len(held_out)
         self.steps_per_epoch = len(rows) / self.examples_per_step
-        if data.data_weights:
-            self.sets = [np.flatnonzero(rows.sources == source) for source in range(len(data.train_data))]
-            self.schedule = schedule(data.train_data, data.data_weights, self.sets)
+        if data.weights:
+            self.sets = [np.flatnonzero(rows.sources == source) for source in range(len(data.train_paths))]
+            self.schedule = schedule(data.train_paths, data.weights, self.sets)
         else:
             self.sets, self.schedule = [np.arange(len(rows))], np.zeros(1, np.int64)
         self.quotas = np.bincount(self.schedule)
-        paths = data.eval_data or data.train_data
-        mixed = len(paths) > 1 and (data.eval_data or data.data_weights)
-        self.held_out_sets = {name: source for source, name in enumerate(names_of(paths))} if mixed else {}
+        mixed = len(data.eval_paths) > 1 and (data.eval_data or data.weights or data.only_evaluated)
+        self.held_out_sets = {name: source for source, name in enumerate(names_of(data.eval_paths))} if mixed else {}
         # How often the set of an example has had its turn before, since the schedule began.
         self.turns = np.array([np.count_nonzero(self.schedule[:i] == s) for i, s in enumerate(self.schedule)])
 

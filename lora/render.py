@@ -212,7 +212,7 @@ def main(argv):
     config = Config()
     for name in ("base_model", "task", "max_length", "label_max"):
         set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
-    examples = read(arguments.files, config.model.task, config.data.label_max)
+    examples = read(arguments.files, config.model.task, config.data)
     shape, _, tokenizer = load_shape(config.model.base_model)
     with torch.device("meta"):  # what the model sees of a row is in its code; no weights are needed
         causal = is_causal(AutoModel.from_config(shape))

@@ -10,9 +10,10 @@ NAMES = (("prompt", "completion"), ("question", "answer"), ("instruction", "outp
 FORMS = tuple(map(set, NAMES))
 
 
-def example(where, row, label_max):
-    names = next(pair for pair in NAMES if row.keys() >= {*pair})
-    prompt, answer = (string(where, name, row[name]) for name in names)
-    if names[0] == "instruction" and row.get("input"):
-        prompt += "\n\n" + string(where, "input", row["input"])
-    return Example(where, messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+def examples(rows, data):
+    for where, row in rows:
+        names = next(pair for pair in NAMES if row.keys() >= {*pair})
+        prompt, answer = (string(where, name, row[name]) for name in names)
+        if names[0] == "instruction" and row.get("input"):
+            prompt += "\n\n" + string(where, "input", row["input"])
+        yield Example(where, messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])

@@ -6,5 +6,6 @@ TASK = "lm"
 FORMS = ({"text"},)
 
 
-def example(where, row, label_max):
-    return Example(where, text=string(where, "text", row["text"]))
+def examples(rows, data):
+    for where, row in rows:
+        yield Example(where, text=string(where, "text", row["text"]))
