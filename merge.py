@@ -61,12 +61,11 @@ from safetensors import SafetensorError
 from transformers import AutoModel
 
 from lora.adapter import load_adapter, write_portable
-from lora.baseline import weight_files
 from lora.checkpoint import flush, flush_all
 from lora.checksums import NAME, sha256_of, verify_artifact
 from lora.config import get_lora_config, saved_config, set_key
 from lora.layer import merge
-from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights
+from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights, weight_files
 from lora.quantize import dequantize
 from lora.task import Task
 

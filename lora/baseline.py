@@ -8,7 +8,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
 import torch
 
 from lora.checkpoint import flush, trainable
@@ -17,7 +16,7 @@ from lora.errors import Stopped, UserError
 from lora.heads import MLPHead
 from lora.layer import lora_layers
 from lora.targets import named_modules
-from lora.model import locate
+from lora.model import weight_files
 
 THREADS = 8  # hashing lets go of the interpreter; from a GPU each holds one tensor in main memory
 
@@ -34,16 +33,6 @@ def measure(task, config):
             "files": dict(zip(files, pool.map(sha256_of, files.values()))),
             "frozen": dict(zip(frozen, pool.map(sha256_of_tensor, frozen.values()))),
         }
-
-
-def weight_files(model):
-    """The base's files of weights, on this disk. `model` is the [model] table of a configuration."""
-    if model.init_from == "scratch":
-        return []
-    source, local = locate(model.base_model)
-    if not local:  # its config.json was read a moment ago; the weights lie beside it
-        source = Path(hf_hub_download(source, "config.json", local_files_only=True)).parent
-    return sorted(Path(source).glob("*.safetensors"))
 
 
 def frozen_tensors(model):

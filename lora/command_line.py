@@ -225,6 +225,11 @@ def require_model_and_data(config):
     paths = config.data.train_data
     if weights and len(weights) != len(paths):
         raise UserError(f"data_weights has {len(weights)} numbers, train_data {len(paths)} paths; give one for each.")
+    for name, part in (("prompt_format", "{prompt}"), ("step_format", "{step}")):
+        if part not in getattr(config.data, name):
+            raise UserError(f"{name} {getattr(config.data, name)!r}: expected {part} in it.")
+    if "{marker}" in config.data.step_format and not config.data.step_marker:
+        raise UserError(f"step_format {config.data.step_format!r} has a {{marker}}; add --step_marker TOKEN.")
     if not model:
         raise UserError("neither a model nor training data is named: add --base_model FOLDER --train_data FILE.")
 

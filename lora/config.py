@@ -35,6 +35,8 @@ class ModelConfig:
     init_from: str = key("", "checkpoint, artifact or adapter to start from; 'scratch': random weights in the base's shape")
     add_special_tokens: list[str] = key([], "tokens to add to the vocabulary (LoRA: with modules_to_save)")
     head_dropout: float = key(0.0, "dropout inside the score head", low=0.0, high=0.9)
+    head_tokens: list[str] = key([], "start the score head from the output layer's rows of two tokens, good and bad")
+    score_loss: str = key("mse", "of a score: squared error, or binary cross entropy", choices=("mse", "bce"))
 
 
 @dataclass
@@ -46,6 +48,9 @@ class DataConfig:
     max_length: int = key(2048, "tokens an example may have", low=2)
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
     label_max: float = key(1.0, "labels are 0..label_max in the files and are divided by it", above=0.0)
+    prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for models that read from left to right")
+    step_format: str = key("{step}\n", "how a step is; {number} counts them, {marker} is where the step_marker stands")
+    step_marker: str = key("", "one token after every step, where its score is read; default: the step's last token")
     max_steps_per_example: int | None = key(None, "steps of a chain that are read; the later ones are left out", low=1)
     neutral_label: float = key(0.5, "the label of PRM800K's rating 0: not wrong, no progress", low=0.0, high=1.0)
     use_prm800k: bool = key(False, "train on the file of PRM800K in prm800k_path")

@@ -43,6 +43,7 @@ class Batch:
     lengths: list[int]  # of the documents
     target_positions: torch.Tensor  # [n], indices into b x t
     targets: torch.Tensor  # [n], token ids or scores
+    weights: torch.Tensor  # [n], by which their losses are multiplied
     sources: torch.Tensor  # [n], the data set that each target is of
 
     @property
@@ -62,20 +63,22 @@ class Rows:
     targets: np.ndarray  # int32 with NO_TOKEN, or float32 with NaN
     segments: np.ndarray  # int8
     offsets: np.ndarray  # int64, one more than rows
+    weights: np.ndarray  # float32: of each row's losses
     sources: np.ndarray  # int16: of which path each row is
 
     @classmethod
     def of(cls, rows, task):
         """The arrays of (Row, source) pairs, which may be a generator."""
         tokens, targets = array("i"), array("i" if task == "lm" else "f")
-        segments, offsets, sources = array("b"), array("q", [0]), array("h")
+        segments, offsets, weights, sources = array("b"), array("q", [0]), array("f"), array("h")
         for row, source in rows:
             tokens.extend(row.tokens)
             targets.extend(row.targets)
             segments.extend(row.segments or bytes(len(row.tokens)))
             offsets.append(len(tokens))
+            weights.append(row.weight)
             sources.append(source)
-        return cls(*(np.array(values) for values in (tokens, targets, segments, offsets, sources)))
+        return cls(*(np.array(values) for values in (tokens, targets, segments, offsets, weights, sources)))
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -109,6 +112,7 @@ class Rows:
             lengths=lengths.tolist(),
             target_positions=torch.from_numpy(place[has_target]),
             targets=torch.from_numpy(targets[has_target]).to(torch.int64 if targets.dtype == np.int32 else torch.float32),
+            weights=torch.from_numpy(np.repeat(self.weights[indices], lengths)[has_target]),
             sources=torch.from_numpy(np.repeat(self.sources[indices], lengths)[has_target]),
         )
 

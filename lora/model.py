@@ -5,6 +5,7 @@ from functools import partial
 import os
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +16,7 @@ import lora.attention  # noqa: F401  (registers the attention called "packed")
 from lora.config import ROOT
 from lora.data import Rows
 from lora.errors import UserError
-from lora.heads import LMHead
+from lora.heads import LMHead, MLPHead
 from lora.quantize import FourBitSettings, bitsandbytes
 from lora.render import Row
 from lora.targets import decoder_layers, is_pooler, train_all
@@ -72,6 +73,16 @@ def locate(base_model):
     if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1:
         raise UserError(f"base_model {base_model}: no such folder (and no Hub name OWNER/NAME).")
     return base_model, False
+
+
+def weight_files(model):
+    """The base's files of weights, on this disk. `model` is the [model] table of a configuration."""
+    if model.init_from == "scratch":
+        return []
+    source, local = locate(model.base_model)
+    if not local:  # its config.json was read a moment ago; the weights lie beside it
+        source = Path(hf_hub_download(source, "config.json", local_files_only=True)).parent
+    return sorted(Path(source).glob("*.safetensors"))
 
 
 @contextmanager
@@ -170,7 +181,8 @@ def load_task(config, dtype):
     problems = []
     for packed in (True, False):  # what cannot be packed is padded
         try:
-            task = Task(build(config, shape, tokenizer, dtype, packed), tokenizer, base_dtype, config.model.head_dropout)
+            settings = config.model.head_dropout, config.model.score_loss
+            task = Task(build(config, shape, tokenizer, dtype, packed), tokenizer, base_dtype, *settings)
             if config.model.task == "lm" and not task.causal:
                 raise UserError(
                     f"base_model {base_model}: an encoder sees what it would have to predict; use --task score."
@@ -184,6 +196,8 @@ def load_task(config, dtype):
         problems.append(problem)
     if problem:
         raise UserError(f"base_model {base_model}: {shape.model_type} is not supported: {problems[0]}.")
+    if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
+        task.take_over_head(weight_files(config.model), config.model.head_tokens)
     longest = (getattr(shape, "max_position_embeddings", None) or max_length) - task.first_position
     if max_length > longest:
         raise UserError(f"max_length = {max_length}: {base_model} has {longest} positions; add --max_length {longest}.")

@@ -27,14 +27,14 @@ class Task(nn.Module):
     `model` is a causal LM (its own output layer is then the head), or a bare backbone under an MLPHead.
     """
 
-    def __init__(self, model, tokenizer, base_dtype=torch.float32, head_dropout=0.0):
+    def __init__(self, model, tokenizer, base_dtype=torch.float32, head_dropout=0.0, score_loss="mse"):
         super().__init__()
         self.base_dtype = base_dtype  # of the base's files, and of the final artifact
         self.model, self.tokenizer = model, tokenizer
         if model.get_output_embeddings() is not None:
             self.head = LMHead(model.get_output_embeddings, model.config.get_text_config())
         else:
-            self.head = MLPHead(model.config.hidden_size, head_dropout)
+            self.head = MLPHead(model.config.hidden_size, head_dropout, score_loss)
         self.causal = is_causal(model)
         self.packed = True  # False for a model whose attention cannot be told where documents end: its rows are padded
         # RoBERTa counts positions from its padding index on; the others from 0.
@@ -62,7 +62,7 @@ class Task(nn.Module):
         return self.head.predict(self.at_targets(batch), batch.targets)
 
     def forward(self, batch):
-        return self.head(self.at_targets(batch), batch.targets), batch.num_targets
+        return self.head(self.at_targets(batch), batch.targets, batch.weights), batch.num_targets
 
     def save(self, folder):
         """Write what was trained: `lora_adapter/`, or `backbone/` as a plain Hugging Face folder; and the MLP head."""
@@ -150,15 +150,44 @@ class Task(nn.Module):
                 for name, parameter in ours.items():
                     fill(parameter, saved[name])
                 return
-            score = {}
-            for path in sorted(Path(folder).glob("*.safetensors")):
-                with safe_open(path, "pt") as file:
-                    score |= {name: file.get_tensor(name).float() for name in file.keys() if name.startswith("score.")}
-            if len(score) != 4 or len(score["score.2.weight"]) != 2:
+            score = tensors_of(sorted(Path(folder).glob("*.safetensors")), "score.")
+            if not is_two_rows(score):
                 raise UserError(
                     f"{folder}: no mlp_head.safetensors, and no score.0 and score.2 (of two rows) in its weights."
                 )
             self.head.load_two_rows(score)
+
+    def take_over_head(self, files, tokens):
+        """Begin with the score head that stands in the base's weight files, if there is one. Raises UserError.
+
+        That is a head of two classes, Linear - ReLU - Linear (Qwen2.5-Math-PRM); one linear layer (v_head.summary,
+        Skywork's); or, where `tokens` are given, how much likelier the output layer finds the first than the second.
+        """
+        score, value = tensors_of(files, "score."), tensors_of(files, "v_head.summary.")
+        if tokens:
+            rows = tensors_of(files, "lm_head.weight") or {"": self.model.get_input_embeddings().weight.detach().float()}
+            ids = [self.tokenizer(token, add_special_tokens=False).input_ids for token in tokens]
+            if [len(one) for one in ids] != [1, 1]:
+                raise UserError(f"head_tokens {' '.join(tokens)}: need two, each of them one token of the base's.")
+            good, bad = next(iter(rows.values()))[[ids[0][0], ids[1][0]]]
+            self.head.load_linear(good - bad, torch.zeros(1))
+        elif is_two_rows(score):
+            self.head.load_two_rows(score)
+        elif len(value) == 2:
+            self.head.load_linear(value["v_head.summary.weight"][0], value["v_head.summary.bias"])
+
+
+def tensors_of(files, prefix):
+    """{name: tensor in fp32} of the safetensors files' tensors whose names begin with `prefix`."""
+    found = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name).float() for name in file.keys() if name.startswith(prefix)}
+    return found
+
+
+def is_two_rows(score):
+    return len(score) == 4 and len(score["score.2.weight"]) == 2
 
 
 @contextmanager

@@ -97,8 +97,10 @@ def test_the_first_wrong_step_is_counted_from_0_in_two_sets_and_from_1_in_the_th
     more = {"id": "gsm8k-0", "generator": "g", "problem": "p", "steps": steps, "final_answer_correct": False}
     processbench = write(tmp_path / "gsm8k.json.jsonl", [more | {"label": i} for i in (0, 1, 2, -1)])
     assert [labels for _, _, labels in chains(processbench)] == expected
-    prmbench = {"original_question": "o", "original_process": ["x", "y"], "modified_question": "p",
-                "modified_process": steps, "modified_steps": [1, 3], "error_steps": [1, 3], "reason": "r", "idx": "1"}  # fmt: skip
+    prmbench = {
+        "original_question": "o", "original_process": ["x", "y"], "modified_question": "p", "modified_process": steps,
+        "modified_steps": [1, 3], "error_steps": [1, 3], "reason": "r", "idx": "1",
+    }  # fmt: skip
     rows = [prmbench | {"classification": "redundency"}, prmbench | {"classification": "circular", "error_steps": []}]
     assert chains(write(tmp_path / "pb.jsonl", rows)) == [
         ("p", steps, [0.0, 1.0, 0.0]), ("o", ["x", "y"], [1.0, 1.0]), ("p", steps, [1.0, 1.0, 1.0])

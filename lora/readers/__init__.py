@@ -1,4 +1,7 @@
-"""Readers turn files into examples: one small file per format, standard library only (they run before torch loads)."""
+"""Readers turn files into examples: one small file per format, standard library only (they run before torch loads).
+
+A row of our own formats may have a "weight", a number from 0 on, by which its loss is multiplied.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -124,6 +127,14 @@ def string(where, name, value):
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{where}: {name} holds half of a surrogate pair, which is not a character.")
     return value
+
+
+def weight(where, row):
+    """What the row's "weight" says, by which its loss is multiplied; 1 where it has none."""
+    value = row.get("weight", 1.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise UserError(f"{where}: weight {value!r}; expected a number from 0 on.")
+    return float(value)
 
 
 def label(where, value, label_max):

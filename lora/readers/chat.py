@@ -3,7 +3,7 @@
 import json
 
 from lora.errors import UserError
-from lora.readers import Example, string
+from lora.readers import Example, string, weight
 
 TASK = "lm"
 FORMS = ({"messages"},)
@@ -32,7 +32,7 @@ def examples(rows, data):
             raise UserError(f"{where}: no message has role assistant, so there is nothing to learn.")
         tools = row.get("tools") or None
         string(where, "the chat", json.dumps([messages, tools], ensure_ascii=False))  # calls and reasoning too
-        yield Example(where, messages=messages, tools=tools)
+        yield Example(where, messages=messages, tools=tools, weight=weight(where, row))
 
 
 def is_call(call):

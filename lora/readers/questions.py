@@ -3,7 +3,7 @@
 {"prompt", "completion"}    {"question", "answer"}    {"instruction", "input" (may be absent or empty), "output"}
 """
 
-from lora.readers import Example, string
+from lora.readers import Example, string, weight
 
 TASK = "lm"
 NAMES = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
@@ -16,4 +16,5 @@ def examples(rows, data):
         prompt, answer = (string(where, name, row[name]) for name in names)
         if names[0] == "instruction" and row.get("input"):
             prompt += "\n\n" + string(where, "input", row["input"])
-        yield Example(where, messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        yield Example(where, messages=turns, weight=weight(where, row))

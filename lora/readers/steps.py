@@ -1,10 +1,7 @@
-"""{"prompt", "steps" (or "completions"), "labels"}: a chain of steps, each with a label 0..1, a boolean, or null.
-
-A row may have a "weight", a number from 0 on, by which the loss of its steps is multiplied.
-"""
+"""{"prompt", "steps" (or "completions"), "labels"}: a chain of steps, each with a label 0..1, a boolean, or null."""
 
 from lora.errors import UserError
-from lora.readers import Example, label, string
+from lora.readers import Example, label, string, weight
 
 TASK = "score"
 FORMS = ({"prompt", "steps", "labels"}, {"prompt", "completions", "labels"})
@@ -12,16 +9,14 @@ FORMS = ({"prompt", "steps", "labels"}, {"prompt", "completions", "labels"})
 
 def examples(rows, data):
     for where, row in rows:
-        steps, labels, weight = row.get("steps", row.get("completions")), row["labels"], row.get("weight", 1.0)
+        steps, labels = row.get("steps", row.get("completions")), row["labels"]
         if not isinstance(labels, list) or not isinstance(steps, list) or len(labels) != len(steps):
             count = f"{len(steps)} steps" if isinstance(steps, list) else f"steps {steps!r}"
             found = f"{len(labels)} labels" if isinstance(labels, list) else f"labels {labels!r}"
             raise UserError(f"{where}: {count} and {found}; expected a label for each step (null: none).")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise UserError(f"{where}: weight {weight!r}; expected a number from 0 on.")
         labels = [label(where, value, data.label_max) for value in labels]
         prompt = string(where, "prompt", row["prompt"])
-        yield chain(where, prompt, steps, labels, weight=float(weight))
+        yield chain(where, prompt, steps, labels, weight=weight(where, row))
 
 
 def chain(where, prompt, steps, labels, **more):

@@ -1,6 +1,6 @@
 """{"text"}: a document for language modelling."""
 
-from lora.readers import Example, string
+from lora.readers import Example, string, weight
 
 TASK = "lm"
 FORMS = ({"text"},)
@@ -8,4 +8,4 @@ FORMS = ({"text"},)
 
 def examples(rows, data):
     for where, row in rows:
-        yield Example(where, text=string(where, "text", row["text"]))
+        yield Example(where, text=string(where, "text", row["text"]), weight=weight(where, row))
