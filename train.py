@@ -12,7 +12,7 @@ import sys
 
 from lora.command_line import read_command_line
 from lora.config import ROOT, Config
-from lora.errors import Stopped, UserError, one_line_errors
+from lora.errors import Stopped, UserError, one_line_errors, ran_out_of_memory
 from lora.source import Source
 
 # The command line and the data are read before torch is loaded, so that a mistake in them is answered at once; and the
@@ -32,8 +32,8 @@ import torch
 from lora import artifact, baseline, checkpoint, distributed
 from lora.data import TrainingData, seed_for
 from lora.log import Log, peak_memory, without_nan
-from lora.model import choose_device, choose_dtype, load_task
-from lora.optimizer import make_optimizer
+from lora.model import choose_device, choose_dtype, disagreement, load_task, prepare_layers
+from lora.optimizer import make_optimizer, state_bytes
 from lora.store import describe, tokenised
 
 
@@ -93,6 +93,29 @@ def evaluate(task, data, device, dtype):
     return metrics
 
 
+def backward(task, data, step, scaler, seed, device, dtype):
+    """Add the gradients of this process's part of a step; returns [its part of the loss, 1 if its memory ran out].
+
+    Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets, over all processes), so
+    that how a step is cut changes nothing.
+    """
+    batches, num_targets = data.batch_at(step), data.num_targets_at(step)
+    totals = torch.zeros(2, device=device)
+    try:
+        for i, batch in enumerate(batches):
+            torch.manual_seed(seed_for(seed, "dropout", step, distributed.place(i)))
+            with autocast(device, dtype):
+                loss_sum, _ = task(batch.to(device))
+            scaler.scale(loss_sum / num_targets).backward()
+            totals[0] += loss_sum.detach() / num_targets
+    except RuntimeError as error:
+        # Where weights are sharded the other processes wait in the middle of a layer: this one cannot go back alone.
+        if not ran_out_of_memory(error) or any(map(distributed.is_sharded, task.parameters())):
+            raise
+        totals[1] = 1
+    return totals
+
+
 def train(task, data, config, log, device, dtype, total, resume_from=""):
     """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to that step."""
     settings = config.training
@@ -111,7 +134,25 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
         scaler.load_state_dict(state["scaler"])
     best_loss = distributed.of_first(checkpoint.best_loss, folder)  # of no checkpoints where a run branches off
 
+    def gradients(step):
+        """Add the gradients of a step over all processes, in smaller micro-batches if memory runs out; returns the loss."""
+        while True:
+            totals = backward(task, data, step, scaler, settings.seed, device, dtype)
+            distributed.sum_gradients(parameters, totals)
+            loss, out_of_memory = totals.tolist()  # here the host waits for the device
+            if not out_of_memory:
+                return loss
+            optimizer.zero_grad(set_to_none=True)
+            log.say(data.halve(step))
+
     task.train()
+    # The longest rows first, without an update: what does not fit shows now and not after forty steps.
+    reserved = torch.empty(
+        0 if resume_from else state_bytes(parameters, settings.optimizer), dtype=torch.int8, device=device
+    )
+    gradients(None)
+    optimizer.zero_grad(set_to_none=True)
+    del reserved
     log.start(step, total)
     while True:
         # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never lost.
@@ -130,32 +171,21 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
                 last = True
         if step not in (0, start) and (save or last or step % config.output.save_steps == 0):
             state = {"without_best": without_best, "scaler": scaler.state_dict(), "config": config.as_dict()}
-            state["examples_per_step"] = data.examples_per_step  # kept on resume, whatever the number of processes
+            state |= {"examples_per_step": data.examples_per_step, "max_tokens": data.max_tokens}  # kept on resume
             checkpoint.save(folder, step, task, optimizer, {**state, "val": metrics and without_nan(metrics)})
         if last:
             break
 
-        # 2. This step's micro-batches, and the number of targets over all of them.
+        # 2. and 3. The gradients of this step's micro-batches, divided by the number of targets over all of them.
         started = time.monotonic()
-        batches, num_targets = data.batch_at(step), data.num_targets_at(step)
+        loss = gradients(step)
 
-        # 3. Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets).
-        loss = torch.zeros((), device=device)
-        for i, batch in enumerate(batches):
-            torch.manual_seed(seed_for(settings.seed, "dropout", step, distributed.place(i)))
-            with autocast(device, dtype):
-                loss_sum, _ = task(batch.to(device))
-            scaler.scale(loss_sum / num_targets).backward()
-            loss += loss_sum.detach() / num_targets
-
-        # 4. Sum over the processes, clip, stop before the update if anything is not finite, set the learning rate, step.
-        distributed.sum_gradients(parameters)
-        distributed.sum_over_all(loss)
+        # 4. Clip, stop before the update if anything is not finite, set the learning rate, step.
         scaler.unscale_(optimizer)
-        grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
-        finite = loss.isfinite() if scaler.is_enabled() else (loss + grad_norm).isfinite()  # fp16: the scaler skips
-        if not finite:
-            found = f"loss {loss.item()}, gradient norm {grad_norm.item()}"
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
+        grad_norm = distributed.whole(norm).item()
+        if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(grad_norm)):  # fp16: the scaler skips
+            found = f"loss {loss}, gradient norm {grad_norm}"
             raise Stopped(f"step {step}: {found}; stopped before the update, the checkpoints are as they were.")
         learning_rate = learning_rate_at(step, total, settings)
         for group in optimizer.param_groups:
@@ -168,7 +198,7 @@ def train(task, data, config, log, device, dtype, total, resume_from=""):
         # 5. Log.
         log.count(data.size_at(step - 1), time.monotonic() - started)
         if step % config.output.logging_steps == 0:
-            values = {"loss": loss.item(), "learning_rate": learning_rate, "grad_norm": grad_norm.item()}
+            values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
             log.metrics(step, {f"train/{name}": value for name, value in values.items()})
 
 
@@ -178,15 +208,19 @@ def run(task, command, source, device, dtype):
     if config.model.init_from not in ("", "scratch") and not command.resume_from:
         task.start_from(config.model.init_from)
     rows, held_out, facts = tokenised(source, task)
-    before = checkpoint.read_state(command.resume_from) if command.resume_from else {"step": 0}
-    processes = distributed.rank(), distributed.world()
-    data = TrainingData(rows, held_out, config, task.packed, *processes, before.get("examples_per_step"))
-    total, done = total_steps(config.training, data.steps_per_epoch), before["step"]
+    before = checkpoint.read_state(command.resume_from) if command.resume_from else None
+    data = TrainingData(rows, held_out, config, task.packed, distributed.rank(), distributed.world(), before)
+    total, done = total_steps(config.training, data.steps_per_epoch), before["step"] if before else 0
     if done >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
+    prepare_layers(task.model, config.training)
     if distributed.world() > 1 and not config.lora:
         distributed.shard(task, dtype, config.training.optimizer, device)
     task.to(device)
+    if device.type != "cpu" and not any(map(distributed.is_sharded, task.parameters())):
+        problem = disagreement(task, dtype)  # it has been tried on the CPU, but for the device's own kernels
+        if problem:
+            raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
     adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
     trained = sum(p.numel() for p in checkpoint.trainable(task).values())
     every = sum(p.numel() for p in task.parameters())

@@ -1,13 +1,14 @@
 """Attention over packed documents, for the unmodified models of transformers.
 
-A micro-batch is one row with documents end to end. `packed_attention` runs one attention call per document, so no
-document sees another and no mask over the whole row is built. It is registered under the name "packed" and gets the
-documents' lengths as the keyword `lengths`, which transformers hands through from `model(...)`.
+A micro-batch is one row with documents end to end. `packed_attention` runs one attention call per document, or on a GPU
+FlashAttention over all of them, so no document sees another and no mask over the whole row is built. It is registered
+under the name "packed" and gets the keyword `documents`, which transformers hands through from `model(...)`.
 """
 
 from itertools import groupby
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -16,8 +17,16 @@ IGNORED = {"position_ids", "use_cache", "output_attentions", "output_router_logi
 SHORT = 512  # positions up to which plain matrix products beat SDPA in bfloat16 on a CPU
 
 
+class Documents:
+    """The lengths of a row's documents; in an object, as torch.compile looks into a list and compiles for each anew."""
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+
+@torch.compiler.disable
 def packed_attention(
-    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, is_causal=None, lengths=None,
+    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, is_causal=None, documents=None,
     sliding_window=None, softcap=None, s_aux=None, **others,
 ):  # fmt: skip
     """query [1, heads, T, width], key and value [1, key heads, T, width] -> ([1, T, heads, width], None).
@@ -32,11 +41,13 @@ def packed_attention(
     if sliding_window and not causal:
         raise ValueError("packed attention knows sliding windows of causal models only")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    lengths = lengths or [query.shape[2]]
+    lengths = documents.lengths if documents else [query.shape[2]]
+    if has_flash(query, value) and not (dropout or softcap or s_aux is not None):
+        return flash(query, key, value, lengths, scaling, causal, sliding_window)[None], None
     outputs, start = [], 0
     for length, alike in groupby(lengths):  # neighbours of one length (the windows of a text) share a call
         n = len(list(alike))
-        q, k, v = (documents(x[:, :, start : start + n * length], n) for x in (query, key, value))
+        q, k, v = (unpacked(x[:, :, start : start + n * length], n) for x in (query, key, value))
         start += n * length
         windowed = bool(sliding_window) and length > sliding_window
         quick_by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= SHORT
@@ -53,7 +64,25 @@ def packed_attention(
     return torch.cat(outputs)[None], None
 
 
-def documents(x, n):
+def has_flash(query, value):
+    """Whether torch has FlashAttention-2 for these: NVIDIA GPUs from Ampere on, 16 bits, heads of one width up to 256."""
+    if not (query.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)):
+        return False
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] <= 256
+
+
+def flash(query, key, value, lengths, scaling, causal, window):
+    """All documents in one call: query [1, heads, T, width], key, value [1, key heads, T, width] -> [T, heads, width]."""
+    ends = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0)).to(query.device, non_blocking=True)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    behind = window - 1 if window else -1  # a window counts the position itself, FlashAttention those before it
+    return varlen_attn(
+        q, k, v, ends, ends, max(lengths), max(lengths), scale=scaling, window_size=(behind, 0 if causal else -1),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+
+
+def unpacked(x, n):
     """[1, heads, n x t, width] -> [n, heads, t, width]"""
     _, heads, positions, width = x.shape
     return x.reshape(heads, n, positions // n, width).transpose(0, 1)

@@ -33,6 +33,7 @@ FREE_ON_RESUME = {
     *("max_steps", "num_train_epochs", "early_stopping_patience", "logging_steps", "eval_steps", "save_steps"),
     *("max_eval_batches", "experiment_name", "output_dir", "device"),
     *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
+    *("threshold", "tune_threshold_on"),
 }
 
 

@@ -20,9 +20,12 @@ from lora.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def key(default, help, *, low=None, above=None, high=None, choices=None):
-    """A configuration key: its default, its help line, and what its value may be (low and high are allowed, above not)."""
-    checks = {"help": help, "low": low, "above": above, "high": high, "choices": choices}
+def key(default, help, *, low=None, above=None, high=None, choices=None, word=None):
+    """A configuration key: its default, its help line, and what its value may be (low and high are allowed, above not).
+
+    word: a text that may stand in the place of a number.
+    """
+    checks = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "word": word}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=checks)
     return field(default=default, metadata=checks)
@@ -119,7 +122,12 @@ class LoraConfig:
 @dataclass
 class TrainingConfig:
     learning_rate: float = key(2e-5, "peak learning rate", above=0.0)
-    batch_size: int = key(4, "with max_length the tokens of a micro-batch: batch_size x max_length at most", low=1)
+    batch_size: int = key(
+        4,
+        "a micro-batch has at most batch_size x max_length tokens; auto: 4, in micro-batches as large as fit",
+        low=1,
+        word="auto",
+    )
     gradient_accumulation_steps: int = key(4, "a step is batch_size x this many examples", low=1)
     max_steps: int | None = key(None, "optimizer steps; default: 10000, or what num_train_epochs needs", low=1)
     num_train_epochs: float | None = key(None, "passes over the data; with max_steps the smaller ends the run", above=0.0)
@@ -139,6 +147,8 @@ class TrainingConfig:
     max_eval_batches: int = key(100, "evaluate on the first N x 4 rows; 0: all", low=0)
     early_stopping_patience: int = key(0, "stop after N evaluations without a new best; 0: never", low=0)
     gradient_checkpointing: bool = key(False, "keep one state per layer and compute the rest again: a third slower")
+    offload_activations: bool = key(False, "keep what the backward pass needs of the layers in main memory, not on the GPU")
+    compile: bool = key(False, "torch.compile each layer: faster on a GPU after the first steps, which take longer")
     device: str = key(
         "auto", "where to run; DEVICE_PREFERENCE in the environment too", choices=("auto", "cuda", "mps", "cpu")
     )
@@ -155,13 +165,15 @@ class OutputConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What eval.py asks of generated answers; training does not read it."""
+    """What eval.py asks of generated answers and of scored steps; training does not read it."""
 
     max_new_tokens: int = key(256, "tokens an answer may have", low=1)
     temperature: float = key(0.0, "answers are drawn at this temperature; 0: the likeliest token each time", low=0.0)
     refusal_pattern: str = key("", "regular expression: an answer that matches it refuses")
     citation_pattern: str = key("", "regular expression: its matches in an answer are citations")
     json_keys: list[str] = key([], "answers are to be JSON objects that have these keys")
+    threshold: float = key(0.5, "a step is judged right from this score on", above=0.0, high=1.0)
+    tune_threshold_on: str = key("", "set (its file's name) on which the best threshold is looked for, for all of them")
 
 
 @dataclass
@@ -208,6 +220,11 @@ ALIASES = {
 DTYPE_SWITCHES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
+def rows_per_batch(training):
+    """batch_size as a number; "auto" is the default's."""
+    return TrainingConfig.batch_size if training.batch_size == "auto" else training.batch_size
+
+
 def tables_of(config):
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) is not None}
 
@@ -245,11 +262,14 @@ def check(where, value, annotation, limits):
         if not isinstance(value, dict):
             raise UserError(f"{where} = {value!r}: need a table, in the config file.")
         return {name: check(f"{where}.{name}", item, typing.get_args(kind)[1], limits) for name, item in value.items()}
+    if limits["word"] and value == limits["word"]:
+        return value
     expected = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{where} = {value!r}: need {expected}.")
+        word = f" or {limits['word']}" if limits["word"] else ""
+        raise UserError(f"{where} = {value!r}: need {expected}{word}.")
     low, above, high, choices = (limits[k] for k in ("low", "above", "high", "choices"))
     if choices and value not in choices:
         raise UserError(f"{where} = {value!r}: need one of {', '.join(choices)}.{nearest(value, choices)}")

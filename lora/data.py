@@ -12,7 +12,8 @@ import hashlib
 import numpy as np
 import torch
 
-from lora.errors import UserError
+from lora.config import rows_per_batch
+from lora.errors import LESS_MEMORY, Exhausted, UserError
 from lora.render import NO_TOKEN
 
 MOST_PADDING = 0.05  # of the positions of a micro-batch of padded rows
@@ -149,14 +150,21 @@ def is_target(targets):
 
 
 class TrainingData:
-    """What the loop asks for: `batch_at(step)`, and `evaluation()`, for one process of several."""
+    """What the loop asks for: `batch_at(step)`, and `evaluation()`, for one process of several.
 
-    def __init__(self, rows, held_out, config, packed=True, rank=0, world=1, examples_per_step=None):
+    A resumed run keeps the examples of a step and the tokens of a micro-batch of `before`, its checkpoint's state.
+    """
+
+    def __init__(self, rows, held_out, config, packed=True, rank=0, world=1, before=None):
         settings, data = config.training, config.data
         self.rank, self.world = rank, world
         self.rows, self.held_out, self.seed, self.packed = rows, held_out, settings.seed, packed
-        self.examples_per_step = examples_per_step or settings.batch_size * settings.gradient_accumulation_steps * world
-        self.max_tokens = settings.batch_size * data.max_length
+        batch_size, accumulated = rows_per_batch(settings), settings.gradient_accumulation_steps
+        at_once = accumulated if settings.batch_size == "auto" else 1
+        self.examples_per_step = batch_size * accumulated * world
+        self.max_tokens = batch_size * at_once * data.max_length
+        if before:
+            self.examples_per_step, self.max_tokens = before["examples_per_step"], before["max_tokens"]
         self.max_eval_rows = settings.max_eval_batches * 4 or len(held_out)
         self.steps_per_epoch = len(rows) / self.examples_per_step
         if data.weights:
@@ -173,15 +181,32 @@ class TrainingData:
     def batch_at(self, step):
         """This process's micro-batches of a step: the same ones for the same (seed, step), whatever came before.
 
-        Rows are dealt by their lengths, so that the processes are done at about the same time, and every process gets as
-        many micro-batches, since sharded weights are gathered by all at once.
+        Every process gets as many, since sharded weights are gathered by all at once.
         """
-        rows = self.rows_at(step)
-        owner = deal(self.rows.lengths(rows), self.world)
-        dealt = [self.rows.groups(rows[owner == i], self.max_tokens, self.packed) for i in range(self.world)]
+        rows, dealt = self.rows_at(step), self.dealt(step)
         mine = cut(dealt[self.rank], max(map(len, dealt)))
+        if step is None:  # the two largest; the second meets the gradients of the first
+            mine = sorted(mine, key=lambda group: -self.rows.lengths(np.array(group, np.int64)).sum())[:2]
         shortest = rows[self.rows.lengths(rows).argmin()]
         return [self.rows.batch(group or [shortest], self.packed, asked=bool(group)) for group in mine]
+
+    def dealt(self, step):
+        """The rows of each process's micro-batches, dealt by length so that all are done at about the same time."""
+        rows = self.rows_at(step)
+        owner = deal(self.rows.lengths(rows), self.world)
+        return [self.rows.groups(rows[owner == i], self.max_tokens, self.packed) for i in range(self.world)]
+
+    def halve(self, step):
+        """Micro-batches of half as many tokens from now on; returns what is to be said of it.
+
+        Raises Exhausted where each of the step's holds a single row already.
+        """
+        groups = [group for groups in self.dealt(step) for group in groups]
+        largest = max(int(self.rows.lengths(np.array(group)).sum()) for group in groups)
+        if all(len(group) == 1 for group in groups):
+            raise Exhausted(f"out of memory on a single example of {largest} tokens. {LESS_MEMORY}")
+        self.max_tokens = min(self.max_tokens, largest) // 2
+        return f"out of memory on {largest} tokens: micro-batches of at most {self.max_tokens} tokens from now on"
 
     def num_targets_at(self, step):
         """The number of targets of a step, over all processes."""
@@ -192,6 +217,10 @@ class TrainingData:
         return int(self.rows.lengths(self.rows_at(step)).sum())
 
     def rows_at(self, step):
+        """The rows of a step, over all processes; of no step (None) the longest that one could have."""
+        if step is None:
+            longest = np.argsort(-self.rows.lengths(np.arange(len(self.rows))), kind="stable")
+            return longest[: self.examples_per_step]
         first = step * self.examples_per_step
         return np.array([self.row_at(place) for place in range(first, first + self.examples_per_step)])
 

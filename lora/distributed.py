@@ -130,14 +130,19 @@ def sum_over_all(tensor):
     return tensor
 
 
-def sum_gradients(parameters):
-    """Give every process the sum of all processes' gradients; one call over all of them, once a step."""
-    if world() == 1 or any(map(is_sharded, parameters)):  # sharded ones are summed on the way
+def sum_gradients(parameters, totals):
+    """Give every process the sum of all processes' gradients, and of their `totals`; one call over all, once a step."""
+    if world() == 1:
+        return
+    if any(map(is_sharded, parameters)):  # these are summed on the way
+        sum_over_all(totals)
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = sum_over_all(torch.cat([gradient.flatten() for gradient in gradients]))
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+    flat = sum_over_all(torch.cat([part.flatten() for part in (*gradients, totals)]))
+    *parts, summed = flat.split([part.numel() for part in (*gradients, totals)])
+    for parameter, part in zip(parameters, parts):
         parameter.grad = part.view_as(parameter)
+    totals.copy_(summed)
 
 
 def of_first(function, *arguments):

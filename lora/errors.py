@@ -18,6 +18,21 @@ class Stopped(UserError):
     status = 3
 
 
+class Exhausted(UserError):
+    """The machine has not enough of something: memory, disk. Exit status 4."""
+
+    status = 4
+
+
+LESS_MEMORY = "Use less: --batch_size 1 (or auto), --gradient_checkpointing, a smaller --max_length, --load_in_4bit."
+
+
+def ran_out_of_memory(error):
+    """Whether torch says so: on a GPU by a class of its own, on a CPU in words only."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 # Seconds that a process waits before it speaks: what all of them find wrong the first one says, what one finds wrong that
 # one says, and torchrun ends the others meanwhile.
 PATIENCE = 5
@@ -34,7 +49,10 @@ def one_line_errors():
             time.sleep(PATIENCE)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.status) from None
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if ran_out_of_memory(error):
+            print(f"error: {str(error).splitlines()[0]}. {LESS_MEMORY}", file=sys.stderr)
+            raise SystemExit(Exhausted.status) from None
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "gloo" not in str(error) and "NCCL" not in str(error):
             raise
         time.sleep(PATIENCE)

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 import torch
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -56,13 +57,26 @@ def choose_dtype(config, device):
     return torch.float32
 
 
-def checkpoint_layers(model):
-    """Keep only the input of each decoder layer, and compute the layer again when its gradient is asked for."""
+def prepare_layers(model, training):
+    """Wrap the forward of every decoder layer as `training` asks: compiled; computed again when its gradient is asked for,
+    so that only its input is kept; what is kept moved to main memory. The gradients stay what they are. Raises UserError.
+    """
+    asked = [key for key in ("compile", "gradient_checkpointing", "offload_activations") if getattr(training, key)]
     layers = decoder_layers(model)
-    if not layers:
-        raise UserError("gradient_checkpointing: this model has no list of layers; leave it out.")
+    if asked and not layers:
+        raise UserError(f"{asked[0]}: this model has no list of layers; leave it out.")
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if training.compile:  # for any length: else every new one would be compiled
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if training.gradient_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if training.offload_activations:
+            layer.forward = partial(offloaded, layer.forward)
+
+
+def offloaded(forward, *args, **kwargs):
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return forward(*args, **kwargs)
 
 
 def locate(base_model):
@@ -222,13 +236,11 @@ def build(config, shape, tokenizer, dtype, packed):
     if config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
     train_all(model)
-    if config.training.gradient_checkpointing:
-        checkpoint_layers(model)
     return model
 
 
 @torch.no_grad()
-def disagreement(task):
+def disagreement(task, dtype=None):
     """What this model does otherwise than the task assumes, measured on two short documents; None if all is well.
 
     A model whose attention does not go through transformers' AttentionInterface would let packed documents see
@@ -236,9 +248,9 @@ def disagreement(task):
     """
     task.eval()
     types = {weight.dtype for weight in task.model.parameters()}  # of a frozen base, of what is trained, of 4 bits
-    rounding = 0.05 if types - {torch.float32} else 1e-4  # of the largest output; with room to spare
+    half = next(iter((types | {dtype}) & {torch.bfloat16, torch.float16}), None)
+    rounding = 0.05 if half or types - {torch.float32} else 1e-4  # of the largest output; with room to spare
     vocabulary, device = task.model.get_input_embeddings().num_embeddings, task.model.device
-    half = next(iter(types & {torch.bfloat16, torch.float16}), None)
     draws = torch.randint(vocabulary, (14,), generator=torch.Generator().manual_seed(0)).tolist()
     first, second = draws[:8], draws[8:]
     changed = [*first[:-1], (first[-1] + 1) % vocabulary]

@@ -29,6 +29,15 @@ def make_optimizer(parameters, config, device):
     return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)(groups, **values)
 
 
+def state_bytes(parameters, optimizer):
+    """How much memory the optimizer of that name will hold for `parameters`, from the first step on."""
+    sizes = [local(parameter).numel() for parameter in parameters]
+    if optimizer == "adamw":
+        return sum(8 * size for size in sizes)
+    # A byte for each of two values, and a scale for 256 of them; small tensors are kept in 32 bits.
+    return sum(8 * size if size < 4096 else 2 * size + 8 * (size // 256) for size in sizes)
+
+
 def state_of(optimizer):
     """Parameter -> {name: tensor}: what the optimizer remembers of it. Empty before the first step."""
     return {

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora.adapter import load_adapter, save_adapter
+from lora.attention import Documents
 from lora.distributed import fill
 from lora.errors import UserError
 from lora.heads import LMHead, MLPHead
@@ -47,7 +48,7 @@ class Task(nn.Module):
         """What the backbone makes of a micro-batch: [number of its positions, width]."""
         packed = {}
         if self.packed:
-            packed = {"position_ids": batch.positions + self.first_position, "lengths": batch.lengths}
+            packed = {"position_ids": batch.positions + self.first_position, "documents": Documents(batch.lengths)}
             if self.has_segments:
                 packed["token_type_ids"] = batch.segments
         # Padding on the right of a causal model is seen by nobody, so no mask is needed there.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, BertConfig, BertModel, MistralConfig, MistralModel, RobertaConfig, RobertaModel
 
 from lora import inject
-from lora.attention import packed_attention
+from lora.attention import Documents, packed_attention
 from lora.config import DataConfig
 from lora.data import Rows, TrainingData
 from lora.task import Task
@@ -46,7 +46,8 @@ def rows_for(example, tokenizer, task, max_length=256, causal=True):
 def training_data(configure, tokenizer, rank=0, world=1, examples=None, **values):
     config = configure(lora=False, **values)
     rows = rows_of("arithmetic:train:60", config.model.task, tokenizer)
-    return TrainingData(rows, rows, config, rank=rank, world=world, examples_per_step=examples)
+    before = examples and {"examples_per_step": examples, "max_tokens": config.training.batch_size * config.data.max_length}
+    return TrainingData(rows, rows, config, rank=rank, world=world, before=before)
 
 
 def gradients(task, batches):
@@ -212,14 +213,43 @@ def test_attention_honours_scaling_causality_and_dropout():
     query, key, value = torch.randn(3, 1, 2, 9, 4)
     for causal in (True, False):
         module = SimpleNamespace(is_causal=causal)
-        out, _ = packed_attention(module, query, key, value, None, scaling=0.3, lengths=[4, 5])
+        out, _ = packed_attention(module, query, key, value, None, scaling=0.3, documents=Documents([4, 5]))
         for a, b in ((0, 4), (4, 9)):
             scores = query[:, :, a:b] @ key[:, :, a:b].mT * 0.3
             scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf) if causal else scores
             expected = scores.softmax(-1) @ value[:, :, a:b]
             torch.testing.assert_close(out[:, a:b].transpose(1, 2), expected, rtol=0, atol=1e-6)
-        dropped, _ = packed_attention(module, query, key, value, None, scaling=0.3, lengths=[4, 5], dropout=0.5)
+        dropped, _ = packed_attention(
+            module, query, key, value, None, scaling=0.3, documents=Documents([4, 5]), dropout=0.5
+        )
         assert not torch.allclose(dropped, out)
+
+
+def varlen(query, key, value, ends, _, longest, longest_key, *, scale, window_size, enable_gqa):
+    """What torch documents of `varlen_attn`, which it has for GPUs alone. query [T, heads, width], ends [documents + 1]."""
+    assert longest == longest_key == ends.diff().max() and ends.dtype == torch.int32
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    place = torch.arange(len(query))
+    document = torch.bucketize(place, ends[1:], right=True)
+    behind, ahead = (len(query) if side == -1 else side for side in window_size)
+    distance = place[:, None] - place
+    seen = (document[:, None] == document) & (distance <= behind) & (-distance <= ahead)
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("causal", [True, False])
+def test_all_documents_in_one_call_of_flash_attention_are_each_document_in_one_of_its_own(monkeypatch, causal, window):
+    window = window if causal else None
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 20, 8) for heads in (4, 2, 2))
+    settings = {"scaling": 0.3, "sliding_window": window, "documents": Documents([7, 1, 8, 4])}
+    apart, _ = packed_attention(SimpleNamespace(is_causal=causal), query, key, value, None, **settings)
+    monkeypatch.setattr("lora.attention.has_flash", lambda query, value: True)
+    monkeypatch.setattr("lora.attention.varlen_attn", varlen)
+    together, _ = packed_attention(SimpleNamespace(is_causal=causal), query, key, value, None, **settings)
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -227,7 +257,7 @@ def test_values_may_be_narrower_than_queries(kind):
     """As in DeepSeek's models."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, 9, width).to(kind) for width in (8, 8, 6))
-    out, _ = packed_attention(SimpleNamespace(is_causal=True), query, key, value, None, lengths=[9])
+    out, _ = packed_attention(SimpleNamespace(is_causal=True), query, key, value, None, documents=Documents([9]))
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6 if kind == torch.float32 else 0.02)
 

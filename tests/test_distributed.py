@@ -38,6 +38,15 @@ def torchrun(script, config, processes, folder, *flags, more=()):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+def changed(script, folder, lines):
+    """The path of a script that does `lines` first."""
+    path = folder / "changed.py"
+    path.write_text(
+        f"import os, runpy, sys\nsys.path.insert(0, os.getcwd())\n{lines}runpy.run_path({script!r}, run_name='__main__')\n"
+    )
+    return str(path)
+
+
 def finish(process):
     out, _ = process.communicate(timeout=180)
     assert process.returncode == 0, out
@@ -132,12 +141,8 @@ def test_a_process_without_a_part_of_the_evaluation_computes_in_the_same_type(co
 
 
 def test_processes_that_start_in_different_seconds_write_to_one_folder(configure, tmp_path):
-    late = tmp_path / "late.py"
-    late.write_text(
-        "import os, runpy, sys, time\nsys.path.insert(0, os.getcwd())\ntime.sleep(1.5 * int(os.environ['RANK']))\n"
-        "runpy.run_path('train.py', run_name='__main__')\n"
-    )
-    finish(torchrun(str(late), configure(False, name="", max_steps=1), 2, tmp_path))
+    late = changed("train.py", tmp_path, "import time\ntime.sleep(1.5 * int(os.environ['RANK']))\n")
+    finish(torchrun(late, configure(False, name="", max_steps=1), 2, tmp_path))
     assert len(list(tmp_path.glob("*/checkpoints"))) == len(list(tmp_path.glob("*/final_artifact"))) == 1
 
 
@@ -149,6 +154,35 @@ def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(c
     settings = dict(base_model=str(base), task="lm", train_data=[str(chats)], eval_data=[str(chats)], max_steps=1)
     out = finish(torchrun("train.py", configure(False, **settings), 2, tmp_path))
     assert "using ChatML" in out and (tmp_path / "run" / "final_artifact" / "chat_template.jinja").is_file()
+
+
+SHORT_OF_MEMORY = """
+import torch
+from lora.task import Task
+forward = Task.forward
+def limited(self, batch):
+    if os.environ["RANK"] == "1" and batch.tokens.numel() > 150:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return forward(self, batch)
+Task.forward = limited
+"""
+
+
+def test_where_one_process_runs_out_of_memory_all_cut_the_step_anew(configure, tmp_path):
+    settings = dict(max_steps=6, task="lm", learning_rate=1e-3, batch_size=4, gradient_accumulation_steps=1)
+    finish(torchrun("train_lora.py", configure(True, name="whole", **settings), 2, tmp_path))
+    short = changed("train_lora.py", tmp_path, SHORT_OF_MEMORY)
+    out = finish(torchrun(short, configure(True, name="short", **settings), 2, tmp_path))
+    assert out.count("out of memory on") >= 1
+    torch.testing.assert_close(losses(tmp_path / "short"), losses(tmp_path / "whole"), rtol=1e-6, atol=0)
+
+
+def test_where_weights_are_sharded_one_process_out_of_memory_ends_the_run_in_one_line(configure, tmp_path):
+    short = changed("train.py", tmp_path, SHORT_OF_MEMORY)
+    process = torchrun(short, configure(False, task="lm", max_steps=1), 2, tmp_path)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "error: CUDA out of memory. Tried" in out and "--batch_size 1" in out
+    assert "Traceback" not in out.split("error: CUDA")[0]
 
 
 def test_what_is_wrong_is_said_once(configure, tmp_path):

@@ -1,9 +1,11 @@
 """Every base is tried on two short documents before it is trained: what would be silently wrong is refused."""
 
 from pathlib import Path
+import random
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -19,7 +21,7 @@ from lora.config import Config
 from lora.data import Rows
 from lora.errors import UserError
 from lora.layer import lora_layers
-from lora.model import BFLOAT16_WIDTH, EMBEDDED, choose_device, choose_dtype, load_task, locate
+from lora.model import BFLOAT16_WIDTH, EMBEDDED, choose_device, choose_dtype, load_task, locate, prepare_layers
 from lora.render import NO_TOKEN, Row
 from tests.conftest import tiny_llama
 
@@ -126,10 +128,12 @@ def test_a_cpu_computes_in_bfloat16_where_it_is_quick_at_it_and_the_base_is_wide
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_gradient_checkpointing_gives_the_same_gradients_to_the_bit_and_keeps_far_less(configure, lora):
+def test_checkpointing_and_offloading_give_the_same_gradients_to_the_bit_and_keep_less_on_the_device(configure, lora):
     gradients, kept = [], []
-    for on in (True, False):
-        task = load_task(configure(lora, task="lm", gradient_checkpointing=on), torch.float32).train()
+    for asked in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload_activations": True}):
+        config = configure(lora, task="lm", **asked)
+        task = load_task(config, torch.float32).train()
+        prepare_layers(task.model, config.training)
         if lora:
             torch.manual_seed(0)
             inject(task.model, r=4, dropout=0.2)
@@ -144,6 +148,33 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_the_bit_and_keeps_fa
         loss.backward()
         gradients.append({name: p.grad for name, p in task.named_parameters() if p.requires_grad})
         kept.append(sum(sizes))
-    assert gradients[0].keys() == gradients[1].keys()
-    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
-    assert kept[0] < kept[1] / 3
+    for other in gradients[1:]:
+        assert gradients[0].keys() == other.keys()
+        assert all(torch.equal(gradient, other[name]) for name, gradient in gradients[0].items())
+    assert kept[1] < kept[0] / 3 and kept[2] < kept[1]
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_gradients_and_are_compiled_once_for_all_lengths(configure):
+    gradients, graphs = [], []
+    for asked in ({}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}):
+        config = configure(True, task="lm", **asked)
+        task = load_task(config, torch.float32).train()
+        torch.manual_seed(0)
+        inject(task.model, r=4)
+        for layer in lora_layers(task.model).values():
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+        prepare_layers(task.model, config.training)
+        torch._dynamo.reset()
+        counters.clear()
+        draw = random.Random(0)
+        for _ in range(8):
+            lengths = [draw.randint(5, 60) for _ in range(draw.randint(2, 6))]
+            rows = [(Row(list(range(5, 5 + n)), [*range(6, 5 + n), NO_TOKEN]), 0) for n in lengths]
+            loss, _ = task(Rows.of(rows, "lm").batch(range(len(rows))))
+            loss.backward()
+            graphs.append(counters["stats"]["unique_graphs"])
+        gradients.append(torch.cat([p.grad.flatten() for p in task.parameters() if p.requires_grad]))
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()  # fused sums round otherwise
+    assert graphs[8] > 0 and graphs[9] == graphs[15] and graphs[17] == graphs[23]

@@ -24,6 +24,7 @@ class Example:
     prompt: str = ""
     steps: list[str] = field(default_factory=list)
     labels: list[float | None] = field(default_factory=list)  # 0..1, or None: no label for this step
+    outcome: bool | None = None  # whether the solution's answer is right, where that is known
     weight: float = 1.0  # multiplies the loss of its targets
     terms: str = ""  # why it may not be trained on
     source: int = 0  # which of the paths it was read from
@@ -56,10 +57,24 @@ def read(paths, task, data=None, first_source=0):
 
 def examples_of(path, task, data):
     """Yield the examples of one path, and say how many of its rows are left out, and why."""
-    from lora.readers import arithmetic, chat, eobqa, eqasc, files, first_error, math_shepherd, pairs, prm800k, prmbench
-    from lora.readers import questions, reveal, steps, text
+    from lora.readers import arithmetic, chat, eobqa, eqasc, files, first_error, math_shepherd, outcomes, pairs, prm800k
+    from lora.readers import prmbench, questions, reveal, steps, text
 
-    readers = (chat, questions, steps, pairs, text, prm800k, math_shepherd, first_error, prmbench, eqasc, eobqa, reveal)
+    readers = (
+        chat,
+        questions,
+        steps,
+        pairs,
+        text,
+        prm800k,
+        math_shepherd,
+        first_error,
+        prmbench,
+        eqasc,
+        eobqa,
+        reveal,
+        outcomes,
+    )
     if path.startswith("arithmetic:"):
         yield from arithmetic.read(path, task)
         return

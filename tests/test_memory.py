@@ -1,0 +1,90 @@
+"""Running out of memory costs time and changes nothing: a step does not depend on how it is cut."""
+
+import json
+
+import pytest
+import torch
+
+from lora.data import TrainingData
+from lora.errors import Exhausted
+from lora.task import Task
+from tests.conftest import run
+
+WHOLE = {
+    "task": "lm",
+    "max_steps": 6,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_length": 128,
+    "learning_rate": 1e-3,
+}
+
+
+def short_of_memory(monkeypatch, tokens):
+    """A device on which micro-batches of more than so many tokens do not fit; returns the sizes that were tried."""
+    forward, tried = Task.forward, []
+
+    def limited(self, batch):
+        tried.append(batch.tokens.numel())
+        if batch.tokens.numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Task, "forward", limited)
+    return tried
+
+
+def lines(folder, *names):
+    metrics = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([[line[name] for name in names] for line in metrics if names[0] in line], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("lora, tokens", [(True, 250), (True, 130), (False, 200)])
+def test_a_step_that_did_not_fit_is_redone_in_smaller_micro_batches_with_the_same_gradients(
+    configure, monkeypatch, lora, tokens
+):
+    whole = run(configure(lora, "whole", **WHOLE))
+    tried = short_of_memory(monkeypatch, tokens)
+    cut = run(configure(lora, "cut", **WHOLE))
+    assert max(tried) > tokens
+    names = ("train/loss", "train/grad_norm")
+    torch.testing.assert_close(lines(cut, *names), lines(whole, *names), rtol=1e-6, atol=0)
+    kept = json.loads((cut / "checkpoints/checkpoint_step_6/trainer_state.json").read_text())["max_tokens"]
+    assert kept <= tokens < WHOLE["batch_size"] * WHOLE["max_length"]
+    tried.clear()  # the step that a resumed run begins with is cut as before
+    run(configure(lora, "cut", **WHOLE | {"max_steps": 8}), cut / "checkpoints/checkpoint_step_6")
+    assert max(tried) <= tokens
+
+
+def test_the_largest_micro_batch_of_the_run_is_tried_before_the_first_step(configure, monkeypatch):
+    tried, sizes, batch_at = [], [], TrainingData.batch_at
+
+    def recorded(self, step):
+        batches = batch_at(self, step)
+        tried.append(step)
+        sizes.append(max(sum(batch.lengths) for batch in batches))
+        return batches
+
+    monkeypatch.setattr(TrainingData, "batch_at", recorded)
+    run(configure(True, **WHOLE))
+    assert tried == [None, 0, 1, 2, 3, 4, 5] and sizes[0] == max(sizes)
+
+
+def test_a_single_example_that_does_not_fit_ends_the_run_in_one_line(configure, monkeypatch):
+    short_of_memory(monkeypatch, 30)
+    with pytest.raises(Exhausted, match="out of memory on a single example of .* --gradient_checkpointing"):
+        run(configure(True, **WHOLE))
+
+
+def test_an_error_that_is_not_for_want_of_memory_stays_one(configure, monkeypatch):
+    monkeypatch.setattr(Task, "forward", lambda self, batch: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(configure(True, **WHOLE))
+
+
+def test_batch_size_auto_is_the_default_batch_size_in_one_micro_batch_where_it_fits(configure, monkeypatch):
+    fixed = run(configure(True, "fixed", **WHOLE | {"batch_size": 4, "gradient_accumulation_steps": 3}))
+    tried = short_of_memory(monkeypatch, 10**9)
+    auto = run(configure(True, "auto", **WHOLE | {"batch_size": "auto", "gradient_accumulation_steps": 3}))
+    assert len(tried) == 1 + WHOLE["max_steps"]
+    torch.testing.assert_close(lines(auto, "train/loss"), lines(fixed, "train/loss"), rtol=1e-6, atol=0)
