@@ -1,9 +1,14 @@
 """Scores are learned as their labels say: soft, null, weighted; and read where the layout puts them."""
 
-import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import json
 
+import pytest
+from safetensors.torch import load_file
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import eval as evaluation
+import merge as merging
 from lora.command_line import read_command_line
 from lora.config import ROOT, DataConfig, from_dict, get_lora_config, read_file
 from lora.data import Rows
@@ -12,8 +17,10 @@ from lora.heads import MLPHead
 from lora.model import EMBEDDED, load_task
 from lora.readers import Example, read
 from lora.render import render
-from tests.conftest import tiny_llama
-from tests.test_step_readers import write
+from lora.source import Source
+from tests.conftest import run, tiny_llama
+from tests.test_step_readers import prm800k_row, prm800k_step, rating, write
+import train_lora
 
 TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED)
 
@@ -206,3 +213,59 @@ def test_two_tokens_of_the_output_layer_make_a_head(configure, tmp_path):
     torch.testing.assert_close(scores, logits.softmax(-1)[:, 0].detach(), rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="head_tokens [+] [+]-: need two, each of them one token"):
         scores_and_hidden(configure, base, head_tokens=["+", "+-"])
+
+
+# ------------------------------------------------------------------------------------------------------- two phases, serving
+
+
+def test_the_two_phases_of_the_recipe_follow_each_other(tiny_base, tmp_path):
+    texts = [f" Step 1: 3+4=7 {right}\nStep 2: 7-2=9 {wrong}" for right, wrong in ("кк", "+-")]
+    texts[0] = texts[0].replace("к", "ки")
+    shepherd = [{"input": f"From {i}?{texts[0]}", "label": f"From {i}?{texts[1]}", "task": "GSM8K"} for i in range(20)]
+    rated = [
+        prm800k_row([prm800k_step([rating("a", 1), rating("b", 0)], chosen=0)], problem=f"problem {i}") for i in range(20)
+    ]
+    row = "1\t1\tt\tA thing {}\twind\tIt turns.\twind renews\t49.8\tyes\tyes fact1 yes\tNIL\tso it is\n"
+    table = "QID\tChain#\tTag\tQuestion\tAnswer\tFact1\tFact2\tWOL score\tTurk\tTurks\tExtra Facts\tDF\n"
+    (tmp_path / "e.tsv").write_text(table + "".join(row.format(i) for i in range(20)))
+    common = ["--base_model", str(tiny_base), "--max_length=128", f"--output_dir={tmp_path}", "--batch_size=2"]
+
+    def phase(name, *flags):
+        config = ["--config", str(ROOT / "configs" / f"{name}.toml"), f"--experiment_name={name}"]
+        command = read_command_line([*config, *common, *flags], get_lora_config(), "", "")
+        train_lora.main(command, Source(command.config))
+        lines = [json.loads(line) for line in (command.run_dir / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+        return command.run_dir, [line for line in lines if "val/loss" in line]
+
+    first, _ = phase("prm_phase1", "--train_data", write(tmp_path / "shepherd.jsonl", shepherd), "--learning_rate=1e-2")
+    sets = [
+        "--eval_fraction=0.4",
+        "--prm800k_path",
+        write(tmp_path / "phase2.jsonl", rated),
+        "--eqasc_path",
+        str(tmp_path / "e.tsv"),
+    ]
+    _, one = phase("prm_phase2", *sets, "--init_from", str(first / "final_artifact"), "--experiment_name=with")
+    _, other = phase("prm_phase2", *sets, "--experiment_name=without")
+    assert {"val/phase2/loss", "val/e/loss"} < one[0].keys() and one[0]["val/loss"] != other[0]["val/loss"]
+
+
+def test_who_pools_at_the_marker_gets_our_scores(configure, tmp_path):
+    """FORMATS of others: softmax of two classes at every position of the step's tag, as vLLM's pooling STEP has it."""
+    marker = dict(add_special_tokens=["<extra_0>"], step_marker="<extra_0>", step_format="{step}")
+    config = configure(True, modules_to_save=["embed_tokens"], learning_rate=3e-2, **marker)
+    folder, merged = run(config), tmp_path / "merged"
+    merging.main(merging.read_arguments(["--adapter", str(folder / "final_artifact"), "--output", str(merged)]))
+    tokenizer, model = AutoTokenizer.from_pretrained(merged), AutoModel.from_pretrained(merged).eval()
+    assert model.config.num_labels == 2 and model.config.architectures == ["LlamaForProcessRewardModel"]
+    tag, tensors = tokenizer.convert_tokens_to_ids("<extra_0>"), load_file(merged / "model.safetensors")
+    ids = tokenizer("From left to right: 3+4-2\n3+4=7<extra_0>7-2=6<extra_0>", return_tensors="pt").input_ids
+    hidden = model(ids).last_hidden_state[0]
+    hidden = torch.relu(hidden @ tensors["score.0.weight"].T + tensors["score.0.bias"])
+    served = (hidden @ tensors["score.2.weight"].T + tensors["score.2.bias"]).softmax(-1)[ids[0] == tag, 1]
+    flags = ["--checkpoint", str(merged), "--prompt", "From left to right: 3+4-2\n3+4=7\n7-2=6"]
+    arguments = evaluation.read_arguments(flags)
+    task = evaluation.load(*arguments, torch.device("cpu"))
+    examples = evaluation.read_examples(*arguments).examples
+    (ours,) = evaluation.step_scores(examples, task, arguments[1], torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(torch.from_numpy(ours).float(), served, rtol=0, atol=1e-5)
