@@ -289,35 +289,41 @@ def judge_steps(arguments, config, asked, task, device, dtype):
         text = prm_page.page(title, examples, scores, settings.threshold, table)
         Path(arguments.html).write_text(text, encoding="utf-8")
     for name, *cells in table:
-        print(f"{name:>24}  " + "".join(f"{cell:24}" for cell in cells).rstrip())
+        print(f"{name:>24}  " + "  ".join(f"{cell:24}" for cell in cells).rstrip())
     return numbers
 
 
 def labelled_numbers(arguments, config, examples, scores, task):
     """(numbers, the table that shows them) of scored steps with labels."""
     paths = arguments.eval_data or ([arguments.test_set] if arguments.test_set else config.data.eval_paths)
-    names = {name: source for source, name in enumerate(names_of(paths)) if any(e.source == source for e in examples)}
+    labelled = {example.source for example in examples if any(label is not None for label in example.labels)}
+    names = {name: source for source, name in enumerate(names_of(paths)) if source in labelled}
     found = prm_metrics.report(examples, scores, config.evaluation, names if len(names) > 1 else {})
     measures, intervals = found["measures"], found["intervals"]
     pairs = [(s, la) for e, of in zip(examples, scores) for s, la in zip(of, e.labels) if la is not None and s == s]
     said, labels = np.array(pairs).T
     loss = task.head.metrics(torch.tensor(said), torch.tensor(labels))["loss"]
-    print(f"{len(labels)} labelled steps, {(labels >= 0.5).mean():.1%} of them right")
+    print(f"{len(labels)} labelled steps, {(labels >= 0.5).mean():.1%} of them right; loss {loss:.6f}")
     if config.evaluation.tune_threshold_on:
         at = ", ".join(f"{value:g} ({name})" for name, value in found["thresholds"].items())
         print(f"thresholds tuned on {config.evaluation.tune_threshold_on}: {at}")
     if arguments.reliability:
         prm_metrics.reliability_picture(arguments.reliability, said, labels)
-    table = [["measure", *measures, *(f"lead over {name}" for name in found["leads"])]]
+    table = [["measure", *measures, *(f"less {name}" for name in found["differences"])]]
     for m in measures["scores"]:
         cells = [prm_page.number(of[m], intervals[name].get(m)) for name, of in measures.items()]
-        table.append([m, *cells, *(prm_page.number(None, lead.get(m)) for lead in found["leads"].values())])
+        table.append([m, *cells, *(prm_page.number(None, less.get(m)) for less in found["differences"].values())])
     baselines = {name: of for name, of in measures.items() if name != "scores"}
-    more = {"intervals": intervals, "leads": found["leads"], "thresholds": found["thresholds"], "baselines": baselines}
+    more = {
+        "intervals": intervals,
+        "differences": found["differences"],
+        "thresholds": found["thresholds"],
+        "baselines": baselines,
+    }
     return {"loss": loss} | measures["scores"] | more, table
 
 
-def measure_language(arguments, config, asked, task, device, dtype):
+def measure_language(config, asked, task, device, dtype):
     """(numbers, the rows of the answers, the verdicts on critical questions) of a language model."""
     numbers, rows, verdicts = {}, [], []
     if asked.examples:
@@ -348,6 +354,13 @@ def answer_prompt(arguments, config, task, dtype):
     print(printable(generate([("--prompt", tokens)], task, config, dtype)[0]))
 
 
+def show(numbers):
+    width = max(12, *map(len, numbers), 0)
+    for name, value in numbers.items():
+        print(f"{name:>{width}} {value:.6f}")
+    return numbers
+
+
 def main(arguments, config, asked):
     device = choose_device(config.training.device)
     dtype = choose_dtype(config, device)
@@ -358,13 +371,10 @@ def main(arguments, config, asked):
     elif arguments.prompt is not None:
         answer_prompt(arguments, config, task, dtype)
     else:
-        numbers, rows, verdicts = measure_language(arguments, config, asked, task, device, dtype)
+        numbers, rows, verdicts = measure_language(config, asked, task, device, dtype)
+        show(numbers)
     if asked.queries:
-        numbers |= retrieval_numbers(asked, task, config, device, dtype)
-    flat = {name: value for name, value in numbers.items() if not isinstance(value, dict)}
-    width = max(12, *map(len, flat), 0)
-    for name, value in flat.items():
-        print(f"{name:>{width}} {value:.6f}")
+        numbers |= show(retrieval_numbers(asked, task, config, device, dtype))
     if arguments.output:
         results = without_nan(numbers) | ({"critical_questions": verdicts} if verdicts else {})
         Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")

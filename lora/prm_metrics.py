@@ -119,7 +119,7 @@ def best_threshold(judged_at):
 
 
 def intervals(scorers, thresholds, draws=1000, seed=0):
-    """({name: {measure: [low, high]}}, the same of the first scorer's lead over each other one): 95 %, problems drawn anew.
+    """({name: {measure: [low, high]}}, the same of the first scorer less each other one): 95 %, problems drawn anew.
 
     scorers: {name: Judged} on the same chains. The draws are the same for all, so the differences are paired.
     """
@@ -133,11 +133,11 @@ def intervals(scorers, thresholds, draws=1000, seed=0):
         for name, judged in scorers.items():
             found[name].append(judged.measures(thresholds[name], chains))
     ends = {name: {m: quantiles([draw[m] for draw in of_name]) for m in of_name[0]} for name, of_name in found.items()}
-    leads = {
+    differences = {
         other: {m: quantiles([a[m] - b[m] for a, b in zip(found[first], found[other])]) for m in found[first][0]}
         for other in others
     }
-    return ends, leads
+    return ends, differences
 
 
 def quantiles(values):
@@ -261,9 +261,9 @@ def report(examples, scores, settings, names, fitted_on=None, draws=1000):
     """What is to be said of scores (an array [steps] for each example), with the two baselines beside them.
 
     {"thresholds": {scorer: number}, "measures": {scorer: {measure: value}}, "intervals": the same with [low, high],
-    "leads": {baseline: {measure: [low, high]}}}. settings: the [evaluation] table. names: {name of a set: its source},
-    where there are several: then each has a "NAME/processbench_f1", and their mean is the "mean_processbench_f1".
-    Raises UserError.
+    "differences": {baseline: {measure: [low, high]}}}, which are the scores' less the baseline's. settings: the
+    [evaluation] table. names: {name of a set: its source}, where there are several: then each has a
+    "NAME/processbench_f1", and their mean is the "mean_processbench_f1". Raises UserError.
     """
     tuned = settings.tune_threshold_on
     if tuned and tuned not in names:
@@ -287,7 +287,7 @@ def report(examples, scores, settings, names, fitted_on=None, draws=1000):
             measures |= {f"{of}/processbench_f1": value for of, value in parts.items()}
             measures["mean_processbench_f1"] = float(np.mean(list(parts.values())))
         result["measures"][name] = measures
-    result["intervals"], result["leads"] = intervals(judged, result["thresholds"], draws)
+    result["intervals"], result["differences"] = intervals(judged, result["thresholds"], draws)
     return result
 
 

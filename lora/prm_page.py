@@ -42,12 +42,12 @@ def lines(example, scores, threshold, colours):
 def page(title, examples, scores, threshold, table):
     """The page as a text. `table`: rows of cells with the numbers, the first of them a heading."""
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"]
-    parts.append(f"<h1>{escape(title)}</h1><table class=numbers>")
-    for kind, row in zip(["th", *["td"] * len(table)], table):
-        parts.append("<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) + "</tr>")
-    parts.append(
-        "</table><p class=note>Each step has its score and, in brackets, its label. A frame: the first step under "
-    )
+    parts.append(f"<h1>{escape(title)}</h1>")
+    if table:
+        kinds = ["th", *["td"] * len(table)]
+        rows = ["".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) for kind, row in zip(kinds, table)]
+        parts.append("<table class=numbers><tr>" + "</tr><tr>".join(rows) + "</tr></table>")
+    parts.append("<p class=note>Each step has its score and, in brackets, its label. A frame: the first step under ")
     parts.append(f"the threshold {threshold:g}. A red number: the first step that is labelled wrong.</p>")
     for example, of_steps in zip(examples, scores):
         said = first_below(of_steps, threshold)

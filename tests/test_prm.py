@@ -91,9 +91,9 @@ def test_intervals_hold_the_value_shrink_with_more_problems_and_pair_the_scorers
     widths = []
     for count in (40, 640):
         scorers = {"ours": scorer(count, 0.2), "worse": scorer(count, 0.6)}
-        ends, leads = prm_metrics.intervals(scorers, dict.fromkeys(scorers, 0.5), draws=200)
+        ends, differences = prm_metrics.intervals(scorers, dict.fromkeys(scorers, 0.5), draws=200)
         low, high = ends["ours"]["auc"]
-        assert low < scorers["ours"].measures(0.5)["auc"] < high and leads["worse"]["auc"][0] > 0
+        assert low < scorers["ours"].measures(0.5)["auc"] < high and differences["worse"]["auc"][0] > 0
         widths.append(high - low)
     assert widths[1] < widths[0] / 2  # a quarter, but for chance
     same = {"a": scorers["ours"], "b": scorers["ours"]}
@@ -242,9 +242,9 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     numbers, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert {"loss", "mse", "mae", "r2", "pearson", "spearman", "auc", "ece", "processbench_f1"} < numbers.keys()
     assert numbers["loss"] == pytest.approx(numbers["mse"])
-    assert numbers["baselines"].keys() == {"position and length", "bag of words"} == numbers["leads"].keys()
+    assert numbers["baselines"].keys() == {"position and length", "bag of words"} == numbers["differences"].keys()
     assert numbers["intervals"]["scores"]["auc"][0] <= numbers["auc"] <= numbers["intervals"]["scores"]["auc"][1]
-    assert shown.count("(1)  3+4=7") == 12 and "t.jsonl:12\np11\n" in shown and "lead over bag of words" in shown
+    assert shown.count("(1)  3+4=7") == 12 and "t.jsonl:12\np11\n" in shown and "less bag of words" in shown
     assert len([tag for tag, _ in Page(page.read_text()).tags if tag == "li"]) == 24
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="expected a file that is not there yet"):

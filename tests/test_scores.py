@@ -215,7 +215,7 @@ def test_two_tokens_of_the_output_layer_make_a_head(configure, tmp_path):
         scores_and_hidden(configure, base, head_tokens=["+", "+-"])
 
 
-# ------------------------------------------------------------------------------------------------------- two phases, serving
+# ------------------------------------------------------------------------------------------------------- phases, serving
 
 
 def test_the_two_phases_of_the_recipe_follow_each_other(tiny_base, tmp_path):
