@@ -299,7 +299,6 @@ def labelled_numbers(arguments, config, examples, scores, task):
     labelled = {example.source for example in examples if any(label is not None for label in example.labels)}
     names = {name: source for source, name in enumerate(names_of(paths)) if source in labelled}
     found = prm_metrics.report(examples, scores, config.evaluation, names if len(names) > 1 else {})
-    measures, intervals = found["measures"], found["intervals"]
     pairs = [(s, la) for e, of in zip(examples, scores) for s, la in zip(of, e.labels) if la is not None and s == s]
     said, labels = np.array(pairs).T
     loss = task.head.metrics(torch.tensor(said), torch.tensor(labels))["loss"]
@@ -309,18 +308,7 @@ def labelled_numbers(arguments, config, examples, scores, task):
         print(f"thresholds tuned on {config.evaluation.tune_threshold_on}: {at}")
     if arguments.reliability:
         prm_metrics.reliability_picture(arguments.reliability, said, labels)
-    table = [["measure", *measures, *(f"less {name}" for name in found["differences"])]]
-    for m in measures["scores"]:
-        cells = [prm_page.number(of[m], intervals[name].get(m)) for name, of in measures.items()]
-        table.append([m, *cells, *(prm_page.number(None, less.get(m)) for less in found["differences"].values())])
-    baselines = {name: of for name, of in measures.items() if name != "scores"}
-    more = {
-        "intervals": intervals,
-        "differences": found["differences"],
-        "thresholds": found["thresholds"],
-        "baselines": baselines,
-    }
-    return {"loss": loss} | measures["scores"] | more, table
+    return {"loss": loss} | found["measures"]["scores"] | found, prm_page.table(found)
 
 
 def measure_language(config, asked, task, device, dtype):

@@ -125,30 +125,6 @@ class MLPHead(nn.Module):
         self.loss = loss
         self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1))
 
-    def two_rows(self):
-        """The head as others serve it, Linear - ReLU - Linear to two classes: softmax([0, z])[1] = sigmoid(z)."""
-        first, last = self.layers[0], self.layers[3]
-        rows = {name: torch.cat([torch.zeros_like(p), p]) for name, p in last.named_parameters()}
-        return {f"score.0.{name}": p for name, p in first.named_parameters()} | {f"score.2.{n}": p for n, p in rows.items()}
-
-    def load_two_rows(self, tensors):
-        """Take over what `two_rows` gave, or the head of another such model: only the rows' difference counts."""
-        last = {name: tensors[f"score.2.{name}"] for name in ("weight", "bias")}
-        state = {f"0.{name}": tensors[f"score.0.{name}"] for name in ("weight", "bias")}
-        self.layers.load_state_dict(state | {f"3.{name}": rows[1:] - rows[:1] for name, rows in last.items()})
-
-    @torch.no_grad()
-    def load_linear(self, direction, bias):
-        """Take over a head of one layer, z = direction [width] . h + bias [1]: z = relu(z) - relu(-z), exactly.
-
-        The other hidden units keep their first layer and start without a say, so that they can learn one.
-        """
-        first, last = self.layers[0], self.layers[3]
-        first.weight[:2], first.bias[:2] = torch.stack([direction, -direction]), 0.0
-        last.weight.zero_()
-        last.weight[0, :2] = torch.tensor([1.0, -1.0])
-        last.bias.copy_(bias)
-
     def logits(self, hidden):
         """hidden [n, width] -> [n]; the score is their sigmoid."""
         return self.layers(hidden.float()).float().squeeze(-1)

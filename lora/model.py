@@ -20,6 +20,7 @@ from lora.errors import UserError
 from lora.heads import LMHead, MLPHead
 from lora.quantize import FourBitSettings, bitsandbytes
 from lora.render import Row
+from lora.score_forms import take_over
 from lora.targets import decoder_layers, is_pooler, train_all
 from lora.task import Task
 
@@ -211,7 +212,7 @@ def load_task(config, dtype):
     if problem:
         raise UserError(f"base_model {base_model}: {shape.model_type} is not supported: {problems[0]}.")
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
-        task.take_over_head(weight_files(config.model), config.model.head_tokens)
+        take_over(task, weight_files(config.model), config.model.head_tokens)
     longest = (getattr(shape, "max_position_embeddings", None) or max_length) - task.first_position
     if max_length > longest:
         raise UserError(f"max_length = {max_length}: {base_model} has {longest} positions; add --max_length {longest}.")

@@ -28,6 +28,16 @@ def number(value, ends):
     return interval if value is None else f"{value:.3f} {interval}".rstrip()
 
 
+def table(report):
+    """The rows of cells that show what `prm_metrics.report` found."""
+    measures, differences = report["measures"], report["differences"]
+    rows = [["measure", *measures, *(f"less {name}" for name in differences)]]
+    for measure in measures["scores"]:
+        cells = [number(of[measure], report["intervals"][name].get(measure)) for name, of in measures.items()]
+        rows.append([measure, *cells, *(number(None, of.get(measure)) for of in differences.values())])
+    return rows
+
+
 def lines(example, scores, threshold, colours):
     """The steps as lines for a terminal: the score, the label where there is one, and a mark at the first wrong one."""
     first = first_below(scores, threshold)
@@ -39,13 +49,13 @@ def lines(example, scores, threshold, colours):
         yield f"\x1b[48;2;{red};{green};{blue}m\x1b[30m{text}\x1b[0m" if colours else text
 
 
-def page(title, examples, scores, threshold, table):
-    """The page as a text. `table`: rows of cells with the numbers, the first of them a heading."""
+def page(title, examples, scores, threshold, numbers):
+    """The page as a text. `numbers`: rows of cells, the first of them a heading."""
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"]
     parts.append(f"<h1>{escape(title)}</h1>")
-    if table:
-        kinds = ["th", *["td"] * len(table)]
-        rows = ["".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) for kind, row in zip(kinds, table)]
+    if numbers:
+        kinds = ["th", *["td"] * len(numbers)]
+        rows = ["".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row) for kind, row in zip(kinds, numbers)]
         parts.append("<table class=numbers><tr>" + "</tr><tr>".join(rows) + "</tr></table>")
     parts.append("<p class=note>Each step has its score and, in brackets, its label. A frame: the first step under ")
     parts.append(f"the threshold {threshold:g}. A red number: the first step that is labelled wrong.</p>")

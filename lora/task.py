@@ -7,7 +7,7 @@ into a sum of losses.
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from lora.distributed import fill
 from lora.errors import UserError
 from lora.heads import LMHead, MLPHead
 from lora.layer import lora_layers, merge
+from lora.score_forms import load_two_rows
 from lora.shards import INDEX, Shards
 from lora.targets import is_causal, is_tied, train_all
 
@@ -151,44 +152,10 @@ class Task(nn.Module):
                 for name, parameter in ours.items():
                     fill(parameter, saved[name])
                 return
-            score = tensors_of(sorted(Path(folder).glob("*.safetensors")), "score.")
-            if not is_two_rows(score):
+            if not load_two_rows(self.head, sorted(Path(folder).glob("*.safetensors"))):
                 raise UserError(
                     f"{folder}: no mlp_head.safetensors, and no score.0 and score.2 (of two rows) in its weights."
                 )
-            self.head.load_two_rows(score)
-
-    def take_over_head(self, files, tokens):
-        """Begin with the score head that stands in the base's weight files, if there is one. Raises UserError.
-
-        That is a head of two classes, Linear - ReLU - Linear (Qwen2.5-Math-PRM); one linear layer (v_head.summary,
-        Skywork's); or, where `tokens` are given, how much likelier the output layer finds the first than the second.
-        """
-        score, value = tensors_of(files, "score."), tensors_of(files, "v_head.summary.")
-        if tokens:
-            rows = tensors_of(files, "lm_head.weight") or {"": self.model.get_input_embeddings().weight.detach().float()}
-            ids = [self.tokenizer(token, add_special_tokens=False).input_ids for token in tokens]
-            if [len(one) for one in ids] != [1, 1]:
-                raise UserError(f"head_tokens {' '.join(tokens)}: need two, each of them one token of the base's.")
-            good, bad = next(iter(rows.values()))[[ids[0][0], ids[1][0]]]
-            self.head.load_linear(good - bad, torch.zeros(1))
-        elif is_two_rows(score):
-            self.head.load_two_rows(score)
-        elif len(value) == 2:
-            self.head.load_linear(value["v_head.summary.weight"][0], value["v_head.summary.bias"])
-
-
-def tensors_of(files, prefix):
-    """{name: tensor in fp32} of the safetensors files' tensors whose names begin with `prefix`."""
-    found = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name).float() for name in file.keys() if name.startswith(prefix)}
-    return found
-
-
-def is_two_rows(score):
-    return len(score) == 4 and len(score["score.2.weight"]) == 2
 
 
 @contextmanager

@@ -242,7 +242,8 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     numbers, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert {"loss", "mse", "mae", "r2", "pearson", "spearman", "auc", "ece", "processbench_f1"} < numbers.keys()
     assert numbers["loss"] == pytest.approx(numbers["mse"])
-    assert numbers["baselines"].keys() == {"position and length", "bag of words"} == numbers["differences"].keys()
+    assert numbers["measures"].keys() == {"scores", "position and length", "bag of words"}
+    assert numbers["differences"].keys() == {"position and length", "bag of words"}
     assert numbers["intervals"]["scores"]["auc"][0] <= numbers["auc"] <= numbers["intervals"]["scores"]["auc"][1]
     assert shown.count("(1)  3+4=7") == 12 and "t.jsonl:12\np11\n" in shown and "less bag of words" in shown
     assert len([tag for tag, _ in Page(page.read_text()).tags if tag == "li"]) == 24

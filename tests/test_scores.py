@@ -197,12 +197,16 @@ def test_a_two_class_head_among_the_bases_weights_is_gone_on_from(configure, tmp
 
 
 def test_a_linear_head_among_the_bases_weights_is_gone_on_from_and_all_of_the_head_can_learn(configure, tmp_path):
-    t = {"v_head.summary.weight": torch.randn(1, 32), "v_head.summary.bias": torch.randn(1)}
-    scores, hidden, task = scores_and_hidden(configure, other_base(tmp_path, **t))
-    plain = torch.sigmoid(hidden @ t["v_head.summary.weight"][0] + t["v_head.summary.bias"])
+    one = {"v_head.summary.weight": torch.randn(1, 32), "v_head.summary.bias": torch.randn(1)}
+    two = {"score.weight": torch.randn(2, 32), "score.bias": torch.randn(2)}
+    scores, hidden, task = scores_and_hidden(configure, other_base(tmp_path / "one", **one))
+    plain = torch.sigmoid(hidden @ one["v_head.summary.weight"][0] + one["v_head.summary.bias"])
     torch.testing.assert_close(scores, plain, rtol=0, atol=1e-5)
     task(batch_of([chain([0.0, 1.0, 0.0])]))[0].backward()
     assert task.head.layers[3].weight.grad.count_nonzero() > 16  # a ReLU is off at some units
+    scores, hidden, _ = scores_and_hidden(configure, other_base(tmp_path / "two", **two))
+    plain = (hidden @ two["score.weight"].T + two["score.bias"]).softmax(-1)[:, 1]
+    torch.testing.assert_close(scores, plain, rtol=0, atol=1e-5)
 
 
 def test_two_tokens_of_the_output_layer_make_a_head(configure, tmp_path):
