@@ -4,6 +4,8 @@ from html.parser import HTMLParser
 import json
 import math
 import random
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -266,3 +268,21 @@ def test_outcomes_are_read_from_both_forms(tmp_path):
     found = [(e.prompt, e.steps, e.labels, e.outcome) for e in read([path], "score", DataConfig())]
     both = ("q", ["x = 1", "A: 1"], [None, None])
     assert found == [(*both, True), (*both, False), ("p", ["a"], [None], True)]
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_a_browser_shows_the_page_and_runs_nothing_of_the_data(tmp_path):
+    attack = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
+    chain = example([1.0, 0.0], attack, steps=[attack, "b"])
+    text = prm_page.page("scores", [chain], [np.array([0.9, 0.1])], 0.5, [["measure", attack], ["auc", "1"]])
+    # What the browser made of the colours is asked of the browser itself, by a script of this test's own.
+    asking = "<script>document.body.append([...document.querySelectorAll('li')].map(li => getComputedStyle(li)."
+    asking += "backgroundColor + li.className + getComputedStyle(li).outlineStyle).join('|'))</script>"
+    (tmp_path / "page.html").write_text(text + asking, encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "<title>scores</title>" in shown
+    assert "rgb(171, 245, 150)none|rgb(255, 169, 150)first goldsolid" in shown
