@@ -13,6 +13,7 @@ import sys
 from types import SimpleNamespace
 
 from lora.chat import Piece, chat_pieces
+from lora.config import DataConfig
 from lora.errors import UserError, one_line_errors
 
 NO_TOKEN = -100
@@ -47,6 +48,9 @@ def render(examples, tokenizer, task, data, causal):
     `data` is the [data] table of the configuration: max_length, and how a chain is written. Raises UserError.
     """
     if task == "score" and not causal:
+        plain = DataConfig.prompt_format, DataConfig.step_format, DataConfig.step_marker
+        if (data.prompt_format, data.step_format, data.step_marker) != plain:
+            raise UserError("prompt_format, step_format, step_marker: an encoder reads a pair of texts; leave them out.")
         results = [pair_rows(example, tokenizer, data.max_length) for example in examples]
     else:
         results = one_way_rows(examples, tokenizer, task, data)

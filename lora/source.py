@@ -47,7 +47,7 @@ class Source:
         self.files = {name: {path: sums[path] for path in of_name} for name, of_name in named.items()}
         suffixes = [Path(path.lower()).suffixes for path in paths]  # they choose the reader
         chosen = [getattr(data, name) for name in CHOOSES]
-        chosen += [len(data.train_paths), config.model.task, suffixes]
+        chosen += [len(data.train_paths), len(data.eval_data), config.model.task, suffixes]
         self.key = digest(chosen, *(sums[path] or path for path in paths), *sorted(READERS.glob("*.py")))
         self.folder = cache_folder() / self.key
         self.read = None if any(self.folder.glob("*/facts.json")) else read_data(config)

@@ -154,6 +154,11 @@ def test_a_marker_is_one_token_or_has_to_be_added():
         render([chain([1.0])], TOKENIZER, "score", DataConfig(step_marker="<step>"), True)
 
 
+def test_an_encoder_has_no_layout():
+    with pytest.raises(UserError, match="an encoder reads a pair of texts; leave them out"):
+        render([chain([1.0])], TOKENIZER, "score", DataConfig(step_marker="."), False)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -175,10 +175,13 @@ def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, co
     assert (len(training), len(held_out)) == (27, 3 + 2) and not any(e.terms for e in training)
     assert [e.source for e in held_out] == [0] * 3 + [1] * 2
     assert Source(config).files["eval_data"].keys() == {path}
+    key, config.data.eval_data, config.data.use_reveal = Source(config).key, [path], False
+    assert Source(config).key != key  # the same files, but nothing is held out of the first
     config.data.train_data = [path]
     with pytest.raises(UserError, match="reveal.csv:2: REVEAL's owners permit it as a test set, not as a training set"):
         read_data(config)
-    config.data.train_data, config.data.reveal_train_i_have_permission = [train], True
+    config.data.train_data, config.data.eval_data, config.data.use_reveal = [train], [], True
+    config.data.reveal_train_i_have_permission = True
     training, held_out = read_data(config)
     assert {e.source for e in training} == {0, 1} and config.data.weights == [1.0, 1.0]
 

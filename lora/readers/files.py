@@ -102,7 +102,10 @@ def csv_rows(path, file):
                 continue
         if len(values) != len(names):
             raise UserError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)}).")
-        yield where, {n: float(v) if n in ("score", "label") and is_number(v) else v for n, v in zip(names, values)}
+        yield (
+            where,
+            {n: float(v) if n in ("score", "label", "weight") and is_number(v) else v for n, v in zip(names, values)},
+        )
 
 
 def text_rows(path, file):
