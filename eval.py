@@ -203,7 +203,7 @@ def load(arguments, config, device):
 
 def loss_numbers(examples, task, config, device, dtype):
     rows, facts = tokenise(examples, task, config, "eval")
-    batches = rows.batches(range(len(rows)), config.training.batch_size * config.data.max_length, task.packed)
+    batches = rows.batches(range(len(rows)), rows_per_batch(config.training) * config.data.max_length, task.packed)
     said, targets, _ = predict(task, tqdm(batches, unit="batch", disable=None), device, dtype)
     print(describe("eval", facts))
     numbers = task.head.metrics(said, targets)
@@ -250,7 +250,7 @@ def step_scores(examples, task, config, device, dtype):
     asked = [replace(example, labels=[0.0] * len(example.steps)) for example in examples]
     rendered = render(asked, task.tokenizer, "score", config.data, task.causal)
     rows = Rows.of(((row, 0) for of in rendered for row in of.rows), "score")
-    groups = rows.groups(range(len(rows)), config.training.batch_size * config.data.max_length, task.packed)
+    groups = rows.groups(range(len(rows)), rows_per_batch(config.training) * config.data.max_length, task.packed)
     batches = tqdm([rows.batch(group, task.packed) for group in groups if group], unit="batch", disable=None)
     said = predict(task, batches, device, dtype)[0].numpy() if batches.total else np.zeros(0)
     order = [i for group in groups for i in group]

@@ -171,7 +171,7 @@ def chain_row(tokenised, start, max_length, marker):
     cut = False
     for piece, line, _ in tokenised[1:]:
         line = line + marker
-        cut = cut or len(tokens) + len(line) > max_length
+        cut = cut or not line or len(tokens) + len(line) > max_length  # some tokenizers have no token for some steps
         if not cut:
             tokens += line
             targets += [NO_SCORE] * (len(line) - 1) + [NO_SCORE if piece.label is None else piece.label]
