@@ -23,6 +23,7 @@ if __name__ == "__main__":
         source = Source(command.config)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from functools import partial
 import json
 import math
 import time
@@ -32,9 +33,10 @@ import torch
 from lora import artifact, baseline, checkpoint, distributed
 from lora.data import TrainingData, seed_for
 from lora.log import Log, peak_memory, without_nan
-from lora.model import choose_device, choose_dtype, disagreement, load_task, prepare_layers
+from lora.model import autocast, choose_device, choose_dtype, disagreement, load_task, prepare_layers
 from lora.optimizer import make_optimizer, state_bytes
-from lora.store import describe, tokenised
+from lora.plan import describe_memory, describe_run, describe_time, memory
+from lora.store import tokenised
 
 
 def total_steps(settings, steps_per_epoch):
@@ -54,10 +56,6 @@ def learning_rate_at(step, total, settings):
     done = (step - warmup) / max(1, total - warmup)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
     return settings.learning_rate * shape[settings.lr_scheduler_type]
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()
@@ -214,6 +212,12 @@ def run(task, command, source, device, dtype):
     if done >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
     prepare_layers(task.model, config.training)
+    opening = describe_run(task, config, data, facts, total, device, dtype)
+    if command.dry_run:
+        table, fits = describe_memory(memory(task, data, config, device, dtype), device)
+        print(f"{opening}\n{table}")
+        if not fits:
+            return None
     if distributed.world() > 1 and not config.lora:
         distributed.shard(task, dtype, config.training.optimizer, device)
     task.to(device)
@@ -221,26 +225,13 @@ def run(task, command, source, device, dtype):
         problem = disagreement(task, dtype)  # it has been tried on the CPU, but for the device's own kernels
         if problem:
             raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
-    adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
-    trained = sum(p.numel() for p in checkpoint.trainable(task).values())
-    every = sum(p.numel() for p in task.parameters())
+    if command.dry_run:
+        step = partial(backward, task, data, 0, torch.amp.GradScaler(enabled=False), config.training.seed, device, dtype)
+        print(describe_time(step, partial(evaluate, task, data, device, dtype), total, config.training.eval_steps))
+        return None
     run_dir = distributed.of_first(str, command.run_dir)  # of a run that was given no name it holds the second
     log = Log(run_dir, config, done, command.continues)
-    log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
-    log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
-    if adapters_alone:
-        log.say(adapters_alone)
-    log.say(f"{describe('train', facts['train'])}\n{describe('eval', facts['eval'])}")
-    if facts["overlap"]:
-        log.say(f"warning: {facts['overlap']} prompts or texts are in the training data and in the held-out data")
-    if distributed.world() > 1:
-        held = "the model, and they sum their gradients once a step" if config.lora else "a part of every layer"
-        log.say(f"{distributed.world()} processes: each holds {held}")
-    if not task.packed:
-        log.say("this model's attention cannot be told where documents end: rows are sorted by length and padded")
-    if config.training.max_steps and config.training.num_train_epochs:
-        log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
-    log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
+    log.say(f"{opening}; in {log.run_dir}")
 
     first = distributed.rank() == 0
     if first:

@@ -92,6 +92,9 @@ def read_command_line(argv, config, default_file, description):
     resume = ("--resume_from", "--resume_from_checkpoint")
     help = "continue the run of this checkpoint; auto: the newest of --experiment_name, or a new run if it has none"
     parser.add_argument(*resume, metavar="DIR", default="", help=help)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what the run would need, memory and time; train nothing"
+    )
     names = add_flags(parser, config)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
@@ -120,6 +123,8 @@ def read_command_line(argv, config, default_file, description):
         set_key(config, name, value, f"--{name}", from_text=True)
 
     require_model_and_data(config)
+    if arguments.dry_run:
+        return Command(config, Path(), dry_run=True)
     if auto:
         return newest(config)
     if saved:
@@ -150,6 +155,7 @@ class Command:
     run_dir: Path
     resume_from: str = ""  # a checkpoint folder
     auto: bool = False  # --resume_from auto
+    dry_run: bool = False
 
     @property
     def continues(self):
