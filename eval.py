@@ -5,15 +5,17 @@
     python eval.py --checkpoint outputs/RUN/final_artifact --test_queries FILE --corpus FILE
     python eval.py --checkpoint outputs/RUN/final_artifact --prompt 'Start with 12, add 9.
     12+9=21'
+    python eval.py --checkpoint SCORER --test_set FILE [--html page.html] [--reliability picture.png]
     python eval.py --base_model FOLDER --task lm --eval_data FILE
     python eval.py --verify_only --artifact_dir outputs/RUN/final_artifact
 
 A checkpoint brings its configuration along: where nothing else is asked for, it is evaluated on what its run held out,
-all of it. What answers are measured by stands in lora/text_metrics.py.
+all of it. What answers are measured by stands in lora/text_metrics.py, what scores of steps are in lora/prm_metrics.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import json
+from importlib.util import find_spec
 import math
 from pathlib import Path
 import sys
@@ -30,6 +32,7 @@ from lora.text_metrics import Question, check_patterns, means, passes, read_ques
 KEYS = (
     *("base_model", "task", "max_length", "label_max", "batch_size", "seed", "device", "dtype"),
     *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
+    *("max_steps_per_example", "neutral_label", "threshold", "tune_threshold_on"),
 )
 
 
@@ -56,7 +59,9 @@ def read_arguments(argv):
     parser.add_argument("--prompt", metavar="TEXT", help="what to answer; for a scorer a problem, and its steps below it")
     parser.add_argument("--ignore_chat_template", action="store_true", help="go on with the text of --prompt as it is")
     parser.add_argument("--eval_data", nargs="+", metavar="FILE", help="held-out files; default: the checkpoint's")
-    parser.add_argument("--test_set", metavar="FILE", help="chats whose last answers are generated and measured")
+    parser.add_argument("--test_set", metavar="FILE", help="chats whose last answers are measured, or steps to be coloured")
+    parser.add_argument("--html", metavar="FILE", help="of a scorer: the coloured steps as a page, to this new file")
+    parser.add_argument("--reliability", metavar="FILE", help="of a scorer: the picture of its calibration (matplotlib)")
     parser.add_argument("--critical_questions", metavar="FILE", help="the same, each question with PASS or FAIL")
     parser.add_argument("--test_queries", metavar="FILE", help="rows of query and relevant (ids of the corpus)")
     parser.add_argument("--corpus", metavar="FILE", help="rows of id and text")
@@ -108,7 +113,7 @@ def refuse_what_does_not_go_together(arguments, config):
         raise UserError(f"--output {arguments.output}: a folder; expected the name of a file.")
     if not config.model.base_model:
         raise UserError("nothing to evaluate: add --checkpoint DIR, or --base_model FOLDER.")
-    if arguments.prompt is None and not (others or config.data.train_data):
+    if arguments.prompt is None and not (others or config.data.train_paths):
         raise UserError("no data: add --eval_data FILE, or --prompt TEXT.")
     if arguments.prompt is not None and (others or arguments.output):
         raise UserError("--prompt is for trying by hand; call eval.py once more for files.")
@@ -116,8 +121,18 @@ def refuse_what_does_not_go_together(arguments, config):
         raise UserError("--ignore_chat_template is for --prompt.")
     if (arguments.test_queries is None) != (arguments.corpus is None):
         raise UserError("--test_queries and --corpus go together.")
-    if answers and config.model.task != "lm":
-        raise UserError("--test_set and --critical_questions are for --task lm: a scorer gives no answers.")
+    if config.model.task == "score" and arguments.critical_questions:
+        raise UserError("--critical_questions is for --task lm: a scorer gives no answers.")
+    if config.model.task == "score" and arguments.test_set and arguments.eval_data:
+        raise UserError("--test_set and --eval_data: of a scorer both are files of steps; name them in one place.")
+    for name in ("html", "reliability"):
+        path = getattr(arguments, name)
+        if path and config.model.task != "score":
+            raise UserError(f"--{name} is for scorers.")
+        if path and (Path(path).exists() or not Path(path).resolve().parent.is_dir()):
+            raise UserError(f"--{name} {path}: expected a file that is not there yet, in a folder that is.")
+    if arguments.reliability and (arguments.prompt is not None or find_spec("matplotlib") is None):
+        raise UserError("--reliability: needs labelled steps (no --prompt), and matplotlib: pip install matplotlib.")
 
 
 def whole_model(checkpoint):
@@ -134,11 +149,13 @@ def read_examples(arguments, config):
             problem, *steps = [line for line in arguments.prompt.split("\n") if line.strip()] or [""]
             if not steps:
                 raise UserError("--prompt: expected a problem on the first line and steps below it, for a scorer.")
-            asked.examples = [Example("--prompt", prompt=problem, steps=steps, labels=[0.0] * len(steps))]
+            asked.examples = [Example("--prompt", prompt=problem, steps=steps, labels=[None] * len(steps))]
         elif not arguments.prompt.strip():
             raise UserError("--prompt: expected a text that is not empty.")
         return asked
-    if arguments.test_set:
+    if config.model.task == "score" and arguments.test_set:
+        asked.examples = read([arguments.test_set], "score", config.data)
+    elif arguments.test_set:
         asked.test_set = read_questions(arguments.test_set)
     if arguments.critical_questions:
         asked.critical = read_questions(arguments.critical_questions)
@@ -146,8 +163,8 @@ def read_examples(arguments, config):
         asked.corpus = retrieval.read_corpus(arguments.corpus)
         asked.queries = retrieval.read_queries(arguments.test_queries, asked.corpus)
     if arguments.eval_data:
-        asked.examples = read(arguments.eval_data, config.model.task, config.data.label_max)
-    elif not (asked.test_set or asked.critical or asked.queries):
+        asked.examples = read(arguments.eval_data, config.model.task, config.data)
+    elif not (asked.examples or asked.test_set or asked.critical or asked.queries):
         asked.examples = read_data(config)[1]
     return asked
 
@@ -159,16 +176,18 @@ if __name__ == "__main__":  # above torch, as in train.py
 
 from train import predict  # before torch: it sets the allocator up
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from lora import metrics
+from lora import prm_metrics, prm_page
 from lora.baseline import file_sums, other_base
 from lora.chat import use_chatml
+from lora.data import Rows, names_of
 from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
 from lora.log import without_nan
 from lora.model import choose_device, choose_dtype, load_task
-from lora.render import printable
+from lora.render import printable, render
 from lora.store import describe, tokenise
 
 
@@ -186,21 +205,12 @@ def load(arguments, config, device):
     return task.to(device)
 
 
-def said_at_targets(examples, task, config, device, dtype):
-    """(what the head says at every target, the targets, a line about the examples)."""
+def loss_numbers(examples, task, config, device, dtype):
     rows, facts = tokenise(examples, task, config, "eval")
     batches = rows.batches(range(len(rows)), rows_per_batch(config.training) * config.data.max_length, task.packed)
     said, targets, _ = predict(task, tqdm(batches, unit="batch", disable=None), device, dtype)
-    return said, targets, describe("eval", facts)
-
-
-def loss_numbers(examples, task, config, device, dtype):
-    said, targets, facts = said_at_targets(examples, task, config, device, dtype)
-    print(facts)
+    print(describe("eval", facts))
     numbers = task.head.metrics(said, targets)
-    if config.model.task == "score":
-        pair = said.numpy(), targets.numpy()
-        return numbers | {"pearson": metrics.pearson(*pair), "spearman": metrics.spearman(*pair)}
     text = task.tokenizer.decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     size = len(text.encode()) or math.nan
     return numbers | {"bits_per_byte": numbers["loss"] * len(targets) / math.log(2) / size}
@@ -239,31 +249,74 @@ def retrieval_numbers(asked, task, config, device, dtype):
     return retrieval.metrics(retrieval.ranks_of(queries, corpus, [relevant for _, relevant in asked.queries]))
 
 
-def try_by_hand(arguments, config, asked, task, device, dtype):
-    """Print the answer to --prompt, or each of its steps with its score."""
-    if config.model.task == "lm":
-        if arguments.ignore_chat_template:
-            tokens = text_tokens(arguments.prompt, task.tokenizer)
-        else:
-            use_chatml(task.tokenizer)
-            tokens = prompt_tokens("--prompt", [{"role": "user", "content": arguments.prompt}], None, task.tokenizer)
-        print(printable(generate([("--prompt", tokens)], task, config, dtype)[0]))
-        return
-    steps = asked.examples[0].steps
-    said = said_at_targets(asked.examples, task, config, device, dtype)[0]
-    if len(said) < len(steps):
-        raise UserError(f"--prompt: longer than max_length {config.data.max_length} tokens.")
-    for step, score in zip(steps, said.tolist()):
-        print(f"{score:.3f}  {step}")
+def step_scores(examples, task, config, device, dtype):
+    """An array [steps] for each example: the scores of all its steps, NaN from the first on that does not fit."""
+    asked = [replace(example, labels=[0.0] * len(example.steps)) for example in examples]
+    rendered = render(asked, task.tokenizer, "score", config.data, task.causal)
+    rows = Rows.of(((row, 0) for of in rendered for row in of.rows), "score")
+    groups = rows.groups(range(len(rows)), rows_per_batch(config.training) * config.data.max_length, task.packed)
+    batches = tqdm([rows.batch(group, task.packed) for group in groups if group], unit="batch", disable=None)
+    said = predict(task, batches, device, dtype)[0].numpy() if batches.total else np.zeros(0)
+    order = [i for group in groups for i in group]
+    ends = np.cumsum([rows.num_targets([i]) for i in order])
+    of_rows = {i: said[end - rows.num_targets([i]) : end] for i, end in zip(order, ends)}
+    scores, place = [], 0
+    for example, of in zip(examples, rendered):
+        found = [of_rows[place + i] for i in range(len(of.rows))]
+        place += len(of.rows)
+        found = np.concatenate([*found, np.full(len(example.steps), math.nan)])
+        scores.append(found[: len(example.steps)].astype(np.float64))
+    return scores
 
 
-def main(arguments, config, asked):
-    device = choose_device(config.training.device)
-    dtype = choose_dtype(config, device)
-    task = load(arguments, config, device)
-    if arguments.prompt is not None:
-        try_by_hand(arguments, config, asked, task, device, dtype)
-        return
+def judge_steps(arguments, config, asked, task, device, dtype):
+    """Score the steps that are asked for; show them where that is asked for; the numbers, where they have labels."""
+    examples, settings = asked.examples, config.evaluation
+    scores = step_scores(examples, task, config, device, dtype)
+    unread = sum(int(np.isnan(of).sum()) for of in scores)
+    if unread:
+        total = sum(map(len, scores))
+        print(f"note: {unread} of {total} steps do not fit max_length {config.data.max_length} and have no score")
+    if arguments.prompt is not None or arguments.test_set:
+        for example, of_steps in zip(examples, scores):
+            print("" if arguments.prompt is not None else f"\n{example.where}\n{printable(example.prompt)}\n", end="")
+            print("\n".join(prm_page.lines(example, of_steps, settings.threshold, sys.stdout.isatty())))
+    numbers, table = {}, []
+    if any(label is not None and score == score for e, of in zip(examples, scores) for label, score in zip(e.labels, of)):
+        numbers, table = labelled_numbers(arguments, config, examples, scores, task)
+    for name, (value, ends) in prm_metrics.best_of_n(examples, scores).items():
+        numbers[f"best_of_n/{name}"] = value
+        numbers.setdefault("intervals", {}).setdefault("best_of_n", {})[name] = ends
+        table.append([f"best of n, {name}", prm_page.number(value, ends)])
+    if arguments.html:
+        title = f"{arguments.checkpoint or config.model.base_model}: scores of steps"
+        text = prm_page.page(title, examples, scores, settings.threshold, table)
+        Path(arguments.html).write_text(text, encoding="utf-8")
+    for name, *cells in table:
+        print(f"{name:>24}  " + "  ".join(f"{cell:24}" for cell in cells).rstrip())
+    return numbers
+
+
+def labelled_numbers(arguments, config, examples, scores, task):
+    """(numbers, the table that shows them) of scored steps with labels."""
+    paths = arguments.eval_data or ([arguments.test_set] if arguments.test_set else config.data.eval_paths)
+    labelled = {example.source for example in examples if any(label is not None for label in example.labels)}
+    names = {name: source for source, name in enumerate(names_of(paths)) if source in labelled}
+    found = prm_metrics.report(examples, scores, config.evaluation, names if len(names) > 1 else {})
+    pairs = [(s, la) for e, of in zip(examples, scores) for s, la in zip(of, e.labels) if la is not None and s == s]
+    said, labels = np.array(pairs).T
+    loss = task.head.metrics(torch.tensor(said), torch.tensor(labels))["loss"]
+    print(f"{len(labels)} labelled steps, {(labels >= 0.5).mean():.1%} of them right; loss {loss:.6f}")
+    if config.evaluation.tune_threshold_on:
+        at = ", ".join(f"{value:g} ({name})" for name, value in found["thresholds"].items())
+        print(f"thresholds tuned on {config.evaluation.tune_threshold_on}: {at}")
+    if arguments.reliability:
+        prm_metrics.reliability_picture(arguments.reliability, said, labels)
+    return {"loss": loss} | found["measures"]["scores"] | found, prm_page.table(found)
+
+
+def measure_language(config, asked, task, device, dtype):
+    """(numbers, the rows of the answers, the verdicts on critical questions) of a language model."""
     numbers, rows, verdicts = {}, [], []
     if asked.examples:
         numbers |= loss_numbers(asked.examples, task, config, device, dtype)
@@ -281,11 +334,39 @@ def main(arguments, config, asked):
         rows += of_critical
         of_set |= {"passed": sum(row["passed"] for row in of_critical) / len(of_critical)}
         numbers |= {f"critical/{name}": value for name, value in of_set.items()}
-    if asked.queries:
-        numbers |= retrieval_numbers(asked, task, config, device, dtype)
-    width = max(12, *map(len, numbers))
+    return numbers, rows, verdicts
+
+
+def answer_prompt(arguments, config, task, dtype):
+    if arguments.ignore_chat_template:
+        tokens = text_tokens(arguments.prompt, task.tokenizer)
+    else:
+        use_chatml(task.tokenizer)
+        tokens = prompt_tokens("--prompt", [{"role": "user", "content": arguments.prompt}], None, task.tokenizer)
+    print(printable(generate([("--prompt", tokens)], task, config, dtype)[0]))
+
+
+def show(numbers):
+    width = max(12, *map(len, numbers), 0)
     for name, value in numbers.items():
         print(f"{name:>{width}} {value:.6f}")
+    return numbers
+
+
+def main(arguments, config, asked):
+    device = choose_device(config.training.device)
+    dtype = choose_dtype(config, device)
+    task = load(arguments, config, device)
+    numbers, rows, verdicts = {}, [], []
+    if config.model.task == "score" and asked.examples:
+        numbers = judge_steps(arguments, config, asked, task, device, dtype)
+    elif arguments.prompt is not None:
+        answer_prompt(arguments, config, task, dtype)
+    else:
+        numbers, rows, verdicts = measure_language(config, asked, task, device, dtype)
+        show(numbers)
+    if asked.queries:
+        numbers |= show(retrieval_numbers(asked, task, config, device, dtype))
     if arguments.output:
         results = without_nan(numbers) | ({"critical_questions": verdicts} if verdicts else {})
         Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")

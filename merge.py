@@ -65,6 +65,7 @@ from lora.durable import folder_for
 from lora.layer import merge
 from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights
 from lora.quantize import dequantize
+from lora.score_forms import two_rows
 from lora.task import Task
 
 
@@ -225,7 +226,7 @@ def save_scorer(model, tokenizer, folder, output):
     task = Task(model, tokenizer)
     task.load_head(folder)
     state = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in model.state_dict().items()}
-    state |= {name: tensor.detach() for name, tensor in task.head.two_rows().items()}  # fp32, as it was trained
+    state |= {name: tensor.detach() for name, tensor in two_rows(task.head).items()}  # fp32, as it was trained
     family = type(model).__name__.removesuffix("Model")
     model.save_pretrained(output, state_dict=state)
     shape = json.loads((output / "config.json").read_text())

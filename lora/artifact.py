@@ -50,6 +50,9 @@ def with_whole_paths(config):
     for key in ("train_data", "eval_data"):
         paths = [os.path.abspath(path) if Path(path).is_file() else path for path in getattr(config.data, key)]
         setattr(config.data, key, paths)
+    for key in ("prm800k_path", "eqasc_path", "reveal_path"):
+        path = getattr(config.data, key)
+        setattr(config.data, key, os.path.abspath(path) if path and Path(path).is_file() else path)
     return config
 
 

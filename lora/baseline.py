@@ -8,7 +8,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
 import torch
 
 from lora.checkpoint import trainable
@@ -19,7 +18,7 @@ from lora.errors import Stopped
 from lora.heads import MLPHead
 from lora.layer import lora_layers
 from lora.targets import named_modules
-from lora.foreign import locate
+from lora.model import weight_files
 
 THREADS = 8  # hashing lets go of the interpreter; from a GPU each holds one tensor in main memory
 
@@ -54,16 +53,6 @@ def other_base(folder, base_model, sums):
         return ""
     known = trained_on in (None, {}, sums)
     return "" if known else f"warning: {base_model} does not hold the weights that {folder} was trained on"
-
-
-def weight_files(model):
-    """The base's files of weights, on this disk."""
-    if model.init_from == "scratch":
-        return []
-    source, local = locate(model.base_model)
-    if not local:  # its config.json was read a moment ago; the weights lie beside it
-        source = Path(hf_hub_download(source, "config.json", local_files_only=True)).parent
-    return sorted(Path(source).glob("*.safetensors"))
 
 
 def frozen_tensors(model):

@@ -36,6 +36,7 @@ FREE_ON_RESUME = {
     *("max_steps", "num_train_epochs", "early_stopping_patience", "logging_steps", "eval_steps", "save_steps"),
     *("max_eval_batches", "skip_nonfinite", "experiment_name", "output_dir", "device"),
     *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
+    *("threshold", "tune_threshold_on"),
 }
 
 
@@ -257,7 +258,10 @@ def shown(fact):
 
 
 def require_model_and_data(config):
-    model, data = config.model.base_model, config.data.train_data
+    for name in ("prm800k", "eqasc", "reveal"):
+        if getattr(config.data, f"use_{name}") and not getattr(config.data, f"{name}_path"):
+            raise UserError(f"use_{name}: add --{name}_path FILE.")
+    model, data = config.model.base_model, config.data.train_paths
     if model and not data:
         raise UserError(f"base_model {model} is named, but no data: add --train_data FILE.")
     if data and not model:
@@ -265,8 +269,14 @@ def require_model_and_data(config):
     if config.lora and config.model.add_special_tokens and not config.lora.modules_to_save:
         raise UserError("add_special_tokens: LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head.")
     weights = config.data.data_weights
-    if weights and len(weights) != len(data):
-        raise UserError(f"data_weights has {len(weights)} numbers, train_data {len(data)} paths; give one for each.")
+    paths = config.data.train_data
+    if weights and len(weights) != len(paths):
+        raise UserError(f"data_weights has {len(weights)} numbers, train_data {len(paths)} paths; give one for each.")
+    for name, part in (("prompt_format", "{prompt}"), ("step_format", "{step}")):
+        if part not in getattr(config.data, name):
+            raise UserError(f"{name} {getattr(config.data, name)!r}: expected {part} in it.")
+    if "{marker}" in config.data.step_format and not config.data.step_marker:
+        raise UserError(f"step_format {config.data.step_format!r} has a {{marker}}; add --step_marker TOKEN.")
     if not model:
         raise UserError("neither a model nor training data is named: add --base_model FOLDER --train_data FILE.")
     source, local = locate(model)

@@ -38,6 +38,8 @@ class ModelConfig:
     init_from: str = key("", "checkpoint, artifact or adapter to start from; 'scratch': random weights in the base's shape")
     add_special_tokens: list[str] = key([], "tokens to add to the vocabulary (LoRA: with modules_to_save)")
     head_dropout: float = key(0.0, "dropout inside the score head", low=0.0, high=0.9)
+    head_tokens: list[str] = key([], "start the score head from the output layer's rows of two tokens, good and bad")
+    score_loss: str = key("mse", "of a score: squared error, or binary cross entropy", choices=("mse", "bce"))
 
 
 @dataclass
@@ -49,6 +51,52 @@ class DataConfig:
     max_length: int = key(2048, "tokens an example may have", low=2)
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
     label_max: float = key(1.0, "labels are 0..label_max in the files and are divided by it", above=0.0)
+    prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for models that read from left to right")
+    step_format: str = key("{step}\n", "how a step is; {number} counts them, {marker} is where the step_marker stands")
+    step_marker: str = key("", "one token after every step, where its score is read; default: the step's last token")
+    max_steps_per_example: int | None = key(None, "steps of a chain that are read; the later ones are left out", low=1)
+    neutral_label: float = key(0.5, "the label of PRM800K's rating 0: not wrong, no progress", low=0.0, high=1.0)
+    use_prm800k: bool = key(False, "train on the file of PRM800K in prm800k_path")
+    prm800k_path: str = key("", "phase1_train.jsonl or phase2_train.jsonl")
+    prm800k_weight: float = key(1.0, "its weight, beside data_weights (1 each where there are none)", above=0.0)
+    use_eqasc: bool = key(False, "train on the file of eQASC (or eOBQA) in eqasc_path")
+    eqasc_path: str = key("", "eqasc_train_grc.json, or eOBQA's table")
+    eqasc_weight: float = key(1.0, "its weight", above=0.0)
+    use_reveal: bool = key(False, "evaluate on the file of REVEAL in reveal_path; its owners permit no training")
+    reveal_path: str = key("", "reveal_eval.csv or reveal_open.csv")
+    reveal_weight: float = key(1.0, "its weight, where it may be trained on", above=0.0)
+    reveal_columns: dict[str, str] = key({}, "REVEAL's columns, where they have other names than the reader expects")
+    reveal_train_i_have_permission: bool = key(False, "train on REVEAL: its owners have permitted it to you")
+
+    @property
+    def named_sets(self):
+        """{path: weight} of the sets that a use_* key adds to train_data."""
+        permitted = self.use_reveal and self.reveal_train_i_have_permission
+        sets = (
+            (self.use_prm800k, self.prm800k_path, self.prm800k_weight),
+            (self.use_eqasc, self.eqasc_path, self.eqasc_weight),
+            (permitted, self.reveal_path, self.reveal_weight),
+        )
+        return {path: weight for used, path, weight in sets if used}
+
+    @property
+    def train_paths(self):
+        return [*self.train_data, *self.named_sets]
+
+    @property
+    def weights(self):
+        """A weight for each of train_paths, or [] where the rows of all make one set."""
+        named = [*self.named_sets.values()]
+        return [*(self.data_weights or [1.0] * len(self.train_data)), *named] if named else self.data_weights
+
+    @property
+    def only_evaluated(self):
+        return [self.reveal_path] if self.use_reveal and not self.reveal_train_i_have_permission else []
+
+    @property
+    def eval_paths(self):
+        """What is evaluated on, by the number that its examples have as their source."""
+        return [*(self.eval_data or self.train_paths), *self.only_evaluated]
 
 
 @dataclass
@@ -118,13 +166,15 @@ class OutputConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What eval.py asks of generated answers; training does not read it."""
+    """What eval.py asks of generated answers and of scored steps; training does not read it."""
 
     max_new_tokens: int = key(256, "tokens an answer may have", low=1)
     temperature: float = key(0.0, "answers are drawn at this temperature; 0: the likeliest token each time", low=0.0)
     refusal_pattern: str = key("", "regular expression: an answer that matches it refuses")
     citation_pattern: str = key("", "regular expression: its matches in an answer are citations")
     json_keys: list[str] = key([], "answers are to be JSON objects that have these keys")
+    threshold: float = key(0.5, "a step is judged right from this score on", above=0.0, high=1.0)
+    tune_threshold_on: str = key("", "set (its file's name) on which the best threshold is looked for, for all of them")
 
 
 @dataclass

@@ -44,6 +44,7 @@ class Batch:
     lengths: list[int]  # of the documents
     target_positions: torch.Tensor  # [n], indices into b x t
     targets: torch.Tensor  # [n], token ids or scores
+    weights: torch.Tensor  # [n], by which their losses are multiplied
     sources: torch.Tensor  # [n], the data set that each target is of
 
     @property
@@ -63,20 +64,22 @@ class Rows:
     targets: np.ndarray  # int32 with NO_TOKEN, or float32 with NaN
     segments: np.ndarray  # int8
     offsets: np.ndarray  # int64, one more than rows
+    weights: np.ndarray  # float32: of each row's losses
     sources: np.ndarray  # int16: of which path each row is
 
     @classmethod
     def of(cls, rows, task):
         """The arrays of (Row, source) pairs, which may be a generator."""
         tokens, targets = array("i"), array("i" if task == "lm" else "f")
-        segments, offsets, sources = array("b"), array("q", [0]), array("h")
+        segments, offsets, weights, sources = array("b"), array("q", [0]), array("f"), array("h")
         for row, source in rows:
             tokens.extend(row.tokens)
             targets.extend(row.targets)
             segments.extend(row.segments or bytes(len(row.tokens)))
             offsets.append(len(tokens))
+            weights.append(row.weight)
             sources.append(source)
-        return cls(*(np.array(values) for values in (tokens, targets, segments, offsets, sources)))
+        return cls(*(np.array(values) for values in (tokens, targets, segments, offsets, weights, sources)))
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -110,6 +113,7 @@ class Rows:
             lengths=lengths.tolist(),
             target_positions=torch.from_numpy(place[has_target]),
             targets=torch.from_numpy(targets[has_target]).to(torch.int64 if targets.dtype == np.int32 else torch.float32),
+            weights=torch.from_numpy(np.repeat(self.weights[indices], lengths)[has_target]),
             sources=torch.from_numpy(np.repeat(self.sources[indices], lengths)[has_target]),
         )
 
@@ -163,15 +167,14 @@ class TrainingData:
             self.examples_per_step, self.max_tokens = before["examples_per_step"], before["max_tokens"]
         self.max_eval_rows = settings.max_eval_batches * 4 or len(held_out)
         self.steps_per_epoch = len(rows) / self.examples_per_step
-        if data.data_weights:
-            self.sets = [np.flatnonzero(rows.sources == source) for source in range(len(data.train_data))]
-            self.schedule = schedule(data.train_data, data.data_weights, self.sets)
+        if data.weights:
+            self.sets = [np.flatnonzero(rows.sources == source) for source in range(len(data.train_paths))]
+            self.schedule = schedule(data.train_paths, data.weights, self.sets)
         else:
             self.sets, self.schedule = [np.arange(len(rows))], np.zeros(1, np.int64)
         self.quotas = np.bincount(self.schedule)
-        paths = data.eval_data or data.train_data
-        mixed = len(paths) > 1 and (data.eval_data or data.data_weights)
-        self.held_out_sets = {name: source for source, name in enumerate(names_of(paths))} if mixed else {}
+        mixed = len(data.eval_paths) > 1 and (data.eval_data or data.weights or data.only_evaluated)
+        self.held_out_sets = {name: source for source, name in enumerate(names_of(data.eval_paths))} if mixed else {}
         # How often the set of an example has had its turn before, since the schedule began.
         self.turns = np.array([np.count_nonzero(self.schedule[:i] == s) for i, s in enumerate(self.schedule)])
 

@@ -36,12 +36,13 @@ class LMHead(nn.Module):
         logits *= self.scale
         return logits.div_(self.cap).tanh_().mul_(self.cap) if self.cap else logits
 
-    def forward(self, hidden, targets):
-        """hidden [n, width], targets [n] token ids -> sum of the losses."""
+    def forward(self, hidden, targets, weights=None):
+        """hidden [n, width], targets [n] token ids, weights [n] of their losses (None: 1 each) -> sum of the losses."""
         layer = self.find_output_layer()
+        weights = torch.ones(len(targets), device=hidden.device) if weights is None else weights
         if isinstance(layer, LoRALinear):
-            return ChunkedLoss.apply(self, hidden, targets, layer.merged_weight(), layer.merged_bias())
-        return ChunkedLoss.apply(self, hidden, targets, layer.weight, layer.bias)
+            return ChunkedLoss.apply(self, hidden, targets, weights, layer.merged_weight(), layer.merged_bias())
+        return ChunkedLoss.apply(self, hidden, targets, weights, layer.weight, layer.bias)
 
     @torch.no_grad()
     def predict(self, hidden, targets):
@@ -74,8 +75,11 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, head, hidden, targets, weight, bias):
-        """head LMHead, hidden [n, width], targets [n], weight [vocabulary, width], bias [vocabulary] or None -> scalar."""
+    def forward(ctx, head, hidden, targets, of_targets, weight, bias):
+        """head LMHead, hidden [n, width], targets and of_targets (how much each counts) [n], weight [vocabulary, width],
+
+        bias [vocabulary] or None -> scalar.
+        """
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -85,14 +89,16 @@ class ChunkedLoss(torch.autograd.Function):
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
         with torch.autocast(device, enabled=False):
             for part in head.chunks(hidden, len(weight)):
-                states, wanted = hidden[part].to(dtype), targets[part, None]
+                states, wanted, counts = hidden[part].to(dtype), targets[part, None], of_targets[part, None]
                 logits = head.shaped(F.linear(states, cast, cast_bias).float())
                 slope = 1 - (logits / head.cap).square_() if head.cap else 1.0
                 largest, said = logits.amax(1, keepdim=True), logits.gather(1, wanted)
                 share = logits.sub_(largest).exp_()  # of the probability, in place of the logits from here on
                 sums = share.sum(1, keepdim=True)
-                total += (largest - said + sums.log()).sum()  # in this order: large logits would swallow the logarithm
-                share.div_(sums).scatter_add_(1, wanted, share.new_full(wanted.shape, -1.0))
+                total += (
+                    (largest - said + sums.log()) * counts
+                ).sum()  # in this order: large logits would swallow the logarithm
+                share.mul_(counts / sums).scatter_add_(1, wanted, -counts)
                 gradient = share.mul_(slope).mul_(head.scale).to(dtype)
                 of_hidden[part] = gradient @ cast
                 if of_weight is not None:
@@ -105,40 +111,41 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_loss):
         gradients = [None if gradient is None else gradient.mul_(of_loss) for gradient in ctx.saved_tensors]
-        return None, gradients[0], None, *gradients[1:]
+        return None, gradients[0], None, None, *gradients[1:]
 
 
 class MLPHead(nn.Module):
-    """Linear(h, h) - ReLU - Dropout - Linear(h, 1) - sigmoid, with the squared error to a label in 0..1."""
+    """Linear(h, h) - ReLU - Dropout - Linear(h, 1) - sigmoid, and a loss against a label in 0..1.
 
-    def __init__(self, width, dropout=0.0):
+    `loss` is "mse", the squared error, or "bce", the binary cross entropy. Both are least where the score is the label.
+    """
+
+    def __init__(self, width, dropout=0.0, loss="mse"):
         super().__init__()
+        self.loss = loss
         self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1))
 
-    def two_rows(self):
-        """The head as others serve it, Linear - ReLU - Linear to two classes: softmax([0, z])[1] = sigmoid(z)."""
-        first, last = self.layers[0], self.layers[3]
-        rows = {name: torch.cat([torch.zeros_like(p), p]) for name, p in last.named_parameters()}
-        return {f"score.0.{name}": p for name, p in first.named_parameters()} | {f"score.2.{n}": p for n, p in rows.items()}
-
-    def load_two_rows(self, tensors):
-        """Take over what `two_rows` gave, or the head of another such model: only the rows' difference counts."""
-        last = {name: tensors[f"score.2.{name}"] for name in ("weight", "bias")}
-        state = {f"0.{name}": tensors[f"score.0.{name}"] for name in ("weight", "bias")}
-        self.layers.load_state_dict(state | {f"3.{name}": rows[1:] - rows[:1] for name, rows in last.items()})
+    def logits(self, hidden):
+        """hidden [n, width] -> [n]; the score is their sigmoid."""
+        return self.layers(hidden.float()).float().squeeze(-1)
 
     def predict(self, hidden, targets):
         """hidden [n, width] -> scores [n]."""
-        return torch.sigmoid(self.layers(hidden.float()).float()).squeeze(-1)
+        return torch.sigmoid(self.logits(hidden))
 
-    def forward(self, hidden, targets):
-        """hidden [n, width], targets [n] in 0..1 -> sum of the squared errors."""
-        return (self.predict(hidden, targets) - targets).square().sum()
+    def forward(self, hidden, targets, weights=None):
+        """hidden [n, width], targets [n] in 0..1, weights [n] of their losses (None: 1 each) -> sum of the losses."""
+        logits = self.logits(hidden)
+        if self.loss == "bce":
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        else:
+            losses = (torch.sigmoid(logits) - targets).square()
+        return (losses if weights is None else losses * weights).sum()
 
-    @staticmethod
-    def metrics(scores, targets):
+    def metrics(self, scores, targets):
         """mse, mae and r2 = 1 - mse / variance (0: no better than always saying the mean; NaN without variance)."""
         error = (scores - targets).double()
         mse, variance = error.square().mean().item(), targets.double().var(correction=0).item()
         r2 = 1 - mse / variance if variance else math.nan
-        return {"loss": mse, "mse": mse, "mae": error.abs().mean().item(), "r2": r2}
+        loss = F.binary_cross_entropy(scores.double(), targets.double()).item() if self.loss == "bce" else mse
+        return {"loss": loss, "mse": mse, "mae": error.abs().mean().item(), "r2": r2}

@@ -102,8 +102,12 @@ class Log:
 
 
 def without_nan(values):
-    """`values` with None for what is not finite: JSON has no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    """`values` (numbers, pairs of them, and tables) with None for what is not finite: JSON has no NaN."""
+    if isinstance(values, dict):
+        return {name: without_nan(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [without_nan(value) for value in values]
+    return values if math.isfinite(values) else None
 
 
 def peak_memory(device):

@@ -3,7 +3,9 @@
 from contextlib import contextmanager
 from functools import partial
 import os
+from pathlib import Path
 
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 import torch
 from torch.autograd.graph import save_on_cpu
@@ -15,9 +17,10 @@ import lora.attention  # noqa: F401  (registers the attention called "packed")
 from lora.data import Rows
 from lora.errors import UserError
 from lora.foreign import EMBEDDED, check_weights, locate  # noqa: F401  (the base that comes along)
-from lora.heads import LMHead
+from lora.heads import LMHead, MLPHead
 from lora.quantize import FourBitSettings, bitsandbytes
 from lora.render import Row
+from lora.score_forms import take_over
 from lora.targets import decoder_layers, is_pooler, train_all
 from lora.task import Task
 
@@ -78,6 +81,16 @@ def prepare_layers(model, training):
 def offloaded(forward, *args, **kwargs):
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
         return forward(*args, **kwargs)
+
+
+def weight_files(model):
+    """The base's files of weights, on this disk. `model` is the [model] table of a configuration."""
+    if model.init_from == "scratch":
+        return []
+    source, local = locate(model.base_model)
+    if not local:  # its config.json was read a moment ago; the weights lie beside it
+        source = Path(hf_hub_download(source, "config.json", local_files_only=True)).parent
+    return sorted(Path(source).glob("*.safetensors"))
 
 
 @contextmanager
@@ -186,7 +199,8 @@ def load_task(config, dtype):
     problems = []
     for packed in (True, False):  # what cannot be packed is padded
         try:
-            task = Task(build(config, shape, tokenizer, dtype, packed), tokenizer, base_dtype, config.model.head_dropout)
+            settings = config.model.head_dropout, config.model.score_loss
+            task = Task(build(config, shape, tokenizer, dtype, packed), tokenizer, base_dtype, *settings)
             if config.model.task == "lm" and not task.causal:
                 raise UserError(
                     f"base_model {base_model}: an encoder sees what it would have to predict; use --task score."
@@ -200,6 +214,8 @@ def load_task(config, dtype):
         problems.append(problem)
     if problem:
         raise UserError(f"base_model {base_model}: {shape.model_type} is not supported: {problems[0]}.")
+    if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
+        take_over(task, weight_files(config.model), config.model.head_tokens)
     longest = (getattr(shape, "max_position_embeddings", None) or max_length) - task.first_position
     if max_length > longest:
         raise UserError(f"max_length = {max_length}: {base_model} has {longest} positions; add --max_length {longest}.")

@@ -13,7 +13,8 @@ import sys
 from types import SimpleNamespace
 
 from lora.chat import Piece, chat_pieces
-from lora.errors import one_line_errors
+from lora.config import DataConfig
+from lora.errors import UserError, one_line_errors
 
 NO_TOKEN = -100
 NO_SCORE = float("nan")
@@ -27,6 +28,7 @@ class Row:
     tokens: list[int]
     targets: list[int] | list[float]  # as long as tokens
     segments: list[int] | None = None  # token types of an encoder's pair of texts
+    weight: float = 1.0  # of its losses
 
 
 @dataclass(slots=True)
@@ -37,23 +39,39 @@ class Rendered:
     cut: bool = False
 
 
-def render(examples, tokenizer, task, max_length, causal):
-    """A Rendered for each example, with rows of at most `max_length` tokens; none where nothing that is asked fits.
+def render(examples, tokenizer, task, data, causal):
+    """A Rendered for each example, with rows of at most max_length tokens; none where nothing that is asked fits.
 
     A text longer than that becomes several windows, in which every token but the first is a target exactly once. A
     chat is cut at its end. Of a chain, the steps that do not fit are left out. A causal model reads a chain in one
     row; an encoder sees what follows a step as well, so there each step is the end of a row of its own.
+    `data` is the [data] table of the configuration: max_length, and how a chain is written. Raises UserError.
     """
     if task == "score" and not causal:
-        return [pair_rows(example, tokenizer, max_length) for example in examples]
-    pieces = [pieces_of(example, tokenizer, task) for example in examples]
+        plain = DataConfig.prompt_format, DataConfig.step_format, DataConfig.step_marker
+        if (data.prompt_format, data.step_format, data.step_marker) != plain:
+            raise UserError("prompt_format, step_format, step_marker: an encoder reads a pair of texts; leave them out.")
+        results = [pair_rows(example, tokenizer, data.max_length) for example in examples]
+    else:
+        results = one_way_rows(examples, tokenizer, task, data)
+    for example, rendered in zip(examples, results):
+        for row in rendered.rows:
+            row.weight = example.weight
+    return results
+
+
+def one_way_rows(examples, tokenizer, task, data):
+    """`render` for a model that reads from left to right."""
+    max_length = data.max_length
+    pieces = [pieces_of(example, tokenizer, task, data) for example in examples]
+    marker = marker_token(data, tokenizer) if task == "score" else []
     encoded = iter(encode([piece for parts in pieces for piece in parts], tokenizer))
     start, end = first_token(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     results = []
     for example, parts in zip(examples, pieces):
         tokenised = [(piece, *next(encoded)) for piece in parts]  # (piece, tokens, which of them are targets)
         if task == "score":
-            results.append(chain_row(tokenised, start, max_length))
+            results.append(chain_row(tokenised, start, max_length, marker))
         elif example.messages:
             results.append(chat_row(tokenised, max_length))
         else:
@@ -61,12 +79,14 @@ def render(examples, tokenizer, task, max_length, causal):
     return results
 
 
-def pieces_of(example, tokenizer, task):
+def pieces_of(example, tokenizer, task, data):
     """The stretches of an example that are tokenised by themselves."""
     if task == "score":  # a line each, so that a step's last token is its own
-        lines = [Piece(example.prompt + "\n"), *(Piece(step + "\n") for step in example.steps)]
-        for line, label in zip(lines[1:], example.labels):
-            line.label = label
+        before, _, after = data.step_format.partition("{marker}")
+        lines, rest = [Piece(data.prompt_format.replace("{prompt}", example.prompt))], ""
+        for number, (step, label) in enumerate(zip(example.steps, example.labels), 1):
+            lines.append(Piece(rest + before.replace("{number}", str(number)).replace("{step}", step)))
+            lines[-1].label, rest = label, after
         return lines
     if example.messages:
         return chat_pieces(example.where, example.messages, example.tools, tokenizer)
@@ -135,13 +155,23 @@ def text_rows(tokenised, start, end, max_length):
     return Rendered(rows)
 
 
-def chain_row(tokenised, start, max_length):
-    """Prompt and steps in one row, with the labels at the last tokens of the steps."""
+def marker_token(data, tokenizer):
+    """[the token that follows every step], or [] where there is no step_marker. Raises UserError."""
+    tokens = tokenizer(data.step_marker, add_special_tokens=False).input_ids if data.step_marker else []
+    if len(tokens) > 1:
+        name = data.step_marker
+        raise UserError(f"step_marker {name!r} is {len(tokens)} tokens, need one; add --add_special_tokens {name!r}.")
+    return tokens
+
+
+def chain_row(tokenised, start, max_length, marker):
+    """Prompt and steps in one row, with the labels at the last tokens of the steps, or at the marker after each."""
     tokens = start + tokenised[0][1]
     targets = [NO_SCORE] * len(tokens)
     cut = False
     for piece, line, _ in tokenised[1:]:
-        cut = cut or len(tokens) + len(line) > max_length
+        line = line + marker
+        cut = cut or not line or len(tokens) + len(line) > max_length  # some tokenizers have no token for some steps
         if not cut:
             tokens += line
             targets += [NO_SCORE] * (len(line) - 1) + [NO_SCORE if piece.label is None else piece.label]
@@ -212,13 +242,13 @@ def main(argv):
     config = Config()
     for name in ("base_model", "task", "max_length", "label_max"):
         set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
-    examples = read(arguments.files, config.model.task, config.data.label_max)
+    examples = read(arguments.files, config.model.task, config.data)
     shape, _, tokenizer = load_shape(config.model.base_model)
     with torch.device("meta"):  # what the model sees of a row is in its code; no weights are needed
         causal = is_causal(AutoModel.from_config(shape))
     rows, facts = tokenise(examples, SimpleNamespace(tokenizer=tokenizer, causal=causal), config, "data")
     for example in examples[: arguments.rows]:
-        (rendered,) = render([example], tokenizer, config.model.task, config.data.max_length, causal)
+        (rendered,) = render([example], tokenizer, config.model.task, config.data, causal)
         for row in rendered.rows[: arguments.rows]:
             print(f"--- {example.where}, {len(row.tokens)} tokens")
             print(shown(row, tokenizer, sys.stdout.isatty()).rstrip("\n"))

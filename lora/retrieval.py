@@ -9,7 +9,6 @@ The embedding of a text is the mean of the hidden states over its tokens, of len
 import numpy as np
 
 from lora.errors import UserError
-from lora.model import autocast
 from lora.readers import files, string
 
 CUTOFFS = (1, 5, 10)
@@ -60,6 +59,7 @@ def embed(task, texts, max_length, max_tokens, device, dtype):
     from tqdm import tqdm
 
     from lora.data import Rows
+    from lora.model import autocast
     from lora.render import Row
 
     tokens = task.tokenizer(texts, truncation=True, max_length=max_length, verbose=False).input_ids

@@ -10,6 +10,10 @@ from pathlib import Path
 from lora.checksums import sha256_of
 from lora.readers import files, read_data
 
+CHOOSES = (  # the keys, beside the files, that say what their examples are
+    *("eval_fraction", "max_samples", "label_max", "max_steps_per_example", "neutral_label", "reveal_columns"),
+    "reveal_train_i_have_permission",
+)
 READERS = Path(__file__).parent / "readers"
 
 
@@ -36,11 +40,14 @@ class Source:
 
     def __init__(self, config):
         self.config, data = config, config.data
-        paths = (*data.train_data, *data.eval_data)
+        held_out = data.eval_paths if data.eval_data else data.only_evaluated
+        paths = (*data.train_paths, *held_out)
         sums = {path: None if path.startswith("arithmetic:") else sha256_of(files.local(path)) for path in paths}
-        self.files = {name: {path: sums[path] for path in getattr(data, name)} for name in ("train_data", "eval_data")}
+        named = {"train_data": data.train_paths, "eval_data": held_out}
+        self.files = {name: {path: sums[path] for path in of_name} for name, of_name in named.items()}
         suffixes = [Path(path.lower()).suffixes for path in paths]  # they choose the reader
-        chosen = (len(data.train_data), data.eval_fraction, data.max_samples, data.label_max, config.model.task, suffixes)
+        chosen = [getattr(data, name) for name in CHOOSES]
+        chosen += [len(data.train_paths), len(data.eval_data), config.model.task, suffixes]
         self.key = digest(chosen, *(sums[path] or path for path in paths), *sorted(READERS.glob("*.py")))
         self.folder = cache_folder() / self.key
         self.read = None if any(self.folder.glob("*/facts.json")) else read_data(config)

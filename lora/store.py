@@ -36,7 +36,8 @@ def tokenised(source, task):
     """
     config, tokenizer = source.config, task.tokenizer
     settings = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map)
-    key = digest(settings, config.data.max_length, task.causal, *CODE)
+    layout = [getattr(config.data, name) for name in ("max_length", "prompt_format", "step_format", "step_marker")]
+    key = digest(settings, layout, task.causal, *CODE)
     with locked(source.folder) as folder:
         if not (folder / key).is_dir():
             write(source, task, folder, key)
@@ -99,7 +100,7 @@ def tokenise(examples, task, config, name):
         with tqdm(total=len(examples), desc=f"tokenising {name}", unit="example", disable=None, leave=False) as bar:
             for start in range(0, len(examples), CHUNK):
                 chunk = examples[start : start + CHUNK]
-                for example, rendered in zip(chunk, render(chunk, tokenizer, kind, max_length, task.causal)):
+                for example, rendered in zip(chunk, render(chunk, tokenizer, kind, config.data, task.causal)):
                     facts["cut"] += rendered.cut
                     facts["without_target"] += not rendered.rows
                     yield from ((row, example.source) for row in rendered.rows)
@@ -114,6 +115,7 @@ def tokenise(examples, task, config, name):
     facts["lengths"] = np.quantile(np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher").tolist()
     if kind == "score":
         facts["label_mean"] = targets.mean().item()
+        facts["label_shares"] = [(targets == 0).mean().item(), (targets == 1).mean().item()]
         facts["labels_left_out"] = sum(label is not None for e in examples for label in e.labels) - len(targets)
     return table, facts
 
@@ -124,7 +126,7 @@ def describe(name, facts):
     line = f"{name}: {{examples}} examples in {{rows}} rows, {{tokens}} tokens, {{targets}} targets".format_map(facts)
     line += f"; lengths: half up to {median}, 95 % up to {most}, all up to {longest}"
     if "label_mean" in facts:
-        line += f"; label mean {facts['label_mean']:.3f}"
+        line += "; label mean {:.3f} ({:.1%} are 0, {:.1%} are 1)".format(facts["label_mean"], *facts["label_shares"])
     for key, what in (("cut", "cut off at max_length"), ("without_target", "without a target, left out")):
         if facts[key]:
             line += f"; {facts[key]} ({facts[key] / facts['examples']:.1%}) {what}"

@@ -7,7 +7,7 @@ into a sum of losses.
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from lora.distributed import fill
 from lora.errors import UserError
 from lora.heads import LMHead, MLPHead
 from lora.layer import lora_layers, merge
+from lora.score_forms import load_two_rows
 from lora.shards import INDEX, Shards
 from lora.targets import is_causal, is_tied, train_all
 
@@ -28,14 +29,14 @@ class Task(nn.Module):
     `model` is a causal LM (its own output layer is then the head), or a bare backbone under an MLPHead.
     """
 
-    def __init__(self, model, tokenizer, base_dtype=torch.float32, head_dropout=0.0):
+    def __init__(self, model, tokenizer, base_dtype=torch.float32, head_dropout=0.0, score_loss="mse"):
         super().__init__()
         self.base_dtype = base_dtype  # of the base's files, and of the final artifact
         self.model, self.tokenizer = model, tokenizer
         if model.get_output_embeddings() is not None:
             self.head = LMHead(model.get_output_embeddings, model.config.get_text_config())
         else:
-            self.head = MLPHead(model.config.hidden_size, head_dropout)
+            self.head = MLPHead(model.config.hidden_size, head_dropout, score_loss)
         self.causal = is_causal(model)
         self.packed = True  # False for a model whose attention cannot be told where documents end: its rows are padded
         # RoBERTa counts positions from its padding index on; the others from 0.
@@ -63,7 +64,7 @@ class Task(nn.Module):
         return self.head.predict(self.at_targets(batch), batch.targets)
 
     def forward(self, batch):
-        return self.head(self.at_targets(batch), batch.targets), batch.num_targets
+        return self.head(self.at_targets(batch), batch.targets, batch.weights), batch.num_targets
 
     def save(self, folder):
         """Write what was trained: `lora_adapter/`, or `backbone/` as a plain Hugging Face folder; and the MLP head."""
@@ -151,15 +152,10 @@ class Task(nn.Module):
                 for name, parameter in ours.items():
                     fill(parameter, saved[name])
                 return
-            score = {}
-            for path in sorted(Path(folder).glob("*.safetensors")):
-                with safe_open(path, "pt") as file:
-                    score |= {name: file.get_tensor(name).float() for name in file.keys() if name.startswith("score.")}
-            if len(score) != 4 or len(score["score.2.weight"]) != 2:
+            if not load_two_rows(self.head, sorted(Path(folder).glob("*.safetensors"))):
                 raise UserError(
                     f"{folder}: no mlp_head.safetensors, and no score.0 and score.2 (of two rows) in its weights."
                 )
-            self.head.load_two_rows(score)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from lora.chat import chat_pieces, turn_habits, use_chatml
+from lora.config import DataConfig
 from lora.errors import UserError
 from lora.model import EMBEDDED
 from lora.readers import Example
@@ -69,7 +70,9 @@ def tokenizer_with(template, *special):
 
 
 def row_of(messages, tokenizer, max_length=4096, tools=None):
-    (rendered,) = render([Example("chats.jsonl:7", messages=messages, tools=tools)], tokenizer, "lm", max_length, True)
+    (rendered,) = render(
+        [Example("chats.jsonl:7", messages=messages, tools=tools)], tokenizer, "lm", DataConfig(max_length=max_length), True
+    )
     return rendered
 
 

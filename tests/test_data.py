@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, MistralConfig, Mi
 
 from lora import inject
 from lora.attention import Documents, packed_attention
+from lora.config import DataConfig
 from lora.data import Rows, TrainingData
 from lora.task import Task
 from lora.model import EMBEDDED, load_task
@@ -28,7 +29,10 @@ def tokenizer():
 
 
 def rows_of(path, task, tokenizer, causal=True):
-    return as_rows([row for e in render(read([path], task), tokenizer, task, 256, causal) for row in e.rows], task)
+    return as_rows(
+        [row for e in render(read([path], task), tokenizer, task, DataConfig(max_length=256), causal) for row in e.rows],
+        task,
+    )
 
 
 def as_rows(rows, task):
@@ -36,7 +40,7 @@ def as_rows(rows, task):
 
 
 def rows_for(example, tokenizer, task, max_length=256, causal=True):
-    return render([example], tokenizer, task, max_length, causal)[0].rows
+    return render([example], tokenizer, task, DataConfig(max_length=max_length), causal)[0].rows
 
 
 def training_data(configure, tokenizer, rank=0, world=1, examples=None, **values):

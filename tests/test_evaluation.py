@@ -252,7 +252,7 @@ MISTAKES = [
     ([*BASE, "--ignore_chat_template", "--eval_data=b"], "--ignore_chat_template is for --prompt"),
     ([*BASE, "--test_queries=a"], "--test_queries and --corpus go together"),
     ([*BASE, "--prompt=a", "--citation_pattern=["], r"citation_pattern = '\[': not a regular expression"),
-    ([*BASE, "--task=score", "--test_set=a"], "a scorer gives no answers"),
+    ([*BASE, "--task=score", "--critical_questions=a"], "a scorer gives no answers"),
     ([*BASE, "--test_set=/no.jsonl"], "/no.jsonl: No such file"),
     (["--config=a", "--checkpoint=b"], "leave --config out"),
     ([*BASE, "--eval_data=arithmetic:test:9", "--output=/tmp"], "--output /tmp: a folder"),

@@ -30,8 +30,8 @@ def test_r2_is_zero_for_the_mean_and_one_for_the_labels():
     import torch
 
     labels = torch.tensor([0.0, 1.0, 1.0, 0.5])
-    assert MLPHead.metrics(labels, labels)["r2"] == 1.0
-    said = MLPHead.metrics(torch.full((4,), labels.mean().item()), labels)
+    assert MLPHead(2).metrics(labels, labels)["r2"] == 1.0
+    said = MLPHead(2).metrics(torch.full((4,), labels.mean().item()), labels)
     assert said["r2"] == pytest.approx(0.0, abs=1e-6) and said["mse"] == pytest.approx(labels.var(correction=0).item())
     assert said["mae"] == pytest.approx(0.375) and said["loss"] == said["mse"]
     lm = LMHead.metrics(torch.tensor([[0.0, 1.0], [2 * math.log(3), 0.0]]), None)

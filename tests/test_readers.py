@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from lora.config import DataConfig
 from lora.errors import UserError
 from lora.readers import arithmetic, read
 
@@ -17,7 +18,7 @@ def write(tmp_path, name, text):
 
 
 def examples(path, task="score", label_max=1.0):
-    return [(e.prompt or e.text, e.steps, e.labels) for e in read([path], task, label_max)]
+    return [(e.prompt or e.text, e.steps, e.labels) for e in read([path], task, DataConfig(label_max=label_max))]
 
 
 # ----------------------------------------------------------------------------------------------------- arithmetic
@@ -118,8 +119,8 @@ BAD = [
     ("a.jsonl", '{"prompt": "p", "steps": ["s"], "labels": ["1"]}', "a.jsonl:1: label '1'; expected 0..1"),
     (
         "a.jsonl",
-        '{"prompt": "p", "steps": ["s", " "], "labels": [1, 1]}',
-        "a.jsonl:1: step 2 is ' '; expected a text that is not empty",
+        '{"prompt": "p", "steps": ["s", 5], "labels": [1, 1]}',
+        "a.jsonl:1: step 2 is '5'; expected a text that is not empty",
     ),
     (
         "a.jsonl",

@@ -13,7 +13,7 @@ import merge as merging
 from lora.adapter import load_adapter
 from lora.chat import use_chatml
 from lora.command_line import read_command_line
-from lora.config import get_lora_config
+from lora.config import DataConfig, get_lora_config
 from lora.errors import UserError
 from lora.layer import inject, lora_layers, merge
 from lora.model import load_task
@@ -188,7 +188,7 @@ def test_added_tokens_are_read_in_chats_unless_the_template_writes_them(configur
     use_chatml(task.tokenizer)
     said = "<step>one <|im_start|>"
     example = Example("", messages=[{"role": "user", "content": "go"}, {"role": "assistant", "content": said}])
-    (row,) = render([example], task.tokenizer, "lm", 256, True)[0].rows
+    (row,) = render([example], task.tokenizer, "lm", DataConfig(max_length=256), True)[0].rows
     step, start = task.tokenizer.convert_tokens_to_ids(["<step>", "<|im_start|>"])
     assert row.targets.count(step) == 1 and row.tokens.count(start) == 2 and start not in row.targets
     targets = [target for target in row.targets if target != NO_TOKEN]

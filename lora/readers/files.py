@@ -148,7 +148,8 @@ def csv_rows(path, file, bad):
         if len(values) != len(names):
             bad.append(UserError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)})."))
             continue
-        yield where, {n: float(v) if n in ("score", "label") and is_number(v) else v for n, v in zip(names, values)}
+        numbers = ("score", "label", "weight")
+        yield where, {n: float(v) if n in numbers and is_number(v) else v for n, v in zip(names, values)}
 
 
 def text_rows(path, file, bad):

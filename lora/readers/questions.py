@@ -3,16 +3,18 @@
 {"prompt", "completion"}    {"question", "answer"}    {"instruction", "input" (may be absent or empty), "output"}
 """
 
-from lora.readers import Example, string
+from lora.readers import Example, string, weight
 
 TASK = "lm"
 NAMES = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 FORMS = tuple(map(set, NAMES))
 
 
-def example(where, row, label_max):
-    names = next(pair for pair in NAMES if row.keys() >= {*pair})
-    prompt, answer = (string(where, name, row[name]) for name in names)
-    if names[0] == "instruction" and row.get("input"):
-        prompt += "\n\n" + string(where, "input", row["input"])
-    return Example(where, messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+def examples(rows, data):
+    for where, row in rows:
+        names = next(pair for pair in NAMES if row.keys() >= {*pair})
+        prompt, answer = (string(where, name, row[name]) for name in names)
+        if names[0] == "instruction" and row.get("input"):
+            prompt += "\n\n" + string(where, "input", row["input"])
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        yield Example(where, messages=turns, weight=weight(where, row))

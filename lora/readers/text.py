@@ -1,10 +1,11 @@
 """{"text"}: a document for language modelling."""
 
-from lora.readers import Example, string
+from lora.readers import Example, string, weight
 
 TASK = "lm"
 FORMS = ({"text"},)
 
 
-def example(where, row, label_max):
-    return Example(where, text=string(where, "text", row["text"]))
+def examples(rows, data):
+    for where, row in rows:
+        yield Example(where, text=string(where, "text", row["text"]), weight=weight(where, row))

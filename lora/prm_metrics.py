@@ -1,0 +1,309 @@
+"""How well steps are judged, beside two scorers that understand nothing.
+
+AUC, mse and accuracy look good already for a scorer that knows where in a chain errors tend to be, so every figure stands
+next to that of one that knows each step's position and length only, and of one that knows its words as well; and with
+an interval, from drawing the problems again.
+
+A step is right where its label is at least 0.5, and judged right where its score is at least the threshold. Steps
+without a label, or that did not fit into max_length (score NaN), are not measured, by any of the three.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+import hashlib
+import math
+import re
+import zlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lora.errors import UserError
+from lora.metrics import pearson, ranks, spearman
+
+BINS = 10
+FOLDS = 5
+AGGREGATES = {"min": np.min, "product": np.prod, "last": lambda scores: scores[-1], "mean": np.mean}
+
+
+def auc(scores, right):
+    """How often a right step scores above a wrong one, [n] and [n] of bool; ties are half. NaN without one of each."""
+    wins = ranks(scores)[right].sum() - right.sum() * (right.sum() + 1) / 2
+    return float(wins / (right.sum() * (~right).sum())) if right.any() and not right.all() else math.nan
+
+
+def calibration(scores, labels):
+    """[(mean score, mean label, count)] of the steps in each of BINS equal stretches of 0..1 that has any."""
+    place = np.minimum((scores * BINS).astype(int), BINS - 1)
+    chosen = [place == i for i in range(BINS) if (place == i).any()]
+    return [(float(scores[c].mean()), float(labels[c].mean()), int(c.sum())) for c in chosen]
+
+
+def expected_calibration_error(scores, labels):
+    """The mean distance of the two means of `calibration`, weighted by the counts."""
+    return sum(abs(said - true) * count for said, true, count in calibration(scores, labels)) / len(scores)
+
+
+def f1(hits, false, missed):
+    return 2 * hits / (2 * hits + false + missed) if hits else 0.0
+
+
+def harmonic_mean(a, b):
+    return 2 * a * b / (a + b) if a + b else 0.0
+
+
+def first_below(values, threshold):
+    """The index of the first value under the threshold, or -1."""
+    return next((i for i, value in enumerate(values) if value < threshold), -1)
+
+
+@dataclass
+class Judged:
+    """The scores of one scorer on labelled chains."""
+
+    labels: np.ndarray  # [n] of all measured steps
+    scores: np.ndarray  # [n]
+    spans: list[np.ndarray]  # of each chain: its places among these
+    wrong: np.ndarray  # [chains]: number of the first wrong step among the measured ones, -1: none
+    said: np.ndarray  # [chains]: the same by the scores
+    subjects: list[str]  # of each chain: its problem
+
+    @classmethod
+    def of(cls, examples, scores, threshold):
+        """`scores`: an array [steps] for each example."""
+        chains = [
+            (e, [(la, sc) for la, sc in zip(e.labels, s) if la is not None and sc == sc]) for e, s in zip(examples, scores)
+        ]
+        chains = [(example, np.array(pairs, np.float64)) for example, pairs in chains if pairs]
+        ends = np.cumsum([len(pairs) for _, pairs in chains])
+        labels, scores = np.concatenate([pairs for _, pairs in chains]).T
+        return cls(
+            labels, scores, [np.arange(end - len(pairs), end) for end, (_, pairs) in zip(ends, chains)],
+            np.array([first_below(pairs[:, 0], 0.5) for _, pairs in chains]),
+            np.array([first_below(pairs[:, 1], threshold) for _, pairs in chains]),
+            [example.prompt for example, _ in chains],
+        )  # fmt: skip
+
+    def measures(self, threshold, chains=slice(None)):
+        """All measures over the steps of some of the chains."""
+        picked = range(len(self.spans))[chains] if isinstance(chains, slice) else chains
+        steps = np.concatenate([self.spans[i] for i in picked])
+        labels, scores, wrong, said = self.labels[steps], self.scores[steps], self.wrong[chains], self.said[chains]
+        right, passed = labels >= 0.5, scores >= threshold
+        hits, false, missed = (right & passed).sum(), (~right & passed).sum(), (right & ~passed).sum()
+        of_wrong = (said == wrong)[wrong >= 0].mean() if (wrong >= 0).any() else math.nan
+        of_right = (said == wrong)[wrong < 0].mean() if (wrong < 0).any() else math.nan
+        mse, variance = ((scores - labels) ** 2).mean(), labels.var()
+        values = {
+            "mse": mse,
+            "mae": np.abs(scores - labels).mean(),
+            "r2": 1 - mse / variance if variance else math.nan,
+            "pearson": pearson(scores, labels),
+            "spearman": spearman(scores, labels),
+            "auc": auc(scores, right),
+            "ece": expected_calibration_error(scores, labels),
+            "f1": f1(hits, false, missed),
+            "negative_f1": f1((~right & ~passed).sum(), missed, false),
+            "first_error_accuracy": of_wrong,
+            "no_error_accuracy": of_right,
+            "processbench_f1": harmonic_mean(of_wrong, of_right),
+        }
+        return {name: float(value) for name, value in values.items()}
+
+
+def best_threshold(judged_at):
+    """The threshold of 0.02 to 0.98 with the best ProcessBench F1. judged_at(threshold) -> Judged."""
+    thresholds = [i / 50 for i in range(1, 50)]
+    return max(thresholds, key=lambda t: judged_at(t).measures(t)["processbench_f1"])
+
+
+def intervals(scorers, thresholds, draws=1000, seed=0):
+    """({name: {measure: [low, high]}}, the same of the first scorer less each other one): 95 %, problems drawn anew.
+
+    scorers: {name: Judged} on the same chains. The draws are the same for all, so the differences are paired.
+    """
+    first, *others = scorers
+    of_subject = defaultdict(list)
+    for i, subject in enumerate(scorers[first].subjects):
+        of_subject[subject].append(i)
+    groups, rng, found = list(of_subject.values()), np.random.default_rng(seed), defaultdict(list)
+    for _ in range(draws):
+        chains = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
+        for name, judged in scorers.items():
+            found[name].append(judged.measures(thresholds[name], chains))
+    ends = {name: {m: quantiles([draw[m] for draw in of_name]) for m in of_name[0]} for name, of_name in found.items()}
+    differences = {
+        other: {m: quantiles([a[m] - b[m] for a, b in zip(found[first], found[other])]) for m in found[first][0]}
+        for other in others
+    }
+    return ends, differences
+
+
+def quantiles(values):
+    return [float(end) for end in np.nanquantile(values, (0.025, 0.975))] if np.isfinite(values).any() else [math.nan] * 2
+
+
+# ------------------------------------------------------------------------------------------------------- baselines
+
+
+def place_features(example):
+    """For each step, names of what is known of its place and length."""
+    count = len(example.steps)
+    for i, step in enumerate(example.steps):
+        yield [f"at {min(i, 40)}", f"of {min(count, 40)}", f"share {10 * i // count}", f"to end {min(count - i, 10)}",
+               f"length {int(2 * math.log2(len(step)))}"]  # fmt: skip
+
+
+def word_features(example):
+    """The same, with the step's words, numbers and signs, and the pairs of neighbours."""
+    for step, place in zip(example.steps, place_features(example)):
+        words = re.findall(r"[a-z]+|\d+|\S", step.lower())
+        yield [*place, *{*words, *map(" ".join, zip(words, words[1:]))}]
+
+
+BASELINES = {"position and length": place_features, "bag of words": word_features}
+SIZE = 2**18  # features are hashed into so many weights
+
+
+def bags_of(features, examples):
+    """The hashed features of each step: a list of tensors for each example."""
+    return [[torch.tensor([zlib.crc32(name.encode()) % SIZE for name in names]) for names in features(e)] for e in examples]
+
+
+def fit(bags, examples):
+    """Weights [SIZE, 1] of a logistic regression of the labels on the features of the steps."""
+    pairs = [
+        (bag, label) for of_chain, e in zip(bags, examples) for bag, label in zip(of_chain, e.labels) if label is not None
+    ]
+    flat, targets = torch.cat([bag for bag, _ in pairs]), torch.tensor([label for _, label in pairs])
+    offsets, weights = torch.tensor([0, *(len(bag) for bag, _ in pairs[:-1])]).cumsum(0), torch.zeros(SIZE, 1)
+    optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        logits = F.embedding_bag(flat, weights, offsets, mode="sum")[:, 0]
+        total = F.binary_cross_entropy_with_logits(logits, targets) + 2 * weights.square().sum() / len(targets)
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return weights.detach()
+
+
+def baseline_scores(features, examples, fitted_on=None):
+    """An array [steps] for each example: of a regression on the examples `fitted_on`.
+
+    By default it is fitted on the examples themselves, for each fifth of the problems on the other four.
+    """
+    bags = bags_of(features, examples)
+    folds = [0 if fitted_on else hashlib.sha256(e.prompt.encode()).digest()[0] % FOLDS for e in examples]
+    scores = [None] * len(examples)
+    for fold in {*folds}:
+        others = [
+            i for i, own in enumerate(folds) if own != fold and any(label is not None for label in examples[i].labels)
+        ]
+        if fitted_on:
+            weights = fit(bags_of(features, fitted_on), fitted_on)
+        elif others:
+            weights = fit([bags[i] for i in others], [examples[i] for i in others])
+        else:
+            weights = torch.zeros(SIZE, 1)
+        for i, own in enumerate(folds):
+            if own == fold:
+                scores[i] = np.array([torch.sigmoid(weights[bag].sum()).item() for bag in bags[i]])
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------------- best of N
+
+
+def final_answer(example):
+    """The last number of the last step, or its text: what a majority is of."""
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", example.steps[-1].replace(",", ""))
+    return float(numbers[-1]) if numbers else example.steps[-1].strip().lower()
+
+
+def best_of_n(examples, scores, draws=1000, seed=0):
+    """{"min", "product", "last", "mean", "random", "majority", "oracle": (share of right answers, [low, high])}.
+
+    Of the solutions of each problem the one with the best score is taken; problems with one solution are left out, and
+    steps that did not fit are, too. Ties share what they are worth.
+    """
+    groups = defaultdict(list)
+    for example, of_steps in zip(examples, scores):
+        if example.outcome is not None:
+            groups[example.prompt].append((example, of_steps[of_steps == of_steps]))
+    worth = defaultdict(list)
+    for candidates in groups.values():
+        if len(candidates) < 2:
+            continue
+        right = np.array([example.outcome for example, _ in candidates])
+        votes = Counter(final_answer(example) for example, _ in candidates)
+        rankings = {name: [of(s) if len(s) else -1.0 for _, s in candidates] for name, of in AGGREGATES.items()}
+        rankings["majority"] = [votes[final_answer(example)] for example, _ in candidates]
+        for name, values in rankings.items():
+            worth[name].append(right[np.array(values) == max(values)].mean())
+        worth["random"].append(right.mean())
+        worth["oracle"].append(right.max())
+    rng = np.random.default_rng(seed)
+    result = {}
+    for name, values in worth.items():
+        drawn = [np.mean(np.array(values)[rng.integers(len(values), size=len(values))]) for _ in range(draws)]
+        result[name] = (float(np.mean(values)), quantiles(drawn))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def report(examples, scores, settings, names, fitted_on=None, draws=1000):
+    """What is to be said of scores (an array [steps] for each example), with the two baselines beside them.
+
+    {"thresholds": {scorer: number}, "measures": {scorer: {measure: value}}, "intervals": the same with [low, high],
+    "differences": {baseline: {measure: [low, high]}}}, which are the scores' less the baseline's. settings: the
+    [evaluation] table. names: {name of a set: its source}, where there are several: then each has a
+    "NAME/processbench_f1", and their mean is the "mean_processbench_f1". Raises UserError.
+    """
+    tuned = settings.tune_threshold_on
+    if tuned and tuned not in names:
+        raise UserError(f"tune_threshold_on {tuned}: no such set; there is {', '.join(names) or 'one set only'}.")
+    scored = {"scores": scores} | {name: baseline_scores(of, examples, fitted_on) for name, of in BASELINES.items()}
+    unread = [np.isnan(of_chain) for of_chain in scores]
+    result = {"thresholds": {}, "measures": {}}
+    judged = {}
+    for name, of_name in scored.items():
+        of_name = [np.where(absent, math.nan, of_chain) for of_chain, absent in zip(of_name, unread)]
+
+        def of_sets(threshold, *sources, of_name=of_name):
+            chosen = [i for i, e in enumerate(examples) if not sources or e.source in sources]
+            return Judged.of([examples[i] for i in chosen], [of_name[i] for i in chosen], threshold)
+
+        at = best_threshold(lambda t, of_sets=of_sets: of_sets(t, names[tuned])) if tuned else settings.threshold
+        judged[name], result["thresholds"][name] = of_sets(at), at
+        measures = judged[name].measures(at)
+        if len(names) > 1:
+            parts = {of: of_sets(at, source).measures(at)["processbench_f1"] for of, source in names.items()}
+            measures |= {f"{of}/processbench_f1": value for of, value in parts.items()}
+            measures["mean_processbench_f1"] = float(np.mean(list(parts.values())))
+        result["measures"][name] = measures
+    result["intervals"], result["differences"] = intervals(judged, result["thresholds"], draws)
+    return result
+
+
+def reliability_picture(path, scores, labels):
+    """Write a picture of how the labels [n] of steps were, against what the scores [n] said; the bars are the counts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    said, true, counts = zip(*calibration(scores, labels))
+    figure, axes = pyplot.subplots(figsize=(5, 5))
+    axes.bar(said, [count / len(scores) for count in counts], width=0.04, color="0.85", label="share of the steps")
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+    axes.plot(said, true, marker="o", label=f"ECE {expected_calibration_error(scores, labels):.3f}")
+    axes.set(xlabel="mean score", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
