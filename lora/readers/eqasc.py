@@ -21,7 +21,7 @@ def examples(rows, data):
                 hypothesis = choice.get("df") or f"{stem} {choice['text']}"
                 for first, second, about in choice.get("chains") or []:
                     facts = [first["text"], second["text"]]
-                    judged = (about.get("turk_label") or {}).get("label")
+                    judged = ((about or {}).get("turk_label") or {}).get("label")
                     judged = "yes" if {*facts} == gold else judged
                     if judged is None:
                         yield "a chain that nobody judged"

@@ -18,9 +18,12 @@ def examples(rows, data):
             prompt, solutions = string(where, "prompt", row["prompt"]), [(row["steps"], row["is_correct"])]
         else:
             prompt, of_models = string(where, "question", row["question"]), [v for v in row.values() if isinstance(v, dict)]
-            solutions = [(str(of.get("solution", "")).strip().split("\n"), of.get("is_correct")) for of in of_models]
+            solutions = [
+                (string(where, "solution", of.get("solution")).strip().split("\n"), of.get("is_correct"))
+                for of in of_models
+            ]
         for steps, correct in solutions:
-            if not isinstance(correct, bool):
-                raise UserError(f"{where}: is_correct {correct!r}; expected true or false.")
+            if not isinstance(correct, bool) or not isinstance(steps, list):
+                raise UserError(f"{where}: is_correct {correct!r}; expected true or false, and steps in a list.")
             steps = [step for step in steps if not isinstance(step, str) or step.strip()]
             yield chain(where, prompt, steps, [None] * len(steps), outcome=correct)

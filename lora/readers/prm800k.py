@@ -42,6 +42,8 @@ def chains(steps, ratings):
         elif chosen is None and not rated:
             break
         else:  # where labelling ended at an error nothing was gone on from: the first completion ends the path
+            if (chosen or 0) < 0:
+                raise IndexError(f"chosen_completion {chosen}")
             taken = rated.pop(chosen or 0)
         others += [([*texts, text], [None] * len(texts) + [label]) for text, label in rated if label is not None]
         texts, labels = [*texts, taken[0]], [*labels, taken[1]]
