@@ -25,7 +25,7 @@ from lora import retrieval
 from lora.checksums import require_as_written, verify_artifact
 from lora.command_line import Parser
 from lora.config import Config, from_dict, keys_of, read_file, rows_per_batch, saved_config, set_key
-from lora.errors import UserError, one_line_errors
+from lora.errors import UserError, one_line_errors, require_one_process
 from lora.readers import Example, read, read_data
 from lora.text_metrics import Question, check_patterns, means, passes, read_questions, rouge_scorer, scores
 
@@ -171,6 +171,7 @@ def read_examples(arguments, config):
 
 if __name__ == "__main__":  # above torch, as in train.py
     with one_line_errors():
+        require_one_process()
         arguments, config = read_arguments(sys.argv[1:])
         asked = read_examples(arguments, config)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import sys
 
 from lora.command_line import Parser
-from lora.errors import UserError, one_line_errors
+from lora.errors import UserError, one_line_errors, require_one_process
 
 
 def read_arguments(argv):
@@ -51,6 +51,7 @@ def read_arguments(argv):
 
 if __name__ == "__main__":  # above torch, as in train.py
     with one_line_errors():
+        require_one_process()
         arguments = read_arguments(sys.argv[1:])
 
 import torch

@@ -96,6 +96,11 @@ def one_line_errors():
         record(0)
 
 
+def require_one_process():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{sys.argv[0]} runs in one process; call it without torchrun.")
+
+
 def named(error):
     """What went wrong as one of the errors above, or None: then it is a bug."""
     text = " ".join(str(error).split())[:300]

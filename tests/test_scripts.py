@@ -260,3 +260,10 @@ def test_the_embedded_base_is_small():
         types = {name: file.get_slice(name).get_dtype() for name in file.keys()}
     assert {kind for name, kind in types.items() if not name.startswith("score.")} == {"BF16"}
     assert sum(sizes.values()) <= 2.4e6 and sum(p.stat().st_size for p in folder.iterdir()) <= 5e6
+
+
+@pytest.mark.parametrize("script", ["eval.py", "merge.py"])
+def test_what_runs_in_one_process_says_so_under_torchrun(script):
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr == f"error: {script} runs in one process; call it without torchrun.\n"
