@@ -24,6 +24,7 @@ if __name__ == "__main__":
         command.require_same(source.files)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from functools import partial
 import json
 import math
 import time
@@ -35,9 +36,10 @@ from lora.checksums import damage
 from lora.data import TrainingData, seed_for
 from lora.durable import write_text
 from lora.log import Log, peak_memory, without_nan
-from lora.model import choose_device, choose_dtype, disagreement, load_task, prepare_layers
+from lora.model import autocast, choose_device, choose_dtype, disagreement, load_task, prepare_layers
 from lora.optimizer import make_optimizer, state_bytes
-from lora.store import describe, tokenised
+from lora.plan import describe_memory, describe_run, describe_time, memory
+from lora.store import tokenised
 
 
 def total_steps(settings, steps_per_epoch):
@@ -57,10 +59,6 @@ def learning_rate_at(step, total, settings):
     done = (step - warmup) / max(1, total - warmup)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
     return settings.learning_rate * shape[settings.lr_scheduler_type]
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()
@@ -234,6 +232,12 @@ def run(task, command, source, device, dtype):
     if done >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
     prepare_layers(task.model, config.training)
+    opening = describe_run(task, config, data, facts, total, device, dtype)
+    if command.dry_run:
+        table, fits = describe_memory(memory(task, data, config, device, dtype), device)
+        print(f"{opening}\n{table}")
+        if not fits:
+            return None
     if distributed.world() > 1 and not config.lora:
         distributed.shard(task, dtype, config.training.optimizer, device)
     task.to(device)
@@ -241,49 +245,28 @@ def run(task, command, source, device, dtype):
         problem = disagreement(task, dtype)  # it has been tried on the CPU, but for the device's own kernels
         if problem:
             raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
-    adapters_alone = config.lora and baseline.only_adapters_train(task, config.lora.modules_to_save)
-    trained = sum(p.numel() for p in checkpoint.trainable(task).values())
-    every = sum(p.numel() for p in task.parameters())
+    if command.dry_run:
+        step = partial(backward, task, data, 0, torch.amp.GradScaler(enabled=False), config.training.seed, device, dtype)
+        print(describe_time(step, partial(evaluate, task, data, device, dtype), total, config.training.eval_steps))
+        return None
     first, base = distributed.rank() == 0, None
     if first:
         base = baseline.measure(task, config)
         command.require_same({"base_model": base["files"], "dtype": str(dtype)})
-    made_of = {
-        **source.files,
-        "base_model": base and base["files"],
-        "dtype": str(dtype),
-        "place": distributed.place_of(device, before),
-    }
+    place = distributed.place_of(device, before)
+    made_of = {**source.files, "base_model": base and base["files"], "dtype": str(dtype), "place": place}
     run_dir = distributed.of_first(str, command.run_dir)  # of a run that was given no name it holds the second
     log = Log(run_dir, config, done, command.continues)
     if first:
         baseline.record(log.run_dir, config, base)
-        for line in checkpoint.recover(log.run_dir):
+        other = baseline.other_base(config.model.init_from, config.model.base_model, base["files"])
+        for line in filter(None, [*checkpoint.recover(log.run_dir), other]):
             log.say(line)
-    was = before["facts"]["place"] if before else made_of["place"]
-    moved = [f"{name} {was[name]} -> {now}" for name, now in made_of["place"].items() if now != was[name]]
+    was = before["facts"]["place"] if before else place
+    moved = [f"{name} {was[name]} -> {now}" for name, now in place.items() if now != was[name]]
     if moved:
         log.say(f"resumed with {', '.join(moved)}: the same examples and targets a step, not the same bits")
-    log.say(f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}")
-    log.say(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})")
-    if adapters_alone:
-        log.say(adapters_alone)
-    log.say(f"{describe('train', facts['train'])}\n{describe('eval', facts['eval'])}")
-    if first and config.model.init_from and config.lora:
-        if warning := baseline.other_base(config.model.init_from, config.model.base_model, base["files"]):
-            log.say(warning)
-    if facts["repeated"]:
-        log.say(f"warning: {facts['repeated']} training examples are repeated word for word")
-    if facts["overlap"]:
-        log.say(f"warning: {facts['overlap']} prompts or texts are in the training data and in the held-out data")
-    if distributed.world() > 1:
-        held = "the model, and they sum their gradients once a step" if config.lora else "a part of every layer"
-        log.say(f"{distributed.world()} processes: each holds {held}")
-    if not task.packed:
-        log.say("this model's attention cannot be told where documents end: rows are sorted by length and padded")
-    if config.training.max_steps and config.training.num_train_epochs:
-        log.say("max_steps and num_train_epochs are both given: the smaller ends the run")
-    log.say(f"{total} steps of {data.examples_per_step} examples, {data.steps_per_epoch:.1f} to an epoch; in {log.run_dir}")
+    log.say(f"{opening}; in {log.run_dir}")
 
     with guard.watching():
         train(task, data, config, log, device, dtype, total, made_of, command.resume_from)

@@ -96,6 +96,9 @@ def read_command_line(argv, config, default_file, description):
     parser.add_argument(*resume, metavar="DIR", default="", help=help)
     help = "with --resume_from: keys that may differ from the checkpoint's, as a,b,c"
     parser.add_argument("--allow_change", metavar="KEYS", default="", help=help)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what the run would need, memory and time; train nothing"
+    )
     names = add_flags(parser, config)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
@@ -132,6 +135,8 @@ def read_command_line(argv, config, default_file, description):
         set_key(config, name, value, f"--{name}", from_text=True)
 
     require_model_and_data(config)
+    if arguments.dry_run:
+        return Command(config, Path(), dry_run=True)
     if auto:
         return newest(config, allowed)
     if saved:
@@ -164,6 +169,7 @@ class Command:
     resume_from: str = ""  # a checkpoint folder
     auto: bool = False  # --resume_from auto
     allowed: tuple[str, ...] = ()  # --allow_change: what may be another than the checkpoint's
+    dry_run: bool = False
 
     @property
     def continues(self):

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from lora.chat import chat_pieces, prompt_pieces
 from lora.errors import UserError
+from lora.model import autocast
 from lora.render import encode, first_token
 
 PAD = 0  # any token will do: it is masked
@@ -103,7 +104,7 @@ def answers(model, tokenizer, prompts, *, max_new_tokens, stop, dtype, max_token
         torch.manual_seed(seed)
     groups = batches(prompts, max_new_tokens, longest, max_tokens)
     bar = tqdm(total=len(prompts), unit="answer", disable=None)
-    with generating(model, settings), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    with generating(model, settings), autocast(model.device, dtype):
         for room, indices in groups:
             rows = [prompts[i][1] for i in indices]
             width = max(map(len, rows))

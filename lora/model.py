@@ -54,6 +54,10 @@ def choose_dtype(config, device):
     return torch.float32
 
 
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def prepare_layers(model, training):
     """Wrap the forward of every decoder layer as `training` asks: compiled; computed again when its gradient is asked for,
     so that only its input is kept; what is kept moved to main memory. The gradients stay what they are. Raises UserError.

@@ -9,6 +9,7 @@ The embedding of a text is the mean of the hidden states over its tokens, of len
 import numpy as np
 
 from lora.errors import UserError
+from lora.model import autocast
 from lora.readers import files, string
 
 CUTOFFS = (1, 5, 10)
@@ -67,7 +68,7 @@ def embed(task, texts, max_length, max_tokens, device, dtype):
     task.eval()
     means = []
     for batch in tqdm(rows.batches(range(len(rows)), max_tokens, task.packed), unit="batch", disable=None):
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), autocast(device, dtype):
             batch = batch.to(device)
             hidden = task.at_targets(batch).float()
         means += [part.mean(0).cpu() for part in hidden.split(batch.lengths)]

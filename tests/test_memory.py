@@ -1,13 +1,21 @@
 """Running out of memory costs time and changes nothing: a step does not depend on how it is cut."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from lora import inject
+from lora.command_line import Command
 from lora.data import TrainingData
 from lora.errors import Exhausted
+from lora.model import autocast, choose_dtype, load_task, prepare_layers
+from lora.plan import Counting, memory
+from lora.source import Source
+from lora.store import tokenised
 from lora.task import Task
+import train_lora
 from tests.conftest import run
 
 WHOLE = {
@@ -88,3 +96,35 @@ def test_batch_size_auto_is_the_default_batch_size_in_one_micro_batch_where_it_f
     auto = run(configure(True, "auto", **WHOLE | {"batch_size": "auto", "gradient_accumulation_steps": 3}))
     assert len(tried) == 1 + WHOLE["max_steps"]
     torch.testing.assert_close(lines(auto, "train/loss"), lines(fixed, "train/loss"), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("asked", [{}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+def test_what_is_foreseen_without_contents_is_what_a_step_holds(configure, lora, asked):
+    config, cpu = configure(lora, **WHOLE | asked), torch.device("cpu")
+    dtype = choose_dtype(config, cpu)
+    task = load_task(config, dtype if lora else torch.float32).train()
+    if lora:
+        inject(task.model, r=4)
+    prepare_layers(task.model, config.training)
+    rows, held_out, _ = tokenised(Source(config), task)
+    data = TrainingData(rows, held_out, config)
+    parts = memory(task, data, config, cpu, dtype)
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    assert parts["gradients"] == 4 * trained and parts["optimizer"] == 8 * trained
+    assert parts["weights"] == sum({p.data_ptr(): p.nbytes for p in (*task.parameters(), *task.buffers())}.values())
+    with Counting("cpu") as counting:
+        for batch in data.batch_at(None):
+            with autocast(cpu, dtype):
+                loss, _ = task(batch)
+            loss.backward()
+    held = parts["gradients"] + parts["activations"] + parts["head"]
+    assert abs(held / counting.peak - 1) < 0.02  # the batch's few numbers are counted in one of the two
+
+
+def test_a_dry_run_says_what_would_be_and_leaves_nothing(configure, capsys):
+    config = configure(True, **WHOLE)
+    train_lora.main(Command(config, Path(config.output.output_dir) / "run", dry_run=True), Source(config))
+    out = capsys.readouterr().out
+    assert "6 steps of 8 examples" in out and "in all" in out and "time: " in out
+    assert not (Path(config.output.output_dir) / "run").exists()
