@@ -542,8 +542,9 @@ def main():
         rows.append(f"| {PARTS[part]} | {passed} of {total} | {text} | {time.monotonic() - began:.0f} |")
         print(rows[-1], flush=True)
     if arguments.output:
-        command = f"`python benchmarks/reliability.py --kills {arguments.kills} --seed {arguments.seed}`"
-        Path(arguments.output).write_text("\n".join(["# Reliability", "", f"By {command}.", "", *rows]) + "\n")
+        command = f"`python benchmarks/reliability.py --kills {arguments.kills} --only {' '.join(arguments.only)}`"
+        said = f"By {command}, seed {arguments.seed}."
+        Path(arguments.output).write_text("\n".join(["# Reliability", "", said, "", *rows]) + "\n")
     if not failed:
         shutil.rmtree(folder)
     raise SystemExit(1 if failed else 0)
