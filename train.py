@@ -179,8 +179,7 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
                 last = True
         if step not in (0, start) and (save or last or stop or step % config.output.save_steps == 0):
             state = {"without_best": without_best, "skipped": skipped, "scaler": scaler.state_dict()}
-            state |= {"examples_per_step": data.examples_per_step, "max_tokens": data.max_tokens}  # kept on resume
-            state |= {"config": config.as_dict(), "facts": facts, "val": metrics and without_nan(metrics)}
+            state |= data.layout | {"config": config.as_dict(), "facts": facts, "val": metrics and without_nan(metrics)}
             checkpoint.save(folder, step, task, optimizer, state)
         if stop:
             raise guard.stopped(step)

@@ -175,6 +175,11 @@ class TrainingData:
         # How often the set of an example has had its turn before, since the schedule began.
         self.turns = np.array([np.count_nonzero(self.schedule[:i] == s) for i, s in enumerate(self.schedule)])
 
+    @property
+    def layout(self):
+        """What a resumed run keeps of this one."""
+        return {"examples_per_step": self.examples_per_step, "max_tokens": self.max_tokens}
+
     def batch_at(self, step):
         """This process's micro-batches of a step: the same ones for the same (seed, step), whatever came before.
 

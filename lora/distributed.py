@@ -42,9 +42,14 @@ def start(device):
     """Join the processes of this run; of what is printed, the first one's is shown."""
     if world() == 1:
         return
+    if device.type == "mps":
+        raise UserError("device mps: one process only; call the script without torchrun, or add --device cpu.")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if mine >= there:
+            raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: this machine has {there} GPUs.")
+        torch.cuda.set_device(mine)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself then keeps the store
     store = dist.TCPStore(address, port, world(), is_master=rank() == 0 and not agents, timeout=TIMEOUT)

@@ -48,9 +48,8 @@ def describe_run(task, config, data, facts, total, device, dtype):
         lines += ["max_steps and num_train_epochs are both given: the smaller ends the run"]
     examples = data.examples_per_step
     tokens, targets = (facts["train"][name] / facts["train"]["rows"] * examples for name in ("tokens", "targets"))
-    lines += [
-        f"{total} steps of {examples} examples ({tokens:.0f} tokens, {targets:.0f} targets), {data.steps_per_epoch:.1f} to an epoch"
-    ]
+    a_step = f"{examples} examples ({tokens:.0f} tokens, {targets:.0f} targets)"
+    lines += [f"{total} steps of {a_step}, {data.steps_per_epoch:.1f} to an epoch"]
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from lora.data import deal
 from lora.shards import Shards, write
 from tests.conftest import run
 
-STEPS = 12
+STEPS = 20
 LEARNED = ["arithmetic:train:60"]  # on what is trained on the last step is the best
 SMOOTH = {
     "task": "lm",

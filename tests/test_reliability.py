@@ -113,7 +113,10 @@ def test_a_start_clears_what_a_killed_run_left_and_sets_damaged_checkpoints_asid
         f"warning: {newest}: damaged ('trainer_state.json': changed); set aside as"
     )
     names = {path.name for path in folder.iterdir()}
-    assert names == {f"checkpoint_step_{step}" for step in steps if step != 12} | {"damaged_checkpoint_step_12", "checkpoint_step_2_mine"}
+    assert names == {f"checkpoint_step_{step}" for step in steps if step != 12} | {
+        "damaged_checkpoint_step_12",
+        "checkpoint_step_2_mine",
+    }
     assert not damage(second, "trainer_state.json")
 
 

@@ -65,7 +65,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(configure, monkeypatc
         loss, count = undisturbed(self, batch)
         tasks.append(self)
         weights.append([p.detach().clone() for p in self.parameters()])
-        return loss * (float("nan") if len(weights) == 5 else 1), count
+        return loss * (float("nan") if len(weights) == 6 else 1), count  # of the probe, and steps 0 to 4
 
     monkeypatch.setattr(Task, "forward", forward)
     with pytest.raises(Stopped, match=r"step 4: loss nan.*; stopped before the update") as error:
