@@ -252,26 +252,20 @@ def run(task, command, source, device, dtype):
     if first:
         base = baseline.measure(task, config)
         command.require_same({"base_model": base["files"], "dtype": str(dtype)})
-    made_of = {
-        **source.files,
-        "base_model": base and base["files"],
-        "dtype": str(dtype),
-        "place": distributed.place_of(device, before),
-    }
+    place = distributed.place_of(device, before)
+    made_of = {**source.files, "base_model": base and base["files"], "dtype": str(dtype), "place": place}
     run_dir = distributed.of_first(str, command.run_dir)  # of a run that was given no name it holds the second
     log = Log(run_dir, config, done, command.continues)
     if first:
         baseline.record(log.run_dir, config, base)
-        for line in checkpoint.recover(log.run_dir):
+        other = baseline.other_base(config.model.init_from, config.model.base_model, base["files"])
+        for line in filter(None, [*checkpoint.recover(log.run_dir), other]):
             log.say(line)
-    was = before["facts"]["place"] if before else made_of["place"]
-    moved = [f"{name} {was[name]} -> {now}" for name, now in made_of["place"].items() if now != was[name]]
+    was = before["facts"]["place"] if before else place
+    moved = [f"{name} {was[name]} -> {now}" for name, now in place.items() if now != was[name]]
     if moved:
         log.say(f"resumed with {', '.join(moved)}: the same examples and targets a step, not the same bits")
     log.say(f"{opening}; in {log.run_dir}")
-    if first and config.model.init_from and config.lora:
-        if warning := baseline.other_base(config.model.init_from, config.model.base_model, base["files"]):
-            log.say(warning)
 
     with guard.watching():
         train(task, data, config, log, device, dtype, total, made_of, command.resume_from)

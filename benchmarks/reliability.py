@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DEVICE_PREFERENCE": "cpu"}
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lora import checkpoint, errors
+from lora import checkpoint
 from lora.checksums import damage
 from lora.command_line import read_command_line
 from lora.config import Config, get_lora_config
@@ -112,7 +113,7 @@ class Bench:
                 except SystemExit as end:
                     status = end.code or 0
                 except BaseException:
-                    errors.traceback.print_exc()
+                    traceback.print_exc()
                 finally:
                     sys.stderr.flush()
                     os._exit(status)
@@ -542,8 +543,9 @@ def main():
         rows.append(f"| {PARTS[part]} | {passed} of {total} | {text} | {time.monotonic() - began:.0f} |")
         print(rows[-1], flush=True)
     if arguments.output:
-        command = f"`python benchmarks/reliability.py --kills {arguments.kills} --seed {arguments.seed}`"
-        Path(arguments.output).write_text("\n".join(["# Reliability", "", f"By {command}.", "", *rows]) + "\n")
+        command = f"`python benchmarks/reliability.py --kills {arguments.kills} --only {' '.join(arguments.only)}`"
+        said = f"By {command}, seed {arguments.seed}."
+        Path(arguments.output).write_text("\n".join(["# Reliability", "", said, "", *rows]) + "\n")
     if not failed:
         shutil.rmtree(folder)
     raise SystemExit(1 if failed else 0)

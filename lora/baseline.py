@@ -45,6 +45,8 @@ def other_base(folder, base_model, sums):
     """A warning, if the adapter in `folder` was trained by a run of ours on other weight files than `sums`; else ""."""
     folder = Path(folder).resolve()
     place = folder.parent if folder.name == "lora_adapter" else folder
+    if not (place / "lora_adapter").is_dir():
+        return ""
     if (place / "metadata.json").is_file():
         trained_on = read_file(place / "metadata.json").get("base_files")
     elif (place / "trainer_state.json").is_file():

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lora import distributed
 from lora.checksums import damage, write_checksums
 from lora.durable import clear, folder_for, remove
-from lora.errors import UserError
+from lora.errors import UserError, by_step
 from lora.optimizer import set_state, state_of
 from lora.shards import INDEX, Shards, write
 
@@ -55,10 +55,7 @@ def write_tensors(folder, task, optimizer, sharded):
 
 def saved(folder):
     """The states of the checkpoints below `folder`, the oldest first, each with its "path"."""
-    states = []
-    for path in Path(folder).glob("checkpoint_step_*"):
-        states.append({**read_state(path), "path": path})
-    return sorted(states, key=lambda state: state["step"])
+    return [{**read_state(path), "path": path} for _, path in sorted(by_step(Path(folder)).items())]
 
 
 def best(states):
@@ -91,7 +88,7 @@ def recover(run_dir):
     said, folder = [], Path(run_dir) / "checkpoints"
     clear(Path(run_dir))
     clear(folder)
-    for path in folder.glob("checkpoint_step_*"):
+    for path in by_step(folder).values():
         found = damage(path, "trainer_state.json")
         if found:
             aside = folder / f"damaged_{path.name}"

@@ -9,7 +9,6 @@ import dataclasses
 from dataclasses import dataclass
 import os
 from pathlib import Path
-import re
 import time
 import typing
 
@@ -27,7 +26,7 @@ from lora.config import (
     set_tables,
     tables_of,
 )
-from lora.errors import UserError
+from lora.errors import UserError, by_step
 from lora.foreign import check_weights, locate
 
 # What may differ between a checkpoint and the run that continues it: how long, how often, where to, and what is asked of
@@ -95,11 +94,11 @@ def read_command_line(argv, config, default_file, description):
     resume = ("--resume_from", "--resume_from_checkpoint")
     help = "continue the run of this checkpoint; auto: the newest whole one of --experiment_name, or a new run"
     parser.add_argument(*resume, metavar="DIR", default="", help=help)
+    help = "with --resume_from: keys that may differ from the checkpoint's, as a,b,c"
+    parser.add_argument("--allow_change", metavar="KEYS", default="", help=help)
     parser.add_argument(
         "--dry_run", action="store_true", help="say what the run would need, memory and time; train nothing"
     )
-    help = "with --resume_from: keys that may differ from the checkpoint's, as a,b,c"
-    parser.add_argument("--allow_change", metavar="KEYS", default="", help=help)
     names = add_flags(parser, config)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
@@ -191,9 +190,9 @@ def newest(config, allowed):
     if not config.output.experiment_name:
         raise UserError("--resume_from auto: add --experiment_name, which says the run that is continued.")
     folder = Path(config.output.output_dir) / config.output.experiment_name
-    found = [path for path in folder.glob("checkpoints/checkpoint_step_*") if path.name.rpartition("_")[2].isdigit()]
-    found.sort(key=lambda path: int(path.name.rpartition("_")[2]), reverse=True)
-    whole = next((path for path in found if not damage(path, "trainer_state.json")), None)  # the run says which are not
+    found = by_step(folder / "checkpoints")
+    newest_first = (found[step] for step in sorted(found, reverse=True))
+    whole = next((path for path in newest_first if not damage(path, "trainer_state.json")), None)  # the run says which not
     if found and not whole:
         raise UserError(f"--resume_from auto: every checkpoint in {folder} is damaged; choose another --experiment_name.")
     if whole:
@@ -221,12 +220,14 @@ def continued_folder(saved, config, checkpoint):
     if (config.output.output_dir, config.output.experiment_name) != (saved.output.output_dir, saved.output.experiment_name):
         return new_folder(config)
     place = checkpoint.resolve()
-    names = [path.name for path in place.parent.iterdir() if re.fullmatch(r"checkpoint_step_\d+", path.name)]
-    if place.parent.name != "checkpoints" or place.name not in names:
+    found = by_step(place.parent)
+    if place.parent.name != "checkpoints" or place not in found.values():
         raise UserError(f"--resume_from {checkpoint}: not in a run's checkpoints/; name a new --experiment_name for it.")
-    newest = max(names, key=lambda name: int(name.rpartition("_")[2]))
-    if place.name != newest:
-        raise UserError(f"--resume_from {checkpoint}: {newest} is later; resume that, or name a new --experiment_name.")
+    newest = found[max(found)]
+    if place != newest:
+        raise UserError(
+            f"--resume_from {checkpoint}: {newest.name} is later; resume that, or name a new --experiment_name."
+        )
     return place.parent.parent
 
 

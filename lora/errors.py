@@ -124,12 +124,18 @@ def is_full(error):
     return getattr(error, "errno", None) in FULL or any(f"os error {number})" in str(error) for number in FULL)
 
 
+def by_step(folder):
+    """{step: path} of the checkpoints in `folder`; a copy under any other name is none."""
+    found = {path.name.removeprefix("checkpoint_step_"): path for path in folder.glob("checkpoint_step_*")}
+    return {int(step): path for step, path in found.items() if step.isdecimal()}
+
+
 def how_to_go_on():
     """The command that continues this process's run from its newest checkpoint, if it has one."""
-    found = list(run_dir.glob("checkpoints/checkpoint_step_*")) if run_dir else []
+    found = by_step(run_dir / "checkpoints") if run_dir else {}
     if not found:
         return ""
-    newest = max(found, key=lambda path: int(path.name.rpartition("_")[2]))
+    newest = found[max(found)]
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
     launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
     return f" Go on with: {launcher} {shlex.join([sys.argv[0], '--resume_from', str(newest)])}"

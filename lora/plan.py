@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora import distributed
-from lora.baseline import only_adapters_train
+from lora import baseline
 from lora.checkpoint import trainable
 from lora.log import peak_memory
 from lora.model import autocast
@@ -33,7 +33,7 @@ def describe_run(task, config, data, facts, total, device, dtype):
         f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})",
     ]
     if config.lora:
-        lines += [only_adapters_train(task, config.lora.modules_to_save)]
+        lines += [baseline.only_adapters_train(task, config.lora.modules_to_save)]
     lines += [describe("train", facts["train"]), describe("eval", facts["eval"])]
     if facts["repeated"]:
         lines += [f"warning: {facts['repeated']} training examples are repeated word for word"]

@@ -100,6 +100,7 @@ def test_a_start_clears_what_a_killed_run_left_and_sets_damaged_checkpoints_asid
     newest, second = (folder / f"checkpoint_step_{step}" for step in sorted(steps, reverse=True)[:2])
     for name in (".tmp_checkpoint_step_13", ".del_checkpoint_step_1"):
         (folder / name).mkdir()
+    (folder / "checkpoint_step_2_mine").mkdir()  # somebody's copy, which is nobody else's business
     second.rename(folder / f".old_{second.name}")  # a run was killed when it put another in its place
     (newest / "trainer_state.json").write_text("{}")
     flags = [f"--base_model={config.model.base_model}", "--train_data=arithmetic:train:60", "--resume_from"]
@@ -112,7 +113,10 @@ def test_a_start_clears_what_a_killed_run_left_and_sets_damaged_checkpoints_asid
         f"warning: {newest}: damaged ('trainer_state.json': changed); set aside as"
     )
     names = {path.name for path in folder.iterdir()}
-    assert names == {f"checkpoint_step_{step}" for step in steps if step != 12} | {"damaged_checkpoint_step_12"}
+    assert names == {f"checkpoint_step_{step}" for step in steps if step != 12} | {
+        "damaged_checkpoint_step_12",
+        "checkpoint_step_2_mine",
+    }
     assert not damage(second, "trainer_state.json")
 
 
