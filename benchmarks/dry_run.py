@@ -3,7 +3,7 @@
     python benchmarks/dry_run.py [--output benchmarks/results/dry_run.md]
 
 A random Llama of 512 x 4 layers with 32,000 tokens, on windows of a text (lm) or on generated chains (score). Each run has
-one step. Twice each: with a fixed threshold from which the C library takes memory from the system and gives it back, so
+two steps. Twice each: with a fixed threshold from which the C library takes memory from the system and gives it back, so
 that the process holds what its tensors hold; and as the C library comes, which may keep holes between them (LOG.md).
 """
 
@@ -41,7 +41,7 @@ FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 def call(flags, base, text, folder, environment, *more):
     data = [] if "--train_data" in flags else ["--train_data", text]
-    settings = ["--base_model", base, "--max_steps", "1", "--eval_steps", "1", "--max_eval_batches", "1"]
+    settings = ["--base_model", base, "--max_steps", "2", "--eval_steps", "2", "--max_eval_batches", "1"]
     command = [sys.executable, *flags, *data, *settings, "--output_dir", folder, "--experiment_name", "run", *more]
     return subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True

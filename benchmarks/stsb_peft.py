@@ -81,7 +81,8 @@ def ours(config, dropout):
         "held_out": held_out,
     }
     log = Log(config.output.output_dir, config)
-    train(task, data, config, log, torch.device("cpu"), torch.float32, total_steps(config.training, data.steps_per_epoch))
+    steps = total_steps(config.training, data.steps_per_epoch)
+    train(task, data, config, log, torch.device("cpu"), torch.float32, steps, facts={})
     log.close()
     steps = [json.loads(line) for line in log.metrics_path.read_text().splitlines() if "train/loss" in line]
     said, targets, _ = predict(task, held_out.batches(range(len(held_out)), 4096), torch.device("cpu"), torch.float32)
