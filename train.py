@@ -232,6 +232,10 @@ def run(task, command, source, device, dtype):
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
     prepare_layers(task.model, config.training)
     opening = describe_run(task, config, data, facts, total, device, dtype)
+    if command.check:
+        from lora import check
+
+        return check.run(opening, task, source, rows, facts, config, device, backward, evaluate)
     if command.dry_run:
         table, fits = describe_memory(memory(task, data, config, device, dtype), device)
         print(f"{opening}\n{table}")
