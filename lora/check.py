@@ -1,8 +1,8 @@
 """`--check`: the user's own data and model, proved before a run: one line each, PASS, WARN or FAIL, and how to mend it.
 
-A check is a function of a Trial that returns (PASS, WARN or FAIL, what was found), or None where it has no bearing. They run
-in the order of CHECKS, and train what they are given: the last of them merges it. The equalities are measured on a few
-training rows in fp32, without dropout, where only a fault makes a difference that rounding does not.
+A check is a function of a Trial that gives (PASS, WARN or FAIL, what was found), or None where it has no bearing. They run
+in the order of DATA and MODEL, and train the task they are given; the last of them merges it. The equalities are measured
+on a few training rows in fp32 and without dropout, where only a fault makes a difference that rounding does not.
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from lora.config import DataConfig
 from lora.data import Rows, TrainingData, is_target
 from lora.errors import Exhausted, Stopped
 from lora.generate import stop_tokens
-from lora.heads import LMHead, MLPHead
+from lora.heads import LMHead
 from lora.layer import LoRALinear, lora_layers, merge
 from lora.model import disagreement, is_finite
 from lora.optimizer import make_optimizer
@@ -110,9 +110,7 @@ def shortest(rows):
 def laid_out(rows, config, packed, max_tokens=2**40, rank=0, world=1):
     """TrainingData whose step is all these rows."""
     plain = replace(config, data=DataConfig(train_data=["the rows"], max_length=config.data.max_length))
-    return TrainingData(
-        rows, rows, plain, packed, rank, world, {"examples_per_step": len(rows), "max_tokens": max_tokens}
-    )
+    return TrainingData(rows, rows, plain, packed, rank, world, {"examples_per_step": len(rows), "max_tokens": max_tokens})
 
 
 def cut(task):
@@ -225,7 +223,9 @@ def ends(trial):
 
 def special_tokens(trial):
     """Chats take them as mere text, texts and steps as the tokens they are."""
-    names = [re.escape(token) for token in trial.task.tokenizer.all_special_tokens]
+    tokenizer = trial.task.tokenizer
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = [re.escape(token) for token in sorted(added | {*tokenizer.all_special_tokens}) if token]
     if not names:
         return PASS, "this tokenizer has no special tokens"
     pattern = re.compile("|".join(names))
@@ -305,7 +305,9 @@ def finite(trial):
     odd = [n for n, t in trial.task.state_dict().items() if t.is_floating_point() and not is_finite(t)]
     count = len(trial.task.state_dict())
     mend = "the file is damaged: fetch it again, or begin from another --init_from"
-    return (FAIL, f"not finite: {', '.join(odd[:5])}; {mend}") if odd else (PASS, f"all numbers of {count} tensors are finite")
+    return (
+        (FAIL, f"not finite: {', '.join(odd[:5])}; {mend}") if odd else (PASS, f"all numbers of {count} tensors are finite")
+    )
 
 
 def tied(trial):
@@ -365,7 +367,10 @@ def learns(trial):
     found = f"{losses[0]:.4f} -> {losses[-1]:.4f} in {UPDATES} updates"
     if losses[-1] < losses[0]:
         return PASS, found
-    return FAIL, f"{found}; lower --learning_rate ({trial.config.training.learning_rate:g}), or what is trained does not act"
+    return (
+        FAIL,
+        f"{found}; lower --learning_rate ({trial.config.training.learning_rate:g}), or what is trained does not act",
+    )
 
 
 def optimizer_of(trial):
@@ -396,7 +401,9 @@ def acts(trial):
             layer.lora_B.weight += noise.to(trial.device)
     found = distance(trial.outputs(), before)
     text = f"a small change of it changes what the model says by {found:.1e}"
-    return (PASS, text) if found > 1e-4 else (FAIL, f"{text}; the adapter has no effect: raise --lora_alpha, or {OUR_FAULT}")
+    return (
+        (PASS, text) if found > 1e-4 else (FAIL, f"{text}; the adapter has no effect: raise --lora_alpha, or {OUR_FAULT}")
+    )
 
 
 def trained_tensors(trial):
@@ -454,7 +461,9 @@ def ranks(trial):
 def packed(trial):
     """Rows that share a micro-batch, against each alone."""
     rows = trial.data.rows
-    alone = [torch.cat(parts) for parts in zip(*(trial.outputs(rows.batch([i], trial.task.packed)) for i in range(len(rows))))]
+    alone = [
+        torch.cat(parts) for parts in zip(*(trial.outputs(rows.batch([i], trial.task.packed)) for i in range(len(rows))))
+    ]
     return judged(distance(trial.outputs(), alone), trial.tolerance, "largest difference", OUR_FAULT)
 
 
@@ -579,7 +588,7 @@ def results(trial, checks):
 
 
 def run(opening, task, source, rows, facts, config, device, backward, evaluate):
-    """Print `opening` and all lines. Raises Stopped where one says FAIL. rows (for training) and facts: `store.tokenised`'s."""
+    """Print `opening` and all lines. Raises Stopped where one says FAIL. rows, facts: the training rows, of `tokenised`."""
     print(opening)
     note = cut(task)
     trial = Trial.of(task, source, rows, facts, config, device, backward, evaluate)
