@@ -32,8 +32,9 @@ from lora.targets import decoder_layers, is_pooler, is_tied
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 SAMPLE = 200  # examples that are rendered again and looked at one by one
-ROWS, TOKENS = 8, 1024  # of the training rows that the equalities are measured on: the shortest, two at least
-BODY = 100_000_000  # parameters of the layers that are kept of a larger model
+ROWS, TOKENS = 8, 1024  # that the equalities are measured on, at most
+WORK = 25e9  # parameters times tokens: of a large model there are fewer tokens
+BODY = 30_000_000  # parameters of the layers that are kept of a larger model
 UPDATES = 10  # on a repeated batch
 STIR = 0.02  # standard deviation of what is added to the factors B, so that the adapter does something
 
@@ -59,12 +60,12 @@ class Trial:
     def of(cls, task, source, rows, facts, config, device, backward, evaluate):
         """Keeps the first layers of a large model, in place."""
         task.float().to(device).eval()
-        few = shortest(rows)
+        tokens = max(16, int(min(TOKENS, WORK / sum(p.numel() for p in task.parameters()))))
         sample = source.examples()[0][:SAMPLE]
         rendered = render(sample, task.tokenizer, config.model.task, config.data, task.causal)
         in_4bit = any(is_4bit(layer.base_layer) for layer in lora_layers(task.model).values() if hasattr(layer, "lora_A"))
         trial = cls(
-            task, config, device, laid_out(few, config, task.packed), rows, facts, source.examples(),
+            task, config, device, laid_out(few(rows, tokens), config, task.packed), rows, facts, source.examples(),
             list(zip(sample, rendered)), backward, evaluate, 0.05 if in_4bit else cls.tolerance,
         )  # fmt: skip
         trial.started = sums_of_frozen(trial)
@@ -96,15 +97,26 @@ class Trial:
         return hidden.float(), self.task.head.predict(hidden, batch.targets).float()
 
 
-def shortest(rows):
-    """The shortest of the first rows of the data, so many that they have at most TOKENS tokens; two at least."""
-    first = np.arange(min(len(rows), 4 * ROWS))
-    order = first[np.argsort(rows.lengths(first), kind="stable")]
-    count = min(ROWS, max(2, int((rows.lengths(order).cumsum() <= TOKENS).sum())))
-    places = [slice(*rows.offsets[i : i + 2]) for i in sorted(order[:count])]
-    offsets = np.cumsum([0, *(place.stop - place.start for place in places)])
-    flat = [np.concatenate([getattr(rows, name)[place] for place in places]) for name in ("tokens", "targets", "segments")]
-    return Rows(*flat, offsets, rows.weights[sorted(order[:count])], np.zeros(len(places), np.int16))
+def few(rows, tokens):
+    """The shortest of the first rows, so many that they have at most so many tokens; two at least.
+
+    Of a row with more than half of the tokens a part of so many, with its first target in the middle.
+    """
+    parts = []
+    for i in range(min(len(rows), 4 * ROWS)):
+        begin, end = rows.offsets[i : i + 2]
+        if end - begin > tokens // 2:
+            begin = max(begin, begin + np.flatnonzero(is_target(rows.targets[begin:end]))[0] - tokens // 4)
+        parts.append((min(end - begin, tokens // 2), i, begin))
+    parts.sort()
+    total = np.cumsum([length for length, *_ in parts])
+    parts = parts[: min(ROWS, max(2, int((total <= tokens).sum())))]
+    flat = [
+        np.concatenate([getattr(rows, name)[begin : begin + length] for length, _, begin in parts])
+        for name in ("tokens", "targets", "segments")
+    ]
+    weights = rows.weights[[i for _, i, _ in parts]]
+    return Rows(*flat, np.cumsum([0, *(length for length, *_ in parts)]), weights, np.zeros(len(parts), np.int16))
 
 
 def laid_out(rows, config, packed, max_tokens=2**40, rank=0, world=1):
@@ -597,8 +609,8 @@ def run(opening, task, source, rows, facts, config, device, backward, evaluate):
     for example, rendered in trial.sample[:3]:
         print(f"--- {example.where}")
         print("\n".join(shown(row, task.tokenizer, sys.stdout.isatty()).rstrip("\n") for row in rendered.rows[:3]))
-    few = trial.data.rows
-    print(f"\n{note + '; ' if note else ''}equalities on {len(few)} training rows of {len(few.tokens)} tokens, in fp32:")
+    used = trial.data.rows
+    print(f"\n{note + '; ' if note else ''}equalities on {len(used)} training rows of {len(used.tokens)} tokens, in fp32:")
     failed += said(trial, MODEL)
     if failed:
         raise Stopped(f"--check: {len(failed)} failed: {', '.join(failed)}.")
