@@ -184,11 +184,13 @@ from tqdm import tqdm
 from lora import prm_metrics, prm_page
 from lora.baseline import file_sums, other_base
 from lora.chat import use_chatml
-from lora.data import Rows, names_of
+from lora.data import Rows
 from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
 from lora.log import without_nan
 from lora.model import choose_device, choose_dtype, load_task
-from lora.render import printable, render
+from lora.mixing import names_of
+from lora.render import render
+from lora.show import printable
 from lora.store import describe, tokenise
 
 

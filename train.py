@@ -25,17 +25,14 @@ if __name__ == "__main__":
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from functools import partial
-import json
 import math
 import time
 
 import torch
 
 from lora import artifact, baseline, checkpoint, distributed, guard
-from lora.checksums import damage
 from lora.data import TrainingData, seed_for
-from lora.durable import write_text
-from lora.log import Log, peak_memory, without_nan
+from lora.log import Log, without_nan
 from lora.model import autocast, choose_device, choose_dtype, disagreement, load_task, prepare_layers
 from lora.optimizer import make_optimizer, state_bytes
 from lora.plan import describe_memory, describe_run, describe_time, memory
@@ -277,24 +274,7 @@ def run(task, command, source, device, dtype):
     if not first:
         return None
     log.say(baseline.compare(base, baseline.measure(task, config)))
-
-    states = checkpoint.saved(log.run_dir / "checkpoints")
-    best, last = next((s for s in checkpoint.best(states) if not damage(s["path"], "trainer_state.json")), None), states[-1]
-    if not best:
-        raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
-    if any(map(distributed.is_sharded, task.parameters())):
-        tokenizer, task = task.tokenizer, load_task(config, torch.float32)
-        task.tokenizer = tokenizer  # it may have been given a chat template
-    task.load(best["path"])
-    results = {
-        **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
-    }
-    write_text(log.run_dir / "logs" / "final_results.json", json.dumps(results, indent=2) + "\n")
-    artifact.write(log.run_dir / "final_artifact", task, config, results, base["files"], source.files)
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None and "/" not in name)
-    log.say(f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}")
+    results = artifact.conclude(task, config, log, base["files"], source.files, device, started)
     log.close()
     return results
 

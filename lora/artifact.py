@@ -16,17 +16,45 @@ from pathlib import Path
 import platform
 import subprocess
 import sys
+import time
 
 import torch
 
-from lora.checkpoint import trainable
-from lora.checksums import write_checksums
+from lora.checkpoint import best as best_first
+from lora.checkpoint import saved, trainable
+from lora.checksums import damage, write_checksums
 from lora.config import ROOT
-from lora.durable import folder_for
+from lora.distributed import is_sharded
+from lora.durable import folder_for, write_text
+from lora.errors import Stopped
 from lora.foreign import locate
+from lora.log import peak_memory
+from lora.model import load_task
 from lora.model_card import model_card
 
 ARTIFACT_VERSION = 1
+
+
+def conclude(task, config, log, base_files, data_files, device, started):
+    """Write the results and the artifact of a run that has ended: the weights of its best checkpoint. Raises Stopped."""
+    states = saved(log.run_dir / "checkpoints")
+    best, last = next((s for s in best_first(states) if not damage(s["path"], "trainer_state.json")), None), states[-1]
+    if not best:
+        raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
+    if any(map(is_sharded, task.parameters())):
+        tokenizer, task = task.tokenizer, load_task(config, torch.float32)
+        task.tokenizer = tokenizer  # it may have been given a chat template
+    task.load(best["path"])
+    results = {
+        **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
+    }
+    write_text(log.run_dir / "logs" / "final_results.json", json.dumps(results, indent=2) + "\n")
+    write(log.run_dir / "final_artifact", task, config, results, base_files, data_files)
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None and "/" not in name)
+    log.say(f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}")
+    return results
 
 
 def write(folder, task, config, results, base_files, data_files):

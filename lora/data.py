@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from lora.config import rows_per_batch
-from lora.errors import LESS_MEMORY, Exhausted, UserError
+from lora.errors import LESS_MEMORY, Exhausted
+from lora.mixing import names_of, schedule
 from lora.render import NO_TOKEN
 
 MOST_PADDING = 0.05  # of the positions of a micro-batch of padded rows
-SCHEDULE = 10_000  # examples over which the shares of a mix come out exactly
 
 
 def seed_for(*parts):
@@ -263,21 +263,3 @@ def cut(groups, count):
             group = groups[largest]
             groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
     return groups
-
-
-def names_of(paths):
-    """A short name for each path: its file's, with a number where two are alike."""
-    stems = [path.rpartition("/")[2].split(".")[0] for path in paths]
-    return [stem if stems.count(stem) == 1 else f"{stem}_{i}" for i, stem in enumerate(stems, 1)]
-
-
-def schedule(paths, weights, sets):
-    """[SCHEDULE]: which set each example of a mix comes from; at every point the shares are as near as can be."""
-    empty = [path for path, members in zip(paths, sets) if not len(members)]
-    if empty:
-        raise UserError(f"{empty[0]}: none of its rows is left to train on, and it has a weight in data_weights.")
-    quotas = np.round(np.array(weights) / sum(weights) * SCHEDULE).astype(int)
-    if not quotas.all():
-        raise UserError(f"data_weights = {weights}: a share below {1 / SCHEDULE} is never reached; leave that set out.")
-    turns = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quotas])
-    return np.repeat(np.arange(len(sets)), quotas)[np.argsort(turns, kind="stable")]

@@ -4,6 +4,7 @@ A step on the longest rows is gone through with tensors that have shapes and no 
 it would hold is counted. So this works where the run itself would not fit. The time is that of a step, by the clock.
 """
 
+import logging
 import os
 from pathlib import Path
 import time
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora import distributed
 from lora import baseline
 from lora.checkpoint import trainable
+from lora.errors import UserError
 from lora.log import peak_memory
 from lora.model import autocast
 from lora.optimizer import state_bytes
@@ -103,6 +105,7 @@ def memory(task, data, config, device, dtype):
         nonlocal head
         head, counting.peak = max(head, counting.peak - before), max(earlier, counting.peak)
 
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print a traceback of its own
     hooks = task.head.register_forward_pre_hook(head_begins), task.head.register_forward_hook(head_ends)
     with torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True) as fakes:
         fake = {
@@ -111,10 +114,13 @@ def memory(task, data, config, device, dtype):
             if type(tensor) in (torch.Tensor, nn.Parameter)  # those of 4 bits are bitsandbytes' own, and on the device
         }
         with Counting(device.type) as counting:
-            for batch in data.batch_at(None):
-                with autocast(device, dtype):
-                    loss, _ = torch.func.functional_call(task, fake, (batch.to(device),))
-                loss.backward()
+            try:
+                for batch in data.batch_at(None):
+                    with autocast(device, dtype):
+                        loss, _ = torch.func.functional_call(task, fake, (batch.to(device),))
+                    loss.backward()
+            except (RuntimeError, AttributeError) as error:  # torch has no such shapes for experts in float32, say
+                raise UserError(f"--dry_run: this model cannot be counted in {dtype} ({str(error)[:120]}).") from None
     for hook in hooks:
         hook.remove()
     head = min(head, counting.peak - gradients)

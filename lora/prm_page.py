@@ -3,7 +3,7 @@
 from html import escape
 
 from lora.prm_metrics import first_below
-from lora.render import printable
+from lora.show import printable
 
 STYLE = """
 body { font: 15px/1.45 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }

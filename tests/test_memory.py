@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora import inject
 from lora.command_line import Command
 from lora.data import TrainingData
-from lora.errors import Exhausted
+from lora.errors import Exhausted, UserError
 from lora.model import autocast, choose_dtype, load_task, prepare_layers
 from lora.plan import Counting, memory
 from lora.source import Source
@@ -17,6 +18,7 @@ from lora.store import tokenised
 from lora.task import Task
 import train_lora
 from tests.conftest import run
+from tests.test_model import save
 
 WHOLE = {
     "task": "lm",
@@ -128,3 +130,13 @@ def test_a_dry_run_says_what_would_be_and_leaves_nothing(configure, capsys):
     out = capsys.readouterr().out
     assert "6 steps of 8 examples" in out and "in all" in out and "time: " in out
     assert not (Path(config.output.output_dir) / "run").exists()
+
+
+def test_what_cannot_be_counted_is_said_in_one_line(configure, tmp_path):
+    shape = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    folder = save(
+        tmp_path / "experts", MixtralForCausalLM(MixtralConfig(**shape, num_key_value_heads=2, num_local_experts=2))
+    )
+    config = configure(True, base_model=str(folder), **WHOLE | {"dtype": "float32"})
+    with pytest.raises(UserError, match="--dry_run: this model cannot be counted in torch.float32"):
+        train_lora.main(Command(config, tmp_path / "run", dry_run=True), Source(config))
