@@ -28,7 +28,8 @@ from lora.layer import LoRALinear, lora_layers, merge
 from lora.model import disagreement, is_finite
 from lora.optimizer import make_optimizer
 from lora.quantize import is_4bit
-from lora.render import NO_TOKEN, render, shown
+from lora.render import NO_TOKEN, render
+from lora.show import shown
 from lora.targets import decoder_layers, is_pooler, is_tied
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
