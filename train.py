@@ -80,9 +80,11 @@ def predict(task, batches, device, dtype):
     return distributed.interleaved(said, lengths, device).cpu(), torch.cat(targets), torch.cat(sources)
 
 
-def evaluate(task, data, device, dtype):
+def evaluate(task, data, device, dtype, keep=None):
     """The head's metrics over the held-out rows, and under a set's name over that set, where data is mixed."""
     said, targets, sources = predict(task, data.evaluation(), device, dtype)
+    if keep:  # what `python -m lora.compare` reads
+        keep(task.head, said, targets, data.held_out, data.evaluated())
     metrics = task.head.metrics(said, targets)
     for name, source in data.held_out_sets.items():
         mine = sources == source
@@ -163,7 +165,7 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
         # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never lost.
         last, metrics, save = step >= total, None, False
         if step != start and (last or step % settings.eval_steps == 0):
-            metrics = evaluate(task, data, device, dtype)
+            metrics = evaluate(task, data, device, dtype, partial(log.examples, step))
             log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
         if metrics and step > 0:
             save = distributed.of_first(checkpoint.enters_best, folder, metrics["loss"])
@@ -229,6 +231,10 @@ def run(task, command, source, device, dtype):
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
     prepare_layers(task.model, config.training)
     opening = describe_run(task, config, data, facts, total, device, dtype)
+    if command.check:
+        from lora import check
+
+        return check.run(opening, task, source, rows, facts, config, device, backward, evaluate)
     if command.dry_run:
         table, fits = describe_memory(memory(task, data, config, device, dtype), device)
         print(f"{opening}\n{table}")

@@ -26,7 +26,7 @@ from lora.config import (
     set_tables,
     tables_of,
 )
-from lora.errors import UserError, by_step
+from lora.errors import UserError, by_step, require_one_process
 from lora.foreign import check_weights, locate
 
 # What may differ between a checkpoint and the run that continues it: how long, how often, where to, and what is asked of
@@ -99,6 +99,7 @@ def read_command_line(argv, config, default_file, description):
     parser.add_argument(
         "--dry_run", action="store_true", help="say what the run would need, memory and time; train nothing"
     )
+    parser.add_argument("--check", action="store_true", help="prove data, model and equalities before a run; train nothing")
     names = add_flags(parser, config)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
@@ -135,8 +136,10 @@ def read_command_line(argv, config, default_file, description):
         set_key(config, name, value, f"--{name}", from_text=True)
 
     require_model_and_data(config)
-    if arguments.dry_run:
-        return Command(config, Path(), dry_run=True)
+    if arguments.check:
+        require_one_process()
+    if arguments.dry_run or arguments.check:
+        return Command(config, Path(), dry_run=arguments.dry_run, check=arguments.check)
     if auto:
         return newest(config, allowed)
     if saved:
@@ -170,6 +173,7 @@ class Command:
     auto: bool = False  # --resume_from auto
     allowed: tuple[str, ...] = ()  # --allow_change: what may be another than the checkpoint's
     dry_run: bool = False
+    check: bool = False
 
     @property
     def continues(self):

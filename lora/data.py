@@ -237,10 +237,14 @@ class TrainingData:
         epoch, number = divmod(int(rounds * self.quotas[source] + self.turns[turn]), len(members))
         return members[shuffle(self.seed, epoch, len(members))[number]]
 
-    def evaluation(self):
-        """Micro-batches of the held-out rows, for all processes: the first so many of one order, the same for every run."""
+    def evaluated(self):
+        """The held-out rows of each micro-batch: the first so many of one order, the same for every run."""
         order = np.random.default_rng(0).permutation(len(self.held_out))
-        return self.held_out.batches(order[: self.max_eval_rows], self.max_tokens, self.packed)
+        return self.held_out.groups(order[: self.max_eval_rows], self.max_tokens, self.packed)
+
+    def evaluation(self):
+        """The micro-batches of the held-out rows, for all processes."""
+        return [self.held_out.batch(group, self.packed) for group in self.evaluated()]
 
 
 def deal(lengths, world):

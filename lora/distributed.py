@@ -97,9 +97,9 @@ def rows(count, processes):
 
 
 def my_rows(tensor):
-    """(first, last + 1) of the rows of `tensor` that this process holds."""
+    """(first, last + 1) of the rows of `tensor`, and of what an optimizer keeps of it, that this process holds."""
     if not is_sharded(tensor):
-        return 0, len(tensor)
+        return 0, sys.maxsize  # the scales of 8-bit states can be more than the tensor's rows
     return tuple(rows(len(tensor), world())[rank() : rank() + 2])
 
 

@@ -14,7 +14,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from lora import distributed, errors
+from lora import distributed, errors, example_losses
 from lora.durable import write_text
 from lora.errors import UserError
 
@@ -92,6 +92,11 @@ class Log:
             if not sys.stderr.isatty():
                 print(line, flush=True)
         self.metrics_file.write(json.dumps({"step": step, "timestamp": time.time(), **without_nan(values)}) + "\n")
+
+    def examples(self, step, *evaluated):
+        """Keep the losses of the validation examples of an evaluation, as `example_losses.keep` is given it."""
+        if distributed.rank() == 0:
+            example_losses.keep(self.run_dir, step, *evaluated)
 
     def close(self):
         self.bar.close()

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from lora.errors import UserError
-from lora.metrics import pearson, ranks, spearman
+from lora.metrics import draws_of, pearson, quantiles, ranks, spearman
 
 BINS = 10
 FOLDS = 5
@@ -127,9 +127,9 @@ def intervals(scorers, thresholds, draws=1000, seed=0):
     of_subject = defaultdict(list)
     for i, subject in enumerate(scorers[first].subjects):
         of_subject[subject].append(i)
-    groups, rng, found = list(of_subject.values()), np.random.default_rng(seed), defaultdict(list)
-    for _ in range(draws):
-        chains = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
+    groups, found = list(of_subject.values()), defaultdict(list)
+    for drawn in draws_of(len(groups), draws, seed):
+        chains = np.concatenate([groups[i] for i in drawn])
         for name, judged in scorers.items():
             found[name].append(judged.measures(thresholds[name], chains))
     ends = {name: {m: quantiles([draw[m] for draw in of_name]) for m in of_name[0]} for name, of_name in found.items()}
@@ -138,10 +138,6 @@ def intervals(scorers, thresholds, draws=1000, seed=0):
         for other in others
     }
     return ends, differences
-
-
-def quantiles(values):
-    return [float(end) for end in np.nanquantile(values, (0.025, 0.975))] if np.isfinite(values).any() else [math.nan] * 2
 
 
 # ------------------------------------------------------------------------------------------------------- baselines
@@ -246,10 +242,9 @@ def best_of_n(examples, scores, draws=1000, seed=0):
             worth[name].append(right[np.array(values) == max(values)].mean())
         worth["random"].append(right.mean())
         worth["oracle"].append(right.max())
-    rng = np.random.default_rng(seed)
     result = {}
     for name, values in worth.items():
-        drawn = [np.mean(np.array(values)[rng.integers(len(values), size=len(values))]) for _ in range(draws)]
+        drawn = [np.array(values)[indices].mean() for indices in draws_of(len(values), draws, seed)]
         result[name] = (float(np.mean(values)), quantiles(drawn))
     return result
 

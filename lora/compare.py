@@ -1,0 +1,268 @@
+"""Runs side by side: what differs in their configurations, how they ended, and whether one is better than another.
+
+    python -m lora.compare outputs/r_*                          a table, the best validation loss first
+    python -m lora.compare outputs/r_* --against outputs/r_16   ... and for each run: better, worse, or cannot tell
+    python -m lora.compare outputs/r_* --sweep lora_r=1,4,16 seed=1,2      ... and the commands of those not yet run
+    python -m lora.compare outputs/r_* --plot sweep.png         learning curves, and the loss against what is swept
+
+Two runs are compared on the validation examples that both were evaluated on, at the best step of each: a 95 % interval of
+the difference of their losses, from drawing the examples again. That says which of two *models* is better. Of two
+*settings* it does not, as another seed gives another model; where runs differ in nothing but their seed, their spread is
+taken into the interval.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib.util import find_spec
+import itertools
+import json
+import math
+from pathlib import Path
+import shlex
+import statistics
+import sys
+
+import numpy as np
+
+from lora.command_line import Parser
+from lora.config import from_dict, read_file, set_key
+from lora.errors import UserError, one_line_errors
+from lora.metrics import draws_of, quantiles
+
+NAMES = ("experiment_name", "output_dir")  # differ between any two runs
+BLOCKS, WIDTH = "▁▂▃▄▅▆▇█", 40  # of a curve in the terminal
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+@dataclass
+class Run:
+    """What a run's folder says of it."""
+
+    folder: Path
+    config: dict  # key -> value, of all tables
+    lines: list  # of logs/train_metrics.jsonl
+    results: dict  # logs/final_results.json; empty where the run has not ended well
+
+    @classmethod
+    def of(cls, folder):
+        logs = Path(folder) / "logs"
+        if not (logs / "config.json").is_file():
+            raise UserError(f"{folder}: no run of ours (no logs/config.json there).")
+        metrics, results = logs / "train_metrics.jsonl", logs / "final_results.json"
+        text = metrics.read_text().splitlines(True) if metrics.is_file() else []
+        whole = [json.loads(line) for line in text if line.endswith("\n")]  # the last one may be being written
+        found = read_file(results) if results.is_file() else {}
+        return cls(Path(folder), flat(read_file(logs / "config.json")), whole, found)
+
+    @property
+    def name(self):
+        return self.folder.name
+
+    def curve(self, name="val/loss"):
+        """[(step, value)] of a metric, where it is finite."""
+        return [(line["step"], line[name]) for line in self.lines if line.get(name) is not None]
+
+    @property
+    def best(self):
+        """(step, validation loss) of the lowest after the first step; (None, inf) where there is none."""
+        return min(((s, v) for s, v in self.curve() if s), key=lambda pair: (pair[1], pair[0]), default=(None, math.inf))
+
+    @property
+    def setting(self):
+        """The configuration without the seed, as something that can be compared."""
+        return json.dumps({k: v for k, v in self.config.items() if k not in (*NAMES, "seed")}, sort_keys=True)
+
+    @property
+    def values(self):
+        """{column: text} of the table."""
+        step, best = self.best
+        at_best = next((line for line in self.lines if line["step"] == step and "val/loss" in line), {})
+        extra = {k.removeprefix("val/"): v for k, v in at_best.items() if k in ("val/r2", "val/token_accuracy")}
+        speeds = [value for _, value in self.curve("train/tokens_per_second")]
+        columns = {"best loss": best if step else None, "at step": step, "last loss": (self.curve() or [(0, None)])[-1][1]}
+        columns |= extra | {"tokens/s": statistics.median(speeds) if speeds else None}
+        columns |= {"GB": self.results.get("peak_memory_gb"), "seconds": self.results.get("seconds")}
+        return columns | ({} if self.results else {"": "not ended"})
+
+
+def flat(tables):
+    """The keys of all tables in one."""
+    return {name: value for table in tables.values() for name, value in table.items()}
+
+
+def differing(runs):
+    """The keys in which the runs differ."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in NAMES)
+    return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
+
+
+def shown(value):
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return "-" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def table(runs):
+    """Rows of cells, the first a heading."""
+    keys, values = differing(runs), [run.values for run in runs]
+    columns = list(dict.fromkeys(column for row in values for column in row))
+    rows = [[run.name, *(shown(run.config.get(key)) for key in keys)] for run in runs]
+    rows = [
+        [*row, *(shown(of.get(column, "" if not column else None)) for column in columns)] for row, of in zip(rows, values)
+    ]
+    return [["run", *keys, *columns], *rows]
+
+
+def aligned(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------- differences
+
+
+def interval(ones, others, counts, draws=2000, seed=0):
+    """(difference, [low, high]): of sum(ones) / sum(counts) and sum(others) / sum(counts), arrays [examples]."""
+    apart = np.asarray(ones, np.float64) - np.asarray(others, np.float64)
+    counts = np.asarray(counts, np.float64)
+    found = [apart[drawn].sum() / counts[drawn].sum() for drawn in draws_of(len(apart), draws, seed)]
+    return apart.sum() / counts.sum(), quantiles(found)
+
+
+def spread_of_seeds(runs):
+    """(standard deviation of the best losses of runs that differ by their seed only, degrees of freedom); (0, 0): none."""
+    groups = defaultdict(list)
+    for run in runs:
+        if run.best[0]:
+            groups[run.setting].append(run.best[1])
+    freedom = sum(len(losses) - 1 for losses in groups.values())
+    squares = sum((loss - statistics.fmean(losses)) ** 2 for losses in groups.values() for loss in losses)
+    return (math.sqrt(squares / freedom), freedom) if freedom else (0.0, 0)
+
+
+def verdict(run, other, spread):
+    """One line: run less other, and what follows of it. spread: `spread_of_seeds`."""
+    from lora.example_losses import read
+
+    ours, theirs = (read(one.folder, one.best[0]) for one in (run, other))
+    both = [key for key in ours if key in theirs]
+    begin = f"{run.name} less {other.name}: "
+    if not both:
+        return f"{begin}cannot tell: no validation examples that both were evaluated on"
+    sums, counts = zip(*(ours[key] for key in both))
+    difference, ends = interval(sums, [theirs[key][0] for key in both], counts)
+    deviation, freedom = spread
+    if freedom:  # two models, each with a seed of its own; the two sources of chance are added as variances
+        chance = STUDENT[min(freedom, len(STUDENT)) - 1] * deviation * math.sqrt(2)
+        ends = [difference + math.copysign(math.hypot(end - difference, chance), end - difference) for end in ends]
+    said = "better" if ends[1] < 0 else "worse" if ends[0] > 0 else "cannot tell"
+    text = f"{begin}{difference:+.5f} [{ends[0]:+.5f}, {ends[1]:+.5f}] over {len(both)} examples: {said}"
+    if freedom:
+        return f"{text} (seeds spread by {deviation:.5f})"
+    return f"{text} (as models; of the settings only more seeds can tell)"
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def sketch(runs):
+    """The validation losses of each run as a line of blocks, all on one scale."""
+    curves = {run.name: [value for _, value in run.curve()] for run in runs if run.curve()}
+    if not curves:
+        return ""
+    low, high = (end(value for curve in curves.values() for value in curve) for end in (min, max))
+    width, lines = max(map(len, curves)), [f"validation loss, from {high:.4g} (high) to {low:.4g}"]
+    for name, curve in curves.items():
+        picked = [curve[i * len(curve) // min(WIDTH, len(curve))] for i in range(min(WIDTH, len(curve)))]
+        blocks = [BLOCKS[round((value - low) / (high - low or 1) * (len(BLOCKS) - 1))] for value in picked]
+        lines.append(f"{name:>{width}}  {''.join(blocks)}")
+    return "\n".join(lines)
+
+
+def plot(path, runs, key):
+    """Write a picture: the learning curves, and the best losses against the swept key, where there is one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2 if key else 1, figsize=(11 if key else 6, 4), squeeze=False)
+    for run in runs:
+        if run.curve():
+            axes[0, 0].plot(*zip(*run.curve()), marker=".", label=run.name)
+    axes[0, 0].set(xlabel="step", ylabel="validation loss")
+    axes[0, 0].legend(fontsize=7)
+    if key:
+        points = sorted((run.config[key], run.best[1]) for run in runs if run.best[0] and run.config.get(key) is not None)
+        axes[0, 1].plot(*zip(*points), marker="o", linestyle="none")
+        axes[0, 1].set(xlabel=key, ylabel="best validation loss")
+        values = [value for value, _ in points]
+        if min(values) > 0 and max(values) / min(values) > 8:
+            axes[0, 1].set_xscale("log")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def swept(runs):
+    """The one numeric key, the seed aside, in which the runs differ; or None."""
+
+    def is_number(value):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    keys = [key for key in differing(runs) if key != "seed" and all(is_number(run.config.get(key)) for run in runs)]
+    return keys[0] if len(keys) == 1 else None
+
+
+def commands(first, runs, sweep):
+    """The commands of the combinations of `sweep` ("key=a,b,c" each) that no run ended with; the rest is `first`'s."""
+    axes = []
+    for axis in sweep:
+        key, _, values = axis.partition("=")
+        if not values:
+            raise UserError(f"--sweep {axis}: expected KEY=VALUE,VALUE,...")
+        axes.append([(key, value) for value in values.split(",")])
+    saved = first.folder / "logs" / "config.toml"
+    script = "train_lora.py" if "lora_r" in first.config else "train.py"
+    for chosen in itertools.product(*axes):
+        config = from_dict(read_file(saved), str(saved))
+        for key, value in chosen:
+            set_key(config, key, value, f"--sweep {key}", from_text=True)
+        wanted = {k: v for k, v in flat(config.as_dict()).items() if k not in NAMES}
+        if any(run.results and {k: v for k, v in run.config.items() if k not in NAMES} == wanted for run in runs):
+            continue
+        name = "_".join(f"{key}_{value}" for key, value in chosen)
+        flags = [part for key, value in chosen for part in (f"--{key}", value)]
+        yield shlex.join(
+            ["python", script, "--config", str(saved), *flags, "--experiment_name", name, "--resume_from", "auto"]
+        )
+
+
+def main(argv):
+    parser = Parser("Runs side by side.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--against", metavar="RUN", help="say of each other run whether it is better than this one")
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B", help="print the commands of those not yet run")
+    parser.add_argument("--plot", metavar="FILE", help="a picture of the curves, and of the loss against what is swept")
+    arguments = parser.parse_args(argv)
+    if arguments.plot and find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'plainlora[plot]'.")
+    runs = sorted(map(Run.of, dict.fromkeys(arguments.runs)), key=lambda run: run.best[1])
+    print(aligned(table(runs)), sketch(runs), sep="\n\n")
+    if arguments.against:
+        other = Run.of(arguments.against)
+        others = [run for run in runs if run.folder.resolve() != other.folder.resolve()]
+        spread = spread_of_seeds([other, *others])
+        print("\nvalidation losses, of which less is better:")
+        for run in others:
+            print(verdict(run, other, spread))
+    if arguments.plot:
+        plot(arguments.plot, runs, swept(runs))
+    waiting = list(commands(Run.of(arguments.runs[0]), runs, arguments.sweep)) if arguments.sweep else []
+    if waiting:
+        print("\nnot yet run:", *waiting, sep="\n")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

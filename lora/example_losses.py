@@ -1,0 +1,50 @@
+"""The losses of the validation examples, kept at every evaluation, so that two runs can be compared example by example.
+
+RUN/logs/examples/step_<N>.npz   id [n] (a hash of the row's tokens and targets), loss [n] (a sum), targets [n] (how many)
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+
+from lora.data import is_target
+from lora.heads import LMHead
+
+SUBFOLDER = Path("logs") / "examples"
+
+
+def losses(head, said, targets):
+    """[n]: the loss at each target, from what `predict` gave."""
+    if isinstance(head, LMHead):
+        return said[:, 0]
+    if head.loss == "bce":
+        return F.binary_cross_entropy(said, targets, reduction="none")
+    return (said - targets).square()
+
+
+def keep(run_dir, step, head, said, targets, rows, groups):
+    """Write the file of a step. groups: of the Rows the places in each micro-batch, whose targets follow each other."""
+    order = np.concatenate(groups)
+    ids, counts = np.zeros(len(order), np.uint64), np.zeros(len(order), np.int32)
+    for place, i in enumerate(order):
+        row = slice(rows.offsets[i], rows.offsets[i + 1])
+        text = rows.tokens[row].tobytes() + rows.targets[row].tobytes()
+        ids[place] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+        counts[place] = is_target(rows.targets[row]).sum()
+    sums = np.add.reduceat(losses(head, said, targets).double().numpy(), np.cumsum([0, *counts[:-1]]))
+    folder = Path(run_dir) / SUBFOLDER
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".tmp_step_{step}.npz"
+    np.savez_compressed(temporary, id=ids, loss=sums.astype(np.float32), targets=counts)
+    temporary.replace(folder / f"step_{step}.npz")
+
+
+def read(run_dir, step):
+    """{id: (sum of losses, number of targets)} of the examples at an evaluation; empty where none were kept."""
+    path = Path(run_dir) / SUBFOLDER / f"step_{step}.npz"
+    if not path.is_file():
+        return {}
+    with np.load(path) as found:
+        return dict(zip(found["id"].tolist(), zip(found["loss"].tolist(), found["targets"].tolist())))
