@@ -187,7 +187,7 @@ def plot(path, runs, key):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2 if key else 1, figsize=(11 if key else 6, 4), squeeze=False)
+    figure, axes = pyplot.subplots(1, 2 if key else 1, figsize=(11 if key else 6, 4), squeeze=False, layout="constrained")
     for run in runs:
         if run.curve():
             axes[0, 0].plot(*zip(*run.curve()), marker=".", label=run.name)
