@@ -132,7 +132,7 @@ def refuse_what_does_not_go_together(arguments, config):
         if path and (Path(path).exists() or not Path(path).resolve().parent.is_dir()):
             raise UserError(f"--{name} {path}: expected a file that is not there yet, in a folder that is.")
     if arguments.reliability and (arguments.prompt is not None or find_spec("matplotlib") is None):
-        raise UserError("--reliability: needs labelled steps (no --prompt), and matplotlib: pip install matplotlib.")
+        raise UserError("--reliability: needs labelled steps (no --prompt), and matplotlib: pip install -e '.[plot]'.")
 
 
 def whole_model(checkpoint):

@@ -18,6 +18,7 @@ import tomli
 from lora.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+REVEAL_COLUMNS = ("answer_id", "question", "step_idx", "step", "type_label", "attribution_label", "correctness_label")
 
 
 def key(default, help, *, low=None, above=None, high=None, choices=None, word=None):
@@ -65,7 +66,7 @@ class DataConfig:
     use_reveal: bool = key(False, "evaluate on the file of REVEAL in reveal_path; its owners permit no training")
     reveal_path: str = key("", "reveal_eval.csv or reveal_open.csv")
     reveal_weight: float = key(1.0, "its weight, where it may be trained on", above=0.0)
-    reveal_columns: dict[str, str] = key({}, "REVEAL's columns, where they have other names than the reader expects")
+    reveal_columns: dict[str, str] = key({}, "REVEAL's columns that have other names in your file", choices=REVEAL_COLUMNS)
     reveal_train_i_have_permission: bool = key(False, "train on REVEAL: its owners have permitted it to you")
 
     @property
@@ -263,6 +264,10 @@ def check(where, value, annotation, limits):
     if typing.get_origin(kind) is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where} = {value!r}: need a table, in the config file.")
+        names, limits = limits["choices"], {**limits, "choices": None}
+        for name in value:
+            if names and name not in names:
+                raise UserError(f"{where}.{name}: no such key; need some of {', '.join(names)}.{nearest(name, names)}")
         return {name: check(f"{where}.{name}", item, typing.get_args(kind)[1], limits) for name, item in value.items()}
     if limits["word"] and value == limits["word"]:
         return value

@@ -18,6 +18,8 @@ SAMPLES = ROOT / "assets" / "samples"
 RECIPES = {
     "sft_lora": (train_lora, "chat.jsonl"),
     "sft_qlora": (train_lora, "chat.jsonl"),
+    "qlora_7b": (train_lora, "chat.jsonl"),
+    "full_fsdp": (train, "chat.jsonl"),
     "gsm8k_lora": (train_lora, "questions.jsonl"),
     "continued_pretrain": (train, "text.txt"),
     "shakespeare_char": (train, "text.txt"),
@@ -36,7 +38,7 @@ def test_a_recipe_learns_on_the_sample_rows_and_answers(name, tmp_path, monkeypa
     )
     config.training.max_steps = config.training.eval_steps = 6
     config.training.warmup_steps = 0
-    config.training.batch_size = 4
+    config.training.batch_size = "auto" if config.training.batch_size == "auto" else 4
     script.main(Command(config, tmp_path / "run"), Source(config))
     lines = [json.loads(line) for line in (tmp_path / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()]
     losses = [line["val/loss"] for line in lines if "val/loss" in line]

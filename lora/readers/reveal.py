@@ -5,13 +5,13 @@ piece of evidence, and one that is both is worth the lower of the two. Other col
 [data.reveal_columns]: not all of these could be verified, as the data may not be passed on in plain text.
 """
 
+from lora.config import REVEAL_COLUMNS
 from lora.errors import UserError
 from lora.readers import string
 from lora.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"answer_id", "full_answer"},)
-COLUMNS = ("answer_id", "question", "step_idx", "step", "type_label", "attribution_label", "correctness_label")
 LABELS = {
     "attribution_label": {"fully": 1.0, "partially": 0.5, "unsupported": 0.0, "contradictory": 0.0},
     "correctness_label": {"correct": 1.0, "incorrect": 0.0},
@@ -20,10 +20,7 @@ TERMS = "REVEAL's owners permit it as a test set, not as a training set (its gat
 
 
 def examples(rows, data):
-    names = {column: data.reveal_columns.get(column, column) for column in COLUMNS}
-    unknown = data.reveal_columns.keys() - {*COLUMNS}
-    if unknown:
-        raise UserError(f"reveal_columns: {', '.join(sorted(unknown))}; expected some of {', '.join(COLUMNS)}.")
+    names = {column: data.reveal_columns.get(column, column) for column in REVEAL_COLUMNS}
     answers = {}  # answer_id -> (where, question, {step_idx: [the rows of its evidence]})
     for where, row in rows:
         absent = [name for name in names.values() if name not in row]
