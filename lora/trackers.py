@@ -19,9 +19,8 @@ def tracker(name, run_dir, config, start, say):
             track(step, values)
         except Exception as error:  # of a package of others, a network, a service
             make = None
-            say(
-                f"report_to {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}; the run goes on without it"
-            )
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            say(f"report_to {name}: {text}; the run goes on without it")
 
     return guarded
 
