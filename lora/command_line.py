@@ -7,6 +7,7 @@ import argparse
 import copy
 import dataclasses
 from dataclasses import dataclass
+from importlib.util import find_spec
 import os
 from pathlib import Path
 import time
@@ -33,7 +34,7 @@ from lora.foreign import check_weights, locate
 # the answers afterwards.
 FREE_ON_RESUME = {
     *("max_steps", "num_train_epochs", "early_stopping_patience", "logging_steps", "eval_steps", "save_steps"),
-    *("max_eval_batches", "skip_nonfinite", "experiment_name", "output_dir", "device"),
+    *("max_eval_batches", "skip_nonfinite", "experiment_name", "output_dir", "report_to", "device"),
     *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
     *("threshold", "tune_threshold_on"),
 }
@@ -136,6 +137,7 @@ def read_command_line(argv, config, default_file, description):
         set_key(config, name, value, f"--{name}", from_text=True)
 
     require_model_and_data(config)
+    require_packages(config.output.report_to)
     if arguments.check:
         require_one_process()
     if arguments.dry_run or arguments.check:
@@ -260,6 +262,15 @@ def shown(fact):
     if not isinstance(fact, dict):
         return fact
     return " ".join(f"{Path(path).name} {(sha256 or '')[:8]}".strip() for path, sha256 in fact.items())
+
+
+def require_packages(report_to):
+    """That each of "tensorboard,wandb" is one of the two and there."""
+    for name in filter(None, report_to.split(",")):
+        if name not in ("tensorboard", "wandb"):
+            raise UserError(f"report_to {name}: expected tensorboard, wandb, or both with a comma between them.")
+        if find_spec(name) is None:
+            raise UserError(f"report_to {name}: the package is not there: pip install 'plainlora[{name}]'.")
 
 
 def require_model_and_data(config):

@@ -29,7 +29,7 @@ from lora.config import from_dict, read_file, set_key
 from lora.errors import UserError, one_line_errors
 from lora.metrics import draws_of, quantiles
 
-NAMES = ("experiment_name", "output_dir")  # differ between any two runs
+NAMES = ("experiment_name", "output_dir", "report_to")  # that say nothing of how a run trains
 BLOCKS, WIDTH = "▁▂▃▄▅▆▇█", 40  # of a curve in the terminal
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
@@ -53,7 +53,8 @@ class Run:
         text = metrics.read_text().splitlines(True) if metrics.is_file() else []
         whole = [json.loads(line) for line in text if line.endswith("\n")]  # the last one may be being written
         found = read_file(results) if results.is_file() else {}
-        return cls(Path(folder), flat(read_file(logs / "config.json")), whole, found)
+        config = from_dict(read_file(logs / "config.json"), str(logs / "config.json"))  # with the defaults of newer keys
+        return cls(Path(folder), flat(config.as_dict()), whole, found)
 
     @property
     def name(self):
@@ -187,7 +188,7 @@ def plot(path, runs, key):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2 if key else 1, figsize=(11 if key else 6, 4), squeeze=False)
+    figure, axes = pyplot.subplots(1, 2 if key else 1, figsize=(11 if key else 6, 4), squeeze=False, layout="constrained")
     for run in runs:
         if run.curve():
             axes[0, 0].plot(*zip(*run.curve()), marker=".", label=run.name)

@@ -163,6 +163,7 @@ class OutputConfig:
     output_dir: str = key("outputs", "where runs are kept")
     logging_steps: int = key(10, "a line of metrics every N steps", low=1)
     save_steps: int = key(500, "save a checkpoint every N steps", low=1)
+    report_to: str = key("", "send the metrics to these as well: tensorboard,wandb (WANDB_PROJECT, WANDB_ENTITY)")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lora import distributed, errors, example_losses
 from lora.durable import write_text
 from lora.errors import UserError
+from lora.trackers import tracker
 
 SPIKE_WINDOW, SPIKE = 50, 6.0  # steps, standard deviations of their losses
 
@@ -29,7 +30,7 @@ class Log:
 
     def __init__(self, run_dir, config, start=0, may_exist=False):
         self.run_dir, self.bar, self.tokens, self.seconds = Path(run_dir), None, 0, 0.0
-        self.losses = deque(maxlen=SPIKE_WINDOW)
+        self.losses, self.trackers = deque(maxlen=SPIKE_WINDOW), []
         errors.run_dir = self.run_dir
         if distributed.rank() > 0:
             self.metrics_file = self.text_file = open(os.devnull, "w")
@@ -57,6 +58,8 @@ class Log:
             write_text(self.metrics_path, kept)
         self.metrics_file = open(self.metrics_path, "a", buffering=1)
         self.text_file = open(folder / f"train_{time.strftime('%Y%m%d-%H%M%S')}.log", "a", buffering=1)
+        names = filter(None, config.output.report_to.split(","))
+        self.trackers = [tracker(name, self.run_dir, config, start, self.say) for name in names]
 
     def say(self, line):
         """A line for the console and for the log."""
@@ -92,6 +95,8 @@ class Log:
             if not sys.stderr.isatty():
                 print(line, flush=True)
         self.metrics_file.write(json.dumps({"step": step, "timestamp": time.time(), **without_nan(values)}) + "\n")
+        for track in self.trackers:
+            track(step, values)
 
     def examples(self, step, *evaluated):
         """Keep the losses of the validation examples of an evaluation, as `example_losses.keep` is given it."""
