@@ -248,7 +248,15 @@ def main(argv):
     arguments = parser.parse_args(argv)
     if arguments.plot and find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install 'plainlora[plot]'.")
-    runs = sorted(map(Run.of, dict.fromkeys(arguments.runs)), key=lambda run: run.best[1])
+    if arguments.plot and not (Path(arguments.plot).suffix == ".png" and Path(arguments.plot).absolute().parent.is_dir()):
+        raise UserError(f"--plot {arguments.plot}: expected the name of a .png file in a folder that is there.")
+    others = [folder for folder in arguments.runs if not (Path(folder) / "logs" / "config.json").is_file()]
+    if others:
+        print(f"no runs of ours, left out: {' '.join(others)}")
+    named = [Run.of(folder) for folder in dict.fromkeys(arguments.runs) if folder not in others]
+    if not named:
+        raise UserError("no run of ours is named: expected folders like outputs/RUN.")
+    runs = sorted(named, key=lambda run: run.best[1])
     print(aligned(table(runs)), sketch(runs), sep="\n\n")
     if arguments.against:
         other = Run.of(arguments.against)
@@ -259,7 +267,7 @@ def main(argv):
             print(verdict(run, other, spread))
     if arguments.plot:
         plot(arguments.plot, runs, swept(runs))
-    waiting = list(commands(Run.of(arguments.runs[0]), runs, arguments.sweep)) if arguments.sweep else []
+    waiting = list(commands(named[0], runs, arguments.sweep)) if arguments.sweep else []
     if waiting:
         print("\nnot yet run:", *waiting, sep="\n")
 

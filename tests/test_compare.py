@@ -116,7 +116,8 @@ def test_a_picture_of_the_runs(sweep, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["/no/such"], "/no/such: no run of ours"),
+        (["/no/such"], "no run of ours is named"),
+        (["{run}", "--plot", "/no/such/a.png"], "--plot /no/such/a.png: expected the name of a .png file"),
         (["{run}", "--sweep", "lora_r"], "--sweep lora_r: expected KEY=VALUE"),
         (["{run}", "--sweep", "lora_x=1"], "--sweep lora_x: no such key"),
         (["{run}", "--against", "/no/such"], "/no/such: no run of ours"),
