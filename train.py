@@ -154,9 +154,8 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
 
     task.train()
     # The longest rows first, without an update: what does not fit shows now and not after forty steps.
-    reserved = torch.empty(
-        0 if resume_from else state_bytes(parameters, settings.optimizer), dtype=torch.int8, device=device
-    )
+    later = 0 if resume_from else state_bytes(parameters, settings.optimizer)
+    reserved = torch.empty(later, dtype=torch.int8, device=device)
     gradients(None)
     optimizer.zero_grad(set_to_none=True)
     del reserved
