@@ -26,6 +26,7 @@ from lora.task import Task
 
 BFLOAT16_WIDTH = 512  # on a CPU: 2.4 times as fast from there on, in a base of 128 between 0.7 and 1.6 times (LOG.md)
 logging.disable_progress_bar()
+logging.set_verbosity_error()  # what it would warn of while it loads is looked at here, and refused or right
 
 
 def choose_device(name):
