@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import eval as evaluation
-from lora import cite_or_refuse, retrieval, render, text_metrics
+from lora import cite_or_refuse, retrieval, show, text_metrics
 from lora.config import ROOT, EvaluationConfig, from_dict, read_file
 from lora.errors import UserError
 from lora.model import load_task
@@ -106,7 +106,7 @@ def test_a_critical_question_passes_by_number_by_refusal_or_by_text(answer, refe
 
 def test_what_goes_to_the_terminal_holds_no_commands_for_it():
     text = "a\x1b[31mred\x1b[0m \x1b]0;title\x07b\r\x08\x9b\u202ec\td\ne"
-    assert render.printable(text) == "ared bc\td\ne"
+    assert show.printable(text) == "ared bc\td\ne"
 
 
 def test_questions_are_read_in_every_form_of_chat_and_ask_for_the_last_answer(tmp_path):

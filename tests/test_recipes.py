@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import eval as evaluation
-from lora import render
+from lora import show
 from lora.command_line import Command
 from lora.config import ROOT, from_dict, read_file
 from lora.source import Source
@@ -63,7 +63,7 @@ def test_loss_and_perplexity_do_not_depend_on_the_batch_size(tmp_path):
 
 
 def test_render_shows_the_targets_and_what_the_file_amounts_to(capsys):
-    render.main([str(SAMPLES / "questions.jsonl"), "--rows=2", "--max_length=512"])
+    show.main([str(SAMPLES / "questions.jsonl"), "--rows=2", "--max_length=512"])
     out = capsys.readouterr().out
     assert out.count("---") == 2 and "questions.jsonl:2" in out and "questions.jsonl:3" not in out
     row = json.loads((SAMPLES / "questions.jsonl").read_text().splitlines()[0])
@@ -72,7 +72,7 @@ def test_render_shows_the_targets_and_what_the_file_amounts_to(capsys):
 
 
 def test_render_shows_every_label_behind_its_step(capsys):
-    render.main(["arithmetic:validation:1", "--task=score", "--rows=1", "--max_length=512"])
+    show.main(["arithmetic:validation:1", "--task=score", "--rows=1", "--max_length=512"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("From left to right") and all(line[-3:] in ("⟦0⟧", "⟦1⟧") for line in lines[2:5])
 
