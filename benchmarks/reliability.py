@@ -103,6 +103,9 @@ class Bench:
                 status = 1
                 try:
                     silence(self.folder / f"{name}_{rank}.txt")
+                    torch.set_num_threads(
+                        1
+                    )  # makes the pool anew here, as threads that load weights race for it ("Invalid thread pool!")
                     if world > 1:
                         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
                         os.environ |= {k: str(v) for k, v in values.items()}
@@ -154,8 +157,12 @@ class Bench:
         if same:  # else it is kept, to be looked at
             shutil.rmtree(self.folder / name)
         else:
-            print(f"    {self.folder / name} did not end as it should: {statuses}", flush=True)
+            print(f"    {self.folder / name} did not end as it should: {statuses} {self.said(name)}", flush=True)
         return same
+
+    def said(self, name):
+        """The end of what the first process of a run printed."""
+        return (self.folder / f"{name}_0.txt").read_text()[-1500:]
 
     def whole(self, name):
         """The steps of the checkpoints of a run, each of which is as it was written, or None."""
@@ -369,7 +376,7 @@ def resumes(bench):
                 good = killed[-1] == -signal.SIGKILL and bench.finish(kind, name, world)
                 passed += good
                 if not good:
-                    print(f"    {kind}, {where}, {world} processes: {killed}", flush=True)
+                    print(f"    {kind}, {where}, {world} processes: {killed} {bench.said(name)}", flush=True)
     return total, passed, f"{', '.join(KINDS)}; {', '.join(places)}; LoRA and full also on two processes"
 
 
