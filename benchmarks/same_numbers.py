@@ -73,7 +73,10 @@ def main(commit="HEAD^"):
                 )
                 lines = [*differences(was, now, lambda a, b: a == b)]
                 lines += differences(tensors(old), tensors(new), lambda a, b: a.dtype == b.dtype and torch.equal(a, b))
-                print(f"{name}: {len(was)} metrics, {len(tensors(new))} tensors: {'; '.join(lines[:8]) or 'equal'}", flush=True)
+                print(
+                    f"{name}: {len(was)} metrics, {len(tensors(new))} tensors: {'; '.join(lines[:8]) or 'equal'}",
+                    flush=True,
+                )
                 found += lines
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", before], cwd=ROOT, check=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 import re
 import shutil
 import subprocess
@@ -32,9 +31,7 @@ def commands(section):
 
 def edit(root, path, diff):
     """Replace the lines of a diff without -, which the file must hold exactly once, by those without +."""
-    old, new = (
-        "".join(line[1:] for line in diff.splitlines(True) if line[0] != other) for other in ("+", "-")
-    )
+    old, new = ("".join(line[1:] for line in diff.splitlines(True) if line[0] != other) for other in ("+", "-"))
     text = (root / path).read_text()
     assert text.count(old) == 1, f"{path} has {text.count(old)} times: {old}"
     (root / path).write_text(text.replace(old, new))
@@ -55,9 +52,7 @@ def test_a_new_data_format_is_a_file_and_its_name(tmp_path):
     said = []
     for command in commands("Add a data format"):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     assert "What is 1 and 1?" in said[0] and "⟦It is 2.<|im_end|>⟧" in said[0]

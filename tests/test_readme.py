@@ -1,0 +1,142 @@
+"""Every command of the README runs for two steps on the sample rows; or it is named below, with a reason."""
+
+import glob
+import json
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from lora.config import DTYPE_SWITCHES, ROOT, get_lora_config, keys_of
+from lora.model import EMBEDDED
+from tests.conftest import tiny_llama
+
+README = (ROOT / "README.md").read_text()
+SAMPLES = ROOT / "assets" / "samples"
+NOT_RUN = {  # how a command begins -> why it is not run here
+    "pip install": "the first of the two commands; .ci/run starts from a bare environment with it",
+    "pytest": "this suite",
+    "python train_lora.py --lora_r 16": "the default run: tests/test_slow.py",
+    "python train.py --config configs/tiny_base.toml": "pretraining of a quarter of an hour",
+    "torchrun --nnodes=2": "two machines; tests/test_distributed.py has two processes",
+    "srun torchrun": "Slurm",
+    "vllm serve": "vLLM needs a GPU; tests/test_merge.py holds the folder to transformers",
+    "llama-server": "tests/test_gguf.py reads the file with llama.cpp's library",
+}
+NOT_RUN_SECTIONS = {"Measured": "runs of minutes, which tests/test_slow.py and benchmarks/ repeat"}
+NEEDED = [  # what a section finds: the run called RUN, of a language model or of a scorer
+    ("Recipes", "lm"), ("Process reward models", "score"), ("What it looks like", "score"), ("Language models", "lm"),
+]  # fmt: skip
+LENGTHS = ["--max_steps=2", "--eval_steps=2", "--save_steps=1", "--logging_steps=1"]
+SHORT = [*LENGTHS, "--max_length=256", "--batch_size=2", "--gradient_accumulation_steps=1"]
+MARKED = ["--add_special_tokens", "<extra_0>", "--modules_to_save", "embed_tokens"]  # Qwen's base has that token
+PROGRAMS = ("python", "torchrun", "srun", "pip", "pytest", "vllm", "llama-server")
+# Each program prints its arguments instead of running, so that the shell reads quotes and loops, and not this file.
+PRINTED = "".join(f"{p}() {{ printf '%s\\0' {p} \"$@\"; printf '\\1'; }}\n" for p in PROGRAMS)
+
+
+def sections():
+    """{title: its text} of the README."""
+    return dict(part.split("\n", 1) for part in re.split(r"^## ", README, flags=re.M)[1:])
+
+
+def commands(text):
+    """The commands in blocks and between backticks, each a list of words."""
+    blocks = re.findall(r"^```\n(.*?)^```$", text, re.M | re.S)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```\n.*?^```$", "", text, flags=re.M | re.S))
+    lines = [*blocks, *(line for line in inline if line.split()[0] in PROGRAMS)]
+    shell = PRINTED + "\n".join(re.sub(r"^\$ ", "", line, flags=re.M) for line in lines)
+    out = subprocess.run(["bash", "-c", shell], capture_output=True, text=True).stdout
+    return [command.split("\0")[:-1] for command in out.split("\1")[:-1]]
+
+
+def runs(words):
+    return not any(" ".join(words).startswith(start) for start in NOT_RUN)
+
+
+def prm800k_row(n):
+    step = {"completions": [{"text": str(2 * n), "rating": 1}], "chosen_completion": 0, "human_completion": None}
+    label = {"finish_reason": "solution", "steps": [step]}
+    return {"question": {"problem": f"{n}+{n}"}, "label": label, "is_quality_control_question": False} | {
+        "is_initial_screening_question": False
+    }
+
+
+def eqasc_row(n):
+    chain = [{"text": f"f{n}"}, {"text": f"g{n}"}, {"turk_label": {"label": "yes"}}]
+    return {"question": {"stem": f"What is {n}?", "choices": [{"text": "wind", "chains": [chain]}]}}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with all that the README's commands name: scripts, configurations, a base M, files of data."""
+    for name in ("train.py", "train_lora.py", "eval.py", "merge.py", "configs", "assets", "lora"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name, sample in {
+        "chats.jsonl": "chat.jsonl", "other.jsonl": "chat.jsonl", "few.jsonl": "critical.jsonl",
+        "questions.jsonl": "questions.jsonl", "corpus.jsonl": "corpus.jsonl", "text.txt": "text.txt",
+    }.items():  # fmt: skip
+        (tmp_path / name).symlink_to(SAMPLES / sample)
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "M")
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "M")
+    steps = [{"prompt": f"{n}+{n}+1", "steps": [f"{n}+{n}={2 * n}", "wrong"], "labels": [1, 0]} for n in range(30)]
+    for name, rows in {
+        "steps.jsonl": steps, "gsm8k.json": steps[:9], "math.json": steps[9:18],
+        "prm800k.jsonl": map(prm800k_row, range(30)), "eqasc.json": map(eqasc_row, range(30)),
+        "queries.jsonl": [{"query": "When is it open?", "relevant": ["opening-hours"]}],
+    }.items():  # fmt: skip
+        text = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps([*rows])
+        (tmp_path / name).write_text(text)
+    (tmp_path / "my.toml").write_text("[model]\nbase_model = 'M'\n[data]\ntrain_data = ['chats.jsonl']\n")
+    monkeypatch.chdir(tmp_path)
+
+
+def run(words, monkeypatch):
+    """The exit status of a command of Python, in this process; torchrun's is one process."""
+    words = [word for word in words if not word.startswith(("--nproc_per_node", "--max_restarts"))][1:]
+    words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
+    module = words[0] == "-m"
+    words = words[1:] if module else words
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        (runpy.run_module if module else runpy.run_path)(words[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def shortened(words):
+    """The command with as few and as short steps as will show that it runs."""
+    if words[1] not in ("train.py", "train_lora.py") and words[0] != "torchrun" or "--help" in words:
+        return words
+    if "--resume_from" in words and "auto" not in words:
+        return [word.replace("step_500", "step_2") for word in words] + ["--max_steps=3"]
+    return [*words, *SHORT, *(MARKED if "configs/qwen_math_prm.toml" in words else [])]
+
+
+@pytest.mark.parametrize("title", [title for title, text in sections().items() if any(map(runs, commands(text)))])
+def test_every_command_of_a_section_runs(title, place, monkeypatch, capsys):
+    if title in NOT_RUN_SECTIONS:
+        pytest.skip(NOT_RUN_SECTIONS[title])
+    kind = dict(NEEDED).get(title)
+    data = "chats.jsonl" if kind == "lm" else "steps.jsonl"
+    first = f"python train_lora.py --base_model M --task {kind} --train_data {data} --experiment_name RUN".split()
+    for words in [first] * bool(kind) + [*filter(runs, commands(sections()[title]))]:
+        status = run(shortened(words), monkeypatch)
+        assert status == 0, (" ".join(words), capsys.readouterr().err)
+
+
+def test_every_exception_stands_in_the_readme():
+    found = [" ".join(words) for text in sections().values() for words in commands(text)]
+    for start in NOT_RUN:
+        assert any(command.startswith(start) for command in found), start
+
+
+def test_every_flag_in_the_readme_is_one_of_ours():
+    known = {*keys_of(get_lora_config())}
+    for program in ("train_lora.py", "eval.py", "merge.py", "lora/command_line.py", "lora/compare.py"):
+        known |= set(re.findall(r"--([a-z0-9_]+)", (ROOT / program).read_text()))
+    assert set(re.findall(r"`--(\w+)(?!-)\b", README)) <= known | {*DTYPE_SWITCHES}
