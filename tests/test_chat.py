@@ -96,7 +96,7 @@ def said(row, tokenizer):
     ],
     ids=["chatml", "gemma", "llama 2", "alpaca"],
 )
-def test_golden_masks(template, special, expected):
+def test_the_targets_of_four_templates_are_those_written_out_here(template, special, expected):
     tokenizer = tokenizer_with(template or AutoTokenizer.from_pretrained(EMBEDDED).chat_template, *special)
     (row,) = row_of(CHATS["two turns"], tokenizer).rows
     plain = tokenizer.apply_chat_template(CHATS["two turns"], tokenize=False)

@@ -49,7 +49,7 @@ def test_auc_is_the_share_of_pairs_in_order():
     assert prm_metrics.auc(scores, right) == pytest.approx(np.mean(above))
 
 
-def test_calibration_by_hand():
+def test_calibration_is_that_counted_by_hand():
     scores, labels = np.array([0.0, 0.05, 0.95, 1.0, 1.0]), np.array([0.0, 1.0, 1.0, 1.0, 0.0])
     low, high = prm_metrics.calibration(scores, labels)
     assert low == pytest.approx((0.025, 0.5, 2)) and high == pytest.approx((2.95 / 3, 2 / 3, 3))
@@ -57,7 +57,7 @@ def test_calibration_by_hand():
     assert prm_metrics.expected_calibration_error(scores, labels) == pytest.approx(expected)
 
 
-def test_first_errors_processbench_and_prmbench_by_hand():
+def test_first_errors_processbench_and_prmbench_are_those_counted_by_hand():
     of = judged(
         ([1, 0, None], [0.9, 0.2, 0.1]),  # found exactly
         ([1, 1, 0], [0.9, 0.4, 0.1]),  # one step too early
@@ -102,7 +102,7 @@ def test_intervals_hold_the_value_shrink_with_more_problems_and_pair_the_scorers
     assert prm_metrics.intervals(same, dict.fromkeys(same, 0.5), draws=20)[1]["b"]["mse"] == [0.0, 0.0]
 
 
-def test_best_of_n_by_hand():
+def test_best_of_n_is_that_counted_by_hand():
     def solution(outcome, answer, *scores, prompt="p"):
         return example([None] * len(scores), prompt, outcome, ["s"] * (len(scores) - 1) + [f"A: {answer}"]), np.array(
             scores

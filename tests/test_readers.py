@@ -99,7 +99,7 @@ def test_pairs_in_csv_with_and_without_header_tsv_and_jsonl_scaled_by_label_max(
     assert examples(write(tmp_path, "d.jsonl", json.dumps(row)), label_max=5) == expected[:1]
 
 
-def test_texts(tmp_path):
+def test_a_row_of_text_is_read_as_its_text(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"text": "hello"}')
     assert examples(path, "lm") == [("hello", [], [])]
 

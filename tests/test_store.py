@@ -53,7 +53,7 @@ def test_a_second_run_reads_no_data_and_tokenises_nothing(configure, chats, monk
     assert source.read is None
     *second, again = store.tokenised(source, task)
     assert facts == again and all(equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(isinstance(second[0].tokens, np.memmap) for _ in second)
+    assert all(isinstance(rows.tokens, np.memmap) for rows in second)
     assert facts["train"]["examples"] == 36 and facts["eval"]["examples"] == 4 and facts["overlap"] == 0
 
 
