@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from lora.config import DTYPE_SWITCHES, ROOT, get_lora_config, keys_of
 from lora.model import EMBEDDED
 from tests.conftest import tiny_llama
+from tests.test_step_readers import prm800k_row, prm800k_step, rating
 
 README = (ROOT / "README.md").read_text()
 SAMPLES = ROOT / "assets" / "samples"
@@ -27,11 +28,8 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "llama-server": "tests/test_gguf.py reads the file with llama.cpp's library",
 }
 NOT_RUN_SECTIONS = {"Measured": "runs of minutes, which tests/test_slow.py and benchmarks/ repeat"}
-NEEDED = [  # what a section finds: the run called RUN, of a language model or of a scorer
-    ("Recipes", "lm"), ("Process reward models", "score"), ("What it looks like", "score"), ("Language models", "lm"),
-]  # fmt: skip
-LENGTHS = ["--max_steps=2", "--eval_steps=2", "--save_steps=1", "--logging_steps=1"]
-SHORT = [*LENGTHS, "--max_length=256", "--batch_size=2", "--gradient_accumulation_steps=1"]
+RUN = {"Recipes": "lm", "Process reward models": "score", "What it looks like": "score"}  # the task of outputs/RUN
+SHORT = ["--max_steps=2", "--eval_steps=2", "--save_steps=1", "--batch_size=2", "--gradient_accumulation_steps=1"]
 MARKED = ["--add_special_tokens", "<extra_0>", "--modules_to_save", "embed_tokens"]  # Qwen's base has that token
 PROGRAMS = ("python", "torchrun", "srun", "pip", "pytest", "vllm", "llama-server")
 # Each program prints its arguments instead of running, so that the shell reads quotes and loops, and not this file.
@@ -57,17 +55,11 @@ def runs(words):
     return not any(" ".join(words).startswith(start) for start in NOT_RUN)
 
 
-def prm800k_row(n):
-    step = {"completions": [{"text": str(2 * n), "rating": 1}], "chosen_completion": 0, "human_completion": None}
-    label = {"finish_reason": "solution", "steps": [step]}
-    return {"question": {"problem": f"{n}+{n}"}, "label": label, "is_quality_control_question": False} | {
-        "is_initial_screening_question": False
-    }
-
-
 def eqasc_row(n):
-    chain = [{"text": f"f{n}"}, {"text": f"g{n}"}, {"turk_label": {"label": "yes"}}]
-    return {"question": {"stem": f"What is {n}?", "choices": [{"text": "wind", "chains": [chain]}]}}
+    chain = [{"text": "f"}, {"text": "g"}, {"turk_label": {"label": "yes"}}]
+    choices = [{"label": "A", "text": "wind", "df": None, "chains": [chain]}]
+    question = {"stem": f"What is {n}?", "choices": choices}
+    return {"id": str(n), "fact1": "f", "fact2": "g", "answerKey": "A", "question": question}
 
 
 @pytest.fixture
@@ -80,12 +72,13 @@ def place(tmp_path, monkeypatch):
         "questions.jsonl": "questions.jsonl", "corpus.jsonl": "corpus.jsonl", "text.txt": "text.txt",
     }.items():  # fmt: skip
         (tmp_path / name).symlink_to(SAMPLES / sample)
-    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "M")
+    tiny_llama(tie_word_embeddings=True, max_position_embeddings=4096).save_pretrained(tmp_path / "M")
     AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "M")
     steps = [{"prompt": f"{n}+{n}+1", "steps": [f"{n}+{n}={2 * n}", "wrong"], "labels": [1, 0]} for n in range(30)]
     for name, rows in {
         "steps.jsonl": steps, "gsm8k.json": steps[:9], "math.json": steps[9:18],
-        "prm800k.jsonl": map(prm800k_row, range(30)), "eqasc.json": map(eqasc_row, range(30)),
+        "prm800k.jsonl": [prm800k_row([prm800k_step([rating("right", 1)], chosen=0)], f"problem {n}") for n in range(30)],
+        "eqasc.json": map(eqasc_row, range(30)),
         "queries.jsonl": [{"query": "When is it open?", "relevant": ["opening-hours"]}],
     }.items():  # fmt: skip
         text = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps([*rows])
@@ -109,11 +102,13 @@ def run(words, monkeypatch):
 
 
 def shortened(words):
-    """The command with as few and as short steps as will show that it runs."""
-    if words[1] not in ("train.py", "train_lora.py") and words[0] != "torchrun" or "--help" in words:
+    """The command with as few steps as will show that it runs."""
+    if words[1] == "eval.py" and "--test_set" in words:
+        return [*words, "--max_new_tokens=4"]
+    if "train" not in words[1] and words[0] != "torchrun" or "--help" in words:
         return words
     if "--resume_from" in words and "auto" not in words:
-        return [word.replace("step_500", "step_2") for word in words] + ["--max_steps=3"]
+        return [*(word.replace("step_500", "step_2") for word in words), "--max_steps=3"]
     return [*words, *SHORT, *(MARKED if "configs/qwen_math_prm.toml" in words else [])]
 
 
@@ -121,9 +116,10 @@ def shortened(words):
 def test_every_command_of_a_section_runs(title, place, monkeypatch, capsys):
     if title in NOT_RUN_SECTIONS:
         pytest.skip(NOT_RUN_SECTIONS[title])
-    kind = dict(NEEDED).get(title)
+    kind = RUN.get(title)
     data = "chats.jsonl" if kind == "lm" else "steps.jsonl"
-    first = f"python train_lora.py --base_model M --task {kind} --train_data {data} --experiment_name RUN".split()
+    first = f"python train_lora.py --base_model M --task {kind} --train_data {data} --experiment_name RUN"
+    first = [*first.split(), "--learning_rate=1e-2"]  # an adapter that does something
     for words in [first] * bool(kind) + [*filter(runs, commands(sections()[title]))]:
         status = run(shortened(words), monkeypatch)
         assert status == 0, (" ".join(words), capsys.readouterr().err)
