@@ -107,7 +107,6 @@ def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
 
 
 def test_the_picture_of_the_runs_is_written(sweep, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     main([*map(str, sweep.values()), "--plot", str(tmp_path / "sweep.png")])
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert compare.swept([Run.of(folder) for folder in sweep.values()]) == "learning_rate"

@@ -37,7 +37,7 @@ def test_twenty_steps_have_the_losses_that_were_committed(name, tmp_path, monkey
     monkeypatch.chdir(ROOT)
     found = losses(GOLDEN[name]["command"], tmp_path)
     assert len(found) == 20 and found[-1] < 0.9 * found[0]
-    # Between instruction sets (AVX2, AVX-512) and numbers of threads these differ by 3e-6 at most.
+    # Between AVX2 and AVX-512 these differ by 3e-6 at most.
     assert found == pytest.approx(GOLDEN[name]["losses"], rel=1e-4)
 
 
