@@ -16,6 +16,12 @@ from tests.conftest import script
 from tests.test_families import GROUPED
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+EACH = """
+import json, runpy, sys
+for _, *command in json.loads(sys.argv[1]):
+    sys.argv = command[1:] if command[0] == "-m" else command
+    (runpy.run_module if command[0] == "-m" else runpy.run_path)(sys.argv[0], run_name="__main__")
+"""  # in one process: torch is loaded once
 DIALOGUES = [{"dialogue": [f"What is {n} and {n}?", f"It is {2 * n}."]} for n in range(40)]
 
 
@@ -49,14 +55,13 @@ def test_a_new_data_format_is_a_file_and_its_name(tmp_path):
         else:
             assert not (tmp_path / path[0]).exists()
             (tmp_path / path[0]).write_text(body)
-    said = []
-    for command in commands("Add a data format"):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert "What is 1 and 1?" in said[0] and "⟦It is 2.<|im_end|>⟧" in said[0]
-    assert "step 1: loss" in said[1] or "train: 36 examples" in said[1]
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, json.dumps(commands("Add a data format"))], cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "What is 1 and 1?" in done.stdout and "⟦It is 2.<|im_end|>⟧" in done.stdout
+    assert "train: 36 examples" in done.stdout and "at step 1" in done.stdout
 
 
 @pytest.fixture(scope="module")
