@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lora.errors import UserError
 from lora.foreign import plain_file
 from lora.layer import LoRAEmbedding, LoRALinear, lora_layers, wrap
-from lora.targets import by_pattern, embeddings_of, prefix_of, untie
+from lora.targets import by_pattern, embeddings_of, ends_with_one, prefix_of, untie
 
 # Keys of adapter_config.json that change what the tensors mean, with the values that this reader can honour. What only
 # says which layers were chosen (target_modules, layers_to_transform, ...) the tensors' names say as well.
@@ -314,10 +314,6 @@ def require_targets(folder, config, others):
     absent = sorted(n for n in others if ends_with_one(n, targets) and not ends_with_one(n, whole))
     if absent:
         raise UserError(f"{folder}: the adapter has no tensors for {', '.join(absent[:5])}, which its target_modules name.")
-
-
-def ends_with_one(name, endings):
-    return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
 
 def layer_for(base_layer, tensors, alpha, config):

@@ -28,10 +28,14 @@ def measure(task, config):
 
     Full fine-tuning freezes nothing, and random weights come from no file.
     """
-    frozen = frozen_tensors(task.model) if config.lora else {}
+    return {"files": file_sums(config.model), "frozen": frozen_sums(task.model) if config.lora else {}}
+
+
+def frozen_sums(model):
+    """{frozen tensor: sha256}."""
+    frozen = frozen_tensors(model)
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = dict(zip(frozen, pool.map(sha256_of_tensor, frozen.values())))
-    return {"files": file_sums(config.model), "frozen": sums}
+        return dict(zip(frozen, pool.map(sha256_of_tensor, frozen.values())))
 
 
 def file_sums(model):
