@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import re
+import tomllib
 
 import pytest
-import tomli
 
 from lora.command_line import read_command_line
 from lora.checksums import write_checksums
@@ -99,7 +99,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path, suffix):
     again = read("--config", str(path))
     assert again == config
     if suffix == "toml":
-        assert tomli.loads(path.read_text()) == config.as_dict()
+        assert tomllib.loads(path.read_text()) == config.as_dict()
         assert saved_config(tmp_path) == from_dict(config.as_dict(), "") == config
 
 
