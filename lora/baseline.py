@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lora.adapter import factors
 from lora.checkpoint import trainable
 from lora.checksums import sha256_of
 from lora.config import read_file
@@ -103,15 +104,13 @@ def compare(before, after):
 
 def only_adapters_train(task, modules_to_save):
     """A line that says so. Raises Stopped where anything but LoRA's tensors, modules to save and the head is trained."""
-    layers = lora_layers(task.model).values()
-    factors = [p for layer in layers for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
+    lora = [p for layer in lora_layers(task.model).values() for p in factors(layer).values()]
     whole = [p for name in named_modules(task.model, modules_to_save) for p in task.model.get_submodule(name).parameters()]
     head = list(task.head.parameters()) if isinstance(task.head, MLPHead) else []
-    allowed = {id(p) for p in (*factors, *whole, *head)}
+    allowed = {id(p) for p in (*lora, *whole, *head)}
     strange = [name for name, p in trainable(task).items() if id(p) not in allowed]
     if strange:
-        raise Stopped(
-            f"trained beside the adapter: {', '.join(strange[:5])}; freeze them, or name them in modules_to_save."
-        )
-    counts = (factors, "LoRA tensors"), (whole, "of modules to save"), (head, "of the head")
+        mend = "freeze them, or name them in modules_to_save"
+        raise Stopped(f"trained beside the adapter: {', '.join(strange[:5])}; {mend}.")
+    counts = (lora, "LoRA tensors"), (whole, "of modules to save"), (head, "of the head")
     return "only adapter parameters are trainable: " + ", ".join(f"{len(some)} {what}" for some, what in counts if some)

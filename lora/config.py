@@ -355,7 +355,7 @@ def read_file(path):
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}.") from None
     if not isinstance(tables, dict):
-        raise UserError(f"{path}: expected tables of keys, found a {type(tables).__name__}.")
+        raise UserError(f"{path}: expected a table of keys, found a {type(tables).__name__}.")
     return tables
 
 

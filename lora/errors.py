@@ -50,6 +50,13 @@ class Interrupted(UserError):
         self.status = 128 + number
 
 
+def refuse_any(odd, what):
+    """Raises UserError that says `what` they are of the first of `odd`, where there are any."""
+    odd = sorted(odd)
+    if odd:
+        raise UserError(f"{what}: {', '.join(odd[:5])}.")
+
+
 LESS_MEMORY = "Use less: --batch_size 1 (or auto), --gradient_checkpointing, a smaller --max_length, --load_in_4bit."
 
 
