@@ -216,6 +216,11 @@ def rows_per_batch(training):
     return TrainingConfig.batch_size if training.batch_size == "auto" else training.batch_size
 
 
+def max_batch_tokens(config):
+    """Positions of a micro-batch, at most."""
+    return rows_per_batch(config.training) * config.data.max_length
+
+
 def tables_of(config):
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) is not None}
 

@@ -1,4 +1,4 @@
-"""Answers: what a model says after a prompt, for many prompts at once.
+"""What a model says: answers to many prompts, or scores of the steps of many chains, at once.
 
 Generation needs a cache of keys and values, which the "packed" attention does not know, so it is the one place where
 the model runs as its authors wrote it: `model.generate` of transformers on a padded batch. A causal model reads from
@@ -6,15 +6,20 @@ the left, so the padding stands on the left and every prompt ends where its answ
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
+import math
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from lora.chat import chat_pieces, prompt_pieces
+from lora.config import max_batch_tokens
+from lora.data import Rows
 from lora.errors import UserError
 from lora.model import autocast
-from lora.render import encode, first_token
+from lora.render import encode, first_token, render
 
 PAD = 0  # any token will do: it is masked
 
@@ -118,3 +123,20 @@ def answers(model, tokenizer, prompts, *, max_new_tokens, stop, dtype, max_token
             bar.update(len(indices))
     bar.close()
     return texts
+
+
+@torch.no_grad()
+def step_scores(examples, task, config, device, dtype):
+    """An array [steps] for each example: what a scorer says of its steps, NaN from the first on that does not fit."""
+    ends = np.cumsum([len(example.steps) for example in examples])
+    numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])  # exact up to 2^24
+    asked = [replace(example, labels=of.tolist()) for example, of in zip(examples, numbers)]  # of each step its number
+    rendered = render(asked, task.tokenizer, "score", config.data, task.causal)
+    rows = Rows.of(((row, 0) for of in rendered for row in of.rows), "score")
+    batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed) if len(rows) else []
+    scores = np.full(ends[-1], math.nan)
+    task.eval()
+    with autocast(device, dtype):
+        for batch in tqdm(batches, unit="batch", disable=None):
+            scores[batch.targets.long().numpy()] = task.predict(batch.to(device)).float().cpu().numpy()
+    return np.split(scores, ends[:-1])

@@ -7,14 +7,12 @@ where there is a final artifact, what its model says of a few held-out examples:
 are, or generated answers.
 """
 
-from dataclasses import replace
 from html import escape
 import json
 import math
 from pathlib import Path
 import sys
 
-import numpy as np
 
 from lora.command_line import Parser
 from lora.compare import Run, shown
@@ -169,23 +167,14 @@ def scored(task, examples, config):
     """Coloured steps, and the mean label against the mean score."""
     import torch
 
-    from lora.data import Rows
-    from lora.prm_metrics import calibration, expected_calibration_error
-    from lora.render import render
+    from lora.generate import step_scores
+    from lora.prm_metrics import calibration, expected_calibration_error, measured
 
-    examples, scores = examples[:SCORED], []
-    asked = [replace(example, labels=[0.0] * len(example.steps)) for example in examples]
-    for example, rendered in zip(examples, render(asked, task.tokenizer, "score", config.data, task.causal)):
-        said = []
-        if rendered.rows:
-            rows = Rows.of(((row, 0) for row in rendered.rows), "score")
-            with torch.no_grad():
-                said = task.predict(rows.batch(range(len(rows)), task.packed).to(task.model.device)).tolist()
-        scores.append(np.array(said + [math.nan] * (len(example.steps) - len(said))))
-    pairs = [(s, la) for e, of in zip(examples, scores) for s, la in zip(of, e.labels) if la is not None and s == s]
+    examples = examples[:SCORED]
+    scores = step_scores(examples, task, config, task.model.device, torch.float32)
     parts = chains(examples[:SAMPLES], scores[:SAMPLES], config.evaluation.threshold)
-    if pairs:
-        said, labels = np.array(pairs).T
+    labels, said = measured(examples, scores)
+    if len(labels):
         found = [(score, label, count / len(said)) for score, label, count in calibration(said, labels)]
         error = expected_calibration_error(said, labels)
         parts.append(f"<p>Reliability: the mean label of the steps with about the same score, {len(said)} in all; ")
