@@ -275,8 +275,8 @@ def judge_steps(arguments, config, asked, task, device, dtype):
 def labelled_numbers(arguments, config, examples, scores, task):
     """(numbers, the table that shows them) of scored steps with labels."""
     paths = arguments.eval_data or ([arguments.test_set] if arguments.test_set else config.data.eval_paths)
-    labelled = {example.source for example in examples if any(label is not None for label in example.labels)}
-    names = {name: source for source, name in enumerate(names_of(paths)) if source in labelled}
+    measured = {e.source for e, of in zip(examples, scores) if prm_metrics.measured([e], [of]).size}
+    names = {name: source for source, name in enumerate(names_of(paths)) if source in measured}
     found = prm_metrics.report(examples, scores, config.evaluation, names if len(names) > 1 else {})
     labels, said = prm_metrics.measured(examples, scores)
     loss = task.head.metrics(torch.from_numpy(said), torch.from_numpy(labels))["loss"]
