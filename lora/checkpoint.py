@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from lora import distributed
 from lora.checksums import damage, write_checksums
+from lora.config import read_file
 from lora.durable import clear, folder_for, remove
 from lora.errors import UserError, by_step
 from lora.optimizer import set_state, state_of
@@ -101,10 +102,7 @@ def recover(run_dir):
 
 
 def read_state(path):
-    try:
-        return json.loads((Path(path) / "trainer_state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: trainer_state.json cannot be read ({error}).") from None
+    return read_file(Path(path) / "trainer_state.json")
 
 
 def load(path, task, optimizer):

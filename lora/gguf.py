@@ -15,7 +15,7 @@ from safetensors import safe_open
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lora.durable import flush
+from lora.durable import file_for
 from lora.errors import UserError
 from lora.gguf_tokenizer import tokenizer_keys
 from lora.model import load_shape
@@ -43,9 +43,7 @@ def write_gguf(folder, path, kind):
     """
     config, _, tokenizer = load_shape(str(folder))
     keys = gguf_keys(config, tokenizer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp_{path.name}")
-    writer = gguf.GGUFWriter(temporary, family(config))
+    writer = gguf.GGUFWriter(None, family(config))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for method, value in keys.items():
@@ -54,17 +52,14 @@ def write_gguf(folder, path, kind):
     for name, shape, _, stored in tensors:
         shape = gguf.quant_shape_to_byte_shape(shape, stored)
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), stored)
-    try:
-        writer.write_header_to_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_for(path) as temporary:
+        writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for _, _, read, stored in tensors:
             writer.write_tensor_data(gguf.quantize(read(), stored))
         writer.close()
-        flush(temporary)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def family(config):
