@@ -76,7 +76,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, head, hidden, targets, of_targets, weight, bias):
-        """hidden [n, width], targets and of_targets (their weights) [n], weight [vocabulary, width], bias or None -> scalar."""
+        """hidden [n, width], targets and their weights [n], the layer's weight [vocabulary, width] and bias -> scalar."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
