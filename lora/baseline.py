@@ -3,7 +3,6 @@
 outputs/RUN/baseline_checksums.json   sha256 of the base's weight files, and one over the frozen tensors in memory
 """
 
-from concurrent.futures import ThreadPoolExecutor
 import hashlib
 import json
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from lora.adapter import factors
 from lora.checkpoint import trainable
-from lora.checksums import sha256_of
+from lora.checksums import in_threads, sha256_of
 from lora.config import read_file
 from lora.durable import write_text
 from lora.errors import Stopped
@@ -20,8 +19,6 @@ from lora.heads import MLPHead
 from lora.layer import lora_layers
 from lora.targets import named_modules
 from lora.model import weight_files
-
-THREADS = 8  # hashing lets go of the interpreter; from a GPU each holds one tensor in main memory
 
 
 def measure(task, config):
@@ -34,16 +31,12 @@ def measure(task, config):
 
 def frozen_sums(model):
     """{frozen tensor: sha256}."""
-    frozen = frozen_tensors(model)
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(frozen, pool.map(sha256_of_tensor, frozen.values())))
+    return in_threads(sha256_of_tensor, frozen_tensors(model))  # from a GPU each thread holds one in main memory
 
 
 def file_sums(model):
     """{weight file of the base: sha256}. `model` is the [model] table of a configuration."""
-    files = {path.name: path for path in weight_files(model)}
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(files, pool.map(sha256_of, files.values())))
+    return in_threads(sha256_of, {path.name: path for path in weight_files(model)})
 
 
 def other_base(folder, base_model, sums):

@@ -197,7 +197,7 @@ def plot(path, runs, key):
         axes.plot(*zip(*points), marker="o", linestyle="none")
         axes.set(xlabel=key, ylabel="best validation loss")
         values = [value for value, _ in points]
-        if min(values) > 0 and max(values) / min(values) > 8:
+        if values and min(values) > 0 and max(values) / min(values) > 8:
             axes.set_xscale("log")
     figure.savefig(path, dpi=120, bbox_inches="tight")
 

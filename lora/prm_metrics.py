@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from lora.errors import UserError
-from lora.metrics import draws_of, pearson, quantiles, ranks, spearman
+from lora.metrics import draws_of, first_below, pearson, quantiles, ranks, spearman
 
 BINS = 10
 FOLDS = 5
@@ -51,11 +51,6 @@ def f1(hits, false, missed):
 
 def harmonic_mean(a, b):
     return 2 * a * b / (a + b) if a + b else 0.0
-
-
-def first_below(values, threshold):
-    """The index of the first value under the threshold, or -1."""
-    return next((i for i, value in enumerate(values) if value < threshold), -1)
 
 
 def measured(examples, scores):

@@ -16,7 +16,7 @@ import sys
 
 from lora.command_line import Parser
 from lora.compare import Run, shown
-from lora.config import read_file, saved_config
+from lora.config import max_batch_tokens, read_file, saved_config
 from lora.errors import UserError, one_line_errors
 from lora.prm_page import chains, document, number_table
 from lora.show import printable
@@ -108,14 +108,14 @@ def opening(folder):
 
 
 def checkpoints(folder):
-    """Rows of cells: the checkpoints that are there, the best first."""
+    """A table of the checkpoints that are there, the best first; "" of none."""
     from lora.checkpoint import best, saved
 
     states = saved(folder / "checkpoints")
     states = [*best(states), *(state for state in states if not state["val"])]
     names = list(dict.fromkeys(name for state in states for name in state["val"] or {}))
     rows = [[state["path"].name, *(shown((state["val"] or {}).get(name)) for name in names)] for state in states]
-    return [["checkpoint", *names], *rows] if rows else []
+    return number_table([["checkpoint", *names], *rows]) if rows else ""
 
 
 def section(title, *parts):
@@ -137,7 +137,7 @@ def page(folder, samples=()):
     parts = [
         *section("Result", ended, rows_of({f"best {name}": value for name, value in best.items()} | seconds)),
         *section("Curves", "<div class=charts>", *curves_of(run), "</div>"),
-        *section("Checkpoints", number_table(checkpoints(folder)) if checkpoints(folder) else ""),
+        *section("Checkpoints", checkpoints(folder)),
         *section("What its model says", *samples),
         *section("Data, and what was trained", f"<pre>{escape(opening(folder))}</pre>", rows_of(trained)),
         *section("Environment", rows_of(environment)),
@@ -191,7 +191,8 @@ def answered(task, examples, config):
     from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
 
     prompts, expected = [], []
-    room = config.data.max_length - TOKENS
+    length = min(TOKENS, config.data.max_length // 2)
+    room = config.data.max_length - length
     for example in examples[:SAMPLES]:
         turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         if turns:
@@ -201,12 +202,12 @@ def answered(task, examples, config):
             expected.append(example.messages[turns[-1]].get("content") or "")
         else:
             tokens = text_tokens(example.text, task.tokenizer)
-            begin = min(len(tokens) // 2, TOKENS, room) or 1
+            begin = min(len(tokens) // 2, length) or 1
             prompts.append((example.where, tokens[:begin]))
-            expected.append(task.tokenizer.decode(tokens[begin : begin + TOKENS]))
+            expected.append(task.tokenizer.decode(tokens[begin : begin + length]))
     said = answers(
-        task.model, task.tokenizer, prompts, max_new_tokens=TOKENS, stop=stop_tokens(task.model, task.tokenizer),
-        dtype=torch.float32, max_tokens=4 * config.data.max_length,
+        task.model, task.tokenizer, prompts, max_new_tokens=length, stop=stop_tokens(task.model, task.tokenizer),
+        dtype=torch.float32, max_tokens=max_batch_tokens(config),
     )  # fmt: skip
     for (where, tokens), wanted, answer in zip(prompts, expected, said):
         prompt = printable(task.tokenizer.decode(tokens))
