@@ -19,12 +19,11 @@ from importlib.util import find_spec
 import math
 from pathlib import Path
 import sys
-import typing
 
 from lora import retrieval
 from lora.checksums import require_as_written, verify_artifact
-from lora.command_line import Parser
-from lora.config import Config, from_dict, keys_of, max_batch_tokens, read_file, saved_config, set_key
+from lora.command_line import Parser, add_flags, set_given
+from lora.config import Config, from_dict, max_batch_tokens, read_file, saved_config, tables_of
 from lora.errors import UserError, one_line_errors, require_one_process
 from lora.readers import Example, read, read_data
 from lora.text_metrics import Question, check_patterns, means, passes, read_questions, rouge_scorer, scores
@@ -64,11 +63,8 @@ def read_arguments(argv):
     parser.add_argument("--test_queries", metavar="FILE", help="rows of query and relevant (ids of the corpus)")
     parser.add_argument("--corpus", metavar="FILE", help="rows of id and text")
     parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file too, the answers beside it")
-    for name in KEYS:
-        _, key = keys_of(Config())[name]
-        nargs = "+" if typing.get_origin(key.type) is list else None
-        help = key.metadata["help"].replace("%", "%%")
-        parser.add_argument(f"--{name}", nargs=nargs, metavar="X", help=f"{help} (default: the checkpoint's)")
+    for table in tables_of(Config()).values():
+        add_flags(parser, table, KEYS, "the checkpoint's")
     arguments = parser.parse_args(argv)
 
     if arguments.verify_only:
@@ -85,9 +81,7 @@ def read_arguments(argv):
         raise UserError(f"--base_model {arguments.base_model}: {arguments.checkpoint} holds a whole model; leave it out.")
     if whole:
         config.model.base_model, config.model.init_from = whole, ""
-    for name in KEYS:
-        if getattr(arguments, name) is not None:
-            set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
+    set_given(config, arguments, KEYS)
     refuse_what_does_not_go_together(arguments, config)
     check_patterns(config.evaluation)
     return arguments, config

@@ -14,7 +14,8 @@ import json
 from pathlib import Path
 import sys
 
-from lora.command_line import Parser
+from lora.command_line import Parser, add_flags, set_given
+from lora.config import LoraConfig, get_lora_config, saved_config
 from lora.errors import UserError, one_line_errors, require_one_process
 
 
@@ -29,10 +30,7 @@ def read_arguments(argv):
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the base's")
     into = "the base as it is (default), or the 4-bit base that QLoRA was trained on, made dense again"
     parser.add_argument("--merge_into", choices=("16bit", "dequantized"), default="16bit", help=into)
-    for name in FOUR_BITS:
-        parser.add_argument(
-            f"--{name}", metavar="X", help="of that 4-bit base; default: our checkpoint's, else nf4 and true"
-        )
+    add_flags(parser, LoraConfig(), FOUR_BITS, "our checkpoint's, else nf4 and true")
     portable = "write an adapter instead: one rank, the scale in B, so that PEFT, vLLM and llama.cpp do the same with it"
     parser.add_argument("--portable", action="store_true", help=portable)
     parser.add_argument("--gguf", metavar="FILE", help="also write the merged model for llama.cpp, to a file not there yet")
@@ -64,7 +62,6 @@ from transformers import AutoModel
 from lora.adapter import load_adapter, write_portable
 from lora.baseline import file_sums, other_base
 from lora.checksums import require_as_written
-from lora.config import get_lora_config, saved_config, set_key
 from lora.durable import folder_for
 from lora.layer import merge
 from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights
@@ -116,9 +113,7 @@ def load_base(model_class, base_model, quantization=None):
 def four_bits_of(arguments, config):
     """How the 4-bit base was quantised: as our run says, else as QLoRA is usually done, and the flags above either."""
     config = config or get_lora_config()
-    for name in FOUR_BITS:
-        if getattr(arguments, name) is not None:
-            set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
+    set_given(config, arguments, FOUR_BITS)
     config.lora.load_in_4bit = True
     return four_bits(config.lora, torch.device("cpu"))
 

@@ -61,23 +61,26 @@ def underscored(argument):
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
-def add_flags(parser, config):
-    """A flag for every key of `config`, and for its aliases."""
-    for title, table in tables_of(config).items():
-        group = parser.add_argument_group(f"[{title}]")
-        for f in dataclasses.fields(table):
-            default, choices, kind = getattr(table, f.name), f.metadata["choices"], typing.get_origin(f.type) or f.type
-            if kind is dict:
-                continue  # given as a table in the file
-            notes = [", ".join(choices)] if choices else []
-            if default not in (None, "", []):
-                notes.append(f"default: {' '.join(map(str, default)) if isinstance(default, list) else default}")
-            help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
-            flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
-            form = {list: {"nargs": "+", "action": "extend"}, bool: SWITCH}.get(kind, {})
-            group.add_argument(*flags, **{"dest": f.name, "metavar": "X", "help": help.replace("%", "%%"), **form})
-    for switch, dtype in DTYPE_SWITCHES.items():
-        parser.add_argument(f"--{switch}", help=f"true: --dtype {dtype}", **SWITCH)
+def add_flags(parser, table, names, default=""):
+    """Flags for some keys of a table, and for their aliases. default: what their help says of it, where it is no value."""
+    for f in dataclasses.fields(table):
+        value, choices, kind = getattr(table, f.name), f.metadata["choices"], typing.get_origin(f.type) or f.type
+        if f.name not in names or kind is dict:
+            continue  # a dict is given as a table in the file
+        notes = [", ".join(choices)] if choices else []
+        if default or value not in (None, "", []):
+            notes.append(f"default: {default or (' '.join(value) if isinstance(value, list) else value)}")
+        help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+        flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
+        form = {list: {"nargs": "+", "action": "extend"}, bool: SWITCH}.get(kind, {})
+        parser.add_argument(*flags, **{"dest": f.name, "metavar": "X", "help": help.replace("%", "%%"), **form})
+
+
+def set_given(config, arguments, names):
+    """Set those of some keys whose flags were given."""
+    for name in names:
+        if getattr(arguments, name, None) is not None:
+            set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
 
 
 def read_command_line(argv, config, default_file, description):
@@ -95,14 +98,17 @@ def read_command_line(argv, config, default_file, description):
     help = "say what the run would need, memory and time; train nothing"
     parser.add_argument("--dry_run", action="store_true", help=help)
     parser.add_argument("--check", action="store_true", help="prove data, model and equalities before a run; train nothing")
-    add_flags(parser, config)
+    keys = [*keys_of(config), *DTYPE_SWITCHES]
+    for title, table in tables_of(config).items():
+        add_flags(parser.add_argument_group(f"[{title}]"), table, keys)
+    for switch, dtype in DTYPE_SWITCHES.items():
+        parser.add_argument(f"--{switch}", help=f"true: --dtype {dtype}", **SWITCH)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
         flag = unknown[0].split("=")[0]
         set_key(config, flag[2:], unknown[0].partition("=")[2], flag)  # raises, and names the nearest flag
     if unknown:
         raise UserError(f"{unknown[0]}: not expected here. See --help.")
-    keys = {*keys_of(config), *DTYPE_SWITCHES}
     flags = {name: value for name, value in vars(arguments).items() if name in keys and value is not None}
     refuse_two_dtypes(flags, "flags")
 
@@ -129,8 +135,7 @@ def read_command_line(argv, config, default_file, description):
         set_tables(config, read_file(file), file)
     elif saved:
         config = copy.deepcopy(saved)
-    for name, value in flags.items():
-        set_key(config, name, value, f"--{name}", from_text=True)
+    set_given(config, arguments, keys)
 
     require_model_and_data(config)
     require_packages(config.output.report_to)
