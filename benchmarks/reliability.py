@@ -103,7 +103,8 @@ class Bench:
                 status = 1
                 try:
                     silence(self.folder / f"{name}_{rank}.txt")
-                    # Makes torch's pool of threads anew: the threads that load weights would race for it ("Invalid thread pool!").
+                    # Makes torch's pool of threads anew, for which the threads that load weights would race
+                    # ("Invalid thread pool!").
                     torch.set_num_threads(1)
                     if world > 1:
                         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}

@@ -1,6 +1,5 @@
 """What a run survives. The slow tests are benchmarks/reliability.py, which kills runs of its own."""
 
-from concurrent.futures import ThreadPoolExecutor
 import json
 import os
 from pathlib import Path
@@ -173,21 +172,9 @@ PARTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def harness():
-    """{part: what its process will end with}; two at a time, as each run in them computes on one thread."""
-
-    def call(part):
-        command = [sys.executable, "benchmarks/reliability.py", "--only", part, *PARTS[part]]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        yield {part: pool.submit(call, part) for part in PARTS}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
-def test_the_harness_passes(harness, part):
-    done = harness[part].result()
+def test_the_harness_passes(part):
+    command = [sys.executable, "benchmarks/reliability.py", "--only", part, *PARTS[part]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
