@@ -5,7 +5,7 @@ in the order of DATA and MODEL, and train the task they are given; the last of t
 on a few training rows in fp32 and without dropout, where only a fault makes a difference that rounding does not.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 import itertools
 import json
 from pathlib import Path
@@ -43,49 +43,34 @@ OUR_FAULT = "a fault of the program or of this model's code: do not train with i
 STIR = 0.02  # standard deviation of what is added to the factors B, so that the adapter does something
 
 
-@dataclass
 class Trial:
-    """What is checked. `task` is in fp32 (4-bit weights stay), on `device`, ready to be trained."""
+    """What is checked: a task in fp32 (4-bit weights stay), on `device`, ready to be trained, and the data of its run."""
 
-    task: torch.nn.Module
-    config: object
-    device: torch.device
-    data: TrainingData  # a step of it is the few rows, laid out as one micro-batch
-    rows: Rows  # all training rows
-    facts: dict  # what `store.tokenised` says of the data
-    examples: tuple  # (training, held out)
-    sample: list  # (example, Rendered) of the first training examples
-    backward: object  # train.backward
-    evaluate: object  # train.evaluate
-    tolerance: float = 1e-4  # of the largest number: fp32 sums in another order
-    started: dict = field(default_factory=dict)  # frozen tensor -> sha256, when all began
+    def __init__(self, task, source, rows, facts, config, device, backward, evaluate):
+        """rows, facts: of `store.tokenised`. backward, evaluate: train.py's."""
+        self.task, self.config, self.device = task.float().to(device).eval(), config, device
+        self.rows, self.facts, self.examples = rows, facts, source.examples()  # (training, held out)
+        self.backward, self.evaluate = backward, evaluate
+        sample = self.examples[0][:SAMPLE]
+        self.sample = list(zip(sample, render(sample, task.tokenizer, config.model.task, config.data, task.causal)))
+        self.few = few(rows, max(16, int(min(TOKENS, WORK / sum(p.numel() for p in task.parameters())))))
+        self.batch = self.few.batch(range(len(self.few)), task.packed)
+        self.data = self.relaid()
+        in_4bit = any(is_4bit(layer.base_layer) for layer in lora_layers(task.model).values())
+        self.tolerance = 0.05 if in_4bit else 1e-4  # of the largest number: fp32 sums in another order
+        self.started = frozen_sums(task.model)
 
-    @classmethod
-    def of(cls, task, source, rows, facts, config, device, backward, evaluate):
-        """Keeps the first layers of a large model, in place."""
-        task.float().to(device).eval()
-        tokens = max(16, int(min(TOKENS, WORK / sum(p.numel() for p in task.parameters()))))
-        sample = source.examples()[0][:SAMPLE]
-        rendered = render(sample, task.tokenizer, config.model.task, config.data, task.causal)
-        in_4bit = any(is_4bit(layer.base_layer) for layer in lora_layers(task.model).values() if hasattr(layer, "lora_A"))
-        trial = cls(
-            task, config, device, laid_out(few(rows, tokens), config, task.packed), rows, facts, source.examples(),
-            list(zip(sample, rendered)), backward, evaluate, 0.05 if in_4bit else cls.tolerance,
-        )  # fmt: skip
-        trial.started = frozen_sums(task.model)
-        return trial
-
-    def relaid(self, max_tokens, rank=0, world=1):
-        """The same step in micro-batches of so many tokens, or a process's part of it."""
-        return laid_out(self.data.rows, self.config, self.task.packed, max_tokens, rank, world)
+    def relaid(self, max_tokens=2**40, rank=0, world=1):
+        """TrainingData whose step is the few rows, in micro-batches of so many tokens; or a process's part of it."""
+        config = replace(self.config, data=DataConfig(train_data=["the rows"], max_length=self.config.data.max_length))
+        layout = {"examples_per_step": len(self.few), "max_tokens": max_tokens}
+        return TrainingData(self.few, self.few, config, self.task.packed, rank, world, layout)
 
     def gradients(self, data=None):
         """({trained tensor: gradient or None}, loss) of the step."""
         self.task.zero_grad(set_to_none=True)
-        scaler = torch.amp.GradScaler(enabled=False)
-        loss, out_of_memory, _ = self.backward(
-            self.task, data or self.data, 0, scaler, 0, self.device, torch.float32
-        ).tolist()
+        place = 0, torch.amp.GradScaler(enabled=False), 0, self.device, torch.float32
+        loss, out_of_memory, _ = self.backward(self.task, data or self.data, *place).tolist()
         if out_of_memory:
             raise Exhausted("out of memory in a check; add --device cpu.")
         found = {name: p.grad for name, p in self.task.named_parameters() if p.requires_grad or p.grad is not None}
@@ -95,8 +80,7 @@ class Trial:
     @torch.no_grad()
     def outputs(self, batch=None):
         """(hidden states at the targets [n, width], what the head says [n, ...]) of all rows, or of a micro-batch."""
-        batch = self.data.rows.batch(range(len(self.data.rows)), self.task.packed) if batch is None else batch
-        batch = batch.to(self.device)
+        batch = (batch or self.batch).to(self.device)
         hidden = self.task.at_targets(batch)
         return hidden.float(), self.task.head.predict(hidden, batch.targets).float()
 
@@ -119,12 +103,6 @@ def few(rows, tokens):
     at = np.concatenate([np.arange(begin, begin + length) for length, _, begin in parts])
     flat = rows.tokens[at], rows.targets[at], rows.segments[at]
     return Rows(*flat, np.cumsum([0, *lengths]), rows.weights[[*chosen]], np.zeros(len(parts), np.int16))
-
-
-def laid_out(rows, config, packed, max_tokens=2**40, rank=0, world=1):
-    """TrainingData whose step is all these rows."""
-    plain = replace(config, data=DataConfig(train_data=["the rows"], max_length=config.data.max_length))
-    return TrainingData(rows, rows, plain, packed, rank, world, {"examples_per_step": len(rows), "max_tokens": max_tokens})
 
 
 def cut(task):
@@ -433,12 +411,11 @@ def trained_tensors(trial):
 
 def loss_of_targets(trial):
     """The loss of a step is the sum over its targets divided by their number, recomputed from what the head says."""
-    said, batch = trial.outputs()[1], trial.data.rows.batch(range(len(trial.data.rows)), trial.task.packed)
-    targets, weights = batch.targets.to(trial.device), batch.weights.to(trial.device)
-    each = losses(trial.task.head, said, targets) * weights
+    batch = trial.batch.to(trial.device)
+    each = losses(trial.task.head, trial.outputs()[1], batch.targets) * batch.weights
     expected, found = each.double().mean().item(), trial.gradients()[1]
     difference = abs(found - expected) / max(abs(expected), 1e-12)
-    return judged(difference, trial.tolerance, f"{found:.6f} over {len(targets)} targets, relative difference")
+    return judged(difference, trial.tolerance, f"{found:.6f} over {batch.num_targets} targets, relative difference")
 
 
 def accumulated(trial):
@@ -449,7 +426,7 @@ def accumulated(trial):
 
 def ranks(trial):
     """The gradients of two processes' parts, added in the other order, against those of one process."""
-    parts = [trial.gradients(trial.relaid(2**40, rank, 2))[0] for rank in (1, 0)]
+    parts = [trial.gradients(trial.relaid(rank=rank, world=2))[0] for rank in (1, 0)]
     summed = {n: None if g is None else g if parts[1][n] is None else g + parts[1][n] for n, g in parts[0].items()}
     found = apart(summed, trial.gradients()[0])
     return judged(found, trial.tolerance, "relative difference of the gradients")
@@ -457,8 +434,7 @@ def ranks(trial):
 
 def packed(trial):
     """Rows that share a micro-batch, against each alone."""
-    rows = trial.data.rows
-    apiece = [trial.outputs(rows.batch([i], trial.task.packed)) for i in range(len(rows))]
+    apiece = [trial.outputs(trial.few.batch([i], trial.task.packed)) for i in range(len(trial.few))]
     alone = [torch.cat(parts) for parts in zip(*apiece)]
     return judged(distance(trial.outputs(), alone), trial.tolerance, "largest difference")
 
@@ -571,14 +547,14 @@ def run(opening, task, source, rows, facts, config, device, backward, evaluate):
     """Print `opening` and all lines. Raises Stopped where one says FAIL. rows, facts: the training rows, of `tokenised`."""
     print(opening)
     note = cut(task)
-    trial = Trial.of(task, source, rows, facts, config, device, backward, evaluate)
+    trial = Trial(task, source, rows, facts, config, device, backward, evaluate)
     failed = list(failing(trial, DATA))
     print()
     for example, rendered in trial.sample[:3]:
         print(f"--- {example.where}")
         print("\n".join(shown(row, task.tokenizer, sys.stdout.isatty()).rstrip("\n") for row in rendered.rows[:3]))
-    used = trial.data.rows
-    print(f"\n{note + '; ' if note else ''}equalities on {len(used)} training rows of {len(used.tokens)} tokens, in fp32:")
+    used = f"{len(trial.few)} training rows of {len(trial.few.tokens)} tokens"
+    print(f"\n{note + '; ' if note else ''}equalities on {used}, in fp32:")
     failed += failing(trial, MODEL)
     if failed:
         raise Stopped(f"--check: {len(failed)} failed: {', '.join(failed)}.")
