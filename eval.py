@@ -175,7 +175,7 @@ from tqdm import tqdm
 from lora import prm_metrics, prm_page
 from lora.baseline import file_sums, other_base
 from lora.chat import use_chatml
-from lora.generate import answers, prompt_tokens, step_scores, stop_tokens, text_tokens
+from lora.generate import answers, embed, prompt_tokens, step_scores, stop_tokens, text_tokens
 from lora.log import without_nan
 from lora.model import choose_device, choose_dtype, load_task
 from lora.mixing import names_of
@@ -233,7 +233,7 @@ def answer_rows(questions, task, config, dtype):
 
 def retrieval_numbers(asked, task, config, device, dtype):
     texts = [*asked.corpus.values(), *(query for query, _ in asked.queries)]
-    embeddings = retrieval.embed(task, texts, config.data.max_length, max_batch_tokens(config), device, dtype)
+    embeddings = embed(task, texts, config.data.max_length, max_batch_tokens(config), device, dtype)
     corpus, queries = embeddings[: len(asked.corpus)], embeddings[len(asked.corpus) :]
     return retrieval.metrics(retrieval.ranks_of(queries, corpus, [relevant for _, relevant in asked.queries]))
 

@@ -1,4 +1,4 @@
-"""What a model says: answers to many prompts, or scores of the steps of many chains, at once.
+"""What a model says: answers to many prompts, scores of the steps of many chains, embeddings of many texts.
 
 Generation needs a cache of keys and values, which the "packed" attention does not know, so it is the one place where
 the model runs as its authors wrote it: `model.generate` of transformers on a padded batch. A causal model reads from
@@ -19,7 +19,7 @@ from lora.config import max_batch_tokens
 from lora.data import Rows
 from lora.errors import UserError
 from lora.model import autocast
-from lora.render import encode, first_token, render
+from lora.render import Row, encode, first_token, render
 
 PAD = 0  # any token will do: it is masked
 
@@ -140,3 +140,20 @@ def step_scores(examples, task, config, device, dtype):
         for batch in tqdm(batches, unit="batch", disable=None):
             scores[batch.targets.long().numpy()] = task.predict(batch.to(device)).float().cpu().numpy()
     return np.split(scores, ends[:-1])
+
+
+@torch.no_grad()
+def embed(task, texts, max_length, max_tokens, device, dtype):
+    """[n, width], fp32, of length 1: the mean of the backbone's hidden states over a text's first `max_length` tokens."""
+    tokens = task.tokenizer(texts, truncation=True, max_length=max_length, verbose=False).input_ids
+    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
+    rows = Rows.of(((Row(tokens[i], [0.0] * len(tokens[i])), 0) for i in order), "score")  # with every token a target
+    task.eval()
+    means = []
+    with autocast(device, dtype):
+        for batch in tqdm(rows.batches(range(len(rows)), max_tokens, task.packed), unit="batch", disable=None):
+            hidden = task.at_targets(batch.to(device)).float()
+            means += [part.mean(0).cpu() for part in hidden.split(batch.lengths)]
+    embeddings = torch.empty(len(texts), len(means[0]))
+    embeddings[order] = torch.nn.functional.normalize(torch.stack(means))
+    return embeddings.numpy()
