@@ -122,12 +122,12 @@ class LoraConfig:
 @dataclass
 class TrainingConfig:
     learning_rate: float = key(2e-5, "peak learning rate", above=0)
-    batch_size: int = key(4, "x max_length: tokens of a micro-batch, at most; auto: 4, as many as fit", low=1, word="auto")
+    batch_size: int = key(4, "at most N x max_length tokens in a micro-batch; auto: 4, laid out to fit", low=1, word="auto")
     gradient_accumulation_steps: int = key(4, "a step is batch_size x this many examples", low=1)
     max_steps: int | None = key(None, "optimizer steps; default: 10000, or what num_train_epochs needs", low=1)
     num_train_epochs: float | None = key(None, "passes over the data; with max_steps the smaller ends the run", above=0)
     warmup_steps: int | None = key(None, "default: the smaller of 500 and 5 % of the run", low=0)
-    warmup_ratio: float | None = key(None, "share of the run, where warmup_steps is not given", low=0.0, high=1.0)
+    warmup_ratio: float | None = key(None, "warm-up as a share of the run, without warmup_steps", low=0.0, high=1.0)
     lr_scheduler_type: str = key("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", low=0.0)
     skip_nonfinite: int = key(0, "leave out up to N steps whose loss or gradient is not finite; one more stops", low=0)
@@ -141,7 +141,9 @@ class TrainingConfig:
     gradient_checkpointing: bool = key(False, "keep one state per layer and compute the rest again: a third slower")
     offload_activations: bool = key(False, "keep what the backward pass needs of the layers in main memory, not on the GPU")
     compile: bool = key(False, "torch.compile each layer: faster on a GPU after the first steps, which take longer")
-    device: str = key("auto", "DEVICE_PREFERENCE in the environment too", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = key(
+        "auto", "where to run; or DEVICE_PREFERENCE in the environment", choices=("auto", "cuda", "mps", "cpu")
+    )
     dtype: str = key("auto", "of the computation", choices=("auto", *DTYPES))
 
 
