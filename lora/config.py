@@ -141,9 +141,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = key(False, "keep one state per layer and compute the rest again: a third slower")
     offload_activations: bool = key(False, "keep what the backward pass needs of the layers in main memory, not on the GPU")
     compile: bool = key(False, "torch.compile each layer: faster on a GPU after the first steps, which take longer")
-    device: str = key(
-        "auto", "where to run; or DEVICE_PREFERENCE in the environment", choices=("auto", "cuda", "mps", "cpu")
-    )
+    device: str = key("auto", "where to run (or DEVICE_PREFERENCE)", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = key("auto", "of the computation", choices=("auto", *DTYPES))
 
 
