@@ -115,12 +115,10 @@ def read_config(folder):
     for key, allowed in HONOURED.items():
         if key in config and config[key] not in allowed:
             raise UserError(f"{path}: {key} = {config[key]!r} is not supported; only {allowed[0]!r} is.")
-    start = config["init_lora_weights"]
-    if start not in PLAIN_STARTS:
-        raise UserError(
-            f"{path}: init_lora_weights = {start!r}: such an adapter belongs on a base from which a part was taken out, "
-            "and is wrong on any other. PEFT can convert it: save_pretrained(path_initial_model_for_weight_conversion=...)."
-        )
+    if config["init_lora_weights"] not in PLAIN_STARTS:
+        why = "such an adapter belongs on a base from which a part was taken out, and is wrong on any other"
+        mend = "PEFT can convert it: save_pretrained(path_initial_model_for_weight_conversion=...)"
+        raise UserError(f"{path}: init_lora_weights = {config['init_lora_weights']!r}: {why}. {mend}.")
     dropout = config["lora_dropout"]
     fine = {
         "r": type(config["r"]) is int and config["r"] >= 1,

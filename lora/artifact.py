@@ -45,11 +45,8 @@ def conclude(task, config, log, base_files, data_files, device, started):
         tokenizer, task = task.tokenizer, load_task(config, torch.float32)
         task.tokenizer = tokenizer  # it may have been given a chat template
     task.load(best["path"])
-    results = {
-        **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
-    }
+    results = {name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))}
+    results |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_gb": round(peak_memory(device) / 1e9, 3)}
     write_text(log.run_dir / "logs" / "final_results.json", json.dumps(results, indent=2) + "\n")
     write(log.run_dir / "final_artifact", task, config, results, base_files, data_files)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None and "/" not in name)

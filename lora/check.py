@@ -233,12 +233,8 @@ def mask(trial):
     """Every target is the token that comes next, all that the assistant says is one, and nothing that others say."""
     if trial.config.model.task == "score":
         return None
-    wrong = sum(
-        target not in (NO_TOKEN, following)
-        for _, rendered in trial.sample
-        for row in rendered.rows
-        for target, following in zip(row.targets, row.tokens[1:])
-    )
+    rows = [row for _, rendered in trial.sample for row in rendered.rows]
+    wrong = sum(target not in (NO_TOKEN, after) for row in rows for target, after in zip(row.targets, row.tokens[1:]))
     if wrong:
         return FAIL, f"{wrong} targets are not the token that follows; {OUR_FAULT}"
     lost, strange = [], []
@@ -300,10 +296,9 @@ def tied(trial):
     model, declared = trial.task.model, trial.task.model.config.get_text_config().tie_word_embeddings
     if not isinstance(trial.task.head, LMHead):
         return None
-    if declared != is_tied(model):
-        found = "tied and the model's are not" if declared else "apart and the model's are tied"
-        return FAIL, f"config.json declares embeddings and output layer {found}; mend tie_word_embeddings there"
-    return PASS, "embeddings and output layer are " + ("tied" if declared else "apart") + ", as declared"
+    said, found = ("tied" if one else "apart" for one in (declared, is_tied(model)))
+    found = f"embeddings and output layer are {found}, in config.json {said}"
+    return required(declared == is_tied(model), found, "mend tie_word_embeddings there")
 
 
 def positions(trial):

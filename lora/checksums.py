@@ -56,9 +56,8 @@ def as_written(sums):
 def read_checksums(path):
     """checksums.json, {name: {"sha256", "bytes"}}. Raises UserError where it is absent or not as it was written."""
     if path.is_symlink() or not path.is_file():
-        raise UserError(
-            f"{path}: no such file (or a link); only a final_artifact/ or a checkpoint as a run wrote it can be verified."
-        )
+        only = "only a final_artifact/ or a checkpoint as a run wrote it can be verified"
+        raise UserError(f"{path}: no such file (or a link); {only}.")
     content = path.read_bytes()
     try:
         sums = json.loads(content)

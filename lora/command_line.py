@@ -233,9 +233,8 @@ def continued_folder(saved, config, checkpoint):
         raise UserError(f"--resume_from {checkpoint}: not in a run's checkpoints/; name a new --experiment_name for it.")
     newest = found[max(found)]
     if place != newest:
-        raise UserError(
-            f"--resume_from {checkpoint}: {newest.name} is later; resume that, or name a new --experiment_name."
-        )
+        mend = "resume that, or name a new --experiment_name"
+        raise UserError(f"--resume_from {checkpoint}: {newest.name} is later; {mend}.")
     return place.parent.parent
 
 

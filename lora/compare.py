@@ -230,9 +230,8 @@ def commands(first, runs, sweep):
             continue
         name = "_".join(f"{key}_{value}" for key, value in chosen)
         flags = [part for key, value in chosen for part in (f"--{key}", value)]
-        yield shlex.join(
-            ["python", script, "--config", str(saved), *flags, "--experiment_name", name, "--resume_from", "auto"]
-        )
+        flags += ["--experiment_name", name, "--resume_from", "auto"]
+        yield shlex.join(["python", script, "--config", str(saved), *flags])
 
 
 def main(argv):

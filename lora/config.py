@@ -73,13 +73,10 @@ class DataConfig:
     @property
     def named_sets(self):
         """{path: weight} of the sets that a use_* key adds to train_data."""
+        sets = {self.prm800k_path: self.prm800k_weight} if self.use_prm800k else {}
+        sets |= {self.eqasc_path: self.eqasc_weight} if self.use_eqasc else {}
         permitted = self.use_reveal and self.reveal_train_i_have_permission
-        sets = (
-            (self.use_prm800k, self.prm800k_path, self.prm800k_weight),
-            (self.use_eqasc, self.eqasc_path, self.eqasc_weight),
-            (permitted, self.reveal_path, self.reveal_weight),
-        )
-        return {path: weight for used, path, weight in sets if used}
+        return sets | ({self.reveal_path: self.reveal_weight} if permitted else {})
 
     @property
     def train_paths(self):

@@ -110,11 +110,9 @@ def rope_keys(config):
     if kind in ("linear", "yarn"):
         keys |= {"add_rope_scaling_type": gguf.RopeScalingType(kind), "add_rope_scaling_factor": rope["factor"]}
     if kind == "yarn":
-        keys |= {
-            "add_rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-            "add_rope_scaling_yarn_beta_fast": rope.get("beta_fast", 32.0),
-            "add_rope_scaling_yarn_beta_slow": rope.get("beta_slow", 1.0),
-        }
+        keys["add_rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
+        keys["add_rope_scaling_yarn_beta_fast"] = rope.get("beta_fast", 32.0)
+        keys["add_rope_scaling_yarn_beta_slow"] = rope.get("beta_slow", 1.0)
     return keys
 
 

@@ -196,9 +196,8 @@ def baseline_scores(features, examples, fitted_on=None):
     else:
         folds = [hashlib.sha256(e.prompt.encode()).digest()[0] % FOLDS for e in examples]
         weights = {fold: fit([chain for chain, own in zip(chains, folds) if own != fold]) for fold in {*folds}}
-    return [
-        np.array([torch.sigmoid(weights[fold][bag].sum()).item() for bag in bags]) for (bags, _), fold in zip(chains, folds)
-    ]
+    said = lambda bags, of: np.array([torch.sigmoid(of[bag].sum()).item() for bag in bags])
+    return [said(bags, weights[fold]) for (bags, _), fold in zip(chains, folds)]
 
 
 # ------------------------------------------------------------------------------------------------------- best of N

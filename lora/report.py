@@ -50,10 +50,8 @@ def chart(title, across, curves):
     width, height, margin = 440, 260, 56
 
     def place(x, y):
-        return (
-            margin + (x - left) / (right - left) * (width - margin - 12),
-            height - 40 - (y - low) / (high - low) * (height - 76),
-        )
+        along, up = (x - left) / (right - left), (y - low) / (high - low)
+        return margin + along * (width - margin - 12), height - 40 - up * (height - 76)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" font-size=13 fill=currentColor role=img aria-label="{escape(title)}">']
     parts.append(f"<text x={margin} y=16 font-weight=bold>{escape(title)}</text>")

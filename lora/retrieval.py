@@ -67,9 +67,8 @@ def ranks_of(queries, corpus, relevant):
 
 def metrics(ranks):
     """Means over the queries of `ranks_of`: recall@k, MRR (1 / the first rank), nDCG@10 with relevance 0 or 1."""
-    result = {
-        f"recall@{k}": float(np.mean([sum(rank <= k for rank in found) / len(found) for found in ranks])) for k in CUTOFFS
-    }
+    recall = {k: [sum(rank <= k for rank in found) / len(found) for found in ranks] for k in CUTOFFS}
+    result = {f"recall@{k}": float(np.mean(of_queries)) for k, of_queries in recall.items()}
     gain = 1 / np.log2(np.arange(2, 12))  # at ranks 1 to 10
     ndcg = [sum(gain[rank - 1] for rank in found if rank <= 10) / gain[: len(found)].sum() for found in ranks]
     return result | {"mrr": float(np.mean([1 / found[0] for found in ranks])), "ndcg@10": float(np.mean(ndcg))}
