@@ -38,8 +38,9 @@ def file_for(final):
         yield temporary
         flush(temporary)
         temporary.replace(final)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path, text):
