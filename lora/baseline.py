@@ -86,8 +86,7 @@ def record(run_dir, config, before):
 
 def compare(before, after):
     """A line that says that nothing changed. Raises Stopped with the names of what did."""
-    names = {(part, name) for sums in (before, after) for part in sums for name in sums[part]}
-    changed = sorted(name for part, name in names if before[part].get(name) != after[part].get(name))
+    changed = sorted({name for part in before for name, _ in before[part].items() ^ after[part].items()})
     if changed:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if changed[5:] else "")
         raise Stopped(f"the base's weights changed during training: {listed}; no artifact is made of this run.")

@@ -51,7 +51,7 @@ class Interrupted(UserError):
 
 
 def refuse_any(odd, what):
-    """Raises UserError that says `what` they are of the first of `odd`, where there are any."""
+    """Raises UserError where anything is odd: `what` it is, and the first five names."""
     odd = sorted(odd)
     if odd:
         raise UserError(f"{what}: {', '.join(odd[:5])}.")

@@ -82,10 +82,9 @@ def curves_of(run):
     """The charts of a run's metrics."""
     of = {name: run.curve(name) for name in dict.fromkeys(key for line in run.lines for key in line)}
     yield chart("loss", "step", {"training": of.get("train/loss", []), "validation": of.get("val/loss", [])})
-    for name in ("r2", "token_accuracy"):
-        yield chart(f"validation {name}", "step", {"": of.get(f"val/{name}", [])})
-    yield chart("gradient norm", "step", {"": of.get("train/grad_norm", [])})
-    yield chart("learning rate", "step", {"": of.get("train/learning_rate", [])})
+    names = {"validation r2": "val/r2", "validation token_accuracy": "val/token_accuracy"}
+    names |= {"gradient norm": "train/grad_norm", "learning rate": "train/learning_rate"}
+    yield from (chart(title, "step", {"": of.get(name, [])}) for title, name in names.items())
 
 
 # ------------------------------------------------------------------------------------------------------- the page
