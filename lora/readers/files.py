@@ -139,6 +139,9 @@ def csv_rows(path, file, bad):
         where = f"{path}:{table.line_num}"
         if names is None:
             names = ["sentence1", "sentence2", "score"] if len(values) == 3 and is_number(values[2]) else values
+            twice = next((name for name in names if name and names.count(name) > 1), None)
+            if twice:
+                raise UserError(f"{where}: the column {twice!r} is there twice.")
             if names is values:
                 continue
         if len(values) != len(names):
