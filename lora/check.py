@@ -135,6 +135,7 @@ def apart(ones, others):
 
 
 def required(fine, found, mend, otherwise=FAIL):
+    """PASS, or another verdict with how to mend it."""
     return (PASS, found) if fine else (otherwise, f"{found}; {mend}")
 
 
