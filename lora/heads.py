@@ -76,10 +76,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, head, hidden, targets, of_targets, weight, bias):
-        """head LMHead, hidden [n, width], targets and of_targets (how much each counts) [n], weight [vocabulary, width],
-
-        bias [vocabulary] or None -> scalar.
-        """
+        """hidden [n, width], targets and their weights [n], the layer's weight [vocabulary, width] and bias -> scalar."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -95,9 +92,8 @@ class ChunkedLoss(torch.autograd.Function):
                 largest, said = logits.amax(1, keepdim=True), logits.gather(1, wanted)
                 share = logits.sub_(largest).exp_()  # of the probability, in place of the logits from here on
                 sums = share.sum(1, keepdim=True)
-                total += (
-                    (largest - said + sums.log()) * counts
-                ).sum()  # in this order: large logits would swallow the logarithm
+                # In this order: large logits would swallow the logarithm.
+                total += ((largest - said + sums.log()) * counts).sum()
                 share.mul_(counts / sums).scatter_add_(1, wanted, -counts)
                 gradient = share.mul_(slope).mul_(head.scale).to(dtype)
                 of_hidden[part] = gradient @ cast
@@ -133,13 +129,19 @@ class MLPHead(nn.Module):
         """hidden [n, width] -> scores [n]."""
         return torch.sigmoid(self.logits(hidden))
 
+    def losses(self, scores, targets):
+        """[n]: the loss of each score."""
+        if self.loss == "bce":
+            return F.binary_cross_entropy(scores, targets, reduction="none")
+        return (scores - targets).square()
+
     def forward(self, hidden, targets, weights=None):
         """hidden [n, width], targets [n] in 0..1, weights [n] of their losses (None: 1 each) -> sum of the losses."""
         logits = self.logits(hidden)
-        if self.loss == "bce":
+        if self.loss == "bce":  # of the logits: the sigmoid rounds large ones to 1
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         else:
-            losses = (torch.sigmoid(logits) - targets).square()
+            losses = self.losses(torch.sigmoid(logits), targets)
         return (losses if weights is None else losses * weights).sum()
 
     def metrics(self, scores, targets):
@@ -147,5 +149,5 @@ class MLPHead(nn.Module):
         error = (scores - targets).double()
         mse, variance = error.square().mean().item(), targets.double().var(correction=0).item()
         r2 = 1 - mse / variance if variance else math.nan
-        loss = F.binary_cross_entropy(scores.double(), targets.double()).item() if self.loss == "bce" else mse
+        loss = self.losses(scores.double(), targets.double()).mean().item() if self.loss == "bce" else mse
         return {"loss": loss, "mse": mse, "mae": error.abs().mean().item(), "r2": r2}

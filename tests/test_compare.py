@@ -112,6 +112,15 @@ def test_the_picture_of_the_runs_is_written(sweep, tmp_path, capsys):
     assert compare.swept([Run.of(folder) for folder in sweep.values()]) == "learning_rate"
 
 
+def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_path, capsys):
+    folders = [tmp_path / "fast", tmp_path / "slow"]
+    for folder, rate in zip(folders, (1e-3, 1e-4)):
+        (folder / "logs").mkdir(parents=True)
+        configure(True, learning_rate=rate).save(folder / "logs" / "config.json")
+    main([*map(str, folders), "--plot", str(tmp_path / "a.png")])
+    assert capsys.readouterr().out.count("not ended") == 2 and (tmp_path / "a.png").is_file()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

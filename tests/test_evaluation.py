@@ -14,6 +14,7 @@ import eval as evaluation
 from lora import cite_or_refuse, retrieval, show, text_metrics
 from lora.config import ROOT, EvaluationConfig, from_dict, read_file
 from lora.errors import UserError
+from lora.generate import embed
 from lora.model import load_task
 from lora.readers import read
 from tests.conftest import run
@@ -144,7 +145,7 @@ def test_an_embedding_is_the_mean_over_the_hidden_states_of_the_text_alone(kind,
     config = configure(False, base_model=str(request.getfixturevalue(kind)))
     task = load_task(config, torch.float32)
     texts = ["some words", "a", "many more words than that " * 3, "b c"]
-    embeddings = retrieval.embed(task, texts, 16, 24, torch.device("cpu"), torch.float32)
+    embeddings = embed(task, texts, 16, 24, torch.device("cpu"), torch.float32)
     alone = AutoModel.from_pretrained(config.model.base_model).eval()
     for text, embedding in zip(texts, embeddings, strict=True):
         encoded = task.tokenizer(text, truncation=True, max_length=16, return_tensors="pt")

@@ -261,6 +261,15 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     assert len(capsys.readouterr().out.splitlines()[-3:]) == 3 and (tmp_path / "p.html").is_file()
 
 
+def test_a_set_of_which_nothing_fits_has_no_figures_of_its_own(configure, tmp_path):
+    artifact, out = run(configure(True, max_steps=1)) / "final_artifact", tmp_path / "n.json"
+    rows = [{"prompt": f"p{i}", "steps": ["3+4=7", "7-2=9"], "labels": [1, i % 2]} for i in range(12)]
+    files = [write(tmp_path / "short.jsonl", rows), write(tmp_path / "a.jsonl", rows[:5])]
+    files.append(write(tmp_path / "long.jsonl", [row | {"prompt": "p" * 9999} for row in rows]))
+    evaluate("--checkpoint", artifact, "--eval_data", *files, "--output", out)
+    assert {name for name in json.loads(out.read_text()) if "/" in name} == {"short/processbench_f1", "a/processbench_f1"}
+
+
 def test_outcomes_are_read_from_both_forms(tmp_path):
     solution = {"is_correct": True, "solution": "x = 1\n\nA: 1\n"}
     row = {"question": "q", "ground_truth": "g", "6b": solution, "175b": solution | {"is_correct": False}}

@@ -133,6 +133,7 @@ BAD = [
     ("a.json", GOOD, "a.json: expected a JSON list of objects, found dict"),
     ("a.csv", "a,b,0.5\na,b\n", "a.csv:2: 2 columns, expected 3 (sentence1, sentence2, score)"),
     ("a.csv", "a,b,0.5\na,b,high\n", "a.csv:2: label 'high'; expected 0..1"),
+    ("a.csv", "text,text\none,two\n", "a.csv:1: the column 'text' is there twice"),
     ("a.parquet", "", "a.parquet: expected a file named .jsonl, .json, .csv, .tsv, .txt"),
 ]
 
