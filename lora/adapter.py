@@ -179,7 +179,7 @@ def read_tensors(folder, config):
     linear = {name: found for name, found in modules.items() if "lora_A.weight" in found}
     for key, factor in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
         odd = [name for name, found in linear.items() if (factor in found) != config[key]]
-        refuse_any(odd, f"{path}: {key} = {config[key]} in the config is not so of")
+        refuse_any(odd, f"{path}: {key} = {config[key]} in the config is not so of these layers")
     return modules, whole
 
 
