@@ -17,6 +17,7 @@ MALLOC_MMAP_THRESHOLD_ makes the C library give back what is freed, so that the 
 
 import argparse
 from dataclasses import dataclass, field
+from importlib.metadata import version
 import json
 import os
 from pathlib import Path
@@ -26,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -50,6 +52,7 @@ SHAPES = {
 
 # What a side is: our configuration, or a library, the type of the base's weights, and the library's settings.
 OURS = {"ours": {"dtype": "bfloat16"}, "ours, fp32": {"dtype": "float32"}}
+PADDING_FREE = {"padding_free": True, "gradient_checkpointing": False}
 PEERS = {
     "Trainer, defaults (fp32)": ("transformers", "float32", {}),
     "Trainer, fp32, halves by length": ("transformers", "float32", {"halves": True}),
@@ -57,11 +60,8 @@ PEERS = {
     "Trainer, bf16, halves by length": ("transformers", "bfloat16", {"bf16": True, "halves": True}),
     "Trainer, bf16 over fp32 weights": ("transformers", "float32", {"bf16": True}),
     "TRL, defaults (bf16, checkpointing)": ("trl", "float32", {}),
-    "TRL, bf16, padding_free, no checkpointing": (
-        "trl",
-        "bfloat16",
-        {"padding_free": True, "gradient_checkpointing": False},
-    ),
+    "TRL, bf16, padding_free": ("trl", "bfloat16", PADDING_FREE),
+    "TRL, bf16, padding_free, halves by length": ("trl", "bfloat16", PADDING_FREE | {"halves": True}),
 }
 
 
@@ -69,7 +69,7 @@ PEERS = {
 class Work:
     """Some steps of training. data: "mixed" or "dense" synthetic rows, or a file below PLAINLORA_DATA.
 
-    With task "score" its chains are scored, all of them in every step; a peer reads every prefix of a chain as a row.
+    With task "score" the steps of `batch` chains are scored, all of them in every step of training.
     """
 
     shape: str
@@ -83,14 +83,18 @@ class Work:
     tolerance: float = 0.01  # of a loss; bfloat16 rounds to 0.4 %, and a loss is the mean of some hundred
 
 
-BEST = ["ours", "Trainer, bf16", "Trainer, bf16, halves by length", "TRL, bf16, padding_free, no checkpointing"]
+TRAINER = ["Trainer, bf16", "Trainer, bf16, halves by length"]
+TRL = ["TRL, bf16, padding_free", "TRL, bf16, padding_free, halves by length"]
+BEST = ["ours", *TRAINER, *TRL]
 ALL = [*BEST, "Trainer, defaults (fp32)", "TRL, defaults (bf16, checkpointing)"]
 FP32 = ["ours, fp32", "Trainer, defaults (fp32)", "Trainer, fp32, halves by length"]
-PREFIXES = 8  # rows of a micro-batch where each step of a chain has a row of its own
 ROWS = {"ours, a row for each step": {"dtype": "bfloat16", "train_data": "prefixes.jsonl"}}
 QLORA = {"ours, base in 4 bits": {"dtype": "bfloat16", "load_in_4bit": "true"}}
+QUARTERS = {  # micro-batches of at most 1,040 tokens
+    "ours, in quarters": {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520},
+}
 WORKS = {
-    "small": Work("small", "mixed", ALL),
+    "small": Work("small", "mixed", ["ours", *QUARTERS, *ALL[1:]], ours=QUARTERS),
     "tiny": Work("tiny", "mixed", ["ours, fp32", *ALL], steps=12),
     "dense": Work("small", "dense", BEST, batch=4),
     "sgd_chat": Work("small", "sgd_chat/train.jsonl", BEST),
@@ -98,10 +102,8 @@ WORKS = {
     "fp32": Work("small", "mixed", FP32, tolerance=1e-4),
     "curve": Work("tiny", "gsm8k/train.jsonl", FP32[:2], steps=50, tolerance=1e-4),
     "full": Work("small", "mixed", ["ours", "Trainer, bf16 over fp32 weights", "Trainer, defaults (fp32)"], script="train"),
-    "0.5b": Work("0.5b", "mixed", [*BEST[:2], BEST[3]], steps=4, batch=4),
-    "steps": Work(
-        "small", "prmbench_train/prmbench_train.jsonl", ["ours", *ROWS, "Trainer, bf16"], task="score", ours=ROWS
-    ),
+    "0.5b": Work("0.5b", "mixed", ["ours", TRAINER[0], TRL[0]], steps=4, batch=4),
+    "steps": Work("small", "prmbench_train/prmbench_train.jsonl", ["ours", *ROWS], task="score", ours=ROWS),
     "qlora": Work("small", "mixed", ["ours", *QLORA], ours=QLORA, tolerance=0.1),
 }
 
@@ -110,14 +112,12 @@ WORKS = {
 
 
 def prepare(work, folder):
-    """base/, adapter/, train.jsonl, eval.jsonl, and rows.json: "tokens" and "steps", each [{"input_ids", "labels"} ...]."""
-    from safetensors.torch import save_file
+    """base/, adapter/, train.jsonl, eval.jsonl, and rows.json: for each step [{"input_ids", "labels"} ...]."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from lora.adapter import save_adapter
     from lora.data import TrainingData
-    from lora.heads import MLPHead
     from lora.layer import inject, lora_layers
     from lora.model import EMBEDDED, load_task
     from lora.source import Source
@@ -135,23 +135,15 @@ def prepare(work, folder):
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B.weight, std=0.02)  # or the first steps would not show what A does
     save_adapter(model, folder / "adapter")
-    if work.task == "score":
-        save_file(MLPHead(model.config.hidden_size).state_dict(), folder / "adapter" / "mlp_head.safetensors")
-
-    def data_of(side):
-        config = our_command(work, folder, side).config
-        rows, held_out, _ = tokenised(Source(config), load_task(config, torch.float32))
-        return rows, TrainingData(rows, held_out, config)
-
-    rows, data = data_of(OURS["ours, fp32"])
-    tokens, steps = [data.size_at(step) for step in range(work.steps)], []
-    if work.task == "score":
-        rows, data = data_of(ROWS["ours, a row for each step"])
+    config = our_command(work, folder, OURS["ours, fp32"]).config
+    rows, held_out, _ = tokenised(Source(config), load_task(config, torch.float32))
+    data, steps = TrainingData(rows, held_out, config), []
     for step in range(work.steps):
         spans = [slice(rows.offsets[i], rows.offsets[i + 1]) for i in data.rows_at(step)]
-        asked = ([-100, *rows.targets[s][:-1].tolist()] if work.task == "lm" else float(rows.targets[s][-1]) for s in spans)
-        steps.append([{"input_ids": rows.tokens[s].tolist(), "labels": labels} for s, labels in zip(spans, asked)])
-    (folder / "rows.json").write_text(json.dumps({"tokens": tokens, "steps": steps}))
+        steps.append(
+            [{"input_ids": rows.tokens[s].tolist(), "labels": [-100, *rows.targets[s][:-1].tolist()]} for s in spans]
+        )
+    (folder / "rows.json").write_text(json.dumps(steps))
 
 
 def numbered_words(vocabulary):
@@ -167,38 +159,41 @@ def numbered_words(vocabulary):
 
 
 def write_data(work, folder, vocabulary):
-    """mixed: chats whose lengths are log-normal (median 180, sigma 0.6, 24 to 512), 0.4 of them the answer; dense: texts
-
-    of 512 tokens, each of which is a target.
-    """
-    import numpy as np
-
-    count = work.steps * work.batch
+    """train.jsonl, eval.jsonl, and of chains prefixes.jsonl, in which each of their steps ends a row of its own."""
+    count = work.steps * work.batch if work.task == "lm" else work.batch
+    if work.data in ("mixed", "dense"):
+        rows = list(synthetic_rows(work.data, count + 4, vocabulary))
+    else:
+        lines = (Path(os.environ["PLAINLORA_DATA"]) / work.data).read_text().splitlines()
+        rows = [json.loads(line) for line in lines[: count + 4]]
     if work.task == "score":
-        lines = (Path(os.environ["PLAINLORA_DATA"]) / work.data).read_text().splitlines()[: 2 * work.batch]
-        chains = [json.loads(line) for line in lines[: work.batch]]
-        left = sum(len(chain["labels"]) for chain in chains) % PREFIXES
-        chains[-1]["labels"][len(chains[-1]["labels"]) - left :] = [None] * left  # so that no batch of prefixes is short
-        lines[: work.batch], count = map(json.dumps, chains), work.batch
+        last, odd = rows[count - 1]["labels"], sum(len(row["labels"]) for row in rows[:count]) % work.batch
+        last[len(last) - odd :] = [None] * odd  # so that the prefixes are a whole number of batches
         prefixes = [
-            {"prompt": chain["prompt"], "steps": chain["steps"][: i + 1], "labels": [None] * i + [label]}
-            for chain in chains
-            for i, label in enumerate(chain["labels"])
+            {"prompt": row["prompt"], "steps": row["steps"][: i + 1], "labels": [None] * i + [label]}
+            for row in rows[:count]
+            for i, label in enumerate(row["labels"])
             if label is not None
         ]
-        (folder / "prefixes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prefixes))
-    elif work.data not in ("mixed", "dense"):
-        lines = (Path(os.environ["PLAINLORA_DATA"]) / work.data).read_text().splitlines()
-        lines = lines[: count + 4]
-    else:
-        draw, lines = np.random.default_rng(0), []
-        for length in draw.lognormal(np.log(180), 0.6, count + 4).clip(24, 512).astype(int):
-            words = [f"w{n}" for n in draw.integers(2, vocabulary, length if work.data == "mixed" else 511)]
-            cut = round(0.6 * length)
-            chat = {"prompt": " ".join(words[:cut]), "completion": " ".join(words[cut:])}
-            lines.append(json.dumps(chat if work.data == "mixed" else {"text": " ".join(words)}))
-    (folder / "train.jsonl").write_text("\n".join(lines[:count]) + "\n")
-    (folder / "eval.jsonl").write_text("\n".join(lines[count:]) + "\n")
+        write_rows(folder / "prefixes.jsonl", prefixes)
+    write_rows(folder / "train.jsonl", rows[:count])
+    write_rows(folder / "eval.jsonl", rows[count:])
+
+
+def synthetic_rows(kind, count, vocabulary):
+    """mixed: chats of log-normal lengths (median 180, sigma 0.6, 24 to 512), 0.4 of them answers; dense: texts of 512."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    for length in draw.lognormal(np.log(180), 0.6, count).clip(24, 512).astype(int):
+        words = [f"w{n}" for n in draw.integers(2, vocabulary, length if kind == "mixed" else 511)]
+        cut = round(0.6 * length)
+        chat = {"prompt": " ".join(words[:cut]), "completion": " ".join(words[cut:])}
+        yield chat if kind == "mixed" else {"text": " ".join(words)}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ------------------------------------------------------------------------------------------------------------- the sides
@@ -210,13 +205,13 @@ def our_command(work, folder, side):
 
     lora, data = work.script == "train_lora", folder / side.get("train_data", "train.jsonl")
     examples = len(data.read_text().splitlines()) if work.task == "score" else work.batch
-    settings = side | {
-        "base_model": folder / "base", "task": work.task, "train_data": data, "eval_data": folder / "eval.jsonl",
+    settings = {
+        "base_model": folder / "base", "task": work.task, "eval_data": folder / "eval.jsonl",
         "max_length": 2048, "batch_size": work.batch, "gradient_accumulation_steps": examples // work.batch,
         "max_steps": work.steps,
         "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1,
         "max_eval_batches": 1, "eval_steps": 10**6, "save_steps": 10**6, "output_dir": folder / "runs",
-        "experiment_name": os.getpid(),
+        "experiment_name": os.getpid(), **side, "train_data": data,
     }  # fmt: skip
     if lora:
         settings |= {"lora_r": RANK, "lora_alpha": ALPHA, "init_from": folder / "adapter"}
@@ -240,34 +235,26 @@ def ours(work, folder, side):
 
 def theirs(work, folder, library, dtype, settings):
     """The same of a peer's trainer."""
-    import time
-
     from datasets import Dataset
     from peft import PeftModel
     import torch
-    from transformers import (
-        AutoModel, AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer,
-        TrainerCallback,
-    )  # fmt: skip
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
     if library == "trl":
         from trl import SFTConfig as Arguments, SFTTrainer
     else:
         from transformers import TrainingArguments as Arguments
-    steps = json.loads((folder / "rows.json").read_text())["steps"][: work.steps]
+    steps = json.loads((folder / "rows.json").read_text())[: work.steps]
     settings, batch = dict(settings), work.batch
     if settings.pop("halves", False):  # no sequence leaves its step, but inside it they may be sorted
         batch //= 2
         steps = [sorted(step, key=lambda row: len(row["input_ids"])) for step in steps]
     data = Dataset.from_list([row for step in steps for row in step])
-    losses, ends = [], []
+    ends = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             ends.append(time.time())
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            losses.extend([logs["loss"]] if "loss" in logs else [])
 
     arguments = Arguments(
         output_dir=str(folder / "peer"), per_device_train_batch_size=batch, max_steps=work.steps, use_cpu=True,
@@ -279,40 +266,16 @@ def theirs(work, folder, library, dtype, settings):
     before = peak_memory()
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     tokenizer.pad_token = tokenizer.eos_token
-    auto = AutoModel if work.task == "score" else AutoModelForCausalLM
-    model = auto.from_pretrained(folder / "base", dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, dtype))
     if work.script == "train_lora":
         model = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
     if library == "trl":
         trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()])
     else:
         collator = DataCollatorForSeq2Seq(tokenizer)
-        if work.task == "score":
-            model, collator = scorer(model, folder), DataCollatorWithPadding(tokenizer)
         trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[Watch()])
     trainer.train()
-    return before, losses, between(ends)
-
-
-def scorer(backbone, folder):
-    """A backbone and our MLP head as Trainer wants them: padded rows in, the loss of the score at each row's end out."""
-    from safetensors.torch import load_file
-    import torch
-
-    from lora.heads import MLPHead
-
-    class Scorer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone, self.head = backbone, MLPHead(backbone.config.hidden_size)
-            self.head.load_state_dict(load_file(folder / "adapter" / "mlp_head.safetensors"))
-
-        def forward(self, input_ids, attention_mask, labels):
-            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            last = attention_mask.sum(1) - 1
-            return {"loss": self.head(hidden[torch.arange(len(last)), last], labels) / len(labels)}
-
-    return Scorer()
+    return before, [line["loss"] for line in trainer.state.log_history if "loss" in line], between(ends)
 
 
 def between(times):
@@ -362,11 +325,11 @@ def compare(name, rounds, threads):
                 results[side].append(measured(threads, name, side, folder))
                 print(name, side, json.dumps(results[side][-1]), file=sys.stderr, flush=True)
         short = {side: measured(threads, name, side, folder, short=True) for side in work.sides}
-    tokens = rows["tokens"]
-    widest = sum(max(len(row["input_ids"]) for row in step) * len(step) for step in rows["steps"])
+    tokens = [sum(len(row["input_ids"]) for row in step) for step in rows]
+    widest = sum(max(len(row["input_ids"]) for row in step) * len(step) for step in rows)
     lines = [
         f"## {name}\n\n{work.script}.py, {work.shape}, {work.data}: {work.steps} steps of {work.batch} sequences, "
-        f"{sum(tokens)} tokens (in the peers' rows, padded: {widest})\n",
+        f"{sum(tokens)} tokens ({widest} with padding)\n",
         "| | tokens/s, median (range) | the first row is so many times as fast | memory, MB | the first row's share "
         "| process, MB | largest difference of a step's loss |",
         "|---|---|---|---|---|---|---|",
@@ -403,8 +366,6 @@ def main():
     arguments = parser.parse_args()
     if arguments.child:
         return print("\n" + json.dumps(child(*json.loads(arguments.child))))
-    from importlib.metadata import version
-
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
     for name in arguments.works or WORKS:
         command = f"python benchmarks/peers.py {name} --rounds {arguments.rounds} --threads {arguments.threads}"
