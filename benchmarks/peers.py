@@ -94,7 +94,7 @@ QUARTERS = {  # micro-batches of at most 1,040 tokens
     "ours, in quarters": {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520},
 }
 WORKS = {
-    "small": Work("small", "mixed", ["ours", *QUARTERS, *ALL[1:]], ours=QUARTERS),
+    "small": Work("small", "mixed", ["ours", *QUARTERS, *ALL[1:]], steps=10, ours=QUARTERS),
     "tiny": Work("tiny", "mixed", ["ours, fp32", *ALL], steps=12),
     "dense": Work("small", "dense", BEST, batch=4),
     "sgd_chat": Work("small", "sgd_chat/train.jsonl", BEST),
