@@ -13,18 +13,17 @@ A checkpoint brings its configuration along: where nothing else is asked for, it
 all of it. What answers are measured by stands in lora/text_metrics.py, what scores of steps are in lora/prm_metrics.py.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 import json
 from importlib.util import find_spec
 import math
 from pathlib import Path
 import sys
-import typing
 
 from lora import retrieval
 from lora.checksums import require_as_written, verify_artifact
-from lora.command_line import Parser
-from lora.config import Config, from_dict, keys_of, read_file, rows_per_batch, saved_config, set_key
+from lora.command_line import Parser, add_flags, set_given
+from lora.config import Config, from_dict, max_batch_tokens, read_file, saved_config, tables_of
 from lora.errors import UserError, one_line_errors, require_one_process
 from lora.readers import Example, read, read_data
 from lora.text_metrics import Question, check_patterns, means, passes, read_questions, rouge_scorer, scores
@@ -52,9 +51,7 @@ def read_arguments(argv):
     parser = Parser(__doc__.splitlines()[0])
     help = "checkpoint_step_N, final_artifact, or a merged scorer"
     parser.add_argument("--checkpoint", "--artifact_dir", metavar="DIR", help=help)
-    parser.add_argument(
-        "--verify_only", action="store_true", help="only prove every file of the artifact as it was written"
-    )
+    parser.add_argument("--verify_only", action="store_true", help="only prove that the artifact is as it was written")
     parser.add_argument("--config", metavar="FILE", help="TOML or JSON as for training, where there is no checkpoint")
     parser.add_argument("--prompt", metavar="TEXT", help="what to answer; for a scorer a problem, and its steps below it")
     parser.add_argument("--ignore_chat_template", action="store_true", help="go on with the text of --prompt as it is")
@@ -66,11 +63,8 @@ def read_arguments(argv):
     parser.add_argument("--test_queries", metavar="FILE", help="rows of query and relevant (ids of the corpus)")
     parser.add_argument("--corpus", metavar="FILE", help="rows of id and text")
     parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file too, the answers beside it")
-    for name in KEYS:
-        _, key = keys_of(Config())[name]
-        nargs = "+" if typing.get_origin(key.type) is list else None
-        help = key.metadata["help"].replace("%", "%%")
-        parser.add_argument(f"--{name}", nargs=nargs, metavar="X", help=f"{help} (default: the checkpoint's)")
+    for table in tables_of(Config()).values():
+        add_flags(parser, table, KEYS, "the checkpoint's")
     arguments = parser.parse_args(argv)
 
     if arguments.verify_only:
@@ -87,9 +81,7 @@ def read_arguments(argv):
         raise UserError(f"--base_model {arguments.base_model}: {arguments.checkpoint} holds a whole model; leave it out.")
     if whole:
         config.model.base_model, config.model.init_from = whole, ""
-    for name in KEYS:
-        if getattr(arguments, name) is not None:
-            set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
+    set_given(config, arguments, KEYS)
     refuse_what_does_not_go_together(arguments, config)
     check_patterns(config.evaluation)
     return arguments, config
@@ -105,8 +97,7 @@ def verify(folder):
 
 
 def refuse_what_does_not_go_together(arguments, config):
-    answers = arguments.test_set or arguments.critical_questions
-    others = answers or arguments.eval_data or arguments.test_queries
+    others = arguments.test_set or arguments.critical_questions or arguments.eval_data or arguments.test_queries
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
         raise UserError(f"--output {arguments.output}: no such folder.")
     if arguments.output and Path(arguments.output).is_dir():
@@ -184,12 +175,10 @@ from tqdm import tqdm
 from lora import prm_metrics, prm_page
 from lora.baseline import file_sums, other_base
 from lora.chat import use_chatml
-from lora.data import Rows
-from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
+from lora.generate import answers, embed, prompt_tokens, step_scores, stop_tokens, text_tokens
 from lora.log import without_nan
 from lora.model import choose_device, choose_dtype, load_task
 from lora.mixing import names_of
-from lora.render import render
 from lora.show import printable
 from lora.store import describe, tokenise
 
@@ -210,7 +199,7 @@ def load(arguments, config, device):
 
 def loss_numbers(examples, task, config, device, dtype):
     rows, facts = tokenise(examples, task, config, "eval")
-    batches = rows.batches(range(len(rows)), rows_per_batch(config.training) * config.data.max_length, task.packed)
+    batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
     said, targets, _ = predict(task, tqdm(batches, unit="batch", disable=None), device, dtype)
     print(describe("eval", facts))
     numbers = task.head.metrics(said, targets)
@@ -224,7 +213,7 @@ def generate(prompts, task, config, dtype):
     return answers(
         task.model, task.tokenizer, prompts, max_new_tokens=settings.max_new_tokens,
         stop=stop_tokens(task.model, task.tokenizer), dtype=dtype, temperature=settings.temperature,
-        max_tokens=rows_per_batch(config.training) * config.data.max_length, seed=config.training.seed,
+        max_tokens=max_batch_tokens(config), seed=config.training.seed,
     )  # fmt: skip
 
 
@@ -234,8 +223,6 @@ def answer_rows(questions, task, config, dtype):
     prompts = [(q.where, prompt_tokens(q.where, q.messages, q.tools, task.tokenizer)) for q in questions]
     texts = generate(prompts, task, config, dtype)
     rouge = rouge_scorer()
-    if rouge is None:
-        print("note: no ROUGE without rouge_score: pip install 'plainlora[eval]'")
     measured = [scores(text, q.reference, config.evaluation, rouge) for q, text in zip(questions, texts)]
     rows = [
         {"where": q.where, "prompt": task.tokenizer.decode(tokens), "reference": q.reference, "answer": text, **of_row}
@@ -246,30 +233,9 @@ def answer_rows(questions, task, config, dtype):
 
 def retrieval_numbers(asked, task, config, device, dtype):
     texts = [*asked.corpus.values(), *(query for query, _ in asked.queries)]
-    limits = config.data.max_length, rows_per_batch(config.training) * config.data.max_length
-    embeddings = retrieval.embed(task, texts, *limits, device, dtype)
+    embeddings = embed(task, texts, config.data.max_length, max_batch_tokens(config), device, dtype)
     corpus, queries = embeddings[: len(asked.corpus)], embeddings[len(asked.corpus) :]
     return retrieval.metrics(retrieval.ranks_of(queries, corpus, [relevant for _, relevant in asked.queries]))
-
-
-def step_scores(examples, task, config, device, dtype):
-    """An array [steps] for each example: the scores of all its steps, NaN from the first on that does not fit."""
-    asked = [replace(example, labels=[0.0] * len(example.steps)) for example in examples]
-    rendered = render(asked, task.tokenizer, "score", config.data, task.causal)
-    rows = Rows.of(((row, 0) for of in rendered for row in of.rows), "score")
-    groups = rows.groups(range(len(rows)), rows_per_batch(config.training) * config.data.max_length, task.packed)
-    batches = tqdm([rows.batch(group, task.packed) for group in groups if group], unit="batch", disable=None)
-    said = predict(task, batches, device, dtype)[0].numpy() if batches.total else np.zeros(0)
-    order = [i for group in groups for i in group]
-    ends = np.cumsum([rows.num_targets([i]) for i in order])
-    of_rows = {i: said[end - rows.num_targets([i]) : end] for i, end in zip(order, ends)}
-    scores, place = [], 0
-    for example, of in zip(examples, rendered):
-        found = [of_rows[place + i] for i in range(len(of.rows))]
-        place += len(of.rows)
-        found = np.concatenate([*found, np.full(len(example.steps), math.nan)])
-        scores.append(found[: len(example.steps)].astype(np.float64))
-    return scores
 
 
 def judge_steps(arguments, config, asked, task, device, dtype):
@@ -285,7 +251,7 @@ def judge_steps(arguments, config, asked, task, device, dtype):
             print("" if arguments.prompt is not None else f"\n{example.where}\n{printable(example.prompt)}\n", end="")
             print("\n".join(prm_page.lines(example, of_steps, settings.threshold, sys.stdout.isatty())))
     numbers, table = {}, []
-    if any(label is not None and score == score for e, of in zip(examples, scores) for label, score in zip(e.labels, of)):
+    if prm_metrics.measured(examples, scores).size:
         numbers, table = labelled_numbers(arguments, config, examples, scores, task)
     for name, (value, ends) in prm_metrics.best_of_n(examples, scores).items():
         numbers[f"best_of_n/{name}"] = value
@@ -303,12 +269,11 @@ def judge_steps(arguments, config, asked, task, device, dtype):
 def labelled_numbers(arguments, config, examples, scores, task):
     """(numbers, the table that shows them) of scored steps with labels."""
     paths = arguments.eval_data or ([arguments.test_set] if arguments.test_set else config.data.eval_paths)
-    labelled = {example.source for example in examples if any(label is not None for label in example.labels)}
-    names = {name: source for source, name in enumerate(names_of(paths)) if source in labelled}
+    measured = {e.source for e, of in zip(examples, scores) if prm_metrics.measured([e], [of]).size}
+    names = {name: source for source, name in enumerate(names_of(paths)) if source in measured}
     found = prm_metrics.report(examples, scores, config.evaluation, names if len(names) > 1 else {})
-    pairs = [(s, la) for e, of in zip(examples, scores) for s, la in zip(of, e.labels) if la is not None and s == s]
-    said, labels = np.array(pairs).T
-    loss = task.head.metrics(torch.tensor(said), torch.tensor(labels))["loss"]
+    labels, said = prm_metrics.measured(examples, scores)
+    loss = task.head.metrics(torch.from_numpy(said), torch.from_numpy(labels))["loss"]
     print(f"{len(labels)} labelled steps, {(labels >= 0.5).mean():.1%} of them right; loss {loss:.6f}")
     if config.evaluation.tune_threshold_on:
         at = ", ".join(f"{value:g} ({name})" for name, value in found["thresholds"].items())

@@ -14,8 +14,12 @@ import json
 from pathlib import Path
 import sys
 
-from lora.command_line import Parser
+from lora.command_line import Parser, add_flags, set_given
+from lora.config import LoraConfig, get_lora_config, saved_config
 from lora.errors import UserError, one_line_errors, require_one_process
+
+
+FOUR_BITS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
 def read_arguments(argv):
@@ -26,10 +30,7 @@ def read_arguments(argv):
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the base's")
     into = "the base as it is (default), or the 4-bit base that QLoRA was trained on, made dense again"
     parser.add_argument("--merge_into", choices=("16bit", "dequantized"), default="16bit", help=into)
-    for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
-        parser.add_argument(
-            f"--{name}", metavar="X", help="of that 4-bit base; default: our checkpoint's, else nf4 and true"
-        )
+    add_flags(parser, LoraConfig(), FOUR_BITS, "our checkpoint's, else nf4 and true")
     portable = "write an adapter instead: one rank, the scale in B, so that PEFT, vLLM and llama.cpp do the same with it"
     parser.add_argument("--portable", action="store_true", help=portable)
     parser.add_argument("--gguf", metavar="FILE", help="also write the merged model for llama.cpp, to a file not there yet")
@@ -41,7 +42,7 @@ def read_arguments(argv):
         raise UserError(f"--gguf {arguments.gguf} exists; choose another file.")
     if arguments.gguf and find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
-    others = (vars(arguments)[name] for name in ("gguf", "dtype", "base_model", "bnb_4bit_quant_type"))
+    others = (vars(arguments)[name] for name in ("gguf", "dtype", "base_model", *FOUR_BITS))
     if arguments.portable and (any(others) or arguments.merge_into != "16bit"):
         raise UserError("--portable rewrites an adapter and merges nothing; it goes with --adapter and --output only.")
     if arguments.gguf_type and not arguments.gguf:
@@ -61,7 +62,6 @@ from transformers import AutoModel
 from lora.adapter import load_adapter, write_portable
 from lora.baseline import file_sums, other_base
 from lora.checksums import require_as_written
-from lora.config import get_lora_config, saved_config, set_key
 from lora.durable import folder_for
 from lora.layer import merge
 from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights
@@ -94,20 +94,8 @@ def find_adapter(folder, base_model):
     return folder / "lora_adapter", base_model or config.model.base_model, config
 
 
-def check_artifact(folder, model):
-    """That an artifact or a checkpoint is as it was written; and a warning where the base is not the one it was trained on.
-
-    `model` is the [model] table of its configuration, with the base that is merged into.
-    """
-    require_as_written(folder)
-    if warning := other_base(folder, model.base_model, file_sums(model)):
-        print(warning)
-
-
-def class_for(shape, config):
-    """The class of transformers that the merged weights are to be: for a scorer the bare backbone."""
-    if config is not None and config.model.task == "score":
-        return AutoModel
+def class_for(shape):
+    """The class of transformers that the base says it is. Raises UserError."""
     architecture = (shape.architectures or ["AutoModelForCausalLM"])[0]
     if not hasattr(transformers, architecture):
         raise UserError(f"transformers has no {architecture}, which the base says it is.")
@@ -125,9 +113,7 @@ def load_base(model_class, base_model, quantization=None):
 def four_bits_of(arguments, config):
     """How the 4-bit base was quantised: as our run says, else as QLoRA is usually done, and the flags above either."""
     config = config or get_lora_config()
-    for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
-        if getattr(arguments, name) is not None:
-            set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
+    set_given(config, arguments, FOUR_BITS)
     config.lora.load_in_4bit = True
     return four_bits(config.lora, torch.device("cpu"))
 
@@ -144,21 +130,24 @@ def main(arguments):
         print(f"wrote {arguments.output}")
         return
     adapter, base_model, config = find_adapter(Path(arguments.adapter), arguments.base_model)
-    if arguments.gguf and config is not None and config.model.task == "score":
+    ours, scorer = adapter.parent, config is not None and config.model.task == "score"
+    if arguments.gguf and scorer:
         raise UserError(f"--gguf: {arguments.adapter} is a step scorer, whose head llama.cpp does not know.")
     into_4bit = arguments.merge_into == "dequantized"
     if into_4bit and config is not None and not config.lora.load_in_4bit:
         raise UserError(f"--merge_into dequantized: {arguments.adapter} was trained on the base as it is, not on 4 bits.")
     shape, dtype, tokenizer = load_shape(base_model)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
-    model_class = class_for(shape, config)
-    model = load_base(model_class, base_model, four_bits_of(arguments, config) if into_4bit else None)
+    model_class = AutoModel if scorer else class_for(shape)  # of a scorer the bare backbone
     if config is not None:
-        check_artifact(adapter.parent, replace(config.model, base_model=base_model))
+        require_as_written(ours)
+        if warning := other_base(ours, base_model, file_sums(replace(config.model, base_model=base_model))):
+            print(warning)
+    model = load_base(model_class, base_model, four_bits_of(arguments, config) if into_4bit else None)
     if config is not None and config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
-    if config is not None and (adapter.parent / "tokenizer.json").is_file():  # a final artifact's, with its template
-        tokenizer = load_tokenizer(str(adapter.parent))
+    if config is not None and (ours / "tokenizer.json").is_file():  # a final artifact's, with its template
+        tokenizer = load_tokenizer(str(ours))
     if arguments.gguf:
         from lora.gguf import gguf_keys, write_gguf  # an extra
 
@@ -193,8 +182,8 @@ def main(arguments):
     with folder_for(final) as temporary:
         model.to(dtype)
         tokenizer.save_pretrained(temporary)
-        if config is not None and config.model.task == "score":
-            save_scorer(model, tokenizer, adapter.parent, temporary)
+        if scorer:
+            save_scorer(model, tokenizer, ours, temporary)
             config.lora, config.model.base_model, config.model.add_special_tokens = None, str(final), []
             config.save(temporary / "training_config.toml")  # eval.py --checkpoint reads it
         else:

@@ -7,9 +7,9 @@
     python benchmarks/prm.py tree
 
 The base is MiniLM, whose weights come from the package index, made to read from left to right (a causal mask), with its
-512 learned positions laid end to end twice, and no dropout of attention; it gets LoRA of rank 16. A fifth of the problems is held out for the
-figures, and a twentieth of the others chooses the checkpoint. The baselines are fitted on the same training problems.
-Each call adds its part to the results file.
+512 learned positions laid end to end twice, and no dropout of attention; it gets LoRA of rank 16. A fifth of the problems
+is held out for the figures, and a twentieth of the others chooses the checkpoint. The baselines are fitted on the same
+training problems. Each call adds its part to the results file.
 """
 
 import argparse

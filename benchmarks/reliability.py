@@ -96,31 +96,16 @@ class Bench:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        children = []
-        for rank in range(world):
-            child = os.fork()
-            if not child:
-                status = 1
-                try:
-                    silence(self.folder / f"{name}_{rank}.txt")
-                    # Makes torch's pool of threads anew: the threads that load weights would race for it ("Invalid thread pool!").
-                    torch.set_num_threads(1)
-                    if world > 1:
-                        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-                        os.environ |= {k: str(v) for k, v in values.items()}
-                        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                    prepare(rank)
-                    self.main(kind, name, more)
-                    status = 0
-                except SystemExit as end:
-                    status = end.code or 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(status)
-            children.append(child)
-        return children
+
+        def child(rank):
+            if world > 1:
+                values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+                os.environ |= {k: str(v) for k, v in values.items()}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            prepare(rank)
+            self.main(kind, name, more)
+
+        return [forked(self.folder / f"{name}_{rank}.txt", partial(child, rank)) for rank in range(world)]
 
     def run(self, *arguments, **named):
         """`start`, and the exit status of each process, negative where a signal ended it."""
@@ -182,6 +167,27 @@ KINDS = {
     "full": ["--task", "lm"],
     "full bfloat16": ["--task", "lm", *BFLOAT16],
 }
+
+
+def forked(path, call):
+    """The id of a child process that does `call()` and ends; what it prints goes to the end of a file."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        silence(path)
+        # Makes torch's pool of threads anew, for which the threads that load weights would race ("Invalid thread pool!").
+        torch.set_num_threads(1)
+        call()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def silence(path):
@@ -488,9 +494,8 @@ def overhead(bench):
     flags = ["--config", str(ROOT / "configs" / "tiny_lora.toml"), "--output_dir", str(bench.folder), "--save_steps", "20"]
     flags += ["--max_steps", "100", "--eval_steps", "100", "--logging_steps", "1"]
     command = read_command_line([*flags, "--experiment_name", "overhead"], get_lora_config(), "", "")
-    child = os.fork()
-    if not child:
-        silence(os.devnull)
+
+    def timed_run():
         took, save = [], checkpoint.save
 
         def timed(*arguments):
@@ -501,8 +506,8 @@ def overhead(bench):
 
         checkpoint.save = timed
         train_lora.main(command, Source(command.config))
-        os._exit(0)
-    os.waitpid(child, 0)
+
+    os.waitpid(forked(bench.folder / "overhead_0.txt", timed_run), 0)
     lines = (bench.folder / "overhead" / "logs" / "train_metrics.jsonl").read_text().splitlines()
     times = [line["timestamp"] for line in map(json.loads, lines) if "train/loss" in line]
     step = statistics.median(after - before for before, after in zip(times, times[1:]))

@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
+import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lora.errors import UserError
+from lora.config import read_file
+from lora.errors import UserError, refuse_any
 from lora.foreign import plain_file
 from lora.layer import LoRAEmbedding, LoRALinear, lora_layers, wrap
-from lora.targets import by_pattern, embeddings_of, prefix_of, untie
+from lora.targets import by_pattern, embeddings_of, ends_with_one, prefix_of, untie
 
 # Keys of adapter_config.json that change what the tensors mean, with the values that this reader can honour. What only
 # says which layers were chosen (target_modules, layers_to_transform, ...) the tensors' names say as well.
@@ -28,13 +30,14 @@ HONOURED = {
     "peft_type": ("LORA",),
     "use_qalora": (False,),
     "use_bdlora": (False, None),
-    "layer_replication": (None,),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
+    **dict.fromkeys(("layer_replication", "trainable_token_indices", "alora_invocation_tokens"), (None,)),
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config"), (None,)),
+}
+DEFAULTS = {
+    **dict.fromkeys(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), None),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), False),
+    **{"lora_dropout": 0.0, "init_lora_weights": True},
 }
 # Whether A and B began at zero product on the base as it is. PiSSA and its like begin by taking B A out of the base.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -56,17 +59,23 @@ def trained_whole(model):
 
 def save_adapter(model, folder):
     """Write the adapter of `model` in PEFT's format. Tensors are fp32, as they were trained."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     layers, prefix = lora_layers(model), prefix_of(model)
     tensors = {f"{name}.{factor}": weight for name, layer in layers.items() for factor, weight in factors(layer).items()}
     for name, layer in layers.items():
         if layer in embeddings_of(model):  # they may have been given rows that no base has
             tensors[f"{name}.base_layer.weight"] = layer.base_layer.weight
     tensors |= dict(trained_whole(model))
-    copies = {f"base_model.model.{prefix}{n}": w.detach().float().cpu().clone() for n, w in tensors.items()}  # untied
-    (folder / "adapter_config.json").write_text(json.dumps(config_of(model, layers, prefix), indent=2) + "\n")
-    save_file(copies, folder / "adapter_model.safetensors", {"format": "pt"})
+    copies = {f"{prefix}{name}": weight.detach().float().cpu().clone() for name, weight in tensors.items()}  # untied
+    write(folder, config_of(model, layers, prefix), copies)
+
+
+def write(folder, config, tensors):
+    """Write the two files; the names of the `tensors` are those in the model with its head."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def config_of(model, layers, prefix):
@@ -102,33 +111,23 @@ def config_of(model, layers, prefix):
 def read_config(folder):
     """adapter_config.json, refused where it asks for something that this reader would have to ignore."""
     path = plain_file(Path(folder) / "adapter_config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a table of keys, found a {type(config).__name__}.")
+    config = DEFAULTS | read_file(path)
     for key, allowed in HONOURED.items():
         if key in config and config[key] not in allowed:
             raise UserError(f"{path}: {key} = {config[key]!r} is not supported; only {allowed[0]!r} is.")
-    start = config.get("init_lora_weights", True)
-    if start not in PLAIN_STARTS:
-        raise UserError(
-            f"{path}: init_lora_weights = {start!r}: such an adapter belongs on a base from which a part was taken out, "
-            "and is wrong on any other. PEFT can convert it: save_pretrained(path_initial_model_for_weight_conversion=...)."
-        )
+    if config["init_lora_weights"] not in PLAIN_STARTS:
+        why = "such an adapter belongs on a base from which a part was taken out, and is wrong on any other"
+        mend = "PEFT can convert it: save_pretrained(path_initial_model_for_weight_conversion=...)"
+        raise UserError(f"{path}: init_lora_weights = {config['init_lora_weights']!r}: {why}. {mend}.")
+    dropout = config["lora_dropout"]
     fine = {
-        "r": type(config.get("r")) is int and config["r"] >= 1,
-        "lora_alpha": is_scale(config.get("lora_alpha")),
-        "lora_dropout": config.get("lora_dropout", 0.0) == 0.0
-        or is_scale(config["lora_dropout"])
-        and config["lora_dropout"] < 1,
-        **{key: type(config.get(key, False)) is bool for key in ("use_rslora", "use_dora", "lora_bias")},
-        **{key: are_patterns(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")},
+        "r": type(config["r"]) is int and config["r"] >= 1,
+        "lora_alpha": is_scale(config["lora_alpha"]),
+        "lora_dropout": dropout == 0 or is_scale(dropout) and dropout < 1,
+        **{key: type(config[key]) is bool for key in ("use_rslora", "use_dora", "lora_bias")},
+        **{key: are_patterns(config[key] or {}) for key in ("rank_pattern", "alpha_pattern")},
     }
-    if not all(fine.values()):
-        wrong = ", ".join(f"{key} = {config.get(key)!r}" for key in fine if not fine[key])
-        raise UserError(f"{path}: nothing that LoRA can have: {wrong[:300]}.")
+    refuse_any((f"{key} = {config[key]!r:.300}" for key in fine if not fine[key]), f"{path}: nothing that LoRA can have")
     return config
 
 
@@ -159,13 +158,11 @@ def read_tensors(folder, config):
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}).") from None
     odd = [key for key, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.float().isfinite().all())]
-    if odd:
-        raise UserError(f"{path}: not finite numbers: {', '.join(odd[:5])}.")
+    refuse_any(odd, f"{path}: not finite numbers")
     named = {key.removeprefix("base_model.model."): tensor.float() for key, tensor in tensors.items()}
     # PEFT may write the modules to save three times over; the plain names are those that it reads.
-    copies = {
-        name for name in named if re.sub(r"\.(modules_to_save|original_module)\.", ".", name) in named.keys() - {name}
-    }
+    short = {name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name) for name in named}
+    copies = {name for name in named if short[name] != name and short[name] in named}
     modules, whole = {}, {}
     for name, tensor in named.items():
         found = re.fullmatch(rf"(.*)\.{FACTOR}", name)
@@ -176,17 +173,13 @@ def read_tensors(folder, config):
     if len(tensors) > len({plain(name) for name in named}):
         raise UserError(f"{path}: two tensors of one name, with and without base_model.model. or base_layer.")
     odd = [name for name, found in modules.items() if not is_pair(found)]
-    if odd or not modules:
-        raise UserError(f"{path}: not a pair of LoRA factors: {', '.join(odd) or 'there are none in the file'}.")
-    odd = [n for n, found in modules.items() if rank(found) != by_pattern(config.get("rank_pattern"), n, config["r"])]
-    if odd:
-        raise UserError(f"{path}: of another rank than r and rank_pattern say: {', '.join(odd[:5])}.")
+    refuse_any(odd if modules else ["there are none in the file"], f"{path}: not a pair of LoRA factors")
+    odd = [name for name, found in modules.items() if rank(found) != by_pattern(config["rank_pattern"], name, config["r"])]
+    refuse_any(odd, f"{path}: of another rank than r and rank_pattern say")
+    linear = {name: found for name, found in modules.items() if "lora_A.weight" in found}
     for key, factor in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
-        odd = [
-            n for n, found in modules.items() if "lora_A.weight" in found and (factor in found) != config.get(key, False)
-        ]
-        if odd:
-            raise UserError(f"{path}: {key} = {config.get(key, False)} in the config is not so of {', '.join(odd)}.")
+        odd = [name for name, found in linear.items() if (factor in found) != config[key]]
+        refuse_any(odd, f"{path}: {key} = {config[key]} in the config is not so of")
     return modules, whole
 
 
@@ -211,27 +204,20 @@ def write_portable(folder, output):
     """
     config = read_config(folder)
     modules, whole = read_tensors(folder, config)
-    if config.get("use_dora") or config.get("lora_bias"):
+    if config["use_dora"] or config["lora_bias"]:
         raise UserError(f"{folder}: DoRA and lora_bias have no portable form; merge the adapter instead.")
     lost = [name for name in whole if not name.endswith(".base_layer.weight")]
-    if lost:
-        raise UserError(
-            f"{folder}: vLLM and llama.cpp read no whole weights ({', '.join(lost)}); merge the adapter instead."
-        )
+    refuse_any(lost, f"{folder}: merge the adapter instead: vLLM and llama.cpp read no whole weights, and it has")
     largest = max(map(rank, modules.values()))
     tensors = {}
     for module, found in modules.items():
         a_name, b_name = sorted(found)
-        r = rank(found)
-        alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-        scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
-        missing = largest - r
-        tensors[f"base_model.model.{module}.{a_name}"] = torch.nn.functional.pad(found[a_name], (0, 0, 0, missing))
-        tensors[f"base_model.model.{module}.{b_name}"] = torch.nn.functional.pad(found[b_name] * scaling, (0, missing))
+        r, alpha = rank(found), by_pattern(config["alpha_pattern"], module, config["lora_alpha"])
+        scaling = alpha / (math.sqrt(r) if config["use_rslora"] else r)
+        tensors[f"{module}.{a_name}"] = F.pad(found[a_name], (0, 0, 0, largest - r))
+        tensors[f"{module}.{b_name}"] = F.pad(found[b_name] * scaling, (0, largest - r))
     config |= {"r": largest, "lora_alpha": largest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, output / "adapter_model.safetensors", {"format": "pt"})
+    write(output, config, tensors)
 
 
 @torch.no_grad()
@@ -249,33 +235,26 @@ def load_adapter(model, folder):
     at = places(model, folder, map(plain, whole), map(plain, parameters_of(model)))
     whole = {at[plain(name)]: tensor for name, tensor in whole.items()}
     fit_embeddings(model, whole, place_of.values())
-    alphas = {where: by_pattern(config.get("alpha_pattern"), n, config["lora_alpha"]) for n, where in place_of.items()}
+    alphas = {where: by_pattern(config["alpha_pattern"], name, config["lora_alpha"]) for name, where in place_of.items()}
     injected = bool(lora_layers(model))
     if not injected:
         wrap(model, {w: layer_for(model.get_submodule(w), modules[n], alphas[w], config) for n, w in place_of.items()})
 
     theirs = {f"{place_of[name]}.{factor}": tensor for name, found in modules.items() for factor, tensor in found.items()}
-    names = {plain(name): name for name in parameters_of(model)}
-    theirs |= {names[name]: tensor for name, tensor in whole.items()}
     ours = parameters_of(model)
+    names = {plain(name): name for name in ours}
+    theirs |= {names[name]: tensor for name, tensor in whole.items()}
     trained = {name for name, weight in ours.items() if weight.requires_grad}
     if trained - theirs.keys():
         raise UserError(f"{folder}: the adapter has no tensors for {', '.join(sorted(trained - theirs.keys()))}.")
-    strange = {n for n in theirs.keys() - trained if injected and not n.endswith(".base_layer.weight")}
-    if strange:
-        listed = ", ".join(sorted(strange))
-        raise UserError(f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora): {listed}.")
-    scales = {where: (alpha, config.get("use_rslora", False)) for where, alpha in alphas.items()}
+    if injected:
+        strange = {name for name in theirs.keys() - trained if not name.endswith(".base_layer.weight")}
+        refuse_any(strange, f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora)")
+    scales = {where: (alpha, config["use_rslora"]) for where, alpha in alphas.items()}
     other = [where for where, layer in lora_layers(model).items() if (layer.alpha, layer.rslora) != scales[where]]
-    if other:
-        raise UserError(f"{folder}: of another lora_alpha, alpha_pattern or use_rslora than here: {', '.join(other[:5])}.")
-    misfits = [
-        f"{name} is {list(tensor.shape)}, its place is {list(ours[name].shape)}"
-        for name, tensor in theirs.items()
-        if tensor.shape != ours[name].shape
-    ]
-    if misfits:
-        raise UserError(f"{folder}: {'; '.join(misfits)}.")
+    refuse_any(other, f"{folder}: of another lora_alpha, alpha_pattern or use_rslora than here")
+    odd = {name: (list(t.shape), list(ours[name].shape)) for name, t in theirs.items() if t.shape != ours[name].shape}
+    refuse_any((f"{name} is {shape}, its place is {room}" for name, (shape, room) in odd.items()), str(folder))
     for name, tensor in theirs.items():
         ours[name].copy_(tensor)
         if not name.endswith(".base_layer.weight"):
@@ -298,8 +277,7 @@ def places(model, folder, names, among):
     spelled = {name: (name.removeprefix(prefix), name, inner + name, name.removeprefix(inner)) for name in names}
     found = {name: next((s for s in spellings if s in among), None) for name, spellings in spelled.items()}
     lost = [name for name, where in found.items() if where is None]
-    if lost:
-        raise UserError(f"{folder}: no such layer (or module to save) in the model: {', '.join(lost)}.")
+    refuse_any(lost, f"{folder}: no such layer (or module to save) in the model")
     if len(set(found.values())) < len(found):
         raise UserError(f"{folder}: two spellings of one layer of the model: {', '.join(found)[:300]}.")
     return found
@@ -311,25 +289,20 @@ def require_targets(folder, config, others):
     if not isinstance(targets, list) or any(config.get(key) for key in ("layers_to_transform", "exclude_modules")):
         return
     whole = config.get("modules_to_save") or []
-    absent = sorted(n for n in others if ends_with_one(n, targets) and not ends_with_one(n, whole))
+    absent = sorted(name for name in others if ends_with_one(name, targets) and not ends_with_one(name, whole))
     if absent:
         raise UserError(f"{folder}: the adapter has no tensors for {', '.join(absent[:5])}, which its target_modules name.")
 
 
-def ends_with_one(name, endings):
-    return any(f".{name}".endswith(f".{ending}") for ending in endings)
-
-
 def layer_for(base_layer, tensors, alpha, config):
     """A LoRA layer over `base_layer` with room for these tensors."""
-    rslora = config.get("use_rslora", False)
+    rslora = config["use_rslora"]
     if ("lora_embedding_A" in tensors) != isinstance(base_layer, nn.Embedding):
         raise UserError(f"factors {', '.join(tensors)} do not belong on a {type(base_layer).__name__}.")
     if "lora_embedding_A" in tensors:
         return LoRAEmbedding(base_layer, rank(tensors), alpha, rslora)
     dora, bias = "lora_magnitude_vector" in tensors, "lora_B.bias" in tensors
-    dropout = config.get("lora_dropout", 0.0)
-    return LoRALinear(base_layer, rank(tensors), alpha, dropout, rslora, dora, bias)
+    return LoRALinear(base_layer, rank(tensors), alpha, config["lora_dropout"], rslora, dora, bias)
 
 
 def fit_embeddings(model, whole, adapted):

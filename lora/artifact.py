@@ -45,11 +45,8 @@ def conclude(task, config, log, base_files, data_files, device, started):
         tokenizer, task = task.tokenizer, load_task(config, torch.float32)
         task.tokenizer = tokenizer  # it may have been given a chat template
     task.load(best["path"])
-    results = {
-        **{name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))},
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
-    }
+    results = {name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))}
+    results |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_gb": round(peak_memory(device) / 1e9, 3)}
     write_text(log.run_dir / "logs" / "final_results.json", json.dumps(results, indent=2) + "\n")
     write(log.run_dir / "final_artifact", task, config, results, base_files, data_files)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None and "/" not in name)
@@ -75,12 +72,11 @@ def with_whole_paths(config):
     if config.model.base_model != "embedded":
         source, local = locate(config.model.base_model)
         config.model.base_model = os.path.abspath(source) if local else source
+    whole = lambda path: os.path.abspath(path) if Path(path).is_file() else path
     for key in ("train_data", "eval_data"):
-        paths = [os.path.abspath(path) if Path(path).is_file() else path for path in getattr(config.data, key)]
-        setattr(config.data, key, paths)
+        setattr(config.data, key, [*map(whole, getattr(config.data, key))])
     for key in ("prm800k_path", "eqasc_path", "reveal_path"):
-        path = getattr(config.data, key)
-        setattr(config.data, key, os.path.abspath(path) if path and Path(path).is_file() else path)
+        setattr(config.data, key, whole(getattr(config.data, key)))
     return config
 
 
@@ -105,8 +101,7 @@ def metadata(task, config, results, base_files, data_files):
 
 
 def versions():
-    names = ["torch", "transformers", "safetensors", "tokenizers"]
-    names += [name for name in ("bitsandbytes",) if name in sys.modules]
+    names = [name for name in ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes") if name in sys.modules]
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 

@@ -3,15 +3,15 @@
 outputs/RUN/baseline_checksums.json   sha256 of the base's weight files, and one over the frozen tensors in memory
 """
 
-from concurrent.futures import ThreadPoolExecutor
 import hashlib
 import json
 from pathlib import Path
 
 import torch
 
+from lora.adapter import factors
 from lora.checkpoint import trainable
-from lora.checksums import sha256_of
+from lora.checksums import in_threads, sha256_of
 from lora.config import read_file
 from lora.durable import write_text
 from lora.errors import Stopped
@@ -20,25 +20,23 @@ from lora.layer import lora_layers
 from lora.targets import named_modules
 from lora.model import weight_files
 
-THREADS = 8  # hashing lets go of the interpreter; from a GPU each holds one tensor in main memory
-
 
 def measure(task, config):
     """{"files": {weight file of the base: sha256}, "frozen": {frozen tensor: sha256, as it lies in memory}}.
 
     Full fine-tuning freezes nothing, and random weights come from no file.
     """
-    frozen = frozen_tensors(task.model) if config.lora else {}
-    with ThreadPoolExecutor(THREADS) as pool:
-        sums = dict(zip(frozen, pool.map(sha256_of_tensor, frozen.values())))
-    return {"files": file_sums(config.model), "frozen": sums}
+    return {"files": file_sums(config.model), "frozen": frozen_sums(task.model) if config.lora else {}}
+
+
+def frozen_sums(model):
+    """{frozen tensor: sha256}."""
+    return in_threads(sha256_of_tensor, frozen_tensors(model))  # from a GPU each thread holds one in main memory
 
 
 def file_sums(model):
     """{weight file of the base: sha256}. `model` is the [model] table of a configuration."""
-    files = {path.name: path for path in weight_files(model)}
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(files, pool.map(sha256_of, files.values())))
+    return in_threads(sha256_of, {path.name: path for path in weight_files(model)})
 
 
 def other_base(folder, base_model, sums):
@@ -88,8 +86,7 @@ def record(run_dir, config, before):
 
 def compare(before, after):
     """A line that says that nothing changed. Raises Stopped with the names of what did."""
-    names = {(part, name) for sums in (before, after) for part in sums for name in sums[part]}
-    changed = sorted(name for part, name in names if before[part].get(name) != after[part].get(name))
+    changed = sorted({name for part in before for name, _ in before[part].items() ^ after[part].items()})
     if changed:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if changed[5:] else "")
         raise Stopped(f"the base's weights changed during training: {listed}; no artifact is made of this run.")
@@ -99,15 +96,13 @@ def compare(before, after):
 
 def only_adapters_train(task, modules_to_save):
     """A line that says so. Raises Stopped where anything but LoRA's tensors, modules to save and the head is trained."""
-    layers = lora_layers(task.model).values()
-    factors = [p for layer in layers for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
+    lora = [p for layer in lora_layers(task.model).values() for p in factors(layer).values()]
     whole = [p for name in named_modules(task.model, modules_to_save) for p in task.model.get_submodule(name).parameters()]
     head = list(task.head.parameters()) if isinstance(task.head, MLPHead) else []
-    allowed = {id(p) for p in (*factors, *whole, *head)}
+    allowed = {id(p) for p in (*lora, *whole, *head)}
     strange = [name for name, p in trainable(task).items() if id(p) not in allowed]
     if strange:
-        raise Stopped(
-            f"trained beside the adapter: {', '.join(strange[:5])}; freeze them, or name them in modules_to_save."
-        )
-    counts = (factors, "LoRA tensors"), (whole, "of modules to save"), (head, "of the head")
+        mend = "freeze them, or name them in modules_to_save"
+        raise Stopped(f"trained beside the adapter: {', '.join(strange[:5])}; {mend}.")
+    counts = (lora, "LoRA tensors"), (whole, "of modules to save"), (head, "of the head")
     return "only adapter parameters are trainable: " + ", ".join(f"{len(some)} {what}" for some, what in counts if some)

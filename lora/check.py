@@ -5,7 +5,7 @@ in the order of DATA and MODEL, and train the task they are given; the last of t
 on a few training rows in fp32 and without dropout, where only a fault makes a difference that rounding does not.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 import itertools
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from lora import checkpoint
 from lora.adapter import load_adapter, save_adapter
-from lora.baseline import frozen_tensors, sha256_of_tensor
+from lora.baseline import frozen_sums
 from lora.config import DataConfig
 from lora.data import Rows, TrainingData, is_target
 from lora.errors import Exhausted, Stopped
@@ -31,7 +31,7 @@ from lora.optimizer import make_optimizer
 from lora.quantize import is_4bit
 from lora.render import NO_TOKEN, render
 from lora.show import shown
-from lora.targets import decoder_layers, is_pooler, is_tied
+from lora.targets import decoder_layers, ends_with_one, is_pooler, is_tied
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 SAMPLE = 200  # examples that are rendered again and looked at one by one
@@ -43,49 +43,34 @@ OUR_FAULT = "a fault of the program or of this model's code: do not train with i
 STIR = 0.02  # standard deviation of what is added to the factors B, so that the adapter does something
 
 
-@dataclass
 class Trial:
-    """What is checked. `task` is in fp32 (4-bit weights stay), on `device`, ready to be trained."""
+    """What is checked: a task in fp32 (4-bit weights stay), on `device`, ready to be trained, and the data of its run."""
 
-    task: torch.nn.Module
-    config: object
-    device: torch.device
-    data: TrainingData  # a step of it is the few rows, laid out as one micro-batch
-    rows: Rows  # all training rows
-    facts: dict  # what `store.tokenised` says of the data
-    examples: tuple  # (training, held out)
-    sample: list  # (example, Rendered) of the first training examples
-    backward: object  # train.backward
-    evaluate: object  # train.evaluate
-    tolerance: float = 1e-4  # of the largest number: fp32 sums in another order
-    started: dict = field(default_factory=dict)  # frozen tensor -> sha256, when all began
+    def __init__(self, task, source, rows, facts, config, device, backward, evaluate):
+        """rows, facts: of `store.tokenised`. backward, evaluate: train.py's."""
+        self.task, self.config, self.device = task.float().to(device).eval(), config, device
+        self.rows, self.facts, self.examples = rows, facts, source.examples()  # (training, held out)
+        self.backward, self.evaluate = backward, evaluate
+        sample = self.examples[0][:SAMPLE]
+        self.sample = list(zip(sample, render(sample, task.tokenizer, config.model.task, config.data, task.causal)))
+        self.few = few(rows, max(16, int(min(TOKENS, WORK / sum(p.numel() for p in task.parameters())))))
+        self.batch = self.few.batch(range(len(self.few)), task.packed)
+        self.data = self.relaid()
+        in_4bit = any(is_4bit(layer.base_layer) for layer in lora_layers(task.model).values())
+        self.tolerance = 0.05 if in_4bit else 1e-4  # of the largest number: fp32 sums in another order
+        self.started = frozen_sums(task.model)
 
-    @classmethod
-    def of(cls, task, source, rows, facts, config, device, backward, evaluate):
-        """Keeps the first layers of a large model, in place."""
-        task.float().to(device).eval()
-        tokens = max(16, int(min(TOKENS, WORK / sum(p.numel() for p in task.parameters()))))
-        sample = source.examples()[0][:SAMPLE]
-        rendered = render(sample, task.tokenizer, config.model.task, config.data, task.causal)
-        in_4bit = any(is_4bit(layer.base_layer) for layer in lora_layers(task.model).values() if hasattr(layer, "lora_A"))
-        trial = cls(
-            task, config, device, laid_out(few(rows, tokens), config, task.packed), rows, facts, source.examples(),
-            list(zip(sample, rendered)), backward, evaluate, 0.05 if in_4bit else cls.tolerance,
-        )  # fmt: skip
-        trial.started = sums_of_frozen(trial)
-        return trial
-
-    def relaid(self, max_tokens, rank=0, world=1):
-        """The same step in micro-batches of so many tokens, or a process's part of it."""
-        return laid_out(self.data.rows, self.config, self.task.packed, max_tokens, rank, world)
+    def relaid(self, max_tokens=2**40, rank=0, world=1):
+        """TrainingData whose step is the few rows, in micro-batches of so many tokens; or a process's part of it."""
+        config = replace(self.config, data=DataConfig(train_data=["the rows"], max_length=self.config.data.max_length))
+        layout = {"examples_per_step": len(self.few), "max_tokens": max_tokens}
+        return TrainingData(self.few, self.few, config, self.task.packed, rank, world, layout)
 
     def gradients(self, data=None):
         """({trained tensor: gradient or None}, loss) of the step."""
         self.task.zero_grad(set_to_none=True)
-        scaler = torch.amp.GradScaler(enabled=False)
-        loss, out_of_memory, _ = self.backward(
-            self.task, data or self.data, 0, scaler, 0, self.device, torch.float32
-        ).tolist()
+        place = 0, torch.amp.GradScaler(enabled=False), 0, self.device, torch.float32
+        loss, out_of_memory, _ = self.backward(self.task, data or self.data, *place).tolist()
         if out_of_memory:
             raise Exhausted("out of memory in a check; add --device cpu.")
         found = {name: p.grad for name, p in self.task.named_parameters() if p.requires_grad or p.grad is not None}
@@ -95,8 +80,7 @@ class Trial:
     @torch.no_grad()
     def outputs(self, batch=None):
         """(hidden states at the targets [n, width], what the head says [n, ...]) of all rows, or of a micro-batch."""
-        batch = self.data.rows.batch(range(len(self.data.rows)), self.task.packed) if batch is None else batch
-        batch = batch.to(self.device)
+        batch = (batch or self.batch).to(self.device)
         hidden = self.task.at_targets(batch)
         return hidden.float(), self.task.head.predict(hidden, batch.targets).float()
 
@@ -115,18 +99,10 @@ def few(rows, tokens):
     parts.sort()
     total = np.cumsum([length for length, *_ in parts])
     parts = parts[: min(ROWS, max(2, int((total <= tokens).sum())))]
-    flat = [
-        np.concatenate([getattr(rows, name)[begin : begin + length] for length, _, begin in parts])
-        for name in ("tokens", "targets", "segments")
-    ]
-    weights = rows.weights[[i for _, i, _ in parts]]
-    return Rows(*flat, np.cumsum([0, *(length for length, *_ in parts)]), weights, np.zeros(len(parts), np.int16))
-
-
-def laid_out(rows, config, packed, max_tokens=2**40, rank=0, world=1):
-    """TrainingData whose step is all these rows."""
-    plain = replace(config, data=DataConfig(train_data=["the rows"], max_length=config.data.max_length))
-    return TrainingData(rows, rows, plain, packed, rank, world, {"examples_per_step": len(rows), "max_tokens": max_tokens})
+    lengths, chosen, _ = zip(*parts)
+    at = np.concatenate([np.arange(begin, begin + length) for length, _, begin in parts])
+    flat = rows.tokens[at], rows.targets[at], rows.segments[at]
+    return Rows(*flat, np.cumsum([0, *lengths]), rows.weights[[*chosen]], np.zeros(len(parts), np.int16))
 
 
 def cut(task):
@@ -145,10 +121,6 @@ def cut(task):
     return f"the model is large: of its {len(sizes)} layers the first {kept} are checked"
 
 
-def sums_of_frozen(trial):
-    return {name: sha256_of_tensor(tensor) for name, tensor in frozen_tensors(trial.task.model).items()}
-
-
 def distance(ones, others):
     """The largest difference of two lists of tensors, each relative to the largest number of the second."""
     pairs = [(a, b) for a, b in zip(ones, others, strict=True) if b.numel()]
@@ -162,10 +134,19 @@ def apart(ones, others):
     return (norms[0] / norms[1]).item()
 
 
+def required(fine, found, mend, otherwise=FAIL):
+    """PASS, or another verdict with how to mend it."""
+    return (PASS, found) if fine else (otherwise, f"{found}; {mend}")
+
+
 def judged(found, limit, what):
     """PASS where `found` is at most `limit`; a NaN is not."""
-    text = f"{what} {found:.1e}" if found else f"{what} 0"
-    return (PASS, text) if found <= limit else (FAIL, f"{text}, expected at most {limit:.0e}; {OUR_FAULT}")
+    return required(found <= limit, f"{what} {found:.2g}", f"expected at most {limit:g}; {OUR_FAULT}")
+
+
+def counted(count, of, found, mend):
+    """WARN from the first of so many on, FAIL from half of them on."""
+    return required(not count, found, mend, FAIL if 2 * count >= of else WARN)
 
 
 # ------------------------------------------------------------------------------------------------------- the data
@@ -175,39 +156,32 @@ def amount(trial):
     facts = trial.facts["train"]
     share = facts["targets"] / facts["tokens"]
     found = f"{facts['rows']} rows, {facts['targets']} targets, {share:.1%} of the tokens are trained on"
-    if not facts["targets"]:
-        return FAIL, f"{found}; look at the rows below: nothing is asked"
     little = share < 0.01 and trial.config.model.task == "lm"
-    return (WARN, f"{found}; are the answers really so short?") if little else (PASS, found)
+    return required(not little, found, "are the answers really so short?", WARN)
 
 
 def without_target(trial):
-    return share_of(trial.facts["train"], "without_target", "have no target and are left out", "raise --max_length")
+    return share_of(trial, "without_target", "have no target and are left out", "raise --max_length")
 
 
 def cut_off(trial):
-    return share_of(trial.facts["train"], "cut", "are cut off at max_length", "raise --max_length, or split them")
-
-
-def share_of(facts, key, what, mend):
-    """WARN from the first example on, FAIL from half of them on."""
-    count, of = facts[key], facts["examples"]
-    found = f"{count} of {of} examples {what}"
-    return (PASS, found) if not count else (FAIL if 2 * count >= of else WARN, f"{found}; {mend}")
+    return share_of(trial, "cut", "are cut off at max_length", "raise --max_length, or split them")
 
 
 def duplicates(trial):
-    facts = {"repeated": trial.facts["repeated"], "examples": trial.facts["train"]["examples"]}
-    return share_of(facts, "repeated", "are there before, word for word", "take them out, or give them a weight")
+    return share_of(trial, "repeated", "are there before, word for word", "take them out, or give them a weight")
+
+
+def share_of(trial, key, what, mend):
+    facts = trial.facts | trial.facts["train"]
+    return counted(facts[key], facts["examples"], f"{facts[key]} of {facts['examples']} examples {what}", mend)
 
 
 def overlap(trial):
     count, of = trial.facts["overlap"], len({example.subject for example in trial.examples[1]})
     found = f"{count} of {of} held-out prompts or texts are in the training data"
-    if not count:
-        return PASS, found
-    bad = 100 * count > of
-    return FAIL if bad else WARN, f"{found}: the validation loss flatters; split by prompt, or leave --eval_data out"
+    mend = "the validation loss flatters: split by prompt, or leave --eval_data out"
+    return required(not count, found, mend, FAIL if 100 * count > of else WARN)
 
 
 def beginnings(trial):
@@ -217,7 +191,7 @@ def beginnings(trial):
     first = rows.offsets[:-1][rows.lengths(np.arange(len(rows))) > 1]
     count = int(((rows.tokens[first] == bos) & (rows.tokens[first + 1] == bos)).sum())
     found = f"{count} of {len(rows)} rows begin with two BOS"
-    return (FAIL, f"{found}; take it out of the texts, or out of the chat template") if count else (PASS, found)
+    return required(not count, found, "take it out of the texts, or out of the chat template")
 
 
 def ends(trial):
@@ -230,7 +204,7 @@ def ends(trial):
     count = sum(not stops & set(last) for last in asked)
     found = f"{len(rows) - count} of {len(rows)} looked at end with a trained end token"
     mend = "the model would not learn to stop; mend eos_token or the chat template of the tokenizer"
-    return (PASS, found) if not count else (FAIL if 2 * count >= len(rows) else WARN, f"{found}: {mend}")
+    return counted(count, len(rows), found, mend)
 
 
 def special_tokens(trial):
@@ -260,12 +234,8 @@ def mask(trial):
     """Every target is the token that comes next, all that the assistant says is one, and nothing that others say."""
     if trial.config.model.task == "score":
         return None
-    wrong = sum(
-        target not in (NO_TOKEN, following)
-        for _, rendered in trial.sample
-        for row in rendered.rows
-        for target, following in zip(row.targets, row.tokens[1:])
-    )
+    rows = [row for _, rendered in trial.sample for row in rendered.rows]
+    wrong = sum(target not in (NO_TOKEN, after) for row in rows for target, after in zip(row.targets, row.tokens[1:]))
     if wrong:
         return FAIL, f"{wrong} targets are not the token that follows; {OUR_FAULT}"
     lost, strange = [], []
@@ -286,7 +256,7 @@ def mask(trial):
     if lost:
         found = f"of {len(lost)} of {chats} chats an answer is not learned word for word, {lost[0]} first"
         mend = "the chat template changes or drops it: look with python -m lora.render"
-        return FAIL if 2 * len(lost) >= chats else WARN, f"{found}; {mend}"
+        return counted(len(lost), chats, found, mend)
     return PASS, f"of {len(trial.sample)} looked at, all that is to be learned is a target, and nothing else"
 
 
@@ -310,27 +280,26 @@ def labels(trial):
     found = f"mean {targets.mean():.3f}; the commonest label, {values[counts.argmax()]:g}, is {most:.1%} of them"
     if len(values) == 1:
         return FAIL, f"{found}: there is nothing to tell apart; add steps of the other kind"
-    return (WARN, f"{found}; a scorer that always says so looks good") if most > 0.95 else (PASS, found)
+    return required(most <= 0.95, found, "a scorer that always says so looks good", WARN)
 
 
 # ------------------------------------------------------------------------------------------------------- the model
 
 
 def finite(trial):
-    odd = [n for n, t in trial.task.state_dict().items() if t.is_floating_point() and not is_finite(t)]
-    count = len(trial.task.state_dict())
-    mend = "the file is damaged: fetch it again, or begin from another --init_from"
-    return (FAIL, f"not in {', '.join(odd[:5])}; {mend}") if odd else (PASS, f"in all of {count} tensors")
+    tensors = trial.task.state_dict()
+    odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
+    found = f"not in {', '.join(odd[:5])}" if odd else f"in all of {len(tensors)} tensors"
+    return required(not odd, found, "the file is damaged: fetch it again, or begin from another --init_from")
 
 
 def tied(trial):
     model, declared = trial.task.model, trial.task.model.config.get_text_config().tie_word_embeddings
     if not isinstance(trial.task.head, LMHead):
         return None
-    if declared != is_tied(model):
-        found = "tied and the model's are not" if declared else "apart and the model's are tied"
-        return FAIL, f"config.json declares embeddings and output layer {found}; mend tie_word_embeddings there"
-    return PASS, "embeddings and output layer are " + ("tied" if declared else "apart") + ", as declared"
+    said, found = ("tied" if one else "apart" for one in (declared, is_tied(model)))
+    found = f"embeddings and output layer are {found}, in config.json {said}"
+    return required(declared == is_tied(model), found, "mend tie_word_embeddings there")
 
 
 def positions(trial):
@@ -338,21 +307,20 @@ def positions(trial):
     longest = int(trial.rows.lengths(np.arange(len(trial.rows))).max())
     if room is None:
         return PASS, f"the longest row has {longest}; this model has no limit"
-    found = f"the longest row has {longest}, the model {room - trial.task.first_position}"
-    enough = longest <= room - trial.task.first_position
-    return (PASS, found) if enough else (FAIL, f"{found}; add --max_length {room - trial.task.first_position}")
+    room -= trial.task.first_position
+    return required(longest <= room, f"the longest row has {longest}, the model {room}", f"add --max_length {room}")
 
 
 def token_ids(trial):
     room, largest = trial.task.model.get_input_embeddings().weight.shape[0], int(trial.rows.tokens.max())
     found = f"the largest is {largest}, the embeddings have {room} rows"
-    return (PASS, found) if largest < room else (FAIL, f"{found}; tokenizer and base do not belong together")
+    return required(largest < room, found, "tokenizer and base do not belong together")
 
 
 def behaves(trial):
     problem = disagreement(trial.task)
     trial.task.eval()
-    return (FAIL, f"{problem}; {OUR_FAULT}") if problem else (PASS, "packing, causality and logits are as assumed")
+    return required(not problem, problem or "packing, causality and logits are as assumed", OUR_FAULT)
 
 
 def injected(trial):
@@ -382,7 +350,7 @@ def learns(trial):
     last = trial.gradients()[1]
     found = f"{first:.4f} -> {last:.4f} in {UPDATES} updates"
     mend = f"lower --learning_rate ({trial.config.training.learning_rate:g}), or what is trained does not act"
-    return (PASS, found) if last < first else (FAIL, f"{found}; {mend}")
+    return required(last < first, found, mend)
 
 
 def optimizer_of(trial):
@@ -411,20 +379,17 @@ def acts(trial):
             layer.lora_B.weight += noise.to(trial.device)
     found = distance(trial.outputs(), before)
     text = f"a small change of it changes what the model says by {found:.1e}"
-    return (PASS, text) if found > trial.tolerance else (FAIL, f"{text}: raise --lora_alpha, or it is {OUR_FAULT}")
+    return required(found > trial.tolerance, text, f"raise --lora_alpha, or it is {OUR_FAULT}")
 
 
 def trained_tensors(trial):
     """Which tensors get gradients: all that are meant to be trained, and no other."""
     lora, gradients = trial.config.lora, trial.gradients()[0]
-    whole = lora.modules_to_save if lora else []
 
     def meant(name):
-        module = name.rpartition(".")[0]
-        return (
-            (not lora and not is_pooler(name)) or ".lora_" in name or name.startswith("head.")
-            or any(f".{module}".endswith(f".{ending}") for ending in whole)
-        )  # fmt: skip
+        if not lora:
+            return not is_pooler(name)
+        return ".lora_" in name or name.startswith("head.") or ends_with_one(name.rpartition(".")[0], lora.modules_to_save)
 
     tensors = {name: p for name, p in trial.task.named_parameters() if p.is_floating_point()}
     wanted = {name for name in tensors if meant(name)}
@@ -442,12 +407,11 @@ def trained_tensors(trial):
 
 def loss_of_targets(trial):
     """The loss of a step is the sum over its targets divided by their number, recomputed from what the head says."""
-    said, batch = trial.outputs()[1], trial.data.rows.batch(range(len(trial.data.rows)), trial.task.packed)
-    targets, weights = batch.targets.to(trial.device), batch.weights.to(trial.device)
-    each = losses(trial.task.head, said, targets) * weights
+    batch = trial.batch.to(trial.device)
+    each = losses(trial.task.head, trial.outputs()[1], batch.targets) * batch.weights
     expected, found = each.double().mean().item(), trial.gradients()[1]
     difference = abs(found - expected) / max(abs(expected), 1e-12)
-    return judged(difference, trial.tolerance, f"{found:.6f} over {len(targets)} targets, relative difference")
+    return judged(difference, trial.tolerance, f"{found:.6f} over {batch.num_targets} targets, relative difference")
 
 
 def accumulated(trial):
@@ -458,7 +422,7 @@ def accumulated(trial):
 
 def ranks(trial):
     """The gradients of two processes' parts, added in the other order, against those of one process."""
-    parts = [trial.gradients(trial.relaid(2**40, rank, 2))[0] for rank in (1, 0)]
+    parts = [trial.gradients(trial.relaid(rank=rank, world=2))[0] for rank in (1, 0)]
     summed = {n: None if g is None else g if parts[1][n] is None else g + parts[1][n] for n, g in parts[0].items()}
     found = apart(summed, trial.gradients()[0])
     return judged(found, trial.tolerance, "relative difference of the gradients")
@@ -466,8 +430,7 @@ def ranks(trial):
 
 def packed(trial):
     """Rows that share a micro-batch, against each alone."""
-    rows = trial.data.rows
-    apiece = [trial.outputs(rows.batch([i], trial.task.packed)) for i in range(len(rows))]
+    apiece = [trial.outputs(trial.few.batch([i], trial.task.packed)) for i in range(len(trial.few))]
     alone = [torch.cat(parts) for parts in zip(*apiece)]
     return judged(distance(trial.outputs(), alone), trial.tolerance, "largest difference")
 
@@ -477,7 +440,7 @@ def pure(trial):
     first = trial.data.batch_at(0)
     trial.data.batch_at(3)
     same = all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, trial.data.batch_at(0)))
-    return (PASS, "the same rows") if same else (FAIL, f"another batch the second time; {OUR_FAULT}")
+    return required(same, "the same rows" if same else "another batch the second time", OUR_FAULT)
 
 
 def after_evaluation(trial):
@@ -525,11 +488,10 @@ def through_peft(trial):
 
 
 def base_unchanged(trial):
-    now = sums_of_frozen(trial)
+    now = frozen_sums(trial.task.model)
     changed = sorted(name for name, total in trial.started.items() if now.get(name) != total)
-    if changed:
-        return FAIL, f"changed by training: {', '.join(changed[:5])}; {OUR_FAULT}"
-    return (PASS, f"{len(now)} frozen tensors are what they were") if now else None
+    found = f"changed by training: {', '.join(changed[:5])}" if changed else f"{len(now)} frozen tensors are what they were"
+    return required(not changed, found, OUR_FAULT) if now else None
 
 
 def merged(trial):
@@ -577,38 +539,32 @@ MODEL = {
 }  # fmt: skip
 
 
-def results(trial, checks):
-    """Yields (name, PASS, WARN or FAIL, what was found); a check that ends in an error has failed."""
+def run(opening, task, source, rows, facts, config, device, backward, evaluate):
+    """Print `opening` and all lines. Raises Stopped where one says FAIL. rows, facts: the training rows, of `tokenised`."""
+    print(opening)
+    note = cut(task)
+    trial = Trial(task, source, rows, facts, config, device, backward, evaluate)
+    failed = list(failing(trial, DATA))
+    print()
+    for example, rendered in trial.sample[:3]:
+        print(f"--- {example.where}")
+        print("\n".join(shown(row, task.tokenizer, sys.stdout.isatty()).rstrip("\n") for row in rendered.rows[:3]))
+    used = f"{len(trial.few)} training rows of {len(trial.few.tokens)} tokens"
+    print(f"\n{note + '; ' if note else ''}equalities on {used}, in fp32:")
+    failed += failing(trial, MODEL)
+    if failed:
+        raise Stopped(f"--check: {len(failed)} failed: {', '.join(failed)}.")
+    print("nothing failed")
+
+
+def failing(trial, checks):
+    """Print the lines of some checks; yields the names of those that failed, or ended in an error."""
     for name, check in checks.items():
         try:
             result = check(trial)
         except Exception as error:
             result = FAIL, f"ends in {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if result:
-            yield name, *result
-
-
-def run(opening, task, source, rows, facts, config, device, backward, evaluate):
-    """Print `opening` and all lines. Raises Stopped where one says FAIL. rows, facts: the training rows, of `tokenised`."""
-    print(opening)
-    note = cut(task)
-    trial = Trial.of(task, source, rows, facts, config, device, backward, evaluate)
-    failed = list(said(trial, DATA))
-    print()
-    for example, rendered in trial.sample[:3]:
-        print(f"--- {example.where}")
-        print("\n".join(shown(row, task.tokenizer, sys.stdout.isatty()).rstrip("\n") for row in rendered.rows[:3]))
-    used = trial.data.rows
-    print(f"\n{note + '; ' if note else ''}equalities on {len(used)} training rows of {len(used.tokens)} tokens, in fp32:")
-    failed += said(trial, MODEL)
-    if failed:
-        raise Stopped(f"--check: {len(failed)} failed: {', '.join(failed)}.")
-    print("nothing failed")
-
-
-def said(trial, checks):
-    """Print the lines of some checks; yields the names of those that failed."""
-    for name, status, found in results(trial, checks):
-        print(f"{status}  {name}: {found}", flush=True)
-        if status == FAIL:
+            print(f"{result[0]}  {name}: {result[1]}", flush=True)
+        if result and result[0] == FAIL:
             yield name

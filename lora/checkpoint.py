@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from lora import distributed
 from lora.checksums import damage, write_checksums
+from lora.config import read_file
 from lora.durable import clear, folder_for, remove
-from lora.errors import UserError, by_step
+from lora.errors import UserError, by_step, refuse_any
 from lora.optimizer import set_state, state_of
 from lora.shards import INDEX, Shards, write
 
@@ -101,10 +102,7 @@ def recover(run_dir):
 
 
 def read_state(path):
-    try:
-        return json.loads((Path(path) / "trainer_state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: trainer_state.json cannot be read ({error}).") from None
+    return read_file(Path(path) / "trainer_state.json")
 
 
 def load(path, task, optimizer):
@@ -131,10 +129,7 @@ def load(path, task, optimizer):
     except KeyError as error:
         name = next(name for name, parameter in parameters.items() if parameter is error.args[0])
         strange = [f"{name}/{key}" for key in error.args[1:]]
-    if strange:
-        raise UserError(
-            f"{path}: optimizer.safetensors lacks, has without a place or in another shape: {', '.join(strange[:5])}."
-        )
+    refuse_any(strange, f"{path}: optimizer.safetensors lacks, has without a place or in another shape")
     return state
 
 

@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 from lora.errors import UserError
 
 NAME = "checksums.json"
-THREADS = 8  # hashing lets go of the interpreter
 
 
 def sha256_of(path):
@@ -28,12 +27,16 @@ def sums_of(folder):
 
     Files are found by walking through the folder, never by following what checksums.json or a link says.
     """
+    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir()}
+    return in_threads(of_file, {name: path for name, path in found.items() if name != NAME})
+
+
+def in_threads(function, arguments):
+    """{name: what the function gives of its argument}; hashing lets go of the interpreter."""
     from concurrent.futures import ThreadPoolExecutor  # a fifth of the time of a script that only reads its flags
 
-    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir()}
-    paths = {name: path for name, path in found.items() if name != NAME}
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(paths, pool.map(of_file, paths.values())))
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(arguments, pool.map(function, arguments.values())))
 
 
 def of_file(path):
@@ -53,9 +56,8 @@ def as_written(sums):
 def read_checksums(path):
     """checksums.json, {name: {"sha256", "bytes"}}. Raises UserError where it is absent or not as it was written."""
     if path.is_symlink() or not path.is_file():
-        raise UserError(
-            f"{path}: no such file (or a link); only a final_artifact/ or a checkpoint as a run wrote it can be verified."
-        )
+        only = "only a final_artifact/ or a checkpoint as a run wrote it can be verified"
+        raise UserError(f"{path}: no such file (or a link); {only}.")
     content = path.read_bytes()
     try:
         sums = json.loads(content)

@@ -117,9 +117,8 @@ def make_rows(documents, shown, refusals, rng):
     rows = []
     for place, sentence in enumerate(sentences):
         refuses = place < refused
-        others = [
-            p for n, of_one in enumerate(passages) if n != sentence.document for p in of_one if sentence.rest not in p
-        ]
+        others = [p for n, of_one in enumerate(passages) if n != sentence.document for p in of_one]
+        others = [passage for passage in others if sentence.rest not in passage]
         sources = rng.sample(others, min(len(others), shown if refuses else shown - 1))
         if not refuses:
             sources.insert(rng.randrange(len(sources) + 1), sentence.passage)
@@ -144,9 +143,8 @@ def main(arguments):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
             refused = sum(row["messages"][-1]["content"] == REFUSAL for row in rows)
-            print(
-                f"{final / name}.jsonl: {len(documents)} documents, {len(rows)} questions, {refused} without their answer"
-            )
+            count = f"{len(documents)} documents, {len(rows)} questions, {refused} without their answer"
+            print(f"{final / name}.jsonl: {count}")
 
 
 if __name__ == "__main__":

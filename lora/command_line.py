@@ -40,6 +40,9 @@ FREE_ON_RESUME = {
 }
 
 
+SWITCH = {"nargs": "?", "const": "true", "metavar": "BOOL"}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, `-` read as `_` in flags, and no guessing of abbreviated ones."""
 
@@ -58,30 +61,26 @@ def underscored(argument):
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
-def add_flags(parser, config):
-    """A flag for every key of `config` (and its aliases); returns the names they arrive under."""
-    names = []
-    for title, table in tables_of(config).items():
-        group = parser.add_argument_group(f"[{title}]")
-        for f in dataclasses.fields(table):
-            default, choices, kind = getattr(table, f.name), f.metadata["choices"], typing.get_origin(f.type) or f.type
-            if kind is dict:
-                continue  # given as a table in the file
-            notes = [", ".join(choices)] if choices else []
-            if default not in (None, "", []):
-                notes.append(f"default: {' '.join(map(str, default)) if isinstance(default, list) else default}")
-            help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
-            flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
-            settings = {"dest": f.name, "metavar": "X", "help": help.replace("%", "%%")}
-            if kind is list:
-                settings |= {"nargs": "+", "action": "extend"}
-            elif kind is bool:
-                settings |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
-            group.add_argument(*flags, **settings)
-            names.append(f.name)
-    for switch, dtype in DTYPE_SWITCHES.items():
-        parser.add_argument(f"--{switch}", nargs="?", const="true", metavar="BOOL", help=f"true: --dtype {dtype}")
-    return [*names, *DTYPE_SWITCHES]
+def add_flags(parser, table, names, default=""):
+    """Flags for some keys of a table, and for their aliases. default: what their help says of it, where it is no value."""
+    for f in dataclasses.fields(table):
+        value, choices, kind = getattr(table, f.name), f.metadata["choices"], typing.get_origin(f.type) or f.type
+        if f.name not in names or kind is dict:
+            continue  # a dict is given as a table in the file
+        notes = [", ".join(choices)] if choices else []
+        if default or value not in (None, "", []):
+            notes.append(f"default: {default or (' '.join(value) if isinstance(value, list) else value)}")
+        help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+        flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
+        form = {list: {"nargs": "+", "action": "extend"}, bool: SWITCH}.get(kind, {})
+        parser.add_argument(*flags, **{"dest": f.name, "metavar": "X", "help": help.replace("%", "%%"), **form})
+
+
+def set_given(config, arguments, names):
+    """Set those of some keys whose flags were given."""
+    for name in names:
+        if getattr(arguments, name, None) is not None:
+            set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
 
 
 def read_command_line(argv, config, default_file, description):
@@ -92,49 +91,51 @@ def read_command_line(argv, config, default_file, description):
     """
     parser = Parser(description)
     parser.add_argument("--config", metavar="FILE", help="TOML (or JSON) file with the keys below")
-    resume = ("--resume_from", "--resume_from_checkpoint")
     help = "continue the run of this checkpoint; auto: the newest whole one of --experiment_name, or a new run"
-    parser.add_argument(*resume, metavar="DIR", default="", help=help)
+    parser.add_argument("--resume_from", "--resume_from_checkpoint", metavar="DIR", default="", help=help)
     help = "with --resume_from: keys that may differ from the checkpoint's, as a,b,c"
     parser.add_argument("--allow_change", metavar="KEYS", default="", help=help)
-    parser.add_argument(
-        "--dry_run", action="store_true", help="say what the run would need, memory and time; train nothing"
-    )
+    help = "say what the run would need, memory and time; train nothing"
+    parser.add_argument("--dry_run", action="store_true", help=help)
     parser.add_argument("--check", action="store_true", help="prove data, model and equalities before a run; train nothing")
-    names = add_flags(parser, config)
+    keys = [*keys_of(config), *DTYPE_SWITCHES]
+    for title, table in tables_of(config).items():
+        add_flags(parser.add_argument_group(f"[{title}]"), table, keys)
+    for switch, dtype in DTYPE_SWITCHES.items():
+        parser.add_argument(f"--{switch}", help=f"true: --dtype {dtype}", **SWITCH)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
         flag = unknown[0].split("=")[0]
         set_key(config, flag[2:], unknown[0].partition("=")[2], flag)  # raises, and names the nearest flag
     if unknown:
         raise UserError(f"{unknown[0]}: not expected here. See --help.")
-    flags = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    flags = {name: value for name, value in vars(arguments).items() if name in keys and value is not None}
     refuse_two_dtypes(flags, "flags")
 
-    file, saved, auto = arguments.config, None, arguments.resume_from == "auto"
+    file, resume_from, saved = arguments.config, arguments.resume_from, None
+    auto = resume_from == "auto"
     allowed = tuple(filter(None, arguments.allow_change.split(",")))
     for name in allowed:
         if name not in keys_of(config):
             raise UserError(f"--allow_change {name}: no such key.{nearest(name, [*keys_of(config)])}")
     if config.lora:
-        config.lora.load_in_4bit = from_environment("USE_BNB_QUANT")
-    if arguments.resume_from and not auto:
-        if not (Path(arguments.resume_from) / "trainer_state.json").is_file():
-            raise UserError(f"--resume_from {arguments.resume_from}: no checkpoint (no trainer_state.json there).")
-        found = damage(arguments.resume_from, "trainer_state.json")
+        asked = os.environ.get("USE_BNB_QUANT") or "false"
+        set_key(config, "load_in_4bit", asked, "USE_BNB_QUANT in the environment", from_text=True)
+    if resume_from and not auto:
+        if not (Path(resume_from) / "trainer_state.json").is_file():
+            raise UserError(f"--resume_from {resume_from}: no checkpoint (no trainer_state.json there).")
+        found = damage(resume_from, "trainer_state.json")
         if found:
             hint = "--resume_from auto takes the newest whole one"
-            raise UserError(f"--resume_from {arguments.resume_from}: damaged: {found}; {hint} of an --experiment_name.")
-        saved = saved_config(arguments.resume_from)
-        refuse_other_script(saved, config, arguments.resume_from)
+            raise UserError(f"--resume_from {resume_from}: damaged: {found}; {hint} of an --experiment_name.")
+        saved = config_of(resume_from, config)
     elif not file and not {"base_model", "train_data", "eval_data"} & flags.keys():
         file = str(default_file)
     if file:
         set_tables(config, read_file(file), file)
     elif saved:
         config = copy.deepcopy(saved)
-    for name, value in flags.items():
-        set_key(config, name, value, f"--{name}", from_text=True)
+    set_given(config, arguments, keys)
 
     require_model_and_data(config)
     require_packages(config.output.report_to)
@@ -143,26 +144,21 @@ def read_command_line(argv, config, default_file, description):
     if arguments.dry_run or arguments.check:
         return Command(config, Path(), dry_run=arguments.dry_run, check=arguments.check)
     if auto:
-        return newest(config, allowed)
+        resume_from = newest(config)
+        saved = config_of(resume_from, config) if resume_from else None
     if saved:
         config.output.experiment_name = config.output.experiment_name or saved.output.experiment_name
-        refuse_changes(saved, config, arguments.resume_from, allowed)
-        run_dir = continued_folder(saved, config, Path(arguments.resume_from))
-        return Command(config, run_dir, arguments.resume_from, False, allowed)
-    if config.model.init_from not in ("", "scratch"):
+        refuse_changes(saved, config, resume_from, allowed)
+    elif config.model.init_from not in ("", "scratch"):
         require_stage(config.model)
     if not config.output.experiment_name:
         stem = Path(file).stem if file else Path(config.model.base_model).name
         config.output.experiment_name = f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
-    return Command(config, new_folder(config))
-
-
-def from_environment(name):
-    """Whether a variable of the environment says true; false where it is not set."""
-    value = os.environ.get(name, "false").lower()
-    if value not in ("true", "false", "1", "0", ""):
-        raise UserError(f"{name}={value} in the environment: need true or false.")
-    return value in ("true", "1")
+    if auto:
+        run_dir = folder_of(config)
+    else:
+        run_dir = continued_folder(saved, config, Path(resume_from)) if saved else new_folder(config)
+    return Command(config, run_dir, resume_from, auto, allowed)
 
 
 @dataclass
@@ -191,28 +187,34 @@ class Command:
         refuse(self.resume_from, changed, self.allowed)
 
 
-def newest(config, allowed):
-    """The Command that continues the run called experiment_name from its newest checkpoint, or begins it."""
+def config_of(checkpoint, config):
+    """The configuration that a checkpoint was made with. Raises UserError where the other script made it."""
+    saved = saved_config(checkpoint)
+    if (saved.lora is None) != (config.lora is None):
+        raise UserError(f"--resume_from {checkpoint}: {'train_lora' if saved.lora else 'train'}.py made it.")
+    return saved
+
+
+def newest(config):
+    """The newest whole checkpoint of the run called experiment_name; "" where that has none yet. Raises UserError."""
     if not config.output.experiment_name:
         raise UserError("--resume_from auto: add --experiment_name, which says the run that is continued.")
-    folder = Path(config.output.output_dir) / config.output.experiment_name
+    folder = folder_of(config)
     found = by_step(folder / "checkpoints")
     newest_first = (found[step] for step in sorted(found, reverse=True))
     whole = next((path for path in newest_first if not damage(path, "trainer_state.json")), None)  # the run says which not
     if found and not whole:
         raise UserError(f"--resume_from auto: every checkpoint in {folder} is damaged; choose another --experiment_name.")
-    if whole:
-        saved = saved_config(whole)
-        refuse_other_script(saved, config, whole)
-        refuse_changes(saved, config, whole, allowed)
-    elif config.model.init_from not in ("", "scratch"):
-        require_stage(config.model)
-    return Command(config, folder, str(whole or ""), True, allowed)
+    return str(whole or "")
+
+
+def folder_of(config):
+    return Path(config.output.output_dir) / config.output.experiment_name
 
 
 def new_folder(config):
     """The folder of a new run; one that exists is never written into."""
-    folder = Path(config.output.output_dir) / config.output.experiment_name
+    folder = folder_of(config)
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --experiment_name, or continue it with --resume_from.")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -231,15 +233,9 @@ def continued_folder(saved, config, checkpoint):
         raise UserError(f"--resume_from {checkpoint}: not in a run's checkpoints/; name a new --experiment_name for it.")
     newest = found[max(found)]
     if place != newest:
-        raise UserError(
-            f"--resume_from {checkpoint}: {newest.name} is later; resume that, or name a new --experiment_name."
-        )
+        mend = "resume that, or name a new --experiment_name"
+        raise UserError(f"--resume_from {checkpoint}: {newest.name} is later; {mend}.")
     return place.parent.parent
-
-
-def refuse_other_script(saved, config, checkpoint):
-    if (saved.lora is None) != (config.lora is None):
-        raise UserError(f"--resume_from {checkpoint}: {'train_lora' if saved.lora else 'train'}.py made it.")
 
 
 def refuse_changes(saved, config, checkpoint, allowed):
@@ -284,8 +280,7 @@ def require_model_and_data(config):
         raise UserError(f"train_data {data[0]} is named, but no model: add --base_model FOLDER (or 'embedded').")
     if config.lora and config.model.add_special_tokens and not config.lora.modules_to_save:
         raise UserError("add_special_tokens: LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head.")
-    weights = config.data.data_weights
-    paths = config.data.train_data
+    weights, paths = config.data.data_weights, config.data.train_data
     if weights and len(weights) != len(paths):
         raise UserError(f"data_weights has {len(weights)} numbers, train_data {len(paths)} paths; give one for each.")
     for name, part in (("prompt_format", "{prompt}"), ("step_format", "{step}")):

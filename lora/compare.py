@@ -40,7 +40,7 @@ class Run:
     """What a run's folder says of it."""
 
     folder: Path
-    config: dict  # key -> value, of all tables
+    config: dict  # key -> value, as `flat` gives it
     lines: list  # of logs/train_metrics.jsonl
     results: dict  # logs/final_results.json; empty where the run has not ended well
 
@@ -54,7 +54,7 @@ class Run:
         whole = [json.loads(line) for line in text if line.endswith("\n")]  # the last one may be being written
         found = read_file(results) if results.is_file() else {}
         config = from_dict(read_file(logs / "config.json"), str(logs / "config.json"))  # with the defaults of newer keys
-        return cls(Path(folder), flat(config.as_dict()), whole, found)
+        return cls(Path(folder), flat(config), whole, found)
 
     @property
     def name(self):
@@ -72,7 +72,7 @@ class Run:
     @property
     def setting(self):
         """The configuration without the seed, as something that can be compared."""
-        return json.dumps({k: v for k, v in self.config.items() if k not in (*NAMES, "seed")}, sort_keys=True)
+        return json.dumps({**self.config, "seed": None}, sort_keys=True)
 
     @property
     def values(self):
@@ -83,18 +83,18 @@ class Run:
         speeds = [value for _, value in self.curve("train/tokens_per_second")]
         columns = {"best loss": best if step else None, "at step": step, "last loss": (self.curve() or [(0, None)])[-1][1]}
         columns |= extra | {"tokens/s": statistics.median(speeds) if speeds else None}
-        columns |= {"GB": self.results.get("peak_memory_gb"), "seconds": self.results.get("seconds")}
-        return columns | ({} if self.results else {"": "not ended"})
+        return columns | {"GB": self.results.get("peak_memory_gb"), "seconds": self.results.get("seconds")}
 
 
-def flat(tables):
-    """The keys of all tables in one."""
-    return {name: value for table in tables.values() for name, value in table.items()}
+def flat(config):
+    """The keys of all tables in one, but for NAMES."""
+    tables = config.as_dict().values()
+    return {name: value for table in tables for name, value in table.items() if name not in NAMES}
 
 
 def differing(runs):
     """The keys in which the runs differ."""
-    keys = dict.fromkeys(key for run in runs for key in run.config if key not in NAMES)
+    keys = dict.fromkeys(key for run in runs for key in run.config)
     return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
 
 
@@ -107,12 +107,12 @@ def shown(value):
 def table(runs):
     """Rows of cells, the first a heading."""
     keys, values = differing(runs), [run.values for run in runs]
-    columns = list(dict.fromkeys(column for row in values for column in row))
-    rows = [[run.name, *(shown(run.config.get(key)) for key in keys)] for run in runs]
-    rows = [
-        [*row, *(shown(of.get(column, "" if not column else None)) for column in columns)] for row, of in zip(rows, values)
-    ]
-    return [["run", *keys, *columns], *rows]
+    columns = dict.fromkeys(column for row in values for column in row)
+    rows = [["run", *keys, *columns, ""]]
+    for run, of in zip(runs, values):
+        cells = [*(run.config.get(key) for key in keys), *(of.get(column) for column in columns)]
+        rows.append([run.name, *map(shown, cells), "" if run.results else "not ended"])
+    return rows
 
 
 def aligned(rows):
@@ -183,26 +183,23 @@ def sketch(runs):
 
 def plot(path, runs, key):
     """Write a picture: the learning curves, and the best losses against the swept key, where there is one."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2 if key else 1, figsize=(11 if key else 6, 4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(11 if key else 6, 4), layout="constrained")
+    curves, *rest = figure.subplots(1, 2 if key else 1, squeeze=False)[0]
     for run in runs:
         if run.curve():
-            axes[0, 0].plot(*zip(*run.curve()), marker=".", label=run.name)
-    axes[0, 0].set(xlabel="step", ylabel="validation loss")
-    axes[0, 0].legend(fontsize=7)
-    if key:
+            curves.plot(*zip(*run.curve()), marker=".", label=run.name)
+    curves.set(xlabel="step", ylabel="validation loss")
+    curves.legend(fontsize=7)
+    for axes in rest:
         points = sorted((run.config[key], run.best[1]) for run in runs if run.best[0] and run.config.get(key) is not None)
-        axes[0, 1].plot(*zip(*points), marker="o", linestyle="none")
-        axes[0, 1].set(xlabel=key, ylabel="best validation loss")
+        axes.plot(*zip(*points), marker="o", linestyle="none")
+        axes.set(xlabel=key, ylabel="best validation loss")
         values = [value for value, _ in points]
-        if min(values) > 0 and max(values) / min(values) > 8:
-            axes[0, 1].set_xscale("log")
+        if values and min(values) > 0 and max(values) / min(values) > 8:
+            axes.set_xscale("log")
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def swept(runs):
@@ -229,14 +226,12 @@ def commands(first, runs, sweep):
         config = from_dict(read_file(saved), str(saved))
         for key, value in chosen:
             set_key(config, key, value, f"--sweep {key}", from_text=True)
-        wanted = {k: v for k, v in flat(config.as_dict()).items() if k not in NAMES}
-        if any(run.results and {k: v for k, v in run.config.items() if k not in NAMES} == wanted for run in runs):
+        if any(run.results and run.config == flat(config) for run in runs):
             continue
         name = "_".join(f"{key}_{value}" for key, value in chosen)
         flags = [part for key, value in chosen for part in (f"--{key}", value)]
-        yield shlex.join(
-            ["python", script, "--config", str(saved), *flags, "--experiment_name", name, "--resume_from", "auto"]
-        )
+        flags += ["--experiment_name", name, "--resume_from", "auto"]
+        yield shlex.join(["python", script, "--config", str(saved), *flags])
 
 
 def main(argv):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import difflib
 import json
 import math
+import operator
 from pathlib import Path
 import types
 import typing
@@ -19,6 +20,7 @@ from lora.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 REVEAL_COLUMNS = ("answer_id", "question", "step_idx", "step", "type_label", "attribution_label", "correctness_label")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def key(default, help, *, low=None, above=None, high=None, choices=None, word=None):
@@ -46,12 +48,12 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     train_data: list[str] = key([], "training files, hf://datasets/OWNER/NAME/PATH, or arithmetic:SPLIT:COUNT")
-    data_weights: list[float] = key([], "a weight for each of train_data: its share of the examples of a step", above=0.0)
+    data_weights: list[float] = key([], "a weight for each of train_data: its share of the examples of a step", above=0)
     eval_data: list[str] = key([], "held-out files; without them eval_fraction of the training data is held out")
-    eval_fraction: float = key(0.1, "share of the prompts held out where there is no eval_data", above=0.0, high=0.9)
+    eval_fraction: float = key(0.1, "share of the prompts held out where there is no eval_data", above=0, high=0.9)
     max_length: int = key(2048, "tokens an example may have", low=2)
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
-    label_max: float = key(1.0, "labels are 0..label_max in the files and are divided by it", above=0.0)
+    label_max: float = key(1.0, "labels are 0..label_max in the files and are divided by it", above=0)
     prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for models that read from left to right")
     step_format: str = key("{step}\n", "how a step is; {number} counts them, {marker} is where the step_marker stands")
     step_marker: str = key("", "one token after every step, where its score is read; default: the step's last token")
@@ -59,26 +61,23 @@ class DataConfig:
     neutral_label: float = key(0.5, "the label of PRM800K's rating 0: not wrong, no progress", low=0.0, high=1.0)
     use_prm800k: bool = key(False, "train on the file of PRM800K in prm800k_path")
     prm800k_path: str = key("", "phase1_train.jsonl or phase2_train.jsonl")
-    prm800k_weight: float = key(1.0, "its weight, beside data_weights (1 each where there are none)", above=0.0)
+    prm800k_weight: float = key(1.0, "its weight, beside data_weights (1 each where there are none)", above=0)
     use_eqasc: bool = key(False, "train on the file of eQASC (or eOBQA) in eqasc_path")
     eqasc_path: str = key("", "eqasc_train_grc.json, or eOBQA's table")
-    eqasc_weight: float = key(1.0, "its weight", above=0.0)
+    eqasc_weight: float = key(1.0, "its weight", above=0)
     use_reveal: bool = key(False, "evaluate on the file of REVEAL in reveal_path; its owners permit no training")
     reveal_path: str = key("", "reveal_eval.csv or reveal_open.csv")
-    reveal_weight: float = key(1.0, "its weight, where it may be trained on", above=0.0)
+    reveal_weight: float = key(1.0, "its weight, where it may be trained on", above=0)
     reveal_columns: dict[str, str] = key({}, "REVEAL's columns that have other names in your file", choices=REVEAL_COLUMNS)
     reveal_train_i_have_permission: bool = key(False, "train on REVEAL: its owners have permitted it to you")
 
     @property
     def named_sets(self):
         """{path: weight} of the sets that a use_* key adds to train_data."""
+        sets = {self.prm800k_path: self.prm800k_weight} if self.use_prm800k else {}
+        sets |= {self.eqasc_path: self.eqasc_weight} if self.use_eqasc else {}
         permitted = self.use_reveal and self.reveal_train_i_have_permission
-        sets = (
-            (self.use_prm800k, self.prm800k_path, self.prm800k_weight),
-            (self.use_eqasc, self.eqasc_path, self.eqasc_weight),
-            (permitted, self.reveal_path, self.reveal_weight),
-        )
-        return {path: weight for used, path, weight in sets if used}
+        return sets | ({self.reveal_path: self.reveal_weight} if permitted else {})
 
     @property
     def train_paths(self):
@@ -103,46 +102,35 @@ class DataConfig:
 @dataclass
 class LoraConfig:
     lora_r: int = key(16, "rank of the update", low=1)
-    lora_alpha: float = key(32, "the update is scaled by lora_alpha / lora_r", above=0.0)
+    lora_alpha: float = key(32, "the update is scaled by lora_alpha / lora_r", above=0)
     lora_dropout: float = key(0.0, "dropout on the input of A (0.05 costs a quarter of the speed)", low=0.0, high=0.9)
     target_modules: list[str] = key(["all-linear"], "name endings, regular expressions, or all-linear (all but the head)")
     modules_to_save: list[str] = key([], "modules trained whole and saved with the adapter: embed_tokens lm_head")
     use_rslora: bool = key(False, "scale the update by lora_alpha / sqrt(lora_r)")
     use_dora: bool = key(False, "train the lengths of the weights' rows as well (DoRA)")
     rank_pattern: dict[str, int] = key({}, "ends of names -> a rank of their own, as PEFT has it", low=1)
-    alpha_pattern: dict[str, float] = key({}, "ends of names -> an alpha of their own", above=0.0)
-    loraplus_lr_ratio: float = key(1.0, "B learns at this many times the learning rate (LoRA+: 16)", above=0.0)
+    alpha_pattern: dict[str, float] = key({}, "ends of names -> an alpha of their own", above=0)
+    loraplus_lr_ratio: float = key(1.0, "B learns at this many times the learning rate (LoRA+: 16)", above=0)
     load_in_4bit: bool = key(False, "QLoRA: the base in 4 bits, by bitsandbytes; USE_BNB_QUANT in the environment too")
     bnb_4bit_quant_type: str = key("nf4", "the sixteen values a weight can have", choices=("nf4", "fp4"))
     bnb_4bit_use_double_quant: bool = key(True, "quantise the scales of the blocks as well")
-    bnb_4bit_compute_dtype: str = key(
-        "bfloat16", "of the 4-bit layers' products", choices=("float32", "bfloat16", "float16")
-    )
+    bnb_4bit_compute_dtype: str = key("bfloat16", "of the 4-bit layers' products", choices=DTYPES)
 
 
 @dataclass
 class TrainingConfig:
-    learning_rate: float = key(2e-5, "peak learning rate", above=0.0)
-    batch_size: int = key(
-        4,
-        "a micro-batch has at most batch_size x max_length tokens; auto: 4, in micro-batches as large as fit",
-        low=1,
-        word="auto",
-    )
+    learning_rate: float = key(2e-5, "peak learning rate", above=0)
+    batch_size: int = key(4, "at most N x max_length tokens in a micro-batch; auto: 4, laid out to fit", low=1, word="auto")
     gradient_accumulation_steps: int = key(4, "a step is batch_size x this many examples", low=1)
     max_steps: int | None = key(None, "optimizer steps; default: 10000, or what num_train_epochs needs", low=1)
-    num_train_epochs: float | None = key(None, "passes over the data; with max_steps the smaller ends the run", above=0.0)
+    num_train_epochs: float | None = key(None, "passes over the data; with max_steps the smaller ends the run", above=0)
     warmup_steps: int | None = key(None, "default: the smaller of 500 and 5 % of the run", low=0)
-    warmup_ratio: float | None = key(
-        None, "warm-up as a share of the run, where warmup_steps is not given", low=0.0, high=1.0
-    )
+    warmup_ratio: float | None = key(None, "warm-up as a share of the run, without warmup_steps", low=0.0, high=1.0)
     lr_scheduler_type: str = key("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", low=0.0)
     skip_nonfinite: int = key(0, "leave out up to N steps whose loss or gradient is not finite; one more stops", low=0)
     weight_decay: float = key(0.0, "AdamW's", low=0.0)
-    optimizer: str = key(
-        "adamw", "8 bits: AdamW's state of bitsandbytes", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")
-    )
+    optimizer: str = key("adamw", "8 bits: bitsandbytes' AdamW", choices=("adamw", "adamw_8bit", "paged_adamw_8bit"))
     adam_beta2: float = key(0.999, "AdamW's; smaller for training from random weights", low=0.0, high=0.9999)
     seed: int = key(42, "of the weights, the order of the data and the dropout", low=0, high=2**63 - 1)
     eval_steps: int = key(100, "evaluate every N steps", low=1)
@@ -151,10 +139,8 @@ class TrainingConfig:
     gradient_checkpointing: bool = key(False, "keep one state per layer and compute the rest again: a third slower")
     offload_activations: bool = key(False, "keep what the backward pass needs of the layers in main memory, not on the GPU")
     compile: bool = key(False, "torch.compile each layer: faster on a GPU after the first steps, which take longer")
-    device: str = key(
-        "auto", "where to run; DEVICE_PREFERENCE in the environment too", choices=("auto", "cuda", "mps", "cpu")
-    )
-    dtype: str = key("auto", "of the computation", choices=("auto", "float32", "bfloat16", "float16"))
+    device: str = key("auto", "where to run (or DEVICE_PREFERENCE)", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = key("auto", "of the computation", choices=("auto", *DTYPES))
 
 
 @dataclass
@@ -175,7 +161,7 @@ class EvaluationConfig:
     refusal_pattern: str = key("", "regular expression: an answer that matches it refuses")
     citation_pattern: str = key("", "regular expression: its matches in an answer are citations")
     json_keys: list[str] = key([], "answers are to be JSON objects that have these keys")
-    threshold: float = key(0.5, "a step is judged right from this score on", above=0.0, high=1.0)
+    threshold: float = key(0.5, "a step is judged right from this score on", above=0, high=1.0)
     tune_threshold_on: str = key("", "set (its file's name) on which the best threshold is looked for, for all of them")
 
 
@@ -228,6 +214,11 @@ def rows_per_batch(training):
     return TrainingConfig.batch_size if training.batch_size == "auto" else training.batch_size
 
 
+def max_batch_tokens(config):
+    """Positions of a micro-batch, at most."""
+    return rows_per_batch(config.training) * config.data.max_length
+
+
 def tables_of(config):
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) is not None}
 
@@ -254,39 +245,50 @@ def nearest(name, known):
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def check(where, value, annotation, limits):
-    """`value` as the type the key has, or a UserError that says what was expected."""
-    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    kind = kinds[0]
-    if typing.get_origin(kind) is list:
+BOUNDS = (("low", ">=", operator.ge), ("above", ">", operator.gt), ("high", "<=", operator.le))
+TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def check(where, value, annotation, limits, from_text=False):
+    """`value` as the type the key has, or a UserError that says what was expected. from_text: it is a flag's text."""
+    kind = typing.get_args(annotation)[0] if isinstance(annotation, types.UnionType) else annotation
+    container, parts = typing.get_origin(kind), typing.get_args(kind)
+    if container is list:
         values = value if isinstance(value, list) else [value]
-        return [check(where, item, typing.get_args(kind)[0], limits) for item in values]
-    if typing.get_origin(kind) is dict:
+        return [check(where, item, parts[0], limits, from_text) for item in values]
+    if container is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where} = {value!r}: need a table, in the config file.")
         names, limits = limits["choices"], {**limits, "choices": None}
         for name in value:
             if names and name not in names:
                 raise UserError(f"{where}.{name}: no such key; need some of {', '.join(names)}.{nearest(name, names)}")
-        return {name: check(f"{where}.{name}", item, typing.get_args(kind)[1], limits) for name, item in value.items()}
+        return {name: check(f"{where}.{name}", item, parts[1], limits) for name, item in value.items()}
     if limits["word"] and value == limits["word"]:
         return value
     expected = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
+    if from_text:
+        value = parsed(value, kind)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         word = f" or {limits['word']}" if limits["word"] else ""
         raise UserError(f"{where} = {value!r}: need {expected}{word}.")
-    low, above, high, choices = (limits[k] for k in ("low", "above", "high", "choices"))
-    if choices and value not in choices:
-        raise UserError(f"{where} = {value!r}: need one of {', '.join(choices)}.{nearest(value, choices)}")
-    if low is not None and value < low:
-        raise UserError(f"{where} = {value}: need {expected} >= {low}.")
-    if above is not None and value <= above:
-        raise UserError(f"{where} = {value}: need {expected} > {above:g}.")
-    if high is not None and value > high:
-        raise UserError(f"{where} = {value}: need {expected} <= {high}.")
+    if limits["choices"] and value not in limits["choices"]:
+        hint = nearest(value, limits["choices"])
+        raise UserError(f"{where} = {value!r}: need one of {', '.join(limits['choices'])}.{hint}")
+    for name, sign, holds in BOUNDS:
+        if limits[name] is not None and not holds(value, limits[name]):
+            raise UserError(f"{where} = {value}: need {expected} {sign} {limits[name]}.")
     return value
+
+
+def parsed(text, kind):
+    """A flag's text as what it says, or as it is: `check` then tells what is wrong with it."""
+    try:
+        return TRUTHS.get(text.lower(), text) if kind is bool else kind(text)
+    except ValueError:
+        return text
 
 
 def keys_of(config):
@@ -294,30 +296,14 @@ def keys_of(config):
     return {f.name: (table, f) for table in tables_of(config).values() for f in dataclasses.fields(table)}
 
 
-def parse_value(text, annotation):
-    """A flag's text as the type of its key, or as it is: `check` then tells what is wrong with it."""
-    kind = typing.get_args(annotation)[0] if isinstance(annotation, types.UnionType) else annotation
-    if typing.get_origin(kind) is list:
-        return [parse_value(item, typing.get_args(kind)[0]) for item in text]
-    if kind is bool:
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
-    try:
-        return kind(text) if kind in (int, float) else text
-    except ValueError:
-        return text
-
-
 def set_key(config, name, value, where, from_text=False):
     """Set one key by its name or an alias; `where` ("--lora_r", "run.toml: lora.lora_r") begins the error messages.
 
-    A flag's value is a text, and is first read as the type of its key.
+    from_text: the value is a flag's text.
     """
     keys = keys_of(config)
     if name in DTYPE_SWITCHES:
-        value = parse_value(value, bool) if from_text else value
-        if type(value) is not bool:
-            raise UserError(f"{where} = {value!r}: need true or false.")
-        if value:
+        if check(where, value, bool, key(None, "").metadata, from_text):
             config.training.dtype = DTYPE_SWITCHES[name]
         elif config.training.dtype in ("auto", DTYPE_SWITCHES[name]):
             config.training.dtype = "float32"
@@ -328,13 +314,12 @@ def set_key(config, name, value, where, from_text=False):
             raise UserError(f"{where}: train.py trains all weights and has no such key; use train_lora.py.")
         raise UserError(f"{where}: no such key.{nearest(name, [*keys, *ALIASES, *DTYPE_SWITCHES])}")
     table, f = keys[name]
-    value = parse_value(value, f.type) if from_text else value
-    setattr(table, name, check(where, value, f.type, f.metadata))
+    setattr(table, name, check(where, value, f.type, f.metadata, from_text))
 
 
 def refuse_two_dtypes(values, where):
     """dtype, bf16 = true and fp16 = true each choose the dtype: one of them may be given in one place."""
-    chosen = [n for n in ("dtype", *DTYPE_SWITCHES) if n in values and str(values[n]).lower() not in ("false", "0", "no")]
+    chosen = [n for n in ("dtype", *DTYPE_SWITCHES) if n in values and TRUTHS.get(str(values[n]).lower()) is not False]
     if len(chosen) > 1:
         raise UserError(f"{where}: {' and '.join(chosen)} both choose the dtype; give one of them.")
 
@@ -344,8 +329,6 @@ def set_tables(config, tables, where):
     tables_known = tables_of(config)
     home = {name: title for title, table in tables_known.items() for name in (f.name for f in dataclasses.fields(table))}
     given = set()
-    if not isinstance(tables, dict):
-        raise UserError(f"{where}: expected tables of keys, found a {type(tables).__name__}.")
     for title, table in tables.items():
         if title == "lora" and config.lora is None:
             raise UserError(f"{where}: [lora]: train.py trains all weights; use train_lora.py.")
@@ -366,14 +349,17 @@ def set_tables(config, tables, where):
 
 
 def read_file(path):
-    """The tables of a TOML file, or of a JSON file with the same keys."""
+    """The tables of a TOML file, or of a JSON file with the same keys. Raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        return json.loads(text) if str(path).endswith(".json") else tomli.loads(text)
+        tables = json.loads(text) if str(path).endswith(".json") else tomli.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}.") from None
+    if not isinstance(tables, dict):
+        raise UserError(f"{path}: expected a table of keys, found a {type(tables).__name__}.")
+    return tables
 
 
 def from_dict(tables, where):
@@ -388,7 +374,7 @@ def saved_config(folder):
     state, toml = Path(folder) / "trainer_state.json", Path(folder) / "training_config.toml"
     if state.is_file():
         tables = read_file(state).get("config")
-        if tables is None:
+        if not isinstance(tables, dict):
             raise UserError(f"{state}: not a checkpoint of ours (it holds no config).")
         return from_dict(tables, str(state))
     if toml.is_file():

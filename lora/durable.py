@@ -30,12 +30,23 @@ def flush_all(folder):
         flush(path)
 
 
+@contextmanager
+def file_for(final):
+    """A path beside `final` to write to; the file takes its place if nothing goes wrong, and is taken away if it does."""
+    temporary = final.with_name(f".tmp_{final.name}")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path, text):
     """Put a file in the place of another, or of none, in one step."""
-    temporary = path.with_name(f".tmp_{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    temporary.replace(path)
+    with file_for(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -50,6 +50,13 @@ class Interrupted(UserError):
         self.status = 128 + number
 
 
+def refuse_any(odd, what):
+    """Raises UserError where anything is odd: `what` it is, and the first five names."""
+    odd = sorted(odd)
+    if odd:
+        raise UserError(f"{what}: {', '.join(odd[:5])}.")
+
+
 LESS_MEMORY = "Use less: --batch_size 1 (or auto), --gradient_checkpointing, a smaller --max_length, --load_in_4bit."
 
 

@@ -7,9 +7,9 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 
 from lora.data import is_target
+from lora.durable import file_for
 from lora.heads import LMHead
 
 SUBFOLDER = Path("logs") / "examples"
@@ -17,11 +17,7 @@ SUBFOLDER = Path("logs") / "examples"
 
 def losses(head, said, targets):
     """[n]: the loss at each target, from what `predict` gave."""
-    if isinstance(head, LMHead):
-        return said[:, 0]
-    if head.loss == "bce":
-        return F.binary_cross_entropy(said, targets, reduction="none")
-    return (said - targets).square()
+    return said[:, 0] if isinstance(head, LMHead) else head.losses(said, targets)
 
 
 def keep(run_dir, step, head, said, targets, rows, groups):
@@ -36,9 +32,8 @@ def keep(run_dir, step, head, said, targets, rows, groups):
     sums = np.add.reduceat(losses(head, said, targets).double().numpy(), np.cumsum([0, *counts[:-1]]))
     folder = Path(run_dir) / SUBFOLDER
     folder.mkdir(exist_ok=True)
-    temporary = folder / f".tmp_step_{step}.npz"
-    np.savez_compressed(temporary, id=ids, loss=sums.astype(np.float32), targets=counts)
-    temporary.replace(folder / f"step_{step}.npz")
+    with file_for(folder / f"step_{step}.npz") as temporary:
+        np.savez_compressed(temporary, id=ids, loss=sums.astype(np.float32), targets=counts)
 
 
 def read(run_dir, step):

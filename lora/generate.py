@@ -1,4 +1,4 @@
-"""Answers: what a model says after a prompt, for many prompts at once.
+"""What a model says: answers to many prompts, scores of the steps of many chains, embeddings of many texts.
 
 Generation needs a cache of keys and values, which the "packed" attention does not know, so it is the one place where
 the model runs as its authors wrote it: `model.generate` of transformers on a padded batch. A causal model reads from
@@ -6,15 +6,20 @@ the left, so the padding stands on the left and every prompt ends where its answ
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
+import math
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from lora.chat import chat_pieces, prompt_pieces
+from lora.config import max_batch_tokens
+from lora.data import Rows
 from lora.errors import UserError
 from lora.model import autocast
-from lora.render import encode, first_token
+from lora.render import Row, encode, first_token, render
 
 PAD = 0  # any token will do: it is masked
 
@@ -118,3 +123,37 @@ def answers(model, tokenizer, prompts, *, max_new_tokens, stop, dtype, max_token
             bar.update(len(indices))
     bar.close()
     return texts
+
+
+@torch.no_grad()
+def step_scores(examples, task, config, device, dtype):
+    """An array [steps] for each example: what a scorer says of its steps, NaN from the first on that does not fit."""
+    ends = np.cumsum([len(example.steps) for example in examples])
+    numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])  # exact up to 2^24
+    asked = [replace(example, labels=of.tolist()) for example, of in zip(examples, numbers)]  # of each step its number
+    rendered = render(asked, task.tokenizer, "score", config.data, task.causal)
+    rows = Rows.of(((row, 0) for of in rendered for row in of.rows), "score")
+    batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed) if len(rows) else []
+    scores = np.full(ends[-1], math.nan)
+    task.eval()
+    with autocast(device, dtype):
+        for batch in tqdm(batches, unit="batch", disable=None):
+            scores[batch.targets.long().numpy()] = task.predict(batch.to(device)).float().cpu().numpy()
+    return np.split(scores, ends[:-1])
+
+
+@torch.no_grad()
+def embed(task, texts, max_length, max_tokens, device, dtype):
+    """[n, width], fp32, of length 1: the mean of the backbone's hidden states over a text's first `max_length` tokens."""
+    tokens = task.tokenizer(texts, truncation=True, max_length=max_length, verbose=False).input_ids
+    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
+    rows = Rows.of(((Row(tokens[i], [0.0] * len(tokens[i])), 0) for i in order), "score")  # with every token a target
+    task.eval()
+    means = []
+    with autocast(device, dtype):
+        for batch in tqdm(rows.batches(range(len(rows)), max_tokens, task.packed), unit="batch", disable=None):
+            hidden = task.at_targets(batch.to(device)).float()
+            means += [part.mean(0).cpu() for part in hidden.split(batch.lengths)]
+    embeddings = torch.empty(len(texts), len(means[0]))
+    embeddings[order] = torch.nn.functional.normalize(torch.stack(means))
+    return embeddings.numpy()

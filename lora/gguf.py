@@ -15,7 +15,7 @@ from safetensors import safe_open
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lora.durable import flush
+from lora.durable import file_for
 from lora.errors import UserError
 from lora.gguf_tokenizer import tokenizer_keys
 from lora.model import load_shape
@@ -43,9 +43,7 @@ def write_gguf(folder, path, kind):
     """
     config, _, tokenizer = load_shape(str(folder))
     keys = gguf_keys(config, tokenizer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp_{path.name}")
-    writer = gguf.GGUFWriter(temporary, FAMILIES[family(config)])
+    writer = gguf.GGUFWriter(None, family(config))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for method, value in keys.items():
@@ -54,34 +52,31 @@ def write_gguf(folder, path, kind):
     for name, shape, _, stored in tensors:
         shape = gguf.quant_shape_to_byte_shape(shape, stored)
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), stored)
-    try:
-        writer.write_header_to_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_for(path) as temporary:
+        writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for _, _, read, stored in tensors:
             writer.write_tensor_data(gguf.quantize(read(), stored))
         writer.close()
-        flush(temporary)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def family(config):
-    """The name of the model's class, which is one of FAMILIES. Raises UserError."""
+    """llama.cpp's name for the model's family. Raises UserError where it is not one of FAMILIES."""
     name = (config.architectures or [config.model_type])[0]
     if name not in FAMILIES:
         raise UserError(f"gguf: {name} is not written for llama.cpp here; {', '.join(FAMILIES)} are.")
-    return name
+    return FAMILIES[name]
 
 
 def gguf_keys(config, tokenizer):
     """{method of GGUFWriter: its argument}, all that llama.cpp is told besides the tensors. Raises UserError."""
-    architecture = FAMILIES[family(config)]
+    architecture, size = family(config), head_size(config)
     if config.hidden_act != "silu":
         raise UserError(f"gguf: hidden_act is {config.hidden_act}; llama.cpp computes silu in this family.")
-    if architecture == "qwen2" and head_size(config) * config.num_attention_heads != config.hidden_size:
-        raise UserError(f"gguf: head_dim is {head_size(config)}; llama.cpp's qwen2 has hidden_size / num_attention_heads.")
+    if architecture == "qwen2" and size * config.num_attention_heads != config.hidden_size:
+        raise UserError(f"gguf: head_dim is {size}; llama.cpp's qwen2 has hidden_size / num_attention_heads.")
     if architecture == "qwen3" and config.attention_bias:
         raise UserError("gguf: attention_bias is true; llama.cpp's qwen3 has none.")
     return {
@@ -91,8 +86,8 @@ def gguf_keys(config, tokenizer):
         "add_feed_forward_length": config.intermediate_size,
         "add_head_count": config.num_attention_heads,
         "add_head_count_kv": config.num_key_value_heads,
-        "add_key_length": head_size(config),
-        "add_value_length": head_size(config),
+        "add_key_length": size,
+        "add_value_length": size,
         "add_layer_norm_rms_eps": config.rms_norm_eps,
         "add_vocab_size": config.vocab_size,
         **rope_keys(config),
@@ -115,22 +110,20 @@ def rope_keys(config):
     if kind in ("linear", "yarn"):
         keys |= {"add_rope_scaling_type": gguf.RopeScalingType(kind), "add_rope_scaling_factor": rope["factor"]}
     if kind == "yarn":
-        keys |= {
-            "add_rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-            "add_rope_scaling_yarn_beta_fast": rope.get("beta_fast", 32.0),
-            "add_rope_scaling_yarn_beta_slow": rope.get("beta_slow", 1.0),
-        }
+        keys["add_rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
+        keys["add_rope_scaling_yarn_beta_fast"] = rope.get("beta_fast", 32.0)
+        keys["add_rope_scaling_yarn_beta_slow"] = rope.get("beta_slow", 1.0)
     return keys
 
 
 def known_ropes(config):
     """Only llama.cpp's llama reads the tensor that Llama 3's scaling is written as."""
-    return [kind for kind in ROPE_SETTINGS if kind != "llama3" or FAMILIES[family(config)] == "llama"]
+    return [kind for kind in ROPE_SETTINGS if kind != "llama3" or family(config) == "llama"]
 
 
 def named_tensors(folder, config):
     """[(llama.cpp's name, shape, a function that reads it: fp32 array)] of every weight in the folder."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[FAMILIES[family(config)].upper()], config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family(config).upper()], config.num_hidden_layers)
     tensors = []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
@@ -139,7 +132,7 @@ def named_tensors(folder, config):
                     continue  # llama.cpp reads the embeddings where there is no output layer
                 known = names.get_name(name, try_suffixes=(".weight", ".bias"))
                 if known is None:
-                    raise UserError(f"gguf: {file.name}: {name} has no place in llama.cpp's {FAMILIES[family(config)]}.")
+                    raise UserError(f"gguf: {file.name}: {name} has no place in llama.cpp's {family(config)}.")
                 read = lambda file=file, name=name: read_tensor(file, name, config)
                 tensors.append((known, tuple(weights.get_slice(name).get_shape()), read))
     if config.rope_parameters["rope_type"] == "llama3":
@@ -154,7 +147,7 @@ def read_tensor(file, name, config):
     """
     with safe_open(file, "pt") as weights:
         tensor = weights.get_tensor(name).float()
-    if FAMILIES[family(config)] == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
+    if family(config) == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
         halves = tensor.unflatten(0, (-1, 2, head_size(config) // 2))
         tensor = halves.transpose(1, 2).reshape(tensor.shape)
     return tensor.numpy()

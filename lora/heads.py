@@ -77,10 +77,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, head, hidden, targets, of_targets, weight, bias):
-        """head LMHead, hidden [n, width], targets and of_targets (how much each counts) [n], weight [vocabulary, width],
-
-        bias [vocabulary] or None -> scalar.
-        """
+        """hidden [n, width], targets and their weights [n], the layer's weight [vocabulary, width] and bias -> scalar."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -98,14 +95,13 @@ class ChunkedLoss(torch.autograd.Function):
                 sums = share.sum(1, keepdim=True)
                 # In this order: large logits would swallow the logarithm.
                 total += ((largest - said + sums.log()) * counts).sum()
-                share.mul_(1 / sums).scatter_add_(1, wanted, torch.full_like(counts, -1.0))
+                share.mul_(counts * head.scale / sums).scatter_add_(1, wanted, -counts * head.scale)
                 gradient = (share if slope is None else share.mul_(slope)).to(dtype)
-                counts = counts * head.scale  # multiplies the narrow sides of the products, not the logits
-                of_hidden[part] = (gradient @ cast) * counts
+                of_hidden[part] = gradient @ cast
                 if of_weight is not None:
-                    of_weight += gradient.T @ (states * counts).to(dtype)
+                    of_weight += gradient.T @ states
                 if of_bias is not None:
-                    of_bias += (gradient * counts).sum(0)
+                    of_bias += gradient.sum(0)
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         return total
 
@@ -134,13 +130,19 @@ class MLPHead(nn.Module):
         """hidden [n, width] -> scores [n]."""
         return torch.sigmoid(self.logits(hidden))
 
+    def losses(self, scores, targets):
+        """[n]: the loss of each score."""
+        if self.loss == "bce":
+            return F.binary_cross_entropy(scores, targets, reduction="none")
+        return (scores - targets).square()
+
     def forward(self, hidden, targets, weights=None):
         """hidden [n, width], targets [n] in 0..1, weights [n] of their losses (None: 1 each) -> sum of the losses."""
         logits = self.logits(hidden)
-        if self.loss == "bce":
+        if self.loss == "bce":  # of the logits: the sigmoid rounds large ones to 1
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         else:
-            losses = (torch.sigmoid(logits) - targets).square()
+            losses = self.losses(torch.sigmoid(logits), targets)
         return (losses if weights is None else losses * weights).sum()
 
     def metrics(self, scores, targets):
@@ -148,5 +150,5 @@ class MLPHead(nn.Module):
         error = (scores - targets).double()
         mse, variance = error.square().mean().item(), targets.double().var(correction=0).item()
         r2 = 1 - mse / variance if variance else math.nan
-        loss = F.binary_cross_entropy(scores.double(), targets.double()).item() if self.loss == "bce" else mse
+        loss = self.losses(scores.double(), targets.double()).mean().item() if self.loss == "bce" else mse
         return {"loss": loss, "mse": mse, "mae": error.abs().mean().item(), "r2": r2}

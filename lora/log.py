@@ -75,9 +75,8 @@ class Log:
         if len(self.losses) == SPIKE_WINDOW:
             usual = statistics.fmean(self.losses)
             if loss > usual + SPIKE * statistics.pstdev(self.losses):
-                self.say(
-                    f"step {step}: the loss {loss:.4f} is a spike: the mean of the {SPIKE_WINDOW} before is {usual:.4f}"
-                )
+                before = f"the mean of the {SPIKE_WINDOW} before is {usual:.4f}"
+                self.say(f"step {step}: the loss {loss:.4f} is a spike: {before}")
         self.losses.append(loss)
         self.tokens += tokens
         self.seconds += seconds

@@ -22,6 +22,11 @@ def ranks(values):
     return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
+def first_below(values, threshold):
+    """The index of the first value under the threshold, or -1."""
+    return next((i for i, value in enumerate(values) if value < threshold), -1)
+
+
 def draws_of(count, draws=1000, seed=0):
     """Yields, so many times, the indices [count] of a sample drawn with replacement: the bootstrap's."""
     rng = np.random.default_rng(seed)

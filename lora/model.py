@@ -1,12 +1,10 @@
 """Load a base model and its tokenizer; choose the device and the type to compute in."""
 
-from contextlib import contextmanager
 from functools import partial
 import os
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 import torch
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +20,7 @@ from lora.quantize import FourBitSettings, bitsandbytes
 from lora.render import Row
 from lora.score_forms import take_over
 from lora.targets import decoder_layers, is_pooler, train_all
-from lora.task import Task
+from lora.task import Task, one_line
 
 BFLOAT16_WIDTH = 512  # on a CPU: 2.4 times as fast from there on, in a base of 128 between 0.7 and 1.6 times (LOG.md)
 logging.disable_progress_bar()
@@ -94,15 +92,6 @@ def weight_files(model):
     return sorted(Path(source).glob("*.safetensors"))
 
 
-@contextmanager
-def naming(base_model):
-    """What transformers says of a base that it cannot load, in one line."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"base_model {base_model}: {str(error).strip().splitlines()[0]}") from None
-
-
 def four_bits(lora, device):
     """How the base is to be quantised, or None where the [lora] table does not ask for it. Raises UserError."""
     if not (lora and lora.load_in_4bit):
@@ -117,7 +106,7 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
     source, local = locate(base_model)
     if local:
         check_weights(source)
-    with naming(base_model):
+    with one_line(f"base_model {base_model}"):
         model, info = model_class.from_pretrained(
             source,
             dtype=dtype,
@@ -152,7 +141,7 @@ def is_finite(tensor):
 def read_shape(base_model):
     """config.json as transformers reads it. Raises UserError."""
     source, local = locate(base_model)
-    with naming(base_model):
+    with one_line(f"base_model {base_model}"):
         shape = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     if getattr(shape, "quantization_config", None):
         raise UserError(
@@ -169,7 +158,7 @@ def load_shape(base_model):
 
 def load_tokenizer(base_model):
     source, local = locate(base_model)
-    with naming(base_model):
+    with one_line(f"base_model {base_model}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     if not tokenizer.is_fast:
         raise UserError(f"base_model {base_model}: its tokenizer has no fast version (no tokenizer.json), which is needed.")

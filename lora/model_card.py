@@ -54,15 +54,18 @@ def model_card(task, config, facts):
     source, local = locate(config.model.base_model)
     base = os.path.abspath(source) if local else source
     figures = {name: value for name, value in facts["best"].items() if name != "step"}
-    of_data = {**facts["train_data"], **facts["eval_data"]}
+    of_data, lora = {**facts["train_data"], **facts["eval_data"]}, config.lora
+    what = f"A LoRA adapter of rank {lora.lora_r}" if lora else "A full fine-tuning"
+    if lora and lora.load_in_4bit:
+        what += ", trained on 4 bits,"
     return CARD.format(
         **{key: facts[key] for key in ("task", "trainable_parameters", "parameters", "seconds")},
         base=base,
         base_in_yaml=json.dumps(base, ensure_ascii=False),
-        library="peft" if config.lora else "transformers",
+        library="peft" if lora else "transformers",
         tags=json.dumps(["plainlora", facts["method"], facts["task"]]),
         name=config.output.experiment_name,
-        what=what(config.lora),
+        what=what,
         step=facts["best"]["step"],
         figures="\n".join(f"| {name} | {value:.6g} |" for name, value in figures.items() if value is not None),
         data="\n".join(f"| `{path}` | {sha256 or 'generated'} |" for path, sha256 in of_data.items()),
@@ -71,12 +74,6 @@ def model_card(task, config, facts):
         loading="\n".join(loading(task, config, base)),
         head=HEAD if config.model.task == "score" else "",
     )
-
-
-def what(lora):
-    if lora is None:
-        return "A full fine-tuning"
-    return f"A LoRA adapter of rank {lora.lora_r}" + (", trained on 4 bits," if lora.load_in_4bit else "")
 
 
 def commands(config):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from lora.errors import UserError
-from lora.metrics import draws_of, pearson, quantiles, ranks, spearman
+from lora.metrics import draws_of, first_below, pearson, quantiles, ranks, spearman
 
 BINS = 10
 FOLDS = 5
@@ -53,9 +53,10 @@ def harmonic_mean(a, b):
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
-def first_below(values, threshold):
-    """The index of the first value under the threshold, or -1."""
-    return next((i for i, value in enumerate(values) if value < threshold), -1)
+def measured(examples, scores):
+    """(labels [n], scores [n]) of the steps that have both. scores: an array [steps] for each example."""
+    pairs = [(la, s) for e, of in zip(examples, scores) for la, s in zip(e.labels, of) if la is not None and s == s]
+    return np.array(pairs, np.float64).reshape(-1, 2).T
 
 
 @dataclass
@@ -67,22 +68,18 @@ class Judged:
     spans: list[np.ndarray]  # of each chain: its places among these
     wrong: np.ndarray  # [chains]: number of the first wrong step among the measured ones, -1: none
     said: np.ndarray  # [chains]: the same by the scores
-    subjects: list[str]  # of each chain: its problem
+    subjects: tuple[str]  # of each chain: its problem
 
     @classmethod
     def of(cls, examples, scores, threshold):
         """`scores`: an array [steps] for each example."""
-        chains = [
-            (e, [(la, sc) for la, sc in zip(e.labels, s) if la is not None and sc == sc]) for e, s in zip(examples, scores)
-        ]
-        chains = [(example, np.array(pairs, np.float64)) for example, pairs in chains if pairs]
-        ends = np.cumsum([len(pairs) for _, pairs in chains])
-        labels, scores = np.concatenate([pairs for _, pairs in chains]).T
+        chains = [(example.prompt, *measured([example], [of_steps])) for example, of_steps in zip(examples, scores)]
+        subjects, labels, scores = zip(*(chain for chain in chains if len(chain[1])))
+        ends = np.cumsum([*map(len, labels)])
         return cls(
-            labels, scores, [np.arange(end - len(pairs), end) for end, (_, pairs) in zip(ends, chains)],
-            np.array([first_below(pairs[:, 0], 0.5) for _, pairs in chains]),
-            np.array([first_below(pairs[:, 1], threshold) for _, pairs in chains]),
-            [example.prompt for example, _ in chains],
+            np.concatenate(labels), np.concatenate(scores), np.split(np.arange(ends[-1]), ends[:-1]),
+            np.array([first_below(of_chain, 0.5) for of_chain in labels]),
+            np.array([first_below(of_chain, threshold) for of_chain in scores]), subjects,
         )  # fmt: skip
 
     def measures(self, threshold, chains=slice(None)):
@@ -167,13 +164,14 @@ def bags_of(features, examples):
     return [[torch.tensor([zlib.crc32(name.encode()) % SIZE for name in names]) for names in features(e)] for e in examples]
 
 
-def fit(bags, examples):
-    """Weights [SIZE, 1] of a logistic regression of the labels on the features of the steps."""
-    pairs = [
-        (bag, label) for of_chain, e in zip(bags, examples) for bag, label in zip(of_chain, e.labels) if label is not None
-    ]
+def fit(chains):
+    """Weights [SIZE, 1] of a logistic regression of the labels on the features of the steps: (bags, example) pairs."""
+    pairs = [(bag, label) for bags, e in chains for bag, label in zip(bags, e.labels) if label is not None]
+    weights = torch.zeros(SIZE, 1)
+    if not pairs:
+        return weights
     flat, targets = torch.cat([bag for bag, _ in pairs]), torch.tensor([label for _, label in pairs])
-    offsets, weights = torch.tensor([0, *(len(bag) for bag, _ in pairs[:-1])]).cumsum(0), torch.zeros(SIZE, 1)
+    offsets = torch.tensor([0, *(len(bag) for bag, _ in pairs[:-1])]).cumsum(0)
     optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss():
@@ -192,23 +190,14 @@ def baseline_scores(features, examples, fitted_on=None):
 
     By default it is fitted on the examples themselves, for each fifth of the problems on the other four.
     """
-    bags = bags_of(features, examples)
-    folds = [0 if fitted_on else hashlib.sha256(e.prompt.encode()).digest()[0] % FOLDS for e in examples]
-    scores = [None] * len(examples)
-    for fold in {*folds}:
-        others = [
-            i for i, own in enumerate(folds) if own != fold and any(label is not None for label in examples[i].labels)
-        ]
-        if fitted_on:
-            weights = fit(bags_of(features, fitted_on), fitted_on)
-        elif others:
-            weights = fit([bags[i] for i in others], [examples[i] for i in others])
-        else:
-            weights = torch.zeros(SIZE, 1)
-        for i, own in enumerate(folds):
-            if own == fold:
-                scores[i] = np.array([torch.sigmoid(weights[bag].sum()).item() for bag in bags[i]])
-    return scores
+    chains = list(zip(bags_of(features, examples), examples))
+    if fitted_on:
+        folds, weights = [0] * len(chains), {0: fit(zip(bags_of(features, fitted_on), fitted_on))}
+    else:
+        folds = [hashlib.sha256(e.prompt.encode()).digest()[0] % FOLDS for e in examples]
+        weights = {fold: fit([chain for chain, own in zip(chains, folds) if own != fold]) for fold in {*folds}}
+    said = lambda bags, of: np.array([torch.sigmoid(of[bag].sum()).item() for bag in bags])
+    return [said(bags, weights[fold]) for (bags, _), fold in zip(chains, folds)]
 
 
 # ------------------------------------------------------------------------------------------------------- best of N
@@ -264,21 +253,19 @@ def report(examples, scores, settings, names, fitted_on=None, draws=1000):
     if tuned and tuned not in names:
         raise UserError(f"tune_threshold_on {tuned}: no such set; there is {', '.join(names) or 'one set only'}.")
     scored = {"scores": scores} | {name: baseline_scores(of, examples, fitted_on) for name, of in BASELINES.items()}
-    unread = [np.isnan(of_chain) for of_chain in scores]
-    result = {"thresholds": {}, "measures": {}}
-    judged = {}
+    result, judged = {"thresholds": {}, "measures": {}}, {}
     for name, of_name in scored.items():
-        of_name = [np.where(absent, math.nan, of_chain) for of_chain, absent in zip(of_name, unread)]
+        of_name = [np.where(np.isnan(ours), math.nan, of_chain) for ours, of_chain in zip(scores, of_name)]
 
-        def of_sets(threshold, *sources, of_name=of_name):
-            chosen = [i for i, e in enumerate(examples) if not sources or e.source in sources]
-            return Judged.of([examples[i] for i in chosen], [of_name[i] for i in chosen], threshold)
+        def at(threshold, source=None, of_name=of_name):
+            chosen = [(e, of_chain) for e, of_chain in zip(examples, of_name) if source in (None, e.source)]
+            return Judged.of(*zip(*chosen), threshold)
 
-        at = best_threshold(lambda t, of_sets=of_sets: of_sets(t, names[tuned])) if tuned else settings.threshold
-        judged[name], result["thresholds"][name] = of_sets(at), at
-        measures = judged[name].measures(at)
+        threshold = best_threshold(lambda t, at=at: at(t, names[tuned])) if tuned else settings.threshold
+        judged[name], result["thresholds"][name] = at(threshold), threshold
+        measures = judged[name].measures(threshold)
         if len(names) > 1:
-            parts = {of: of_sets(at, source).measures(at)["processbench_f1"] for of, source in names.items()}
+            parts = {of: at(threshold, source).measures(threshold)["processbench_f1"] for of, source in names.items()}
             measures |= {f"{of}/processbench_f1": value for of, value in parts.items()}
             measures["mean_processbench_f1"] = float(np.mean(list(parts.values())))
         result["measures"][name] = measures
@@ -288,17 +275,14 @@ def report(examples, scores, settings, names, fitted_on=None, draws=1000):
 
 def reliability_picture(path, scores, labels):
     """Write a picture of how the labels [n] of steps were, against what the scores [n] said; the bars are the counts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     said, true, counts = zip(*calibration(scores, labels))
-    figure, axes = pyplot.subplots(figsize=(5, 5))
+    figure = Figure(figsize=(5, 5))
+    axes = figure.subplots()
     axes.bar(said, [count / len(scores) for count in counts], width=0.04, color="0.85", label="share of the steps")
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
     axes.plot(said, true, marker="o", label=f"ECE {expected_calibration_error(scores, labels):.3f}")
     axes.set(xlabel="mean score", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)

@@ -2,7 +2,7 @@
 
 from html import escape
 
-from lora.prm_metrics import first_below
+from lora.metrics import first_below
 from lora.show import printable
 
 STYLE = """

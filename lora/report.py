@@ -7,18 +7,16 @@ where there is a final artifact, what its model says of a few held-out examples:
 are, or generated answers.
 """
 
-from dataclasses import replace
 from html import escape
 import json
 import math
 from pathlib import Path
 import sys
 
-import numpy as np
 
 from lora.command_line import Parser
 from lora.compare import Run, shown
-from lora.config import read_file, saved_config
+from lora.config import max_batch_tokens, read_file, saved_config
 from lora.errors import UserError, one_line_errors
 from lora.prm_page import chains, document, number_table
 from lora.show import printable
@@ -52,10 +50,8 @@ def chart(title, across, curves):
     width, height, margin = 440, 260, 56
 
     def place(x, y):
-        return (
-            margin + (x - left) / (right - left) * (width - margin - 12),
-            height - 40 - (y - low) / (high - low) * (height - 76),
-        )
+        along, up = (x - left) / (right - left), (y - low) / (high - low)
+        return margin + along * (width - margin - 12), height - 40 - up * (height - 76)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" font-size=13 fill=currentColor role=img aria-label="{escape(title)}">']
     parts.append(f"<text x={margin} y=16 font-weight=bold>{escape(title)}</text>")
@@ -86,10 +82,9 @@ def curves_of(run):
     """The charts of a run's metrics."""
     of = {name: run.curve(name) for name in dict.fromkeys(key for line in run.lines for key in line)}
     yield chart("loss", "step", {"training": of.get("train/loss", []), "validation": of.get("val/loss", [])})
-    for name in ("r2", "token_accuracy"):
-        yield chart(f"validation {name}", "step", {"": of.get(f"val/{name}", [])})
-    yield chart("gradient norm", "step", {"": of.get("train/grad_norm", [])})
-    yield chart("learning rate", "step", {"": of.get("train/learning_rate", [])})
+    names = {"validation r2": "val/r2", "validation token_accuracy": "val/token_accuracy"}
+    names |= {"gradient norm": "train/grad_norm", "learning rate": "train/learning_rate"}
+    yield from (chart(title, "step", {"": of.get(name, [])}) for title, name in names.items())
 
 
 # ------------------------------------------------------------------------------------------------------- the page
@@ -110,14 +105,14 @@ def opening(folder):
 
 
 def checkpoints(folder):
-    """Rows of cells: the checkpoints that are there, the best first."""
+    """A table of the checkpoints that are there, the best first; "" of none."""
     from lora.checkpoint import best, saved
 
     states = saved(folder / "checkpoints")
     states = [*best(states), *(state for state in states if not state["val"])]
     names = list(dict.fromkeys(name for state in states for name in state["val"] or {}))
     rows = [[state["path"].name, *(shown((state["val"] or {}).get(name)) for name in names)] for state in states]
-    return [["checkpoint", *names], *rows] if rows else []
+    return number_table([["checkpoint", *names], *rows]) if rows else ""
 
 
 def section(title, *parts):
@@ -139,7 +134,7 @@ def page(folder, samples=()):
     parts = [
         *section("Result", ended, rows_of({f"best {name}": value for name, value in best.items()} | seconds)),
         *section("Curves", "<div class=charts>", *curves_of(run), "</div>"),
-        *section("Checkpoints", number_table(checkpoints(folder)) if checkpoints(folder) else ""),
+        *section("Checkpoints", checkpoints(folder)),
         *section("What its model says", *samples),
         *section("Data, and what was trained", f"<pre>{escape(opening(folder))}</pre>", rows_of(trained)),
         *section("Environment", rows_of(environment)),
@@ -169,23 +164,14 @@ def scored(task, examples, config):
     """Coloured steps, and the mean label against the mean score."""
     import torch
 
-    from lora.data import Rows
-    from lora.prm_metrics import calibration, expected_calibration_error
-    from lora.render import render
+    from lora.generate import step_scores
+    from lora.prm_metrics import calibration, expected_calibration_error, measured
 
-    examples, scores = examples[:SCORED], []
-    asked = [replace(example, labels=[0.0] * len(example.steps)) for example in examples]
-    for example, rendered in zip(examples, render(asked, task.tokenizer, "score", config.data, task.causal)):
-        said = []
-        if rendered.rows:
-            rows = Rows.of(((row, 0) for row in rendered.rows), "score")
-            with torch.no_grad():
-                said = task.predict(rows.batch(range(len(rows)), task.packed).to(task.model.device)).tolist()
-        scores.append(np.array(said + [math.nan] * (len(example.steps) - len(said))))
-    pairs = [(s, la) for e, of in zip(examples, scores) for s, la in zip(of, e.labels) if la is not None and s == s]
+    examples = examples[:SCORED]
+    scores = step_scores(examples, task, config, task.model.device, torch.float32)
     parts = chains(examples[:SAMPLES], scores[:SAMPLES], config.evaluation.threshold)
-    if pairs:
-        said, labels = np.array(pairs).T
+    labels, said = measured(examples, scores)
+    if len(labels):
         found = [(score, label, count / len(said)) for score, label, count in calibration(said, labels)]
         error = expected_calibration_error(said, labels)
         parts.append(f"<p>Reliability: the mean label of the steps with about the same score, {len(said)} in all; ")
@@ -202,7 +188,8 @@ def answered(task, examples, config):
     from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
 
     prompts, expected = [], []
-    room = config.data.max_length - TOKENS
+    length = min(TOKENS, config.data.max_length // 2)
+    room = config.data.max_length - length
     for example in examples[:SAMPLES]:
         turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         if turns:
@@ -212,12 +199,12 @@ def answered(task, examples, config):
             expected.append(example.messages[turns[-1]].get("content") or "")
         else:
             tokens = text_tokens(example.text, task.tokenizer)
-            begin = min(len(tokens) // 2, TOKENS, room) or 1
+            begin = min(len(tokens) // 2, length) or 1
             prompts.append((example.where, tokens[:begin]))
-            expected.append(task.tokenizer.decode(tokens[begin : begin + TOKENS]))
+            expected.append(task.tokenizer.decode(tokens[begin : begin + length]))
     said = answers(
-        task.model, task.tokenizer, prompts, max_new_tokens=TOKENS, stop=stop_tokens(task.model, task.tokenizer),
-        dtype=torch.float32, max_tokens=4 * config.data.max_length,
+        task.model, task.tokenizer, prompts, max_new_tokens=length, stop=stop_tokens(task.model, task.tokenizer),
+        dtype=torch.float32, max_tokens=max_batch_tokens(config),
     )  # fmt: skip
     for (where, tokens), wanted, answer in zip(prompts, expected, said):
         prompt = printable(task.tokenizer.decode(tokens))

@@ -53,30 +53,6 @@ def identifier(where, value):
     return str(value)
 
 
-def embed(task, texts, max_length, max_tokens, device, dtype):
-    """[n, width], fp32, of length 1: the mean of the backbone's hidden states over a text's first `max_length` tokens."""
-    import torch  # here: the files above are read before torch is loaded
-    from tqdm import tqdm
-
-    from lora.data import Rows
-    from lora.model import autocast
-    from lora.render import Row
-
-    tokens = task.tokenizer(texts, truncation=True, max_length=max_length, verbose=False).input_ids
-    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-    rows = Rows.of(((Row(tokens[i], [0.0] * len(tokens[i])), 0) for i in order), "score")  # with every token a target
-    task.eval()
-    means = []
-    for batch in tqdm(rows.batches(range(len(rows)), max_tokens, task.packed), unit="batch", disable=None):
-        with torch.no_grad(), autocast(device, dtype):
-            batch = batch.to(device)
-            hidden = task.at_targets(batch).float()
-        means += [part.mean(0).cpu() for part in hidden.split(batch.lengths)]
-    embeddings = torch.empty(len(texts), len(means[0]))
-    embeddings[order] = torch.nn.functional.normalize(torch.stack(means))
-    return embeddings.numpy()
-
-
 def ranks_of(queries, corpus, relevant):
     """For each query the places, from 1 on and in order, of its relevant documents among all, the most similar first.
 
@@ -91,9 +67,8 @@ def ranks_of(queries, corpus, relevant):
 
 def metrics(ranks):
     """Means over the queries of `ranks_of`: recall@k, MRR (1 / the first rank), nDCG@10 with relevance 0 or 1."""
-    result = {
-        f"recall@{k}": float(np.mean([sum(rank <= k for rank in found) / len(found) for found in ranks])) for k in CUTOFFS
-    }
+    recall = {k: [sum(rank <= k for rank in found) / len(found) for found in ranks] for k in CUTOFFS}
+    result = {f"recall@{k}": float(np.mean(of_queries)) for k, of_queries in recall.items()}
     gain = 1 / np.log2(np.arange(2, 12))  # at ranks 1 to 10
     ndcg = [sum(gain[rank - 1] for rank in found if rank <= 10) / gain[: len(found)].sum() for found in ranks]
     return result | {"mrr": float(np.mean([1 / found[0] for found in ranks])), "ndcg@10": float(np.mean(ndcg))}

@@ -37,8 +37,8 @@ def main(argv):
     import torch
     from transformers import AutoModel
 
-    from lora.command_line import Parser
-    from lora.config import Config, set_key
+    from lora.command_line import Parser, add_flags, set_given
+    from lora.config import Config, ModelConfig
     from lora.targets import is_causal
     from lora.model import load_shape
     from lora.readers import read
@@ -47,12 +47,11 @@ def main(argv):
     parser = Parser("Rows of data files as the model will read them, what is asked of it marked, and statistics.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="data files, as for --train_data")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
-    for name, default in (("base_model", "embedded"), ("task", "lm"), ("max_length", "2048"), ("label_max", "1")):
-        parser.add_argument(f"--{name}", default=default, metavar="X", help=f"as in train.py (default: {default})")
+    config, keys = Config(ModelConfig("embedded")), ("base_model", "task", "max_length", "label_max")
+    for table in (config.model, config.data):
+        add_flags(parser, table, keys)
     arguments = parser.parse_args(argv)
-    config = Config()
-    for name in ("base_model", "task", "max_length", "label_max"):
-        set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
+    set_given(config, arguments, keys)
     examples = read(arguments.files, config.model.task, config.data)
     shape, _, tokenizer = load_shape(config.model.base_model)
     with torch.device("meta"):  # what the model sees of a row is in its code; no weights are needed

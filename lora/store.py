@@ -79,7 +79,7 @@ def locked(folder):
 def write(source, task, folder, key):
     examples = source.examples()
     facts = {"chats": any(example.messages for part in examples for example in part)}
-    facts["repeated"] = len(examples[0]) - len({str(replace(example, where="")) for example in examples[0]})
+    facts["repeated"] = len(examples[0]) - len({str(replace(example, where="", source=0)) for example in examples[0]})
     facts["overlap"] = len(set.intersection(*({example.subject for example in part} for part in examples)))
     with folder_for(folder / key) as temporary:
         for name, part in zip(("train", "eval"), examples):

@@ -74,6 +74,11 @@ def train_all(model):
         parameter.requires_grad_(parameter.is_floating_point() and not is_pooler(name))
 
 
+def ends_with_one(name, endings):
+    """Whether a module's name ends with whole parts such as "q_proj" or "self_attn.q_proj"."""
+    return any(f".{name}".endswith(f".{ending}") for ending in endings)
+
+
 def matching_names(model, target_modules):
     """The linear layers that `target_modules` names.
 
@@ -90,7 +95,7 @@ def matching_names(model, target_modules):
         if target == "all-linear":
             found = linear_names(model)
         elif re.fullmatch(r"[\w.]+", target):
-            found = [n for n in known if f".{prefix}{n}".endswith(f".{target}")]
+            found = [n for n in known if ends_with_one(prefix + n, [target])]
         else:
             try:
                 found = [n for n in known if re.fullmatch(target, prefix + n)]
@@ -117,7 +122,7 @@ def named_modules(model, endings):
     holding = [
         name for name, module in model.named_modules() if name and next(module.parameters(recurse=False), None) is not None
     ]
-    found = {ending: [name for name in holding if f".{name}".endswith(f".{ending}")] for ending in endings}
+    found = {ending: [name for name in holding if ends_with_one(name, [ending])] for ending in endings}
     for ending, names in found.items():
         if not names:
             raise UserError(f"modules_to_save: {ending!r} matches no module that holds weights.")

@@ -15,7 +15,7 @@ from torch import nn
 from lora.adapter import load_adapter, save_adapter
 from lora.attention import Documents
 from lora.distributed import fill
-from lora.errors import UserError
+from lora.errors import UserError, ran_out_of_memory
 from lora.heads import LMHead, MLPHead
 from lora.layer import lora_layers, merge
 from lora.score_forms import load_two_rows
@@ -159,9 +159,12 @@ class Task(nn.Module):
 
 
 @contextmanager
-def one_line(path):
-    """What safetensors, transformers or torch say of weights that are absent, damaged or of another shape."""
+def one_line(what):
+    """The first line of what safetensors, transformers or torch say of weights that they cannot load."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+        if ran_out_of_memory(error):
+            raise
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"{what}: {first[:300]}") from None

@@ -57,10 +57,11 @@ def check_patterns(settings):
 
 
 def rouge_scorer():
-    """rouge_score's scorer, or None where it is not installed."""
+    """rouge_score's scorer, or None, and a note, where it is not installed."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
+        print("note: no ROUGE without rouge_score: pip install 'plainlora[eval]'")
         return None
     return RougeScorer(["rouge1", "rouge2", "rougeL"])
 

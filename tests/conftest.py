@@ -1,6 +1,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for a network
+os.environ["OMP_NUM_THREADS"] = "1"  # small matrices: a second thread only waits
 
 from pathlib import Path
 import runpy
@@ -17,7 +18,7 @@ from lora.model import EMBEDDED
 from lora.source import Source
 
 os.environ["PLAINLORA_CACHE"] = tempfile.mkdtemp(prefix="plainlora_tests_")
-torch.set_num_threads(1)  # small matrices: a second thread only waits
+torch.set_num_threads(1)
 
 
 def tiny_llama(**changes):

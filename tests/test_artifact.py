@@ -324,7 +324,8 @@ def test_tensors_are_hashed_as_they_lie_in_memory():
 
 
 def test_four_bit_weights_are_hashed_with_their_scales():
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     model = torch.nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4", compress_statistics=True)).to("cpu")
     model.requires_grad_(False)
     weight = model[0].weight

@@ -112,6 +112,10 @@ def test_of_a_large_model_the_first_layers_are_checked(configure, monkeypatch, c
 DATA_FAULTS = {
     "the same prompts in both": ("train and eval apart", dict(eval_data=lambda p: write(p / "e", [chat(1)] * 2))),
     "every row twice": ("duplicates", dict(train_data=lambda p: write(p / "t", [chat(i // 2) for i in range(40)]))),
+    "every row in two files": (
+        "duplicates",
+        dict(train_data=lambda p: [path for name in "tu" for path in write(p / name, map(chat, range(40)))]),
+    ),
     "answers beyond max_length": ("rows cut off", dict(max_length=28)),
     "questions beyond max_length": (
         "rows without a target",

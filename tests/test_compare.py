@@ -106,11 +106,19 @@ def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
     assert "not yet run" not in capsys.readouterr().out
 
 
-def test_a_picture_of_the_runs(sweep, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_the_picture_of_the_runs_is_written(sweep, tmp_path, capsys):
     main([*map(str, sweep.values()), "--plot", str(tmp_path / "sweep.png")])
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert compare.swept([Run.of(folder) for folder in sweep.values()]) == "learning_rate"
+
+
+def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_path, capsys):
+    folders = [tmp_path / "fast", tmp_path / "slow"]
+    for folder, rate in zip(folders, (1e-3, 1e-4)):
+        (folder / "logs").mkdir(parents=True)
+        configure(True, learning_rate=rate).save(folder / "logs" / "config.json")
+    main([*map(str, folders), "--plot", str(tmp_path / "a.png")])
+    assert capsys.readouterr().out.count("not ended") == 2 and (tmp_path / "a.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,13 @@ def test_a_mistake_in_a_file_names_the_file_and_the_key(text, message, tmp_path)
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"config": 5}', '{"config": {"lora": 5}}'], ids=len)
+def test_a_state_that_is_none_of_ours_is_one_line(text, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(text)
+    with pytest.raises(UserError, match="trainer_state.json: "):
+        saved_config(tmp_path)
+
+
 def test_full_fine_tuning_refuses_lora_keys(tmp_path):
     with pytest.raises(UserError, match="--lora_r: train.py trains all weights and has no such key; use train_lora.py"):
         read("--lora_r=4", lora=False)

@@ -14,6 +14,7 @@ import eval as evaluation
 from lora import cite_or_refuse, retrieval, show, text_metrics
 from lora.config import ROOT, EvaluationConfig, from_dict, read_file
 from lora.errors import UserError
+from lora.generate import embed
 from lora.model import load_task
 from lora.readers import read
 from tests.conftest import run
@@ -49,7 +50,7 @@ SETTINGS = EvaluationConfig(refusal_pattern="^I cannot", citation_pattern=r"\[\d
         ("18", None),
     ],
 )
-def test_the_number_after_the_last_hashes(text, number):
+def test_the_number_after_the_last_hashes_is_the_answer(text, number):
     assert text_metrics.final_number(text) == number
 
 
@@ -68,7 +69,7 @@ def test_the_number_after_the_last_hashes(text, number):
         ("{", "x", dict(json_validity=0)),
     ],
 )
-def test_measures_of_one_answer(answer, reference, expected):
+def test_the_measures_of_an_answer_are_those_counted_by_hand(answer, reference, expected):
     measured = text_metrics.scores(answer, reference, SETTINGS, None)
     assert {name: measured[name] for name in expected} == expected
 
@@ -128,7 +129,7 @@ def test_questions_are_read_in_every_form_of_chat_and_ask_for_the_last_answer(tm
 # ----------------------------------------------------------------------------------------------------- retrieval
 
 
-def test_retrieval_measures_by_hand():
+def test_retrieval_measures_are_those_counted_by_hand():
     angles = np.radians(np.arange(0, 120, 10))  # of twelve documents; the query looks along the first
     corpus = np.stack([np.cos(angles), np.sin(angles)], 1)
     ranks = retrieval.ranks_of(corpus[[0, 0]], corpus, [{1, 11}, {0}])
@@ -144,7 +145,7 @@ def test_an_embedding_is_the_mean_over_the_hidden_states_of_the_text_alone(kind,
     config = configure(False, base_model=str(request.getfixturevalue(kind)))
     task = load_task(config, torch.float32)
     texts = ["some words", "a", "many more words than that " * 3, "b c"]
-    embeddings = retrieval.embed(task, texts, 16, 24, torch.device("cpu"), torch.float32)
+    embeddings = embed(task, texts, 16, 24, torch.device("cpu"), torch.float32)
     alone = AutoModel.from_pretrained(config.model.base_model).eval()
     for text, embedding in zip(texts, embeddings, strict=True):
         encoded = task.tokenizer(text, truncation=True, max_length=16, return_tensors="pt")

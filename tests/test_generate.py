@@ -89,7 +89,7 @@ REFUSING = "{{ raise_exception('no chats') }}"
         (None, 0, [0]),
     ],
 )
-def test_what_ends_an_answer(template, own, expected):
+def test_an_answer_ends_at_the_tokens_that_template_and_model_name(template, own, expected):
     tokenizer, model = AutoTokenizer.from_pretrained(EMBEDDED), tiny_llama()
     tokenizer.chat_template, model.generation_config.eos_token_id = template, own
     assert stop_tokens(model, tokenizer) == expected

@@ -230,7 +230,7 @@ def test_pieces_get_scores_that_make_the_same_tokens(tmp_path):
         assert tokenizer(text).input_ids == highest_score(text, ids, keys["tokenizer.ggml.scores"]), text
 
 
-def test_scaled_positions(tmp_path):
+def test_positions_that_are_scaled_are_written_as_llama_cpp_has_them(tmp_path):
     rope = LLAMA3 | dict(original_max_position_embeddings=64)
     folder = folder_of("Llama", GROUPED | dict(head_dim=16, rope_parameters=rope), tmp_path / "llama3")
     write_gguf(folder, tmp_path / "llama3.gguf", "f16")

@@ -199,16 +199,16 @@ def test_8_rows_whose_targets_are_cut_off_are_counted_and_an_error_where_none_is
 
 
 @pytest.mark.parametrize("targets", [["nope_proj"], ["q_proj", "nope_proj"]])
-def test_26_a_target_that_matches_nothing_is_named(train, base, tmp_path, targets):
+def test_26_a_target_that_matches_nothing_is_refused_and_named(train, base, tmp_path, targets):
     message = "target_modules: 'nope_proj' matches no linear layer; there are .*q_proj"
     refused(train, tmp_path, message, *base, "--target_modules", *targets)
 
 
-def test_27_a_rank_that_no_layer_has_room_for(train, base, tmp_path):
+def test_27_a_rank_that_no_layer_has_room_for_is_refused(train, base, tmp_path):
     refused(train, tmp_path, r"lora_r = 999: the largest layer has room for a rank of 1\.\.", *base, "--lora_r=999")
 
 
-def test_29_a_base_with_a_weight_that_is_not_finite(train, base, tmp_path):
+def test_29_a_base_with_a_weight_that_is_not_finite_is_refused(train, base, tmp_path):
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = float("nan")
@@ -216,7 +216,7 @@ def test_29_a_base_with_a_weight_that_is_not_finite(train, base, tmp_path):
     refused(train, tmp_path, "base_model .*: weights that are not finite numbers, in model.norm.weight", *base)
 
 
-def test_30_a_base_of_pickles(train, base, tmp_path):
+def test_30_a_base_of_pickles_is_refused(train, base, tmp_path):
     (tmp_path / "base" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "base" / "pytorch_model.bin")
     refused(train, tmp_path, "no weights in safetensors: pytorch_model.bin may run code when it is read", *base)
@@ -233,7 +233,7 @@ def test_30_a_base_of_pickles(train, base, tmp_path):
     ],
     ids=["cut", "longer", "empty", "LFS", "HTML"],
 )
-def test_31_a_damaged_weight_file(train, base, tmp_path, content, message):
+def test_31_a_damaged_weight_file_is_refused(train, base, tmp_path, content, message):
     path = tmp_path / "base" / "model.safetensors"
     path.write_bytes(content(path.read_bytes()))
     refused(train, tmp_path, message, *base)
@@ -264,7 +264,7 @@ def test_34_without_a_template_it_is_chatml_and_said(train, base, tmp_path):
     assert status == 0 and "the tokenizer has no chat template: using ChatML" in out
 
 
-def test_35_a_token_beyond_the_embeddings(train, base, tmp_path):
+def test_35_a_token_beyond_the_embeddings_is_refused(train, base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(tmp_path / "base")
@@ -274,7 +274,7 @@ def test_35_a_token_beyond_the_embeddings(train, base, tmp_path):
     refused(train, tmp_path, message, base[0], *data, "--max_length=100")
 
 
-def test_36_more_positions_than_the_model_has(train, base, tmp_path):
+def test_36_more_positions_than_the_model_has_are_refused(train, base, tmp_path):
     refused(train, tmp_path, "max_length = 4096: .* has 512 positions; add --max_length 512", *base, "--max_length=4096")
 
 
@@ -334,7 +334,7 @@ def test_40_a_folder_that_is_there_or_in_use_is_left_alone(train, base, tmp_path
     assert train(*base, "--experiment_name=a", "--resume_from=auto")[0] == 0
 
 
-def test_43_a_port_that_is_taken(monkeypatch, capsys):
+def test_43_a_port_that_is_taken_is_one_line(monkeypatch, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -15,7 +15,7 @@ from lora.model import autocast, choose_dtype, load_task, prepare_layers
 from lora.plan import Counting, memory
 from lora.source import Source
 from lora.store import tokenised
-from lora.task import Task
+from lora.task import Task, one_line
 import train_lora
 from tests.conftest import run
 from tests.test_model import save
@@ -140,3 +140,9 @@ def test_what_cannot_be_counted_is_said_in_one_line(configure, tmp_path):
     config = configure(True, base_model=str(folder), **WHOLE | {"dtype": "float32"})
     with pytest.raises(UserError, match="--dry_run: this model cannot be counted in torch.float32"):
         train_lora.main(Command(config, tmp_path / "run", dry_run=True), Source(config))
+
+
+def test_memory_that_runs_out_while_weights_are_read_is_no_mistake_of_the_user():
+    for error, kept in ((RuntimeError("can't allocate memory"), RuntimeError), (RuntimeError("size mismatch"), UserError)):
+        with pytest.raises(kept), one_line("weights"):
+            raise error

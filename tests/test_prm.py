@@ -49,7 +49,7 @@ def test_auc_is_the_share_of_pairs_in_order():
     assert prm_metrics.auc(scores, right) == pytest.approx(np.mean(above))
 
 
-def test_calibration_by_hand():
+def test_calibration_is_that_counted_by_hand():
     scores, labels = np.array([0.0, 0.05, 0.95, 1.0, 1.0]), np.array([0.0, 1.0, 1.0, 1.0, 0.0])
     low, high = prm_metrics.calibration(scores, labels)
     assert low == pytest.approx((0.025, 0.5, 2)) and high == pytest.approx((2.95 / 3, 2 / 3, 3))
@@ -57,7 +57,7 @@ def test_calibration_by_hand():
     assert prm_metrics.expected_calibration_error(scores, labels) == pytest.approx(expected)
 
 
-def test_first_errors_processbench_and_prmbench_by_hand():
+def test_first_errors_processbench_and_prmbench_are_those_counted_by_hand():
     of = judged(
         ([1, 0, None], [0.9, 0.2, 0.1]),  # found exactly
         ([1, 1, 0], [0.9, 0.4, 0.1]),  # one step too early
@@ -102,7 +102,7 @@ def test_intervals_hold_the_value_shrink_with_more_problems_and_pair_the_scorers
     assert prm_metrics.intervals(same, dict.fromkeys(same, 0.5), draws=20)[1]["b"]["mse"] == [0.0, 0.0]
 
 
-def test_best_of_n_by_hand():
+def test_best_of_n_is_that_counted_by_hand():
     def solution(outcome, answer, *scores, prompt="p"):
         return example([None] * len(scores), prompt, outcome, ["s"] * (len(scores) - 1) + [f"A: {answer}"]), np.array(
             scores
@@ -259,6 +259,15 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     assert numbers["best_of_n/random"] == 0.5 and numbers["best_of_n/oracle"] == 1.0 and "auc" not in numbers
     evaluate("--checkpoint", artifact, "--prompt", "p\na\nb", "--html", tmp_path / "p.html")
     assert len(capsys.readouterr().out.splitlines()[-3:]) == 3 and (tmp_path / "p.html").is_file()
+
+
+def test_a_set_of_which_nothing_fits_has_no_figures_of_its_own(configure, tmp_path):
+    artifact, out = run(configure(True, max_steps=1)) / "final_artifact", tmp_path / "n.json"
+    rows = [{"prompt": f"p{i}", "steps": ["3+4=7", "7-2=9"], "labels": [1, i % 2]} for i in range(12)]
+    files = [write(tmp_path / "short.jsonl", rows), write(tmp_path / "a.jsonl", rows[:5])]
+    files.append(write(tmp_path / "long.jsonl", [row | {"prompt": "p" * 9999} for row in rows]))
+    evaluate("--checkpoint", artifact, "--eval_data", *files, "--output", out)
+    assert {name for name in json.loads(out.read_text()) if "/" in name} == {"short/processbench_f1", "a/processbench_f1"}
 
 
 def test_outcomes_are_read_from_both_forms(tmp_path):

@@ -38,7 +38,6 @@ def load(folder, **settings):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 def test_the_bytes_are_those_of_transformers_own_loading(tiny_base, quant_type, double):
-    pytest.importorskip("accelerate")
     ours = load(tiny_base, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double)
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double,

@@ -99,7 +99,7 @@ def test_pairs_in_csv_with_and_without_header_tsv_and_jsonl_scaled_by_label_max(
     assert examples(write(tmp_path, "d.jsonl", json.dumps(row)), label_max=5) == expected[:1]
 
 
-def test_texts(tmp_path):
+def test_a_row_of_text_is_read_as_its_text(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"text": "hello"}')
     assert examples(path, "lm") == [("hello", [], [])]
 
@@ -133,6 +133,7 @@ BAD = [
     ("a.json", GOOD, "a.json: expected a JSON list of objects, found dict"),
     ("a.csv", "a,b,0.5\na,b\n", "a.csv:2: 2 columns, expected 3 (sentence1, sentence2, score)"),
     ("a.csv", "a,b,0.5\na,b,high\n", "a.csv:2: label 'high'; expected 0..1"),
+    ("a.csv", "text,text\none,two\n", "a.csv:1: the column 'text' is there twice"),
     ("a.parquet", "", "a.parquet: expected a file named .jsonl, .json, .csv, .tsv, .txt"),
 ]
 

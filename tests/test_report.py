@@ -50,9 +50,10 @@ def test_a_scorers_report_has_curves_scores_and_what_it_was_made_of(configure):
     assert len(re.findall(r"\d\.\d{3} \([01]\)", text)) > 8  # scores with their labels
 
 
-def test_a_language_models_report_has_answers(configure, tmp_path):
+@pytest.mark.parametrize("max_length", [128, 64])
+def test_a_language_models_report_has_answers(configure, tmp_path, max_length):
     data = {"train_data": write(tmp_path / "t", map(chat, range(40))), "eval_data": write(tmp_path / "e", [chat(1)] * 3)}
-    text = report(run(configure(False, task="lm", **data)))
+    text = report(run(configure(False, task="lm", max_length=max_length, **data)))
     assert text.count("How many are 1 boxes") == 3 and "There are 7 pears in all." in text
 
 

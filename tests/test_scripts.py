@@ -23,8 +23,7 @@ from tests.conftest import run
 
 
 def call(*arguments, cwd=ROOT):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
 
 
 # ------------------------------------------------------------------------------------------------- errors

@@ -60,21 +60,8 @@ def examples_of(path, task, data):
     from lora.readers import arithmetic, chat, eobqa, eqasc, files, first_error, math_shepherd, outcomes, pairs, prm800k
     from lora.readers import prmbench, questions, reveal, steps, text
 
-    readers = (
-        chat,
-        questions,
-        steps,
-        pairs,
-        text,
-        prm800k,
-        math_shepherd,
-        first_error,
-        prmbench,
-        eqasc,
-        eobqa,
-        reveal,
-        outcomes,
-    )
+    readers = (chat, questions, steps, pairs, text, prm800k, math_shepherd, first_error)
+    readers += (prmbench, eqasc, eobqa, reveal, outcomes)
     if path.startswith("arithmetic:"):
         yield from arithmetic.read(path, task)
         return
@@ -136,10 +123,7 @@ def split_by_prompt(examples, fraction):
     held_out = set(ordered[: max(1, round(fraction * len(ordered)))])
     if held_out == subjects:
         raise UserError(f"{examples[0].where}: all rows have the same prompt, so none can be held out; add --eval_data.")
-    return (
-        [e for e in examples if e.subject not in held_out],
-        [e for e in examples if e.subject in held_out],
-    )
+    return [e for e in examples if e.subject not in held_out], [e for e in examples if e.subject in held_out]
 
 
 def string(where, name, value):

@@ -21,9 +21,8 @@ def rows(path, bad=None):
     A caller that finds faults of its own in the rows gives a list, `bad`, to which theirs are added, and calls `refuse`.
     `path` is a local file, or a file of a data set on the Hub: hf://datasets/OWNER/NAME[@REVISION]/PATH.
     """
-    readers = dict(
-        jsonl=jsonl_rows, json=json_rows, csv=csv_rows, tsv=csv_rows, txt=text_rows, text=text_rows, md=text_rows
-    )
+    readers = {"jsonl": jsonl_rows, "json": json_rows, **dict.fromkeys(("csv", "tsv"), csv_rows)}
+    readers |= dict.fromkeys(("txt", "text", "md"), text_rows)
     collected = [] if bad is None else bad
     suffix = path.lower().removesuffix(".gz").rpartition(".")[2]
     if suffix not in readers:
@@ -32,19 +31,16 @@ def rows(path, bad=None):
         opened = gzip.open if path.lower().endswith(".gz") else open
         with opened(local(path), "rt", encoding="utf-8-sig", newline="") as file:
             yield from readers[suffix](path, file, collected)
-    except (gzip.BadGzipFile, zlib.error) as error:
+    except (gzip.BadGzipFile, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: {error}.") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}.") from None
     except EOFError:
         raise UserError(f"{path}: the compressed file ends early; copy it again.") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: {error}.") from None
     except UnicodeDecodeError as error:
         line, byte = undecodable(opened(local(path), "rb")) or ("", error.object[error.start])
-        raise UserError(
-            f"{path}:{line}: byte {byte:#04x} is not UTF-8; convert it: iconv -f ITS_ENCODING -t utf-8."
-        ) from None
+        mend = "convert it: iconv -f ITS_ENCODING -t utf-8"
+        raise UserError(f"{path}:{line}: byte {byte:#04x} is not UTF-8; {mend}.") from None
     if bad is None:
         refuse(path, collected)
 
@@ -81,9 +77,8 @@ def local(path):
     """Where the file lies; a Hub file is downloaded once, by huggingface_hub. Raises UserError."""
     if not path.startswith(HUB):
         if not Path(path).is_file():
-            raise UserError(
-                f"{path}: {'a folder; name its files' if Path(path).is_dir() else 'No such file or directory'}."
-            )
+            found = "a folder; name its files" if Path(path).is_dir() else "No such file or directory"
+            raise UserError(f"{path}: {found}.")
         return Path(path)
     match = re.fullmatch(HUB + r"([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
     if not match:
@@ -110,7 +105,8 @@ def parse(where, text):
 def with_different_keys(pairs):
     row = dict(pairs)
     if len(row) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} is given twice")
     return row
 
@@ -143,6 +139,9 @@ def csv_rows(path, file, bad):
         where = f"{path}:{table.line_num}"
         if names is None:
             names = ["sentence1", "sentence2", "score"] if len(values) == 3 and is_number(values[2]) else values
+            twice = next((name for name in names if name and names.count(name) > 1), None)
+            if twice:
+                raise UserError(f"{where}: the column {twice!r} is there twice.")
             if names is values:
                 continue
         if len(values) != len(names):

@@ -18,10 +18,8 @@ def examples(rows, data):
             prompt, solutions = string(where, "prompt", row["prompt"]), [(row["steps"], row["is_correct"])]
         else:
             prompt, of_models = string(where, "question", row["question"]), [v for v in row.values() if isinstance(v, dict)]
-            solutions = [
-                (string(where, "solution", of.get("solution")).strip().split("\n"), of.get("is_correct"))
-                for of in of_models
-            ]
+            texts = [string(where, "solution", of.get("solution")).strip() for of in of_models]
+            solutions = [(text.split("\n"), of.get("is_correct")) for text, of in zip(texts, of_models)]
         for steps, correct in solutions:
             if not isinstance(correct, bool) or not isinstance(steps, list):
                 raise UserError(f"{where}: is_correct {correct!r}; expected true or false, and steps in a list.")

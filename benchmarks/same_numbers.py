@@ -1,0 +1,75 @@
+"""Proof that a change keeps the numbers: another commit and this tree run the same commands here, compared bit for bit.
+
+    python benchmarks/same_numbers.py [COMMIT]      (the parent of what is checked out, where none is given)
+
+The commands are those of tests/golden_losses.json, 20 steps each. Compared are all metrics of all steps but times, and
+every tensor of the last checkpoint (weights and optimizer). What differs is named, and the exit status is then 1.
+"""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+import tempfile
+
+from safetensors.torch import load_file
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = ["--max_steps=20", "--eval_steps=10", "--logging_steps=1", "--experiment_name=run"]
+TIMES = ("timestamp", "train/tokens_per_second")
+
+
+def found(tree, command, folder):
+    """{name: number or tensor} of everything that a command computes in `tree`."""
+    script, *flags = command.split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PLAINLORA_CACHE": str(folder / "cache")}
+    arguments = [sys.executable, script, *flags, *STEPS, f"--output_dir={folder}"]
+    done = subprocess.run(arguments, cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{command}\nin {tree}: {done.stderr.strip().splitlines()[-1]}")
+    lines = map(json.loads, (folder / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines())
+    numbers = {f"step {line['step']} {key}": value for line in lines for key, value in line.items() if key not in TIMES}
+    checkpoint = folder / "run" / "checkpoints" / "checkpoint_step_20"
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        numbers |= {f"{file.relative_to(checkpoint)} {name}": tensor for name, tensor in load_file(file).items()}
+    return numbers
+
+
+def difference(before, now):
+    """What to say of two values (None: absent) that should be one; "" where they are."""
+    tensors = isinstance(before, torch.Tensor) and isinstance(now, torch.Tensor)
+    if not tensors:
+        return "" if before == now else f"{before} -> {now}"
+    if (before.shape, before.dtype) != (now.shape, now.dtype):
+        return f"{list(before.shape)} {before.dtype} -> {list(now.shape)} {now.dtype}"
+    largest = (before.double() - now.double()).abs().max() if before.numel() else 0.0
+    return (
+        ""
+        if torch.equal(before, now)
+        else f"{int((before != now).sum())} of {now.numel()} values, by {largest:.1e} at most"
+    )
+
+
+def main(commit="HEAD^"):
+    differing = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", tree, commit], cwd=ROOT, check=True)
+        try:
+            for name, golden in json.loads((ROOT / "tests" / "golden_losses.json").read_text()).items():
+                runs = ((tree, Path(folder) / name / "before"), (ROOT, Path(folder) / name / "now"))
+                before, now = (found(where, golden["command"], output) for where, output in runs)
+                said = {key: difference(before.get(key), now.get(key)) for key in [*now, *(before.keys() - now.keys())]}
+                lines = [f"    {key}: {text}" for key, text in said.items() if text]
+                print(f"{name}: {len(lines)} of {len(said)} differ" if lines else f"{name}: equal ({len(said)} values)")
+                print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+                differing += len(lines)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""The worked examples of CONTRIBUTING.md, taken out of the page and run as they stand there."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer, HeliumConfig, HeliumForCausalLM
+
+from lora.config import ROOT
+from lora.model import EMBEDDED
+from tests.conftest import script
+from tests.test_families import GROUPED
+
+PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+EACH = """
+import json, runpy, sys
+for _, *command in json.loads(sys.argv[1]):
+    sys.argv = command[1:] if command[0] == "-m" else command
+    (runpy.run_module if command[0] == "-m" else runpy.run_path)(sys.argv[0], run_name="__main__")
+"""  # in one process: torch is loaded once
+DIALOGUES = [{"dialogue": [f"What is {n} and {n}?", f"It is {2 * n}."]} for n in range(40)]
+
+
+def blocks(section):
+    """The (words behind the opening fence, text) of each code block in the section whose title begins so."""
+    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    return [(info.split(), body) for info, body in re.findall(r"^```(.*?)\n(.*?)^```$", text, re.M | re.S)]
+
+
+def commands(section):
+    return [line.split() for info, body in blocks(section) if not info for line in body.splitlines()]
+
+
+def edit(root, path, diff):
+    """Replace the lines of a diff without -, which the file must hold exactly once, by those without +."""
+    old, new = ("".join(line[1:] for line in diff.splitlines(True) if line[0] != other) for other in ("+", "-"))
+    text = (root / path).read_text()
+    assert text.count(old) == 1, f"{path} has {text.count(old)} times: {old}"
+    (root / path).write_text(text.replace(old, new))
+
+
+def test_a_new_data_format_is_a_file_and_its_name(tmp_path):
+    for name in ("lora", "configs", "assets"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("train.py", "train_lora.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "dialogues.jsonl").write_text("\n".join(map(json.dumps, DIALOGUES)))
+    for (kind, *path), body in filter(lambda block: block[0], blocks("Add a data format")):
+        if kind == "diff":
+            edit(tmp_path, path[0], body)
+        else:
+            assert not (tmp_path / path[0]).exists()
+            (tmp_path / path[0]).write_text(body)
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, json.dumps(commands("Add a data format"))], cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "What is 1 and 1?" in done.stdout and "⟦It is 2.<|im_end|>⟧" in done.stdout
+    assert "train: 36 examples" in done.stdout and "at step 1" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def helium(tmp_path_factory):
+    """A folder with a random tiny Helium and the embedded tokenizer."""
+    folder = tmp_path_factory.mktemp("bases") / "helium"
+    HeliumForCausalLM(HeliumConfig(**GROUPED, head_dim=8)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    return folder
+
+
+def test_a_new_family_is_proved_by_a_line(tmp_path):
+    ((_, body),) = [block for block in blocks("Add an architecture") if block[0]]
+    exec(body, {"folder": tmp_path})
+
+
+def test_a_new_family_passes_the_check_on_a_users_data(helium, monkeypatch, capsys):
+    ((_, name, *flags),) = commands("Add an architecture")
+    known = {"helium": helium, "chats.jsonl": ROOT / "assets" / "samples" / "chat.jsonl"}
+    status, out, err = script(monkeypatch, capsys, ROOT / name, *(known.get(flag, flag) for flag in flags))
+    assert status == 0 and out.count("PASS") > 15 and "FAIL" not in out, err
+
+
+def test_a_new_head_is_a_script_of_its_own(tmp_path, monkeypatch, capsys):
+    ((_, name), body), _ = blocks("Add a head")
+    (tmp_path / name).write_text(body)
+    ((_, called, *flags),) = commands("Add a head")
+    assert called == name
+    monkeypatch.chdir(ROOT)
+    flags += ["--output_dir", tmp_path, "--experiment_name=run", "--eval_data=arithmetic:validation:8"]
+    status, _, err = script(monkeypatch, capsys, tmp_path / name, *flags)
+    assert status == 0, err
+    best = json.loads((tmp_path / "run" / "logs" / "final_results.json").read_text())["best"]
+    assert best["loss"] == best["mae"] != best["mse"]
