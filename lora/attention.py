@@ -41,6 +41,9 @@ def packed_attention(
     if sliding_window and not causal:
         raise ValueError("packed attention knows sliding windows of causal models only")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # where weights are fp32, rotary embeddings have made queries and keys so
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     lengths = documents.lengths if documents else [query.shape[2]]
     if has_flash(query, value) and not (dropout or softcap or s_aux is not None):
         return flash(query, key, value, lengths, scaling, causal, sliding_window)[None], None
@@ -52,10 +55,10 @@ def packed_attention(
         windowed = bool(sliding_window) and length > sliding_window
         quick_by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= SHORT
         if softcap or s_aux is not None or quick_by_hand:
-            mask = seen(length, sliding_window, q.device) if causal else None
+            mask = unseen(length, sliding_window, q) if causal else None
             out = attention_by_hand(q, k, v, mask, scaling, dropout, softcap, s_aux)
         else:
-            mask = seen(length, sliding_window, q.device) if windowed else None
+            mask = unseen(length, sliding_window, q) if windowed else None
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and length > 1,
                 scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
@@ -88,11 +91,13 @@ def unpacked(x, n):
     return x.reshape(heads, n, positions // n, width).transpose(0, 1)
 
 
-def seen(length, window, device):
-    """[length, length]: whether position i sees position j, none of those after it and of the `window` latest only."""
-    place = torch.arange(length, device=device)
-    behind = place[:, None] - place
-    return (behind >= 0) & (behind < (window or length))
+def unseen(length, window, like):
+    """[length, length] of the type of `like`, to be added to scores: -inf where position i does not see position j.
+
+    It sees none after it and, with a window, so many of the latest only, itself among them.
+    """
+    never = like.new_full((length, length), -torch.inf)
+    return never.triu(1) + never.tril(-window) if window else never.triu(1)
 
 
 def attention_by_hand(q, k, v, mask, scaling, dropout, softcap, sinks):
@@ -107,10 +112,11 @@ def attention_by_hand(q, k, v, mask, scaling, dropout, softcap, sinks):
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores += mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(1, heads, 1, 1).expand(n, heads, t, 1)], -1)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32)[..., :t].to(q.dtype), dropout)
+    with torch.autocast(q.device.type, enabled=False):  # it would keep the weights in fp32; inside, softmax has fp32 sums
+        weights = F.dropout(scores.softmax(-1)[..., :t], dropout)
     return (weights.view(*grouped, t) @ v).view(n, heads, t, -1)
 
 

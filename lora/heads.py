@@ -33,7 +33,8 @@ class LMHead(nn.Module):
 
     def shaped(self, logits):
         """What the family makes of its output layer's logits [n, vocabulary] (fp32), in place."""
-        logits *= self.scale
+        if self.scale != 1:
+            logits *= self.scale
         return logits.div_(self.cap).tanh_().mul_(self.cap) if self.cap else logits
 
     def forward(self, hidden, targets, weights=None):
@@ -88,14 +89,14 @@ class ChunkedLoss(torch.autograd.Function):
             for part in head.chunks(hidden, len(weight)):
                 states, wanted, counts = hidden[part].to(dtype), targets[part, None], of_targets[part, None]
                 logits = head.shaped(F.linear(states, cast, cast_bias).float())
-                slope = 1 - (logits / head.cap).square_() if head.cap else 1.0
+                slope = 1 - (logits / head.cap).square_() if head.cap else None
                 largest, said = logits.amax(1, keepdim=True), logits.gather(1, wanted)
                 share = logits.sub_(largest).exp_()  # of the probability, in place of the logits from here on
                 sums = share.sum(1, keepdim=True)
                 # In this order: large logits would swallow the logarithm.
                 total += ((largest - said + sums.log()) * counts).sum()
-                share.mul_(counts / sums).scatter_add_(1, wanted, -counts)
-                gradient = share.mul_(slope).mul_(head.scale).to(dtype)
+                share.mul_(counts * head.scale / sums).scatter_add_(1, wanted, -counts * head.scale)
+                gradient = (share if slope is None else share.mul_(slope)).to(dtype)
                 of_hidden[part] = gradient @ cast
                 if of_weight is not None:
                     of_weight += gradient.T @ states

@@ -55,7 +55,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         """x [..., in] -> [..., out]. The factors are cast to x's type, whatever autocast does then."""
         factors = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-        update = F.linear(F.linear(self.dropout(x), factors[0]), factors[1]) * self.scaling
+        update = F.linear(F.linear(self.dropout(x), factors[0]) * self.scaling, factors[1])
         y = self.base_layer(x)
         if self.lora_magnitude_vector is not None:
             stretch = (self.lora_magnitude_vector / self.row_norms()).to(x.dtype)

@@ -54,7 +54,8 @@ def test_we_load_pefts_with_equal_logits(make, task_type, tmp_path):
     theirs.save_pretrained(tmp_path)
     model = make()
     load_adapter(model, tmp_path)
-    torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=0, atol=1e-6)
+    # The scale of 3 is multiplied in before B, not after it as PEFT does, and rounds otherwise.
+    torch.testing.assert_close(model(TOKENS).logits, theirs(TOKENS).logits, rtol=0, atol=3e-6)
 
 
 def test_an_adapter_made_on_the_bare_backbone_finds_its_place_in_the_causal_model(tmp_path):

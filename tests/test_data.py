@@ -252,6 +252,25 @@ def test_all_documents_in_one_call_of_flash_attention_are_each_document_in_one_o
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_in_bfloat16_is_that_in_fp32_but_for_rounding(window):
+    """Under autocast, where the rotary embeddings of fp32 weights have made queries and keys fp32."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, 12, 8).requires_grad_() for heads in (4, 2, 2)]
+
+    def attend():
+        settings = {"documents": Documents([7, 5]), "sliding_window": window}
+        out, _ = packed_attention(SimpleNamespace(is_causal=True), *inputs, None, **settings)
+        return out, *torch.autograd.grad(out.float().square().sum(), inputs)
+
+    exact = attend()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = attend()
+    assert rounded[0].dtype == torch.bfloat16
+    for one, other in zip(rounded, exact, strict=True):  # three products in 8 bits
+        torch.testing.assert_close(one.float(), other, rtol=0, atol=0.02 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_values_may_be_narrower_than_queries(kind):
     """As in DeepSeek's models."""

@@ -1,0 +1,382 @@
+"""This project beside Hugging Face's Trainer + PEFT and TRL's SFTTrainer: speed and memory on the same work.
+
+    pip install -e '.[bench]'
+    python benchmarks/peers.py [WORK ...] [--rounds 3] [--threads 2] [--output benchmarks/results/peers.md]
+
+A work is a base (random weights), data, and a number of optimizer steps. Every side starts from the same weights and the
+same adapter, and is handed the same sequences in every step, in the same order, with the same AdamW, learning rate and
+clipping; inside a step it may pad or pack as it likes. A side runs in a process of its own, the sides take turns, and a
+ratio is taken within a round. The times are those from one step's end to the next, the first steps left out. A row whose
+loss differs from the first row's in any step is void. Tokens are those of the data: padding does not count.
+
+Our side is train_lora.py's (or train.py's) own `main`, from its command line to its metrics file.
+
+Memory is measured in one more, short run of each side: what the process holds at most, beyond what its imports took. There
+MALLOC_MMAP_THRESHOLD_ makes the C library give back what is freed, so that the process holds what its tensors hold.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from importlib.metadata import version
+import json
+import os
+from pathlib import Path
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+LEARNING_RATE, RANK, ALPHA, WARMUP = 1e-3, 16, 32, 2  # WARMUP: steps without a time
+FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+LLAMA = {"model_type": "llama", "max_position_embeddings": 4096, "initializer_range": 0.05}
+SHAPES = {
+    "tiny": LLAMA | {
+        "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "small": LLAMA | {
+        "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
+    },
+    "0.5b": {
+        "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+# What a side is: our configuration, or a library, the type of the base's weights, and the library's settings.
+OURS = {"ours": {"dtype": "bfloat16"}, "ours, fp32": {"dtype": "float32"}}
+PADDING_FREE = {"padding_free": True, "gradient_checkpointing": False}
+PEERS = {
+    "Trainer, defaults (fp32)": ("transformers", "float32", {}),
+    "Trainer, fp32, halves by length": ("transformers", "float32", {"halves": True}),
+    "Trainer, bf16": ("transformers", "bfloat16", {"bf16": True}),
+    "Trainer, bf16, halves by length": ("transformers", "bfloat16", {"bf16": True, "halves": True}),
+    "Trainer, bf16 over fp32 weights": ("transformers", "float32", {"bf16": True}),
+    "TRL, defaults (bf16, checkpointing)": ("trl", "float32", {}),
+    "TRL, bf16, padding_free": ("trl", "bfloat16", PADDING_FREE),
+    "TRL, bf16, padding_free, halves by length": ("trl", "bfloat16", PADDING_FREE | {"halves": True}),
+}
+
+
+@dataclass
+class Work:
+    """Some steps of training. data: "mixed" or "dense" synthetic rows, or a file below PLAINLORA_DATA.
+
+    With task "score" the steps of `batch` chains are scored, all of them in every step of training.
+    """
+
+    shape: str
+    data: str
+    sides: list[str]
+    steps: int = 6
+    batch: int = 8  # sequences of a step
+    script: str = "train_lora"
+    task: str = "lm"
+    ours: dict[str, dict] = field(default_factory=dict)  # sides of ours beside OURS
+    tolerance: float = 0.01  # of a loss; bfloat16 rounds to 0.4 %, and a loss is the mean of some hundred
+
+
+TRAINER = ["Trainer, bf16", "Trainer, bf16, halves by length"]
+TRL = ["TRL, bf16, padding_free", "TRL, bf16, padding_free, halves by length"]
+BEST = ["ours", *TRAINER, *TRL]
+ALL = [*BEST, "Trainer, defaults (fp32)", "TRL, defaults (bf16, checkpointing)"]
+FP32 = ["ours, fp32", "Trainer, defaults (fp32)", "Trainer, fp32, halves by length"]
+ROWS = {"ours, a row for each step": {"dtype": "bfloat16", "train_data": "prefixes.jsonl"}}
+QLORA = {"ours, base in 4 bits": {"dtype": "bfloat16", "load_in_4bit": "true"}}
+QUARTERS = {  # micro-batches of at most 1,040 tokens
+    "ours, in quarters": {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520},
+}
+WORKS = {
+    "small": Work("small", "mixed", ["ours", *QUARTERS, *ALL[1:]], steps=10, ours=QUARTERS),
+    "tiny": Work("tiny", "mixed", ["ours, fp32", *ALL], steps=12),
+    "dense": Work("small", "dense", BEST, batch=4),
+    "sgd_chat": Work("small", "sgd_chat/train.jsonl", BEST),
+    "gsm8k": Work("small", "gsm8k/train.jsonl", BEST),
+    "fp32": Work("small", "mixed", FP32, tolerance=1e-4),
+    "curve": Work("tiny", "gsm8k/train.jsonl", FP32[:2], steps=50, tolerance=1e-4),
+    "full": Work("small", "mixed", ["ours", "Trainer, bf16 over fp32 weights", "Trainer, defaults (fp32)"], script="train"),
+    "0.5b": Work("0.5b", "mixed", ["ours", TRAINER[0], TRL[0]], steps=4, batch=4),
+    "steps": Work("small", "prmbench_train/prmbench_train.jsonl", ["ours", *ROWS], task="score", ours=ROWS),
+    "qlora": Work("small", "mixed", ["ours", *QLORA], ours=QLORA, tolerance=0.1),
+}
+
+
+# ------------------------------------------------------------------------------------------------ the same work for all
+
+
+def prepare(work, folder):
+    """base/, adapter/, train.jsonl, eval.jsonl, and rows.json: for each step [{"input_ids", "labels"} ...]."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from lora.adapter import save_adapter
+    from lora.data import TrainingData
+    from lora.layer import inject, lora_layers
+    from lora.model import EMBEDDED, load_task
+    from lora.source import Source
+    from lora.store import tokenised
+
+    torch.manual_seed(0)
+    auto = AutoModel if work.task == "score" else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(**SHAPES[work.shape]), dtype=torch.float32)
+    model.save_pretrained(folder / "base")
+    synthetic = work.data in ("mixed", "dense")
+    tokenizer = numbered_words(SHAPES[work.shape]["vocab_size"]) if synthetic else AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.save_pretrained(folder / "base")
+    write_data(work, folder, SHAPES[work.shape]["vocab_size"])
+    inject(model, RANK, ALPHA)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.02)  # or the first steps would not show what A does
+    save_adapter(model, folder / "adapter")
+    config = our_command(work, folder, OURS["ours, fp32"]).config
+    rows, held_out, _ = tokenised(Source(config), load_task(config, torch.float32))
+    data, steps = TrainingData(rows, held_out, config), []
+    for step in range(work.steps):
+        spans = [slice(rows.offsets[i], rows.offsets[i + 1]) for i in data.rows_at(step)]
+        steps.append(
+            [{"input_ids": rows.tokens[s].tolist(), "labels": [-100, *rows.targets[s][:-1].tolist()]} for s in spans]
+        )
+    (folder / "rows.json").write_text(json.dumps(steps))
+
+
+def numbered_words(vocabulary):
+    """A tokenizer of the words w2, w3, ... below `vocabulary`, and of </s>, which ends a text and a turn."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"</s>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for message in messages %}{{ message['content'] + ' </s> ' }}{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", chat_template=template)
+
+
+def write_data(work, folder, vocabulary):
+    """train.jsonl, eval.jsonl, and of chains prefixes.jsonl, in which each of their steps ends a row of its own."""
+    count = work.steps * work.batch if work.task == "lm" else work.batch
+    if work.data in ("mixed", "dense"):
+        rows = list(synthetic_rows(work.data, count + 4, vocabulary))
+    else:
+        lines = (Path(os.environ["PLAINLORA_DATA"]) / work.data).read_text().splitlines()
+        rows = [json.loads(line) for line in lines[: count + 4]]
+    if work.task == "score":
+        last, odd = rows[count - 1]["labels"], sum(len(row["labels"]) for row in rows[:count]) % work.batch
+        last[len(last) - odd :] = [None] * odd  # so that the prefixes are a whole number of batches
+        prefixes = [
+            {"prompt": row["prompt"], "steps": row["steps"][: i + 1], "labels": [None] * i + [label]}
+            for row in rows[:count]
+            for i, label in enumerate(row["labels"])
+            if label is not None
+        ]
+        write_rows(folder / "prefixes.jsonl", prefixes)
+    write_rows(folder / "train.jsonl", rows[:count])
+    write_rows(folder / "eval.jsonl", rows[count:])
+
+
+def synthetic_rows(kind, count, vocabulary):
+    """mixed: chats of log-normal lengths (median 180, sigma 0.6, 24 to 512), 0.4 of them answers; dense: texts of 512."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    for length in draw.lognormal(np.log(180), 0.6, count).clip(24, 512).astype(int):
+        words = [f"w{n}" for n in draw.integers(2, vocabulary, length if kind == "mixed" else 511)]
+        cut = round(0.6 * length)
+        chat = {"prompt": " ".join(words[:cut]), "completion": " ".join(words[cut:])}
+        yield chat if kind == "mixed" else {"text": " ".join(words)}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ------------------------------------------------------------------------------------------------------------- the sides
+
+
+def our_command(work, folder, side):
+    from lora.command_line import read_command_line
+    from lora.config import Config, get_lora_config
+
+    lora, data = work.script == "train_lora", folder / side.get("train_data", "train.jsonl")
+    examples = len(data.read_text().splitlines()) if work.task == "score" else work.batch
+    settings = {
+        "base_model": folder / "base", "task": work.task, "eval_data": folder / "eval.jsonl",
+        "max_length": 2048, "batch_size": work.batch, "gradient_accumulation_steps": examples // work.batch,
+        "max_steps": work.steps,
+        "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1,
+        "max_eval_batches": 1, "eval_steps": 10**6, "save_steps": 10**6, "output_dir": folder / "runs",
+        "experiment_name": os.getpid(), **side, "train_data": data,
+    }  # fmt: skip
+    if lora:
+        settings |= {"lora_r": RANK, "lora_alpha": ALPHA, "init_from": folder / "adapter"}
+    argv = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+    return read_command_line(argv, get_lora_config() if lora else Config(), "", "")
+
+
+def ours(work, folder, side):
+    """(memory before, losses, seconds of the steps) of a run of this project."""
+    script = __import__(work.script)
+    from lora.source import Source
+
+    command = our_command(work, folder, side)
+    source = Source(command.config)
+    before = peak_memory()
+    script.main(command, source)
+    lines = (Path(command.run_dir) / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if "train/loss" in line]
+    return before, [step["train/loss"] for step in steps], between([step["timestamp"] for step in steps])
+
+
+def theirs(work, folder, library, dtype, settings):
+    """The same of a peer's trainer."""
+    from datasets import Dataset
+    from peft import PeftModel
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback
+
+    if library == "trl":
+        from trl import SFTConfig as Arguments, SFTTrainer
+    else:
+        from transformers import TrainingArguments as Arguments
+    steps = json.loads((folder / "rows.json").read_text())[: work.steps]
+    settings, batch = dict(settings), work.batch
+    if settings.pop("halves", False):  # no sequence leaves its step, but inside it they may be sorted
+        batch //= 2
+        steps = [sorted(step, key=lambda row: len(row["input_ids"])) for step in steps]
+    data = Dataset.from_list([row for step in steps for row in step])
+    ends = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.time())
+
+    arguments = Arguments(
+        output_dir=str(folder / "peer"), per_device_train_batch_size=batch, max_steps=work.steps, use_cpu=True,
+        gradient_accumulation_steps=len(steps[0]) // batch, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+        weight_decay=0.0, max_grad_norm=1.0, train_sampling_strategy="sequential", save_strategy="no", logging_steps=1,
+        report_to=[], disable_tqdm=True,
+        **settings, **({"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}} if library == "trl" else {}),
+    )  # fmt: skip
+    before = peak_memory()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, dtype))
+    if work.script == "train_lora":
+        model = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+    if library == "trl":
+        trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()])
+    else:
+        collator = DataCollatorForSeq2Seq(tokenizer)
+        trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[Watch()])
+    trainer.train()
+    return before, [line["loss"] for line in trainer.state.log_history if "loss" in line], between(ends)
+
+
+def between(times):
+    return [later - earlier for earlier, later in zip(times, times[1:])]
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def child(name, side, folder, short):
+    """{"losses", "seconds", "memory", "peak"} of a side."""
+    work, folder = WORKS[name], Path(folder)
+    if short:
+        work.steps = 2
+    if not side:
+        prepare(work, folder)
+        return {}
+    mine = (OURS | work.ours).get(side)
+    before, losses, seconds = ours(work, folder, mine) if mine else theirs(work, folder, *PEERS[side])
+    return {"losses": losses, "seconds": seconds, "memory": peak_memory() - before, "peak": peak_memory()}
+
+
+# ------------------------------------------------------------------------------------------------------------- the table
+
+
+def measured(threads, name, side, folder, short=False):
+    """`child` in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "THP_MEM_ALLOC_ENABLE": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PLAINLORA_CACHE": f"{folder}/cache", "TOKENIZERS_PARALLELISM": "false"} | (FIXED if short else {})
+    command = [sys.executable, __file__, "--child", json.dumps([name, side, str(folder), short])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name}, {side}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(name, rounds, threads):
+    """The table of a work, as lines of Markdown."""
+    work = WORKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        measured(threads, name, "", folder)
+        rows = json.loads((Path(folder) / "rows.json").read_text())
+        results = {side: [] for side in work.sides}
+        for _ in range(rounds):
+            for side in work.sides:
+                results[side].append(measured(threads, name, side, folder))
+                print(name, side, json.dumps(results[side][-1]), file=sys.stderr, flush=True)
+        short = {side: measured(threads, name, side, folder, short=True) for side in work.sides}
+    tokens = [sum(len(row["input_ids"]) for row in step) for step in rows]
+    widest = sum(max(len(row["input_ids"]) for row in step) * len(step) for step in rows)
+    lines = [
+        f"## {name}\n\n{work.script}.py, {work.shape}, {work.data}: {work.steps} steps of {work.batch} sequences, "
+        f"{sum(tokens)} tokens ({widest} with padding)\n",
+        "| | tokens/s, median (range) | the first row is so many times as fast | memory, MB | the first row's share "
+        "| process, MB | largest difference of a step's loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    first = work.sides[0]
+    for side, runs in results.items():
+        speeds = [sum(tokens[WARMUP:]) / sum(run["seconds"][WARMUP - 1 :]) for run in runs]
+        ratios = [
+            sum(run["seconds"][WARMUP - 1 :]) / sum(mine["seconds"][WARMUP - 1 :])
+            for run, mine in zip(runs, results[first])
+        ]
+        apart = max(abs(a - b) for run in runs for a, b in zip(run["losses"], results[first][0]["losses"], strict=True))
+        memory, peak = short[side]["memory"] / 1e6, statistics.median(run["peak"] for run in runs) / 1e6
+        valid = apart <= work.tolerance
+        cells = [
+            side, spread(speeds, "{:.0f}"), spread(ratios, "{:.2f}") if valid else "VOID", f"{memory:.0f}",
+            f"{short[first]['memory'] / 1e6 / memory:.2f}", f"{peak:.0f}", f"{apart:.1e}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def spread(values, form):
+    return f"{form} ({form}-{form})".format(statistics.median(values), min(values), max(values))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="the tables are added to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        return print("\n" + json.dumps(child(*json.loads(arguments.child))))
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
+    for name in arguments.works or WORKS:
+        command = f"python benchmarks/peers.py {name} --rounds {arguments.rounds} --threads {arguments.threads}"
+        text = "\n".join(
+            [*compare(name, arguments.rounds, arguments.threads), f"\n`{command}`; {libraries}; {platform.machine()}\n"]
+        )
+        print(text, flush=True)
+        if arguments.output:
+            with open(arguments.output, "a") as file:
+                file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
