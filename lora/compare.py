@@ -191,7 +191,8 @@ def plot(path, runs, key):
         if run.curve():
             curves.plot(*zip(*run.curve()), marker=".", label=run.name)
     curves.set(xlabel="step", ylabel="validation loss")
-    curves.legend(fontsize=7)
+    if curves.lines:
+        curves.legend(fontsize=7)
     for axes in rest:
         points = sorted((run.config[key], run.best[1]) for run in runs if run.best[0] and run.config.get(key) is not None)
         axes.plot(*zip(*points), marker="o", linestyle="none")
