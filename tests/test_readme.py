@@ -20,6 +20,7 @@ SAMPLES = ROOT / "assets" / "samples"
 NOT_RUN = {  # how a command begins -> why it is not run here
     "pip install": "the first of the two commands; .ci/run starts from a bare environment with it",
     "pytest": "this suite",
+    "python benchmarks/": "minutes each; their results are in benchmarks/results/",
     "python train_lora.py --lora_r 16": "the default run: tests/test_slow.py",
     "python train.py --config configs/tiny_base.toml": "pretraining of a quarter of an hour",
     "torchrun --nnodes=2": "two machines; tests/test_distributed.py has two processes",
