@@ -186,7 +186,7 @@ def synthetic_rows(kind, count, vocabulary):
 
     draw = np.random.default_rng(0)
     for length in draw.lognormal(np.log(180), 0.6, count).clip(24, 512).astype(int):
-        words = [f"w{n}" for n in draw.integers(2, vocabulary, length if kind == "mixed" else 511)]
+        words = [f"w{n}" for n in draw.integers(2, vocabulary, length - 2 if kind == "mixed" else 511)]  # and </s>
         cut = round(0.6 * length)
         chat = {"prompt": " ".join(words[:cut]), "completion": " ".join(words[cut:])}
         yield chat if kind == "mixed" else {"text": " ".join(words)}
