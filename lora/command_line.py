@@ -69,7 +69,8 @@ def add_flags(parser, table, names, default=""):
             continue  # a dict is given as a table in the file
         notes = [", ".join(choices)] if choices else []
         if default or value not in (None, "", []):
-            notes.append(f"default: {default or (' '.join(value) if isinstance(value, list) else value)}")
+            said = default or (" ".join(value) if isinstance(value, list) else str(value))
+            notes.append("default: " + said.replace("\n", "\\n"))
         help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
         flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
         form = {list: {"nargs": "+", "action": "extend"}, bool: SWITCH}.get(kind, {})
