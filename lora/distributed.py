@@ -1,4 +1,4 @@
-"""Several processes under torchrun: which one this is, and the sums that make all of them one.
+"""Several processes under torchrun: which one this is, how rows are dealt, and the sums that make all of them one.
 
 Without torchrun there is one process, and nothing here does anything.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -156,6 +157,28 @@ def sum_gradients(parameters, totals):
     for parameter, part in zip(parameters, parts):
         parameter.grad = part.view_as(parameter)
     totals.copy_(summed)
+
+
+def deal(lengths, world):
+    """[len(lengths)]: which process gets each row; the longest first, each to the one that has the least to do."""
+    owner, load = np.zeros(len(lengths), np.int64), np.zeros(world, np.int64)
+    for i in np.argsort(-lengths, kind="stable"):
+        owner[i] = load.argmin()
+        load[owner[i]] += lengths[i]
+    return owner
+
+
+def cut(groups, count):
+    """The groups in `count` parts: the largest are halved, and where there is nothing to halve a part is empty."""
+    groups = [group for group in groups if group]
+    while len(groups) < count:
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
+        if largest is None or len(groups[largest]) == 1:
+            groups.append([])
+        else:
+            group = groups[largest]
+            groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    return groups
 
 
 def of_first(function, *arguments):

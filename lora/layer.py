@@ -58,24 +58,27 @@ class LoRALinear(nn.Module):
         update = F.linear(F.linear(self.dropout(x), factors[0]) * self.scaling, factors[1])
         y = self.base_layer(x)
         if self.lora_magnitude_vector is not None:
-            stretch = (self.lora_magnitude_vector / self.row_norms()).to(x.dtype)
+            stretch = self.stretch().to(x.dtype)
             bias = 0 if self.base_layer.bias is None else self.base_layer.bias
             y = (y - bias + update) * stretch + bias
         else:
             y = y + update
         return y if self.lora_B.bias is None else y + (self.lora_B.bias * self.scaling).to(x.dtype)
 
-    @torch.no_grad()
-    def row_norms(self):
-        """[out]: the lengths of the rows of W + update."""
-        return (dense_weight(self.base_layer) + self.lora_B.weight @ self.lora_A.weight * self.scaling).norm(dim=1)
+    def updated_weight(self):
+        """[out, in], fp32: W + update; has a gradient to the factors."""
+        return dense_weight(self.base_layer) + self.lora_B.weight @ self.lora_A.weight * self.scaling
+
+    def stretch(self):
+        """[out]: what DoRA multiplies the rows of W + update by: the lengths that it trains, over those that they have."""
+        with torch.no_grad():
+            lengths = self.updated_weight().norm(dim=1)
+        return self.lora_magnitude_vector / lengths
 
     def merged_weight(self):
-        """[out, in], fp32: W + update, with DoRA's lengths; has a gradient to the factors."""
-        weight = dense_weight(self.base_layer) + self.lora_B.weight @ self.lora_A.weight * self.scaling
-        if self.lora_magnitude_vector is not None:
-            weight = weight * (self.lora_magnitude_vector / self.row_norms())[:, None]
-        return weight
+        """[out, in], fp32: W + update, with DoRA's lengths; has a gradient to what is trained."""
+        weight = self.updated_weight()
+        return weight if self.lora_magnitude_vector is None else weight * self.stretch()[:, None]
 
     def merged_bias(self):
         """[out], fp32, or None; with a gradient to lora_B's bias."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from lora import distributed
 import lora.attention  # noqa: F401  (registers the attention called "packed")
 from lora.data import Rows
 from lora.errors import UserError
@@ -75,6 +76,17 @@ def prepare_layers(model, training):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if training.offload_activations:
             layer.forward = partial(offloaded, layer.forward)
+
+
+def lay_out(task, config, device, dtype):
+    """Bring a task to where it is trained: `device`, in parts if several processes train all weights. Raises UserError."""
+    if distributed.world() > 1 and not config.lora:
+        distributed.shard(task, dtype, config.training.optimizer, device)
+    task.to(device)
+    if device.type != "cpu" and not any(map(distributed.is_sharded, task.parameters())):
+        problem = disagreement(task, dtype)  # it has been tried on the CPU, but for the device's own kernels
+        if problem:
+            raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
 
 
 def offloaded(forward, *args, **kwargs):
