@@ -203,9 +203,9 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
             found = f"step {step}: loss {loss}, gradient norm {grad_norm}"
             skipped += 1
             if skipped > settings.skip_nonfinite:
-                mend = "look at the rows in status.json, lower --learning_rate, or leave such steps out: --skip_nonfinite N"
+                mend = "Lower --learning_rate, look at its rows (in status.json), or allow N such steps: --skip_nonfinite N"
                 rows = data.rows_at(step).tolist()
-                raise Stopped(f"{found}; stopped before the update. Resume, and {mend}.", step=step, rows=rows)
+                raise Stopped(f"{found}; stopped before the update. {mend}.", step=step, rows=rows)
             log.say(f"{found}; the update is left out ({skipped} of {settings.skip_nonfinite} that may be)")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

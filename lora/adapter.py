@@ -156,7 +156,7 @@ def read_tensors(folder, config):
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error}).") from None
+        raise UserError(f"{path}: damaged ({error}); copy it again.") from None
     odd = [key for key, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.float().isfinite().all())]
     refuse_any(odd, f"{path}: not finite numbers")
     named = {key.removeprefix("base_model.model."): tensor.float() for key, tensor in tensors.items()}

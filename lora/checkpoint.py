@@ -129,7 +129,7 @@ def load(path, task, optimizer):
             set_state(optimizer, states)
     except KeyError as error:
         strange = [f"{names[error.args[0]]}/{key}" for key in error.args[1:]]
-    refuse_any(strange, f"{path}: optimizer.safetensors lacks, has without a place or in another shape")
+    refuse_any(strange, f"{path}: not the optimizer's state of this model: absent, unknown or of another shape")
     return state
 
 

@@ -49,7 +49,9 @@ def start(device):
     if device.type == "cuda":
         mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if mine >= there:
-            raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: this machine has {there} GPUs.")
+            raise UserError(
+                f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: this machine has {there} GPUs; expected that at most."
+            )
         torch.cuda.set_device(mine)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself then keeps the store
@@ -67,9 +69,9 @@ def shard(task, dtype, optimizer, device):
     A layer is gathered when it is computed, in `dtype`; the parts and the sums of the gradients are fp32. Raises UserError.
     """
     if dtype == torch.float16:
-        raise UserError("dtype float16: full fine-tuning on several processes computes in bfloat16 or float32.")
+        raise UserError("dtype float16: full fine-tuning on several processes computes in bfloat16 or float32; name one.")
     if optimizer != "adamw":
-        raise UserError(f"optimizer {optimizer}: full fine-tuning on several processes has adamw only, laid out over them.")
+        raise UserError(f"optimizer {optimizer}: full fine-tuning on several processes has adamw only; leave it out.")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
 

@@ -20,7 +20,7 @@ class Mix:
         """sets: of each path the rows. Raises UserError where one is empty, or would never have its turn."""
         empty = [path for path, members in zip(paths, sets) if not len(members)]
         if empty:
-            raise UserError(f"{empty[0]}: none of its rows is left to train on, and it has a weight in data_weights.")
+            raise UserError(f"{empty[0]}: none of its rows is left to train on; leave it out, and its weight.")
         self.quotas = np.round(np.array(weights) / sum(weights) * SCHEDULE).astype(int)
         if not self.quotas.all():
             raise UserError(f"data_weights = {weights}: a share below {1 / SCHEDULE} is never reached; leave that set out.")

@@ -68,7 +68,7 @@ def prepare_layers(model, training):
     asked = [key for key in ("compile", "gradient_checkpointing", "offload_activations") if getattr(training, key)]
     layers = decoder_layers(model)
     if asked and not layers:
-        raise UserError(f"{asked[0]}: this model has no list of layers; leave it out.")
+        raise UserError(f"{asked[0]}: this model has no list of layers to do it to; leave it out.")
     for layer in layers:
         if training.compile:  # for any length: else every new one would be compiled
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -136,7 +136,7 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
         raise UserError(f"base_model {base_model}: no weights, or of another shape, for {', '.join(sorted(absent)[:5])}.")
     odd = [name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p)]
     if odd:
-        raise UserError(f"base_model {base_model}: weights that are not finite numbers, in {', '.join(odd[:5])}.")
+        raise UserError(f"base_model {base_model}: not finite: {', '.join(odd[:5])}; copy it again, or take another base.")
     if quantization:
         damaged = model.hf_quantizer.quantization_config.damaged
         if damaged:
@@ -197,7 +197,7 @@ def load_task(config, dtype):
     base_model, max_length = config.model.base_model, config.data.max_length
     shape, base_dtype, tokenizer = load_shape(base_model)
     if shape.is_encoder_decoder:
-        raise UserError(f"base_model {base_model}: encoder-decoder models are not supported.")
+        raise UserError(f"base_model {base_model}: an encoder-decoder; expected a decoder or an encoder.")
     problems = []
     for packed in (True, False):  # what cannot be packed is padded
         try:
