@@ -216,7 +216,7 @@ class TrainingData:
         """The number of targets of a step, over all processes."""
         return self.rows.num_targets(self.rows_at(step))
 
-    def num_tokens_at(self, step):
+    def size_at(self, step):
         """The number of tokens of a step, over all processes."""
         return int(self.rows.lengths(self.rows_at(step)).sum())
 
