@@ -58,6 +58,7 @@ PEERS = {
     "Trainer, fp32, halves by length": ("transformers", "float32", {"halves": True}),
     "Trainer, bf16": ("transformers", "bfloat16", {"bf16": True}),
     "Trainer, bf16, halves by length": ("transformers", "bfloat16", {"bf16": True, "halves": True}),
+    "Trainer, bf16, torch_compile": ("transformers", "bfloat16", {"bf16": True, "torch_compile": True}),
     "Trainer, bf16 over fp32 weights": ("transformers", "float32", {"bf16": True}),
     "TRL, defaults (bf16, checkpointing)": ("trl", "float32", {}),
     "TRL, bf16, padding_free": ("trl", "bfloat16", PADDING_FREE),
@@ -86,16 +87,20 @@ class Work:
 TRAINER = ["Trainer, bf16", "Trainer, bf16, halves by length"]
 TRL = ["TRL, bf16, padding_free", "TRL, bf16, padding_free, halves by length"]
 BEST = ["ours", *TRAINER, *TRL]
-ALL = [*BEST, "Trainer, defaults (fp32)", "TRL, defaults (bf16, checkpointing)"]
+DEFAULTS = ["Trainer, defaults (fp32)", "TRL, defaults (bf16, checkpointing)"]
 FP32 = ["ours, fp32", "Trainer, defaults (fp32)", "Trainer, fp32, halves by length"]
 ROWS = {"ours, a row for each step": {"dtype": "bfloat16", "train_data": "prefixes.jsonl"}}
 QLORA = {"ours, base in 4 bits": {"dtype": "bfloat16", "load_in_4bit": "true"}}
-QUARTERS = {  # micro-batches of at most 1,040 tokens
-    "ours, in quarters": {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520},
+QUARTERS = {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520}  # of 1,040 tokens
+WAYS = {
+    "ours, in quarters": QUARTERS,
+    "ours, --compile": {"dtype": "bfloat16", "compile": "true"},
+    "ours, in quarters, --compile": QUARTERS | {"compile": "true"},
 }
 WORKS = {
-    "small": Work("small", "mixed", ["ours", *QUARTERS, *ALL[1:]], steps=10, ours=QUARTERS),
-    "tiny": Work("tiny", "mixed", ["ours, fp32", *ALL], steps=12),
+    "small": Work("small", "mixed", ["ours", *WAYS, *BEST[1:]], steps=10, ours=WAYS),
+    "defaults": Work("small", "mixed", ["ours", *DEFAULTS, "Trainer, bf16, torch_compile"], steps=10),
+    "tiny": Work("tiny", "mixed", ["ours, fp32", *BEST, *DEFAULTS], steps=12),
     "dense": Work("small", "dense", BEST, batch=4),
     "sgd_chat": Work("small", "sgd_chat/train.jsonl", BEST),
     "gsm8k": Work("small", "gsm8k/train.jsonl", BEST),
