@@ -312,7 +312,8 @@ def set_key(config, name, value, where, from_text=False):
     if name not in keys:
         if config.lora is None and name in keys_of(get_lora_config()):
             raise UserError(f"{where}: train.py trains all weights and has no such key; use train_lora.py.")
-        raise UserError(f"{where}: no such key.{nearest(name, [*keys, *ALIASES, *DTYPE_SWITCHES])}")
+        hint = nearest(name, [*keys, *ALIASES, *DTYPE_SWITCHES]) or " See --help."
+        raise UserError(f"{where}: no such key.{hint}")
     table, f = keys[name]
     setattr(table, name, check(where, value, f.type, f.metadata, from_text))
 

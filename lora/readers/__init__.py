@@ -89,11 +89,8 @@ def reader_for(where, row, task, readers, bad):
     fitting = [r for r in readers if any(form <= row.keys() for form in r.FORMS)]
     reader = next((r for r in fitting if r.TASK == task), None)
     if reader is None and fitting:
-        bad.append(
-            UserError(
-                f"{where}: keys {', '.join(row)} are for --task {fitting[0].TASK}, and the task is {task}; name that one."
-            )
-        )
+        found = f"keys {', '.join(row)} in a run of --task {task}"
+        bad.append(UserError(f"{where}: {found}; add --task {fitting[0].TASK}, or take other rows."))
     elif reader is None:
         known = "; ".join(", ".join(sorted(form)) for r in readers for form in r.FORMS if r.TASK == task)
         bad.append(UserError(f"{where}: keys found: {', '.join(map(str, row))}; expected one of: {known}."))
