@@ -169,7 +169,7 @@ def main(arguments):
     # The sums are the same but for their order; fp32 rounds each to 6e-8, and layers multiply that.
     if not error <= 1e-4 * size or error > effect:
         raise UserError(
-            f"--adapter {arguments.adapter}: merged it differs by {error:.3g}, more than rounding; use it unmerged."
+            f"--adapter {arguments.adapter}: merged it differs from base + adapter by {error:.3g}, more than rounding; use it unmerged."
         )
     if not effect:
         raise UserError(f"--adapter {arguments.adapter}: it changes nothing; use the base as it is.")
