@@ -9,14 +9,14 @@ import json
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lora import distributed
 from lora.checksums import damage, write_checksums
 from lora.config import read_file
 from lora.durable import clear, folder_for, remove
-from lora.errors import UserError, by_step, refuse_any
+from lora.errors import by_step, refuse_any
+from lora.foreign import one_line
 from lora.optimizer import set_state, state_of
 from lora.shards import INDEX, Shards, write
 
@@ -113,16 +113,15 @@ def load(path, task, optimizer):
     parameters = trainable(task)
     by_name = {name: {} for name in parameters}
     strange = []
-    try:
-        saved = Shards(path if (path / INDEX).is_file() else path / "optimizer.safetensors")
+    tensors = path if (path / INDEX).is_file() else path / "optimizer.safetensors"
+    with one_line(tensors):
+        saved = Shards(tensors)
         for key in saved.index.keys() - parameters.keys():
             name, _, of_state = key.rpartition("/")
             if name in parameters:
                 by_name[name][of_state] = saved.get(key, *distributed.my_rows(parameters[name]))
             else:
                 strange.append(key)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: optimizer.safetensors cannot be read ({error}).") from None
     try:
         if not strange:
             set_state(optimizer, {parameter: by_name[name] for name, parameter in parameters.items()})

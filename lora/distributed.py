@@ -4,7 +4,6 @@ Without torchrun there is one process, and nothing here does anything.
 """
 
 from datetime import timedelta
-import json
 import os
 import sys
 
@@ -159,14 +158,11 @@ def sum_gradients(parameters, totals):
 
 
 def of_first(function, *arguments):
-    """What `function` gives in the first process (numbers, texts or lists of them), for all; no other calls it."""
-    value = function(*arguments) if rank() == 0 else None
-    if world() == 1:
-        return value
-    content = json.dumps(value).encode().ljust(4096)
-    text = torch.frombuffer(bytearray(content), dtype=torch.uint8).to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(text, 0)
-    return json.loads(text.cpu().numpy().tobytes())
+    """What `function` gives in the first process, for all; no other calls it."""
+    values = [function(*arguments) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def interleaved(mine, lengths, device):

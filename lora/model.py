@@ -14,13 +14,13 @@ from transformers.utils import logging
 import lora.attention  # noqa: F401  (registers the attention called "packed")
 from lora.data import Rows
 from lora.errors import UserError
-from lora.foreign import EMBEDDED, check_weights, locate  # noqa: F401  (the base that comes along)
+from lora.foreign import EMBEDDED, check_weights, locate, one_line  # noqa: F401  (the base that comes along)
 from lora.heads import LMHead, MLPHead
 from lora.quantize import FourBitSettings, bitsandbytes
 from lora.render import Row
 from lora.score_forms import take_over
 from lora.targets import decoder_layers, is_pooler, train_all
-from lora.task import Task, one_line
+from lora.task import Task
 
 BFLOAT16_WIDTH = 512  # on a CPU: 2.4 times as fast from there on, in a base of 128 between 0.7 and 1.6 times (LOG.md)
 logging.disable_progress_bar()

@@ -15,8 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora import distributed
-from lora import baseline
+from lora import baseline, distributed
 from lora.checkpoint import trainable
 from lora.errors import UserError
 from lora.log import peak_memory
