@@ -247,7 +247,7 @@ BOUNDS = (("low", ">=", operator.ge), ("above", ">", operator.gt), ("high", "<="
 
 
 def kind_of(annotation):
-    """(list, dict or another, the type of the value or of those in it) of a key's type: `list[str]`, `int | None`, `float`."""
+    """(list, dict or another, the type of the value or of those in it) of a key's type: `list[str]`, `int | None`."""
     parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
     return typing.get_origin(annotation), parts[-1] if parts else annotation
 
