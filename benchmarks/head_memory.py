@@ -8,15 +8,10 @@ what it held before the step, so the head's own weights (which both ways have) a
 
 import argparse
 import json
-from pathlib import Path
-import resource
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import call
 
 
 def step(way, targets, vocabulary, width, trained):
@@ -25,25 +20,17 @@ def step(way, targets, vocabulary, width, trained):
     import torch.nn.functional as F
 
     from lora.heads import LMHead
+    from lora.log import peak_memory
 
     torch.manual_seed(0)
     layer = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(trained)
     head = LMHead(lambda: layer, SimpleNamespace())
     hidden, labels = torch.randn(targets, width, requires_grad=True), torch.randint(vocabulary, (targets,))
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, started = peak_memory(hidden.device), time.monotonic()
     loss = head(hidden, labels) if way == "chunks" else F.cross_entropy(head.logits(hidden), labels, reduction="sum")
     (loss / targets).backward()
     seconds = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"bytes": (peak - before) * 1024, "seconds": seconds, "loss": loss.item() / targets}
-
-
-def measured(*arguments):
-    """`step` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--step", json.dumps(arguments)], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
+    return {"bytes": peak_memory(hidden.device) - before, "seconds": seconds, "loss": loss.item() / targets}
 
 
 if __name__ == "__main__":
@@ -58,5 +45,6 @@ if __name__ == "__main__":
         print(json.dumps(step(*json.loads(arguments.step))))
     else:
         for way in ("chunks", "plain"):
-            one = measured(way, arguments.targets, arguments.vocabulary, arguments.width, arguments.trained)
+            asked = [way, arguments.targets, arguments.vocabulary, arguments.width, arguments.trained]
+            one = json.loads(call(__file__, "--step", json.dumps(asked)))  # in a process of its own
             print(f"{way}: {one['bytes'] / 1e9:.2f} GB, {one['seconds']:.1f} s, loss {one['loss']:.7f}")

@@ -106,7 +106,7 @@ def scorer(arguments, base, folder):
     }[arguments.set]
     training, test = split_by_prompt(read(paths, "score"), 0.2)
     task, config, dtype, results = trained(arguments, base, folder, training)
-    scores = evaluation.step_scores(test, task, config, CPU, dtype)
+    scores = evaluation.step_scores(test, task, config, dtype)
     unread = sum(int(np.isnan(of).sum()) for of in scores)
     found = {"run": results, "test_chains": len(test), "test_steps": sum(map(len, scores)), "unread_steps": unread}
     found["at_0.5"] = prm_metrics.report(test, scores, EvaluationConfig(), {}, training)
@@ -127,7 +127,7 @@ def best_of_4(arguments, base, folder):
     path = Path(os.environ["PLAINLORA_DATA"]) / "gsm8k" / "example_model_solutions.jsonl"
     training, test = split_by_prompt(read([str(path)], "score"), 0.3)
     task, config, dtype, results = trained(arguments, base, folder, training)
-    scores = evaluation.step_scores(test, task, config, CPU, dtype)
+    scores = evaluation.step_scores(test, task, config, dtype)
     of_place = {i: np.mean([e.outcome for e in test[i::4]]) for i in range(4)}  # of each of the four models
     return {
         "run": results,

@@ -1,13 +1,16 @@
 """Folders that others wrote, looked at before any library reads them: nothing leads out of them, nothing is cut short.
 
-Standard library only, so that a base that is not there or not whole is answered before torch is loaded.
+Neither torch nor transformers is imported here, so that a base that is not there or not whole is answered before they are.
 """
 
+from contextlib import contextmanager
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lora.config import ROOT
-from lora.errors import UserError
+from lora.errors import UserError, ran_out_of_memory
 
 EMBEDDED = ROOT / "assets" / "tiny_base"
 INDEX = "model.safetensors.index.json"
@@ -79,3 +82,15 @@ def plain_file(path):
     if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
         raise UserError(f"{path}: a link that leads out of its folder; put the file itself there.")
     return path
+
+
+@contextmanager
+def one_line(what):
+    """The first line of what safetensors, transformers or torch say of weights that they cannot load."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if ran_out_of_memory(error):
+            raise
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"{what}: {first[:300]}") from None

@@ -7,7 +7,6 @@ piece of evidence, and one that is both is worth the lower of the two. Other col
 
 from lora.config import REVEAL_COLUMNS
 from lora.errors import UserError
-from lora.readers import string
 from lora.readers.steps import chain
 
 TASK = "score"
@@ -35,7 +34,7 @@ def examples(rows, data):
     for where, question, steps in answers.values():
         pieces = [steps[i] for i in sorted(steps)]
         texts = [rows[0][1]["step"] for rows in pieces]
-        yield chain(where, string(where, "question", question), texts, [label_of(rows) for rows in pieces], terms=terms)
+        yield chain(where, question, texts, [label_of(rows) for rows in pieces], terms=terms)
 
 
 def label_of(rows):
