@@ -4,7 +4,6 @@
     PLAINLORA_DATA=... python benchmarks/prm.py scorer --set prmbench|bigbench [--steps N]
     PLAINLORA_DATA=... python benchmarks/prm.py best_of_4 [--steps N]
     PLAINLORA_DATA=... python benchmarks/prm.py forward
-    python benchmarks/prm.py tree
 
 The base is MiniLM, whose weights come from the package index, made to read from left to right (a causal mask), with its
 512 learned positions laid end to end twice, and no dropout of attention; it gets LoRA of rank 16. A fifth of the problems
@@ -22,9 +21,9 @@ import sys
 import tempfile
 import time
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from common import ROOT, metrics
 
 from train import predict  # before torch: it sets the allocator up
 
@@ -92,8 +91,7 @@ def trained(arguments, base, folder, training):
     config = configure(arguments, base, folder, training, validation)
     results = train_lora.main(Command(config, folder / "run"), Source(config))
     task = evaluation.load(*evaluation.read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), CPU)
-    lines = [json.loads(line) for line in (folder / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()]
-    curve = [[line["step"], line["val/loss"]] for line in lines if "val/loss" in line]
+    curve = [[line["step"], line["val/loss"]] for line in metrics(folder / "run", "val/loss")]
     chains = arguments.steps * 16 / len(training)
     return task, config, getattr(torch, arguments.dtype), results | {"validation_loss": curve, "epochs": round(chains, 2)}
 
@@ -168,55 +166,9 @@ def forward(arguments, base, folder):
     }
 
 
-def tree(arguments, base, folder):
-    """k alternatives after a shared prefix: rows of their own (packed), against one row with a mask of the tree."""
-    config = Config()
-    config.model.base_model, config.model.task = base, "score"
-    config.data.max_length = POSITIONS
-    packed = load_task(config, torch.float32).eval()
-    dense = AutoModel.from_pretrained(base, is_decoder=False, attn_implementation="sdpa").eval()
-    found, generator = {}, torch.Generator().manual_seed(0)
-
-    def measure(prefix, others, length):
-        own = [torch.randint(1000, 20000, (length,), generator=generator) for _ in range(others + 1)]
-        shared = torch.randint(1000, 20000, (prefix,), generator=generator)
-        targets = [float("nan")] * prefix + [1.0] * length
-        rows = Rows.of(((Row([*shared.tolist(), *one.tolist()], targets), 0) for one in own), "score")
-        batch = rows.batch(range(others + 1))
-        once = torch.cat([shared, *own])[None]
-        places = torch.cat([torch.arange(prefix), *(prefix + torch.arange(length) for _ in own)])[None]
-        of = torch.cat([torch.zeros(prefix), *(torch.full((length,), float(i + 1)) for i in range(others + 1))])
-        order = torch.arange(len(of))
-        seen = (order[:, None] >= order) & ((of[None] == 0) | (of[None] == of[:, None]))
-        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
-
-        def apart():
-            return packed.at_targets(batch)
-
-        def shared_prefix():
-            return dense(input_ids=once, position_ids=places, attention_mask=mask).last_hidden_state[0, prefix:]
-
-        with torch.no_grad():
-            difference = (apart() - shared_prefix()).abs().max().item()
-        times = {"apart": [], "shared": []}
-        for _ in range(6):
-            for name, way in (("apart", apart), ("shared", shared_prefix)):
-                started = time.monotonic()
-                way().square().sum().backward()
-                times[name].append(time.monotonic() - started)
-        ratios = sorted(a / b for a, b in zip(times["apart"][1:], times["shared"][1:]))
-        tokens = [batch.tokens.numel(), once.numel()]
-        return {"difference": difference, "tokens": tokens, "speed_ratio": ratios[len(ratios) // 2]}
-
-    for prefix, others, length in ((150, 1, 25), (300, 1, 25), (150, 4, 25), (300, 4, 25), (300, 10, 25)):
-        name = f"prefix {prefix}, {others} beside the chosen one, {length} tokens each"
-        found[name] = measure(prefix, others, length)
-    return found
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("scorer", "best_of_4", "forward", "tree"))
+    parser.add_argument("part", choices=("scorer", "best_of_4", "forward"))
     parser.add_argument("--set", choices=("prmbench", "bigbench"), default="prmbench")
     parser.add_argument("--steps", type=int, default=300, help="of 16 chains")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
