@@ -74,26 +74,26 @@ def write_rows(path, examples):
 def configure(arguments, base, folder, training, validation):
     config = get_lora_config()
     config.model.base_model, config.model.task, config.model.score_loss = base, "score", "bce"
-    config.data.max_length = arguments.max_length
+    config.data.max_length = POSITIONS
     config.data.train_data = [write_rows(folder / "train.jsonl", training)]
     config.data.eval_data = [write_rows(folder / "validation.jsonl", validation)]
     settings = config.training
-    settings.learning_rate, settings.batch_size, settings.gradient_accumulation_steps = arguments.learning_rate, 8, 2
+    settings.learning_rate, settings.batch_size, settings.gradient_accumulation_steps = 1e-3, 8, 2
     settings.max_steps, settings.warmup_steps, settings.eval_steps = arguments.steps, arguments.steps // 10, 50
-    settings.max_eval_batches, settings.dtype, settings.device = 0, arguments.dtype, "cpu"
+    settings.max_eval_batches, settings.dtype, settings.device = 0, "bfloat16", "cpu"
     config.output.output_dir, config.output.experiment_name = str(folder), "run"
     return config
 
 
 def trained(arguments, base, folder, training):
-    """(a task with the weights of the best validation loss, its configuration, dtype, what the run says of itself)."""
+    """(a task with the weights of the best validation loss, its configuration, what the run says of itself)."""
     training, validation = split_by_prompt(training, 0.05)
     config = configure(arguments, base, folder, training, validation)
     results = train_lora.main(Command(config, folder / "run"), Source(config))
     task = evaluation.load(*evaluation.read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), CPU)
     curve = [[line["step"], line["val/loss"]] for line in metrics(folder / "run", "val/loss")]
     chains = arguments.steps * 16 / len(training)
-    return task, config, getattr(torch, arguments.dtype), results | {"validation_loss": curve, "epochs": round(chains, 2)}
+    return task, config, results | {"validation_loss": curve, "epochs": round(chains, 2)}
 
 
 def scorer(arguments, base, folder):
@@ -103,8 +103,8 @@ def scorer(arguments, base, folder):
         "bigbench": sorted(glob.glob(str(data / "bigbench_mistake" / "*.jsonl"))),
     }[arguments.set]
     training, test = split_by_prompt(read(paths, "score"), 0.2)
-    task, config, dtype, results = trained(arguments, base, folder, training)
-    scores = evaluation.step_scores(test, task, config, dtype)
+    task, config, results = trained(arguments, base, folder, training)
+    scores = evaluation.step_scores(test, task, config, torch.bfloat16)
     unread = sum(int(np.isnan(of).sum()) for of in scores)
     found = {"run": results, "test_chains": len(test), "test_steps": sum(map(len, scores)), "unread_steps": unread}
     found["at_0.5"] = prm_metrics.report(test, scores, EvaluationConfig(), {}, training)
@@ -124,8 +124,8 @@ def best_of_4(arguments, base, folder):
     """Trained on outcomes (every step of a right solution is right), chosen among the four of held-out questions."""
     path = Path(os.environ["PLAINLORA_DATA"]) / "gsm8k" / "example_model_solutions.jsonl"
     training, test = split_by_prompt(read([str(path)], "score"), 0.3)
-    task, config, dtype, results = trained(arguments, base, folder, training)
-    scores = evaluation.step_scores(test, task, config, dtype)
+    task, config, results = trained(arguments, base, folder, training)
+    scores = evaluation.step_scores(test, task, config, torch.bfloat16)
     of_place = {i: np.mean([e.outcome for e in test[i::4]]) for i in range(4)}  # of each of the four models
     return {
         "run": results,
@@ -138,7 +138,7 @@ def best_of_4(arguments, base, folder):
 def forward(arguments, base, folder):
     """All steps in one forward against one forward for each: scores and time, on PRMBench's lengths."""
     config = Config()
-    config.model.base_model, config.model.task, config.data.max_length = base, "score", arguments.max_length
+    config.model.base_model, config.model.task, config.data.max_length = base, "score", POSITIONS
     task = load_task(config, torch.float32).eval()
     path = Path(os.environ["PLAINLORA_DATA"]) / "prmbench_train" / "prmbench_train.jsonl"
     examples = [e for e in read([str(path)], "score")[:: 3600 // 24] if len("".join(e.steps)) < 3000]
@@ -171,13 +171,9 @@ def main():
     parser.add_argument("part", choices=("scorer", "best_of_4", "forward"))
     parser.add_argument("--set", choices=("prmbench", "bigbench"), default="prmbench")
     parser.add_argument("--steps", type=int, default=300, help="of 16 chains")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--max_length", type=int, default=POSITIONS)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default=ROOT / "benchmarks" / "results" / "prm.json", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder) / "minilm")
