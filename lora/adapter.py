@@ -242,8 +242,7 @@ def load_adapter(model, folder):
     names = {plain(name): name for name in ours}
     theirs |= {names[name]: tensor for name, tensor in whole.items()}
     trained = {name for name, weight in ours.items() if weight.requires_grad}
-    if trained - theirs.keys():
-        raise UserError(f"{folder}: the adapter has no tensors for {', '.join(sorted(trained - theirs.keys()))}.")
+    refuse_any(trained - theirs.keys(), f"{folder}: the adapter has no tensors for")
     if injected:
         strange = {name for name in theirs.keys() - trained if not name.endswith(".base_layer.weight")}
         refuse_any(strange, f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora)")
@@ -286,9 +285,8 @@ def require_targets(folder, config, others):
     if not isinstance(targets, list) or any(config.get(key) for key in ("layers_to_transform", "exclude_modules")):
         return
     whole = config.get("modules_to_save") or []
-    absent = sorted(name for name in others if ends_with_one(name, targets) and not ends_with_one(name, whole))
-    if absent:
-        raise UserError(f"{folder}: the adapter has no tensors for {', '.join(absent[:5])}, which its target_modules name.")
+    absent = {name for name in others if ends_with_one(name, targets) and not ends_with_one(name, whole)}
+    refuse_any(absent, f"{folder}: the adapter has no tensors for what its target_modules name")
 
 
 def layer_for(base_layer, tensors, alpha, config):

@@ -1,6 +1,6 @@
 """Folders that others wrote, looked at before any library reads them: nothing leads out of them, nothing is cut short.
 
-Without torch, so that a base that is not there or not whole is answered before it is loaded.
+Neither torch nor transformers is imported here, so that a base that is not there or not whole is answered before they are.
 """
 
 from contextlib import contextmanager

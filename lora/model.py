@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 import lora.attention  # noqa: F401  (registers the attention called "packed")
 from lora.data import Rows
-from lora.errors import UserError
+from lora.errors import UserError, refuse_any
 from lora.foreign import EMBEDDED, check_weights, locate, one_line  # noqa: F401  (the base that comes along)
 from lora.heads import LMHead, MLPHead
 from lora.quantize import FourBitSettings, bitsandbytes
@@ -120,15 +120,11 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
         )
     absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     absent = [name for name in absent if not is_pooler(name)]
-    if absent:
-        raise UserError(f"base_model {base_model}: no weights, or of another shape, for {', '.join(sorted(absent)[:5])}.")
+    refuse_any(absent, f"base_model {base_model}: no weights, or of another shape, for")
     odd = [name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p)]
-    if odd:
-        raise UserError(f"base_model {base_model}: weights that are not finite numbers, in {', '.join(odd[:5])}.")
+    refuse_any(odd, f"base_model {base_model}: weights that are not finite numbers, in")
     if quantization:
-        damaged = model.hf_quantizer.quantization_config.damaged
-        if damaged:
-            raise UserError(f"base_model {base_model}: {'; '.join(damaged[:5])}.")
+        refuse_any(model.hf_quantizer.quantization_config.damaged, f"base_model {base_model}")
         model.hf_quantizer.remove_quantization_config(model)  # what is saved of it is the base's own config
     return model
 

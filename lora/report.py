@@ -16,7 +16,7 @@ import sys
 
 from lora.command_line import Parser
 from lora.compare import Run, shown
-from lora.config import max_batch_tokens, read_file, saved_config
+from lora.config import read_file, saved_config
 from lora.errors import UserError, one_line_errors
 from lora.prm_page import chains, document, number_table
 from lora.show import printable
@@ -168,7 +168,7 @@ def scored(task, examples, config):
     from lora.prm_metrics import calibration, expected_calibration_error, measured
 
     examples = examples[:SCORED]
-    scores = step_scores(examples, task, config, task.model.device, torch.float32)
+    scores = step_scores(examples, task, config, torch.float32)
     parts = chains(examples[:SAMPLES], scores[:SAMPLES], config.evaluation.threshold)
     labels, said = measured(examples, scores)
     if len(labels):
@@ -184,8 +184,7 @@ def answered(task, examples, config):
     """Generated answers beside what was expected; texts gone on with."""
     import torch
 
-    from lora.chat import use_chatml
-    from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
+    from lora.generate import answers, prompt_tokens, text_tokens
 
     prompts, expected = [], []
     length = min(TOKENS, config.data.max_length // 2)
@@ -193,7 +192,6 @@ def answered(task, examples, config):
     for example in examples[:SAMPLES]:
         turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         if turns:
-            use_chatml(task.tokenizer)
             before = example.messages[: turns[-1]]
             prompts.append((example.where, prompt_tokens(example.where, before, example.tools, task.tokenizer)[-room:]))
             expected.append(example.messages[turns[-1]].get("content") or "")
@@ -202,10 +200,8 @@ def answered(task, examples, config):
             begin = min(len(tokens) // 2, length) or 1
             prompts.append((example.where, tokens[:begin]))
             expected.append(task.tokenizer.decode(tokens[begin : begin + length]))
-    said = answers(
-        task.model, task.tokenizer, prompts, max_new_tokens=length, stop=stop_tokens(task.model, task.tokenizer),
-        dtype=torch.float32, max_tokens=max_batch_tokens(config),
-    )  # fmt: skip
+    config.evaluation.max_new_tokens = length
+    said = answers(task, prompts, config, torch.float32)
     for (where, tokens), wanted, answer in zip(prompts, expected, said):
         prompt = printable(task.tokenizer.decode(tokens))
         yield f"<section><p class=note>{escape(where)}</p><pre>{escape(prompt)}</pre>"

@@ -213,7 +213,7 @@ def test_29_a_base_with_a_weight_that_is_not_finite_is_refused(train, base, tmp_
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, path, {"format": "pt"})
-    refused(train, tmp_path, "base_model .*: weights that are not finite numbers, in model.norm.weight", *base)
+    refused(train, tmp_path, "base_model .*: weights that are not finite numbers, in: model.norm.weight", *base)
 
 
 def test_30_a_base_of_pickles_is_refused(train, base, tmp_path):

@@ -168,8 +168,7 @@ def test_all_steps_in_one_forward_are_scored_as_one_by_one(kind, request, config
     examples = read(["arithmetic:test:7"], "score")
     examples[3].steps *= 40  # too long
     examples[3].labels *= 40
-    device, dtype = torch.device("cpu"), torch.float32
-    together = evaluation.step_scores(examples, task, config, device, dtype)
+    together = evaluation.step_scores(examples, task, config, torch.float32)
     task.eval()  # the loop goes on training after it has asked
     for e, scores in zip(examples, together, strict=True):
         assert len(scores) == len(e.steps)
@@ -238,9 +237,9 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     artifact = run(configure(True)) / "final_artifact"
     rows = [{"prompt": f"p{i}", "steps": ["3+4=7", "7-2=9"], "labels": [1, i % 2]} for i in range(12)]
     capsys.readouterr()
-    page, out, picture = tmp_path / "page.html", tmp_path / "n.json", tmp_path / "r.png"
+    page, out = tmp_path / "page.html", tmp_path / "n.json"
     data = write(tmp_path / "t.jsonl", rows)
-    evaluate("--checkpoint", artifact, "--test_set", data, "--html", page, "--output", out, "--reliability", picture)
+    evaluate("--checkpoint", artifact, "--test_set", data, "--html", page, "--output", out)
     numbers, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert {"loss", "mse", "mae", "r2", "pearson", "spearman", "auc", "ece", "processbench_f1"} < numbers.keys()
     assert numbers["loss"] == pytest.approx(numbers["mse"])
@@ -249,7 +248,6 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     assert numbers["intervals"]["scores"]["auc"][0] <= numbers["auc"] <= numbers["intervals"]["scores"]["auc"][1]
     assert shown.count("(1)  3+4=7") == 12 and "t.jsonl:12\np11\n" in shown and "less bag of words" in shown
     assert len([tag for tag, _ in Page(page.read_text()).tags if tag == "li"]) == 24
-    assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="expected a file that is not there yet"):
         evaluate("--checkpoint", artifact, "--test_set", data, "--html", page)
 

@@ -6,7 +6,6 @@ as the data may not be passed on in plain text.
 """
 
 from lora.errors import UserError
-from lora.readers import string
 from lora.readers.steps import chain
 
 TASK = "score"
@@ -34,7 +33,7 @@ def examples(rows, data):
     for where, question, steps in answers.values():
         pieces = [steps[i] for i in sorted(steps)]
         texts = [rows[0][1]["step"] for rows in pieces]
-        yield chain(where, string(where, "question", question), texts, [label_of(rows) for rows in pieces], terms=terms)
+        yield chain(where, question, texts, [label_of(rows) for rows in pieces], terms=terms)
 
 
 def label_of(rows):
