@@ -41,7 +41,7 @@ def conclude(task, config, log, base_files, data_files, device, started):
     states = saved(log.run_dir / "checkpoints")
     best, last = next((s for s in best_first(states) if not damage(s["path"], "trainer_state.json")), None), states[-1]
     if not best:
-        raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
+        raise Stopped(f"{log.run_dir}: no checkpoint has a finite validation loss; try a lower --learning_rate.")
     if any(map(is_sharded, task.parameters())):
         tokenizer, task = task.tokenizer, load_task(config, torch.float32)
         task.tokenizer = tokenizer  # it may have been given a chat template

@@ -111,24 +111,24 @@ def load(path, task, optimizer):
     state = read_state(path)
     task.load(path)
     parameters = trainable(task)
-    by_name = {name: {} for name in parameters}
-    strange = []
+    names = {parameter: name for name, parameter in parameters.items()}
+    states, strange = {parameter: {} for parameter in names}, []
     tensors = path if (path / INDEX).is_file() else path / "optimizer.safetensors"
     with one_line(tensors):
-        saved = Shards(tensors)
-        for key in saved.index.keys() - parameters.keys():
+        shards = Shards(tensors)
+        for key in shards.index.keys() - parameters.keys():  # shards hold the weights as well
             name, _, of_state = key.rpartition("/")
-            if name in parameters:
-                by_name[name][of_state] = saved.get(key, *distributed.my_rows(parameters[name]))
-            else:
+            parameter = parameters.get(name)
+            if parameter is None:
                 strange.append(key)
+            else:
+                states[parameter][of_state] = shards.get(key, *distributed.my_rows(parameter))
     try:
         if not strange:
-            set_state(optimizer, {parameter: by_name[name] for name, parameter in parameters.items()})
+            set_state(optimizer, states)
     except KeyError as error:
-        name = next(name for name, parameter in parameters.items() if parameter is error.args[0])
-        strange = [f"{name}/{key}" for key in error.args[1:]]
-    refuse_any(strange, f"{path}: optimizer.safetensors lacks, has without a place or in another shape")
+        strange = [f"{names[error.args[0]]}/{key}" for key in error.args[1:]]
+    refuse_any(strange, f"{path}: not the optimizer's state of this model: absent, unknown or of another shape")
     return state
 
 

@@ -45,7 +45,7 @@ class Run:
     def of(cls, folder):
         logs = Path(folder) / "logs"
         if not (logs / "config.json").is_file():
-            raise UserError(f"{folder}: no run of ours (no logs/config.json there).")
+            raise UserError(f"{folder}: no logs/config.json there; expected the folder of a run, as outputs/RUN.")
         metrics, results = logs / "train_metrics.jsonl", logs / "final_results.json"
         text = metrics.read_text().splitlines(True) if metrics.is_file() else []
         whole = [json.loads(line) for line in text if line.endswith("\n")]  # the last one may be being written

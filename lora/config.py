@@ -259,7 +259,7 @@ def check(where, value, annotation, limits):
         return [check(where, item, kind, limits) for item in (value if isinstance(value, list) else [value])]
     if container is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{where} = {value!r}: need a table, in the config file.")
+            raise UserError(f"{where} = {value!r}: expected a table, which only a config file can hold.")
         return {name: check(f"{where}.{name}", item, kind, limits) for name, item in value.items()}
     if limits["word"] and value == limits["word"]:
         return value
@@ -268,13 +268,13 @@ def check(where, value, annotation, limits):
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         word = f" or {limits['word']}" if limits["word"] else ""
-        raise UserError(f"{where} = {value!r}: need {expected}{word}.")
+        raise UserError(f"{where} = {value!r}: expected {expected}{word}.")
     if limits["choices"] and value not in limits["choices"]:
         hint = nearest(value, limits["choices"])
-        raise UserError(f"{where} = {value!r}: need one of {', '.join(limits['choices'])}.{hint}")
+        raise UserError(f"{where} = {value!r}: expected one of {', '.join(limits['choices'])}.{hint}")
     for name, sign, holds in BOUNDS:
         if limits[name] is not None and not holds(value, limits[name]):
-            raise UserError(f"{where} = {value}: need {expected} {sign} {limits[name]}.")
+            raise UserError(f"{where} = {value}: expected {expected} {sign} {limits[name]}.")
     return value
 
 
@@ -305,7 +305,8 @@ def set_key(config, name, value, where):
     if name not in keys:
         if config.lora is None and name in keys_of(get_lora_config()):
             raise UserError(f"{where}: train.py trains all weights and has no such key; use train_lora.py.")
-        raise UserError(f"{where}: no such key.{nearest(name, [*keys, *ALIASES, *DTYPE_SWITCHES])}")
+        hint = nearest(name, [*keys, *ALIASES, *DTYPE_SWITCHES]) or " See --help."
+        raise UserError(f"{where}: no such key.{hint}")
     table, f = keys[name]
     setattr(table, name, check(where, value, f.type, f.metadata))
 
@@ -324,11 +325,11 @@ def set_tables(config, tables, where):
     given = set()
     for title, table in tables.items():
         if title == "lora" and config.lora is None:
-            raise UserError(f"{where}: [lora]: train.py trains all weights; use train_lora.py.")
+            raise UserError(f"{where}: [lora]: train.py trains all weights and has no such table; use train_lora.py.")
         if title not in tables_known or not isinstance(table, dict):
             belongs = home.get(ALIASES.get(title, title))
             hint = f" It belongs in [{belongs}]." if belongs else nearest(title, list(tables_known))
-            raise UserError(f"{where}: {title}: no such table.{hint}")
+            raise UserError(f"{where}: {title}: no such table.{hint or ' Expected: ' + ', '.join(tables_known) + '.'}")
         refuse_two_dtypes(table, f"{where}: {title}")
         for name, value in table.items():
             name = name.replace("-", "_")
@@ -349,7 +350,7 @@ def read_file(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}.") from None
+        raise UserError(f"{path}: cannot be read ({error}).") from None
     if not isinstance(tables, dict):
         raise UserError(f"{path}: expected a table of keys, found a {type(tables).__name__}.")
     return tables
@@ -368,8 +369,8 @@ def saved_config(folder):
     if state.is_file():
         tables = read_file(state).get("config")
         if not isinstance(tables, dict):
-            raise UserError(f"{state}: not a checkpoint of ours (it holds no config).")
+            raise UserError(f"{state}: holds no config; expected a checkpoint of ours.")
         return from_dict(tables, str(state))
     if toml.is_file():
         return from_dict(read_file(toml), str(toml))
-    raise UserError(f"{folder}: no checkpoint and no final artifact of ours (no {state.name}, no {toml.name}).")
+    raise UserError(f"{folder}: no {state.name} and no {toml.name}; expected a checkpoint or a final_artifact of ours.")

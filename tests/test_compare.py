@@ -109,7 +109,7 @@ def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_pa
     [
         (["/no/such"], "no run of ours is named"),
         (["{run}", "--plot", "/no/such/a.png"], "--plot /no/such/a.png: expected the name of a .png file"),
-        (["{run}", "--against", "/no/such"], "/no/such: no run of ours"),
+        (["{run}", "--against", "/no/such"], "/no/such: no logs/config.json"),
     ],
 )
 def test_a_mistake_is_one_line(configure, arguments, message):
