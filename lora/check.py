@@ -6,6 +6,7 @@ on a few training rows in fp32 and without dropout, where only a fault makes a d
 """
 
 from dataclasses import replace
+from functools import partial
 import itertools
 import json
 from pathlib import Path
@@ -160,19 +161,7 @@ def amount(trial):
     return required(not little, found, "are the answers really so short?", WARN)
 
 
-def without_target(trial):
-    return share_of(trial, "without_target", "have no target and are left out", "raise --max_length")
-
-
-def cut_off(trial):
-    return share_of(trial, "cut", "are cut off at max_length", "raise --max_length, or split them")
-
-
-def duplicates(trial):
-    return share_of(trial, "repeated", "are there before, word for word", "take them out, or give them a weight")
-
-
-def share_of(trial, key, what, mend):
+def share_of(key, what, mend, trial):
     facts = trial.facts | trial.facts["train"]
     return counted(facts[key], facts["examples"], f"{facts[key]} of {facts['examples']} examples {what}", mend)
 
@@ -357,11 +346,11 @@ def acts(trial):
     layers = [layer for layer in lora_layers(trial.task.model).values() if isinstance(layer, LoRALinear)]
     if not layers:
         return None
-    before, generator = trial.outputs(), torch.Generator().manual_seed(0)
+    before = trial.outputs()
+    torch.manual_seed(0)
     with torch.no_grad():
         for layer in layers:
-            noise = STIR * torch.randn(layer.lora_B.weight.shape, generator=generator)
-            layer.lora_B.weight += noise.to(trial.device)
+            layer.lora_B.weight += STIR * torch.randn_like(layer.lora_B.weight)
     found = distance(trial.outputs(), before)
     text = f"a small change of it changes what the model says by {found:.1e}"
     return required(found > trial.tolerance, text, f"raise --lora_alpha, or it is {OUR_FAULT}")
@@ -483,9 +472,9 @@ def merged(trial):
 
 DATA = {
     "targets": amount,
-    "rows without a target": without_target,
-    "rows cut off": cut_off,
-    "duplicates": duplicates,
+    "rows without a target": partial(share_of, "without_target", "have no target and are left out", "raise --max_length"),
+    "rows cut off": partial(share_of, "cut", "are cut off at max_length", "raise --max_length, or split them"),
+    "duplicates": partial(share_of, "repeated", "are there before, word for word", "take them out, or give them a weight"),
     "train and eval apart": overlap,
     "doubled BOS": beginnings,
     "trained end token": ends,

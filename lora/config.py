@@ -187,9 +187,7 @@ class Config:
 
 def get_lora_config():
     """LoRA's defaults: a [lora] table, and a learning rate that suits adapters."""
-    config = Config(lora=LoraConfig())
-    config.training.learning_rate = 1e-4
-    return config
+    return Config(lora=LoraConfig(), training=TrainingConfig(learning_rate=1e-4))
 
 
 ALIASES = {

@@ -17,7 +17,7 @@ import sys
 from lora.command_line import Parser
 from lora.compare import Run, shown
 from lora.config import read_file, saved_config
-from lora.errors import UserError, one_line_errors
+from lora.errors import one_line_errors
 from lora.prm_page import chains, document, number_table
 from lora.show import printable
 from lora.source import Source
@@ -120,9 +120,9 @@ def section(title, *parts):
     return [f"<section><h2>{title}</h2>", *parts, "</section>"] if parts else []
 
 
-def page(folder, samples=()):
-    """The page of a run as a text; `samples` are the parts that its model has said."""
-    run, artifact = Run.of(folder), folder / "final_artifact"
+def page(run, samples):
+    """The page of a Run as a text; `samples` are the parts that its model has said."""
+    folder, artifact = run.folder, run.folder / "final_artifact"
     facts = read_file(artifact / "metadata.json") if (artifact / "metadata.json").is_file() else {}
     config = json.loads((folder / "logs" / "config.json").read_text())
     seconds = {"tokens/s": run.values["tokens/s"], "seconds": run.values["seconds"], "peak memory, GB": run.values["GB"]}
@@ -211,12 +211,10 @@ def answered(task, examples, config):
 def main(argv):
     parser = Parser("A run as one page, RUN/report.html.")
     parser.add_argument("run", metavar="RUN", help="its folder")
-    folder = Path(parser.parse_args(argv).run)
-    if not (folder / "logs" / "config.json").is_file():
-        raise UserError(f"{folder}: no logs/config.json there; expected the folder of a run, as outputs/RUN.")
-    samples = samples_of(folder) if (folder / "final_artifact").is_dir() else ()
-    (folder / "report.html").write_text(page(folder, list(samples)), encoding="utf-8")
-    print(folder / "report.html")
+    run = Run.of(parser.parse_args(argv).run)
+    samples = samples_of(run.folder) if (run.folder / "final_artifact").is_dir() else ()
+    (run.folder / "report.html").write_text(page(run, list(samples)), encoding="utf-8")
+    print(run.folder / "report.html")
 
 
 if __name__ == "__main__":
