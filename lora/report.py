@@ -10,9 +10,7 @@ are, or generated answers.
 from html import escape
 import json
 import math
-from pathlib import Path
 import sys
-
 
 from lora.command_line import Parser
 from lora.compare import Run, shown
