@@ -1,13 +1,11 @@
 """What a run says: the console, a progress bar, logs/train_*.log and logs/train_metrics.jsonl."""
 
-from collections import deque
 import fcntl
 import json
 import math
 import os
 from pathlib import Path
 import resource
-import statistics
 import sys
 import time
 
@@ -19,8 +17,6 @@ from lora.durable import write_text
 from lora.errors import UserError
 from lora.trackers import tracker
 
-SPIKE_WINDOW, SPIKE = 50, 6.0  # steps, standard deviations of their losses
-
 
 class Log:
     """The log of a run in `run_dir`. Metrics of steps after `start` are cut off: a resumed run writes them again.
@@ -29,8 +25,7 @@ class Log:
     """
 
     def __init__(self, run_dir, config, start=0, may_exist=False):
-        self.run_dir, self.bar, self.tokens, self.seconds = Path(run_dir), None, 0, 0.0
-        self.losses, self.trackers = deque(maxlen=SPIKE_WINDOW), []
+        self.run_dir, self.bar, self.trackers, self.tokens, self.seconds = Path(run_dir), None, [], 0, 0.0
         if distributed.rank() > 0:
             errors.run_dir = self.run_dir
             self.metrics_file = self.text_file = open(os.devnull, "w")
@@ -69,14 +64,8 @@ class Log:
         quiet = True if distributed.rank() > 0 else None  # None: without a terminal
         self.bar = tqdm(total=total, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
 
-    def count(self, step, tokens, seconds, loss):
-        """Step number `step` is done, over so many tokens; evaluations and checkpoints are not in its seconds."""
-        if len(self.losses) == SPIKE_WINDOW:
-            usual = statistics.fmean(self.losses)
-            if loss > usual + SPIKE * statistics.pstdev(self.losses):
-                before = f"the mean of the {SPIKE_WINDOW} before is {usual:.4f}"
-                self.say(f"step {step}: the loss {loss:.4f} is a spike: {before}")
-        self.losses.append(loss)
+    def count(self, tokens, seconds):
+        """A step is done, over so many tokens; evaluations and checkpoints are not in its seconds."""
         self.tokens += tokens
         self.seconds += seconds
         self.bar.update()
