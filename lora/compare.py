@@ -2,7 +2,7 @@
 
     python -m lora.compare outputs/r_*                          a table, the best validation loss first
     python -m lora.compare outputs/r_* --against outputs/r_16   ... and for each run: better, worse, or cannot tell
-    python -m lora.compare outputs/r_* --plot sweep.png         ... and learning curves, the loss against what is swept
+    python -m lora.compare outputs/r_* --plot sweep.png         ... and a picture of the learning curves
 
 Two runs are compared on the validation examples that both were evaluated on, at the best step of each: a 95 % interval of
 the difference of their losses, from drawing the examples again. That says which of two *models* is better. Of two
@@ -27,7 +27,6 @@ from lora.errors import UserError, one_line_errors
 from lora.metrics import draws_of, quantiles
 
 NAMES = ("experiment_name", "output_dir", "report_to")  # that say nothing of how a run trains
-BLOCKS, WIDTH = "▁▂▃▄▅▆▇█", 40  # of a curve in the terminal
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
@@ -164,57 +163,26 @@ def verdict(run, other, spread):
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-def sketch(runs):
-    """The validation losses of each run as a line of blocks, all on one scale."""
-    curves = {run.name: [value for _, value in run.curve()] for run in runs if run.curve()}
-    if not curves:
-        return ""
-    low, high = (end(value for curve in curves.values() for value in curve) for end in (min, max))
-    width, lines = max(map(len, curves)), [f"validation loss, from {high:.4g} (high) to {low:.4g}"]
-    for name, curve in curves.items():
-        picked = [curve[i * len(curve) // min(WIDTH, len(curve))] for i in range(min(WIDTH, len(curve)))]
-        blocks = [BLOCKS[round((value - low) / (high - low or 1) * (len(BLOCKS) - 1))] for value in picked]
-        lines.append(f"{name:>{width}}  {''.join(blocks)}")
-    return "\n".join(lines)
-
-
-def plot(path, runs, key):
-    """Write a picture: the learning curves, and the best losses against the swept key, where there is one."""
+def plot(path, runs):
+    """Write a picture of the learning curves."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11 if key else 6, 4), layout="constrained")
-    curves, *rest = figure.subplots(1, 2 if key else 1, squeeze=False)[0]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for run in runs:
         if run.curve():
-            curves.plot(*zip(*run.curve()), marker=".", label=run.name)
-    curves.set(xlabel="step", ylabel="validation loss")
-    if curves.lines:
-        curves.legend(fontsize=7)
-    for axes in rest:
-        points = sorted((run.config[key], run.best[1]) for run in runs if run.best[0] and run.config.get(key) is not None)
-        axes.plot(*zip(*points), marker="o", linestyle="none")
-        axes.set(xlabel=key, ylabel="best validation loss")
-        values = [value for value, _ in points]
-        if values and min(values) > 0 and max(values) / min(values) > 8:
-            axes.set_xscale("log")
+            axes.plot(*zip(*run.curve()), marker=".", label=run.name)
+    axes.set(xlabel="step", ylabel="validation loss")
+    if axes.lines:
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
-def swept(runs):
-    """The one numeric key, the seed aside, in which the runs differ; or None."""
-
-    def is_number(value):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-    keys = [key for key in differing(runs) if key != "seed" and all(is_number(run.config.get(key)) for run in runs)]
-    return keys[0] if len(keys) == 1 else None
 
 
 def main(argv):
     parser = Parser("Runs side by side.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--against", metavar="RUN", help="say of each other run whether it is better than this one")
-    parser.add_argument("--plot", metavar="FILE", help="a picture of the curves, and of the loss against what is swept")
+    parser.add_argument("--plot", metavar="FILE", help="a picture of the curves")
     arguments = parser.parse_args(argv)
     if arguments.plot and find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install 'plainlora[plot]'.")
@@ -227,7 +195,7 @@ def main(argv):
     if not runs:
         raise UserError("no run of ours is named: expected folders like outputs/RUN.")
     runs.sort(key=lambda run: run.best[1])
-    print(aligned(table(runs)), sketch(runs), sep="\n\n")
+    print(aligned(table(runs)))
     if arguments.against:
         other = Run.of(arguments.against)
         others = [run for run in runs if run.folder.resolve() != other.folder.resolve()]
@@ -236,7 +204,7 @@ def main(argv):
         for run in others:
             print(verdict(run, other, spread))
     if arguments.plot:
-        plot(arguments.plot, runs, swept(runs))
+        plot(arguments.plot, runs)
 
 
 if __name__ == "__main__":

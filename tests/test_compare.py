@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lora import compare, example_losses
+from lora import example_losses
 from lora.compare import Run, interval, main, spread_of_seeds, table, verdict
 from lora.errors import UserError
 from lora.metrics import draws_of
@@ -85,14 +85,13 @@ def test_the_table_has_what_differs_and_how_it_ended_best_first(sweep, capsys, t
     results = json.loads((sweep[rows[0][0]] / "logs" / "final_results.json").read_text())
     assert losses[0] == pytest.approx(results["best"]["loss"], rel=1e-4)  # as it is printed
     main([str(folder) for folder in sweep.values()])
-    out = capsys.readouterr().out
-    assert out.count("▁") and "validation loss, from" in out
+    printed = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split()[0] for line in printed] == ["run", *(row[0] for row in rows[:-1])]
 
 
 def test_the_picture_of_the_runs_is_written(sweep, tmp_path, capsys):
     main([*map(str, sweep.values()), "--plot", str(tmp_path / "sweep.png")])
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
-    assert compare.swept([Run.of(folder) for folder in sweep.values()]) == "learning_rate"
 
 
 def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_path, capsys):
