@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from lora.errors import UserError
 
@@ -25,7 +25,8 @@ def write_checksums(folder):
 def sums_of(folder):
     """{"relative/path": {"sha256", "bytes"}, or why it has none} of every file in `folder` but checksums.json.
 
-    Files are found by walking through the folder, never by following what checksums.json or a link says.
+    Files are found by walking through the folder, never by following what checksums.json or a link says. So a name that
+    is listed there and leads out of the folder counts as missing.
     """
     found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir()}
     return in_threads(of_file, {name: path for name, path in found.items() if name != NAME})
@@ -53,12 +54,6 @@ def as_written(sums):
     return (json.dumps(sums, indent=2) + "\n").encode()
 
 
-def leaves(name):
-    """Whether a listed name could lead out of the folder, or is a second spelling of another."""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name
-
-
 def damage(folder, needed):
     """What is not as it was written in `folder`, which must hold the file `needed`, in a line; "" where all is well."""
     folder = Path(folder)
@@ -73,8 +68,7 @@ def damage(folder, needed):
     if not whole:
         return f"{NAME}: damaged: not the bytes that were written"
     now = sums_of(folder)
-    problems = {name: "a name that leaves the folder" for name in sums if leaves(name)}
-    problems |= {name: "missing" for name in {*sums, needed} - {*now, *problems, NAME}}
+    problems = {name: "missing" for name in {*sums, needed} - {*now, NAME}}
     problems |= {name: one if isinstance(one, str) else "extra" for name, one in now.items() if name not in sums}
     changed = {name: one for name, one in now.items() if name in sums and one != sums[name]}
     problems |= {name: one if isinstance(one, str) else "changed" for name, one in changed.items()}
