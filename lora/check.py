@@ -74,9 +74,8 @@ class Trial:
         loss, out_of_memory, _ = self.backward(self.task, data or self.data, *place).tolist()
         if out_of_memory:
             raise Exhausted("out of memory in a check; add --device cpu.")
-        found = {name: p.grad for name, p in self.task.named_parameters() if p.requires_grad or p.grad is not None}
-        self.task.zero_grad(set_to_none=True)
-        return found, loss
+        named = self.task.named_parameters()
+        return {name: p.grad for name, p in named if p.requires_grad or p.grad is not None}, loss
 
     @torch.no_grad()
     def outputs(self, batch=None):
@@ -333,11 +332,9 @@ def optimizer_of(trial):
 
 def update(trial, optimizer):
     """One step of training, at the configured learning rate."""
-    gradients, _ = trial.gradients()
+    trial.gradients()
     for group in optimizer.param_groups:
         group["lr"] = trial.config.training.learning_rate * group["lr_ratio"]
-    for name, parameter in checkpoint.trainable(trial.task).items():
-        parameter.grad = gradients[name]
     optimizer.step()
 
 
