@@ -48,9 +48,8 @@ def start(device):
     if device.type == "cuda":
         mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if mine >= there:
-            raise UserError(
-                f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: this machine has {there} GPUs; expected that at most."
-            )
+            asked = os.environ["LOCAL_WORLD_SIZE"]
+            raise UserError(f"--nproc_per_node={asked}: this machine has {there} GPUs; expected that at most.")
         torch.cuda.set_device(mine)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself then keeps the store
