@@ -88,7 +88,7 @@ def read_arguments(argv):
 def verify(folder):
     """Say that the artifact is whole, and end there, as --help does."""
     if not folder:
-        raise UserError("--verify_only: add --artifact_dir DIR.")
+        raise UserError("--verify_only: no artifact is named; add --artifact_dir DIR.")
     verify_artifact(folder)
     print(f"{folder}: verified: every file is as it was written")
     raise SystemExit
@@ -97,7 +97,7 @@ def verify(folder):
 def refuse_what_does_not_go_together(arguments, config):
     others = arguments.test_set or arguments.critical_questions or arguments.eval_data or arguments.test_queries
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
-        raise UserError(f"--output {arguments.output}: no such folder.")
+        raise UserError(f"--output {arguments.output}: its folder is not there; make it first.")
     if arguments.output and Path(arguments.output).is_dir():
         raise UserError(f"--output {arguments.output}: a folder; expected the name of a file.")
     if not config.model.base_model:
@@ -105,17 +105,17 @@ def refuse_what_does_not_go_together(arguments, config):
     if arguments.prompt is None and not (others or config.data.train_paths):
         raise UserError("no data: add --eval_data FILE, or --prompt TEXT.")
     if arguments.prompt is not None and (others or arguments.output):
-        raise UserError("--prompt is for trying by hand; call eval.py once more for files.")
+        raise UserError("--prompt goes with no files and no --output; call eval.py once for each.")
     if arguments.ignore_chat_template and arguments.prompt is None:
-        raise UserError("--ignore_chat_template is for --prompt.")
+        raise UserError("--ignore_chat_template is for --prompt; add it, or leave this out.")
     if (arguments.test_queries is None) != (arguments.corpus is None):
-        raise UserError("--test_queries and --corpus go together.")
+        raise UserError("--test_queries and --corpus go together; add the other one.")
     if config.model.task == "score" and arguments.critical_questions:
-        raise UserError("--critical_questions is for --task lm: a scorer gives no answers.")
+        raise UserError("--critical_questions is for --task lm: a scorer gives no answers; leave it out.")
     if config.model.task == "score" and arguments.test_set and arguments.eval_data:
-        raise UserError("--test_set and --eval_data: of a scorer both are files of steps; name them in one place.")
+        raise UserError("--test_set and --eval_data: of a scorer both are files of steps; name all in one of them.")
     if arguments.html and config.model.task != "score":
-        raise UserError("--html is for scorers.")
+        raise UserError("--html is for --task score; leave it out.")
     if arguments.html and (Path(arguments.html).exists() or not Path(arguments.html).resolve().parent.is_dir()):
         raise UserError(f"--html {arguments.html}: expected a file that is not there yet, in a folder that is.")
 

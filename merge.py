@@ -43,7 +43,7 @@ def read_arguments(argv):
     if arguments.gguf and find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
     others = (vars(arguments)[name] for name in ("gguf", "dtype", "base_model", *FOUR_BITS))
-    if arguments.portable and (any(others) or arguments.merge_into != "16bit"):
+    if arguments.portable and (any(value is not None for value in others) or arguments.merge_into != "16bit"):
         raise UserError("--portable rewrites an adapter and merges nothing; it goes with --adapter and --output only.")
     if arguments.gguf_type and not arguments.gguf:
         raise UserError("--gguf_type says how --gguf FILE is written; add it.")
@@ -90,7 +90,7 @@ def find_adapter(folder, base_model):
     if not (folder / "lora_adapter").is_dir():
         raise UserError(f"--adapter {folder}: there is no lora_adapter/; a fully fine-tuned model needs no merging.")
     if config.model.init_from == "scratch":
-        raise UserError(f"--adapter {folder}: it was trained on random weights, which no folder holds.")
+        raise UserError(f"--adapter {folder}: it was trained on random weights, which no folder holds; use it unmerged.")
     return folder / "lora_adapter", base_model or config.model.base_model, config
 
 
@@ -98,7 +98,7 @@ def class_for(shape):
     """The class of transformers that the base says it is. Raises UserError."""
     architecture = (shape.architectures or ["AutoModelForCausalLM"])[0]
     if not hasattr(transformers, architecture):
-        raise UserError(f"transformers has no {architecture}, which the base says it is.")
+        raise UserError(f"transformers has no {architecture}, which the base says it is; a newer version may.")
     return getattr(transformers, architecture)
 
 
@@ -132,10 +132,10 @@ def main(arguments):
     adapter, base_model, config = find_adapter(Path(arguments.adapter), arguments.base_model)
     ours, scorer = adapter.parent, config is not None and config.model.task == "score"
     if arguments.gguf and scorer:
-        raise UserError(f"--gguf: {arguments.adapter} is a step scorer, whose head llama.cpp does not know.")
+        raise UserError(f"--gguf: {arguments.adapter} is a step scorer, whose head llama.cpp does not know; leave it out.")
     into_4bit = arguments.merge_into == "dequantized"
     if into_4bit and config is not None and not config.lora.load_in_4bit:
-        raise UserError(f"--merge_into dequantized: {arguments.adapter} was trained on the base as it is, not on 4 bits.")
+        raise UserError(f"--merge_into dequantized: {arguments.adapter} was not trained in 4 bits; leave it out.")
     shape, dtype, tokenizer = load_shape(base_model)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
     model_class = AutoModel if scorer else class_for(shape)  # of a scorer the bare backbone
@@ -168,9 +168,11 @@ def main(arguments):
     print(f"merged against adapter, fp32:   {error:.3g}")
     # The sums are the same but for their order; fp32 rounds each to 6e-8, and layers multiply that.
     if not error <= 1e-4 * size or error > effect:
-        raise UserError(f"the merged model differs from base + adapter by {error:.3g}, which is more than rounding.")
+        raise UserError(
+            f"--adapter {arguments.adapter}: merged it differs by {error:.3g}, more than rounding; use it unmerged."
+        )
     if not effect:
-        raise UserError(f"--adapter {arguments.adapter}: it changes nothing, so there is nothing to merge.")
+        raise UserError(f"--adapter {arguments.adapter}: it changes nothing; use the base as it is.")
     if config is not None and config.lora.load_in_4bit and not into_4bit:
         trained = load_base(model_class, base_model, four_bits_of(arguments, config))
         load_adapter(trained, adapter)
@@ -203,7 +205,7 @@ def read_back(model, model_class, folder):
     written = load_weights(model_class, str(folder), model.dtype, "sdpa")
     merged = model.state_dict()
     if any(not torch.equal(tensor, merged[name]) for name, tensor in written.state_dict().items()):
-        raise UserError(f"{folder}: the written weights are not the merged ones; nothing is kept.")
+        raise UserError(f"{folder}: the written weights are not the merged ones, and are not kept; try another disk.")
     return written
 
 

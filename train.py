@@ -32,10 +32,10 @@ import torch
 
 from lora import artifact, baseline, checkpoint, distributed, guard
 from lora.data import TrainingData, seed_for
-from lora.log import Log, without_nan
-from lora.model import autocast, choose_device, choose_dtype, disagreement, load_task, prepare_layers
+from lora.log import without_nan
+from lora.model import autocast, choose_device, choose_dtype, lay_out, load_task, prepare_layers
+from lora.opening import begin, describe_run
 from lora.optimizer import make_optimizer, state_bytes
-from lora.plan import describe_memory, describe_run, describe_time, memory
 from lora.store import tokenised
 
 
@@ -72,7 +72,7 @@ def predict(task, batches, device, dtype):
                 said.append(task.predict(batch.to(device)).float())
         targets.append(batch.targets)
         sources.append(batch.sources)
-    if -len(targets) % distributed.world() > distributed.world() - 1 - distributed.rank():
+    if 0 < len(targets) % distributed.world() <= distributed.rank():  # this process had a batch less than others
         with autocast(device, dtype):
             task.predict(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
     task.train()
@@ -82,9 +82,10 @@ def predict(task, batches, device, dtype):
 
 def evaluate(task, data, device, dtype, keep=None):
     """The head's metrics over the held-out rows, and under a set's name over that set, where data is mixed."""
-    said, targets, sources = predict(task, data.evaluation(), device, dtype)
+    batches = data.evaluation()
+    said, targets, sources = predict(task, batches, device, dtype)
     if keep:  # what `python -m lora.compare` reads
-        keep(task.head, said, targets, data.held_out, data.evaluated())
+        keep(task.head, said, targets, data.held_out, batches)
     metrics = task.head.metrics(said, targets)
     for name, source in data.held_out_sets.items():
         mine = sources == source
@@ -130,12 +131,12 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     folder = log.run_dir / "checkpoints"
 
-    step, start, without_best, skipped, stop = 0, None, 0, 0, False
+    step, resumed_at, without_best, skipped, stop = 0, None, 0, 0, False
     if resume_from:
-        state = checkpoint.load(resume_from, task, optimizer)
-        step = start = state["step"]
-        without_best, skipped = state["without_best"], state["skipped"]
-        scaler.load_state_dict(state["scaler"])
+        before = checkpoint.load(resume_from, task, optimizer)
+        step = resumed_at = before["step"]
+        without_best, skipped = before["without_best"], before["skipped"]
+        scaler.load_state_dict(before["scaler"])
     best_loss = distributed.of_first(checkpoint.best_loss, folder)  # of no checkpoints where a run branches off
 
     def gradients(step):
@@ -153,9 +154,10 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
             log.say(data.halve(step))
 
     task.train()
-    # The longest rows first, without an update: what does not fit shows now and not after forty steps.
-    later = 0 if resume_from else state_bytes(parameters, settings.optimizer)
-    reserved = torch.empty(later, dtype=torch.int8, device=device)
+    # The longest rows first, without an update, beside as much memory as the optimizer will take from the first update on:
+    # what does not fit shows now and not after forty steps.
+    optimizer_bytes = 0 if resume_from else state_bytes(parameters, settings.optimizer)
+    reserved = torch.empty(optimizer_bytes, dtype=torch.int8, device=device)
     gradients(None)
     optimizer.zero_grad(set_to_none=True)
     del reserved
@@ -163,7 +165,7 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
     while True:
         # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never lost.
         last, metrics, save = step >= total, None, False
-        if step != start and (last or step % settings.eval_steps == 0):
+        if step != resumed_at and (last or step % settings.eval_steps == 0):
             metrics = evaluate(task, data, device, dtype, partial(log.examples, step))
             log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
         if metrics and step > 0:
@@ -175,7 +177,7 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
             if 0 < settings.early_stopping_patience <= without_best:
                 log.say(f"Stopping at step {step}: {without_best} evaluations without a new best.")
                 last = True
-        if step not in (0, start) and (save or last or stop or step % config.output.save_steps == 0):
+        if step not in (0, resumed_at) and (save or last or stop or step % config.output.save_steps == 0):
             state = {"without_best": without_best, "skipped": skipped, "scaler": scaler.state_dict()}
             state |= data.layout | {"config": config.as_dict(), "facts": facts, "val": metrics and without_nan(metrics)}
             checkpoint.save(folder, step, task, optimizer, state)
@@ -201,10 +203,9 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
             found = f"step {step}: loss {loss}, gradient norm {grad_norm}"
             skipped += 1
             if skipped > settings.skip_nonfinite:
+                mend = "Lower --learning_rate, look at its rows (in status.json), or allow N such steps: --skip_nonfinite N"
                 rows = data.rows_at(step).tolist()
-                raise Stopped(
-                    f"{found}; stopped before the update, the checkpoints are as they were.", step=step, rows=rows
-                )
+                raise Stopped(f"{found}; stopped before the update. {mend}.", step=step, rows=rows)
             log.say(f"{found}; the update is left out ({skipped} of {settings.skip_nonfinite} that may be)")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -222,57 +223,28 @@ def run(task, command, source, device, dtype):
     config, started = command.config, time.monotonic()
     if config.model.init_from not in ("", "scratch") and not command.resume_from:
         task.start_from(config.model.init_from)
-    rows, held_out, facts = tokenised(source, task)
+    rows, held_out, of_data = tokenised(source, task)
     before = checkpoint.read_state(command.resume_from) if command.resume_from else None
     data = TrainingData(rows, held_out, config, task.packed, distributed.rank(), distributed.world(), before)
-    total, done = total_steps(config.training, data.steps_per_epoch), before["step"] if before else 0
-    if done >= total and not command.auto:
+    total = total_steps(config.training, data.steps_per_epoch)
+    if before and before["step"] >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
     prepare_layers(task.model, config.training)
-    opening = describe_run(task, config, data, facts, total, device, dtype)
+    opening = describe_run(task, config, data, of_data, total, device, dtype)
     if command.check:
         from lora import check
 
-        return check.run(opening, task, source, rows, facts, config, device, backward, evaluate)
+        return check.run(opening, task, source, rows, of_data, config, device, backward, evaluate)
     if command.dry_run:
-        table, fits = describe_memory(memory(task, data, config, device, dtype), device)
-        print(f"{opening}\n{table}")
-        if not fits:
-            return None
-    if distributed.world() > 1 and not config.lora:
-        distributed.shard(task, dtype, config.training.optimizer, device)
-    task.to(device)
-    if device.type != "cpu" and not any(map(distributed.is_sharded, task.parameters())):
-        problem = disagreement(task, dtype)  # it has been tried on the CPU, but for the device's own kernels
-        if problem:
-            raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
-    if command.dry_run:
-        step = partial(backward, task, data, 0, torch.amp.GradScaler(enabled=False), config.training.seed, device, dtype)
-        print(describe_time(step, partial(evaluate, task, data, device, dtype), total, config.training.eval_steps))
-        return None
-    first, base = distributed.rank() == 0, None
-    if first:
-        base = baseline.measure(task, config)
-        command.require_same({"base_model": base["files"], "dtype": str(dtype)})
-    place = distributed.place_of(device, before)
-    made_of = {**source.files, "base_model": base and base["files"], "dtype": str(dtype), "place": place}
-    run_dir = distributed.of_first(str, command.run_dir)  # of a run that was given no name it holds the second
-    log = Log(run_dir, config, done, command.continues)
-    if first:
-        baseline.record(log.run_dir, config, base)
-        other = baseline.other_base(config.model.init_from, config.model.base_model, base["files"])
-        for line in filter(None, [*checkpoint.recover(log.run_dir), other]):
-            log.say(line)
-    was = before["facts"]["place"] if before else place
-    moved = [f"{name} {was[name]} -> {now}" for name, now in place.items() if now != was[name]]
-    if moved:
-        log.say(f"resumed with {', '.join(moved)}: the same examples and targets a step, not the same bits")
-    log.say(f"{opening}; in {log.run_dir}")
+        from lora import plan
 
+        return plan.dry_run(opening, task, data, config, total, device, dtype, backward, evaluate)
+    lay_out(task, config, device, dtype)
+    log, base, facts = begin(opening, task, command, source, before, device, dtype)
     with guard.watching():
-        train(task, data, config, log, device, dtype, total, made_of, command.resume_from)
+        train(task, data, config, log, device, dtype, total, facts, command.resume_from)
     distributed.stop()
-    if not first:
+    if distributed.rank() > 0:
         return None
     log.say(baseline.compare(base, baseline.measure(task, config)))
     results = artifact.conclude(task, config, log, base["files"], source.files, device, started)

@@ -29,7 +29,6 @@ from lora import distributed
 from lora.data import seed_for
 from lora.layer import inject
 from lora.model import choose_device, choose_dtype, disagreement, load_task
-from lora.quantize import share_4bit
 
 
 def main(command, source):
@@ -40,17 +39,13 @@ def main(command, source):
     task = load_task(config, dtype)  # frozen weights are kept in the type they are computed in
     torch.manual_seed(seed_for(config.training.seed, "lora"))  # not the numbers that the head was drawn with
     lora = config.lora
-    names = inject(
+    inject(
         task.model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.target_modules, lora.modules_to_save,
         rslora=lora.use_rslora, dora=lora.use_dora, rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern,
     )  # fmt: skip
-    bits = f", {share_4bit(task.model):.0%} of it in 4 bits ({lora.bnb_4bit_quant_type})" if lora.load_in_4bit else ""
-    whole = f", and {' '.join(lora.modules_to_save)} whole" if lora.modules_to_save else ""
     problem = disagreement(task)  # some models read the weights of a layer past the layer
     if problem:
         raise UserError(f"target_modules {' '.join(lora.target_modules)}: with LoRA there {problem}; name other layers.")
-    shape = f"rank {lora.lora_r}, alpha {lora.lora_alpha:g}"
-    print(f"LoRA: {shape}, over {len(names)} linear layers{whole}; the base is frozen{bits}")
     return run(task, command, source, device, dtype)
 
 

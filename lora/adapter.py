@@ -152,7 +152,7 @@ def read_tensors(folder, config):
         convert = f"import torch, safetensors.torch as s; s.save_file(torch.load({old}), {new})"
         hint = f'; convert it there: python -c "{convert}"' if path.with_suffix(".bin").exists() else ""
         raise UserError(f"{path}: no such file; only safetensors adapters are read{hint}.")
-    with one_line(f"{path}: damaged"):
+    with one_line(f"{path}: damaged, copy it again"):
         tensors = load_file(path)
     odd = [key for key, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.float().isfinite().all())]
     refuse_any(odd, f"{path}: not finite numbers")

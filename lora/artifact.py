@@ -14,6 +14,7 @@ import json
 import os
 from pathlib import Path
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ def conclude(task, config, log, base_files, data_files, device, started):
     states = saved(log.run_dir / "checkpoints")
     best, last = next((s for s in best_first(states) if not damage(s["path"], "trainer_state.json")), None), states[-1]
     if not best:
-        raise Stopped(f"{log.run_dir}: no checkpoint with a finite validation loss, so there is no result.")
+        raise Stopped(f"{log.run_dir}: no checkpoint has a finite validation loss; try a lower --learning_rate.")
     if any(map(is_sharded, task.parameters())):
         tokenizer, task = task.tokenizer, load_task(config, torch.float32)
         task.tokenizer = tokenizer  # it may have been given a chat template
@@ -126,9 +127,6 @@ def hardware(device):
 
 
 def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()

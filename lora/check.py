@@ -302,21 +302,6 @@ def tied(trial):
     return required(declared == is_tied(model), found, "mend tie_word_embeddings there")
 
 
-def positions(trial):
-    room = getattr(trial.task.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = int(trial.rows.lengths(np.arange(len(trial.rows))).max())
-    if room is None:
-        return PASS, f"the longest row has {longest}; this model has no limit"
-    room -= trial.task.first_position
-    return required(longest <= room, f"the longest row has {longest}, the model {room}", f"add --max_length {room}")
-
-
-def token_ids(trial):
-    room, largest = trial.task.model.get_input_embeddings().weight.shape[0], int(trial.rows.tokens.max())
-    found = f"the largest is {largest}, the embeddings have {room} rows"
-    return required(largest < room, found, "tokenizer and base do not belong together")
-
-
 def behaves(trial):
     problem = disagreement(trial.task)
     trial.task.eval()
@@ -435,14 +420,6 @@ def packed(trial):
     return judged(distance(trial.outputs(), alone), trial.tolerance, "largest difference")
 
 
-def pure(trial):
-    """The same step asked for twice, with others between, is the same batch."""
-    first = trial.data.batch_at(0)
-    trial.data.batch_at(3)
-    same = all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, trial.data.batch_at(0)))
-    return required(same, "the same rows" if same else "another batch the second time", OUR_FAULT)
-
-
 def after_evaluation(trial):
     """An evaluation between two steps changes no gradient."""
     before = trial.gradients()[0]
@@ -519,8 +496,6 @@ DATA = {
 MODEL = {
     "finite weights": finite,
     "tied as declared": tied,
-    "positions": positions,
-    "token ids": token_ids,
     "model as assumed": behaves,
     "injected = base": injected,
     "loss on a repeated batch": learns,
@@ -530,7 +505,6 @@ MODEL = {
     "accumulated = whole": accumulated,
     "two processes = one": ranks,
     "packed = alone": packed,
-    "batch_at(step) is pure": pure,
     "after an evaluation": after_evaluation,
     "save, load, next step": resumed,
     "PEFT format and back": through_peft,

@@ -9,14 +9,14 @@ import json
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lora import distributed
 from lora.checksums import damage, write_checksums
 from lora.config import read_file
 from lora.durable import clear, folder_for, remove
-from lora.errors import UserError, by_step, refuse_any
+from lora.errors import by_step, refuse_any
+from lora.foreign import one_line
 from lora.optimizer import set_state, state_of
 from lora.shards import INDEX, Shards, write
 
@@ -111,25 +111,24 @@ def load(path, task, optimizer):
     state = read_state(path)
     task.load(path)
     parameters = trainable(task)
-    by_name = {name: {} for name in parameters}
-    strange = []
-    try:
-        saved = Shards(path if (path / INDEX).is_file() else path / "optimizer.safetensors")
-        for key in saved.index.keys() - parameters.keys():
+    names = {parameter: name for name, parameter in parameters.items()}
+    states, strange = {parameter: {} for parameter in names}, []
+    tensors = path if (path / INDEX).is_file() else path / "optimizer.safetensors"
+    with one_line(tensors):
+        shards = Shards(tensors)
+        for key in shards.index.keys() - parameters.keys():  # shards hold the weights as well
             name, _, of_state = key.rpartition("/")
-            if name in parameters:
-                by_name[name][of_state] = saved.get(key, *distributed.my_rows(parameters[name]))
-            else:
+            parameter = parameters.get(name)
+            if parameter is None:
                 strange.append(key)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: optimizer.safetensors cannot be read ({error}).") from None
+            else:
+                states[parameter][of_state] = shards.get(key, *distributed.my_rows(parameter))
     try:
         if not strange:
-            set_state(optimizer, {parameter: by_name[name] for name, parameter in parameters.items()})
+            set_state(optimizer, states)
     except KeyError as error:
-        name = next(name for name, parameter in parameters.items() if parameter is error.args[0])
-        strange = [f"{name}/{key}" for key in error.args[1:]]
-    refuse_any(strange, f"{path}: optimizer.safetensors lacks, has without a place or in another shape")
+        strange = [f"{names[error.args[0]]}/{key}" for key in error.args[1:]]
+    refuse_any(strange, f"{path}: not the optimizer's state of this model: absent, unknown or of another shape")
     return state
 
 

@@ -53,22 +53,6 @@ def as_written(sums):
     return (json.dumps(sums, indent=2) + "\n").encode()
 
 
-def read_checksums(path):
-    """checksums.json, {name: {"sha256", "bytes"}}. Raises UserError where it is absent or not as it was written."""
-    if path.is_symlink() or not path.is_file():
-        only = "only a final_artifact/ or a checkpoint as a run wrote it can be verified"
-        raise UserError(f"{path}: no such file (or a link); {only}.")
-    content = path.read_bytes()
-    try:
-        sums = json.loads(content)
-        whole = isinstance(sums, dict) and as_written(sums) == content
-    except (ValueError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: damaged: not the bytes that were written. Copy the folder again, or make a new one.")
-    return sums
-
-
 def leaves(name):
     """Whether a listed name could lead out of the folder, or is a second spelling of another."""
     path = PurePosixPath(name)
@@ -78,10 +62,16 @@ def leaves(name):
 def damage(folder, needed):
     """What is not as it was written in `folder`, which must hold the file `needed`, in a line; "" where all is well."""
     folder = Path(folder)
+    if (folder / NAME).is_symlink() or not (folder / NAME).is_file():
+        return f"{NAME}: no such file (or a link); only a final_artifact/ or a checkpoint has one"
+    content = (folder / NAME).read_bytes()
     try:
-        sums = read_checksums(folder / NAME)
-    except UserError as error:
-        return str(error).removeprefix(f"{folder}/")
+        sums = json.loads(content)
+        whole = isinstance(sums, dict) and as_written(sums) == content
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole:
+        return f"{NAME}: damaged: not the bytes that were written"
     now = sums_of(folder)
     problems = {name: "a name that leaves the folder" for name in sums if leaves(name)}
     problems |= {name: "missing" for name in {*sums, needed} - {*now, *problems, NAME}}
@@ -91,16 +81,14 @@ def damage(folder, needed):
     return "; ".join(f"{name!r}: {what}" for name, what in sorted(problems.items()))
 
 
-def require_as_written(folder):
-    """Raises UserError where a folder that a run wrote is no longer as it was; one without checksums.json others wrote."""
-    found = damage(folder, NAME) if (Path(folder) / NAME).exists() else ""
+def require_as_written(folder, needed=None):
+    """Raises UserError that names what is not as a run wrote it; a folder without checksums.json others wrote."""
+    found = damage(folder, needed or NAME) if needed or (Path(folder) / NAME).exists() else ""
     if found:
         raise UserError(f"{folder}: not as it was written: {found}. Copy the folder again, or take another.")
 
 
 def verify_artifact(folder):
-    """The metadata of a final artifact. Raises UserError that names every file that is not as it was written."""
-    found = damage(folder, "metadata.json")
-    if found:
-        raise UserError(f"{folder}: not as it was written: {found}. Copy the folder again, or make a new one.")
+    """The metadata of a final artifact. Raises UserError as `require_as_written` does, and where it is no artifact."""
+    require_as_written(folder, "metadata.json")
     return json.loads((Path(folder) / "metadata.json").read_bytes())

@@ -52,7 +52,7 @@ def read_arguments(argv):
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
     if not 0 < arguments.eval_fraction < 1:
-        raise UserError(f"--eval_fraction {arguments.eval_fraction}: need a share between 0 and 1.")
+        raise UserError(f"--eval_fraction {arguments.eval_fraction}: expected a share between 0 and 1.")
     return arguments
 
 
@@ -71,7 +71,7 @@ def sentences_of(text):
 def split(documents, fraction, seed):
     """(training documents, test documents), two of each at least: the passages beside the right one are of another."""
     if len(documents) < 4:
-        raise UserError(f"{len(documents)} documents; need 4 at least, two for training and two for the test.")
+        raise UserError(f"{len(documents)} documents; expected 4 at least, two for training and two for the test.")
     ordered = sorted(documents, key=lambda sentences: hashlib.sha256(repr((seed, sentences)).encode()).digest())
     held_out = min(max(2, round(fraction * len(ordered))), len(ordered) - 2)
     return ordered[held_out:], ordered[:held_out]

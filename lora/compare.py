@@ -2,8 +2,7 @@
 
     python -m lora.compare outputs/r_*                          a table, the best validation loss first
     python -m lora.compare outputs/r_* --against outputs/r_16   ... and for each run: better, worse, or cannot tell
-    python -m lora.compare outputs/r_* --sweep lora_r=1,4,16 seed=1,2      ... and the commands of those not yet run
-    python -m lora.compare outputs/r_* --plot sweep.png         learning curves, and the loss against what is swept
+    python -m lora.compare outputs/r_* --plot sweep.png         ... and learning curves, the loss against what is swept
 
 Two runs are compared on the validation examples that both were evaluated on, at the best step of each: a 95 % interval of
 the difference of their losses, from drawing the examples again. That says which of two *models* is better. Of two
@@ -14,18 +13,16 @@ taken into the interval.
 from collections import defaultdict
 from dataclasses import dataclass
 from importlib.util import find_spec
-import itertools
 import json
 import math
 from pathlib import Path
-import shlex
 import statistics
 import sys
 
 import numpy as np
 
 from lora.command_line import Parser
-from lora.config import from_dict, read_file, set_key
+from lora.config import from_dict, read_file
 from lora.errors import UserError, one_line_errors
 from lora.metrics import draws_of, quantiles
 
@@ -48,7 +45,7 @@ class Run:
     def of(cls, folder):
         logs = Path(folder) / "logs"
         if not (logs / "config.json").is_file():
-            raise UserError(f"{folder}: no run of ours (no logs/config.json there).")
+            raise UserError(f"{folder}: no logs/config.json there; expected the folder of a run, as outputs/RUN.")
         metrics, results = logs / "train_metrics.jsonl", logs / "final_results.json"
         text = metrics.read_text().splitlines(True) if metrics.is_file() else []
         whole = [json.loads(line) for line in text if line.endswith("\n")]  # the last one may be being written
@@ -213,33 +210,10 @@ def swept(runs):
     return keys[0] if len(keys) == 1 else None
 
 
-def commands(first, runs, sweep):
-    """The commands of the combinations of `sweep` ("key=a,b,c" each) that no run ended with; the rest is `first`'s."""
-    axes = []
-    for axis in sweep:
-        key, _, values = axis.partition("=")
-        if not values:
-            raise UserError(f"--sweep {axis}: expected KEY=VALUE,VALUE,...")
-        axes.append([(key, value) for value in values.split(",")])
-    saved = first.folder / "logs" / "config.toml"
-    script = "train_lora.py" if "lora_r" in first.config else "train.py"
-    for chosen in itertools.product(*axes):
-        config = from_dict(read_file(saved), str(saved))
-        for key, value in chosen:
-            set_key(config, key, value, f"--sweep {key}", from_text=True)
-        if any(run.results and run.config == flat(config) for run in runs):
-            continue
-        name = "_".join(f"{key}_{value}" for key, value in chosen)
-        flags = [part for key, value in chosen for part in (f"--{key}", value)]
-        flags += ["--experiment_name", name, "--resume_from", "auto"]
-        yield shlex.join(["python", script, "--config", str(saved), *flags])
-
-
 def main(argv):
     parser = Parser("Runs side by side.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--against", metavar="RUN", help="say of each other run whether it is better than this one")
-    parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B", help="print the commands of those not yet run")
     parser.add_argument("--plot", metavar="FILE", help="a picture of the curves, and of the loss against what is swept")
     arguments = parser.parse_args(argv)
     if arguments.plot and find_spec("matplotlib") is None:
@@ -249,10 +223,10 @@ def main(argv):
     others = [folder for folder in arguments.runs if not (Path(folder) / "logs" / "config.json").is_file()]
     if others:
         print(f"no runs of ours, left out: {' '.join(others)}")
-    named = [Run.of(folder) for folder in dict.fromkeys(arguments.runs) if folder not in others]
-    if not named:
+    runs = [Run.of(folder) for folder in dict.fromkeys(arguments.runs) if folder not in others]
+    if not runs:
         raise UserError("no run of ours is named: expected folders like outputs/RUN.")
-    runs = sorted(named, key=lambda run: run.best[1])
+    runs.sort(key=lambda run: run.best[1])
     print(aligned(table(runs)), sketch(runs), sep="\n\n")
     if arguments.against:
         other = Run.of(arguments.against)
@@ -263,9 +237,6 @@ def main(argv):
             print(verdict(run, other, spread))
     if arguments.plot:
         plot(arguments.plot, runs, swept(runs))
-    waiting = list(commands(named[0], runs, arguments.sweep)) if arguments.sweep else []
-    if waiting:
-        print("\nnot yet run:", *waiting, sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from lora.config import rows_per_batch
+from lora.distributed import cut, deal
 from lora.errors import LESS_MEMORY, Exhausted
-from lora.mixing import names_of, schedule
+from lora.mixing import Mix, names_of
 from lora.render import NO_TOKEN
 
 MOST_PADDING = 0.05  # of the positions of a micro-batch of padded rows
@@ -41,6 +42,7 @@ class Batch:
     tokens: torch.Tensor  # [b, t]
     positions: torch.Tensor  # [b, t], from 0 again in every document
     segments: torch.Tensor  # [b, t], token types of an encoder, else 0
+    rows: list[int]  # which of the Rows the documents are
     lengths: list[int]  # of the documents
     target_positions: torch.Tensor  # [n], indices into b x t
     targets: torch.Tensor  # [n], token ids or scores
@@ -110,6 +112,7 @@ class Rows:
             tokens=laid_out(self.tokens[where]),
             positions=laid_out(positions),
             segments=laid_out(self.segments[where]),
+            rows=indices.tolist(),
             lengths=lengths.tolist(),
             target_positions=torch.from_numpy(place[has_target]),
             targets=torch.from_numpy(targets[has_target]).to(torch.int64 if targets.dtype == np.int32 else torch.float32),
@@ -167,16 +170,12 @@ class TrainingData:
             self.examples_per_step, self.max_tokens = before["examples_per_step"], before["max_tokens"]
         self.max_eval_rows = settings.max_eval_batches * 4 or len(held_out)
         self.steps_per_epoch = len(rows) / self.examples_per_step
+        self.sets = [np.arange(len(rows))]
         if data.weights:
             self.sets = [np.flatnonzero(rows.sources == source) for source in range(len(data.train_paths))]
-            self.schedule = schedule(data.train_paths, data.weights, self.sets)
-        else:
-            self.sets, self.schedule = [np.arange(len(rows))], np.zeros(1, np.int64)
-        self.quotas = np.bincount(self.schedule)
+        self.mix = Mix(data.train_paths, data.weights or [1.0], self.sets)
         mixed = len(data.eval_paths) > 1 and (data.eval_data or data.weights or data.only_evaluated)
         self.held_out_sets = {name: source for source, name in enumerate(names_of(data.eval_paths))} if mixed else {}
-        # How often the set of an example has had its turn before, since the schedule began.
-        self.turns = np.array([np.count_nonzero(self.schedule[:i] == s) for i, s in enumerate(self.schedule)])
 
     @property
     def layout(self):
@@ -188,16 +187,16 @@ class TrainingData:
 
         Every process gets as many, since sharded weights are gathered by all at once.
         """
-        rows, dealt = self.rows_at(step), self.dealt(step)
+        rows = self.rows_at(step)
+        dealt = self.dealt(rows)
         mine = cut(dealt[self.rank], max(map(len, dealt)))
         if step is None:  # the two largest; the second meets the gradients of the first
             mine = sorted(mine, key=lambda group: -self.rows.lengths(np.array(group, np.int64)).sum())[:2]
         shortest = rows[self.rows.lengths(rows).argmin()]
         return [self.rows.batch(group or [shortest], self.packed, asked=bool(group)) for group in mine]
 
-    def dealt(self, step):
+    def dealt(self, rows):
         """The rows of each process's micro-batches, dealt by length so that all are done at about the same time."""
-        rows = self.rows_at(step)
         owner = deal(self.rows.lengths(rows), self.world)
         return [self.rows.groups(rows[owner == i], self.max_tokens, self.packed) for i in range(self.world)]
 
@@ -206,7 +205,7 @@ class TrainingData:
 
         Raises Exhausted where each of the step's holds a single row already.
         """
-        groups = [group for groups in self.dealt(step) for group in groups]
+        groups = [group for groups in self.dealt(self.rows_at(step)) for group in groups]
         largest = max(int(self.rows.lengths(np.array(group)).sum()) for group in groups)
         if all(len(group) == 1 for group in groups):
             raise Exhausted(f"out of memory on a single example of {largest} tokens. {LESS_MEMORY}")
@@ -231,39 +230,12 @@ class TrainingData:
 
     def row_at(self, place):
         """The row that is the run's example number `place`; each set is passed over in an order of its own."""
-        rounds, turn = divmod(place, len(self.schedule))
-        source = self.schedule[turn]
+        source, before = self.mix.turn(place)
         members = self.sets[source]
-        epoch, number = divmod(int(rounds * self.quotas[source] + self.turns[turn]), len(members))
+        epoch, number = divmod(before, len(members))
         return members[shuffle(self.seed, epoch, len(members))[number]]
 
-    def evaluated(self):
-        """The held-out rows of each micro-batch: the first so many of one order, the same for every run."""
-        order = np.random.default_rng(0).permutation(len(self.held_out))
-        return self.held_out.groups(order[: self.max_eval_rows], self.max_tokens, self.packed)
-
     def evaluation(self):
-        """The micro-batches of the held-out rows, for all processes."""
-        return [self.held_out.batch(group, self.packed) for group in self.evaluated()]
-
-
-def deal(lengths, world):
-    """[len(lengths)]: which process gets each row; the longest first, each to the one that has the least to do."""
-    owner, load = np.zeros(len(lengths), np.int64), np.zeros(world, np.int64)
-    for i in np.argsort(-lengths, kind="stable"):
-        owner[i] = load.argmin()
-        load[owner[i]] += lengths[i]
-    return owner
-
-
-def cut(groups, count):
-    """The groups in `count` parts: the largest are halved, and where there is nothing to halve a part is empty."""
-    groups = [group for group in groups if group]
-    while len(groups) < count:
-        largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
-        if largest is None or len(groups[largest]) == 1:
-            groups.append([])
-        else:
-            group = groups[largest]
-            groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
-    return groups
+        """The micro-batches, for all processes, of the first so many held-out rows of one order, the same for every run."""
+        order = np.random.default_rng(0).permutation(len(self.held_out))
+        return self.held_out.batches(order[: self.max_eval_rows], self.max_tokens, self.packed)

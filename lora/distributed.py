@@ -1,13 +1,13 @@
-"""Several processes under torchrun: which one this is, and the sums that make all of them one.
+"""Several processes under torchrun: which one this is, how rows are dealt, and the sums that make all of them one.
 
 Without torchrun there is one process, and nothing here does anything.
 """
 
 from datetime import timedelta
-import json
 import os
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -48,7 +48,9 @@ def start(device):
     if device.type == "cuda":
         mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if mine >= there:
-            raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: this machine has {there} GPUs.")
+            raise UserError(
+                f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: this machine has {there} GPUs; expected that at most."
+            )
         torch.cuda.set_device(mine)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself then keeps the store
@@ -66,9 +68,9 @@ def shard(task, dtype, optimizer, device):
     A layer is gathered when it is computed, in `dtype`; the parts and the sums of the gradients are fp32. Raises UserError.
     """
     if dtype == torch.float16:
-        raise UserError("dtype float16: full fine-tuning on several processes computes in bfloat16 or float32.")
+        raise UserError("dtype float16: full fine-tuning on several processes computes in bfloat16 or float32; name one.")
     if optimizer != "adamw":
-        raise UserError(f"optimizer {optimizer}: full fine-tuning on several processes has adamw only, laid out over them.")
+        raise UserError(f"optimizer {optimizer}: full fine-tuning on several processes has adamw only; leave it out.")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
 
@@ -158,15 +160,34 @@ def sum_gradients(parameters, totals):
     totals.copy_(summed)
 
 
+def deal(lengths, world):
+    """[len(lengths)]: which process gets each row; the longest first, each to the one that has the least to do."""
+    owner, load = np.zeros(len(lengths), np.int64), np.zeros(world, np.int64)
+    for i in np.argsort(-lengths, kind="stable"):
+        owner[i] = load.argmin()
+        load[owner[i]] += lengths[i]
+    return owner
+
+
+def cut(groups, count):
+    """The groups in `count` parts: the largest are halved, and where there is nothing to halve a part is empty."""
+    groups = [group for group in groups if group]
+    while len(groups) < count:
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
+        if largest is None or len(groups[largest]) == 1:
+            groups.append([])
+        else:
+            group = groups[largest]
+            groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    return groups
+
+
 def of_first(function, *arguments):
-    """What `function` gives in the first process (numbers, texts or lists of them), for all; no other calls it."""
-    value = function(*arguments) if rank() == 0 else None
-    if world() == 1:
-        return value
-    content = json.dumps(value).encode().ljust(4096)
-    text = torch.frombuffer(bytearray(content), dtype=torch.uint8).to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(text, 0)
-    return json.loads(text.cpu().numpy().tobytes())
+    """What `function` gives in the first process, for all; no other calls it."""
+    values = [function(*arguments) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def interleaved(mine, lengths, device):

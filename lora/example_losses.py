@@ -20,9 +20,9 @@ def losses(head, said, targets):
     return said[:, 0] if isinstance(head, LMHead) else head.losses(said, targets)
 
 
-def keep(run_dir, step, head, said, targets, rows, groups):
-    """Write the file of a step. groups: of the Rows the places in each micro-batch, whose targets follow each other."""
-    order = np.concatenate(groups)
+def keep(run_dir, step, head, said, targets, rows, batches):
+    """Write the file of a step, from what `predict` gave of `batches` of the Rows: the targets of each row lie together."""
+    order = [row for batch in batches for row in batch.rows]
     ids, counts = np.zeros(len(order), np.uint64), np.zeros(len(order), np.int32)
     for place, i in enumerate(order):
         row = slice(rows.offsets[i], rows.offsets[i + 1])

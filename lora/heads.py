@@ -70,34 +70,35 @@ class LMHead(nn.Module):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The sum of an LMHead's losses, with the gradients of the hidden states and of its weights, if these are trained.
+    """The sum of an LMHead's losses. Its forward makes the gradients as well: of the hidden states, and of the output
+    layer's weights if these are trained.
 
     Of z = cap tanh(scale h W / cap), or scale h W, the gradient is (softmax(z) - one-hot) (1 - z^2 / cap^2) scale.
     """
 
     @staticmethod
-    def forward(ctx, head, hidden, targets, of_targets, weight, bias):
-        """hidden [n, width], targets and their weights [n], the layer's weight [vocabulary, width] and bias -> scalar."""
+    def forward(ctx, head, hidden, targets, loss_weights, weight, bias):
+        """hidden [n, width]; targets, loss_weights [n]; the layer's weight [vocabulary, width] and bias -> scalar."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        layer_weight, layer_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden)
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
         with torch.autocast(device, enabled=False):
             for part in head.chunks(hidden, len(weight)):
-                states, wanted, counts = hidden[part].to(dtype), targets[part, None], of_targets[part, None]
-                logits = head.shaped(F.linear(states, cast, cast_bias).float())
+                states, wanted, counts = hidden[part].to(dtype), targets[part, None], loss_weights[part, None]
+                logits = head.shaped(F.linear(states, layer_weight, layer_bias).float())
                 slope = 1 - (logits / head.cap).square_() if head.cap else None
-                largest, said = logits.amax(1, keepdim=True), logits.gather(1, wanted)
+                largest, of_wanted = logits.amax(1, keepdim=True), logits.gather(1, wanted)
                 share = logits.sub_(largest).exp_()  # of the probability, in place of the logits from here on
                 sums = share.sum(1, keepdim=True)
                 # In this order: large logits would swallow the logarithm.
-                total += ((largest - said + sums.log()) * counts).sum()
+                total += ((largest - of_wanted + sums.log()) * counts).sum()
                 share.mul_(counts * head.scale / sums).scatter_add_(1, wanted, -counts * head.scale)
                 gradient = (share if slope is None else share.mul_(slope)).to(dtype)
-                of_hidden[part] = gradient @ cast
+                of_hidden[part] = gradient @ layer_weight
                 if of_weight is not None:
                     of_weight += gradient.T @ states
                 if of_bias is not None:

@@ -33,7 +33,7 @@ class LoRALinear(nn.Module):
         weight = base_layer.weight
         if not (weight.is_floating_point() or is_4bit(base_layer)):
             raise UserError(
-                f"LoRA is put over dense layers and bitsandbytes' 4 bits, not over a {type(base_layer).__name__}."
+                f"target_modules: a {type(base_layer).__name__}; expected dense layers, or those of bitsandbytes' 4 bits."
             )
         n_in, n_out = sizes(base_layer)
         if is_4bit(base_layer):  # or the first evaluation cuts its gradients on some CPUs, as in lora/quantize.py
@@ -58,24 +58,27 @@ class LoRALinear(nn.Module):
         update = F.linear(F.linear(self.dropout(x), factors[0]) * self.scaling, factors[1])
         y = self.base_layer(x)
         if self.lora_magnitude_vector is not None:
-            stretch = (self.lora_magnitude_vector / self.row_norms()).to(x.dtype)
+            stretch = self.stretch().to(x.dtype)
             bias = 0 if self.base_layer.bias is None else self.base_layer.bias
             y = (y - bias + update) * stretch + bias
         else:
             y = y + update
         return y if self.lora_B.bias is None else y + (self.lora_B.bias * self.scaling).to(x.dtype)
 
-    @torch.no_grad()
-    def row_norms(self):
-        """[out]: the lengths of the rows of W + update."""
-        return (dense_weight(self.base_layer) + self.lora_B.weight @ self.lora_A.weight * self.scaling).norm(dim=1)
+    def updated_weight(self):
+        """[out, in], fp32: W + update; has a gradient to the factors."""
+        return dense_weight(self.base_layer) + self.lora_B.weight @ self.lora_A.weight * self.scaling
+
+    def stretch(self):
+        """[out]: what DoRA multiplies the rows of W + update by: the lengths that it trains, over those that they have."""
+        with torch.no_grad():
+            lengths = self.updated_weight().norm(dim=1)
+        return self.lora_magnitude_vector / lengths
 
     def merged_weight(self):
-        """[out, in], fp32: W + update, with DoRA's lengths; has a gradient to the factors."""
-        weight = dense_weight(self.base_layer) + self.lora_B.weight @ self.lora_A.weight * self.scaling
-        if self.lora_magnitude_vector is not None:
-            weight = weight * (self.lora_magnitude_vector / self.row_norms())[:, None]
-        return weight
+        """[out, in], fp32: W + update, with DoRA's lengths; has a gradient to what is trained."""
+        weight = self.updated_weight()
+        return weight if self.lora_magnitude_vector is None else weight * self.stretch()[:, None]
 
     def merged_bias(self):
         """[out], fp32, or None; with a gradient to lora_B's bias."""
@@ -91,7 +94,7 @@ class LoRALinear(nn.Module):
         layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight)
         if bias is not None:
             if layer.bias is None:
-                raise UserError("the adapter has biases (lora_bias), and the base has none to fold them into.")
+                raise UserError("lora_bias: the base has no bias to fold the adapter's into; use the adapter unmerged.")
             layer.bias.copy_(bias)
         return layer
 
@@ -135,13 +138,13 @@ def inject(
     names = [name for name in matching_names(model, target_modules) if name not in whole]
     prefix = prefix_of(model)
     if not names:
-        raise UserError("modules_to_save names every one of target_modules: there is nothing left for LoRA.")
+        raise UserError("modules_to_save names all of target_modules, and leaves nothing for LoRA; name other targets.")
     room = max(min(sizes(model.get_submodule(name))) for name in names)
     if not 1 <= r <= room:
-        raise UserError(f"lora_r = {r}: the largest layer has room for a rank of 1..{room}.")
+        raise UserError(f"lora_r = {r}: expected 1..{room}, for which the largest layer has room.")
     for pattern in [*(rank_pattern or {}), *(alpha_pattern or {})]:
         if not any(by_pattern({pattern: True}, prefix + name, False) for name in names):
-            raise UserError(f"rank_pattern, alpha_pattern: {pattern!r} matches none of the layers that LoRA is put over.")
+            raise UserError(f"rank_pattern, alpha_pattern: {pattern!r} matches none of the layers, such as {names[0]}.")
     layers = {}
     for name in names:
         own_r, own_alpha = by_pattern(rank_pattern, prefix + name, r), by_pattern(alpha_pattern, prefix + name, alpha)
@@ -150,7 +153,7 @@ def inject(
     for name in whole:
         if is_4bit(model.get_submodule(name)):
             raise UserError(
-                f"modules_to_save: {name} is in 4 bits, which cannot be trained whole; make it a target instead."
+                f"modules_to_save: {name} is in 4 bits, which cannot be trained whole; name it in target_modules."
             )
         model.get_submodule(name).float().requires_grad_(True)  # trained weights are fp32 masters
     return names

@@ -31,8 +31,8 @@ class Log:
     def __init__(self, run_dir, config, start=0, may_exist=False):
         self.run_dir, self.bar, self.tokens, self.seconds = Path(run_dir), None, 0, 0.0
         self.losses, self.trackers = deque(maxlen=SPIKE_WINDOW), []
-        errors.run_dir = self.run_dir
         if distributed.rank() > 0:
+            errors.run_dir = self.run_dir
             self.metrics_file = self.text_file = open(os.devnull, "w")
             return
         folder = self.run_dir / "logs"
@@ -42,11 +42,10 @@ class Log:
             self.lock = open(folder / "lock", "w")
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this process lives; it may begin anew
         except BlockingIOError:
-            errors.run_dir = None
             raise UserError(f"{self.run_dir}: another process is training there; wait for it or end it.") from None
         except OSError as error:
-            errors.run_dir = None
             raise UserError(f"{self.run_dir}: {error.strerror}; name another --experiment_name or --output_dir.") from None
+        errors.run_dir = self.run_dir
         errors.record(None)
         config.save(folder / "config.json")
         config.save(folder / "config.toml")
@@ -88,11 +87,11 @@ class Log:
             values["train/tokens_per_second"] = round(self.tokens / self.seconds, 1)
             self.tokens, self.seconds = 0, 0.0
             shown = (values["train/loss"], values["train/learning_rate"], values["train/tokens_per_second"])
-            self.bar.set_postfix_str("loss {:.4f}, lr {:.2e}, {:.0f} tokens/s".format(*shown))
-            line = "step {}: loss {:.4f}, lr {:.2e}, {:.0f} tokens/s".format(step, *shown)
-            self.text_file.write(line + "\n")
+            line = "loss {:.4f}, lr {:.2e}, {:.0f} tokens/s".format(*shown)
+            self.bar.set_postfix_str(line)
+            self.text_file.write(f"step {step}: {line}\n")
             if not sys.stderr.isatty():
-                print(line, flush=True)
+                print(f"step {step}: {line}", flush=True)
         self.metrics_file.write(json.dumps({"step": step, "timestamp": time.time(), **without_nan(values)}) + "\n")
         for track in self.trackers:
             track(step, values)

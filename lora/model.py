@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from lora import distributed
 import lora.attention  # noqa: F401  (registers the attention called "packed")
 from lora.data import Rows
 from lora.errors import UserError, refuse_any
@@ -67,7 +68,7 @@ def prepare_layers(model, training):
     asked = [key for key in ("compile", "gradient_checkpointing", "offload_activations") if getattr(training, key)]
     layers = decoder_layers(model)
     if asked and not layers:
-        raise UserError(f"{asked[0]}: this model has no list of layers; leave it out.")
+        raise UserError(f"{asked[0]}: this model has no list of layers to do it to; leave it out.")
     for layer in layers:
         if training.compile:  # for any length: else every new one would be compiled
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -75,6 +76,17 @@ def prepare_layers(model, training):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if training.offload_activations:
             layer.forward = partial(offloaded, layer.forward)
+
+
+def lay_out(task, config, device, dtype):
+    """Bring a task to where it is trained: `device`, in parts if several processes train all weights. Raises UserError."""
+    if distributed.world() > 1 and not config.lora:
+        distributed.shard(task, dtype, config.training.optimizer, device)
+    task.to(device)
+    if device.type != "cpu" and not any(map(distributed.is_sharded, task.parameters())):
+        problem = disagreement(task, dtype)  # it has been tried on the CPU, but for the device's own kernels
+        if problem:
+            raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
 
 
 def offloaded(forward, *args, **kwargs):
@@ -122,7 +134,7 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
     absent = [name for name in absent if not is_pooler(name)]
     refuse_any(absent, f"base_model {base_model}: no weights, or of another shape, for")
     odd = [name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p)]
-    refuse_any(odd, f"base_model {base_model}: weights that are not finite numbers, in")
+    refuse_any(odd, f"base_model {base_model}: not finite (copy it again, or take another base)")
     if quantization:
         refuse_any(model.hf_quantizer.quantization_config.damaged, f"base_model {base_model}")
         model.hf_quantizer.remove_quantization_config(model)  # what is saved of it is the base's own config
@@ -181,7 +193,7 @@ def load_task(config, dtype):
     base_model, max_length = config.model.base_model, config.data.max_length
     shape, base_dtype, tokenizer = load_shape(base_model)
     if shape.is_encoder_decoder:
-        raise UserError(f"base_model {base_model}: encoder-decoder models are not supported.")
+        raise UserError(f"base_model {base_model}: an encoder-decoder; expected a decoder or an encoder.")
     problems = []
     for packed in (True, False):  # what cannot be packed is padded
         try:

@@ -1,9 +1,10 @@
-"""What a run will do, which it says when it begins; and what it will need, memory by part and time (`--dry_run`).
+"""What a run would need (`--dry_run`): memory by part, and time.
 
 A step on the longest rows is gone through with tensors that have shapes and no contents (torch's FakeTensorMode), and what
 it would hold is counted. So this works where the run itself would not fit. The time is that of a step, by the clock.
 """
 
+from functools import partial
 import logging
 import os
 from pathlib import Path
@@ -16,43 +17,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora import distributed
-from lora import baseline
 from lora.checkpoint import trainable
 from lora.errors import UserError
 from lora.log import peak_memory
-from lora.model import autocast
+from lora.model import autocast, lay_out
 from lora.optimizer import state_bytes
-from lora.store import describe
 from lora.targets import decoder_layers
 
 
-def describe_run(task, config, data, facts, total, device, dtype):
-    """What a run is about to do. facts: what `tokenised` says of its data; total: its steps."""
-    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    every = sum(p.numel() for p in task.parameters())
-    lines = [
-        f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}",
-        f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})",
-    ]
-    if config.lora:
-        lines += [baseline.only_adapters_train(task, config.lora.modules_to_save)]
-    lines += [describe("train", facts["train"]), describe("eval", facts["eval"])]
-    if facts["repeated"]:
-        lines += [f"warning: {facts['repeated']} training examples are repeated word for word"]
-    if facts["overlap"]:
-        lines += [f"warning: {facts['overlap']} prompts or texts are in the training data and in the held-out data"]
-    if distributed.world() > 1:
-        held = "the model, and they sum their gradients once a step" if config.lora else "a part of every layer"
-        lines += [f"{distributed.world()} processes: each holds {held}"]
-    if not task.packed:
-        lines += ["this model's attention cannot be told where documents end: rows are sorted by length and padded"]
-    if config.training.max_steps and config.training.num_train_epochs:
-        lines += ["max_steps and num_train_epochs are both given: the smaller ends the run"]
-    examples = data.examples_per_step
-    tokens, targets = (facts["train"][name] / facts["train"]["rows"] * examples for name in ("tokens", "targets"))
-    a_step = f"{examples} examples ({tokens:.0f} tokens, {targets:.0f} targets)"
-    lines += [f"{total} steps of {a_step}, {data.steps_per_epoch:.1f} to an epoch"]
-    return "\n".join(lines)
+def dry_run(opening, task, data, config, total, device, dtype, backward, evaluate):
+    """Print `opening`, the memory that the run would take and, if that fits, the time. backward, evaluate: train.py's."""
+    table, fits = describe_memory(memory(task, data, config, device, dtype), device)
+    print(f"{opening}\n{table}")
+    if fits:
+        lay_out(task, config, device, dtype)
+        step = partial(backward, task, data, 0, torch.amp.GradScaler(enabled=False), config.training.seed, device, dtype)
+        print(describe_time(step, partial(evaluate, task, data, device, dtype), total, config.training.eval_steps))
 
 
 class Counting(TorchDispatchMode):

@@ -29,7 +29,7 @@ def bitsandbytes(purpose, device):
     try:
         return importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"{purpose}: bitsandbytes cannot be loaded ({str(error).splitlines()[0]}).") from None
+        raise UserError(f"{purpose}: bitsandbytes cannot be loaded ({str(error).splitlines()[0]}); leave it out.") from None
 
 
 @register_quantization_config("plainlora_4bit")

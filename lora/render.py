@@ -122,9 +122,9 @@ def encode(pieces, tokenizer):
             tokens, mask = out.input_ids[row], [False] * len(out.input_ids[row])
             offsets = out.offset_mapping[row] if piece.spans else []
             # Llama 3 has blanks end where they begin: such a token reaches back to the one before it.
-            starts = [a if a < b else before for (a, b), (_, before) in zip(offsets, [(0, 0), *offsets])]
+            starts = [start if start < end else before for (start, end), (_, before) in zip(offsets, [(0, 0), *offsets])]
             for first, last in piece.spans:
-                inside = [k for k, (_, b) in enumerate(offsets) if starts[k] < last and b > first]
+                inside = [k for k, (_, end) in enumerate(offsets) if starts[k] < last and end > first]
                 if inside:  # all between the ends: the offsets of some tokenizers leave blanks out
                     mask[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
             results.append((i, tokens, mask))
@@ -157,7 +157,7 @@ def marker_token(data, tokenizer):
     tokens = tokenizer(data.step_marker, add_special_tokens=False).input_ids if data.step_marker else []
     if len(tokens) > 1:
         name = data.step_marker
-        raise UserError(f"step_marker {name!r} is {len(tokens)} tokens, need one; add --add_special_tokens {name!r}.")
+        raise UserError(f"step_marker {name!r} is {len(tokens)} tokens, expected one; add --add_special_tokens {name!r}.")
     return tokens
 
 

@@ -213,7 +213,7 @@ def main(argv):
     parser.add_argument("run", metavar="RUN", help="its folder")
     folder = Path(parser.parse_args(argv).run)
     if not (folder / "logs" / "config.json").is_file():
-        raise UserError(f"{folder}: no run of ours (no logs/config.json there).")
+        raise UserError(f"{folder}: no logs/config.json there; expected the folder of a run, as outputs/RUN.")
     samples = samples_of(folder) if (folder / "final_artifact").is_dir() else ()
     (folder / "report.html").write_text(page(folder, list(samples)), encoding="utf-8")
     print(folder / "report.html")

@@ -20,10 +20,10 @@ def read_corpus(path):
     for where, row in files.rows(path):
         name = identifier(where, row.get("id"))
         if name in corpus:
-            raise UserError(f"{where}: id {name} is there a second time.")
+            raise UserError(f"{where}: id {name} is there a second time; each needs its own.")
         corpus[name] = string(where, "text", row.get("text"))
     if not corpus:
-        raise UserError(f"{path}: 0 documents.")
+        raise UserError(f"{path}: 0 documents; expected one at least.")
     return corpus
 
 
@@ -42,7 +42,7 @@ def read_queries(path, corpus):
             raise UserError(f"{where}: relevant names {unknown[0]}, which is no id of the corpus.")
         queries.append((string(where, "query", row.get("query")), {places[name] for name in names}))
     if not queries:
-        raise UserError(f"{path}: 0 queries.")
+        raise UserError(f"{path}: 0 queries; expected one at least.")
     return queries
 
 

@@ -62,7 +62,7 @@ def take_over(task, files, tokens):
         rows = tensors_of(files, "lm_head.weight") or {"": task.model.get_input_embeddings().weight.detach().float()}
         ids = [task.tokenizer(token, add_special_tokens=False).input_ids for token in tokens]
         if [len(one) for one in ids] != [1, 1]:
-            raise UserError(f"head_tokens {' '.join(tokens)}: need two, each of them one token of the base's.")
+            raise UserError(f"head_tokens {' '.join(tokens)}: expected two, each of them one token of the base's.")
         good, bad = next(iter(rows.values()))[[ids[0][0], ids[1][0]]]
         load_linear(task.head, good - bad, torch.zeros(1))
     elif len(value) == 2:

@@ -108,7 +108,10 @@ def tokenise(examples, task, config, name):
 
     table = Rows.of(rows(), kind)
     if not len(table):
-        raise UserError(f"{examples[0].where}: no {name} example has a target within max_length {max_length}.")
+        raise UserError(
+            f"{examples[0].where}: no {name} example has a target within max_length = {max_length}; raise it, or see what "
+            "becomes of the rows: python -m lora.render FILE."
+        )
     targets = table.targets[is_target(table.targets)]
     facts |= {"rows": len(table), "tokens": len(table.tokens), "targets": len(targets)}
     facts["largest_token"] = int(table.tokens.max())

@@ -90,7 +90,7 @@ def matching_names(model, target_modules):
     known = [*linear_names(model), *(name for name, module in model.named_modules() if any(module is h for h in heads))]
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
     if not targets:
-        raise UserError("target_modules is empty: there would be nothing to train.")
+        raise UserError("target_modules is empty; name layers, or leave it out for all-linear.")
     for target in targets:
         if target == "all-linear":
             found = linear_names(model)
@@ -125,5 +125,7 @@ def named_modules(model, endings):
     found = {ending: [name for name in holding if ends_with_one(name, [ending])] for ending in endings}
     for ending, names in found.items():
         if not names:
-            raise UserError(f"modules_to_save: {ending!r} matches no module that holds weights.")
+            raise UserError(
+                f"modules_to_save: {ending!r} is not the end of the name of a module with weights, as embed_tokens is."
+            )
     return [name for names in found.values() for name in names]

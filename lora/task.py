@@ -95,7 +95,7 @@ class Task(nn.Module):
         if (folder / "lora_adapter").is_dir():
             load_adapter(self.model, folder / "lora_adapter")
         elif not ((folder / INDEX).is_file() or (folder / "backbone").is_dir()):
-            raise UserError(f"{folder}: neither lora_adapter/ nor backbone/ is there.")
+            raise UserError(f"{folder}: no lora_adapter/ or backbone/; expected a checkpoint or an artifact.")
         elif lora_layers(self.model):
             raise UserError(f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model.")
         elif (folder / INDEX).is_file():
@@ -153,5 +153,5 @@ class Task(nn.Module):
                 return
             if not load_two_rows(self.head, sorted(Path(folder).glob("*.safetensors"))):
                 raise UserError(
-                    f"{folder}: no mlp_head.safetensors, and no score.0 and score.2 (of two rows) in its weights."
+                    f"{folder}: no mlp_head.safetensors, no score.0 and score.2 (of two rows); expected a scorer's."
                 )

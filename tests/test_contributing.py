@@ -43,25 +43,39 @@ def edit(root, path, diff):
     (root / path).write_text(text.replace(old, new))
 
 
-def test_a_new_data_format_is_a_file_and_its_name(tmp_path):
+def changed(tmp_path, section):
+    """What the section's commands print in a copy of the program with the files and edits that it shows."""
     for name in ("lora", "configs", "assets"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("train.py", "train_lora.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "dialogues.jsonl").write_text("\n".join(map(json.dumps, DIALOGUES)))
-    for (kind, *path), body in filter(lambda block: block[0], blocks("Add a data format")):
+    for (kind, *path), body in filter(lambda block: block[0], blocks(section)):
         if kind == "diff":
             edit(tmp_path, path[0], body)
         else:
             assert not (tmp_path / path[0]).exists()
             (tmp_path / path[0]).write_text(body)
     done = subprocess.run(
-        [sys.executable, "-c", EACH, json.dumps(commands("Add a data format"))], cwd=tmp_path,
+        [sys.executable, "-c", EACH, json.dumps(commands(section))], cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "What is 1 and 1?" in done.stdout and "⟦It is 2.<|im_end|>⟧" in done.stdout
-    assert "train: 36 examples" in done.stdout and "at step 1" in done.stdout
+    return done.stdout
+
+
+def test_a_new_data_format_is_a_file_and_its_name(tmp_path):
+    out = changed(tmp_path, "Add a data format")
+    assert "What is 1 and 1?" in out and "⟦It is 2.<|im_end|>⟧" in out
+    assert "train: 36 examples" in out and "at step 1" in out
+
+
+def test_a_new_schedule_is_a_choice_and_a_formula(tmp_path):
+    changed(tmp_path, "Add a flag, or a learning-rate schedule")
+    (metrics,) = tmp_path.glob("outputs/*/logs/train_metrics.jsonl")
+    lines = map(json.loads, metrics.read_text().splitlines())
+    rates = [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
+    assert rates == pytest.approx([rates[0] * (1 - (step / 3) ** 0.5) for step in range(3)])
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import torch
 
 from lora.config import ROOT
-from lora.data import deal
+from lora.distributed import deal
 from lora.shards import Shards, write
 from tests.conftest import run
 

@@ -249,7 +249,7 @@ def test_ignore_chat_template_goes_on_with_the_text(capsys):
 BASE = ["--base_model=embedded"]
 MISTAKES = [
     ([*BASE, "--prompt= "], "--prompt: expected a text that is not empty"),
-    ([*BASE, "--prompt=a", "--eval_data=b"], "--prompt is for trying by hand"),
+    ([*BASE, "--prompt=a", "--eval_data=b"], "--prompt goes with no files"),
     ([*BASE, "--ignore_chat_template", "--eval_data=b"], "--ignore_chat_template is for --prompt"),
     ([*BASE, "--test_queries=a"], "--test_queries and --corpus go together"),
     ([*BASE, "--prompt=a", "--citation_pattern=["], r"citation_pattern = '\[': not a regular expression"),
@@ -257,7 +257,7 @@ MISTAKES = [
     ([*BASE, "--test_set=/no.jsonl"], "/no.jsonl: No such file"),
     (["--config=a", "--checkpoint=b"], "leave --config out"),
     ([*BASE, "--eval_data=arithmetic:test:9", "--output=/tmp"], "--output /tmp: a folder"),
-    ([*BASE, "--temperature=-1", "--prompt=a"], "--temperature = -1.0: need a number >= 0"),
+    ([*BASE, "--temperature=-1", "--prompt=a"], "--temperature = -1.0: expected a number >= 0"),
 ]
 
 
@@ -344,7 +344,7 @@ def test_the_recipe_gives_the_same_files_for_the_same_seed_and_others_for_anothe
 def test_a_corpus_that_is_too_small_leaves_nothing_behind(tmp_path):
     (tmp_path / "one.txt").write_text("One document only.")
     arguments = cite_or_refuse.read_arguments([str(tmp_path / "one.txt"), "--output", str(tmp_path / "out")])
-    with pytest.raises(UserError, match="1 documents; need 4 at least"):
+    with pytest.raises(UserError, match="1 documents; expected 4 at least"):
         cite_or_refuse.main(arguments)
     short = write(tmp_path / "short.jsonl", [{"text": f"Too short {i}."} for i in range(9)])
     arguments = cite_or_refuse.read_arguments([short, "--output", str(tmp_path / "out")])

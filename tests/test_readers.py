@@ -127,7 +127,7 @@ BAD = [
         '{"prompt": "", "steps": ["s"], "labels": [1]}',
         "a.jsonl:1: prompt is ''; expected a text that is not empty",
     ),
-    ("a.jsonl", '{"text": "t"}', "a.jsonl:1: keys text are for --task lm, and the task is score"),
+    ("a.jsonl", '{"text": "t"}', "a.jsonl:1: keys text in a run of --task score; add --task lm"),
     ("a.jsonl", '{"prompt": "\\ud800", "steps": ["s"], "labels": [1]}', "a.jsonl:1: prompt holds half of a surrogate pair"),
     ("a.jsonl", "", "a.jsonl: 0 examples"),
     ("a.json", GOOD, "a.json: expected a JSON list of objects, found dict"),

@@ -68,7 +68,7 @@ def test_a_run_that_has_not_ended_has_a_report(configure):
 
 
 def test_what_is_no_run_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="no run of ours"):
+    with pytest.raises(UserError, match="no logs/config.json there; expected the folder of a run"):
         main([str(tmp_path)])
 
 

@@ -150,7 +150,9 @@ def test_the_layouts_of_known_scorers_are_presets(name, marker, expected):
 
 
 def test_a_marker_is_one_token_or_has_to_be_added():
-    with pytest.raises(UserError, match="step_marker '<step>' is . tokens, need one; add --add_special_tokens '<step>'"):
+    with pytest.raises(
+        UserError, match="step_marker '<step>' is . tokens, expected one; add --add_special_tokens '<step>'"
+    ):
         render([chain([1.0])], TOKENIZER, "score", DataConfig(step_marker="<step>"), True)
 
 
@@ -220,7 +222,7 @@ def test_two_tokens_of_the_output_layer_make_a_head(configure, tmp_path):
     good, bad = (TOKENIZER(token).input_ids[0] for token in "+-")
     logits = hidden @ AutoModelForCausalLM.from_pretrained(base).lm_head.weight[[good, bad]].T
     torch.testing.assert_close(scores, logits.softmax(-1)[:, 0].detach(), rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="head_tokens [+] [+]-: need two, each of them one token"):
+    with pytest.raises(UserError, match="head_tokens [+] [+]-: expected two, each of them one token"):
         scores_and_hidden(configure, base, head_tokens=["+", "+-"])
 
 

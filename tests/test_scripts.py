@@ -35,7 +35,7 @@ def call(*arguments, cwd=ROOT):
         (["train.py", "--lora_r=4"], "--lora_r: train.py trains all weights"),
         (["train_lora.py", "--base_model=embedded", "--train_data=/no.jsonl"], "/no.jsonl: No such file or directory."),
         (["train.py", "--base_model=/no/such", "--train_data=arithmetic:train:9"], "base_model /no/such: no such folder"),
-        (["train_lora.py", "--lora_r=999"], "lora_r = 999: the largest layer has room for a rank of 1..128."),
+        (["train_lora.py", "--lora_r=999"], "lora_r = 999: expected 1..128, for which the largest layer has room."),
         (["train_lora.py", "--max_length=4096"], "max_length = 4096: embedded has 512 positions; add --max_length 512."),
         (["eval.py"], "nothing to evaluate"),
         (["merge.py", "--adapter=x", "--output=tests"], "--output tests exists"),

@@ -51,7 +51,7 @@ def read(paths, task, data=None, first_source=0):
             example.source = source
             examples.append(example)
         if len(examples) == before:
-            raise UserError(f"{path}: 0 examples.")
+            raise UserError(f"{path}: 0 examples; expected one at least.")
     return examples
 
 
@@ -89,7 +89,8 @@ def reader_for(where, row, task, readers, bad):
     fitting = [r for r in readers if any(form <= row.keys() for form in r.FORMS)]
     reader = next((r for r in fitting if r.TASK == task), None)
     if reader is None and fitting:
-        bad.append(UserError(f"{where}: keys {', '.join(row)} are for --task {fitting[0].TASK}, and the task is {task}."))
+        found = f"keys {', '.join(row)} in a run of --task {task}"
+        bad.append(UserError(f"{where}: {found}; add --task {fitting[0].TASK}, or take other rows."))
     elif reader is None:
         known = "; ".join(", ".join(sorted(form)) for r in readers for form in r.FORMS if r.TASK == task)
         bad.append(UserError(f"{where}: keys found: {', '.join(map(str, row))}; expected one of: {known}."))
@@ -131,7 +132,7 @@ def string(where, name, value):
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a text that is not empty.")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise UserError(f"{where}: {name} holds half of a surrogate pair, which is not a character.")
+        raise UserError(f"{where}: {name} holds half of a surrogate pair, which is no character; take it out.")
     return value
 
 

@@ -14,7 +14,7 @@ def examples(rows, data):
     for where, row in rows:
         messages = row["messages"]
         if not isinstance(messages, list) or not messages:
-            raise UserError(f"{where}: messages must be a list of objects with role and content.")
+            raise UserError(f"{where}: messages is {str(messages)[:40]!r}; expected objects with role and content.")
         for number, message in enumerate(messages, 1):
             if not isinstance(message, dict) or message.get("role") not in ROLES:
                 role = message.get("role") if isinstance(message, dict) else message
@@ -24,7 +24,7 @@ def examples(rows, data):
                 raise UserError(f"{where}: tool_calls of message {number}: expected a list of objects, each with its name.")
             if not message.get("content") and message["role"] in ("assistant", "tool"):
                 if message["role"] == "assistant" and not message.get("tool_calls"):
-                    raise UserError(f"{where}: message {number} (assistant) has neither content nor tool_calls.")
+                    raise UserError(f"{where}: message {number} (assistant) has neither content nor tool_calls; give one.")
                 messages[number - 1] = message | {"content": ""}
             else:
                 string(where, f"content of message {number}", message.get("content"))

@@ -63,8 +63,8 @@ def good(bad, function, *arguments):
 def refuse(path, bad):
     """Raises UserError with the number of all bad rows, and the first ten of them."""
     if len(bad) > 1:
-        listed = "; ".join(str(error).removeprefix(f"{path}:").strip() for error in bad[:LISTED])
-        raise UserError(f"{path}: {len(bad)} bad rows: {listed}{'; ...' if len(bad) > LISTED else ''}")
+        listed = "; ".join(str(error).removeprefix(f"{path}:").strip(" .") for error in bad[:LISTED])
+        raise UserError(f"{path}: {len(bad)} bad rows: {listed}{'; ...' if len(bad) > LISTED else '.'}")
     if bad:
         raise bad[0]
 
@@ -137,7 +137,7 @@ def csv_rows(path, file, bad):
             names = ["sentence1", "sentence2", "score"] if len(values) == 3 and is_number(values[2]) else values
             twice = next((name for name in names if name and names.count(name) > 1), None)
             if twice:
-                raise UserError(f"{where}: the column {twice!r} is there twice.")
+                raise UserError(f"{where}: the column {twice!r} is there twice; rename one.")
             if names is values:
                 continue
         if len(values) != len(names):

@@ -21,7 +21,7 @@ def examples(rows, data):
 def chain(where, prompt, steps, labels, **more):
     """The Example of a chain, or why it is left out. Raises UserError for a prompt or steps that are no texts."""
     if not isinstance(steps, list) or not steps:
-        raise UserError(f"{where}: steps must be a list of texts.")
+        raise UserError(f"{where}: steps is {str(steps)[:40]!r}; expected a list of texts.")
     if any(isinstance(step, str) and not step.strip() for step in steps):
         return "an empty step"
     steps = [string(where, f"step {i}", step) for i, step in enumerate(steps, 1)]
