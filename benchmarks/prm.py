@@ -114,8 +114,8 @@ def scorer(arguments, base, folder):
         scored[name] = prm_metrics.baseline_scores(features, test, training)
     for name, of_name in scored.items():
         of_name = [np.where(np.isnan(own), np.nan, of) for own, of in zip(scores, of_name)]
-        best = prm_metrics.best_threshold(lambda t, s=of_name: prm_metrics.Judged.of(test, s, t))
-        value = prm_metrics.Judged.of(test, of_name, best).measures(best)["processbench_f1"]
+        best = prm_metrics.best_threshold(test, of_name)
+        value = prm_metrics.Judged.of(test, of_name, best).measures()["processbench_f1"]
         found["at_best_threshold_on_the_test_set_itself"][name] = {"threshold": best, "processbench_f1": value}
     return found
 

@@ -198,7 +198,7 @@ def quiet():
             os.close(descriptor)
 
 
-def die():
+def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -366,7 +366,7 @@ def resumes(bench):
         for world in (1, 2) if kind in ("lora", "full") else (1,):
             for where, place in places.items():
                 name = bench.name()
-                killed = bench.run(kind, name, partial(at_call, *place, world - 1), world=world)
+                killed = bench.run(kind, name, partial(at_call, *place, world - 1, die), world=world)
                 total += 1
                 good = killed[-1] == -signal.SIGKILL and bench.finish(kind, name, world)
                 passed += good
@@ -375,16 +375,13 @@ def resumes(bench):
     return total, passed, f"{', '.join(KINDS)}; {', '.join(places)}; LoRA and full also on two processes"
 
 
-def at_call(owner, method, number, victim, rank):
-    """End this process, if it is the `victim`, in the `number`-th call of a method."""
-    undisturbed, called = getattr(owner, method), 0
+def at_call(owner, method, number, victim, what, rank):
+    """If this process is the `victim`, have `what` done with the result of the `number`-th call of a method."""
+    undisturbed, calls = getattr(owner, method), count(1)
 
     def counted(*arguments, **named):
-        nonlocal called
-        called += 1
-        if called == number and rank == victim:
-            die()
-        return undisturbed(*arguments, **named)
+        result = undisturbed(*arguments, **named)
+        return what(result) if next(calls) == number and rank == victim else result
 
     setattr(owner, method, counted)
 
@@ -414,18 +411,7 @@ def signals(bench, moments=20):
 
 def not_finite(bench):
     """A loss that is NaN on one process of two: both stop before the update, and with --skip_nonfinite 1 both go on."""
-
-    def poison(rank):
-        undisturbed, called = Task.forward, 0
-
-        def forward(self, batch):
-            nonlocal called
-            called += 1
-            loss, count = undisturbed(self, batch)
-            return loss * (float("nan") if rank == 1 and called == 50 else 1), count
-
-        Task.forward = forward
-
+    poison = partial(at_call, Task, "forward", 50, 1, lambda result: (result[0] * math.nan, result[1]))
     name, tolerant = bench.name(), bench.name()
     statuses = bench.run("lora", name, poison, world=2)
     status = json.loads((bench.folder / name / "status.json").read_text())

@@ -183,16 +183,16 @@ def answered(task, examples, config):
     import torch
 
     from lora.generate import answers, prompt_tokens, text_tokens
+    from lora.text_metrics import last_question
 
     prompts, expected = [], []
     length = min(TOKENS, config.data.max_length // 2)
     room = config.data.max_length - length
     for example in examples[:SAMPLES]:
-        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        if turns:
-            before = example.messages[: turns[-1]]
-            prompts.append((example.where, prompt_tokens(example.where, before, example.tools, task.tokenizer)[-room:]))
-            expected.append(example.messages[turns[-1]].get("content") or "")
+        if example.messages:
+            asked = last_question(example)
+            prompts.append((asked.where, prompt_tokens(asked.where, asked.messages, asked.tools, task.tokenizer)[-room:]))
+            expected.append(asked.reference)
         else:
             tokens = text_tokens(example.text, task.tokenizer)
             begin = min(len(tokens) // 2, length) or 1
