@@ -128,5 +128,5 @@ def hardware(device):
 
 def cpu_name():
     info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    named = re.search("^model name.*: (.+)$", info.read_text(), re.MULTILINE) if os.access(info, os.R_OK) else None
     return named[1] if named else platform.processor() or platform.machine()
