@@ -5,7 +5,7 @@
     python eval.py --checkpoint outputs/RUN/final_artifact --test_queries FILE --corpus FILE
     python eval.py --checkpoint outputs/RUN/final_artifact --prompt 'Start with 12, add 9.
     12+9=21'
-    python eval.py --checkpoint SCORER --test_set FILE [--html page.html] [--reliability picture.png]
+    python eval.py --checkpoint SCORER --test_set FILE [--html page.html]
     python eval.py --base_model FOLDER --task lm --eval_data FILE
     python eval.py --verify_only --artifact_dir outputs/RUN/final_artifact
 
@@ -15,7 +15,6 @@ all of it. What answers are measured by stands in lora/text_metrics.py, what sco
 
 from dataclasses import dataclass, field
 import json
-from importlib.util import find_spec
 import math
 from pathlib import Path
 import sys
@@ -58,7 +57,6 @@ def read_arguments(argv):
     parser.add_argument("--eval_data", nargs="+", metavar="FILE", help="held-out files; default: the checkpoint's")
     parser.add_argument("--test_set", metavar="FILE", help="chats whose last answers are measured, or steps to be coloured")
     parser.add_argument("--html", metavar="FILE", help="of a scorer: the coloured steps as a page, to this new file")
-    parser.add_argument("--reliability", metavar="FILE", help="of a scorer: the picture of its calibration (matplotlib)")
     parser.add_argument("--critical_questions", metavar="FILE", help="the same, each question with PASS or FAIL")
     parser.add_argument("--test_queries", metavar="FILE", help="rows of query and relevant (ids of the corpus)")
     parser.add_argument("--corpus", metavar="FILE", help="rows of id and text")
@@ -116,14 +114,10 @@ def refuse_what_does_not_go_together(arguments, config):
         raise UserError("--critical_questions is for --task lm: a scorer gives no answers; leave it out.")
     if config.model.task == "score" and arguments.test_set and arguments.eval_data:
         raise UserError("--test_set and --eval_data: of a scorer both are files of steps; name all in one of them.")
-    for name in ("html", "reliability"):
-        path = getattr(arguments, name)
-        if path and config.model.task != "score":
-            raise UserError(f"--{name} is for --task score; leave it out.")
-        if path and (Path(path).exists() or not Path(path).resolve().parent.is_dir()):
-            raise UserError(f"--{name} {path}: expected a file that is not there yet, in a folder that is.")
-    if arguments.reliability and (arguments.prompt is not None or find_spec("matplotlib") is None):
-        raise UserError("--reliability: needs labelled steps (no --prompt), and matplotlib: pip install -e '.[plot]'.")
+    if arguments.html and config.model.task != "score":
+        raise UserError("--html is for --task score; leave it out.")
+    if arguments.html and (Path(arguments.html).exists() or not Path(arguments.html).resolve().parent.is_dir()):
+        raise UserError(f"--html {arguments.html}: expected a file that is not there yet, in a folder that is.")
 
 
 def whole_model(checkpoint):
@@ -174,8 +168,7 @@ from tqdm import tqdm
 
 from lora import prm_metrics, prm_page
 from lora.baseline import file_sums, other_base
-from lora.chat import use_chatml
-from lora.generate import answers, embed, prompt_tokens, step_scores, stop_tokens, text_tokens
+from lora.generate import answers, embed, prompt_tokens, step_scores, text_tokens
 from lora.log import without_nan
 from lora.model import choose_device, choose_dtype, load_task
 from lora.mixing import names_of
@@ -197,10 +190,10 @@ def load(arguments, config, device):
     return task.to(device)
 
 
-def loss_numbers(examples, task, config, device, dtype):
+def loss_numbers(examples, task, config, dtype):
     rows, facts = tokenise(examples, task, config, "eval")
     batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
-    said, targets, _ = predict(task, tqdm(batches, unit="batch", disable=None), device, dtype)
+    said, targets, _ = predict(task, tqdm(batches, unit="batch", disable=None), task.model.device, dtype)
     print(describe("eval", facts))
     numbers = task.head.metrics(said, targets)
     text = task.tokenizer.decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -208,20 +201,10 @@ def loss_numbers(examples, task, config, device, dtype):
     return numbers | {"bits_per_byte": numbers["loss"] * len(targets) / math.log(2) / size}
 
 
-def generate(prompts, task, config, dtype):
-    settings = config.evaluation
-    return answers(
-        task.model, task.tokenizer, prompts, max_new_tokens=settings.max_new_tokens,
-        stop=stop_tokens(task.model, task.tokenizer), dtype=dtype, temperature=settings.temperature,
-        max_tokens=max_batch_tokens(config), seed=config.training.seed,
-    )  # fmt: skip
-
-
 def answer_rows(questions, task, config, dtype):
     """(a dict for each question: where, prompt, reference, answer and its scores; the means of the scores)."""
-    use_chatml(task.tokenizer)
     prompts = [(q.where, prompt_tokens(q.where, q.messages, q.tools, task.tokenizer)) for q in questions]
-    texts = generate(prompts, task, config, dtype)
+    texts = answers(task, prompts, config, dtype)
     rouge = rouge_scorer()
     measured = [scores(text, q.reference, config.evaluation, rouge) for q, text in zip(questions, texts)]
     rows = [
@@ -231,17 +214,17 @@ def answer_rows(questions, task, config, dtype):
     return rows, means(measured)
 
 
-def retrieval_numbers(asked, task, config, device, dtype):
+def retrieval_numbers(asked, task, config, dtype):
     texts = [*asked.corpus.values(), *(query for query, _ in asked.queries)]
-    embeddings = embed(task, texts, config.data.max_length, max_batch_tokens(config), device, dtype)
+    embeddings = embed(task, texts, config, dtype)
     corpus, queries = embeddings[: len(asked.corpus)], embeddings[len(asked.corpus) :]
     return retrieval.metrics(retrieval.ranks_of(queries, corpus, [relevant for _, relevant in asked.queries]))
 
 
-def judge_steps(arguments, config, asked, task, device, dtype):
+def judge_steps(arguments, config, asked, task, dtype):
     """Score the steps that are asked for; show them where that is asked for; the numbers, where they have labels."""
     examples, settings = asked.examples, config.evaluation
-    scores = step_scores(examples, task, config, device, dtype)
+    scores = step_scores(examples, task, config, dtype)
     unread = sum(int(np.isnan(of).sum()) for of in scores)
     if unread:
         total = sum(map(len, scores))
@@ -278,16 +261,14 @@ def labelled_numbers(arguments, config, examples, scores, task):
     if config.evaluation.tune_threshold_on:
         at = ", ".join(f"{value:g} ({name})" for name, value in found["thresholds"].items())
         print(f"thresholds tuned on {config.evaluation.tune_threshold_on}: {at}")
-    if arguments.reliability:
-        prm_metrics.reliability_picture(arguments.reliability, said, labels)
     return {"loss": loss} | found["measures"]["scores"] | found, prm_page.table(found)
 
 
-def measure_language(config, asked, task, device, dtype):
+def measure_language(config, asked, task, dtype):
     """(numbers, the rows of the answers, the verdicts on critical questions) of a language model."""
     numbers, rows, verdicts = {}, [], []
     if asked.examples:
-        numbers |= loss_numbers(asked.examples, task, config, device, dtype)
+        numbers |= loss_numbers(asked.examples, task, config, dtype)
     if asked.test_set:
         rows, of_set = answer_rows(asked.test_set, task, config, dtype)
         numbers |= of_set
@@ -309,9 +290,8 @@ def answer_prompt(arguments, config, task, dtype):
     if arguments.ignore_chat_template:
         tokens = text_tokens(arguments.prompt, task.tokenizer)
     else:
-        use_chatml(task.tokenizer)
         tokens = prompt_tokens("--prompt", [{"role": "user", "content": arguments.prompt}], None, task.tokenizer)
-    print(printable(generate([("--prompt", tokens)], task, config, dtype)[0]))
+    print(printable(answers(task, [("--prompt", tokens)], config, dtype)[0]))
 
 
 def show(numbers):
@@ -327,14 +307,14 @@ def main(arguments, config, asked):
     task = load(arguments, config, device)
     numbers, rows, verdicts = {}, [], []
     if config.model.task == "score" and asked.examples:
-        numbers = judge_steps(arguments, config, asked, task, device, dtype)
+        numbers = judge_steps(arguments, config, asked, task, dtype)
     elif arguments.prompt is not None:
         answer_prompt(arguments, config, task, dtype)
     else:
-        numbers, rows, verdicts = measure_language(config, asked, task, device, dtype)
+        numbers, rows, verdicts = measure_language(config, asked, task, dtype)
         show(numbers)
     if asked.queries:
-        numbers |= show(retrieval_numbers(asked, task, config, device, dtype))
+        numbers |= show(retrieval_numbers(asked, task, config, dtype))
     if arguments.output:
         results = without_nan(numbers) | ({"critical_questions": verdicts} if verdicts else {})
         Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")

@@ -43,7 +43,7 @@ def read_arguments(argv):
     if arguments.gguf and find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
     others = (vars(arguments)[name] for name in ("gguf", "dtype", "base_model", *FOUR_BITS))
-    if arguments.portable and (any(others) or arguments.merge_into != "16bit"):
+    if arguments.portable and (any(value is not None for value in others) or arguments.merge_into != "16bit"):
         raise UserError("--portable rewrites an adapter and merges nothing; it goes with --adapter and --output only.")
     if arguments.gguf_type and not arguments.gguf:
         raise UserError("--gguf_type says how --gguf FILE is written; add it.")

@@ -9,20 +9,11 @@ that the process holds what its tensors hold; and as the C library comes, which 
 
 import argparse
 import json
-import os
 from pathlib import Path
 import re
-import subprocess
-import sys
 import tempfile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from lora.model import EMBEDDED
+from common import call, save_base
 
 TEXT = ["--task", "lm", "--max_length", "512", "--batch_size", "8", "--gradient_accumulation_steps", "2"]
 CHAINS = ["--task", "score", "--train_data", "arithmetic:train:2000", "--max_length", "128", "--batch_size", "32"]
@@ -39,13 +30,10 @@ CONFIGURATIONS = {
 FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def call(flags, base, text, folder, environment, *more):
+def two_steps(flags, base, text, folder, environment, *more):
     data = [] if "--train_data" in flags else ["--train_data", text]
     settings = ["--base_model", base, "--max_steps", "2", "--eval_steps", "2", "--max_eval_batches", "1"]
-    command = [sys.executable, *flags, *data, *settings, "--output_dir", folder, "--experiment_name", "run", *more]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
+    return call(*flags, *data, *settings, "--output_dir", folder, "--experiment_name", "run", *more, **environment)
 
 
 if __name__ == "__main__":
@@ -53,28 +41,20 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path)
     output, rows = parser.parse_args().output, []
     with tempfile.TemporaryDirectory() as base:
-        torch.manual_seed(0)
-        shape = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8)
-        LlamaForCausalLM(shape).save_pretrained(base)
-        AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(base)
+        save_base(base, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8)
         text = Path(base) / "text.txt"
         text.write_text("It is a truth that no one wrote down, and so it was said again, in other words. " * 4000)
         for name, flags in CONFIGURATIONS.items():
             with tempfile.TemporaryDirectory() as folder:
-                said = call(flags, base, str(text), folder, FIXED, "--dry_run")
+                said = two_steps(flags, base, text, folder, FIXED, "--dry_run")
                 foreseen, peaks = float(re.search(r"in all +([\d.]+) GB", said)[1]), []
                 for i, environment in enumerate((FIXED, {})):
-                    call(flags, base, str(text), f"{folder}/{i}", environment)
+                    two_steps(flags, base, text, f"{folder}/{i}", environment)
                     results = json.loads(Path(f"{folder}/{i}/run/logs/final_results.json").read_text())
                     peaks.append(results["peak_memory_gb"])
             rows.append(f"| {name} | {foreseen:.2f} | {peaks[0]:.2f} | {foreseen / peaks[0] - 1:+.1%} | {peaks[1]:.2f} |")
             print(rows[-1], flush=True)
-    head = (
-        "| configuration | foreseen, GB | peak, GB | off by | peak with the C library's own thresholds, GB |\n"
-        + "|---" * 5
-        + "|"
-    )
+    head = ["# `--dry_run` against the run", "", "`python benchmarks/dry_run.py`", ""]
+    head += ["| configuration | foreseen, GB | peak, GB | off by | peak with the C library's own thresholds, GB |"]
     if output:
-        output.write_text(
-            f"# `--dry_run` against the run\n\n`python benchmarks/dry_run.py`\n\n{head}\n" + "\n".join(rows) + "\n"
-        )
+        output.write_text("\n".join([*head, "|---" * 5 + "|", *rows]) + "\n")

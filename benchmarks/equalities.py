@@ -12,12 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import logging
 from pathlib import Path
-import sys
 import tempfile
 import warnings
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import ROOT
 
 import torch
 from tqdm import tqdm

@@ -1,6 +1,6 @@
 """Peak memory and time of the language model's head: in chunks, and as the plain formula.
 
-    python benchmarks/head_memory.py [--targets 8192] [--vocabulary 151936] [--width 896] [--trained]
+    python benchmarks/head_memory.py [--trained]
 
 Each way runs in a process of its own (fp32, forward and backward); the memory is what the process held at most beyond
 what it held before the step, so the head's own weights (which both ways have) are not in it.
@@ -8,49 +8,36 @@ what it held before the step, so the head's own weights (which both ways have) a
 
 import argparse
 import json
-from pathlib import Path
-import resource
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import call
 
 
-def step(way, targets, vocabulary, width, trained):
+TARGETS, VOCABULARY, WIDTH = 8192, 151_936, 896
+
+
+def step(way, trained):
     """{"bytes", "seconds", "loss"} of one forward and backward."""
     import torch
     import torch.nn.functional as F
 
     from lora.heads import LMHead
+    from lora.log import peak_memory
 
     torch.manual_seed(0)
-    layer = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(trained)
+    layer = torch.nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(trained)
     head = LMHead(lambda: layer, SimpleNamespace())
-    hidden, labels = torch.randn(targets, width, requires_grad=True), torch.randint(vocabulary, (targets,))
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    hidden, labels = torch.randn(TARGETS, WIDTH, requires_grad=True), torch.randint(VOCABULARY, (TARGETS,))
+    before, started = peak_memory(hidden.device), time.monotonic()
     loss = head(hidden, labels) if way == "chunks" else F.cross_entropy(head.logits(hidden), labels, reduction="sum")
-    (loss / targets).backward()
+    (loss / TARGETS).backward()
     seconds = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"bytes": (peak - before) * 1024, "seconds": seconds, "loss": loss.item() / targets}
-
-
-def measured(*arguments):
-    """`step` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--step", json.dumps(arguments)], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
+    return {"bytes": peak_memory(hidden.device) - before, "seconds": seconds, "loss": loss.item() / TARGETS}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", type=int, default=8192)
-    parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--trained", action="store_true", help="the head's weights get a gradient as well")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -58,5 +45,5 @@ if __name__ == "__main__":
         print(json.dumps(step(*json.loads(arguments.step))))
     else:
         for way in ("chunks", "plain"):
-            one = measured(way, arguments.targets, arguments.vocabulary, arguments.width, arguments.trained)
+            one = json.loads(call(__file__, "--step", json.dumps([way, arguments.trained])))  # in a process of its own
             print(f"{way}: {one['bytes'] / 1e9:.2f} GB, {one['seconds']:.1f} s, loss {one['loss']:.7f}")

@@ -4,7 +4,6 @@
     PLAINLORA_DATA=... python benchmarks/prm.py scorer --set prmbench|bigbench [--steps N]
     PLAINLORA_DATA=... python benchmarks/prm.py best_of_4 [--steps N]
     PLAINLORA_DATA=... python benchmarks/prm.py forward
-    python benchmarks/prm.py tree
 
 The base is MiniLM, whose weights come from the package index, made to read from left to right (a causal mask), with its
 512 learned positions laid end to end twice, and no dropout of attention; it gets LoRA of rank 16. A fifth of the problems
@@ -22,9 +21,9 @@ import sys
 import tempfile
 import time
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from common import ROOT, metrics
 
 from train import predict  # before torch: it sets the allocator up
 
@@ -75,27 +74,26 @@ def write_rows(path, examples):
 def configure(arguments, base, folder, training, validation):
     config = get_lora_config()
     config.model.base_model, config.model.task, config.model.score_loss = base, "score", "bce"
-    config.data.max_length = arguments.max_length
+    config.data.max_length = POSITIONS
     config.data.train_data = [write_rows(folder / "train.jsonl", training)]
     config.data.eval_data = [write_rows(folder / "validation.jsonl", validation)]
     settings = config.training
-    settings.learning_rate, settings.batch_size, settings.gradient_accumulation_steps = arguments.learning_rate, 8, 2
+    settings.learning_rate, settings.batch_size, settings.gradient_accumulation_steps = 1e-3, 8, 2
     settings.max_steps, settings.warmup_steps, settings.eval_steps = arguments.steps, arguments.steps // 10, 50
-    settings.max_eval_batches, settings.dtype, settings.device = 0, arguments.dtype, "cpu"
+    settings.max_eval_batches, settings.dtype, settings.device = 0, "bfloat16", "cpu"
     config.output.output_dir, config.output.experiment_name = str(folder), "run"
     return config
 
 
 def trained(arguments, base, folder, training):
-    """(a task with the weights of the best validation loss, its configuration, dtype, what the run says of itself)."""
+    """(a task with the weights of the best validation loss, its configuration, what the run says of itself)."""
     training, validation = split_by_prompt(training, 0.05)
     config = configure(arguments, base, folder, training, validation)
     results = train_lora.main(Command(config, folder / "run"), Source(config))
     task = evaluation.load(*evaluation.read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), CPU)
-    lines = [json.loads(line) for line in (folder / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()]
-    curve = [[line["step"], line["val/loss"]] for line in lines if "val/loss" in line]
+    curve = [[line["step"], line["val/loss"]] for line in metrics(folder / "run", "val/loss")]
     chains = arguments.steps * 16 / len(training)
-    return task, config, getattr(torch, arguments.dtype), results | {"validation_loss": curve, "epochs": round(chains, 2)}
+    return task, config, results | {"validation_loss": curve, "epochs": round(chains, 2)}
 
 
 def scorer(arguments, base, folder):
@@ -105,8 +103,8 @@ def scorer(arguments, base, folder):
         "bigbench": sorted(glob.glob(str(data / "bigbench_mistake" / "*.jsonl"))),
     }[arguments.set]
     training, test = split_by_prompt(read(paths, "score"), 0.2)
-    task, config, dtype, results = trained(arguments, base, folder, training)
-    scores = evaluation.step_scores(test, task, config, CPU, dtype)
+    task, config, results = trained(arguments, base, folder, training)
+    scores = evaluation.step_scores(test, task, config, torch.bfloat16)
     unread = sum(int(np.isnan(of).sum()) for of in scores)
     found = {"run": results, "test_chains": len(test), "test_steps": sum(map(len, scores)), "unread_steps": unread}
     found["at_0.5"] = prm_metrics.report(test, scores, EvaluationConfig(), {}, training)
@@ -116,8 +114,8 @@ def scorer(arguments, base, folder):
         scored[name] = prm_metrics.baseline_scores(features, test, training)
     for name, of_name in scored.items():
         of_name = [np.where(np.isnan(own), np.nan, of) for own, of in zip(scores, of_name)]
-        best = prm_metrics.best_threshold(lambda t, s=of_name: prm_metrics.Judged.of(test, s, t))
-        value = prm_metrics.Judged.of(test, of_name, best).measures(best)["processbench_f1"]
+        best = prm_metrics.best_threshold(test, of_name)
+        value = prm_metrics.Judged.of(test, of_name, best).measures()["processbench_f1"]
         found["at_best_threshold_on_the_test_set_itself"][name] = {"threshold": best, "processbench_f1": value}
     return found
 
@@ -126,8 +124,8 @@ def best_of_4(arguments, base, folder):
     """Trained on outcomes (every step of a right solution is right), chosen among the four of held-out questions."""
     path = Path(os.environ["PLAINLORA_DATA"]) / "gsm8k" / "example_model_solutions.jsonl"
     training, test = split_by_prompt(read([str(path)], "score"), 0.3)
-    task, config, dtype, results = trained(arguments, base, folder, training)
-    scores = evaluation.step_scores(test, task, config, CPU, dtype)
+    task, config, results = trained(arguments, base, folder, training)
+    scores = evaluation.step_scores(test, task, config, torch.bfloat16)
     of_place = {i: np.mean([e.outcome for e in test[i::4]]) for i in range(4)}  # of each of the four models
     return {
         "run": results,
@@ -140,7 +138,7 @@ def best_of_4(arguments, base, folder):
 def forward(arguments, base, folder):
     """All steps in one forward against one forward for each: scores and time, on PRMBench's lengths."""
     config = Config()
-    config.model.base_model, config.model.task, config.data.max_length = base, "score", arguments.max_length
+    config.model.base_model, config.model.task, config.data.max_length = base, "score", POSITIONS
     task = load_task(config, torch.float32).eval()
     path = Path(os.environ["PLAINLORA_DATA"]) / "prmbench_train" / "prmbench_train.jsonl"
     examples = [e for e in read([str(path)], "score")[:: 3600 // 24] if len("".join(e.steps)) < 3000]
@@ -168,64 +166,14 @@ def forward(arguments, base, folder):
     }
 
 
-def tree(arguments, base, folder):
-    """k alternatives after a shared prefix: rows of their own (packed), against one row with a mask of the tree."""
-    config = Config()
-    config.model.base_model, config.model.task = base, "score"
-    config.data.max_length = POSITIONS
-    packed = load_task(config, torch.float32).eval()
-    dense = AutoModel.from_pretrained(base, is_decoder=False, attn_implementation="sdpa").eval()
-    found, generator = {}, torch.Generator().manual_seed(0)
-
-    def measure(prefix, others, length):
-        own = [torch.randint(1000, 20000, (length,), generator=generator) for _ in range(others + 1)]
-        shared = torch.randint(1000, 20000, (prefix,), generator=generator)
-        targets = [float("nan")] * prefix + [1.0] * length
-        rows = Rows.of(((Row([*shared.tolist(), *one.tolist()], targets), 0) for one in own), "score")
-        batch = rows.batch(range(others + 1))
-        once = torch.cat([shared, *own])[None]
-        places = torch.cat([torch.arange(prefix), *(prefix + torch.arange(length) for _ in own)])[None]
-        of = torch.cat([torch.zeros(prefix), *(torch.full((length,), float(i + 1)) for i in range(others + 1))])
-        order = torch.arange(len(of))
-        seen = (order[:, None] >= order) & ((of[None] == 0) | (of[None] == of[:, None]))
-        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
-
-        def apart():
-            return packed.at_targets(batch)
-
-        def shared_prefix():
-            return dense(input_ids=once, position_ids=places, attention_mask=mask).last_hidden_state[0, prefix:]
-
-        with torch.no_grad():
-            difference = (apart() - shared_prefix()).abs().max().item()
-        times = {"apart": [], "shared": []}
-        for _ in range(6):
-            for name, way in (("apart", apart), ("shared", shared_prefix)):
-                started = time.monotonic()
-                way().square().sum().backward()
-                times[name].append(time.monotonic() - started)
-        ratios = sorted(a / b for a, b in zip(times["apart"][1:], times["shared"][1:]))
-        tokens = [batch.tokens.numel(), once.numel()]
-        return {"difference": difference, "tokens": tokens, "speed_ratio": ratios[len(ratios) // 2]}
-
-    for prefix, others, length in ((150, 1, 25), (300, 1, 25), (150, 4, 25), (300, 4, 25), (300, 10, 25)):
-        name = f"prefix {prefix}, {others} beside the chosen one, {length} tokens each"
-        found[name] = measure(prefix, others, length)
-    return found
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("scorer", "best_of_4", "forward", "tree"))
+    parser.add_argument("part", choices=("scorer", "best_of_4", "forward"))
     parser.add_argument("--set", choices=("prmbench", "bigbench"), default="prmbench")
     parser.add_argument("--steps", type=int, default=300, help="of 16 chains")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--max_length", type=int, default=POSITIONS)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default=ROOT / "benchmarks" / "results" / "prm.json", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder) / "minilm")

@@ -7,21 +7,10 @@ step. The runs alternate; a run's figure is the median over its logged steps, th
 """
 
 import argparse
-import json
-import os
-from pathlib import Path
 import statistics
-import subprocess
-import sys
 import tempfile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from lora.model import EMBEDDED
+from common import call, metrics, save_base
 
 STEPS = 8
 
@@ -31,10 +20,9 @@ def tokens_per_second(script, base, folder, processes):
     flags += ["--batch_size", str(16 // processes), "--gradient_accumulation_steps", "2", "--max_steps", str(STEPS)]
     flags += ["--eval_steps", "1000", "--max_eval_batches", "1", "--logging_steps", "1", "--dtype", "float32"]
     flags += ["--output_dir", folder, "--experiment_name", str(processes)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
-    subprocess.run([*command, *flags], cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    lines = (Path(folder) / str(processes) / "logs" / "train_metrics.jsonl").read_text().splitlines()
-    speeds = [line["train/tokens_per_second"] for line in map(json.loads, lines) if "train/loss" in line]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    call(*launcher, script, *flags, OMP_NUM_THREADS="1")
+    speeds = [line["train/tokens_per_second"] for line in metrics(f"{folder}/{processes}", "train/loss")]
     return statistics.median(speeds[2:])
 
 
@@ -44,12 +32,8 @@ if __name__ == "__main__":
     parser.add_argument("--script", default="train_lora.py", choices=("train_lora.py", "train.py"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as base:
-        torch.manual_seed(0)
-        shape = LlamaConfig(
-            vocab_size=2048, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
-        )
-        LlamaForCausalLM(shape).save_pretrained(base)
-        AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(base)
+        shape = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8)
+        save_base(base, vocab_size=2048, **shape)
         ratios = []
         for _ in range(arguments.repeats):
             with tempfile.TemporaryDirectory() as folder:

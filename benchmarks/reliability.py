@@ -10,8 +10,10 @@ optimizer and metrics of the undisturbed run, bit for bit.
 import argparse
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 import json
 import math
+import multiprocessing
 import os
 from pathlib import Path
 import random
@@ -24,14 +26,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DEVICE_PREFERENCE": "cpu"}
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
+from common import ROOT, metrics, save_base
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lora import checkpoint
 from lora.checksums import damage
@@ -39,7 +38,6 @@ from lora.command_line import read_command_line
 from lora.config import Config, get_lora_config
 from lora.data import TrainingData
 from lora.errors import UserError, one_line_errors
-from lora.model import EMBEDDED
 from lora.source import Source
 from lora.task import Task
 import train
@@ -54,31 +52,24 @@ class Bench:
     """A folder with a tiny base, in which runs are made and killed."""
 
     def __init__(self, folder, seed=0):
-        self.folder, self.draw, self.count = Path(folder), random.Random(seed), 0
+        self.folder, self.draw, self.numbers = Path(folder), random.Random(seed), count(1)
         os.environ["PLAINLORA_CACHE"] = str(self.folder / "cache")
-        torch.manual_seed(1)
-        shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-        LlamaForCausalLM(LlamaConfig(vocab_size=2048, max_position_embeddings=512, **shape)).save_pretrained(
-            self.folder / "base"
-        )
-        AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(self.folder / "base")
+        shape = dict(vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        save_base(self.folder / "base", seed=1, max_position_embeddings=512, **shape)
         self.undisturbed = {}
         self.reference("lora")  # in a child, which tokenises
         with quiet():  # and in this process, so that every child finds loaded what a run loads
             self.main("lora", "warm")
 
     def name(self):
-        self.count += 1
-        return f"run_{self.count}"
+        return f"run_{next(self.numbers)}"
 
     def flags(self, kind, name):
         """A run of 12 steps of 8 examples, saved at 4, 8, .. and evaluated at 3, 6, .."""
         shared = f"--base_model {self.folder}/base --train_data arithmetic:train:64 --eval_data arithmetic:validation:8 "
         shared += f"--max_length 100 --batch_size 1 --gradient_accumulation_steps 8 --max_steps {LAST} --eval_steps 3 "
-        shared += (
-            f"--save_steps 4 --logging_steps 1 --learning_rate 1e-2 --output_dir {self.folder} --experiment_name {name}"
-        )
-        return [*shared.split(), "--resume_from", "auto", *KINDS[kind]]
+        shared += "--save_steps 4 --logging_steps 1 --learning_rate 1e-2 --resume_from auto "
+        return [*shared.split(), f"--output_dir={self.folder}", f"--experiment_name={name}", *KINDS[kind]]
 
     def main(self, kind, name, more=()):
         """What `python train_lora.py` or `train.py` does."""
@@ -92,7 +83,7 @@ class Bench:
             (train_lora if lora else train).main(command, source)
 
     def start(self, kind, name, prepare=lambda rank: None, world=1, more=()):
-        """The processes of a run: their ids. `prepare` is called in each of them first."""
+        """The processes of a run. `prepare` is called in each of them first."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -108,8 +99,8 @@ class Bench:
         return [forked(self.folder / f"{name}_{rank}.txt", partial(child, rank)) for rank in range(world)]
 
     def run(self, *arguments, **named):
-        """`start`, and the exit status of each process, negative where a signal ended it."""
-        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in self.start(*arguments, **named)]
+        """`start`, and the exit status of each process."""
+        return ended(self.start(*arguments, **named))
 
     def reference(self, kind, world=1):
         """What an undisturbed run of this kind ends with."""
@@ -125,14 +116,13 @@ class Bench:
         run = self.folder / name
         last = run / "checkpoints" / f"checkpoint_step_{LAST}"
         tensors = [p for place in (last, run / "final_artifact") for p in place.rglob("*.safetensors")]
-        lines = [json.loads(line) for line in (run / "logs" / "train_metrics.jsonl").read_text().splitlines()]
         timing = ("timestamp", "train/tokens_per_second")
-        metrics = [{key: value for key, value in line.items() if key not in timing} for line in lines]
+        lines = [{key: value for key, value in line.items() if key not in timing} for line in metrics(run)]
         state = checkpoint.read_state(last)
         results = json.loads((run / "logs" / "final_results.json").read_text())
         kept = sorted(path.name for path in (run / "checkpoints").iterdir())
         files = {str(path.relative_to(run)): path.read_bytes() for path in tensors}
-        return files, metrics, {k: v for k, v in state.items() if k != "config"}, results["best"], kept
+        return files, lines, {k: v for k, v in state.items() if k != "config"}, results["best"], kept
 
     def finish(self, kind, name, world=1):
         """Resume until the run ends by itself; whether it ended as the undisturbed one did. The folder goes."""
@@ -170,24 +160,24 @@ KINDS = {
 
 
 def forked(path, call):
-    """The id of a child process that does `call()` and ends; what it prints goes to the end of a file."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
+    """A process that does `call()` and ends; what it prints goes to the end of a file."""
+
+    def child():
         silence(path)
         # Makes torch's pool of threads anew, for which the threads that load weights would race ("Invalid thread pool!").
         torch.set_num_threads(1)
         call()
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def ended(processes):
+    """Their exit statuses, once all have ended; negative where a signal ended one."""
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def silence(path):
@@ -208,7 +198,7 @@ def quiet():
             os.close(descriptor)
 
 
-def die():
+def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -226,8 +216,8 @@ def kills(bench, count):
         for _ in range(min(5, count - done)):
             (child,) = bench.start("lora", name, partial(report_kept, bench.folder / f"{name}_kept"))
             time.sleep(bench.draw.uniform(0, duration / 2))
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            child.kill()
+            child.join()
             done += 1
             now = bench.whole(name)
             unreadable += now is None
@@ -376,7 +366,7 @@ def resumes(bench):
         for world in (1, 2) if kind in ("lora", "full") else (1,):
             for where, place in places.items():
                 name = bench.name()
-                killed = bench.run(kind, name, partial(at_call, *place, world - 1), world=world)
+                killed = bench.run(kind, name, partial(at_call, *place, world - 1, die), world=world)
                 total += 1
                 good = killed[-1] == -signal.SIGKILL and bench.finish(kind, name, world)
                 passed += good
@@ -385,16 +375,13 @@ def resumes(bench):
     return total, passed, f"{', '.join(KINDS)}; {', '.join(places)}; LoRA and full also on two processes"
 
 
-def at_call(owner, method, number, victim, rank):
-    """End this process, if it is the `victim`, in the `number`-th call of a method."""
-    undisturbed, called = getattr(owner, method), 0
+def at_call(owner, method, number, victim, what, rank):
+    """If this process is the `victim`, have `what` done with the result of the `number`-th call of a method."""
+    undisturbed, calls = getattr(owner, method), count(1)
 
     def counted(*arguments, **named):
-        nonlocal called
-        called += 1
-        if called == number and rank == victim:
-            die()
-        return undisturbed(*arguments, **named)
+        result = undisturbed(*arguments, **named)
+        return what(result) if next(calls) == number and rank == victim else result
 
     setattr(owner, method, counted)
 
@@ -412,8 +399,8 @@ def signals(bench, moments=20):
                 time.sleep(0.002)
             time.sleep(bench.draw.uniform(0, 0.02))
             began = time.monotonic()
-            os.kill(bench.draw.choice(children), number)
-            statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            os.kill(bench.draw.choice(children).pid, number)
+            statuses = ended(children)
             slowest = max(slowest, time.monotonic() - began)
             total += 1
             saved, status = bench.whole(name), json.loads((bench.folder / name / "status.json").read_text())
@@ -424,18 +411,7 @@ def signals(bench, moments=20):
 
 def not_finite(bench):
     """A loss that is NaN on one process of two: both stop before the update, and with --skip_nonfinite 1 both go on."""
-
-    def poison(rank):
-        undisturbed, called = Task.forward, 0
-
-        def forward(self, batch):
-            nonlocal called
-            called += 1
-            loss, count = undisturbed(self, batch)
-            return loss * (float("nan") if rank == 1 and called == 50 else 1), count
-
-        Task.forward = forward
-
+    poison = partial(at_call, Task, "forward", 50, 1, lambda result: (result[0] * math.nan, result[1]))
     name, tolerant = bench.name(), bench.name()
     statuses = bench.run("lora", name, poison, world=2)
     status = json.loads((bench.folder / name / "status.json").read_text())
@@ -456,8 +432,8 @@ def lost_process(bench, repeats=5):
             time.sleep(0.005)
         time.sleep(bench.draw.uniform(0, 0.2))
         began = time.monotonic()
-        os.kill(children[1], signal.SIGKILL)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        children[1].kill()
+        statuses = ended(children)
         slowest = max(slowest, time.monotonic() - began)
         passed += statuses == [4, -signal.SIGKILL] and bench.finish("lora", name, 2)
     return repeats, passed, f"the other one exits with status 4, {slowest:.1f} s later at most"
@@ -507,17 +483,13 @@ def overhead(bench):
         checkpoint.save = timed
         train_lora.main(command, Source(command.config))
 
-    os.waitpid(forked(bench.folder / "overhead_0.txt", timed_run), 0)
-    lines = (bench.folder / "overhead" / "logs" / "train_metrics.jsonl").read_text().splitlines()
-    times = [line["timestamp"] for line in map(json.loads, lines) if "train/loss" in line]
+    ended([forked(bench.folder / "overhead_0.txt", timed_run)])
+    times = [line["timestamp"] for line in metrics(bench.folder / "overhead", "train/loss")]
     step = statistics.median(after - before for before, after in zip(times, times[1:]))
     save = statistics.median(json.loads(report.read_text()))
     share = save / (500 * step)
-    return (
-        1,
-        int(share < 0.02),
-        f"{1000 * save:.0f} ms a checkpoint, {1000 * step:.0f} ms a step: {share:.2%} at save_steps 500",
-    )
+    text = f"{1000 * save:.0f} ms a checkpoint, {1000 * step:.0f} ms a step: {share:.2%} at save_steps 500"
+    return 1, int(share < 0.02), text
 
 
 PARTS = {

@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 
+from common import ROOT, metrics
 from safetensors.torch import load_file
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["--max_steps=20", "--eval_steps=10", "--logging_steps=1", "--experiment_name=run"]
 TIMES = ("timestamp", "train/tokens_per_second")
 
@@ -29,7 +29,7 @@ def found(tree, command, folder):
     done = subprocess.run(arguments, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{command}\nin {tree}: {done.stderr.strip().splitlines()[-1]}")
-    lines = map(json.loads, (folder / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines())
+    lines = metrics(folder / "run")
     numbers = {f"step {line['step']} {key}": value for line in lines for key, value in line.items() if key not in TIMES}
     checkpoint = folder / "run" / "checkpoints" / "checkpoint_step_20"
     for file in sorted(checkpoint.rglob("*.safetensors")):
@@ -44,12 +44,10 @@ def difference(before, now):
         return "" if before == now else f"{before} -> {now}"
     if (before.shape, before.dtype) != (now.shape, now.dtype):
         return f"{list(before.shape)} {before.dtype} -> {list(now.shape)} {now.dtype}"
-    largest = (before.double() - now.double()).abs().max() if before.numel() else 0.0
-    return (
-        ""
-        if torch.equal(before, now)
-        else f"{int((before != now).sum())} of {now.numel()} values, by {largest:.1e} at most"
-    )
+    if torch.equal(before, now):
+        return ""
+    largest = (before.double() - now.double()).abs().max()
+    return f"{int((before != now).sum())} of {now.numel()} values, by {largest:.1e} at most"
 
 
 def main(commit="HEAD^"):

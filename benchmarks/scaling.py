@@ -10,15 +10,11 @@ and layer, of which causality leaves half. The share is of the rate of a 2048 x 
 
 import argparse
 import json
-import os
 from pathlib import Path
-import resource
-import subprocess
-import sys
+import statistics
 import time
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import call
 
 PLAIN = {
     "length": 256, "batch": 16, "vocabulary": 32_000, "width": 512, "layers": 8, "steps": 0, "full": False, "labelled": 1.0
@@ -51,6 +47,7 @@ def measure(point, dtype):
     import lora.attention  # noqa: F401  (registers the attention called "packed")
     from lora.data import Rows
     from lora.layer import inject
+    from lora.log import peak_memory
     from lora.render import NO_TOKEN, Row
     from lora.targets import linear_names
     from lora.task import Task
@@ -76,7 +73,7 @@ def measure(point, dtype):
         return Row(tokens, [t if i < point["labelled"] * length else NO_TOKEN for i, t in enumerate(tokens)])
 
     batch = Rows.of(((row(), 0) for _ in range(point["batch"])), kind).batch(range(point["batch"]))
-    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    before, seconds = peak_memory(model.device), []
     for _ in range(REPEATS + 1):
         task.zero_grad(set_to_none=True)
         started = time.perf_counter()
@@ -84,9 +81,8 @@ def measure(point, dtype):
             loss, count = task(batch)
         (loss / count).backward()
         seconds.append(time.perf_counter() - started)
-    held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    best = sorted(seconds[1:])[REPEATS // 2]
-    return {"seconds": best, "bytes": held, "share": flops(point, linear) / best / matmul_rate(dtype)}
+    held, median = peak_memory(model.device) - before, statistics.median(seconds[1:])
+    return {"seconds": median, "bytes": held, "share": flops(point, linear) / median / matmul_rate(dtype)}
 
 
 def matmul_rate(dtype):
@@ -98,7 +94,7 @@ def matmul_rate(dtype):
         started = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - started)
-    return 2 * 2048**3 / sorted(seconds)[5]
+    return 2 * 2048**3 / statistics.median(seconds)
 
 
 def main():
@@ -119,11 +115,8 @@ def main():
     returning = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once, so that what is held is seen; slower
     for axis, points in AXES.items():
         for point in points:
-            call = [sys.executable, __file__, "--dtype", arguments.dtype, "--point", json.dumps(point)]
-            result, held = (
-                json.loads(subprocess.run(call, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout)
-                for env in (os.environ | settings, os.environ | settings | returning)
-            )
+            measured = [__file__, "--dtype", arguments.dtype, "--point", json.dumps(point)]
+            result, held = (json.loads(call(*measured, **env)) for env in (settings, settings | returning))
             full = PLAIN | point
             speed = full["length"] * full["batch"] / result["seconds"]
             said = ", ".join(f"{name} {value}" for name, value in point.items())

@@ -40,6 +40,9 @@ from lora.readers import read_data
 from lora.store import tokenise
 
 
+EQUAL_STEPS = 200  # of part 1
+
+
 def configure(seed, max_steps, folder):
     data = Path(os.environ["PLAINLORA_DATA"]) / "stsb"
     config = get_lora_config()
@@ -171,7 +174,6 @@ def theirs(config, start, dropout, total, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--equal_steps", type=int, default=200, help="steps of part 1")
     parser.add_argument("--max_steps", type=int, help="steps of part 2, to try it out; default: 3 epochs")
     parser.add_argument("--output", default=ROOT / "benchmarks" / "results" / "stsb_peft.json", type=Path)
     arguments = parser.parse_args()
@@ -179,7 +181,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for seed in [None, *arguments.seeds]:
             dropout, place = (0.0, "equal") if seed is None else (0.1, str(seed))
-            steps = arguments.equal_steps if seed is None else arguments.max_steps
+            steps = EQUAL_STEPS if seed is None else arguments.max_steps
             config = configure(42 if seed is None else seed, steps, f"{folder}/{place}")
             mine, my_dev, my_seconds, start = ours(config, dropout)
             peers, peer_dev, peer_seconds = theirs(config, start, dropout, len(mine), folder)
@@ -187,9 +189,7 @@ def main():
             row = {"ours": my_dev | {"seconds": my_seconds}, "peft": peer_dev | {"seconds": peer_seconds}}
             if seed is None:
                 results["equal"] = row | {"steps": len(mine), "largest_loss_difference": max(differences)}
-                print(
-                    f"dropout 0: {len(mine)} steps, largest difference of a step's loss {max(differences):.2e}", flush=True
-                )
+                print(f"dropout 0: {len(mine)} steps, largest difference of a step's loss {max(differences):.2e}")
             else:
                 results["seeds"][seed] = row
             print(json.dumps(row), flush=True)

@@ -11,7 +11,6 @@ import math
 from pathlib import Path
 import re
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora.config import read_file
 from lora.errors import UserError, refuse_any
-from lora.foreign import plain_file
+from lora.foreign import one_line, plain_file
 from lora.layer import LoRAEmbedding, LoRALinear, lora_layers, wrap
 from lora.targets import by_pattern, embeddings_of, ends_with_one, prefix_of, untie
 
@@ -153,10 +152,8 @@ def read_tensors(folder, config):
         convert = f"import torch, safetensors.torch as s; s.save_file(torch.load({old}), {new})"
         hint = f'; convert it there: python -c "{convert}"' if path.with_suffix(".bin").exists() else ""
         raise UserError(f"{path}: no such file; only safetensors adapters are read{hint}.")
-    try:
+    with one_line(f"{path}: damaged, copy it again"):
         tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error}); copy it again.") from None
     odd = [key for key, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.float().isfinite().all())]
     refuse_any(odd, f"{path}: not finite numbers")
     named = {key.removeprefix("base_model.model."): tensor.float() for key, tensor in tensors.items()}
@@ -245,8 +242,7 @@ def load_adapter(model, folder):
     names = {plain(name): name for name in ours}
     theirs |= {names[name]: tensor for name, tensor in whole.items()}
     trained = {name for name, weight in ours.items() if weight.requires_grad}
-    if trained - theirs.keys():
-        raise UserError(f"{folder}: the adapter has no tensors for {', '.join(sorted(trained - theirs.keys()))}.")
+    refuse_any(trained - theirs.keys(), f"{folder}: the adapter has no tensors for")
     if injected:
         strange = {name for name in theirs.keys() - trained if not name.endswith(".base_layer.weight")}
         refuse_any(strange, f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora)")
@@ -289,9 +285,8 @@ def require_targets(folder, config, others):
     if not isinstance(targets, list) or any(config.get(key) for key in ("layers_to_transform", "exclude_modules")):
         return
     whole = config.get("modules_to_save") or []
-    absent = sorted(name for name in others if ends_with_one(name, targets) and not ends_with_one(name, whole))
-    if absent:
-        raise UserError(f"{folder}: the adapter has no tensors for {', '.join(absent[:5])}, which its target_modules name.")
+    absent = {name for name in others if ends_with_one(name, targets) and not ends_with_one(name, whole)}
+    refuse_any(absent, f"{folder}: the adapter has no tensors for what its target_modules name")
 
 
 def layer_for(base_layer, tensors, alpha, config):

@@ -14,6 +14,7 @@ import json
 import os
 from pathlib import Path
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -126,9 +127,6 @@ def hardware(device):
 
 
 def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    named = re.search("^model name.*: (.+)$", info.read_text(), re.MULTILINE) if os.access(info, os.R_OK) else None
+    return named[1] if named else platform.processor() or platform.machine()

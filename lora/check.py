@@ -6,6 +6,7 @@ on a few training rows in fp32 and without dropout, where only a fault makes a d
 """
 
 from dataclasses import replace
+from functools import partial
 import itertools
 import json
 from pathlib import Path
@@ -73,9 +74,8 @@ class Trial:
         loss, out_of_memory, _ = self.backward(self.task, data or self.data, *place).tolist()
         if out_of_memory:
             raise Exhausted("out of memory in a check; add --device cpu.")
-        found = {name: p.grad for name, p in self.task.named_parameters() if p.requires_grad or p.grad is not None}
-        self.task.zero_grad(set_to_none=True)
-        return found, loss
+        named = self.task.named_parameters()
+        return {name: p.grad for name, p in named if p.requires_grad or p.grad is not None}, loss
 
     @torch.no_grad()
     def outputs(self, batch=None):
@@ -160,19 +160,7 @@ def amount(trial):
     return required(not little, found, "are the answers really so short?", WARN)
 
 
-def without_target(trial):
-    return share_of(trial, "without_target", "have no target and are left out", "raise --max_length")
-
-
-def cut_off(trial):
-    return share_of(trial, "cut", "are cut off at max_length", "raise --max_length, or split them")
-
-
-def duplicates(trial):
-    return share_of(trial, "repeated", "are there before, word for word", "take them out, or give them a weight")
-
-
-def share_of(trial, key, what, mend):
+def share_of(key, what, mend, trial):
     facts = trial.facts | trial.facts["train"]
     return counted(facts[key], facts["examples"], f"{facts[key]} of {facts['examples']} examples {what}", mend)
 
@@ -302,21 +290,6 @@ def tied(trial):
     return required(declared == is_tied(model), found, "mend tie_word_embeddings there")
 
 
-def positions(trial):
-    room = getattr(trial.task.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = int(trial.rows.lengths(np.arange(len(trial.rows))).max())
-    if room is None:
-        return PASS, f"the longest row has {longest}; this model has no limit"
-    room -= trial.task.first_position
-    return required(longest <= room, f"the longest row has {longest}, the model {room}", f"add --max_length {room}")
-
-
-def token_ids(trial):
-    room, largest = trial.task.model.get_input_embeddings().weight.shape[0], int(trial.rows.tokens.max())
-    found = f"the largest is {largest}, the embeddings have {room} rows"
-    return required(largest < room, found, "tokenizer and base do not belong together")
-
-
 def behaves(trial):
     problem = disagreement(trial.task)
     trial.task.eval()
@@ -359,11 +332,9 @@ def optimizer_of(trial):
 
 def update(trial, optimizer):
     """One step of training, at the configured learning rate."""
-    gradients, _ = trial.gradients()
+    trial.gradients()
     for group in optimizer.param_groups:
         group["lr"] = trial.config.training.learning_rate * group["lr_ratio"]
-    for name, parameter in checkpoint.trainable(trial.task).items():
-        parameter.grad = gradients[name]
     optimizer.step()
 
 
@@ -372,11 +343,11 @@ def acts(trial):
     layers = [layer for layer in lora_layers(trial.task.model).values() if isinstance(layer, LoRALinear)]
     if not layers:
         return None
-    before, generator = trial.outputs(), torch.Generator().manual_seed(0)
+    before = trial.outputs()
+    torch.manual_seed(0)
     with torch.no_grad():
         for layer in layers:
-            noise = STIR * torch.randn(layer.lora_B.weight.shape, generator=generator)
-            layer.lora_B.weight += noise.to(trial.device)
+            layer.lora_B.weight += STIR * torch.randn_like(layer.lora_B.weight)
     found = distance(trial.outputs(), before)
     text = f"a small change of it changes what the model says by {found:.1e}"
     return required(found > trial.tolerance, text, f"raise --lora_alpha, or it is {OUR_FAULT}")
@@ -433,14 +404,6 @@ def packed(trial):
     apiece = [trial.outputs(trial.few.batch([i], trial.task.packed)) for i in range(len(trial.few))]
     alone = [torch.cat(parts) for parts in zip(*apiece)]
     return judged(distance(trial.outputs(), alone), trial.tolerance, "largest difference")
-
-
-def pure(trial):
-    """The same step asked for twice, with others between, is the same batch."""
-    first = trial.data.batch_at(0)
-    trial.data.batch_at(3)
-    same = all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, trial.data.batch_at(0)))
-    return required(same, "the same rows" if same else "another batch the second time", OUR_FAULT)
 
 
 def after_evaluation(trial):
@@ -506,9 +469,9 @@ def merged(trial):
 
 DATA = {
     "targets": amount,
-    "rows without a target": without_target,
-    "rows cut off": cut_off,
-    "duplicates": duplicates,
+    "rows without a target": partial(share_of, "without_target", "have no target and are left out", "raise --max_length"),
+    "rows cut off": partial(share_of, "cut", "are cut off at max_length", "raise --max_length, or split them"),
+    "duplicates": partial(share_of, "repeated", "are there before, word for word", "take them out, or give them a weight"),
     "train and eval apart": overlap,
     "doubled BOS": beginnings,
     "trained end token": ends,
@@ -519,8 +482,6 @@ DATA = {
 MODEL = {
     "finite weights": finite,
     "tied as declared": tied,
-    "positions": positions,
-    "token ids": token_ids,
     "model as assumed": behaves,
     "injected = base": injected,
     "loss on a repeated batch": learns,
@@ -530,7 +491,6 @@ MODEL = {
     "accumulated = whole": accumulated,
     "two processes = one": ranks,
     "packed = alone": packed,
-    "batch_at(step) is pure": pure,
     "after an evaluation": after_evaluation,
     "save, load, next step": resumed,
     "PEFT format and back": through_peft,

@@ -9,14 +9,14 @@ import json
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lora import distributed
 from lora.checksums import damage, write_checksums
 from lora.config import read_file
 from lora.durable import clear, folder_for, remove
-from lora.errors import UserError, by_step, refuse_any
+from lora.errors import by_step, refuse_any
+from lora.foreign import one_line
 from lora.optimizer import set_state, state_of
 from lora.shards import INDEX, Shards, write
 
@@ -113,8 +113,9 @@ def load(path, task, optimizer):
     parameters = trainable(task)
     names = {parameter: name for name, parameter in parameters.items()}
     states, strange = {parameter: {} for parameter in names}, []
-    try:
-        shards = Shards(path if (path / INDEX).is_file() else path / "optimizer.safetensors")
+    tensors = path if (path / INDEX).is_file() else path / "optimizer.safetensors"
+    with one_line(tensors):
+        shards = Shards(tensors)
         for key in shards.index.keys() - parameters.keys():  # shards hold the weights as well
             name, _, of_state = key.rpartition("/")
             parameter = parameters.get(name)
@@ -122,8 +123,6 @@ def load(path, task, optimizer):
                 strange.append(key)
             else:
                 states[parameter][of_state] = shards.get(key, *distributed.my_rows(parameter))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: optimizer.safetensors cannot be read ({error}).") from None
     try:
         if not strange:
             set_state(optimizer, states)

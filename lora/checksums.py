@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from lora.errors import UserError
 
@@ -25,7 +25,8 @@ def write_checksums(folder):
 def sums_of(folder):
     """{"relative/path": {"sha256", "bytes"}, or why it has none} of every file in `folder` but checksums.json.
 
-    Files are found by walking through the folder, never by following what checksums.json or a link says.
+    Files are found by walking through the folder, never by following what checksums.json or a link says. So a name that
+    is listed there and leads out of the folder counts as missing.
     """
     found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir()}
     return in_threads(of_file, {name: path for name, path in found.items() if name != NAME})
@@ -53,54 +54,34 @@ def as_written(sums):
     return (json.dumps(sums, indent=2) + "\n").encode()
 
 
-def read_checksums(path):
-    """checksums.json, {name: {"sha256", "bytes"}}. Raises UserError where it is absent or not as it was written."""
-    if path.is_symlink() or not path.is_file():
-        only = "only a final_artifact/ or a checkpoint as a run wrote it can be verified"
-        raise UserError(f"{path}: no such file (or a link); {only}.")
-    content = path.read_bytes()
+def damage(folder, needed):
+    """What is not as it was written in `folder`, which must hold the file `needed`, in a line; "" where all is well."""
+    folder = Path(folder)
+    if (folder / NAME).is_symlink() or not (folder / NAME).is_file():
+        return f"{NAME}: no such file (or a link); only a final_artifact/ or a checkpoint has one"
+    content = (folder / NAME).read_bytes()
     try:
         sums = json.loads(content)
         whole = isinstance(sums, dict) and as_written(sums) == content
     except (ValueError, RecursionError):
         whole = False
     if not whole:
-        raise UserError(f"{path}: damaged: not the bytes that were written. Copy the folder again, or make a new one.")
-    return sums
-
-
-def leaves(name):
-    """Whether a listed name could lead out of the folder, or is a second spelling of another."""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name
-
-
-def damage(folder, needed):
-    """What is not as it was written in `folder`, which must hold the file `needed`, in a line; "" where all is well."""
-    folder = Path(folder)
-    try:
-        sums = read_checksums(folder / NAME)
-    except UserError as error:
-        return str(error).removeprefix(f"{folder}/")
+        return f"{NAME}: damaged: not the bytes that were written"
     now = sums_of(folder)
-    problems = {name: "a name that leaves the folder" for name in sums if leaves(name)}
-    problems |= {name: "missing" for name in {*sums, needed} - {*now, *problems, NAME}}
-    problems |= {name: one if isinstance(one, str) else "extra" for name, one in now.items() if name not in sums}
-    changed = {name: one for name, one in now.items() if name in sums and one != sums[name]}
-    problems |= {name: one if isinstance(one, str) else "changed" for name, one in changed.items()}
+    problems = {name: "missing" for name in {*sums, needed} - {*now, NAME}}
+    odd = {name: one for name, one in now.items() if one != sums.get(name)}
+    problems |= {n: one if isinstance(one, str) else "changed" if n in sums else "extra" for n, one in odd.items()}
     return "; ".join(f"{name!r}: {what}" for name, what in sorted(problems.items()))
 
 
-def require_as_written(folder):
-    """Raises UserError where a folder that a run wrote is no longer as it was; one without checksums.json others wrote."""
-    found = damage(folder, NAME) if (Path(folder) / NAME).exists() else ""
+def require_as_written(folder, needed=None):
+    """Raises UserError that names what is not as a run wrote it; a folder without checksums.json others wrote."""
+    found = damage(folder, needed or NAME) if needed or (Path(folder) / NAME).exists() else ""
     if found:
         raise UserError(f"{folder}: not as it was written: {found}. Copy the folder again, or take another.")
 
 
 def verify_artifact(folder):
-    """The metadata of a final artifact. Raises UserError that names every file that is not as it was written."""
-    found = damage(folder, "metadata.json")
-    if found:
-        raise UserError(f"{folder}: not as it was written: {found}. Copy the folder again, or make a new one.")
+    """The metadata of a final artifact. Raises UserError as `require_as_written` does, and where it is no artifact."""
+    require_as_written(folder, "metadata.json")
     return json.loads((Path(folder) / "metadata.json").read_bytes())

@@ -1,6 +1,6 @@
 """Your documents as questions whose answers quote and cite a passage, or refuse: chats to train and to test on.
 
-    python -m lora.cite_or_refuse CORPUS... --output DIR [--seed 42] [--passages 3] [--refusals 0.3] [--eval_fraction 0.1]
+    python -m lora.cite_or_refuse CORPUS... --output DIR [--seed 42] [--eval_fraction 0.1]
 
 CORPUS: text files, or rows with "text"; each file or row is a document. A question shows numbered passages and the first
 words of a sentence, and the answer is the rest of that sentence with the passage's number. In a share of the questions
@@ -25,8 +25,11 @@ from lora.readers import files, string
 INSTRUCTION = "Answer from the numbered sources only. Quote them and cite the number. If they do not say it, say so."
 REFUSAL = "The sources do not say."
 QUESTION = 'What follows "{opening}" in the sources?'
+SHOWN = 3  # passages, at most
+SHARE_REFUSED = 0.3  # of the questions
 PASSAGE = 300  # characters a passage may have
 WORDS = 8  # that a sentence must have to be asked for
+TRIED = 100  # passages, drawn for a question, of which those of other documents may be shown
 
 
 @dataclass(slots=True)
@@ -35,8 +38,8 @@ class Sentence:
 
     opening: str  # the words shown in the question; on its side of the split they stand in this sentence only
     rest: str
-    passage: str
     document: int
+    passage: str
 
 
 def read_arguments(argv):
@@ -44,16 +47,10 @@ def read_arguments(argv):
     parser.add_argument("corpus", nargs="+", metavar="CORPUS", help="text files, or JSONL/JSON/CSV rows with text")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder to write, which must not exist")
     parser.add_argument("--seed", type=int, default=42, help="of the split and of what is drawn (default: 42)")
-    parser.add_argument("--passages", type=int, default=3, metavar="N", help="passages shown at most (default: 3)")
-    parser.add_argument("--refusals", type=float, default=0.3, help="share of questions without answer (default: 0.3)")
     parser.add_argument("--eval_fraction", type=float, default=0.1, help="share of the documents in test.jsonl (0.1)")
     arguments = parser.parse_args(argv)
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
-    if arguments.passages < 1:
-        raise UserError(f"--passages {arguments.passages}: expected an integer >= 1.")
-    if not 0 <= arguments.refusals <= 1:
-        raise UserError(f"--refusals {arguments.refusals}: expected a share 0..1.")
     if not 0 < arguments.eval_fraction < 1:
         raise UserError(f"--eval_fraction {arguments.eval_fraction}: expected a share between 0 and 1.")
     return arguments
@@ -93,33 +90,33 @@ def passages_of(document):
 
 
 def askable(documents):
-    """([the passages of each document], [the Sentences that can be asked for])."""
-    passages = [passages_of(document) for document in documents]
+    """([(number of its document, passage)], [the Sentences that can be asked for])."""
     everything = "\n".join(" ".join(document) for document in documents)
-    sentences = []
-    for number, of_document in enumerate(passages):
-        for passage in of_document:
+    passages, sentences = [], []
+    for number, document in enumerate(documents):
+        for passage in passages_of(document):
+            passages.append((number, " ".join(passage)))
             for sentence in passage:
                 words = sentence.split(" ")
                 half = len(words) // 2
                 opening, rest = " ".join(words[:half]), " ".join(words[half:])
                 plain = not re.search(r'["“”\[\]]', sentence)  # the question quotes it, and brackets cite
                 if len(words) >= WORDS and plain and everything.count(opening) == 1:
-                    sentences.append(Sentence(opening, rest, " ".join(passage), number))
-    return [[" ".join(passage) for passage in of_document] for of_document in passages], sentences
+                    sentences.append(Sentence(opening, rest, *passages[-1]))
+    return passages, sentences
 
 
-def make_rows(documents, shown, refusals, rng):
-    """A chat for every sentence that can be asked for, in random order; `refusals` is the share without the answer."""
+def make_rows(documents, rng):
+    """A chat for every sentence that can be asked for, in random order."""
     passages, sentences = askable(documents)
     rng.shuffle(sentences)
-    refused = round(refusals * len(sentences))
+    refused = round(SHARE_REFUSED * len(sentences))
     rows = []
     for place, sentence in enumerate(sentences):
         refuses = place < refused
-        others = [p for n, of_one in enumerate(passages) if n != sentence.document for p in of_one]
-        others = [passage for passage in others if sentence.rest not in passage]
-        sources = rng.sample(others, min(len(others), shown if refuses else shown - 1))
+        tried = rng.sample(passages, min(len(passages), TRIED))
+        others = [passage for number, passage in tried if number != sentence.document and sentence.rest not in passage]
+        sources = others[: SHOWN if refuses else SHOWN - 1]
         if not refuses:
             sources.insert(rng.randrange(len(sources) + 1), sentence.passage)
         numbered = "\n".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
@@ -137,7 +134,7 @@ def main(arguments):
     with folder_for(final) as temporary:
         for name, documents in zip(("train", "test"), sides):
             rng = random.Random(f"cite or refuse {arguments.seed} {name}")
-            rows = make_rows(documents, arguments.passages, arguments.refusals, rng)
+            rows = make_rows(documents, rng)
             if not rows:
                 raise UserError(f"{arguments.corpus[0]}: no sentence of {WORDS} words or more for {name}.jsonl.")
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

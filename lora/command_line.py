@@ -7,19 +7,22 @@ import argparse
 import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 import os
 from pathlib import Path
 import time
-import typing
 
 from lora.checksums import damage, require_as_written
 from lora.config import (
     ALIASES,
     DTYPE_SWITCHES,
     Config,
+    EvaluationConfig,
     keys_of,
+    kind_of,
     nearest,
+    parsed,
     read_file,
     refuse_two_dtypes,
     saved_config,
@@ -35,12 +38,9 @@ from lora.foreign import check_weights, locate
 FREE_ON_RESUME = {
     *("max_steps", "num_train_epochs", "early_stopping_patience", "logging_steps", "eval_steps", "save_steps"),
     *("max_eval_batches", "skip_nonfinite", "experiment_name", "output_dir", "report_to", "device"),
-    *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
-    *("threshold", "tune_threshold_on"),
+    *(f.name for f in dataclasses.fields(EvaluationConfig)),
 }
-
-
-SWITCH = {"nargs": "?", "const": "true", "metavar": "BOOL"}
+SWITCH = {"nargs": "?", "const": True, "metavar": "BOOL", "type": partial(parsed, kind=bool)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,8 +64,8 @@ def underscored(argument):
 def add_flags(parser, table, names, default=""):
     """Flags for some keys of a table, and for their aliases. default: what their help says of it, where it is no value."""
     for f in dataclasses.fields(table):
-        value, choices, kind = getattr(table, f.name), f.metadata["choices"], typing.get_origin(f.type) or f.type
-        if f.name not in names or kind is dict:
+        value, choices, (container, kind) = getattr(table, f.name), f.metadata["choices"], kind_of(f.type)
+        if f.name not in names or container is dict:
             continue  # a dict is given as a table in the file
         notes = [", ".join(choices)] if choices else []
         if default or value not in (None, "", []):
@@ -73,15 +73,16 @@ def add_flags(parser, table, names, default=""):
             notes.append("default: " + said.replace("\n", "\\n"))
         help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
         flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
-        form = {list: {"nargs": "+", "action": "extend"}, bool: SWITCH}.get(kind, {})
-        parser.add_argument(*flags, **{"dest": f.name, "metavar": "X", "help": help.replace("%", "%%"), **form})
+        form = {"nargs": "+", "action": "extend"} if container is list else SWITCH if kind is bool else {}
+        form = {"metavar": "X", "type": partial(parsed, kind=kind)} | form
+        parser.add_argument(*flags, dest=f.name, help=help.replace("%", "%%"), **form)
 
 
 def set_given(config, arguments, names):
     """Set those of some keys whose flags were given."""
     for name in names:
         if getattr(arguments, name, None) is not None:
-            set_key(config, name, getattr(arguments, name), f"--{name}", from_text=True)
+            set_key(config, name, getattr(arguments, name), f"--{name}")
 
 
 def read_command_line(argv, config, default_file, description):
@@ -121,7 +122,7 @@ def read_command_line(argv, config, default_file, description):
             raise UserError(f"--allow_change {name}: no such key.{nearest(name, [*keys_of(config)])}")
     if config.lora:
         asked = os.environ.get("USE_BNB_QUANT") or "false"
-        set_key(config, "load_in_4bit", asked, "USE_BNB_QUANT in the environment", from_text=True)
+        set_key(config, "load_in_4bit", parsed(asked, bool), "USE_BNB_QUANT in the environment")
     if resume_from and not auto:
         if not (Path(resume_from) / "trainer_state.json").is_file():
             raise UserError(f"--resume_from {resume_from}: no checkpoint; expected RUN/checkpoints/checkpoint_step_N.")

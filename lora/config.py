@@ -19,7 +19,6 @@ import tomli
 from lora.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-REVEAL_COLUMNS = ("answer_id", "question", "step_idx", "step", "type_label", "attribution_label", "correctness_label")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -68,7 +67,6 @@ class DataConfig:
     use_reveal: bool = key(False, "evaluate on the file of REVEAL in reveal_path; its owners permit no training")
     reveal_path: str = key("", "reveal_eval.csv or reveal_open.csv")
     reveal_weight: float = key(1.0, "its weight, where it may be trained on", above=0)
-    reveal_columns: dict[str, str] = key({}, "REVEAL's columns that have other names in your file", choices=REVEAL_COLUMNS)
     reveal_train_i_have_permission: bool = key(False, "train on REVEAL: its owners have permitted it to you")
 
     @property
@@ -189,9 +187,7 @@ class Config:
 
 def get_lora_config():
     """LoRA's defaults: a [lora] table, and a learning rate that suits adapters."""
-    config = Config(lora=LoraConfig())
-    config.training.learning_rate = 1e-4
-    return config
+    return Config(lora=LoraConfig(), training=TrainingConfig(learning_rate=1e-4))
 
 
 ALIASES = {
@@ -246,29 +242,26 @@ def nearest(name, known):
 
 
 BOUNDS = (("low", ">=", operator.ge), ("above", ">", operator.gt), ("high", "<=", operator.le))
-TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def check(where, value, annotation, limits, from_text=False):
-    """`value` as the type the key has, or a UserError that says what was expected. from_text: it is a flag's text."""
-    kind = typing.get_args(annotation)[0] if isinstance(annotation, types.UnionType) else annotation
-    container, parts = typing.get_origin(kind), typing.get_args(kind)
+def kind_of(annotation):
+    """(list, dict or another, the type of the value or of those in it) of a key's type: `list[str]`, `int | None`."""
+    parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    return typing.get_origin(annotation), parts[-1] if parts else annotation
+
+
+def check(where, value, annotation, limits):
+    """`value` as the type the key has, or a UserError that says what was expected."""
+    container, kind = kind_of(annotation)
     if container is list:
-        values = value if isinstance(value, list) else [value]
-        return [check(where, item, parts[0], limits, from_text) for item in values]
+        return [check(where, item, kind, limits) for item in (value if isinstance(value, list) else [value])]
     if container is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where} = {value!r}: expected a table, which only a config file can hold.")
-        names, limits = limits["choices"], {**limits, "choices": None}
-        for name in value:
-            if names and name not in names:
-                raise UserError(f"{where}.{name}: no such key; expected some of {', '.join(names)}.{nearest(name, names)}")
-        return {name: check(f"{where}.{name}", item, parts[1], limits) for name, item in value.items()}
+        return {name: check(f"{where}.{name}", item, kind, limits) for name, item in value.items()}
     if limits["word"] and value == limits["word"]:
         return value
     expected = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
-    if from_text:
-        value = parsed(value, kind)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
@@ -285,8 +278,9 @@ def check(where, value, annotation, limits, from_text=False):
 
 def parsed(text, kind):
     """A flag's text as what it says, or as it is: `check` then tells what is wrong with it."""
+    truths = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     try:
-        return TRUTHS.get(text.lower(), text) if kind is bool else kind(text)
+        return truths.get(text.lower(), text) if kind is bool else kind(text)
     except ValueError:
         return text
 
@@ -296,14 +290,11 @@ def keys_of(config):
     return {f.name: (table, f) for table in tables_of(config).values() for f in dataclasses.fields(table)}
 
 
-def set_key(config, name, value, where, from_text=False):
-    """Set one key by its name or an alias; `where` ("--lora_r", "run.toml: lora.lora_r") begins the error messages.
-
-    from_text: the value is a flag's text.
-    """
+def set_key(config, name, value, where):
+    """Set one key by its name or an alias; `where` ("--lora_r", "run.toml: lora.lora_r") begins the error messages."""
     keys = keys_of(config)
     if name in DTYPE_SWITCHES:
-        if check(where, value, bool, key(None, "").metadata, from_text):
+        if check(where, value, bool, key(None, "").metadata):
             config.training.dtype = DTYPE_SWITCHES[name]
         elif config.training.dtype in ("auto", DTYPE_SWITCHES[name]):
             config.training.dtype = "float32"
@@ -315,12 +306,12 @@ def set_key(config, name, value, where, from_text=False):
         hint = nearest(name, [*keys, *ALIASES, *DTYPE_SWITCHES]) or " See --help."
         raise UserError(f"{where}: no such key.{hint}")
     table, f = keys[name]
-    setattr(table, name, check(where, value, f.type, f.metadata, from_text))
+    setattr(table, name, check(where, value, f.type, f.metadata))
 
 
 def refuse_two_dtypes(values, where):
     """dtype, bf16 = true and fp16 = true each choose the dtype: one of them may be given in one place."""
-    chosen = [n for n in ("dtype", *DTYPE_SWITCHES) if n in values and TRUTHS.get(str(values[n]).lower()) is not False]
+    chosen = [n for n in ("dtype", *DTYPE_SWITCHES) if values.get(n, False) is not False]
     if len(chosen) > 1:
         raise UserError(f"{where}: {' and '.join(chosen)} both choose the dtype; give one of them.")
 

@@ -4,7 +4,6 @@ Without torchrun there is one process, and nothing here does anything.
 """
 
 from datetime import timedelta
-import json
 import os
 import sys
 
@@ -49,9 +48,8 @@ def start(device):
     if device.type == "cuda":
         mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if mine >= there:
-            raise UserError(
-                f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: this machine has {there} GPUs; expected that at most."
-            )
+            asked = os.environ["LOCAL_WORLD_SIZE"]
+            raise UserError(f"--nproc_per_node={asked}: this machine has {there} GPUs; expected that at most.")
         torch.cuda.set_device(mine)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself then keeps the store
@@ -184,14 +182,11 @@ def cut(groups, count):
 
 
 def of_first(function, *arguments):
-    """What `function` gives in the first process (numbers, texts or lists of them), for all; no other calls it."""
-    value = function(*arguments) if rank() == 0 else None
-    if world() == 1:
-        return value
-    content = json.dumps(value).encode().ljust(4096)
-    text = torch.frombuffer(bytearray(content), dtype=torch.uint8).to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(text, 0)
-    return json.loads(text.cpu().numpy().tobytes())
+    """What `function` gives in the first process, for all; no other calls it."""
+    values = [function(*arguments) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def interleaved(mine, lengths, device):

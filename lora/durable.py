@@ -71,9 +71,7 @@ def folder_for(final):
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_full(error):
-            raise Exhausted(
-                f"{final}: no room for it; nothing of it is kept, and what is beside it is as it was."
-            ) from None
+            raise Exhausted(f"{final}: no room for it; nothing of it is kept, the rest is as it was.") from None
         if isinstance(error, OSError):
             raise UserError(f"{final}: {error.strerror or error}.") from None
         raise

@@ -1,16 +1,18 @@
 """Folders that others wrote, looked at before any library reads them: nothing leads out of them, nothing is cut short.
 
-Standard library only, so that a base that is not there or not whole is answered before torch is loaded.
+Neither torch nor transformers is imported here, so that a base that is not there or not whole is answered before they are.
 """
 
+from contextlib import contextmanager
 import json
 from pathlib import Path
 
-from lora.config import ROOT
-from lora.errors import UserError
+from safetensors import SafetensorError
+
+from lora.config import ROOT, read_file
+from lora.errors import UserError, ran_out_of_memory
 
 EMBEDDED = ROOT / "assets" / "tiny_base"
-INDEX = "model.safetensors.index.json"
 
 
 def locate(base_model):
@@ -27,14 +29,14 @@ def check_weights(folder):
     """That `folder` holds whole safetensors files, and that its index names files in it alone. Raises UserError."""
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
-    if (folder / INDEX).is_file():
-        listed = set(weight_map(folder / INDEX).values())
-        odd = [name for name in listed if not isinstance(name, str) or Path(name).name != name or name in (".", "..")]
-        if odd:
-            raise UserError(f"base_model {folder / INDEX}: {odd[0]!r} is not the name of a file beside it.")
-        absent = sorted(listed - {path.name for path in files})
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed, here = read_file(index).get("weight_map"), {path.name for path in files}
+        if not isinstance(listed, dict):
+            raise UserError(f"base_model {index}: no weight_map; expected an index of weight files.")
+        absent = [name for name in listed.values() if not isinstance(name, str) or name not in here]
         if absent:
-            raise UserError(f"base_model {folder}: {absent[0]}, which {INDEX} names, is not there.")
+            raise UserError(f"base_model {index}: {absent[0]!r} is not the name of a file beside it; copy the base again.")
     if not files:
         old = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         hint = f"{old[0]} may run code when it is read, and is not; convert it: " if old else "expected *.safetensors; "
@@ -42,14 +44,6 @@ def check_weights(folder):
         raise UserError(f"base_model {folder}: no weights in safetensors: {hint}.")
     for path in files:
         check_length(path)
-
-
-def weight_map(path):
-    try:
-        found = json.loads(path.read_bytes())["weight_map"]
-        return dict(found)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"base_model {path}: no index of weight files (expected a weight_map).") from None
 
 
 def check_length(path):
@@ -79,3 +73,15 @@ def plain_file(path):
     if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
         raise UserError(f"{path}: a link that leads out of its folder; put the file itself there.")
     return path
+
+
+@contextmanager
+def one_line(what):
+    """The first line of what safetensors, transformers or torch say of weights that they cannot load."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if ran_out_of_memory(error):
+            raise
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"{what}: {first[:300]}") from None

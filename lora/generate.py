@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from lora.chat import chat_pieces, prompt_pieces
+from lora.chat import chat_pieces, prompt_pieces, use_chatml
 from lora.config import max_batch_tokens
 from lora.data import Rows
 from lora.errors import UserError
@@ -26,6 +26,7 @@ PAD = 0  # any token will do: it is masked
 
 def prompt_tokens(where, messages, tools, tokenizer):
     """The chat up to where the assistant is to speak, as tokens. Raises UserError where the template refuses it."""
+    use_chatml(tokenizer)
     pieces = prompt_pieces(where, messages, tools, tokenizer)
     return [token for tokens, _ in encode(pieces, tokenizer) for token in tokens]
 
@@ -94,20 +95,21 @@ def batches(prompts, max_new_tokens, longest, max_tokens):
 
 
 @torch.no_grad()
-def answers(model, tokenizer, prompts, *, max_new_tokens, stop, dtype, max_tokens, temperature=0.0, seed=0):
-    """The texts that `model` says after `prompts`, a list of (where, tokens), in their order. Raises UserError.
+def answers(task, prompts, config, dtype):
+    """The texts that the model says after `prompts`, a list of (where, tokens), in their order. Raises UserError.
 
-    An answer ends before the first of the tokens `stop`, after `max_new_tokens`, or where the model has no more
-    positions. At temperature 0 each token is the likeliest; above it is drawn, the same for the same seed and batches.
-    A batch holds `max_tokens` positions (and one prompt at least).
+    An answer ends before the first of the `stop_tokens`, after max_new_tokens, or where the model has no more positions.
+    At temperature 0 each token is the likeliest; above it is drawn, the same for the same seed and batches. A batch holds
+    as many positions as in training (and one prompt at least).
     """
+    model, tokenizer, asked = task.model, task.tokenizer, config.evaluation
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    texts = [""] * len(prompts)
+    texts, stop = [""] * len(prompts), stop_tokens(model, tokenizer)
     settings = GenerationConfig(eos_token_id=stop or None, pad_token_id=PAD)
-    if temperature:
-        settings.update(do_sample=True, temperature=temperature, top_k=0)
-        torch.manual_seed(seed)
-    groups = batches(prompts, max_new_tokens, longest, max_tokens)
+    if asked.temperature:
+        settings.update(do_sample=True, temperature=asked.temperature, top_k=0)
+        torch.manual_seed(config.training.seed)
+    groups = batches(prompts, asked.max_new_tokens, longest, max_batch_tokens(config))
     bar = tqdm(total=len(prompts), unit="answer", disable=None)
     with generating(model, settings), autocast(model.device, dtype):
         for room, indices in groups:
@@ -126,7 +128,7 @@ def answers(model, tokenizer, prompts, *, max_new_tokens, stop, dtype, max_token
 
 
 @torch.no_grad()
-def step_scores(examples, task, config, device, dtype):
+def step_scores(examples, task, config, dtype):
     """An array [steps] for each example: what a scorer says of its steps, NaN from the first on that does not fit."""
     ends = np.cumsum([len(example.steps) for example in examples])
     numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])  # exact up to 2^24
@@ -136,23 +138,23 @@ def step_scores(examples, task, config, device, dtype):
     batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed) if len(rows) else []
     scores = np.full(ends[-1], math.nan)
     task.eval()
-    with autocast(device, dtype):
+    with autocast(task.model.device, dtype):
         for batch in tqdm(batches, unit="batch", disable=None):
-            scores[batch.targets.long().numpy()] = task.predict(batch.to(device)).float().cpu().numpy()
+            scores[batch.targets.long().numpy()] = task.predict(batch.to(task.model.device)).float().cpu().numpy()
     return np.split(scores, ends[:-1])
 
 
 @torch.no_grad()
-def embed(task, texts, max_length, max_tokens, device, dtype):
+def embed(task, texts, config, dtype):
     """[n, width], fp32, of length 1: the mean of the backbone's hidden states over a text's first `max_length` tokens."""
-    tokens = task.tokenizer(texts, truncation=True, max_length=max_length, verbose=False).input_ids
+    tokens = task.tokenizer(texts, truncation=True, max_length=config.data.max_length, verbose=False).input_ids
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
     rows = Rows.of(((Row(tokens[i], [0.0] * len(tokens[i])), 0) for i in order), "score")  # with every token a target
     task.eval()
-    means = []
-    with autocast(device, dtype):
-        for batch in tqdm(rows.batches(range(len(rows)), max_tokens, task.packed), unit="batch", disable=None):
-            hidden = task.at_targets(batch.to(device)).float()
+    means, batches = [], rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
+    with autocast(task.model.device, dtype):
+        for batch in tqdm(batches, unit="batch", disable=None):
+            hidden = task.at_targets(batch.to(task.model.device)).float()
             means += [part.mean(0).cpu() for part in hidden.split(batch.lengths)]
     embeddings = torch.empty(len(texts), len(means[0]))
     embeddings[order] = torch.nn.functional.normalize(torch.stack(means))

@@ -1,13 +1,11 @@
 """What a run says: the console, a progress bar, logs/train_*.log and logs/train_metrics.jsonl."""
 
-from collections import deque
 import fcntl
 import json
 import math
 import os
 from pathlib import Path
 import resource
-import statistics
 import sys
 import time
 
@@ -19,8 +17,6 @@ from lora.durable import write_text
 from lora.errors import UserError
 from lora.trackers import tracker
 
-SPIKE_WINDOW, SPIKE = 50, 6.0  # steps, standard deviations of their losses
-
 
 class Log:
     """The log of a run in `run_dir`. Metrics of steps after `start` are cut off: a resumed run writes them again.
@@ -29,10 +25,9 @@ class Log:
     """
 
     def __init__(self, run_dir, config, start=0, may_exist=False):
-        self.run_dir, self.bar, self.tokens, self.seconds = Path(run_dir), None, 0, 0.0
-        self.losses, self.trackers = deque(maxlen=SPIKE_WINDOW), []
-        errors.run_dir = self.run_dir
+        self.run_dir, self.bar, self.trackers, self.tokens, self.seconds = Path(run_dir), None, [], 0, 0.0
         if distributed.rank() > 0:
+            errors.run_dir = self.run_dir
             self.metrics_file = self.text_file = open(os.devnull, "w")
             return
         folder = self.run_dir / "logs"
@@ -42,21 +37,20 @@ class Log:
             self.lock = open(folder / "lock", "w")
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this process lives; it may begin anew
         except BlockingIOError:
-            errors.run_dir = None
             raise UserError(f"{self.run_dir}: another process is training there; wait for it or end it.") from None
         except OSError as error:
-            errors.run_dir = None
             raise UserError(f"{self.run_dir}: {error.strerror}; name another --experiment_name or --output_dir.") from None
+        errors.run_dir = self.run_dir
         errors.record(None)
         config.save(folder / "config.json")
         config.save(folder / "config.toml")
-        self.metrics_path = folder / "train_metrics.jsonl"
-        if self.metrics_path.exists():
-            lines = self.metrics_path.read_text().splitlines(True)
+        metrics = folder / "train_metrics.jsonl"
+        if metrics.exists():
+            lines = metrics.read_text().splitlines(True)
             whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
             kept = "".join(line for line in whole if start and json.loads(line)["step"] <= start)
-            write_text(self.metrics_path, kept)
-        self.metrics_file = open(self.metrics_path, "a", buffering=1)
+            write_text(metrics, kept)
+        self.metrics_file = open(metrics, "a", buffering=1)
         self.text_file = open(folder / f"train_{time.strftime('%Y%m%d-%H%M%S')}.log", "a", buffering=1)
         names = filter(None, config.output.report_to.split(","))
         self.trackers = [tracker(name, self.run_dir, config, start, self.say) for name in names]
@@ -70,14 +64,8 @@ class Log:
         quiet = True if distributed.rank() > 0 else None  # None: without a terminal
         self.bar = tqdm(total=total, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
 
-    def count(self, step, tokens, seconds, loss):
-        """Step number `step` is done, over so many tokens; evaluations and checkpoints are not in its seconds."""
-        if len(self.losses) == SPIKE_WINDOW:
-            usual = statistics.fmean(self.losses)
-            if loss > usual + SPIKE * statistics.pstdev(self.losses):
-                before = f"the mean of the {SPIKE_WINDOW} before is {usual:.4f}"
-                self.say(f"step {step}: the loss {loss:.4f} is a spike: {before}")
-        self.losses.append(loss)
+    def count(self, tokens, seconds):
+        """A step is done, over so many tokens; evaluations and checkpoints are not in its seconds."""
         self.tokens += tokens
         self.seconds += seconds
         self.bar.update()
@@ -88,11 +76,11 @@ class Log:
             values["train/tokens_per_second"] = round(self.tokens / self.seconds, 1)
             self.tokens, self.seconds = 0, 0.0
             shown = (values["train/loss"], values["train/learning_rate"], values["train/tokens_per_second"])
-            self.bar.set_postfix_str("loss {:.4f}, lr {:.2e}, {:.0f} tokens/s".format(*shown))
-            line = "step {}: loss {:.4f}, lr {:.2e}, {:.0f} tokens/s".format(step, *shown)
-            self.text_file.write(line + "\n")
+            line = "loss {:.4f}, lr {:.2e}, {:.0f} tokens/s".format(*shown)
+            self.bar.set_postfix_str(line)
+            self.text_file.write(f"step {step}: {line}\n")
             if not sys.stderr.isatty():
-                print(line, flush=True)
+                print(f"step {step}: {line}", flush=True)
         self.metrics_file.write(json.dumps({"step": step, "timestamp": time.time(), **without_nan(values)}) + "\n")
         for track in self.trackers:
             track(step, values)

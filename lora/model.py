@@ -14,14 +14,14 @@ from transformers.utils import logging
 from lora import distributed
 import lora.attention  # noqa: F401  (registers the attention called "packed")
 from lora.data import Rows
-from lora.errors import UserError
-from lora.foreign import EMBEDDED, check_weights, locate  # noqa: F401  (the base that comes along)
+from lora.errors import UserError, refuse_any
+from lora.foreign import EMBEDDED, check_weights, locate, one_line  # noqa: F401  (the base that comes along)
 from lora.heads import LMHead, MLPHead
 from lora.quantize import FourBitSettings, bitsandbytes
 from lora.render import Row
 from lora.score_forms import take_over
 from lora.targets import decoder_layers, is_pooler, train_all
-from lora.task import Task, one_line
+from lora.task import Task
 
 BFLOAT16_WIDTH = 512  # on a CPU: 2.4 times as fast from there on, in a base of 128 between 0.7 and 1.6 times (LOG.md)
 logging.disable_progress_bar()
@@ -132,15 +132,11 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
         )
     absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     absent = [name for name in absent if not is_pooler(name)]
-    if absent:
-        raise UserError(f"base_model {base_model}: no weights, or of another shape, for {', '.join(sorted(absent)[:5])}.")
+    refuse_any(absent, f"base_model {base_model}: no weights, or of another shape, for")
     odd = [name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p)]
-    if odd:
-        raise UserError(f"base_model {base_model}: not finite: {', '.join(odd[:5])}; copy it again, or take another base.")
+    refuse_any(odd, f"base_model {base_model}: not finite (copy it again, or take another base)")
     if quantization:
-        damaged = model.hf_quantizer.quantization_config.damaged
-        if damaged:
-            raise UserError(f"base_model {base_model}: {'; '.join(damaged[:5])}.")
+        refuse_any(model.hf_quantizer.quantization_config.damaged, f"base_model {base_model}")
         model.hf_quantizer.remove_quantization_config(model)  # what is saved of it is the base's own config
     return model
 

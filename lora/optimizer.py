@@ -40,10 +40,12 @@ def state_bytes(parameters, optimizer):
 
 def state_of(optimizer):
     """Parameter -> {name: tensor}: what the optimizer remembers of it. Empty before the first step."""
-    return {
-        parameter: {key: torch.as_tensor(value) for key, value in state.items() if not key.startswith("qmap")}  # constants
-        for parameter, state in optimizer.state.items()
-    }
+    return {parameter: tensors_of(state) for parameter, state in optimizer.state.items()}
+
+
+def tensors_of(state):
+    """{name: tensor} of one parameter's state, without bitsandbytes' tables of constants."""
+    return {key: torch.as_tensor(value) for key, value in state.items() if not key.startswith("qmap")}
 
 
 def set_state(optimizer, tensors):
@@ -55,7 +57,7 @@ def set_state(optimizer, tensors):
             if not isinstance(optimizer, torch.optim.AdamW):
                 optimizer.init_state(group, parameter, i, j)  # paged memory must be bitsandbytes' own
                 state = optimizer.state[parameter]
-            shapes = {key: torch.as_tensor(value).shape for key, value in state.items() if not key.startswith("qmap")}
+            shapes = {key: tensor.shape for key, tensor in tensors_of(state).items()}
             wrong = [key for key in {**saved, **shapes} if key not in saved or saved[key].shape != shapes.get(key)]
             if wrong:  # torch's fused step does not look at shapes
                 raise KeyError(parameter, *sorted(wrong))

@@ -63,6 +63,7 @@ def measured(examples, scores):
 class Judged:
     """The scores of one scorer on labelled chains."""
 
+    threshold: float
     labels: np.ndarray  # [n] of all measured steps
     scores: np.ndarray  # [n]
     spans: list[np.ndarray]  # of each chain: its places among these
@@ -71,23 +72,24 @@ class Judged:
     subjects: tuple[str]  # of each chain: its problem
 
     @classmethod
-    def of(cls, examples, scores, threshold):
-        """`scores`: an array [steps] for each example."""
-        chains = [(example.prompt, *measured([example], [of_steps])) for example, of_steps in zip(examples, scores)]
+    def of(cls, examples, scores, threshold, source=None):
+        """`scores`: an array [steps] for each example. source: of which set, None: of all."""
+        chosen = [(e, of) for e, of in zip(examples, scores) if source in (None, e.source)]
+        chains = [(e.prompt, *measured([e], [of])) for e, of in chosen]
         subjects, labels, scores = zip(*(chain for chain in chains if len(chain[1])))
         ends = np.cumsum([*map(len, labels)])
         return cls(
-            np.concatenate(labels), np.concatenate(scores), np.split(np.arange(ends[-1]), ends[:-1]),
+            threshold, np.concatenate(labels), np.concatenate(scores), np.split(np.arange(ends[-1]), ends[:-1]),
             np.array([first_below(of_chain, 0.5) for of_chain in labels]),
             np.array([first_below(of_chain, threshold) for of_chain in scores]), subjects,
         )  # fmt: skip
 
-    def measures(self, threshold, chains=slice(None)):
-        """All measures over the steps of some of the chains."""
-        picked = range(len(self.spans))[chains] if isinstance(chains, slice) else chains
-        steps = np.concatenate([self.spans[i] for i in picked])
+    def measures(self, chains=None):
+        """All measures over the steps of some of the chains, by their places; None: of all."""
+        chains = np.arange(len(self.spans)) if chains is None else chains
+        steps = np.concatenate([self.spans[i] for i in chains])
         labels, scores, wrong, said = self.labels[steps], self.scores[steps], self.wrong[chains], self.said[chains]
-        right, passed = labels >= 0.5, scores >= threshold
+        right, passed = labels >= 0.5, scores >= self.threshold
         hits, false, missed = (right & passed).sum(), (~right & passed).sum(), (right & ~passed).sum()
         of_wrong = (said == wrong)[wrong >= 0].mean() if (wrong >= 0).any() else math.nan
         of_right = (said == wrong)[wrong < 0].mean() if (wrong < 0).any() else math.nan
@@ -109,13 +111,13 @@ class Judged:
         return {name: float(value) for name, value in values.items()}
 
 
-def best_threshold(judged_at):
-    """The threshold of 0.02 to 0.98 with the best ProcessBench F1. judged_at(threshold) -> Judged."""
+def best_threshold(examples, scores, source=None):
+    """The threshold of 0.02 to 0.98 with the best ProcessBench F1; the arguments are those of Judged.of."""
     thresholds = [i / 50 for i in range(1, 50)]
-    return max(thresholds, key=lambda t: judged_at(t).measures(t)["processbench_f1"])
+    return max(thresholds, key=lambda t: Judged.of(examples, scores, t, source).measures()["processbench_f1"])
 
 
-def intervals(scorers, thresholds, draws=1000, seed=0):
+def intervals(scorers, draws=1000, seed=0):
     """({name: {measure: [low, high]}}, the same of the first scorer less each other one): 95 %, problems drawn anew.
 
     scorers: {name: Judged} on the same chains. The draws are the same for all, so the differences are paired.
@@ -128,7 +130,7 @@ def intervals(scorers, thresholds, draws=1000, seed=0):
     for drawn in draws_of(len(groups), draws, seed):
         chains = np.concatenate([groups[i] for i in drawn])
         for name, judged in scorers.items():
-            found[name].append(judged.measures(thresholds[name], chains))
+            found[name].append(judged.measures(chains))
     ends = {name: {m: quantiles([draw[m] for draw in of_name]) for m in of_name[0]} for name, of_name in found.items()}
     differences = {
         other: {m: quantiles([a[m] - b[m] for a, b in zip(found[first], found[other])]) for m in found[first][0]}
@@ -256,33 +258,13 @@ def report(examples, scores, settings, names, fitted_on=None, draws=1000):
     result, judged = {"thresholds": {}, "measures": {}}, {}
     for name, of_name in scored.items():
         of_name = [np.where(np.isnan(ours), math.nan, of_chain) for ours, of_chain in zip(scores, of_name)]
-
-        def at(threshold, source=None, of_name=of_name):
-            chosen = [(e, of_chain) for e, of_chain in zip(examples, of_name) if source in (None, e.source)]
-            return Judged.of(*zip(*chosen), threshold)
-
-        threshold = best_threshold(lambda t, at=at: at(t, names[tuned])) if tuned else settings.threshold
-        judged[name], result["thresholds"][name] = at(threshold), threshold
-        measures = judged[name].measures(threshold)
+        threshold = best_threshold(examples, of_name, names[tuned]) if tuned else settings.threshold
+        judged[name], result["thresholds"][name] = Judged.of(examples, of_name, threshold), threshold
+        measures = judged[name].measures()
         if len(names) > 1:
-            parts = {of: at(threshold, source).measures(threshold)["processbench_f1"] for of, source in names.items()}
-            measures |= {f"{of}/processbench_f1": value for of, value in parts.items()}
-            measures["mean_processbench_f1"] = float(np.mean(list(parts.values())))
+            of_sets = {of: Judged.of(examples, of_name, threshold, source) for of, source in names.items()}
+            parts = {f"{of}/processbench_f1": one.measures()["processbench_f1"] for of, one in of_sets.items()}
+            measures |= parts | {"mean_processbench_f1": float(np.mean(list(parts.values())))}
         result["measures"][name] = measures
-    result["intervals"], result["differences"] = intervals(judged, result["thresholds"], draws)
+    result["intervals"], result["differences"] = intervals(judged, draws)
     return result
-
-
-def reliability_picture(path, scores, labels):
-    """Write a picture of how the labels [n] of steps were, against what the scores [n] said; the bars are the counts."""
-    from matplotlib.figure import Figure
-
-    said, true, counts = zip(*calibration(scores, labels))
-    figure = Figure(figsize=(5, 5))
-    axes = figure.subplots()
-    axes.bar(said, [count / len(scores) for count in counts], width=0.04, color="0.85", label="share of the steps")
-    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-    axes.plot(said, true, marker="o", label=f"ECE {expected_calibration_error(scores, labels):.3f}")
-    axes.set(xlabel="mean score", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")

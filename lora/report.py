@@ -10,14 +10,12 @@ are, or generated answers.
 from html import escape
 import json
 import math
-from pathlib import Path
 import sys
-
 
 from lora.command_line import Parser
 from lora.compare import Run, shown
-from lora.config import max_batch_tokens, read_file, saved_config
-from lora.errors import UserError, one_line_errors
+from lora.config import read_file, saved_config
+from lora.errors import one_line_errors
 from lora.prm_page import chains, document, number_table
 from lora.show import printable
 from lora.source import Source
@@ -120,9 +118,9 @@ def section(title, *parts):
     return [f"<section><h2>{title}</h2>", *parts, "</section>"] if parts else []
 
 
-def page(folder, samples=()):
-    """The page of a run as a text; `samples` are the parts that its model has said."""
-    run, artifact = Run.of(folder), folder / "final_artifact"
+def page(run, samples):
+    """The page of a Run as a text; `samples` are the parts that its model has said."""
+    folder, artifact = run.folder, run.folder / "final_artifact"
     facts = read_file(artifact / "metadata.json") if (artifact / "metadata.json").is_file() else {}
     config = json.loads((folder / "logs" / "config.json").read_text())
     seconds = {"tokens/s": run.values["tokens/s"], "seconds": run.values["seconds"], "peak memory, GB": run.values["GB"]}
@@ -168,7 +166,7 @@ def scored(task, examples, config):
     from lora.prm_metrics import calibration, expected_calibration_error, measured
 
     examples = examples[:SCORED]
-    scores = step_scores(examples, task, config, task.model.device, torch.float32)
+    scores = step_scores(examples, task, config, torch.float32)
     parts = chains(examples[:SAMPLES], scores[:SAMPLES], config.evaluation.threshold)
     labels, said = measured(examples, scores)
     if len(labels):
@@ -184,28 +182,24 @@ def answered(task, examples, config):
     """Generated answers beside what was expected; texts gone on with."""
     import torch
 
-    from lora.chat import use_chatml
-    from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
+    from lora.generate import answers, prompt_tokens, text_tokens
+    from lora.text_metrics import last_question
 
     prompts, expected = [], []
     length = min(TOKENS, config.data.max_length // 2)
     room = config.data.max_length - length
     for example in examples[:SAMPLES]:
-        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        if turns:
-            use_chatml(task.tokenizer)
-            before = example.messages[: turns[-1]]
-            prompts.append((example.where, prompt_tokens(example.where, before, example.tools, task.tokenizer)[-room:]))
-            expected.append(example.messages[turns[-1]].get("content") or "")
+        if example.messages:
+            asked = last_question(example)
+            prompts.append((asked.where, prompt_tokens(asked.where, asked.messages, asked.tools, task.tokenizer)[-room:]))
+            expected.append(asked.reference)
         else:
             tokens = text_tokens(example.text, task.tokenizer)
             begin = min(len(tokens) // 2, length) or 1
             prompts.append((example.where, tokens[:begin]))
             expected.append(task.tokenizer.decode(tokens[begin : begin + length]))
-    said = answers(
-        task.model, task.tokenizer, prompts, max_new_tokens=length, stop=stop_tokens(task.model, task.tokenizer),
-        dtype=torch.float32, max_tokens=max_batch_tokens(config),
-    )  # fmt: skip
+    config.evaluation.max_new_tokens = length
+    said = answers(task, prompts, config, torch.float32)
     for (where, tokens), wanted, answer in zip(prompts, expected, said):
         prompt = printable(task.tokenizer.decode(tokens))
         yield f"<section><p class=note>{escape(where)}</p><pre>{escape(prompt)}</pre>"
@@ -215,12 +209,10 @@ def answered(task, examples, config):
 def main(argv):
     parser = Parser("A run as one page, RUN/report.html.")
     parser.add_argument("run", metavar="RUN", help="its folder")
-    folder = Path(parser.parse_args(argv).run)
-    if not (folder / "logs" / "config.json").is_file():
-        raise UserError(f"{folder}: no logs/config.json there; expected the folder of a run, as outputs/RUN.")
-    samples = samples_of(folder) if (folder / "final_artifact").is_dir() else ()
-    (folder / "report.html").write_text(page(folder, list(samples)), encoding="utf-8")
-    print(folder / "report.html")
+    run = Run.of(parser.parse_args(argv).run)
+    samples = samples_of(run.folder) if (run.folder / "final_artifact").is_dir() else ()
+    (run.folder / "report.html").write_text(page(run, list(samples)), encoding="utf-8")
+    print(run.folder / "report.html")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from lora.checksums import sha256_of
 from lora.readers import files, read_data
 
 CHOOSES = (  # the keys, beside the files, that say what their examples are
-    *("eval_fraction", "max_samples", "label_max", "max_steps_per_example", "neutral_label", "reveal_columns"),
+    *("eval_fraction", "max_samples", "label_max", "max_steps_per_example", "neutral_label"),
     "reveal_train_i_have_permission",
 )
 READERS = Path(__file__).parent / "readers"

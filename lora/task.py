@@ -4,10 +4,8 @@ The backbone reads the packed documents, the hidden states at the target positio
 into a sum of losses.
 """
 
-from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
@@ -15,7 +13,8 @@ from torch import nn
 from lora.adapter import load_adapter, save_adapter
 from lora.attention import Documents
 from lora.distributed import fill
-from lora.errors import UserError, ran_out_of_memory
+from lora.errors import UserError
+from lora.foreign import one_line
 from lora.heads import LMHead, MLPHead
 from lora.layer import lora_layers, merge
 from lora.score_forms import load_two_rows
@@ -156,15 +155,3 @@ class Task(nn.Module):
                 raise UserError(
                     f"{folder}: no mlp_head.safetensors, no score.0 and score.2 (of two rows); expected a scorer's."
                 )
-
-
-@contextmanager
-def one_line(what):
-    """The first line of what safetensors, transformers or torch say of weights that they cannot load."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if ran_out_of_memory(error):
-            raise
-        first = str(error).strip().partition("\n")[0]
-        raise UserError(f"{what}: {first[:300]}") from None

@@ -31,19 +31,23 @@ class Question:
     reference: str
 
 
+def last_question(example):
+    """The Question for the last answer of a chat."""
+    last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+    return Question(example.where, example.messages[:last], example.tools, example.messages[last]["content"])
+
+
 def read_questions(path):
     """The Questions of a file of chats in any form that training knows; each asks for its last answer. Raises UserError."""
     questions = []
     for example in read([path], "lm"):
-        answers = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        if not answers:
+        if not example.messages:
             raise UserError(f"{example.where}: a text has no question and no answer; expected a chat.")
-        before, reference = example.messages[: answers[-1]], example.messages[answers[-1]]["content"]
-        if not before:
+        questions.append(last_question(example))
+        if not questions[-1].messages:
             raise UserError(f"{example.where}: the chat begins with its only answer; expected a question before it.")
-        if not reference.strip():
+        if not questions[-1].reference.strip():
             raise UserError(f"{example.where}: the last answer is a tool call without text, which nothing here can score.")
-        questions.append(Question(example.where, before, example.tools, reference))
     return questions
 
 

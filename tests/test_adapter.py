@@ -152,7 +152,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
             lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(5, 4)}),
             r"q_proj.lora_B.weight is \[5, 4\], its place is \[32, 4\]",
         ),
-        (lambda t: [t.pop(f"{Q}.lora_{x}.weight") for x in "AB"], "no tensors for .*q_proj, which its target_modules name"),
+        (lambda t: [t.pop(f"{Q}.lora_{x}.weight") for x in "AB"], "no tensors for what its target_modules name: .*q_proj"),
         (lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan")), "not finite numbers: .*q_proj.lora_A.weight"),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}), "not finite numbers: .*q_proj"),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.tensor(1.0)}), "not a pair of LoRA factors: .*q_proj"),
@@ -185,7 +185,7 @@ def test_an_injected_layer_without_tensors_is_an_error(ours):
     change_tensors(ours[1], lambda t: [t.pop(f"{Q}.lora_{x}.weight") for x in "AB"])
     model = tiny_llama()
     inject(model, r=4)
-    with pytest.raises(UserError, match="no tensors for model.layers.0.self_attn.q_proj"):
+    with pytest.raises(UserError, match="no tensors for: model.layers.0.self_attn.q_proj"):
         load_adapter(model, ours[1])
 
 

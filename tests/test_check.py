@@ -253,17 +253,6 @@ def fresh_state(optimizer, tensors):
         optimizer.state[parameter] = {key: torch.zeros_like(value) for key, value in state.items()}
 
 
-def unseeded(patch):
-    """Batches from a generator with a state: every call gives another order."""
-    original, generator = TrainingData.rows_at, torch.Generator().manual_seed(0)
-
-    def rows_at(self, step):
-        rows = original(self, step)
-        return rows[torch.randperm(len(rows), generator=generator).numpy()]
-
-    patch.setattr(TrainingData, "rows_at", rows_at)
-
-
 FAULTS = {
     "the user's words are targets": ("target mask", lambda p: change_row(p, lambda row: [*row.tokens[1:], -100])),
     "targets are not shifted": ("target mask", lambda p: change_row(p, lambda row: row.tokens)),
@@ -277,11 +266,6 @@ FAULTS = {
     ),
     "a NaN among the weights": ("finite weights", in_task(lambda t: first_lora(t).lora_A.weight[0, :1].fill_(torch.nan))),
     "an untied head": ("tied as declared", in_task(untie)),
-    "too few positions": ("positions", in_task(lambda t: setattr(t.model.config, "max_position_embeddings", 8))),
-    "tokens beyond the embeddings": (
-        "token ids",
-        in_task(lambda t: setattr(t.model.model.embed_tokens, "weight", nn.Parameter(t.model.lm_head.weight[:9].clone()))),
-    ),
     "attention leaks across documents": (
         "packed = alone",
         in_task(lambda t: setattr(lora.task, "Documents", lambda lengths: Documents([sum(lengths)]))),
@@ -310,7 +294,6 @@ FAULTS = {
         "two processes = one",
         lambda p: p.setattr(TrainingData, "num_targets_at", own_targets_only),
     ),
-    "batches from a generator with a state": ("batch_at(step) is pure", unseeded),
     "an evaluation that rounds": ("after an evaluation", evaluation_rounds_the_weights),
     "optimizer state is not restored": (
         "save, load, next step", lambda p: p.setattr(checkpoint, "set_state", fresh_state)

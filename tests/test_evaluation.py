@@ -142,10 +142,10 @@ def test_retrieval_measures_are_those_counted_by_hand():
 
 @pytest.mark.parametrize("kind", ["tiny_base", "tiny_encoder"])
 def test_an_embedding_is_the_mean_over_the_hidden_states_of_the_text_alone(kind, request, configure):
-    config = configure(False, base_model=str(request.getfixturevalue(kind)))
+    config = configure(False, base_model=str(request.getfixturevalue(kind)), max_length=16, batch_size=2)
     task = load_task(config, torch.float32)
     texts = ["some words", "a", "many more words than that " * 3, "b c"]
-    embeddings = embed(task, texts, 16, 24, torch.device("cpu"), torch.float32)
+    embeddings = embed(task, texts, config, torch.float32)
     alone = AutoModel.from_pretrained(config.model.base_model).eval()
     for text, embedding in zip(texts, embeddings, strict=True):
         encoded = task.tokenizer(text, truncation=True, max_length=16, return_tensors="pt")

@@ -1,12 +1,14 @@
 """Answers: the same alone and in a batch, from a saved model and the one in memory, as transformers gives them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
+from lora.config import Config, keys_of
 from lora.errors import UserError
 from lora.generate import answers, prompt_tokens, stop_tokens, text_tokens
 from lora.model import EMBEDDED
@@ -14,7 +16,6 @@ import merge as merging
 from tests.conftest import run, tiny_llama
 
 TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED)
-SAY = dict(max_new_tokens=12, stop=[0], dtype=torch.float32, max_tokens=10**6)
 TEXTS = ["a", "the quick brown fox", "one two three four five six", "x " * 40, "7+8=", "fox", "never the same", "b c"]
 
 
@@ -26,14 +27,22 @@ def model():
     return model
 
 
+def say(model, prompts, max_tokens=10**6, **settings):
+    config = Config()
+    config.training.batch_size, config.data.max_length = 1, max_tokens
+    for name, value in (dict(max_new_tokens=12) | settings).items():
+        setattr(keys_of(config)[name][0], name, value)
+    return answers(SimpleNamespace(model=model, tokenizer=TOKENIZER), prompts, config, torch.float32)
+
+
 def prompts(texts=TEXTS):
     return [(f"row {i}", text_tokens(text, TOKENIZER)) for i, text in enumerate(texts, 1)]
 
 
 def test_an_answer_does_not_depend_on_what_shares_its_batch_and_comes_in_the_order_of_the_prompts(model):
-    together = answers(model, TOKENIZER, prompts(), **SAY)
-    assert answers(model, TOKENIZER, prompts(), **SAY | dict(max_tokens=1)) == together
-    assert answers(model, TOKENIZER, prompts()[::-1], **SAY | dict(max_tokens=150)) == together[::-1]
+    together = say(model, prompts())
+    assert say(model, prompts(), max_tokens=1) == together
+    assert say(model, prompts()[::-1], max_tokens=150) == together[::-1]
     assert len(set(together)) > 4
 
 
@@ -44,23 +53,24 @@ def test_an_answer_ends_before_a_stop_token(model):
     said = plain.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     said = said[0, len(tokens) :].tolist()
     for stop in said:
+        model.generation_config.eos_token_id = stop
         expected = TOKENIZER.decode(said[: said.index(stop)], skip_special_tokens=True)
-        assert answers(model, TOKENIZER, prompts(), **SAY | dict(stop=[stop]))[1] == expected
+        assert say(model, prompts())[1] == expected
 
 
 def test_the_model_is_afterwards_what_it_was_and_its_own_generation_config_is_set_aside(model):
-    before = answers(model, TOKENIZER, prompts(), **SAY)
+    before = say(model, prompts())
     model.train()
     model.generation_config.update(repetition_penalty=9.0, do_sample=True, max_new_tokens=1)
     own = model.generation_config
-    assert answers(model, TOKENIZER, prompts(), **SAY) == before
+    assert say(model, prompts()) == before
     assert model.training and model.config._attn_implementation == "packed" and model.generation_config is own
     model.eval()
 
 
 def test_sampling_is_seeded(model):
     def draw(seed):
-        return answers(model, TOKENIZER, prompts(), **SAY, temperature=1.5, seed=seed)
+        return say(model, prompts(), temperature=1.5, seed=seed)
 
     assert draw(1) == draw(1) != draw(2)
 
@@ -68,11 +78,11 @@ def test_sampling_is_seeded(model):
 def test_an_answer_has_the_room_that_the_model_has_left_and_a_prompt_that_leaves_none_is_an_error():
     model = tiny_llama(initializer_range=0.5, max_position_embeddings=40)
     rows = [("row 1", [5] * 38), ("row 2", [5] * 20)]
-    counted = lambda rows: [len(TOKENIZER(text).input_ids) for text in answers(model, TOKENIZER, rows, **SAY)]
+    counted = lambda rows: [len(TOKENIZER(text).input_ids) for text in say(model, rows)]
     assert counted(rows) == [counted(rows[:1])[0], counted(rows[1:])[0]] and counted(rows)[0] <= 3
     for tokens in ([5] * 40, []):
         with pytest.raises(UserError, match=f"row 2: a prompt of {len(tokens)} tokens; this model takes 1 to 39"):
-            answers(model, TOKENIZER, [rows[0], ("row 2", tokens)], **SAY)
+            say(model, [rows[0], ("row 2", tokens)])
 
 
 NO_SPECIAL = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -127,8 +137,8 @@ def test_a_saved_and_reloaded_model_says_what_it_said_and_so_does_a_merged_one_i
     arguments, config = evaluation.read_arguments(["--checkpoint", str(artifact), "--test_set", chats])
     task = evaluation.load(arguments, config, torch.device("cpu"))
     rows = [("row", prompt_tokens("row", [{"role": "user", "content": q}], None, TOKENIZER)) for q, _ in CHATS]
-    trained = answers(tasks[0].model, TOKENIZER, rows, **SAY)
-    assert answers(task.model, TOKENIZER, rows, **SAY) == trained
+    trained = say(tasks[0].model, rows)
+    assert say(task.model, rows) == trained
     if lora:
         merged = tmp_path / "merged"
         merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(merged), "--dtype=float32"]))

@@ -11,11 +11,12 @@ from lora import inject
 from lora.command_line import Command
 from lora.data import TrainingData
 from lora.errors import Exhausted, UserError
+from lora.foreign import one_line
 from lora.model import autocast, choose_dtype, load_task, prepare_layers
 from lora.plan import Counting, memory
 from lora.source import Source
 from lora.store import tokenised
-from lora.task import Task, one_line
+from lora.task import Task
 import train_lora
 from tests.conftest import run
 from tests.test_model import save

@@ -84,7 +84,7 @@ def test_a_base_with_a_missing_tensor_or_a_damaged_file_is_refused(tiny_base, tm
     tensors = load_file(tiny_base / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"no weights, or of another shape, for (model\.)?layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"no weights, or of another shape, for: (model\.)?layers.1.mlp.up_proj.weight"):
         load(tmp_path, "lm")
     (tmp_path / "model.safetensors").write_bytes((tiny_base / "model.safetensors").read_bytes()[:-5])
     with pytest.raises(UserError, match=f"base_model {tmp_path}.model.safetensors: [0-9,]+ of [0-9,]+ bytes"):

@@ -31,8 +31,12 @@ def example(labels, prompt="p", outcome=None, steps=None, source=0):
 
 def judged(*pairs, threshold=0.5):
     """pairs: (labels, scores) of each chain."""
+    return prm_metrics.Judged.of(*chains(pairs), threshold)
+
+
+def chains(pairs):
     examples = [example(labels, str(i)) for i, (labels, _) in enumerate(pairs)]
-    return prm_metrics.Judged.of(examples, [np.array(scores, float) for _, scores in pairs], threshold)
+    return examples, [np.array(scores, float) for _, scores in pairs]
 
 
 # ----------------------------------------------------------------------------------------------------- measures
@@ -66,20 +70,20 @@ def test_first_errors_processbench_and_prmbench_are_those_counted_by_hand():
         ([None, 1], [0.1, 0.7]),  # the step without a label is not asked about
         ([0.5, 0.4], [0.6, math.nan]),  # a soft label; the step that was not read is not measured
     )
-    numbers = of.measures(0.5)
+    numbers = of.measures()
     assert list(of.wrong) == [1, 2, 1, -1, -1, -1] and list(of.said) == [1, 1, -1, -1, -1, -1]
     assert numbers["first_error_accuracy"] == pytest.approx(1 / 3) and numbers["no_error_accuracy"] == 1.0
     assert numbers["processbench_f1"] == pytest.approx(2 * (1 / 3) / (4 / 3))
     # right steps: 9, of which one is judged wrong; wrong steps: 3, of which one is judged right
     assert numbers["f1"] == pytest.approx(2 * 8 / (2 * 8 + 1 + 1)) and numbers["negative_f1"] == pytest.approx(2 / 3)
-    nothing_found = judged(([1, 0], [0.9, 0.9]), ([1], [0.1])).measures(0.5)
+    nothing_found = judged(([1, 0], [0.9, 0.9]), ([1], [0.1])).measures()
     assert nothing_found["processbench_f1"] == 0.0 == nothing_found["negative_f1"]
 
 
 def test_the_best_threshold_separates():
     pairs = [([1, 0], [0.31, 0.27]), ([1, 1], [0.35, 0.9])]
-    best = prm_metrics.best_threshold(lambda t: judged(*pairs, threshold=t))
-    assert 0.27 < best <= 0.31 and judged(*pairs, threshold=best).measures(best)["processbench_f1"] == 1.0
+    best = prm_metrics.best_threshold(*chains(pairs))
+    assert 0.27 < best <= 0.31 and judged(*pairs, threshold=best).measures()["processbench_f1"] == 1.0
 
 
 def test_intervals_hold_the_value_shrink_with_more_problems_and_pair_the_scorers():
@@ -93,13 +97,13 @@ def test_intervals_hold_the_value_shrink_with_more_problems_and_pair_the_scorers
     widths = []
     for count in (40, 640):
         scorers = {"ours": scorer(count, 0.2), "worse": scorer(count, 0.6)}
-        ends, differences = prm_metrics.intervals(scorers, dict.fromkeys(scorers, 0.5), draws=200)
+        ends, differences = prm_metrics.intervals(scorers, draws=200)
         low, high = ends["ours"]["auc"]
-        assert low < scorers["ours"].measures(0.5)["auc"] < high and differences["worse"]["auc"][0] > 0
+        assert low < scorers["ours"].measures()["auc"] < high and differences["worse"]["auc"][0] > 0
         widths.append(high - low)
     assert widths[1] < widths[0] / 2  # a quarter, but for chance
     same = {"a": scorers["ours"], "b": scorers["ours"]}
-    assert prm_metrics.intervals(same, dict.fromkeys(same, 0.5), draws=20)[1]["b"]["mse"] == [0.0, 0.0]
+    assert prm_metrics.intervals(same, draws=20)[1]["b"]["mse"] == [0.0, 0.0]
 
 
 def test_best_of_n_is_that_counted_by_hand():
@@ -136,12 +140,12 @@ def test_a_baseline_learns_its_own_cue_on_other_problems_and_no_more():
     for kind, examples in {"place": by_place, "word": by_word, "chance": by_chance}.items():
         for name, features in prm_metrics.BASELINES.items():
             scores = prm_metrics.baseline_scores(features, examples)
-            found[kind, name] = prm_metrics.Judged.of(examples, scores, 0.5).measures(0.5)["auc"]
+            found[kind, name] = prm_metrics.Judged.of(examples, scores, 0.5).measures()["auc"]
     place, words = prm_metrics.BASELINES
     assert found["place", place] == found["place", words] == found["word", words] == 1.0
     assert 0.4 < found["word", place] < 0.6 and 0.4 < found["chance", words] < 0.6
     fitted = prm_metrics.baseline_scores(prm_metrics.word_features, by_word[:10], by_word[10:])
-    assert prm_metrics.Judged.of(by_word[:10], fitted, 0.5).measures(0.5)["auc"] == 1.0
+    assert prm_metrics.Judged.of(by_word[:10], fitted, 0.5).measures()["auc"] == 1.0
 
 
 def test_a_report_has_a_number_for_every_set_and_may_tune_the_threshold_on_one():
@@ -168,8 +172,7 @@ def test_all_steps_in_one_forward_are_scored_as_one_by_one(kind, request, config
     examples = read(["arithmetic:test:7"], "score")
     examples[3].steps *= 40  # too long
     examples[3].labels *= 40
-    device, dtype = torch.device("cpu"), torch.float32
-    together = evaluation.step_scores(examples, task, config, device, dtype)
+    together = evaluation.step_scores(examples, task, config, torch.float32)
     task.eval()  # the loop goes on training after it has asked
     for e, scores in zip(examples, together, strict=True):
         assert len(scores) == len(e.steps)
@@ -238,9 +241,9 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     artifact = run(configure(True)) / "final_artifact"
     rows = [{"prompt": f"p{i}", "steps": ["3+4=7", "7-2=9"], "labels": [1, i % 2]} for i in range(12)]
     capsys.readouterr()
-    page, out, picture = tmp_path / "page.html", tmp_path / "n.json", tmp_path / "r.png"
+    page, out = tmp_path / "page.html", tmp_path / "n.json"
     data = write(tmp_path / "t.jsonl", rows)
-    evaluate("--checkpoint", artifact, "--test_set", data, "--html", page, "--output", out, "--reliability", picture)
+    evaluate("--checkpoint", artifact, "--test_set", data, "--html", page, "--output", out)
     numbers, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert {"loss", "mse", "mae", "r2", "pearson", "spearman", "auc", "ece", "processbench_f1"} < numbers.keys()
     assert numbers["loss"] == pytest.approx(numbers["mse"])
@@ -249,7 +252,6 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     assert numbers["intervals"]["scores"]["auc"][0] <= numbers["auc"] <= numbers["intervals"]["scores"]["auc"][1]
     assert shown.count("(1)  3+4=7") == 12 and "t.jsonl:12\np11\n" in shown and "less bag of words" in shown
     assert len([tag for tag, _ in Page(page.read_text()).tags if tag == "li"]) == 24
-    assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="expected a file that is not there yet"):
         evaluate("--checkpoint", artifact, "--test_set", data, "--html", page)
 

@@ -16,7 +16,6 @@ from lora.command_line import read_command_line
 from lora.config import ROOT, get_lora_config
 from lora.data import TrainingData
 from lora.errors import Interrupted, Stopped, UserError
-from lora.log import SPIKE_WINDOW
 from lora.task import Task
 from tests.conftest import run
 from tests.test_resume import files, metrics
@@ -133,13 +132,6 @@ def test_a_step_that_is_not_finite_may_be_left_out(configure, monkeypatch, capsy
         at_call(patch, Task, "forward", 6, lambda result: (result[0] * float("nan"), result[1]))
         run(configure(True, "strict", **settings))
     assert stopped.value.facts["step"] == 4 and len(stopped.value.facts["rows"]) == 8
-
-
-def test_a_loss_far_above_the_others_is_said(configure, monkeypatch, capsys):
-    at_call(monkeypatch, Task, "forward", SPIKE_WINDOW + 6, lambda result: (result[0] * 1000, result[1]))
-    run(configure(True, max_steps=SPIKE_WINDOW + 10, batch_size=8, gradient_accumulation_steps=1, max_grad_norm=1e-3))
-    said = [line for line in capsys.readouterr().out.splitlines() if "is a spike" in line]
-    assert len(said) == 1 and said[0].startswith(f"step {SPIKE_WINDOW + 5}: the loss ")
 
 
 def test_status_json_says_how_a_run_ended(tmp_path):

@@ -278,5 +278,5 @@ def test_who_pools_at_the_marker_gets_our_scores(configure, tmp_path):
     arguments = evaluation.read_arguments(flags)
     task = evaluation.load(*arguments, torch.device("cpu"))
     examples = evaluation.read_examples(*arguments).examples
-    (ours,) = evaluation.step_scores(examples, task, arguments[1], torch.device("cpu"), torch.float32)
+    (ours,) = evaluation.step_scores(examples, task, arguments[1], torch.float32)
     torch.testing.assert_close(torch.from_numpy(ours).float(), served, rtol=0, atol=1e-5)

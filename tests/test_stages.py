@@ -78,7 +78,7 @@ def test_full_fine_tuning_of_an_encoder_starts_from_its_adapter(configure, tiny_
     [
         (dict(lora_r=4), dict(lora_r=8), r"down_proj.lora_A.weight is \[4, 48\], its place is \[8, 48\]"),
         ({}, dict(target_modules=["q_proj"]), "not among what is trained .see target_modules.*: model.layers.0.mlp.down"),
-        (dict(target_modules=["q_proj"]), {}, "no tensors for model.layers.0.mlp.down_proj"),
+        (dict(target_modules=["q_proj"]), {}, "no tensors for: model.layers.0.mlp.down_proj"),
         (
             dict(lora_alpha=8),
             {},

@@ -31,12 +31,8 @@ def rows(path, bad=None):
         opened = gzip.open if path.lower().endswith(".gz") else open
         with opened(local(path), "rt", encoding="utf-8-sig", newline="") as file:
             yield from readers[suffix](path, file, collected)
-    except (gzip.BadGzipFile, zlib.error, csv.Error) as error:
-        raise UserError(f"{path}: {error}.") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}.") from None
-    except EOFError:
-        raise UserError(f"{path}: the compressed file ends early; copy it again.") from None
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}.") from None
     except UnicodeDecodeError as error:
         line, byte = undecodable(opened(local(path), "rb")) or ("", error.object[error.start])
         mend = "convert it: iconv -f ITS_ENCODING -t utf-8"

@@ -5,7 +5,6 @@ ProcessBench        {"problem", "steps", "label"}: 0-based, -1 where no step is 
 """
 
 from lora.errors import UserError
-from lora.readers import string
 from lora.readers.steps import chain
 
 TASK = "score"
@@ -24,4 +23,4 @@ def examples(rows, data):
         else:
             none = "null" if none is None else none
             raise UserError(f"{where}: {name} {first!r}; expected {none}, or 0 to {count - 1} (the first wrong step).")
-        yield chain(where, string(where, prompt, row[prompt]), steps, labels)
+        yield chain(where, row[prompt], steps, labels)

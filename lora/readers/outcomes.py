@@ -15,9 +15,9 @@ FORMS = ({"prompt", "steps", "is_correct"}, {"question", "ground_truth"})
 def examples(rows, data):
     for where, row in rows:
         if "steps" in row:
-            prompt, solutions = string(where, "prompt", row["prompt"]), [(row["steps"], row["is_correct"])]
+            prompt, solutions = row["prompt"], [(row["steps"], row["is_correct"])]
         else:
-            prompt, of_models = string(where, "question", row["question"]), [v for v in row.values() if isinstance(v, dict)]
+            prompt, of_models = row["question"], [v for v in row.values() if isinstance(v, dict)]
             texts = [string(where, "solution", of.get("solution")).strip() for of in of_models]
             solutions = [(text.split("\n"), of.get("is_correct")) for text, of in zip(texts, of_models)]
         for steps, correct in solutions:

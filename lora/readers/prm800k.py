@@ -7,7 +7,6 @@ left out, and those of problems that were called bad or given up.
 """
 
 from lora.errors import UserError
-from lora.readers import string
 from lora.readers.steps import chain
 
 TASK = "score"
@@ -24,7 +23,6 @@ def examples(rows, data):
             elif finish in ("bad_problem", "give_up"):
                 yield finish.replace("_", " ")
             else:
-                string(where, "problem", problem)
                 for texts, labels in chains(steps, ratings):
                     yield chain(where, problem, texts, labels)
         except (TypeError, KeyError, IndexError, AttributeError) as error:

@@ -5,7 +5,6 @@ it is read once, with the rows whose `classification` is "redundency" (so spelt 
 """
 
 from lora.errors import UserError
-from lora.readers import string
 from lora.readers.steps import chain
 
 TASK = "score"
@@ -19,7 +18,7 @@ def examples(rows, data):
         if not isinstance(wrong, list) or not all(type(i) is int and 1 <= i <= count for i in wrong):
             raise UserError(f"{where}: error_steps {wrong!r}; expected a list of numbers from 1 to {count}.")
         labels = [0.0 if i in wrong else 1.0 for i in range(1, count + 1)]
-        yield chain(where, string(where, "modified_question", row["modified_question"]), steps, labels)
+        yield chain(where, row["modified_question"], steps, labels)
         if row.get("classification") == "redundency":
-            steps, prompt = row.get("original_process"), string(where, "original_question", row.get("original_question"))
-            yield chain(where, prompt, steps, [1.0] * len(steps or []))
+            steps = row.get("original_process")
+            yield chain(where, row.get("original_question"), steps, [1.0] * len(steps or []))

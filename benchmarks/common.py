@@ -1,0 +1,43 @@
+"""What several benchmarks do: find this project, make a random base, call a script, read what a run has logged."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+QWEN_05B = {
+    "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def save_base(folder, model_type="llama", seed=0, **shape):
+    """A model of random weights in `folder`, with the embedded tokenizer; returns it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from lora.foreign import EMBEDDED
+
+    torch.manual_seed(seed)
+    shape = AutoConfig.for_model(model_type, **shape)
+    model = AutoModelForCausalLM.from_config(shape, dtype=shape.dtype or torch.float32)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    return model
+
+
+def call(*command, **environment):
+    """What Python prints when it runs `command` here, with these variables beside those of the environment."""
+    command = [sys.executable, *map(str, command)]
+    environment = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def metrics(run, name="step"):
+    """The lines of a run's metrics that have one of this name."""
+    lines = (Path(run) / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if name in line]
