@@ -120,15 +120,15 @@ def test_resume_from_auto_looks_at_script_and_stage_as_a_run_that_is_named_does(
 
 ERRORS = [
     (["--rank_pattern=4"], "--rank_pattern = '4': expected a table, which only a config file can hold."),
-    (["--load_in_4bit=maybe"], "--load_in_4bit = 'maybe': need true or false."),
-    (["--use_dora=2"], "--use_dora = '2': need true or false."),
+    (["--load_in_4bit=maybe"], "--load_in_4bit = 'maybe': expected true or false."),
+    (["--use_dora=2"], "--use_dora = '2': expected true or false."),
     (["--lorar=8"], "--lorar: no such key. Did you mean lora_r?"),
     (["--lora_r=2.5"], "--lora_r = '2.5': expected an integer."),
     (["--lora_r=0"], "--lora_r = 0: expected an integer >= 1."),
     (["--learning_rate=nan"], "--learning_rate = nan: expected a number."),
     (["--learning_rate=0"], "--learning_rate = 0.0: expected a number > 0."),
     (["--dtype=float31"], "Did you mean float32?"),
-    (["--bf16=maybe"], "--bf16 = 'maybe': need true or false."),
+    (["--bf16=maybe"], "--bf16 = 'maybe': expected true or false."),
     (["--lora_r"], "expected one argument"),
     (["--dtype=float32", "--bf16"], "flags: dtype and bf16 both choose the dtype"),
     (["--bf16", "--fp16"], "flags: bf16 and fp16 both choose the dtype"),
@@ -183,7 +183,7 @@ def test_full_fine_tuning_refuses_lora_keys(tmp_path):
     with pytest.raises(UserError, match="--lora_r: train.py trains all weights and has no such key; use train_lora.py"):
         read("--lora_r=4", lora=False)
     (tmp_path / "c.toml").write_text("[lora]\nlora_r = 4\n")
-    with pytest.raises(UserError, match=r"\[lora\]: train.py trains all weights; use train_lora.py"):
+    with pytest.raises(UserError, match=r"\[lora\]: train.py trains all weights and has no such table; use train_lora.py"):
         read("--config", str(tmp_path / "c.toml"), lora=False)
 
 

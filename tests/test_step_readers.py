@@ -203,7 +203,7 @@ def test_use_and_weight_keys_are_the_mixing_of_data_weights(tmp_path):
     data = read_command_line([*flags, "--use_prm800k"], get_lora_config(), "", "").config.data
     assert data.train_paths == ["x", prm] and data.weights == [1.0, 3.0] and data.eval_paths == ["x", prm]
     assert read_command_line(flags, get_lora_config(), "", "").config.data.train_paths == ["x"]
-    with pytest.raises(UserError, match="use_eqasc: add --eqasc_path FILE"):
+    with pytest.raises(UserError, match="use_eqasc: no file is named; add --eqasc_path FILE"):
         read_command_line([*flags, "--use_eqasc"], get_lora_config(), "", "")
 
 
