@@ -91,7 +91,7 @@ def trained(arguments, base, folder, training):
     training, validation = split_by_prompt(training, 0.05)
     config = configure(arguments, base, folder, training, validation)
     results = train_lora.main(Command(config, folder / "run"), Source(config))
-    task = evaluation.load(*evaluation.read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), CPU)
+    task = evaluation.load(*evaluation.read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), device=CPU)
     lines = [json.loads(line) for line in (folder / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()]
     curve = [[line["step"], line["val/loss"]] for line in lines if "val/loss" in line]
     chains = arguments.steps * 16 / len(training)

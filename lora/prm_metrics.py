@@ -259,7 +259,7 @@ def report(examples, scores, settings, names, fitted_on=None, draws=1000):
 
         def at(threshold, source=None, of_name=of_name):
             chosen = [(e, of_chain) for e, of_chain in zip(examples, of_name) if source in (None, e.source)]
-            return Judged.of(*zip(*chosen), threshold)
+            return Judged.of(*zip(*chosen), threshold=threshold)
 
         threshold = best_threshold(lambda t, at=at: at(t, names[tuned])) if tuned else settings.threshold
         judged[name], result["thresholds"][name] = at(threshold), threshold

@@ -176,7 +176,7 @@ def test_code_outside_of_a_checkout_has_no_commit(tmp_path, monkeypatch):
     ],
     ids=["lora lm with a token", "lora scorer", "lora on random weights", "full lm", "full scorer"],
 )
-def test_the_cards_commands_work_as_they_stand(configure, monkeypatch, capsys, tmp_path, lora, values):
+def test_the_cards_commands_work_as_they_stand(configure, monkeypatch, capsys, lora, values):
     folder = run(configure(lora, "a run's name", max_steps=2, **values))
     card = (folder / "final_artifact" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])

@@ -1,5 +1,6 @@
 """Runs compared: what differs, which is better, and how sure that is."""
 
+from functools import partial
 import json
 import shlex
 
@@ -12,11 +13,11 @@ from lora.compare import Run, interval, main, spread_of_seeds, table, verdict
 from lora.config import get_lora_config
 from lora.errors import UserError
 from lora.metrics import draws_of
-from tests.conftest import run
+from tests.conftest import configuration, run
 
 
-@pytest.fixture
-def sweep(configure):
+@pytest.fixture(scope="module")
+def sweep(tiny_base, tmp_path_factory):
     """{name: folder} of four runs: two seeds, at a learning rate that teaches something and at one that does not."""
     settings = {
         "s1": {"seed": 1}, "s2": {"seed": 2},
@@ -24,13 +25,16 @@ def sweep(configure):
     }  # fmt: skip
     data = {"eval_data": ["arithmetic:validation:40"], "train_data": ["arithmetic:train:200"], "max_eval_batches": 0}
     many = {"task": "lm", "max_steps": 24, "eval_steps": 8}
-    return {name: run(configure(True, name, **data, **many, **values)) for name, values in settings.items()}
+    make = partial(configuration, tiny_base, tmp_path_factory.mktemp("sweep"), True, **data, **many)
+    return {name: run(make(name, **values)) for name, values in settings.items()}
 
 
 @pytest.mark.parametrize("task, settings", [("lm", {}), ("score", {}), ("score", {"score_loss": "bce"})])
 def test_every_evaluation_keeps_the_losses_that_make_up_its_own(configure, task, settings):
     folder = run(configure(True, task=task, max_steps=6, eval_steps=3, **settings))
-    for step, loss in Run.of(folder).curve():
+    curve = Run.of(folder).curve()
+    assert [step for step, _ in curve] == [0, 3, 6]
+    for step, loss in curve:
         kept = example_losses.read(folder, step).values()
         assert len(kept) == 8
         total, targets = map(sum, zip(*kept))
@@ -106,7 +110,7 @@ def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
     assert "not yet run" not in capsys.readouterr().out
 
 
-def test_the_picture_of_the_runs_is_written(sweep, tmp_path, capsys):
+def test_the_picture_of_the_runs_is_written(sweep, tmp_path):
     main([*map(str, sweep.values()), "--plot", str(tmp_path / "sweep.png")])
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert compare.swept([Run.of(folder) for folder in sweep.values()]) == "learning_rate"

@@ -56,16 +56,10 @@ def test_encoders_saved_with_another_head_load_for_scoring_and_not_for_language_
         load(folder, "lm")
 
 
-@pytest.mark.parametrize(
-    "model, task, message",
-    [
-        (MPNetModel(MPNetConfig(**SHAPE)), "score", "see each other|attention modules say|ends in"),
-    ],
-    ids=["mpnet"],
-)
-def test_a_model_that_would_train_silently_wrong_is_refused(model, task, message, tmp_path):
-    with pytest.raises(UserError, match=f"is not supported: .*({message})") as error:
-        load(save(tmp_path, model), task)
+def test_a_model_that_would_train_silently_wrong_is_refused(tmp_path):
+    folder = save(tmp_path, MPNetModel(MPNetConfig(**SHAPE)))
+    with pytest.raises(UserError, match="is not supported: .*(see each other|attention modules say|ends in)") as error:
+        load(folder, "score")
     assert "\n" not in str(error.value)
 
 
