@@ -278,20 +278,6 @@ def test_a_file_of_the_base_that_changes_stops_the_run(configure, monkeypatch, o
         run(configure(lora, max_steps=2, base_model=str(own_base)))
 
 
-def test_a_run_is_not_continued_on_another_base(configure, own_base):
-    config = configure(True, max_steps=4, base_model=str(own_base))
-    folder = run(config)
-    weights = own_base / "model.safetensors"
-    content = weights.read_bytes()
-    weights.unlink()
-    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    config.training.max_steps = 8
-    with pytest.raises(
-        UserError, match="base_model \\(model.safetensors \\w+ -> model.safetensors \\w+\\); --allow_change base_model"
-    ):
-        run(config, folder / "checkpoints" / "checkpoint_step_4")
-
-
 def test_what_is_trained_beside_the_adapter_stops_the_run(configure, monkeypatch):
     measured = baseline.only_adapters_train
 

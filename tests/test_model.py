@@ -70,7 +70,7 @@ def test_the_positions_of_roberta_begin_after_its_padding_index(tmp_path):
     load(folder, "score", 64)
 
 
-def test_a_base_with_a_missing_tensor_or_a_damaged_file_is_refused(tiny_base, tmp_path):
+def test_a_base_with_a_missing_tensor_is_refused(tiny_base, tmp_path):
     from safetensors.torch import load_file, save_file
 
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -80,9 +80,6 @@ def test_a_base_with_a_missing_tensor_or_a_damaged_file_is_refused(tiny_base, tm
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"no weights, or of another shape, for (model\.)?layers.1.mlp.up_proj.weight"):
         load(tmp_path, "lm")
-    (tmp_path / "model.safetensors").write_bytes((tiny_base / "model.safetensors").read_bytes()[:-5])
-    with pytest.raises(UserError, match=f"base_model {tmp_path}.model.safetensors: [0-9,]+ of [0-9,]+ bytes"):
-        load(tmp_path, "score")
 
 
 @pytest.mark.parametrize("name", ["/no/such", "./no", "~/no", "no/such/folder"])

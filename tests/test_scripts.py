@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(configure, monkeypatc
     monkeypatch.setattr(Task, "forward", forward)
     with pytest.raises(Stopped, match=r"step 4: loss nan.*; stopped before the update") as error:
         run(configure(True, batch_size=8, gradient_accumulation_steps=1))
-    assert error.value.status == 3
+    assert error.value.status == 3 and error.value.facts["step"] == 4 and len(error.value.facts["rows"]) == 8
     assert all(torch.equal(now, before) for now, before in zip(tasks[-1].parameters(), weights[-1], strict=True))
     assert not all(torch.equal(now, before) for now, before in zip(weights[-1], weights[0], strict=True))
 
