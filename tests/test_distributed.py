@@ -1,9 +1,12 @@
 """Two processes = one, at the same examples per step; a run goes on with any number of processes, and after a lost one."""
 
+from contextlib import redirect_stdout
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +40,32 @@ def torchrun(script, config, processes, folder, *flags, more=()):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more]
     command += [script, "--config", str(path), *flags]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_of(processes, config, folder, resume_from="", prepare=lambda rank: None):
+    """A whole run of several processes without torchrun: forks of this one, which has loaded torch. What they printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = folder / f"{config.output.experiment_name}.txt"
+
+    def train(rank):
+        values = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+        values |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ |= {name: str(value) for name, value in values.items()}
+        torch.set_num_threads(1)  # makes the pool of threads anew, which a fork does not inherit
+        prepare(rank)
+        with open(out, "a") as file, redirect_stdout(file):
+            run(config, resume_from)
+
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=train, args=(rank,), daemon=True) for rank in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(180)
+    assert [child.exitcode for child in children] == [0] * processes
+    return out.read_text()
 
 
 def changed(script, folder, lines):
@@ -79,15 +108,12 @@ def assert_close(one, other):
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5)
 
 
-SCRIPTS = {True: "train_lora.py", False: "train.py"}
-
-
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_two_processes_equal_one_at_the_same_examples_per_step(configure, tmp_path, lora):
     settings = dict(max_steps=STEPS, learning_rate=2e-3, **SMOOTH)
     one = run(configure(lora, name="one", batch_size=4, gradient_accumulation_steps=2, **settings))
     two = configure(lora, name="two", batch_size=2, gradient_accumulation_steps=2, **settings)
-    out = finish(torchrun(SCRIPTS[lora], two, 2, tmp_path))
+    out = run_of(2, two, tmp_path)
     assert out.count("steps of 8 examples") == 1  # one of them talks
     torch.testing.assert_close(losses(one), losses(tmp_path / "two"), rtol=1e-5, atol=1e-6)
     assert_close(weights(one), weights(tmp_path / "two"))
@@ -99,11 +125,10 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_and_with_four(configure,
     settings = dict(learning_rate=2e-3, save_steps=4, batch_size=3, **SMOOTH)
     settings |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
     whole = run(configure(lora, name="whole", max_steps=STEPS, **settings | {"batch_size": 6}))
-    finish(torchrun(SCRIPTS[lora], configure(lora, name="two", max_steps=8, **settings), 2, tmp_path))
-    flags = ["--resume_from", str(tmp_path / "two" / "checkpoints" / "checkpoint_step_8"), "--experiment_name"]
+    run_of(2, configure(lora, name="two", max_steps=8, **settings), tmp_path)
     for processes in (1, 4):
         on = configure(lora, name=f"on_{processes}", max_steps=STEPS, **settings)
-        finish(torchrun(SCRIPTS[lora], on, processes, tmp_path, *flags, f"on_{processes}"))
+        run_of(processes, on, tmp_path, resume_from=tmp_path / "two" / "checkpoints" / "checkpoint_step_8")
         assert_close(weights(whole), weights(tmp_path / f"on_{processes}"))
 
 
@@ -113,8 +138,7 @@ def test_a_full_run_of_one_process_goes_on_sharded_over_two(configure, tmp_path)
     settings |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
     whole = run(configure(False, name="whole", max_steps=STEPS, **settings))
     start = run(configure(False, name="start", max_steps=8, **settings)) / "checkpoints" / "checkpoint_step_8"
-    flags = ["--resume_from", str(start), "--experiment_name", "on"]
-    finish(torchrun("train.py", configure(False, name="on", max_steps=STEPS, **settings), 2, tmp_path, *flags))
+    run_of(2, configure(False, name="on", max_steps=STEPS, **settings), tmp_path, resume_from=start)
     assert_close(weights(whole), weights(tmp_path / "on"))
 
 
@@ -145,7 +169,7 @@ def test_a_process_without_a_part_of_the_evaluation_computes_in_the_same_type(co
     """In another one gloo would end the run, or add up what is none of its numbers."""
     settings = dict(dtype="bfloat16", eval_data=["arithmetic:validation:1"], max_steps=1)
     one = run(configure(False, name="one", batch_size=8, **settings))
-    finish(torchrun("train.py", configure(False, name="two", **settings), 2, tmp_path))
+    run_of(2, configure(False, name="two", **settings), tmp_path)
     best = [json.loads((folder / "logs" / "final_results.json").read_text())["best"] for folder in (one, tmp_path / "two")]
     assert best[1]["loss"] == pytest.approx(best[0]["loss"], rel=0.05)  # of states of 8 bits
 
@@ -162,11 +186,12 @@ def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(c
     turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
     chats.write_text(8 * (json.dumps({"messages": turns}) + "\n"))
     settings = dict(base_model=str(base), task="lm", train_data=[str(chats)], eval_data=[str(chats)], max_steps=1)
-    out = finish(torchrun("train.py", configure(False, **settings), 2, tmp_path))
+    out = run_of(2, configure(False, **settings), tmp_path)
     assert "using ChatML" in out and (tmp_path / "run" / "final_artifact" / "chat_template.jinja").is_file()
 
 
 SHORT_OF_MEMORY = """
+import os
 import torch
 from lora.task import Task
 forward = Task.forward
@@ -180,9 +205,8 @@ Task.forward = limited
 
 def test_where_one_process_runs_out_of_memory_all_cut_the_step_anew(configure, tmp_path):
     settings = dict(max_steps=6, task="lm", learning_rate=1e-3, batch_size=4, gradient_accumulation_steps=1)
-    finish(torchrun("train_lora.py", configure(True, name="whole", **settings), 2, tmp_path))
-    short = changed("train_lora.py", tmp_path, SHORT_OF_MEMORY)
-    out = finish(torchrun(short, configure(True, name="short", **settings), 2, tmp_path))
+    run_of(2, configure(True, name="whole", **settings), tmp_path)
+    out = run_of(2, configure(True, name="short", **settings), tmp_path, prepare=lambda rank: exec(SHORT_OF_MEMORY, {}))
     assert out.count("out of memory on") >= 1
     torch.testing.assert_close(losses(tmp_path / "short"), losses(tmp_path / "whole"), rtol=1e-6, atol=0)
 
