@@ -90,7 +90,7 @@ def trained(arguments, base, folder, training):
     training, validation = split_by_prompt(training, 0.05)
     config = configure(arguments, base, folder, training, validation)
     results = train_lora.main(Command(config, folder / "run"), Source(config))
-    task = evaluation.load(*evaluation.read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), CPU)
+    task = evaluation.load(*evaluation.read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), device=CPU)
     curve = [[line["step"], line["val/loss"]] for line in metrics(folder / "run", "val/loss")]
     chains = arguments.steps * 16 / len(training)
     return task, config, results | {"validation_loss": curve, "epochs": round(chains, 2)}

@@ -353,7 +353,7 @@ def limit_files(limit, rank):
     checkpoint.prune = prune
 
 
-def resumes(bench):
+def resumes(bench, stride):
     """SIGKILL at chosen places of every kind of run."""
     places = {
         "mid-epoch": (TrainingData, "batch_at", 6),
@@ -361,18 +361,17 @@ def resumes(bench):
         "at an epoch's end": (TrainingData, "batch_at", 11),
         "at an evaluation": (Task, "predict", 20),
     }
-    total = passed = 0
-    for kind in KINDS:
-        for world in (1, 2) if kind in ("lora", "full") else (1,):
-            for where, place in places.items():
-                name = bench.name()
-                killed = bench.run(kind, name, partial(at_call, *place, world - 1, die), world=world)
-                total += 1
-                good = killed[-1] == -signal.SIGKILL and bench.finish(kind, name, world)
-                passed += good
-                if not good:
-                    print(f"    {kind}, {where}, {world} processes: {killed} {bench.said(name)}", flush=True)
-    return total, passed, f"{', '.join(KINDS)}; {', '.join(places)}; LoRA and full also on two processes"
+    worlds = {kind: (1, 2) if kind in ("lora", "full") else (1,) for kind in KINDS}
+    cases = [(kind, world, where) for kind in KINDS for world in worlds[kind] for where in places][::stride]
+    passed = 0
+    for kind, world, where in cases:
+        name = bench.name()
+        killed = bench.run(kind, name, partial(at_call, *places[where], world - 1, die), world=world)
+        good = killed[-1] == -signal.SIGKILL and bench.finish(kind, name, world)
+        passed += good
+        if not good:
+            print(f"    {kind}, {where}, {world} processes: {killed} {bench.said(name)}", flush=True)
+    return len(cases), passed, f"{', '.join(KINDS)}; {', '.join(places)}; LoRA and full also on two processes"
 
 
 def at_call(owner, method, number, victim, what, rank):
@@ -509,7 +508,7 @@ PARTS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--stride", type=int, default=1, help="of the crash points every N-th")
+    parser.add_argument("--stride", type=int, default=1, help="of the crash points and of the resumes every N-th")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     parser.add_argument("--output", metavar="FILE", help="write the table to this file")
@@ -517,7 +516,7 @@ def main():
     print(f"seed {arguments.seed}")
     folder = tempfile.mkdtemp(prefix="plainlora_reliability_")
     bench = Bench(folder, arguments.seed)
-    counts = {"kills": [arguments.kills], "crash_points": [arguments.stride]}
+    counts = {"kills": [arguments.kills], "crash_points": [arguments.stride], "resumes": [arguments.stride]}
     rows, failed = ["| what was tried | passed | | seconds |", "|---|---|---|---|"], 0
     for part in arguments.only:
         began = time.monotonic()

@@ -19,7 +19,7 @@ from common import call
 PLAIN = {
     "length": 256, "batch": 16, "vocabulary": 32_000, "width": 512, "layers": 8, "steps": 0, "full": False, "labelled": 1.0
 }  # fmt: skip
-AXES = {  # what is changed, point by point; at first the length alone, at as many tokens
+AXES: dict = {  # what is changed, point by point; at first the length alone, at as many tokens
     "length, 4,096 tokens": [{"length": 4096 // n, "batch": n} for n in (64, 32, 16, 8, 4, 2)],
     "batch of 256 tokens": [{"batch": n} for n in (2, 4, 8, 16, 32)],
     "vocabulary": [{"vocabulary": n} for n in (4_000, 32_000, 64_000, 128_000)],

@@ -56,7 +56,7 @@ def main(argv):
     shape, _, tokenizer = load_shape(config.model.base_model)
     with torch.device("meta"):  # what the model sees of a row is in its code; no weights are needed
         causal = is_causal(AutoModel.from_config(shape))
-    rows, facts = tokenise(examples, SimpleNamespace(tokenizer=tokenizer, causal=causal), config, "data")
+    _, facts = tokenise(examples, SimpleNamespace(tokenizer=tokenizer, causal=causal), config, "data")
     for example in examples[: arguments.rows]:
         (rendered,) = render([example], tokenizer, config.model.task, config.data, causal)
         for row in rendered.rows[: arguments.rows]:

@@ -3,6 +3,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for a network
 os.environ["OMP_NUM_THREADS"] = "1"  # small matrices: a second thread only waits
 
+from functools import partial
 from pathlib import Path
 import runpy
 import sys
@@ -28,6 +29,11 @@ def tiny_llama(**changes):
     return LlamaForCausalLM(
         LlamaConfig(**shape | dict(num_key_value_heads=2, max_position_embeddings=512) | changes)
     ).eval()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest of the slow tests begin first, so that no worker is left alone with one of them."""
+    items.sort(key=lambda item: item.path.stem not in ("test_slow", "test_reliability"))
 
 
 @pytest.fixture(scope="session")
@@ -62,23 +68,24 @@ def tiny_encoder(tmp_path_factory):
     return folder
 
 
+def configuration(base, folder, lora, name="run", **values):
+    """A small configuration of a run in folder/name."""
+    config = get_lora_config() if lora else Config()
+    settings = dict(
+        base_model=str(base), task="score", max_length=256, train_data=["arithmetic:train:60"],
+        eval_data=["arithmetic:validation:8"], learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=2,
+        max_steps=12, eval_steps=3, logging_steps=1, save_steps=4, experiment_name=name, output_dir=str(folder),
+    )  # fmt: skip
+    for key, value in (settings | values).items():
+        table, _ = keys_of(config)[key]
+        setattr(table, key, value)
+    return config
+
+
 @pytest.fixture
 def configure(tiny_base, tmp_path):
-    """A small configuration: `configure(lora=True, task="score", learning_rate=1e-2, ...)`."""
-
-    def make(lora, name="run", **values):
-        config = get_lora_config() if lora else Config()
-        settings = dict(
-            base_model=str(tiny_base), task="score", max_length=256, train_data=["arithmetic:train:60"],
-            eval_data=["arithmetic:validation:8"], learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=2,
-            max_steps=12, eval_steps=3, logging_steps=1, save_steps=4, experiment_name=name, output_dir=str(tmp_path),
-        )  # fmt: skip
-        for key, value in (settings | values).items():
-            table, _ = keys_of(config)[key]
-            setattr(table, key, value)
-        return config
-
-    return make
+    """`configure(lora=True, task="score", learning_rate=1e-2, ...)`: a small configuration of a run in tmp_path."""
+    return partial(configuration, tiny_base, tmp_path)
 
 
 def run(config, resume_from=""):

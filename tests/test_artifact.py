@@ -176,7 +176,7 @@ def test_code_outside_of_a_checkout_has_no_commit(tmp_path, monkeypatch):
     ],
     ids=["lora lm with a token", "lora scorer", "lora on random weights", "full lm", "full scorer"],
 )
-def test_the_cards_commands_work_as_they_stand(configure, monkeypatch, capsys, tmp_path, lora, values):
+def test_the_cards_commands_work_as_they_stand(configure, monkeypatch, capsys, lora, values):
     folder = run(configure(lora, "a run's name", max_steps=2, **values))
     card = (folder / "final_artifact" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
@@ -276,20 +276,6 @@ def test_a_file_of_the_base_that_changes_stops_the_run(configure, monkeypatch, o
     disturb(monkeypatch, replace)
     with pytest.raises(Stopped, match="changed during training: model.safetensors; no artifact"):
         run(configure(lora, max_steps=2, base_model=str(own_base)))
-
-
-def test_a_run_is_not_continued_on_another_base(configure, own_base):
-    config = configure(True, max_steps=4, base_model=str(own_base))
-    folder = run(config)
-    weights = own_base / "model.safetensors"
-    content = weights.read_bytes()
-    weights.unlink()
-    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    config.training.max_steps = 8
-    with pytest.raises(
-        UserError, match="base_model \\(model.safetensors \\w+ -> model.safetensors \\w+\\); --allow_change base_model"
-    ):
-        run(config, folder / "checkpoints" / "checkpoint_step_4")
 
 
 def test_what_is_trained_beside_the_adapter_stops_the_run(configure, monkeypatch):

@@ -99,7 +99,7 @@ def test_other_families_pass(configure, lines, tmp_path, family):
     assert odd == ({"trained tensors": "WARN"} if family == "GptOss" else {})
 
 
-def test_of_a_large_model_the_first_layers_are_checked(configure, monkeypatch, capsys):
+def test_of_a_large_model_the_first_layers_are_checked(configure, monkeypatch):
     monkeypatch.setattr(check, "BODY", 1)
     task = lora.model.load_task(configure(False, base_model="embedded"), torch.float32)
     layers = len(task.model.layers)

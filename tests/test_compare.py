@@ -1,5 +1,6 @@
 """Runs compared: what differs, which is better, and how sure that is."""
 
+from functools import partial
 import json
 
 import numpy as np
@@ -9,11 +10,11 @@ from lora import example_losses
 from lora.compare import Run, interval, main, spread_of_seeds, table, verdict
 from lora.errors import UserError
 from lora.metrics import draws_of
-from tests.conftest import run
+from tests.conftest import configuration, run
 
 
-@pytest.fixture
-def sweep(configure):
+@pytest.fixture(scope="module")
+def sweep(tiny_base, tmp_path_factory):
     """{name: folder} of four runs: two seeds, at a learning rate that teaches something and at one that does not."""
     settings = {
         "s1": {"seed": 1}, "s2": {"seed": 2},
@@ -21,13 +22,16 @@ def sweep(configure):
     }  # fmt: skip
     data = {"eval_data": ["arithmetic:validation:40"], "train_data": ["arithmetic:train:200"], "max_eval_batches": 0}
     many = {"task": "lm", "max_steps": 24, "eval_steps": 8}
-    return {name: run(configure(True, name, **data, **many, **values)) for name, values in settings.items()}
+    make = partial(configuration, tiny_base, tmp_path_factory.mktemp("sweep"), True, **data, **many)
+    return {name: run(make(name, **values)) for name, values in settings.items()}
 
 
 @pytest.mark.parametrize("task, settings", [("lm", {}), ("score", {}), ("score", {"score_loss": "bce"})])
 def test_every_evaluation_keeps_the_losses_that_make_up_its_own(configure, task, settings):
     folder = run(configure(True, task=task, max_steps=6, eval_steps=3, **settings))
-    for step, loss in Run.of(folder).curve():
+    curve = Run.of(folder).curve()
+    assert [step for step, _ in curve] == [0, 3, 6]
+    for step, loss in curve:
         kept = example_losses.read(folder, step).values()
         assert len(kept) == 8
         total, targets = map(sum, zip(*kept))
@@ -89,7 +93,7 @@ def test_the_table_has_what_differs_and_how_it_ended_best_first(sweep, capsys, t
     assert [line.split()[0] for line in printed] == ["run", *(row[0] for row in rows[:-1])]
 
 
-def test_the_picture_of_the_runs_is_written(sweep, tmp_path, capsys):
+def test_the_picture_of_the_runs_is_written(sweep, tmp_path):
     main([*map(str, sweep.values()), "--plot", str(tmp_path / "sweep.png")])
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -118,27 +118,23 @@ def test_resume_from_auto_looks_at_script_and_stage_as_a_run_that_is_named_does(
             read(*flags, lora=not lora)
 
 
-ERRORS = [
+ERRORS = [  # and those of tests/test_inputs.py
     (["--rank_pattern=4"], "--rank_pattern = '4': expected a table, which only a config file can hold."),
     (["--load_in_4bit=maybe"], "--load_in_4bit = 'maybe': expected true or false."),
     (["--use_dora=2"], "--use_dora = '2': expected true or false."),
     (["--lorar=8"], "--lorar: no such key. Did you mean lora_r?"),
     (["--lora_r=2.5"], "--lora_r = '2.5': expected an integer."),
-    (["--lora_r=0"], "--lora_r = 0: expected an integer >= 1."),
-    (["--learning_rate=nan"], "--learning_rate = nan: expected a number."),
     (["--learning_rate=0"], "--learning_rate = 0.0: expected a number > 0."),
     (["--dtype=float31"], "Did you mean float32?"),
     (["--bf16=maybe"], "--bf16 = 'maybe': expected true or false."),
     (["--lora_r"], "expected one argument"),
     (["--dtype=float32", "--bf16"], "flags: dtype and bf16 both choose the dtype"),
-    (["--bf16", "--fp16"], "flags: bf16 and fp16 both choose the dtype"),
     (["--seed=100000000000000000000"], "expected an integer <= 9223372036854775807"),
     (["stray"], "stray: not expected here"),
     (["--base_model=m"], "add --train_data FILE"),
     (["--train_data=d"], "add --base_model FOLDER"),
     (["--eval_data=d"], "neither a model nor training data is named"),
     (["--config=/nowhere.toml"], "/nowhere.toml: No such file or directory."),
-    (["--resume_from=/nowhere"], "/nowhere: no checkpoint; expected RUN/checkpoints"),
 ]
 
 
@@ -156,9 +152,7 @@ FILE_ERRORS = [
     ("[traning]\nseed = 3", "traning: no such table. Did you mean training?"),
     ("seed = 3", "seed: no such table. It belongs in [training]."),
     ("[data]\nseed = 3", "data.seed: it belongs in [training]."),
-    ("[lora]\nlora_r = true", "lora.lora_r = True: expected an integer."),
     ("[lora]\nr = 4\nlora_r = 4", "lora_r is given twice"),
-    ('[training]\nlearning_rate = "1e-4"', "training.learning_rate = '1e-4': expected a number."),
     ("[training\nseed = 3", "line 1, column 10"),
 ]
 

@@ -400,7 +400,7 @@ def test_every_row_of_a_set_is_seen_once_per_pass_whatever_the_weights(configure
         assert members[:count] != members[count : 2 * count]
 
 
-def test_without_weights_the_sets_are_one(configure, tokenizer):
+def test_without_weights_the_sets_are_one(configure):
     one, other = mixed(configure, []), mixed(configure, [], counts=(125,))
     assert [int(one.row_at(i)) for i in range(300)] == [int(other.row_at(i)) for i in range(300)]
 

@@ -179,7 +179,19 @@ def test_a_mistake_in_corpus_or_queries_names_the_line(tmp_path):
 # ----------------------------------------------------------------------------------------------------- eval.py
 
 
-def test_one_call_measures_loss_answers_critical_questions_and_retrieval(tiny_base, tmp_path, capsys, monkeypatch):
+def test_loss_and_perplexity_do_not_depend_on_the_batch_size(tmp_path):
+    numbers = []
+    for batch_size in (1, 3, 16):
+        out = tmp_path / f"{batch_size}.json"
+        flags = ("--base_model=embedded", "--eval_data", SAMPLES / "chat.jsonl", f"--batch_size={batch_size}")
+        evaluate(*flags, "--max_length=512", "--output", out)
+        numbers.append(json.loads(out.read_text()))
+    for other in numbers[1:]:  # fp32 sums in another order
+        assert other == pytest.approx(numbers[0], rel=1e-5)
+    assert {"loss", "perplexity", "token_accuracy", "bits_per_byte"} == numbers[0].keys()
+
+
+def test_one_call_measures_loss_answers_critical_questions_and_retrieval(tiny_base, tmp_path, capsys):
     queries = write(tmp_path / "queries.jsonl", [{"query": "when is it open", "relevant": ["opening-hours"]}])
     config = tmp_path / "c.toml"
     config.write_text("[evaluation]\nrefusal_pattern = '^The sources'\nmax_new_tokens = 5\n")

@@ -188,21 +188,9 @@ def test_8_rows_whose_targets_are_cut_off_are_counted_and_an_error_where_none_is
     long = chat(("user", "1+1 " * 300), ("assistant", "2"))
     (tmp_path / "long.jsonl").write_text(long)
     (tmp_path / "some.jsonl").write_text(CHAT * 30 + long)
-    flags = [
-        "--base_model",
-        f"{tmp_path}/base",
-        "--max_length=100",
-        "--max_steps=1",
-        "--eval_data=assets/samples/chat.jsonl",
-    ]
-    flags[-1] = f"--eval_data={tmp_path}/some.jsonl"
-    refused(
-        train,
-        tmp_path,
-        "no train example has a target within max_length = 100; raise it",
-        *flags,
-        f"--train_data={tmp_path}/long.jsonl",
-    )
+    flags = [base[0], "--max_length=100", "--max_steps=1", f"--eval_data={tmp_path}/some.jsonl"]
+    message = "no train example has a target within max_length = 100; raise it"
+    refused(train, tmp_path, message, *flags, f"--train_data={tmp_path}/long.jsonl")
     status, _, out = train(*flags, f"--train_data={tmp_path}/some.jsonl")
     assert status == 0 and re.search(r"train: .*1 \(3.2%\) without a target, left out", out)
     assert "warning: 29 training examples are repeated word for word" in out  # 18
@@ -471,7 +459,7 @@ def test_48_a_hostile_adapter_is_refused_and_runs_nothing(train, configure, base
     assert not (tmp_path / "canary").exists()
 
 
-def test_48_an_adapter_names_a_base_that_is_never_looked_up(train, configure, base, tmp_path):
+def test_48_an_adapter_names_a_base_that_is_never_looked_up(train, configure, base):
     adapter = run(configure(True, name="first", max_steps=1)) / "final_artifact" / "lora_adapter"
     adapter_with(base_model_name_or_path="/etc", target_modules="(a+)+$")(adapter, None)
     assert train(*base, "--task=score", f"--init_from={adapter}")[0] == 0

@@ -47,7 +47,9 @@ def short_of_memory(monkeypatch, tokens):
 
 def lines(folder, *names):
     metrics = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([[line[name] for name in names] for line in metrics if names[0] in line], dtype=torch.float64)
+    found = [[line[name] for name in names] for line in metrics if names[0] in line]
+    assert found
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("lora, tokens", [(True, 250), (True, 130), (False, 200)])

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from lora.heads import LMHead, MLPHead
 from lora.log import without_nan
@@ -26,13 +27,14 @@ def test_files_for_scripts_hold_null_where_a_number_is_not_finite():
     assert without_nan({"r2": math.nan, "norm": math.inf, "loss": 0.5}) == {"r2": None, "norm": None, "loss": 0.5}
 
 
-def test_r2_is_zero_for_the_mean_and_one_for_the_labels():
-    import torch
-
+def test_the_metrics_of_scores_are_those_counted_by_hand():
     labels = torch.tensor([0.0, 1.0, 1.0, 0.5])
     assert MLPHead(2).metrics(labels, labels)["r2"] == 1.0
     said = MLPHead(2).metrics(torch.full((4,), labels.mean().item()), labels)
     assert said["r2"] == pytest.approx(0.0, abs=1e-6) and said["mse"] == pytest.approx(labels.var(correction=0).item())
     assert said["mae"] == pytest.approx(0.375) and said["loss"] == said["mse"]
+
+
+def test_perplexity_is_e_to_the_mean_loss_and_accuracy_the_share_of_right_tokens():
     lm = LMHead.metrics(torch.tensor([[0.0, 1.0], [2 * math.log(3), 0.0]]), None)
     assert lm["perplexity"] == pytest.approx(3.0) and lm["token_accuracy"] == 0.5

@@ -56,16 +56,10 @@ def test_encoders_saved_with_another_head_load_for_scoring_and_not_for_language_
         load(folder, "lm")
 
 
-@pytest.mark.parametrize(
-    "model, task, message",
-    [
-        (MPNetModel(MPNetConfig(**SHAPE)), "score", "see each other|attention modules say|ends in"),
-    ],
-    ids=["mpnet"],
-)
-def test_a_model_that_would_train_silently_wrong_is_refused(model, task, message, tmp_path):
-    with pytest.raises(UserError, match=f"is not supported: .*({message})") as error:
-        load(save(tmp_path, model), task)
+def test_a_model_that_would_train_silently_wrong_is_refused(tmp_path):
+    folder = save(tmp_path, MPNetModel(MPNetConfig(**SHAPE)))
+    with pytest.raises(UserError, match="is not supported: .*(see each other|attention modules say|ends in)") as error:
+        load(folder, "score")
     assert "\n" not in str(error.value)
 
 
@@ -76,7 +70,7 @@ def test_the_positions_of_roberta_begin_after_its_padding_index(tmp_path):
     load(folder, "score", 64)
 
 
-def test_a_base_with_a_missing_tensor_or_a_damaged_file_is_refused(tiny_base, tmp_path):
+def test_a_base_with_a_missing_tensor_is_refused(tiny_base, tmp_path):
     from safetensors.torch import load_file, save_file
 
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -86,9 +80,6 @@ def test_a_base_with_a_missing_tensor_or_a_damaged_file_is_refused(tiny_base, tm
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"no weights, or of another shape, for: (model\.)?layers.1.mlp.up_proj.weight"):
         load(tmp_path, "lm")
-    (tmp_path / "model.safetensors").write_bytes((tiny_base / "model.safetensors").read_bytes()[:-5])
-    with pytest.raises(UserError, match=f"base_model {tmp_path}.model.safetensors: [0-9,]+ of [0-9,]+ bytes"):
-        load(tmp_path, "score")
 
 
 @pytest.mark.parametrize("name", ["/no/such", "./no", "~/no", "no/such/folder"])

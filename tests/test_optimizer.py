@@ -9,7 +9,7 @@ from lora.errors import UserError
 from tests.conftest import run
 
 
-def test_with_loraplus_b_learns_as_many_times_faster_as_it_says(configure, tiny_base):
+def test_with_loraplus_b_learns_as_many_times_faster_as_it_says(configure):
     """Adam's first update is the learning rate, in the direction of the sign."""
     first = {}
     for ratio in (1.0, 16.0):

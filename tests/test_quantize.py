@@ -52,6 +52,7 @@ def test_the_bytes_are_those_of_transformers_own_loading(tiny_base, quant_type, 
 def test_every_linear_layer_but_the_head_is_in_4_bits_and_frozen(tiny_base):
     model = load(tiny_base)
     assert {name for name, module in model.named_modules() if is_4bit(module)} == set(linear_names(model))
+    assert not any(module.weight.requires_grad for module in model.modules() if is_4bit(module))
     assert type(model.lm_head) is torch.nn.Linear
     assert not any(layer.support_avx512bf16_for_cpu for layer in model.modules() if is_4bit(layer))
     assert not hasattr(model.config, "quantization_config")  # what is saved of it is the base's own
@@ -108,7 +109,7 @@ def test_an_evaluation_leaves_the_gradients_and_the_base_as_they_are(configure, 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
-def test_a_resumed_qlora_run_equals_the_undisturbed_one_to_the_bit(configure, optimizer, tmp_path):
+def test_a_resumed_qlora_run_equals_the_undisturbed_one_to_the_bit(configure, optimizer):
     settings = dict(
         load_in_4bit=True, optimizer=optimizer, lora_dropout=0.1, lr_scheduler_type="constant", warmup_steps=0,
         modules_to_save=["embed_tokens"],  # large enough for 8 bits
@@ -164,7 +165,7 @@ def test_merged_into_the_dequantised_base_equals_the_dequantised_base_with_the_a
     torch.testing.assert_close(merged(tokens).logits, unmerged(tokens).logits, rtol=0, atol=1e-5)
 
 
-def test_where_4_bits_cannot_be_had_one_line_says_so(tmp_path, monkeypatch):
+def test_where_4_bits_cannot_be_had_one_line_says_so(monkeypatch):
     with pytest.raises(UserError, match="load_in_4bit: not on mps, where bitsandbytes cannot train; .*--device cpu"):
         bitsandbytes("load_in_4bit", torch.device("mps"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -238,6 +239,7 @@ def test_4_bits_are_merged_to_the_type_they_were_quantised_from(tiny_base):
     unmerged = model(tokens).logits
     merge(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    # Weights and sums have 8 bits, through two layers and the head.
     torch.testing.assert_close(model(tokens).logits, unmerged, rtol=0, atol=0.1 * unmerged.abs().max().item())
 
 

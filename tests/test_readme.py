@@ -2,10 +2,12 @@
 
 import glob
 import json
+from pathlib import Path
 import re
 import runpy
 import subprocess
 import sys
+import time
 
 import pytest
 from transformers import AutoTokenizer
@@ -31,6 +33,7 @@ NOT_RUN = {  # how a command begins -> why it is not run here
 NOT_RUN_SECTIONS = {"Measured": "runs of minutes, which tests/test_slow.py and benchmarks/ repeat"}
 RUN = {"Recipes": "lm", "Process reward models": "score", "What it looks like": "score"}  # the task of outputs/RUN
 SHORT = ["--max_steps=2", "--eval_steps=2", "--save_steps=1", "--batch_size=2", "--gradient_accumulation_steps=1"]
+WRITES = ("--output", "--html", "--gguf", "--plot", "--reliability")  # each is followed by the path that is written
 MARKED = ["--add_special_tokens", "<extra_0>", "--modules_to_save", "embed_tokens"]  # Qwen's base has that token
 PROGRAMS = ("python", "torchrun", "srun", "pip", "pytest", "vllm", "llama-server")
 # Each program prints its arguments instead of running, so that the shell reads quotes and loops, and not this file.
@@ -113,18 +116,34 @@ def shortened(words):
     return [*words, *SHORT, *(MARKED if "configs/qwen_math_prm.toml" in words else [])]
 
 
+def written(words):
+    """What a command has to leave, by its own words: the files it names, or the run it makes."""
+    found = [Path(name) for flag, name in zip(words, words[1:]) if flag in WRITES]
+    if words[0] == "torchrun" or words[1].startswith("train") and not {"--help", "--dry_run", "--check"} & {*words}:
+        ended = Path("outputs").glob("*/final_artifact/training_metrics.json")
+        found.append(max(ended, key=lambda path: path.stat().st_mtime))
+        assert json.loads(found[-1].read_text())["best"]["loss"] > 0
+    if "lora.report" in words:
+        found.append(Path(words[-1]) / "report.html")
+    return found
+
+
 TITLES = [title for title, text in sections().items() if title not in NOT_RUN_SECTIONS and any(map(runs, commands(text)))]
 
 
 @pytest.mark.parametrize("title", TITLES)
-def test_every_command_of_a_section_runs(title, place, monkeypatch, capsys):
+def test_every_command_of_a_section_runs_and_leaves_what_it_names(title, place, monkeypatch, capsys):
     kind = RUN.get(title)
     data = "chats.jsonl" if kind == "lm" else "steps.jsonl"
     first = f"python train_lora.py --base_model M --task {kind} --train_data {data} --experiment_name RUN"
     first = [*first.split(), "--learning_rate=1e-2"]  # an adapter that does something
     for words in [first] * bool(kind) + [*filter(runs, commands(sections()[title]))]:
+        began = time.time()
         status = run(shortened(words), monkeypatch)
-        assert status == 0, (" ".join(words), capsys.readouterr().err)
+        out, err = capsys.readouterr()
+        assert status == 0 and out, (" ".join(words), err)
+        for path in written(words):
+            assert path.stat().st_mtime > began - 0.1, (" ".join(words), path)  # a file's clock ticks more slowly
 
 
 def test_every_exception_stands_in_the_readme():

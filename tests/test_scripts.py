@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import peft
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -33,10 +34,8 @@ def call(*arguments, cwd=ROOT):
     "arguments, message",
     [
         (["train.py", "--lora_r=4"], "--lora_r: train.py trains all weights"),
-        (["train_lora.py", "--base_model=embedded", "--train_data=/no.jsonl"], "/no.jsonl: No such file or directory."),
         (["train.py", "--base_model=/no/such", "--train_data=arithmetic:train:9"], "base_model /no/such: no such folder"),
         (["train_lora.py", "--lora_r=999"], "lora_r = 999: expected 1..128, for which the largest layer has room."),
-        (["train_lora.py", "--max_length=4096"], "max_length = 4096: embedded has 512 positions; add --max_length 512."),
         (["eval.py"], "nothing to evaluate"),
         (["merge.py", "--adapter=x", "--output=tests"], "--output tests exists"),
     ],
@@ -69,7 +68,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(configure, monkeypatc
     monkeypatch.setattr(Task, "forward", forward)
     with pytest.raises(Stopped, match=r"step 4: loss nan.*; stopped before the update") as error:
         run(configure(True, batch_size=8, gradient_accumulation_steps=1))
-    assert error.value.status == 3
+    assert error.value.status == 3 and error.value.facts["step"] == 4 and len(error.value.facts["rows"]) == 8
     assert all(torch.equal(now, before) for now, before in zip(tasks[-1].parameters(), weights[-1], strict=True))
     assert not all(torch.equal(now, before) for now, before in zip(weights[-1], weights[0], strict=True))
 
@@ -116,18 +115,6 @@ def test_of_two_runs_with_one_folder_the_second_is_refused(configure):
         run(configure(True, max_steps=1))
 
 
-def test_training_leaves_every_frozen_tensor_as_it_was(configure, tiny_base, monkeypatch):
-    import train
-
-    tasks = []
-    original = train.train
-    monkeypatch.setattr(train, "train", lambda task, *rest: (tasks.append(task), original(task, *rest)))
-    run(configure(True))
-    before = load_file(tiny_base / "model.safetensors")
-    state = {name.replace("base_layer.", ""): tensor for name, tensor in tasks[0].model.state_dict().items()}
-    assert all(torch.equal(state[name.removeprefix("model.")], tensor) for name, tensor in before.items())
-
-
 def test_eval_repeats_the_validation_of_the_best_step_and_scores_a_prompt(finished, tmp_path, capsys):
     config, folder = finished
     results = json.loads((folder / "logs" / "final_results.json").read_text())
@@ -157,14 +144,12 @@ def test_merge_into_a_bfloat16_base_is_rounded_once_and_written_as_bfloat16(conf
 
 
 @pytest.mark.parametrize("task", ["lm", "score"])
-def test_merge_writes_a_plain_folder_that_says_what_base_and_adapter_say(configure, tiny_base, tmp_path, task, capsys):
+def test_merge_writes_a_plain_folder_that_says_what_base_and_adapter_say(configure, tiny_base, tmp_path, task):
     config = configure(True, task=task, max_steps=6)
     artifact = run(config) / "final_artifact"
     merged = tmp_path / "merged"
     merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(merged)]))
     model = AutoModelForCausalLM.from_pretrained(merged)
-    import peft
-
     reference = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), artifact / "lora_adapter")
     tokens = torch.arange(30)[None]
     torch.testing.assert_close(model(tokens).logits, reference(tokens).logits, rtol=0, atol=1e-5)
@@ -198,7 +183,7 @@ def test_merge_refuses_a_merged_model_that_differs(configure, tmp_path, monkeypa
     assert not (tmp_path / "m").exists()
 
 
-def test_merge_refuses_what_has_no_base_or_no_adapter(configure, tiny_base, tmp_path):
+def test_merge_refuses_what_has_no_base_or_no_adapter(configure, tmp_path):
     full = run(configure(False, "full", max_steps=1)) / "final_artifact"
     scratch = run(configure(True, "scratch", init_from="scratch", max_steps=1)) / "final_artifact"
     alone = scratch / "lora_adapter"
@@ -211,24 +196,17 @@ def test_merge_refuses_what_has_no_base_or_no_adapter(configure, tiny_base, tmp_
             merging.main(merging.read_arguments(["--adapter", str(folder), "--output", str(tmp_path / "m")]))
 
 
-def test_merge_into_a_place_that_cannot_be_written_is_one_line(configure, tmp_path):
-    artifact = run(configure(True, task="lm", max_steps=1)) / "final_artifact"
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=".*/file/m: Not a directory"):
-        merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(tmp_path / "file" / "m")]))
-
-
-def test_an_encoder_scores_pairs_and_merges(configure, tiny_encoder, tmp_path):
+def test_an_encoder_trained_on_pairs_is_merged_as_peft_has_it(configure, tiny_encoder, tmp_path):
     data = tmp_path / "pairs.jsonl"
     rows = [{"sentence1": "ab" * (i % 5 + 1), "sentence2": "cd", "score": i % 5} for i in range(40)]
     data.write_text("\n".join(map(json.dumps, rows)))
     values = dict(base_model=str(tiny_encoder), train_data=[str(data)], eval_data=[], label_max=4.0, eval_fraction=0.2)
     folder = run(configure(True, **values))
-    assert json.loads((folder / "logs" / "final_results.json").read_text())["best"]["mse"] < 0.2
-    merging.main(
-        merging.read_arguments(["--adapter", str(folder / "final_artifact"), "--output", str(tmp_path / "merged")])
-    )
-    assert AutoModel.from_pretrained(tmp_path / "merged").config.model_type == "bert"
+    artifact, merged = folder / "final_artifact", tmp_path / "merged"
+    merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(merged)]))
+    theirs = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_encoder), artifact / "lora_adapter").eval()
+    hidden = [model(torch.arange(30)[None]).last_hidden_state for model in (AutoModel.from_pretrained(merged), theirs)]
+    torch.testing.assert_close(*hidden, rtol=0, atol=1e-5)  # fp32, sums in another order
 
 
 def test_final_backbone_is_in_the_type_of_the_base(configure):

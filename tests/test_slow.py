@@ -30,15 +30,8 @@ def test_the_default_run_learns_to_check_arithmetic_it_has_never_seen(script, tm
     assert best["r2"] >= 0.90 and results(tmp_path / "run")["peak_memory_gb"] < 1.5
     assert json.loads((tmp_path / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()[0])["val/r2"] < 0.1
     out = tmp_path / "test.json"
-    call(
-        "eval.py",
-        "--checkpoint",
-        tmp_path / "run" / "final_artifact",
-        "--eval_data",
-        "arithmetic:test:400",
-        "--output",
-        out,
-    )
+    checkpoint = tmp_path / "run" / "final_artifact"
+    call("eval.py", "--checkpoint", checkpoint, "--eval_data", "arithmetic:test:400", "--output", out)
     assert abs(json.loads(out.read_text())["r2"] - best["r2"]) <= 0.03
 
 

@@ -110,17 +110,23 @@ def test_a_stage_after_one_that_added_tokens_must_add_them_first(configure, tmp_
 @pytest.mark.parametrize("target, task", [("embed_tokens", "score"), ("embed_tokens", "lm"), ("lm_head", "lm")])
 def test_full_fine_tuning_folds_factors_of_embeddings_in_unless_they_untie_the_head(configure, tmp_path, target, task):
     settings = LoraConfig(r=2, target_modules=["q_proj", target], task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(tiny_llama(tie_word_embeddings=True), settings).save_pretrained(tmp_path / "theirs")
+    theirs = get_peft_model(tiny_llama(tie_word_embeddings=True), settings)
+    theirs.save_pretrained(tmp_path / "theirs")
     config = configure(False, **LM | dict(task=task, max_steps=1), init_from=str(tmp_path / "theirs"))
     if task == "lm":
         with pytest.raises(UserError, match="gives the model a head of its own; merge it .merge.py., and train the result"):
             run(config)
     else:
+        begun = load_task(config, torch.float32)
+        begun.start_from(config.model.init_from)
+        merged = theirs.merge_and_unload().get_input_embeddings().weight
+        torch.testing.assert_close(begun.model.get_input_embeddings().weight, merged, rtol=0, atol=1e-6)
         run(config)
 
 
-@pytest.mark.parametrize("name", ["empty", "scratch"])
+@pytest.mark.parametrize("name", ["empty", "absent"])
 def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path, name):
+    (tmp_path / "empty").mkdir()
     flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", f"--init_from={tmp_path / name}"]
     with pytest.raises(UserError, match="no checkpoint, artifact or adapter; a whole"):
         read_command_line(flags, get_lora_config(), "none.toml", "")
@@ -219,10 +225,13 @@ def test_tokens_without_trained_embeddings_are_refused():
 
 @pytest.mark.parametrize("bits", [False, True])
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["norm"]])
-def test_modules_to_save_are_fp32_beside_a_base_in_half(configure, modules, bits):
+def test_modules_to_save_learn_in_fp32_beside_a_base_in_half(configure, modules, bits):
     """bfloat16 is what a GPU computes in unless it is told otherwise."""
     folder = run(configure(True, **LM, dtype="bfloat16", load_in_4bit=bits, modules_to_save=modules))
     assert losses(folder)[-1] < losses(folder)[0]
+    saved = load_file(folder / "final_artifact" / "lora_adapter" / "adapter_model.safetensors")
+    (module,) = (name for name in saved if name.endswith(f"model.{modules[0]}.weight"))
+    assert saved[module].dtype == torch.float32 and not torch.equal(saved[module], saved[module].bfloat16().float())
 
 
 def test_modules_to_save_are_trained_in_fp32_and_must_exist():

@@ -3,8 +3,7 @@
 import dataclasses
 import gzip
 import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from lora import store
-from lora.config import ROOT
 from lora.data import Rows
 from lora.model import load_task
 from lora.render import NO_TOKEN
@@ -83,23 +81,25 @@ def test_the_same_bytes_under_another_suffix_are_another_entry(configure, chats)
     assert counts == [1, 36]
 
 
-def test_processes_that_start_at_once_share_one_entry(configure, chats, tiny_base, own_cache):
-    program = f"""
-import torch
-from lora.config import Config
-from lora.model import load_task
-from lora.source import Source
-from lora.store import tokenised
-config = Config()
-config.model.base_model, config.data.train_data, config.data.max_length = {str(tiny_base)!r}, [{str(chats)!r}], 256
-rows, held_out, facts = tokenised(Source(config), load_task(config, torch.float32))
-print(len(rows), int(rows.tokens.sum()), facts["train"]["targets"])
-"""
-    started = [
-        subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)
-    ]
-    said = {process.communicate()[0] for process in started}
-    assert len(said) == 1 and said.pop().startswith("36 ") and all(process.returncode == 0 for process in started)
+def test_processes_that_start_at_once_share_one_entry(configure, chats, own_cache):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    fork = multiprocessing.get_context("fork")
+    start, found = fork.Barrier(3), fork.SimpleQueue()
+
+    def tokenise():
+        start.wait(60)
+        rows, _, facts = store.tokenised(Source(config), task)
+        found.put((len(rows), int(rows.tokens.sum()), facts["train"]["targets"]))
+
+    processes = [fork.Process(target=tokenise) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    said = {found.get() for _ in processes}
+    assert len(said) == 1 and said.pop()[0] == 36
     assert len(list(own_cache.glob("*/*/facts.json"))) == 1 and not list(own_cache.glob("*/.tmp*"))
 
 

@@ -47,7 +47,6 @@ def test_wandb_being_down_is_said_once_and_stops_nothing(configure, monkeypatch)
 
 
 def test_tensorboard_has_the_curve(configure):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = configure(True, report_to="tensorboard", max_steps=6, save_steps=3)

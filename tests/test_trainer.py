@@ -24,4 +24,4 @@ def test_twenty_steps_beside_trainer_and_peft_agree(configure, tiny_encoder, tmp
     assert max(losses) - min(losses) > 0.01
     # Padded against packed: fp32 sums in another order, carried through 20 updates.
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(peers), rtol=0, atol=1e-5)
-    assert abs(dev["pearson"] - peers_dev["pearson"]) < 1e-3
+    assert abs(dev["pearson"] - peers_dev["pearson"]) < 1e-3  # of few, near-equal scores, which magnify such differences

@@ -66,7 +66,7 @@ def examples_of(path, task, data):
         yield from arithmetic.read(path, task)
         return
     bad, left_out, longest = [], Counter(), data.max_steps_per_example
-    for reader, rows in groupby(files.rows(path, bad), lambda pair: reader_for(*pair, task, readers, bad)):
+    for reader, rows in groupby(files.rows(path, bad), lambda pair: reader_for(*pair, task=task, readers=readers, bad=bad)):
         more = reader is not None
         while more:
             try:
