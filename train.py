@@ -212,7 +212,7 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
         step += 1
 
         # 5. Log.
-        log.count(data.size_at(step - 1), time.monotonic() - started)
+        log.count(step, data.size_at(step - 1), time.monotonic() - started, loss)
         if step % config.output.logging_steps == 0:
             values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
             log.metrics(step, {f"train/{name}": value for name, value in values.items()})

@@ -1,11 +1,13 @@
 """What a run says: the console, a progress bar, logs/train_*.log and logs/train_metrics.jsonl."""
 
+from collections import deque
 import fcntl
 import json
 import math
 import os
 from pathlib import Path
 import resource
+import statistics
 import sys
 import time
 
@@ -17,6 +19,8 @@ from lora.durable import write_text
 from lora.errors import UserError
 from lora.trackers import tracker
 
+SPIKE_WINDOW, SPIKE = 50, 6.0  # steps, standard deviations of their losses
+
 
 class Log:
     """The log of a run in `run_dir`. Metrics of steps after `start` are cut off: a resumed run writes them again.
@@ -25,7 +29,8 @@ class Log:
     """
 
     def __init__(self, run_dir, config, start=0, may_exist=False):
-        self.run_dir, self.bar, self.trackers, self.tokens, self.seconds = Path(run_dir), None, [], 0, 0.0
+        self.run_dir, self.bar, self.tokens, self.seconds = Path(run_dir), None, 0, 0.0
+        self.losses, self.trackers = deque(maxlen=SPIKE_WINDOW), []
         if distributed.rank() > 0:
             errors.run_dir = self.run_dir
             self.metrics_file = self.text_file = open(os.devnull, "w")
@@ -64,8 +69,14 @@ class Log:
         quiet = True if distributed.rank() > 0 else None  # None: without a terminal
         self.bar = tqdm(total=total, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
 
-    def count(self, tokens, seconds):
-        """A step is done, over so many tokens; evaluations and checkpoints are not in its seconds."""
+    def count(self, step, tokens, seconds, loss):
+        """Step number `step` is done, over so many tokens; evaluations and checkpoints are not in its seconds."""
+        if len(self.losses) == SPIKE_WINDOW:
+            usual = statistics.fmean(self.losses)
+            if loss > usual + SPIKE * statistics.pstdev(self.losses):
+                before = f"the mean of the {SPIKE_WINDOW} before is {usual:.4f}"
+                self.say(f"step {step}: the loss {loss:.4f} is a spike: {before}")
+        self.losses.append(loss)
         self.tokens += tokens
         self.seconds += seconds
         self.bar.update()
