@@ -5,7 +5,7 @@
     python eval.py --checkpoint outputs/RUN/final_artifact --test_queries FILE --corpus FILE
     python eval.py --checkpoint outputs/RUN/final_artifact --prompt 'Start with 12, add 9.
     12+9=21'
-    python eval.py --checkpoint SCORER --test_set FILE [--html page.html]
+    python eval.py --checkpoint SCORER --test_set FILE [--html page.html] [--reliability picture.png]
     python eval.py --base_model FOLDER --task lm --eval_data FILE
     python eval.py --verify_only --artifact_dir outputs/RUN/final_artifact
 
@@ -15,6 +15,7 @@ all of it. What answers are measured by stands in lora/text_metrics.py, what sco
 
 from dataclasses import dataclass, field
 import json
+from importlib.util import find_spec
 import math
 from pathlib import Path
 import sys
@@ -57,6 +58,7 @@ def read_arguments(argv):
     parser.add_argument("--eval_data", nargs="+", metavar="FILE", help="held-out files; default: the checkpoint's")
     parser.add_argument("--test_set", metavar="FILE", help="chats whose last answers are measured, or steps to be coloured")
     parser.add_argument("--html", metavar="FILE", help="of a scorer: the coloured steps as a page, to this new file")
+    parser.add_argument("--reliability", metavar="FILE", help="of a scorer: the picture of its calibration (matplotlib)")
     parser.add_argument("--critical_questions", metavar="FILE", help="the same, each question with PASS or FAIL")
     parser.add_argument("--test_queries", metavar="FILE", help="rows of query and relevant (ids of the corpus)")
     parser.add_argument("--corpus", metavar="FILE", help="rows of id and text")
@@ -114,10 +116,14 @@ def refuse_what_does_not_go_together(arguments, config):
         raise UserError("--critical_questions is for --task lm: a scorer gives no answers; leave it out.")
     if config.model.task == "score" and arguments.test_set and arguments.eval_data:
         raise UserError("--test_set and --eval_data: of a scorer both are files of steps; name all in one of them.")
-    if arguments.html and config.model.task != "score":
-        raise UserError("--html is for --task score; leave it out.")
-    if arguments.html and (Path(arguments.html).exists() or not Path(arguments.html).resolve().parent.is_dir()):
-        raise UserError(f"--html {arguments.html}: expected a file that is not there yet, in a folder that is.")
+    for name in ("html", "reliability"):
+        path = getattr(arguments, name)
+        if path and config.model.task != "score":
+            raise UserError(f"--{name} is for --task score; leave it out.")
+        if path and (Path(path).exists() or not Path(path).resolve().parent.is_dir()):
+            raise UserError(f"--{name} {path}: expected a file that is not there yet, in a folder that is.")
+    if arguments.reliability and (arguments.prompt is not None or find_spec("matplotlib") is None):
+        raise UserError("--reliability: needs labelled steps (no --prompt), and matplotlib: pip install 'plainlora[plot]'.")
 
 
 def whole_model(checkpoint):
@@ -261,6 +267,8 @@ def labelled_numbers(arguments, config, examples, scores, task):
     if config.evaluation.tune_threshold_on:
         at = ", ".join(f"{value:g} ({name})" for name, value in found["thresholds"].items())
         print(f"thresholds tuned on {config.evaluation.tune_threshold_on}: {at}")
+    if arguments.reliability:
+        prm_metrics.reliability_picture(arguments.reliability, said, labels)
     return {"loss": loss} | found["measures"]["scores"] | found, prm_page.table(found)
 
 

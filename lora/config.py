@@ -19,6 +19,7 @@ import tomli
 from lora.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+REVEAL_COLUMNS = ("answer_id", "question", "step_idx", "step", "type_label", "attribution_label", "correctness_label")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -67,6 +68,7 @@ class DataConfig:
     use_reveal: bool = key(False, "evaluate on the file of REVEAL in reveal_path; its owners permit no training")
     reveal_path: str = key("", "reveal_eval.csv or reveal_open.csv")
     reveal_weight: float = key(1.0, "its weight, where it may be trained on", above=0)
+    reveal_columns: dict[str, str] = key({}, "REVEAL's columns that have other names in your file", choices=REVEAL_COLUMNS)
     reveal_train_i_have_permission: bool = key(False, "train on REVEAL: its owners have permitted it to you")
 
     @property
@@ -258,6 +260,10 @@ def check(where, value, annotation, limits):
     if container is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where} = {value!r}: expected a table, which only a config file can hold.")
+        names, limits = limits["choices"], {**limits, "choices": None}
+        for name in value:
+            if names and name not in names:
+                raise UserError(f"{where}.{name}: no such key; expected some of {', '.join(names)}.{nearest(name, names)}")
         return {name: check(f"{where}.{name}", item, kind, limits) for name, item in value.items()}
     if limits["word"] and value == limits["word"]:
         return value

@@ -268,3 +268,18 @@ def report(examples, scores, settings, names, fitted_on=None, draws=1000):
         result["measures"][name] = measures
     result["intervals"], result["differences"] = intervals(judged, draws)
     return result
+
+
+def reliability_picture(path, scores, labels):
+    """Write a picture of how the labels [n] of steps were, against what the scores [n] said; the bars are the counts."""
+    from matplotlib.figure import Figure
+
+    said, true, counts = zip(*calibration(scores, labels))
+    figure = Figure(figsize=(5, 5))
+    axes = figure.subplots()
+    axes.bar(said, [count / len(scores) for count in counts], width=0.04, color="0.85", label="share of the steps")
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+    axes.plot(said, true, marker="o", label=f"ECE {expected_calibration_error(scores, labels):.3f}")
+    axes.set(xlabel="mean score", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")

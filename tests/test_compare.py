@@ -2,12 +2,15 @@
 
 from functools import partial
 import json
+import shlex
 
 import numpy as np
 import pytest
 
-from lora import example_losses
+from lora import compare, example_losses
+from lora.command_line import read_command_line
 from lora.compare import Run, interval, main, spread_of_seeds, table, verdict
+from lora.config import get_lora_config
 from lora.errors import UserError
 from lora.metrics import draws_of
 from tests.conftest import configuration, run
@@ -89,13 +92,29 @@ def test_the_table_has_what_differs_and_how_it_ended_best_first(sweep, capsys, t
     results = json.loads((sweep[rows[0][0]] / "logs" / "final_results.json").read_text())
     assert losses[0] == pytest.approx(results["best"]["loss"], rel=1e-4)  # as it is printed
     main([str(folder) for folder in sweep.values()])
-    printed = capsys.readouterr().out.splitlines()[-5:]
-    assert [line.split()[0] for line in printed] == ["run", *(row[0] for row in rows[:-1])]
+    printed, sketch = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in printed.splitlines()[-5:]] == ["run", *(row[0] for row in rows[:-1])]
+    assert sketch.startswith("validation loss, from") and sketch.count("▁")
+
+
+def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
+    folders = [str(sweep["s1"]), str(sweep["s2"])]
+    main([*folders, "--sweep", "seed=1,2,3", "lora_r=16"])
+    (line,) = capsys.readouterr().out.partition("not yet run:\n")[2].splitlines()
+    words = shlex.split(line)
+    assert words[:2] == ["python", "train_lora.py"]
+    command = read_command_line(words[2:], get_lora_config(), None, "")
+    assert command.config.training.seed == 3 and command.config.training.max_steps == 24
+    assert command.config.output.experiment_name == "seed_3_lora_r_16"
+    run(command.config)
+    main([*folders, str(command.run_dir), "--sweep", "seed=1,2,3", "lora_r=16"])
+    assert "not yet run" not in capsys.readouterr().out
 
 
 def test_the_picture_of_the_runs_is_written(sweep, tmp_path):
     main([*map(str, sweep.values()), "--plot", str(tmp_path / "sweep.png")])
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert compare.swept([Run.of(folder) for folder in sweep.values()]) == "learning_rate"
 
 
 def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_path, capsys):
@@ -112,6 +131,8 @@ def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_pa
     [
         (["/no/such"], "no run of ours is named"),
         (["{run}", "--plot", "/no/such/a.png"], "--plot /no/such/a.png: expected the name of a .png file"),
+        (["{run}", "--sweep", "lora_r"], "--sweep lora_r: expected KEY=VALUE"),
+        (["{run}", "--sweep", "lora_x=1"], "--sweep lora_x: no such key"),
         (["{run}", "--against", "/no/such"], "/no/such: no logs/config.json"),
     ],
 )

@@ -241,9 +241,9 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     artifact = run(configure(True)) / "final_artifact"
     rows = [{"prompt": f"p{i}", "steps": ["3+4=7", "7-2=9"], "labels": [1, i % 2]} for i in range(12)]
     capsys.readouterr()
-    page, out = tmp_path / "page.html", tmp_path / "n.json"
+    page, out, picture = tmp_path / "page.html", tmp_path / "n.json", tmp_path / "r.png"
     data = write(tmp_path / "t.jsonl", rows)
-    evaluate("--checkpoint", artifact, "--test_set", data, "--html", page, "--output", out)
+    evaluate("--checkpoint", artifact, "--test_set", data, "--html", page, "--output", out, "--reliability", picture)
     numbers, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert {"loss", "mse", "mae", "r2", "pearson", "spearman", "auc", "ece", "processbench_f1"} < numbers.keys()
     assert numbers["loss"] == pytest.approx(numbers["mse"])
@@ -252,6 +252,7 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     assert numbers["intervals"]["scores"]["auc"][0] <= numbers["auc"] <= numbers["intervals"]["scores"]["auc"][1]
     assert shown.count("(1)  3+4=7") == 12 and "t.jsonl:12\np11\n" in shown and "less bag of words" in shown
     assert len([tag for tag, _ in Page(page.read_text()).tags if tag == "li"]) == 24
+    assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="expected a file that is not there yet"):
         evaluate("--checkpoint", artifact, "--test_set", data, "--html", page)
 

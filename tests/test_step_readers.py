@@ -162,8 +162,9 @@ def reveal(tmp_path, step="step"):
 def test_reveal_takes_the_best_evidence_of_a_step_and_the_lower_of_two_kinds(tmp_path):
     expected = [("Q a1?", ["s0", "s1", "s2", "s3", "s4"], [1.0, 0.5, 1.0, 0.0, None]), ("Q a2?", ["t0"], [0.0])]
     assert chains(reveal(tmp_path)) == expected
-    with pytest.raises(UserError, match="2: no column step; call yours so in the file's first line"):
+    with pytest.raises(UserError, match=r"2: no column step; name yours in \[data.reveal_columns\]"):
         chains(reveal(tmp_path, "step_text"))
+    assert chains(reveal(tmp_path, "step_text"), reveal_columns={"step": "step_text"}) == expected
 
 
 def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, configure):

@@ -1,16 +1,16 @@
 """REVEAL: a table of one row for each piece of evidence of each step of an answer; the rows of an answer make a chain.
 
 A logical step is right (1) or not (0), an attributed one is supported fully (1), partially (0.5) or not (0) by its best
-piece of evidence, and one that is both is worth the lower of the two. Not all of the columns' names could be verified,
-as the data may not be passed on in plain text.
+piece of evidence, and one that is both is worth the lower of the two. Other columns than the names below are named in
+[data.reveal_columns]: not all of these could be verified, as the data may not be passed on in plain text.
 """
 
+from lora.config import REVEAL_COLUMNS
 from lora.errors import UserError
 from lora.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"answer_id", "full_answer"},)
-COLUMNS = ("answer_id", "question", "step_idx", "step", "type_label", "attribution_label", "correctness_label")
 LABELS = {
     "attribution_label": {"fully": 1.0, "partially": 0.5, "unsupported": 0.0, "contradictory": 0.0},
     "correctness_label": {"correct": 1.0, "incorrect": 0.0},
@@ -19,12 +19,13 @@ TERMS = "REVEAL's owners permit it as a test set, not as a training set (its gat
 
 
 def examples(rows, data):
+    names = {column: data.reveal_columns.get(column, column) for column in REVEAL_COLUMNS}
     answers = {}  # answer_id -> (where, question, {step_idx: [the rows of its evidence]})
     for where, row in rows:
-        absent = [column for column in COLUMNS if column not in row]
+        absent = [name for name in names.values() if name not in row]
         if absent:
-            raise UserError(f"{where}: no column {', '.join(absent)}; call yours so in the file's first line.")
-        row = {column: str("" if row[column] is None else row[column]).strip() for column in COLUMNS}
+            raise UserError(f"{where}: no column {', '.join(absent)}; name yours in [data.reveal_columns].")
+        row = {column: str("" if row[name] is None else row[name]).strip() for column, name in names.items()}
         if not row["step_idx"].isdigit():
             raise UserError(f"{where}: step_idx {row['step_idx']!r}; expected a number.")
         _, _, steps = answers.setdefault(row["answer_id"], (where, row["question"], {}))
