@@ -168,9 +168,8 @@ def main(arguments):
     print(f"merged against adapter, fp32:   {error:.3g}")
     # The sums are the same but for their order; fp32 rounds each to 6e-8, and layers multiply that.
     if not error <= 1e-4 * size or error > effect:
-        raise UserError(
-            f"--adapter {arguments.adapter}: merged it differs by {error:.3g}, more than rounding; use it unmerged."
-        )
+        found = f"merged it differs from base + adapter by {error:.3g}, more than rounding"
+        raise UserError(f"--adapter {arguments.adapter}: {found}; use it unmerged.")
     if not effect:
         raise UserError(f"--adapter {arguments.adapter}: it changes nothing; use the base as it is.")
     if config is not None and config.lora.load_in_4bit and not into_4bit:

@@ -144,7 +144,8 @@ def test_a_saved_and_reloaded_model_says_what_it_said_and_so_does_a_merged_one_i
         merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(merged), "--dtype=float32"]))
         model = AutoModelForCausalLM.from_pretrained(merged)
         for (_, tokens), text in zip(rows, trained):
-            said = model.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False)[0, len(tokens) :]
+            ends = dict(max_new_tokens=12, eos_token_id=stop_tokens(model, TOKENIZER))
+            said = model.generate(torch.tensor([tokens]), do_sample=False, **ends)[0, len(tokens) :]
             assert TOKENIZER.decode(said, skip_special_tokens=True) == text
 
 

@@ -77,7 +77,12 @@ DATA = [
 ]
 # (number, flags, content of config.toml, the whole line)
 FLAGS = [
-    (20, [], "[training]\nlearning_rate 1e-4\n", r"config.toml: Expected '=' after a key .*line 2, column 15.."),
+    (
+        20,
+        [],
+        "[training]\nlearning_rate 1e-4\n",
+        r"config.toml: cannot be read .Expected '=' after a key .*line 2, column 15...",
+    ),
     (
         21,
         [],

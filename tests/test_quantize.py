@@ -224,7 +224,7 @@ def test_how_much_is_in_4_bits_is_measured(tiny_base, tmp_path):
 def test_a_layer_of_8_bits_is_refused():
     """Its bytes would be taken for weights when the update is folded in."""
     model = torch.nn.Sequential(bitsandbytes("", CPU).nn.Linear8bitLt(32, 32, has_fp16_weights=False))
-    with pytest.raises(UserError, match="not over a Linear8bitLt"):
+    with pytest.raises(UserError, match="target_modules: a Linear8bitLt; expected dense layers"):
         inject(model.to("cpu"), r=4)
 
 
