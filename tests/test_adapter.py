@@ -185,7 +185,7 @@ def test_an_injected_layer_without_tensors_is_an_error(ours):
     change_tensors(ours[1], lambda t: [t.pop(f"{Q}.lora_{x}.weight") for x in "AB"])
     model = tiny_llama()
     inject(model, r=4)
-    with pytest.raises(UserError, match="no tensors for: model.layers.0.self_attn.q_proj"):
+    with pytest.raises(UserError, match="no tensors for .*: model.layers.0.self_attn.q_proj"):
         load_adapter(model, ours[1])
 
 
