@@ -23,8 +23,8 @@ def save_base(folder, model_type="llama", seed=0, **shape):
     from lora.foreign import EMBEDDED
 
     torch.manual_seed(seed)
-    shape = AutoConfig.for_model(model_type, **shape)
-    model = AutoModelForCausalLM.from_config(shape, dtype=shape.dtype or torch.float32)
+    config = AutoConfig.for_model(model_type, **shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
     return model

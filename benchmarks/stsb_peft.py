@@ -87,7 +87,8 @@ def ours(config, dropout):
     steps = total_steps(config.training, data.steps_per_epoch)
     train(task, data, config, log, torch.device("cpu"), torch.float32, steps, facts={})
     log.close()
-    steps = [json.loads(line) for line in log.metrics_path.read_text().splitlines() if "train/loss" in line]
+    lines = (log.run_dir / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if "train/loss" in line]
     said, targets, _ = predict(task, held_out.batches(range(len(held_out)), 4096), torch.device("cpu"), torch.float32)
     seconds = steps[-1]["timestamp"] - steps[0]["timestamp"]
     return [step["train/loss"] for step in steps], agreement(said, targets), seconds, start

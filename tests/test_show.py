@@ -1,11 +1,10 @@
 """`python -m lora.render`: rows with their targets marked, and what a file amounts to."""
 
 import json
-import subprocess
-import sys
 
 from lora import show
 from lora.config import ROOT
+from tests.conftest import script
 
 SAMPLES = ROOT / "assets" / "samples"
 
@@ -25,6 +24,6 @@ def test_render_shows_every_label_behind_its_step(capsys):
     assert lines[1].startswith("From left to right") and all(line[-3:] in ("⟦0⟧", "⟦1⟧") for line in lines[2:5])
 
 
-def test_render_is_a_command_with_one_line_errors():
-    done = subprocess.run([sys.executable, "-m", "lora.render", "/no.jsonl"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: /no.jsonl: No such file or directory.\n"
+def test_render_is_a_command_with_one_line_errors(monkeypatch, capsys):
+    status, _, err = script(monkeypatch, capsys, ROOT / "lora" / "render.py", "/no.jsonl")
+    assert status == 2 and err == "error: /no.jsonl: No such file or directory.\n"
