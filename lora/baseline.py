@@ -45,13 +45,9 @@ def other_base(folder, base_model, sums):
     place = folder.parent if folder.name == "lora_adapter" else folder
     if not (place / "lora_adapter").is_dir():
         return ""
-    if (place / "metadata.json").is_file():
-        trained_on = read_file(place / "metadata.json").get("base_files")
-    elif (place / "trainer_state.json").is_file():
-        trained_on = read_file(place / "trainer_state.json").get("facts", {}).get("base_model")
-    else:
-        return ""
-    known = trained_on in (None, {}, sums)
+    records = [place / name for name in ("metadata.json", "trainer_state.json")]
+    facts = next((read_file(path) for path in records if path.is_file()), {})
+    known = (facts.get("base_files") or facts.get("facts", {}).get("base_model")) in (None, {}, sums)
     return "" if known else f"warning: {base_model} does not hold the weights that {folder} was trained on"
 
 

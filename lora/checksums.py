@@ -69,9 +69,8 @@ def damage(folder, needed):
         return f"{NAME}: damaged: not the bytes that were written"
     now = sums_of(folder)
     problems = {name: "missing" for name in {*sums, needed} - {*now, NAME}}
-    problems |= {name: one if isinstance(one, str) else "extra" for name, one in now.items() if name not in sums}
-    changed = {name: one for name, one in now.items() if name in sums and one != sums[name]}
-    problems |= {name: one if isinstance(one, str) else "changed" for name, one in changed.items()}
+    odd = {name: one for name, one in now.items() if one != sums.get(name)}
+    problems |= {n: one if isinstance(one, str) else "changed" if n in sums else "extra" for n, one in odd.items()}
     return "; ".join(f"{name!r}: {what}" for name, what in sorted(problems.items()))
 
 

@@ -44,13 +44,13 @@ class Log:
         errors.record(None)
         config.save(folder / "config.json")
         config.save(folder / "config.toml")
-        self.metrics_path = folder / "train_metrics.jsonl"
-        if self.metrics_path.exists():
-            lines = self.metrics_path.read_text().splitlines(True)
+        metrics = folder / "train_metrics.jsonl"
+        if metrics.exists():
+            lines = metrics.read_text().splitlines(True)
             whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
             kept = "".join(line for line in whole if start and json.loads(line)["step"] <= start)
-            write_text(self.metrics_path, kept)
-        self.metrics_file = open(self.metrics_path, "a", buffering=1)
+            write_text(metrics, kept)
+        self.metrics_file = open(metrics, "a", buffering=1)
         self.text_file = open(folder / f"train_{time.strftime('%Y%m%d-%H%M%S')}.log", "a", buffering=1)
         names = filter(None, config.output.report_to.split(","))
         self.trackers = [tracker(name, self.run_dir, config, start, self.say) for name in names]

@@ -1,7 +1,6 @@
 """The README.md of a final artifact: a model card for the Hub, whose commands work as they stand there."""
 
 import json
-import os
 import shlex
 
 from lora.config import ROOT
@@ -51,8 +50,7 @@ code={code}  # where plainlora lies
 
 def model_card(task, config, facts):
     """The text of the card. `facts` is the artifact's metadata, `config` the configuration with whole paths."""
-    source, local = locate(config.model.base_model)
-    base = os.path.abspath(source) if local else source
+    base, _ = locate(config.model.base_model)
     figures = {name: value for name, value in facts["best"].items() if name != "step"}
     of_data, lora = {**facts["train_data"], **facts["eval_data"]}, config.lora
     what = f"A LoRA adapter of rank {lora.lora_r}" if lora else "A full fine-tuning"

@@ -22,13 +22,12 @@ def write(folder, tensors):
     world, rank = distributed.world(), distributed.rank()
     index, mine = {}, {}
     for name, tensor in tensors.items():
-        local = distributed.local(tensor)
         sharded = distributed.is_sharded(tensor)
         index[name] = {"shape": list(tensor.shape)}
         if tensor.ndim:
             index[name]["rows"] = distributed.rows(len(tensor), world if sharded else 1)
         if sharded or rank == 0:
-            mine[name] = local.detach().cpu().contiguous()
+            mine[name] = distributed.local(tensor).detach().cpu().contiguous()
     path = Path(folder) / f"shard_{rank}.safetensors"
     save_file(mine, path, {"format": "pt"})
     flush(path)  # of several machines each makes durable what it wrote
