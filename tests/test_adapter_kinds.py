@@ -144,7 +144,7 @@ def test_biases_cannot_be_merged_where_the_base_has_none(tmp_path):
     peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
     model = tiny_llama()
     load_adapter(model, tmp_path)
-    with pytest.raises(UserError, match="the base has none to fold them into"):
+    with pytest.raises(UserError, match="the base has no bias to fold"):
         merge(model)
 
 
