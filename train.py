@@ -37,6 +37,7 @@ from lora.model import autocast, choose_device, choose_dtype, disagreement, load
 from lora.optimizer import make_optimizer, state_bytes
 from lora.plan import describe_memory, describe_run, describe_time, memory
 from lora.store import tokenised
+from lora.task import keep_features
 
 
 def total_steps(settings, steps_per_epoch):
@@ -59,8 +60,8 @@ def learning_rate_at(step, total, settings):
 
 
 @torch.no_grad()
-def predict(task, batches, device, dtype):
-    """Of every target of `batches`, without dropout: (what the head says [n, ...], targets [n], data sets [n]).
+def predict(task, batches, device, dtype, method="predict"):
+    """Of every target of `batches`, without dropout: (what the task says by `method` [n, ...], targets [n], data sets [n]).
 
     The batches are dealt over the processes, and what they say is put together again in the order of the batches.
     """
@@ -69,12 +70,12 @@ def predict(task, batches, device, dtype):
     for i, batch in enumerate(batches):
         if i % distributed.world() == distributed.rank():
             with autocast(device, dtype):
-                said.append(task.predict(batch.to(device)).float())
+                said.append(getattr(task, method)(batch.to(device)).float())
         targets.append(batch.targets)
         sources.append(batch.sources)
     if -len(targets) % distributed.world() > distributed.world() - 1 - distributed.rank():
         with autocast(device, dtype):
-            task.predict(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
+            getattr(task, method)(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
     task.train()
     lengths = [len(one) for one in targets]
     return distributed.interleaved(said, lengths, device).cpu(), torch.cat(targets), torch.cat(sources)
@@ -248,7 +249,8 @@ def run(task, command, source, device, dtype):
             raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
     if command.dry_run:
         step = partial(backward, task, data, 0, torch.amp.GradScaler(enabled=False), config.training.seed, device, dtype)
-        print(describe_time(step, partial(evaluate, task, data, device, dtype), total, config.training.eval_steps))
+        passes = min(total, math.ceil(data.steps_per_epoch)) if task.frozen else total  # a frozen base reads a row once
+        print(describe_time(step, partial(evaluate, task, data, device, dtype), passes, config.training.eval_steps))
         return None
     first, base = distributed.rank() == 0, None
     if first:
@@ -261,14 +263,11 @@ def run(task, command, source, device, dtype):
     if first:
         baseline.record(log.run_dir, config, base)
         other = baseline.other_base(config.model.init_from, config.model.base_model, base["files"])
-        for line in filter(None, [*checkpoint.recover(log.run_dir), other]):
+        for line in filter(None, [*checkpoint.recover(log.run_dir), other, distributed.moved(before, place)]):
             log.say(line)
-    was = before["facts"]["place"] if before else place
-    moved = [f"{name} {was[name]} -> {now}" for name, now in place.items() if now != was[name]]
-    if moved:
-        log.say(f"resumed with {', '.join(moved)}: the same examples and targets a step, not the same bits")
     log.say(f"{opening}; in {log.run_dir}")
 
+    keep_features(task, data, total, config, partial(predict, task, device=device, dtype=dtype, method="at_targets"))
     with guard.watching():
         train(task, data, config, log, device, dtype, total, made_of, command.resume_from)
     distributed.stop()

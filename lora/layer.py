@@ -13,9 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora.errors import UserError
 from lora.quantize import dense, dense_weight, is_4bit
-from lora.targets import (
-    by_pattern, embeddings_of, matching_names, named_modules, prefix_of, sizes, untie,
-)  # fmt: skip
+from lora.targets import by_pattern, embeddings_of, matching_names, named_modules, prefix_of, sizes, untie
 
 
 class LoRALinear(nn.Module):
@@ -32,9 +30,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         weight = base_layer.weight
         if not (weight.is_floating_point() or is_4bit(base_layer)):
-            raise UserError(
-                f"LoRA is put over dense layers and bitsandbytes' 4 bits, not over a {type(base_layer).__name__}."
-            )
+            raise UserError(f"LoRA is put over dense layers and those in 4 bits, not over a {type(base_layer).__name__}.")
         n_in, n_out = sizes(base_layer)
         if is_4bit(base_layer):  # or the first evaluation cuts its gradients on some CPUs, as in lora/quantize.py
             base_layer.support_avx512bf16_for_cpu = False
@@ -149,9 +145,7 @@ def inject(
     wrap(model, layers)
     for name in whole:
         if is_4bit(model.get_submodule(name)):
-            raise UserError(
-                f"modules_to_save: {name} is in 4 bits, which cannot be trained whole; make it a target instead."
-            )
+            raise UserError(f"modules_to_save: {name} is in 4 bits, which cannot be trained whole; make it a target.")
         model.get_submodule(name).float().requires_grad_(True)  # trained weights are fp32 masters
     return names
 

@@ -37,6 +37,10 @@ def describe_run(task, config, data, facts, total, device, dtype):
     if config.lora:
         lines += [baseline.only_adapters_train(task, config.lora.modules_to_save)]
     lines += [describe("train", facts["train"]), describe("eval", facts["eval"])]
+    if task.frozen:
+        count, width = facts["train"]["targets"] + facts["eval"]["targets"], task.head.layers[0].in_features
+        size = f"{4e-9 * count * width:.3f} GB of main memory"
+        lines += [f"the base reads every row once: its hidden states at up to {count} targets are kept, in {size}"]
     if facts["repeated"]:
         lines += [f"warning: {facts['repeated']} training examples are repeated word for word"]
     if facts["overlap"]:
