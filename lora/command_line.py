@@ -309,7 +309,7 @@ def require_stage(config):
     found = [name for name in ("lora_adapter", "backbone", "adapter_config.json", "shards.json") if (start / name).exists()]
     if found and config.lora and config.lora.lora_r == 0:
         raise UserError(
-            f"init_from {start}: holds {found[0]}, and lora_r 0 trains a head alone; name the merged base_model."
+            f"init_from {start}: holds {found[0]}, and lora_r 0 begins from a head; name the merged base_model."
         )
     if not found and not (start / "mlp_head.safetensors").exists():
         raise UserError(f"init_from {start}: no checkpoint, artifact or adapter there; a whole model is a base_model.")

@@ -88,17 +88,15 @@ def commands(config):
 
 def loading(task, config, base):
     """Lines of Python that load the model without plainlora."""
-    with_head = (
-        config.model.task == "lm" or config.lora and config.lora.lora_r
-    )  # PEFT's names are those in a model with one
-    model_class = "AutoModelForCausalLM" if task.causal and with_head else "AutoModel"
+    adapted = config.lora and config.lora.lora_r > 0  # in PEFT's names, which are those of a model with its output layer
+    model_class = "AutoModelForCausalLM" if task.causal and (adapted or config.model.task == "lm") else "AutoModel"
     yield f"from transformers import {model_class}, AutoTokenizer"
     yield 'tokenizer = AutoTokenizer.from_pretrained("final_artifact")'
     if not config.lora:
         yield f'model = {model_class}.from_pretrained("final_artifact/backbone")'
     elif config.model.init_from == "scratch":
         yield "# The base was random weights, which no folder holds: eval.py makes them again."
-    elif config.lora.lora_r == 0:
+    elif not adapted:
         yield f"model = {model_class}.from_pretrained({base!r})"
     else:
         yield f"base = {model_class}.from_pretrained({base!r})"

@@ -129,7 +129,7 @@ def test_stages_before_and_after_a_head_alone(configure, tmp_path):
     flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", "--task=score", "--lora_r=0"]
     for earlier, found in (("lora", "lora_adapter"), ("full", "backbone")):
         start = tmp_path / earlier / "final_artifact"
-        with pytest.raises(UserError, match=f"holds {found}, and lora_r 0 trains a head alone; name the merged base_model"):
+        with pytest.raises(UserError, match=f"holds {found}, and lora_r 0 begins from a head; name the merged base_model"):
             read_command_line([*flags, f"--init_from={start}"], get_lora_config(), "none.toml", "")
         with pytest.raises(
             UserError, match="holds more than a head, and lora_r 0 trains no more; name the merged base_model"
