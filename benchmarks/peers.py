@@ -58,6 +58,7 @@ PEERS = {
     "Trainer, fp32, halves by length": ("transformers", "float32", {"halves": True}),
     "Trainer, bf16": ("transformers", "bfloat16", {"bf16": True}),
     "Trainer, bf16, halves by length": ("transformers", "bfloat16", {"bf16": True, "halves": True}),
+    "Trainer, bf16, torch_compile": ("transformers", "bfloat16", {"bf16": True, "torch_compile": True}),
     "Trainer, bf16 over fp32 weights": ("transformers", "float32", {"bf16": True}),
     "TRL, defaults (bf16, checkpointing)": ("trl", "float32", {}),
     "TRL, bf16, padding_free": ("trl", "bfloat16", PADDING_FREE),
@@ -86,16 +87,26 @@ class Work:
 TRAINER = ["Trainer, bf16", "Trainer, bf16, halves by length"]
 TRL = ["TRL, bf16, padding_free", "TRL, bf16, padding_free, halves by length"]
 BEST = ["ours", *TRAINER, *TRL]
-ALL = [*BEST, "Trainer, defaults (fp32)", "TRL, defaults (bf16, checkpointing)"]
+DEFAULTS = ["Trainer, defaults (fp32)", "TRL, defaults (bf16, checkpointing)"]
 FP32 = ["ours, fp32", "Trainer, defaults (fp32)", "Trainer, fp32, halves by length"]
 ROWS = {"ours, a row for each step": {"dtype": "bfloat16", "train_data": "prefixes.jsonl"}}
 QLORA = {"ours, base in 4 bits": {"dtype": "bfloat16", "load_in_4bit": "true"}}
-QUARTERS = {  # micro-batches of at most 1,040 tokens
-    "ours, in quarters": {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520},
+QUARTERS = {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520}  # of 1,040 tokens
+WAYS = {
+    "ours, in quarters": QUARTERS,
+    "ours, --compile": {"dtype": "bfloat16", "compile": "true"},
+    "ours, in quarters, --compile": QUARTERS | {"compile": "true"},
 }
+TECHNIQUES = (  # what `take_away` knows
+    "huge pages", "frozen weights kept in bfloat16", "attention in matrix products", "packing", "packing and sorting",
+    "the head in chunks", "logits of targets only",
+)  # fmt: skip
+WITHOUT = {f"without {name}": {"dtype": "bfloat16", "without": name} for name in TECHNIQUES}
 WORKS = {
-    "small": Work("small", "mixed", ["ours", *QUARTERS, *ALL[1:]], steps=10, ours=QUARTERS),
-    "tiny": Work("tiny", "mixed", ["ours, fp32", *ALL], steps=12),
+    "small": Work("small", "mixed", ["ours", *WAYS, *BEST[1:]], steps=10, ours=WAYS),
+    "defaults": Work("small", "mixed", ["ours", *DEFAULTS, "Trainer, bf16, torch_compile"], steps=10),
+    "waterfall": Work("small", "mixed", ["ours", *WITHOUT, "ours, fp32"], ours=WITHOUT),
+    "tiny": Work("tiny", "mixed", ["ours, fp32", *BEST, *DEFAULTS], steps=12),
     "dense": Work("small", "dense", BEST, batch=4),
     "sgd_chat": Work("small", "sgd_chat/train.jsonl", BEST),
     "gsm8k": Work("small", "gsm8k/train.jsonl", BEST),
@@ -204,6 +215,7 @@ def our_command(work, folder, side):
     from lora.config import Config, get_lora_config
 
     lora, data = work.script == "train_lora", folder / side.get("train_data", "train.jsonl")
+    side = {name: value for name, value in side.items() if name != "without"}
     examples = len(data.read_text().splitlines()) if work.task == "score" else work.batch
     settings = {
         "base_model": folder / "base", "task": work.task, "eval_data": folder / "eval.jsonl",
@@ -221,6 +233,7 @@ def our_command(work, folder, side):
 
 def ours(work, folder, side):
     """(memory before, losses, seconds of the steps) of a run of this project."""
+    take_away(side.get("without"))
     script = __import__(work.script)
     from lora.source import Source
 
@@ -231,6 +244,36 @@ def ours(work, folder, side):
     lines = (Path(command.run_dir) / "logs" / "train_metrics.jsonl").read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "train/loss" in line]
     return before, [step["train/loss"] for step in steps], between([step["timestamp"] for step in steps])
+
+
+def take_away(technique):
+    """Undo, in this process, one of the things that make our side fast. The losses stay."""
+    if technique == "huge pages":  # asked for by torch when it is imported
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
+    import torch
+    import torch.nn.functional as F
+
+    from lora import attention, data, heads, model, task
+    import train_lora
+
+    tried = model.disagreement
+    if technique == "frozen weights kept in bfloat16":  # autocast casts them in every step
+        train_lora.load_task = lambda config, dtype: model.load_task(config, torch.float32)
+    elif technique == "attention in matrix products":
+        attention.SHORT = 0
+    elif technique in ("packing", "packing and sorting"):
+        model.disagreement = lambda task: "it is to be padded" if task.packed else tried(task)
+        if technique == "packing and sorting":  # one padded batch
+            data.MOST_PADDING = 1.0
+    elif technique == "the head in chunks":
+        heads.LMHead.chunks = staticmethod(lambda hidden, vocabulary: [slice(0, len(hidden))])
+    elif technique == "logits of targets only":
+
+        def every_position(self, batch):
+            logits = self.head.logits(self.hidden_states(batch))[batch.target_positions]
+            return F.cross_entropy(logits, batch.targets, reduction="sum"), batch.num_targets
+
+        task.Task.forward = every_position
 
 
 def theirs(work, folder, library, dtype, settings):
