@@ -76,6 +76,7 @@ def hidden_of(task):
 def test_a_batch_brings_the_features_of_its_own_targets(frozen, packed):
     task, data, config = frozen
     task.packed = data.packed = packed
+    task.model.set_attn_implementation("packed" if packed else "sdpa")
     task.eval()
     order = np.random.default_rng(0).permutation(len(data.rows))[:9]
     expected = task.at_targets(data.rows.batch(order, packed))
