@@ -91,8 +91,7 @@ def find_adapter(folder, base_model):
             raise UserError(f"--adapter {folder}: an adapter alone does not say which base it is for; add --base_model.")
         return folder, base_model, None
     config = saved_config(folder)
-    head_alone = config.lora and config.lora.lora_r == 0
-    if not (head_alone or (folder / "lora_adapter").is_dir()):
+    if not (config.method == "head" or (folder / "lora_adapter").is_dir()):
         raise UserError(f"--adapter {folder}: there is no lora_adapter/; a fully fine-tuned model needs no merging.")
     if config.model.init_from == "scratch":
         raise UserError(f"--adapter {folder}: it was trained on random weights, which no folder holds; use it unmerged.")

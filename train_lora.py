@@ -38,7 +38,7 @@ def main(command, source):
     distributed.start(device)
     dtype = choose_dtype(config, device)
     task = load_task(config, dtype)  # frozen weights are kept in the type they are computed in
-    if lora.lora_r == 0:
+    if config.method == "head":
         task.model.requires_grad_(False)
         return run(task, command, source, device, dtype)
     torch.manual_seed(seed_for(config.training.seed, "lora"))  # not the numbers that the head was drawn with

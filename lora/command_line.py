@@ -279,7 +279,7 @@ def require_model_and_data(config):
         raise UserError(f"base_model {model} is named, but no data: add --train_data FILE.")
     if data and not model:
         raise UserError(f"train_data {data[0]} is named, but no model: add --base_model FOLDER (or 'embedded').")
-    if config.lora and config.lora.lora_r == 0:
+    if config.method == "head":
         if config.model.task == "lm":
             raise UserError("lora_r = 0: nothing would be trained of a language model; give a rank, or add --task score.")
         tables = vars(config.lora) | vars(config.model)
@@ -307,7 +307,7 @@ def require_stage(config):
     """That `init_from` names an earlier stage which this one can go on from."""
     model, start = config.model, Path(config.model.init_from)
     found = [name for name in ("lora_adapter", "backbone", "adapter_config.json", "shards.json") if (start / name).exists()]
-    if found and config.lora and config.lora.lora_r == 0:
+    if found and config.method == "head":
         raise UserError(
             f"init_from {start}: holds {found[0]}, and lora_r 0 begins from a head; name the merged base_model."
         )

@@ -176,6 +176,11 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    @property
+    def method(self):
+        """What is trained: "full", "lora", or with lora_r 0 the "head" alone."""
+        return "full" if not self.lora else "lora" if self.lora.lora_r else "head"
+
     def as_dict(self):
         """Tables of the keys that have a value; `from_dict` reads it back."""
         tables = {name: dataclasses.asdict(table) for name, table in tables_of(self).items()}

@@ -55,16 +55,18 @@ def model_card(task, config, facts):
     base = os.path.abspath(source) if local else source
     figures = {name: value for name, value in facts["best"].items() if name != "step"}
     of_data, lora = {**facts["train_data"], **facts["eval_data"]}, config.lora
-    rank = f" of rank {lora.lora_r}" if lora else ""
-    what = {"lora": f"A LoRA adapter{rank}", "head": "A score head on the frozen base", "full": "A full fine-tuning"}
-    what = what[facts["method"]]
+    what = {"lora": "A LoRA adapter", "head": "A score head on the frozen base", "full": "A full fine-tuning"}[
+        config.method
+    ]
+    if config.method == "lora":
+        what += f" of rank {lora.lora_r}"
     if lora and lora.load_in_4bit:
         what += ", trained on 4 bits,"
     return CARD.format(
         **{key: facts[key] for key in ("task", "trainable_parameters", "parameters", "seconds")},
         base=base,
         base_in_yaml=json.dumps(base, ensure_ascii=False),
-        library="peft" if facts["method"] == "lora" else "transformers",
+        library="peft" if config.method == "lora" else "transformers",
         tags=json.dumps(["plainlora", facts["method"], facts["task"]]),
         name=config.output.experiment_name,
         what=what,
@@ -88,15 +90,15 @@ def commands(config):
 
 def loading(task, config, base):
     """Lines of Python that load the model without plainlora."""
-    adapted = config.lora and config.lora.lora_r > 0  # in PEFT's names, which are those of a model with its output layer
-    model_class = "AutoModelForCausalLM" if task.causal and (adapted or config.model.task == "lm") else "AutoModel"
+    with_output = config.method == "lora" or config.model.task == "lm"  # PEFT's names are those of such a model
+    model_class = "AutoModelForCausalLM" if task.causal and with_output else "AutoModel"
     yield f"from transformers import {model_class}, AutoTokenizer"
     yield 'tokenizer = AutoTokenizer.from_pretrained("final_artifact")'
     if not config.lora:
         yield f'model = {model_class}.from_pretrained("final_artifact/backbone")'
     elif config.model.init_from == "scratch":
         yield "# The base was random weights, which no folder holds: eval.py makes them again."
-    elif not adapted:
+    elif config.method == "head":
         yield f"model = {model_class}.from_pretrained({base!r})"
     else:
         yield f"base = {model_class}.from_pretrained({base!r})"

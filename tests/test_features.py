@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 import torch
 
+from lora.baseline import other_base
 from lora.command_line import read_command_line
 from lora.config import ROOT, get_lora_config
 from lora.data import TrainingData
@@ -111,6 +112,7 @@ def test_what_is_saved_is_the_head_and_it_is_evaluated_merged_and_compared(confi
         assert not (saved / "lora_adapter").exists() and not (saved / "backbone").exists()
         assert (saved / "mlp_head.safetensors").is_file()
     assert json.loads((artifact / "metadata.json").read_text())["method"] == "head"
+    assert "does not hold the weights" in other_base(artifact, "another", {"model.safetensors": "0"})
     best = json.loads((folder / "logs" / "final_results.json").read_text())["best"]
     assert script(monkeypatch, capsys, ROOT / "merge.py", "--adapter", artifact, "--output", merged)[0] == 0
     for checkpoint in (artifact, merged):
