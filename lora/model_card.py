@@ -55,11 +55,8 @@ def model_card(task, config, facts):
     base = os.path.abspath(source) if local else source
     figures = {name: value for name, value in facts["best"].items() if name != "step"}
     of_data, lora = {**facts["train_data"], **facts["eval_data"]}, config.lora
-    what = {"lora": "A LoRA adapter", "head": "A score head on the frozen base", "full": "A full fine-tuning"}[
-        config.method
-    ]
-    if config.method == "lora":
-        what += f" of rank {lora.lora_r}"
+    without_adapter = {"head": "A score head on the frozen base", "full": "A full fine-tuning"}
+    what = without_adapter.get(config.method) or f"A LoRA adapter of rank {lora.lora_r}"
     if lora and lora.load_in_4bit:
         what += ", trained on 4 bits,"
     return CARD.format(
