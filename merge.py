@@ -5,7 +5,8 @@
     python merge.py --adapter outputs/RUN/final_artifact --output merged --gguf merged.gguf --gguf_type q8_0
     python merge.py --adapter PEFT_ADAPTER --output rewritten --portable
 
-The sums are made in fp32 and rounded once, to the base's own type (or --dtype). The head of a scorer goes along.
+The sums are made in fp32 and rounded once, to the base's own type (or --dtype). The head of a scorer goes along; one that
+was trained on a frozen base (lora_r 0) is written with that base.
 """
 
 from dataclasses import replace
@@ -81,13 +82,16 @@ def outputs(model, tokens):
 
 
 def find_adapter(folder, base_model):
-    """(the folder with the adapter's files, the base's name, the configuration of our run or None). Raises UserError."""
+    """(the folder with the adapter's files, the base's name, the configuration of our run or None). Raises UserError.
+
+    Of a head that was trained on the frozen base there is no such folder.
+    """
     if (folder / "adapter_config.json").is_file():
         if not base_model:
             raise UserError(f"--adapter {folder}: an adapter alone does not say which base it is for; add --base_model.")
         return folder, base_model, None
     config = saved_config(folder)
-    if not (folder / "lora_adapter").is_dir():
+    if not (config.method == "head" or (folder / "lora_adapter").is_dir()):
         raise UserError(f"--adapter {folder}: there is no lora_adapter/; a fully fine-tuned model needs no merging.")
     if config.model.init_from == "scratch":
         raise UserError(f"--adapter {folder}: it was trained on random weights, which no folder holds; use it unmerged.")
@@ -131,6 +135,7 @@ def main(arguments):
         return
     adapter, base_model, config = find_adapter(Path(arguments.adapter), arguments.base_model)
     ours, scorer = adapter.parent, config is not None and config.model.task == "score"
+    head_alone = not adapter.is_dir()
     if arguments.gguf and scorer:
         raise UserError(f"--gguf: {arguments.adapter} is a step scorer, whose head llama.cpp does not know; leave it out.")
     into_4bit = arguments.merge_into == "dequantized"
@@ -156,7 +161,8 @@ def main(arguments):
     torch.manual_seed(0)
     tokens = torch.randint(shape.get_text_config().vocab_size, (4, 32))
     of_base = outputs(model, tokens)
-    load_adapter(model, adapter)
+    if not head_alone:
+        load_adapter(model, adapter)
     of_adapter = outputs(model, tokens)
     merge(model)
     of_merged = outputs(model, tokens)
@@ -170,11 +176,12 @@ def main(arguments):
     if not error <= 1e-4 * size or error > effect:
         found = f"merged it differs from base + adapter by {error:.3g}, more than rounding"
         raise UserError(f"--adapter {arguments.adapter}: {found}; use it unmerged.")
-    if not effect:
+    if not (effect or head_alone):
         raise UserError(f"--adapter {arguments.adapter}: it changes nothing; use the base as it is.")
     if config is not None and config.lora.load_in_4bit and not into_4bit:
         trained = load_base(model_class, base_model, four_bits_of(arguments, config))
-        load_adapter(trained, adapter)
+        if not head_alone:
+            load_adapter(trained, adapter)
         apart = difference(of_merged, outputs(trained, tokens))
         print(f"against the 4-bit base it was trained on: {apart:.3g} (--merge_into dequantized keeps that base)")
         del trained
@@ -191,7 +198,7 @@ def main(arguments):
             model.save_pretrained(temporary)
         rounded = difference(outputs(read_back(model, model_class, temporary), tokens), of_adapter)
         print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounded:.3g}")
-        if rounded > effect:
+        if rounded > effect and not head_alone:
             raise UserError(f"rounding to {dtype} changes more ({rounded:.3g}) than the adapter does; add --dtype float32.")
     print(f"wrote {final}")
     if arguments.gguf:

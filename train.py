@@ -37,6 +37,7 @@ from lora.model import autocast, choose_device, choose_dtype, lay_out, load_task
 from lora.opening import begin, describe_run
 from lora.optimizer import make_optimizer, state_bytes
 from lora.store import tokenised
+from lora.task import keep_features
 
 
 def total_steps(settings, steps_per_epoch):
@@ -59,8 +60,8 @@ def learning_rate_at(step, total, settings):
 
 
 @torch.no_grad()
-def predict(task, batches, device, dtype):
-    """Of every target of `batches`, without dropout: (what the head says [n, ...], targets [n], data sets [n]).
+def predict(task, batches, device, dtype, method="predict"):
+    """Of every target of `batches`, without dropout: (what the task says by `method` [n, ...], targets [n], data sets [n]).
 
     The batches are dealt over the processes, and what they say is put together again in the order of the batches.
     """
@@ -69,12 +70,12 @@ def predict(task, batches, device, dtype):
     for i, batch in enumerate(batches):
         if i % distributed.world() == distributed.rank():
             with autocast(device, dtype):
-                said.append(task.predict(batch.to(device)).float())
+                said.append(getattr(task, method)(batch.to(device)).float())
         targets.append(batch.targets)
         sources.append(batch.sources)
     if 0 < len(targets) % distributed.world() <= distributed.rank():  # this process had a batch less than others
         with autocast(device, dtype):
-            task.predict(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
+            getattr(task, method)(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
     task.train()
     lengths = [len(one) for one in targets]
     return distributed.interleaved(said, lengths, device).cpu(), torch.cat(targets), torch.cat(sources)
@@ -241,6 +242,7 @@ def run(task, command, source, device, dtype):
         return plan.dry_run(opening, task, data, config, total, device, dtype, backward, evaluate)
     lay_out(task, config, device, dtype)
     log, base, facts = begin(opening, task, command, source, before, device, dtype)
+    keep_features(task, data, total, config, partial(predict, task, device=device, dtype=dtype, method="at_targets"))
     with guard.watching():
         train(task, data, config, log, device, dtype, total, facts, command.resume_from)
     distributed.stop()

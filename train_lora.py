@@ -2,6 +2,7 @@
 
     python train_lora.py --lora_r 16                     the embedded base and data
     python train_lora.py --base_model FOLDER --train_data FILE [--config FILE] [--lora_r 16 ...]
+    python train_lora.py --lora_r 0                      the score head alone, on a base that reads every row once
 
 The loop, the data, the heads, checkpoints and evaluation are train.py's. What follows is all the difference.
 """
@@ -32,13 +33,15 @@ from lora.model import choose_device, choose_dtype, disagreement, load_task
 
 
 def main(command, source):
-    config = command.config
+    config, lora = command.config, command.config.lora
     device = choose_device(config.training.device)
     distributed.start(device)
     dtype = choose_dtype(config, device)
     task = load_task(config, dtype)  # frozen weights are kept in the type they are computed in
+    if config.method == "head":
+        task.model.requires_grad_(False)
+        return run(task, command, source, device, dtype)
     torch.manual_seed(seed_for(config.training.seed, "lora"))  # not the numbers that the head was drawn with
-    lora = config.lora
     inject(
         task.model, lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.target_modules, lora.modules_to_save,
         rslora=lora.use_rslora, dora=lora.use_dora, rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern,

@@ -4,6 +4,7 @@
     PLAINLORA_DATA=... python benchmarks/prm.py scorer --set prmbench|bigbench [--steps N]
     PLAINLORA_DATA=... python benchmarks/prm.py best_of_4 [--steps N]
     PLAINLORA_DATA=... python benchmarks/prm.py forward
+    PLAINLORA_DATA=... python benchmarks/prm.py features [--steps N]
 
 The base is MiniLM, whose weights come from the package index, made to read from left to right (a causal mask), with its
 512 learned positions laid end to end twice, and no dropout of attention; it gets LoRA of rank 16. A fifth of the problems
@@ -25,7 +26,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from common import ROOT, metrics
 
-from train import predict  # before torch: it sets the allocator up
+import train  # before torch: it sets the allocator up
 
 import numpy as np
 import torch
@@ -154,7 +155,7 @@ def forward(arguments, base, folder):
             table = Rows.of(((row, 0) for row in rows), "score")
             batches = table.batches(range(len(table)), 4096)
             started = time.monotonic()
-            said[name] = predict(task, batches, CPU, torch.float32)[0]
+            said[name] = train.predict(task, batches, CPU, torch.float32)[0]
             seconds[name].append(time.monotonic() - started)
     ratios = [b / a for a, b in zip(seconds["one"], seconds["each"])]
     return {
@@ -166,9 +167,34 @@ def forward(arguments, base, folder):
     }
 
 
+def features(arguments, base, folder):
+    """Epochs of --steps steps of a head on the frozen base: features that are kept, against the base asked every time."""
+    path = Path(os.environ["PLAINLORA_DATA"]) / "prmbench_train" / "prmbench_train.jsonl"
+    training, validation = read([str(path)], "score")[: 16 * arguments.steps], read([str(path)], "score")[-16:]
+    shape = AutoConfig.from_pretrained(base)
+    shape.hidden_dropout_prob = 0.0  # or a base that is asked at every step would say something else each time
+    shape.save_pretrained(base)
+    runs = {}
+    for name, keep in (("kept", train.keep_features), ("asked", lambda *_: None)):
+        config = configure(arguments, base, folder, training, validation)
+        config.lora.lora_r, config.output.experiment_name, config.output.logging_steps = 0, name, 1
+        config.training.max_steps, config.training.eval_steps = 3 * arguments.steps, 10**6
+        train.keep_features = keep
+        train_lora.main(Command(config, folder / name), Source(config))
+        runs[name] = [(line["timestamp"], line["train/loss"]) for line in metrics(folder / name, "train/loss")]
+    ends = {name: [steps[(epoch + 1) * arguments.steps - 1][0] for epoch in range(3)] for name, steps in runs.items()}
+    epochs = {name: [b - a for a, b in zip(of, of[1:])] for name, of in ends.items()}
+    return {
+        "chains": len(training),
+        "seconds_of_the_second_and_third_epoch": epochs,
+        "speed_ratio": sum(epochs["asked"]) / sum(epochs["kept"]),
+        "largest_difference_of_a_loss": max(abs(a[1] - b[1]) for a, b in zip(runs["kept"], runs["asked"])),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("scorer", "best_of_4", "forward"))
+    parser.add_argument("part", choices=("scorer", "best_of_4", "forward", "features"))
     parser.add_argument("--set", choices=("prmbench", "bigbench"), default="prmbench")
     parser.add_argument("--steps", type=int, default=300, help="of 16 chains")
     parser.add_argument("--output", default=ROOT / "benchmarks" / "results" / "prm.json", type=Path)

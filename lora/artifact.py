@@ -85,7 +85,7 @@ def metadata(task, config, results, base_files, data_files):
     return {
         "artifact_version": ARTIFACT_VERSION,
         "task": config.model.task,
-        "method": "lora" if config.lora else "full",
+        "method": config.method,
         "base_model": config.model.base_model,
         "base_files": base_files,
         "base_unchanged": True if base_files or config.lora else None,  # a run that changed it has no artifact

@@ -17,6 +17,7 @@ from lora.durable import write_text
 from lora.errors import Stopped
 from lora.heads import MLPHead
 from lora.layer import lora_layers
+from lora.shards import INDEX
 from lora.targets import named_modules
 from lora.model import weight_files
 
@@ -40,10 +41,10 @@ def file_sums(model):
 
 
 def other_base(folder, base_model, sums):
-    """A warning, if the adapter in `folder` was trained by a run of ours on other weight files than `sums`; else ""."""
+    """A warning, if adapter or head in `folder` were made by a run of ours on other weight files than `sums`; else ""."""
     folder = Path(folder).resolve()
     place = folder.parent if folder.name == "lora_adapter" else folder
-    if not (place / "lora_adapter").is_dir():
+    if (place / "backbone").is_dir() or (place / INDEX).is_file():  # whole models
         return ""
     records = [place / name for name in ("metadata.json", "trainer_state.json")]
     facts = next((read_file(path) for path in records if path.is_file()), {})

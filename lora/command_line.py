@@ -152,7 +152,7 @@ def read_command_line(argv, config, default_file, description):
         config.output.experiment_name = config.output.experiment_name or saved.output.experiment_name
         refuse_changes(saved, config, resume_from, allowed)
     elif config.model.init_from not in ("", "scratch"):
-        require_stage(config.model)
+        require_stage(config)
     if not config.output.experiment_name:
         stem = Path(file).stem if file else Path(config.model.base_model).name
         config.output.experiment_name = f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -280,6 +280,13 @@ def require_model_and_data(config):
         raise UserError(f"base_model {model} is named, but no data: add --train_data FILE.")
     if data and not model:
         raise UserError(f"train_data {data[0]} is named, but no model: add --base_model FOLDER (or 'embedded').")
+    if config.method == "head":
+        if config.model.task == "lm":
+            raise UserError("lora_r = 0: nothing would be trained of a language model; give a rank, or add --task score.")
+        tables = vars(config.lora) | vars(config.model)
+        odd = [name for name in ("modules_to_save", "use_dora", "rank_pattern", "add_special_tokens") if tables[name]]
+        if odd:
+            raise UserError(f"lora_r = 0: the score head alone is trained; leave {', '.join(odd)} out.")
     if config.lora and config.model.add_special_tokens and not config.lora.modules_to_save:
         raise UserError("add_special_tokens: LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head.")
     weights, paths = config.data.data_weights, config.data.train_data
@@ -297,11 +304,15 @@ def require_model_and_data(config):
         check_weights(source)
 
 
-def require_stage(model):
+def require_stage(config):
     """That `init_from` names an earlier stage which this one can go on from."""
-    start = Path(model.init_from)
+    model, start = config.model, Path(config.model.init_from)
     found = [name for name in ("lora_adapter", "backbone", "adapter_config.json", "shards.json") if (start / name).exists()]
-    if not found:
+    if found and config.method == "head":
+        raise UserError(
+            f"init_from {start}: holds {found[0]}, and lora_r 0 begins from a head; name the merged base_model."
+        )
+    if not found and not (start / "mlp_head.safetensors").exists():
         raise UserError(f"init_from {start}: no checkpoint, artifact or adapter; a whole model is named as base_model.")
     require_as_written(start)
     ours = any((start / name).is_file() for name in ("trainer_state.json", "training_config.toml"))

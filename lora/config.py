@@ -101,7 +101,7 @@ class DataConfig:
 
 @dataclass
 class LoraConfig:
-    lora_r: int = key(16, "rank of the update", low=1)
+    lora_r: int = key(16, "rank of the update; 0: none, the score head alone is trained", low=0)
     lora_alpha: float = key(32, "the update is scaled by lora_alpha / lora_r", above=0)
     lora_dropout: float = key(0.0, "dropout on the input of A (0.05 costs a quarter of the speed)", low=0.0, high=0.9)
     target_modules: list[str] = key(["all-linear"], "name endings, regular expressions, or all-linear (all but the head)")
@@ -175,6 +175,11 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def method(self):
+        """What is trained: "full", "lora", or with lora_r 0 the "head" alone."""
+        return "full" if not self.lora else "lora" if self.lora.lora_r else "head"
 
     def as_dict(self):
         """Tables of the keys that have a value; `from_dict` reads it back."""

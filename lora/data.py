@@ -48,6 +48,7 @@ class Batch:
     targets: torch.Tensor  # [n], token ids or scores
     weights: torch.Tensor  # [n], by which their losses are multiplied
     sources: torch.Tensor  # [n], the data set that each target is of
+    features: torch.Tensor | None = None  # [n, width]: the hidden states at the targets, where a frozen backbone's are kept
 
     @property
     def num_targets(self):
@@ -68,6 +69,7 @@ class Rows:
     offsets: np.ndarray  # int64, one more than rows
     weights: np.ndarray  # float32: of each row's losses
     sources: np.ndarray  # int16: of which path each row is
+    features = None  # row -> the hidden states at its targets [n, width], where a frozen backbone's are kept
 
     @classmethod
     def of(cls, rows, task):
@@ -118,6 +120,7 @@ class Rows:
             targets=torch.from_numpy(targets[has_target]).to(torch.int64 if targets.dtype == np.int32 else torch.float32),
             weights=torch.from_numpy(np.repeat(self.weights[indices], lengths)[has_target]),
             sources=torch.from_numpy(np.repeat(self.sources[indices], lengths)[has_target]),
+            features=self.features and torch.cat([self.features[i] for i in indices])[: has_target.sum()],
         )
 
     def num_targets(self, indices):

@@ -38,6 +38,13 @@ def place_of(device, before):
     return {"device": device.type, "processes": world(), "threads": torch.get_num_threads(), **versions}
 
 
+def moved(before, place):
+    """What is to be said where a run goes on from a checkpoint (its state, or None) in another place; else ""."""
+    was = before["facts"]["place"] if before else place
+    changed = [f"{name} {was[name]} -> {now}" for name, now in place.items() if now != was[name]]
+    return f"resumed with {', '.join(changed)}: the same examples and targets a step, not the same bits" if changed else ""
+
+
 def start(device):
     """Join the processes of this run; of what is printed, the first one's is shown."""
     if world() == 1:

@@ -13,9 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora.errors import UserError
 from lora.quantize import dense, dense_weight, is_4bit
-from lora.targets import (
-    by_pattern, embeddings_of, matching_names, named_modules, prefix_of, sizes, untie,
-)  # fmt: skip
+from lora.targets import by_pattern, embeddings_of, matching_names, named_modules, prefix_of, sizes, untie
 
 
 class LoRALinear(nn.Module):

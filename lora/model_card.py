@@ -53,14 +53,15 @@ def model_card(task, config, facts):
     base, _ = locate(config.model.base_model)
     figures = {name: value for name, value in facts["best"].items() if name != "step"}
     of_data, lora = {**facts["train_data"], **facts["eval_data"]}, config.lora
-    what = f"A LoRA adapter of rank {lora.lora_r}" if lora else "A full fine-tuning"
+    without_adapter = {"head": "A score head on the frozen base", "full": "A full fine-tuning"}
+    what = without_adapter.get(config.method) or f"A LoRA adapter of rank {lora.lora_r}"
     if lora and lora.load_in_4bit:
         what += ", trained on 4 bits,"
     return CARD.format(
         **{key: facts[key] for key in ("task", "trainable_parameters", "parameters", "seconds")},
         base=base,
         base_in_yaml=json.dumps(base, ensure_ascii=False),
-        library="peft" if lora else "transformers",
+        library="peft" if config.method == "lora" else "transformers",
         tags=json.dumps(["plainlora", facts["method"], facts["task"]]),
         name=config.output.experiment_name,
         what=what,
@@ -84,13 +85,16 @@ def commands(config):
 
 def loading(task, config, base):
     """Lines of Python that load the model without plainlora."""
-    model_class = "AutoModelForCausalLM" if task.causal and (config.lora or config.model.task == "lm") else "AutoModel"
+    with_output = config.method == "lora" or config.model.task == "lm"  # PEFT's names are those of such a model
+    model_class = "AutoModelForCausalLM" if task.causal and with_output else "AutoModel"
     yield f"from transformers import {model_class}, AutoTokenizer"
     yield 'tokenizer = AutoTokenizer.from_pretrained("final_artifact")'
     if not config.lora:
         yield f'model = {model_class}.from_pretrained("final_artifact/backbone")'
     elif config.model.init_from == "scratch":
         yield "# The base was random weights, which no folder holds: eval.py makes them again."
+    elif config.method == "head":
+        yield f"model = {model_class}.from_pretrained({base!r})"
     else:
         yield f"base = {model_class}.from_pretrained({base!r})"
         if config.model.add_special_tokens:

@@ -26,12 +26,8 @@ def begin(opening, task, command, source, before, device, dtype):
     if first:
         baseline.record(log.run_dir, config, base)
         other = baseline.other_base(config.model.init_from, config.model.base_model, base["files"])
-        for line in filter(None, [*recover(log.run_dir), other]):
+        for line in filter(None, [*recover(log.run_dir), other, distributed.moved(before, place)]):
             log.say(line)
-    was = before["facts"]["place"] if before else place
-    moved = [f"{name} {was[name]} -> {now}" for name, now in place.items() if now != was[name]]
-    if moved:
-        log.say(f"resumed with {', '.join(moved)}: the same examples and targets a step, not the same bits")
     log.say(f"{opening}; in {log.run_dir}")
     return log, base, facts
 
@@ -44,9 +40,15 @@ def describe_run(task, config, data, facts, total, device, dtype):
         f"base: {config.model.base_model} on {device}, computing in {str(dtype).removeprefix('torch.')}",
         f"trainable parameters: {trained:,} of {every:,} ({trained / every:.2%})",
     ]
+    if config.lora and not task.frozen:
+        lines += [describe_lora(task, config.lora)]
     if config.lora:
-        lines += [describe_lora(task, config.lora), baseline.only_adapters_train(task, config.lora.modules_to_save)]
+        lines += [baseline.only_adapters_train(task, config.lora.modules_to_save)]
     lines += [describe("train", facts["train"]), describe("eval", facts["eval"])]
+    if task.frozen:
+        count, width = facts["train"]["targets"] + facts["eval"]["targets"], task.head.layers[0].in_features
+        size = f"{4e-9 * count * width:.3f} GB of main memory"
+        lines += [f"the base reads every row once: its hidden states at up to {count} targets are kept, in {size}"]
     if facts["repeated"]:
         lines += [f"warning: {facts['repeated']} training examples are repeated word for word"]
     if facts["overlap"]:

@@ -6,6 +6,7 @@ it would hold is counted. So this works where the run itself would not fit. The 
 
 from functools import partial
 import logging
+import math
 import os
 from pathlib import Path
 import time
@@ -32,7 +33,8 @@ def dry_run(opening, task, data, config, total, device, dtype, backward, evaluat
     if fits:
         lay_out(task, config, device, dtype)
         step = partial(backward, task, data, 0, torch.amp.GradScaler(enabled=False), config.training.seed, device, dtype)
-        print(describe_time(step, partial(evaluate, task, data, device, dtype), total, config.training.eval_steps))
+        passes = min(total, math.ceil(data.steps_per_epoch)) if task.frozen else total  # a frozen base reads a row once
+        print(describe_time(step, partial(evaluate, task, data, device, dtype), passes, config.training.eval_steps))
 
 
 class Counting(TorchDispatchMode):

@@ -6,13 +6,16 @@ into a sum of losses.
 
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from lora.adapter import load_adapter, save_adapter
 from lora.attention import Documents
-from lora.distributed import fill
+from lora.config import max_batch_tokens
+from lora.distributed import fill, rank
 from lora.errors import UserError
 from lora.foreign import one_line
 from lora.heads import LMHead, MLPHead
@@ -20,6 +23,8 @@ from lora.layer import lora_layers, merge
 from lora.score_forms import load_two_rows
 from lora.shards import INDEX, Shards
 from lora.targets import is_causal, is_tied, train_all
+
+AT_ONCE = 64  # micro-batches whose features are on the device together
 
 
 class Task(nn.Module):
@@ -55,7 +60,15 @@ class Task(nn.Module):
         out = self.model.base_model(input_ids=batch.tokens, use_cache=False, **packed)
         return out.last_hidden_state.flatten(0, 1)
 
+    @property
+    def frozen(self):
+        """Whether nothing of the model is trained, and the head alone is."""
+        return not any(p.requires_grad for p in self.model.parameters())
+
     def at_targets(self, batch):
+        """The hidden states at the targets [n, width]: those that the batch brings along, else the backbone's."""
+        if batch.features is not None:
+            return batch.features
         return self.hidden_states(batch).index_select(0, batch.target_positions)
 
     def predict(self, batch):
@@ -66,11 +79,14 @@ class Task(nn.Module):
         return self.head(self.at_targets(batch), batch.targets, batch.weights), batch.num_targets
 
     def save(self, folder):
-        """Write what was trained: `lora_adapter/`, or `backbone/` as a plain Hugging Face folder; and the MLP head."""
+        """Write what was trained: `lora_adapter/`, or `backbone/` as a plain Hugging Face folder; and the MLP head.
+
+        Of a head on a frozen base that is `mlp_head.safetensors` alone.
+        """
         folder = Path(folder)
         if lora_layers(self.model):
             save_adapter(self.model, folder / "lora_adapter")
-        else:
+        elif not self.frozen:
             self.model.save_pretrained(folder / "backbone")
             self.tokenizer.save_pretrained(folder / "backbone")
         if isinstance(self.head, MLPHead):
@@ -78,7 +94,7 @@ class Task(nn.Module):
 
     def save_artifact(self, folder):
         """`save`, with the backbone in the base's own type from now on (adapters stay fp32), and the tokenizer."""
-        if not lora_layers(self.model):
+        if not (lora_layers(self.model) or self.frozen):
             self.model.to(self.base_dtype)
         Path(folder).mkdir(exist_ok=True)
         self.save(folder)
@@ -92,9 +108,14 @@ class Task(nn.Module):
 
     def load_model(self, folder):
         """`load` without the MLP head."""
-        if (folder / "lora_adapter").is_dir():
+        adapter, whole = (folder / "lora_adapter").is_dir(), (folder / INDEX).is_file() or (folder / "backbone").is_dir()
+        if self.frozen and (adapter or whole):
+            raise UserError(f"{folder}: holds more than a head, and lora_r 0 trains no more; name the merged base_model.")
+        if adapter:
             load_adapter(self.model, folder / "lora_adapter")
-        elif not ((folder / INDEX).is_file() or (folder / "backbone").is_dir()):
+        elif not whole and isinstance(self.head, MLPHead) and (folder / "mlp_head.safetensors").is_file():
+            pass  # the head of a frozen base
+        elif not whole:
             raise UserError(f"{folder}: no lora_adapter/ or backbone/; expected a checkpoint or an artifact.")
         elif lora_layers(self.model):
             raise UserError(f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model.")
@@ -118,11 +139,11 @@ class Task(nn.Module):
     def start_from(self, folder):
         """Begin with the weights of an earlier stage: an adapter, a checkpoint or a final artifact. Raises UserError.
 
-        LoRA goes on with the adapter; full fine-tuning folds it into the weights. A scorer's head comes along.
+        LoRA goes on with the adapter; full fine-tuning folds it into the weights. A scorer's head comes along, or alone.
         """
         folder, trains_lora = Path(folder), bool(lora_layers(self.model))
         adapter = folder if (folder / "adapter_config.json").is_file() else folder / "lora_adapter"
-        if adapter.is_dir():
+        if adapter.is_dir() and not self.frozen:
             was_tied, tokens = is_tied(self.model), self.model.get_input_embeddings().num_embeddings
             load_adapter(self.model, adapter)
             if not trains_lora:
@@ -155,3 +176,26 @@ class Task(nn.Module):
                 raise UserError(
                     f"{folder}: no mlp_head.safetensors, no score.0 and score.2 (of two rows); expected a scorer's."
                 )
+
+
+def keep_features(task, data, total, config, hidden_of):
+    """Where the model is frozen, compute its hidden states at the targets of all that a run of `total` steps reads, once.
+
+    hidden_of(batches) -> ([n, width], ...): train.py's `predict`. Which rows share a micro-batch depends on no step, so a
+    resumed run has the same bits.
+    """
+    if not task.frozen:
+        return
+    used = np.concatenate([data.rows_at(step) for step in (None, *range(total))])
+    held_out = [row for batch in data.evaluation() for row in batch.rows]
+    for name, rows, indices in (("train", data.rows, used), ("eval", data.held_out, held_out)):
+        groups = rows.groups(np.unique(indices), max_batch_tokens(config), task.packed)
+        features, quiet = {}, True if rank() > 0 else None  # None: without a terminal
+        with tqdm(total=len(groups), desc=f"features of {name}", unit="batch", disable=quiet, leave=False) as bar:
+            for start in range(0, len(groups), AT_ONCE):
+                some = groups[start : start + AT_ONCE]
+                hidden = hidden_of([rows.batch(group, task.packed) for group in some])[0]
+                order = np.concatenate(some)
+                features |= zip(order, hidden.split([rows.num_targets([i]) for i in order]))
+                bar.update(len(some))
+        rows.features = features

@@ -171,16 +171,18 @@ def test_code_outside_of_a_checkout_has_no_commit(tmp_path, monkeypatch):
         (True, dict(task="lm", add_special_tokens=["<step>"], modules_to_save=["embed_tokens"])),
         (True, {}),
         (True, dict(init_from="scratch")),
+        (True, dict(lora_r=0)),
         (False, dict(task="lm")),
         (False, {}),
     ],
-    ids=["lora lm with a token", "lora scorer", "lora on random weights", "full lm", "full scorer"],
+    ids=["lora lm with a token", "lora scorer", "lora on random weights", "head alone", "full lm", "full scorer"],
 )
 def test_the_cards_commands_work_as_they_stand(configure, monkeypatch, capsys, lora, values):
     folder = run(configure(lora, "a run's name", max_steps=2, **values))
     card = (folder / "final_artifact" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == ("peft" if lora else "transformers") and Path(front["base_model"]).is_dir()
+    assert front["library_name"] == ("peft" if (folder / "final_artifact" / "lora_adapter").is_dir() else "transformers")
+    assert Path(front["base_model"]).is_dir()
     monkeypatch.chdir(folder)
     shell, python = re.search("```sh\n(.*?)```", card, re.S)[1], re.search("```python\n(.*?)```", card, re.S)[1]
     # A shell reads the lines, and hands each call of python to this process, which need not load torch again.

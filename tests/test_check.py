@@ -76,6 +76,12 @@ def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task)
     assert found.keys() == {*check.DATA, *check.MODEL} - skipped
 
 
+def test_a_head_alone_passes(configure, lines):
+    found = lines(configure(True, lora_r=0))
+    assert {*found.values()} == {"PASS"}, found
+    assert "base unchanged" in found and not {"injected = base", "adapter acts", "merged = unmerged"} & found.keys()
+
+
 @pytest.mark.parametrize("settings", [{"load_in_4bit": True, "task": "lm"}, {"optimizer": "adamw_8bit"}], ids=str)
 def test_4_bit_bases_and_8_bit_optimizers_pass_on_the_embedded_base(configure, lines, settings):
     found = lines(configure(True, base_model="embedded", learning_rate=2e-3, **settings))

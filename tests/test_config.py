@@ -124,6 +124,13 @@ ERRORS = [  # and those of tests/test_inputs.py
     (["--use_dora=2"], "--use_dora = '2': expected true or false."),
     (["--lorar=8"], "--lorar: no such key. Did you mean lora_r?"),
     (["--lora_r=2.5"], "--lora_r = '2.5': expected an integer."),
+    (["--lora_r=-1"], "--lora_r = -1: expected an integer >= 0."),
+    (["--lora_r=0", "--base_model=m", "--train_data=d"], "lora_r = 0: nothing would be trained of a language model"),
+    (
+        ["--lora_r=0", "--use_dora", "--modules_to_save=norm"],
+        "the score head alone is trained; leave modules_to_save, use_dora",
+    ),
+    (["--lora_r=0", "--add_special_tokens=<a>"], "the score head alone is trained; leave add_special_tokens out"),
     (["--learning_rate=0"], "--learning_rate = 0.0: expected a number > 0."),
     (["--dtype=float31"], "Did you mean float32?"),
     (["--bf16=maybe"], "--bf16 = 'maybe': expected true or false."),

@@ -97,7 +97,7 @@ FLAGS = [
     (23, [], "[training]\nlearning_rate = inf\n", "config.toml: training.learning_rate = inf: expected a number."),
     (24, ["--learning_rat=1"], "", "--learning_rat: no such key. Did you mean learning_rate."),
     (25, ["--bf16", "--fp16"], "", "flags: bf16 and fp16 both choose the dtype; give one of them."),
-    (27, ["--lora_r=0"], "", "--lora_r = 0: expected an integer >= 1."),
+    (27, ["--lora_r=-1"], "", "--lora_r = -1: expected an integer >= 0."),
     (27, ["--lora_alpha=0"], "", "--lora_alpha = 0.0: expected a number > 0."),
     (28, ["--base_model=/no/such"], "", r"base_model /no/such: no such folder \(and no Hub name OWNER/NAME\)."),
     (

@@ -39,6 +39,7 @@ SEVERAL_MICRO_BATCHES = {"batch_size": 1, "gradient_accumulation_steps": 8, "max
         (False, {"head_dropout": 0.2}),
         (False, {"task": "lm", "init_from": "scratch"}),
         (True, {"lora_dropout": 0.3, "dtype": "bfloat16"}),
+        (True, {"lora_r": 0, "head_dropout": 0.2, **SEVERAL_MICRO_BATCHES}),
         (False, {"dtype": "float16"}),
     ],
     ids=[
@@ -47,6 +48,7 @@ SEVERAL_MICRO_BATCHES = {"batch_size": 1, "gradient_accumulation_steps": 8, "max
         "full scorer",
         "full lm from scratch",
         "lora scorer in bfloat16",
+        "head alone",
         "full scorer in float16",
     ],
 )
