@@ -17,7 +17,7 @@ from lora.task import Task
 from lora.model import EMBEDDED, load_task
 from lora.readers import Example, read, read_data, split_by_prompt
 from lora.errors import UserError
-from lora.render import NO_TOKEN, Row, render
+from lora.render import NO_TOKEN, Row, render, stretches
 from tests.conftest import run, tiny_llama
 from tests.test_layer import randomise
 import train
@@ -326,6 +326,11 @@ def test_windows_of_a_text_lose_nothing_and_end_with_eos(tokenizer, max_length):
     assert all(len(row.tokens) <= max_length for row in rows)
     for row in rows:  # a target is the token that follows
         assert row.targets[:-1] == row.tokens[1:]
+
+
+def test_a_long_text_is_tokenised_in_stretches_that_are_the_text_and_end_with_a_line_where_one_ends(monkeypatch):
+    monkeypatch.setattr("lora.render.LONGEST_PIECE", 10)
+    assert [*stretches("one\ntwo\nthree\n" + "x" * 12)] == ["one\ntwo\n", "three\n", "x" * 10, "xx"]
 
 
 # ------------------------------------------------------------------------------------------------------ splitting

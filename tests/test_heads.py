@@ -7,7 +7,9 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from lora import inject
 from lora.heads import LMHead
+from tests.test_layer import randomise
 
 
 class Shape:
@@ -56,6 +58,22 @@ def test_loss_and_gradients_are_the_plain_formulas(shape, trained, bias, small_c
     said = head.predict(hidden, targets)
     torch.testing.assert_close(said[:, 0], losses.detach(), rtol=1e-6, atol=1e-6)
     assert torch.equal(said[:, 1].bool(), logits.argmax(-1) == targets)
+
+
+def test_an_output_layer_with_lora_is_learned_by_the_plain_formula(small_chunks):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 300))
+    inject(model, r=4)
+    randomise(model)
+    hidden, targets = torch.randn(45, 16), torch.randint(300, (45,))
+    factors = [model[0].lora_A.weight, model[0].lora_B.weight]
+    ours, theirs = (
+        LMHead(lambda: model[0], Shape())(hidden, targets),
+        F.cross_entropy(model(hidden), targets, reduction="sum"),
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    for one, other in zip(torch.autograd.grad(ours, factors), torch.autograd.grad(theirs, factors)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())  # sums in another order
 
 
 def test_large_logits_cost_no_precision():
