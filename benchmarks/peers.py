@@ -44,8 +44,9 @@ SHAPES = {
         "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4,
     },
-    "0.5b": {
-        "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
+    # Qwen2.5-0.5B's numbers in a Llama: of a "qwen2" transformers 5.23 reads tokenizer.json as BPE, whatever it holds.
+    "0.5b": LLAMA | {
+        "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
 }  # fmt: skip
