@@ -114,7 +114,8 @@ WORKS = {
     "fp32": Work("small", "mixed", FP32, tolerance=1e-4),
     "curve": Work("tiny", "gsm8k/train.jsonl", FP32[:2], steps=50, tolerance=1e-4),
     "full": Work("small", "mixed", ["ours", "Trainer, bf16 over fp32 weights", "Trainer, defaults (fp32)"], script="train"),
-    "0.5b": Work("0.5b", "mixed", ["ours", TRAINER[0], TRL[0]], steps=4, batch=4),
+    # In 24 layers of bfloat16 Trainer's losses and TRL's are 0.010 apart too.
+    "0.5b": Work("0.5b", "mixed", ["ours", TRAINER[0], TRL[0]], steps=4, batch=4, tolerance=0.015),
     "steps": Work("small", "prmbench_train/prmbench_train.jsonl", ["ours", *ROWS], task="score", ours=ROWS),
     "qlora": Work("small", "mixed", ["ours", *QLORA], ours=QLORA, tolerance=0.1),
 }
