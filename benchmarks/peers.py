@@ -48,6 +48,7 @@ SHAPES = {
     "0.5b": LLAMA | {
         "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "dtype": "bfloat16",
     },
 }  # fmt: skip
 
@@ -138,7 +139,8 @@ def prepare(work, folder):
 
     torch.manual_seed(0)
     auto = AutoModel if work.task == "score" else AutoModelForCausalLM
-    model = auto.from_config(AutoConfig.for_model(**SHAPES[work.shape]), dtype=torch.float32)
+    shape = AutoConfig.for_model(**SHAPES[work.shape])
+    model = auto.from_config(shape, dtype=shape.dtype or torch.float32)
     model.save_pretrained(folder / "base")
     synthetic = work.data in ("mixed", "dense")
     tokenizer = numbered_words(SHAPES[work.shape]["vocab_size"]) if synthetic else AutoTokenizer.from_pretrained(EMBEDDED)
