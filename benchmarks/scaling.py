@@ -17,11 +17,11 @@ import time
 from common import call
 
 PLAIN = {
-    "length": 256, "batch": 16, "vocabulary": 32_000, "width": 512, "layers": 8, "steps": 0, "full": False, "labelled": 1.0
+    "length": 256, "batch": 4, "vocabulary": 32_000, "width": 512, "layers": 8, "steps": 0, "full": False, "labelled": 1.0
 }  # fmt: skip
 AXES: dict = {  # what is changed, point by point; at first the length alone, at as many tokens
-    "length, 4,096 tokens": [{"length": 4096 // n, "batch": n} for n in (64, 32, 16, 8, 4, 2)],
-    "batch of 256 tokens": [{"batch": n} for n in (2, 4, 8, 16, 32)],
+    "length, 1,024 tokens": [{"length": 1024 // n, "batch": n} for n in (16, 8, 4, 2, 1)],
+    "batch of 256 tokens": [{"batch": n} for n in (1, 2, 4, 8, 16)],
     "vocabulary": [{"vocabulary": n} for n in (4_000, 32_000, 64_000, 128_000)],
     "share of labelled tokens": [{"labelled": share} for share in (0.1, 0.4, 1.0)],
     "width": [{"width": n} for n in (128, 256, 512, 1024)],
