@@ -31,7 +31,7 @@ from lora.text_metrics import Question, check_patterns, means, passes, read_ques
 KEYS = (
     *("base_model", "task", "max_length", "label_max", "batch_size", "seed", "device", "dtype"),
     *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
-    *("max_steps_per_example", "neutral_label", "threshold", "tune_threshold_on"),
+    *("max_steps_per_example", "neutral_label", "share_prompts", "threshold", "tune_threshold_on"),
 )
 
 
@@ -198,6 +198,7 @@ def load(arguments, config, device):
 
 def loss_numbers(examples, task, config, dtype):
     rows, facts = tokenise(examples, task, config, "eval")
+    rows.share = config.data.share_prompts
     batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
     said, targets, _ = predict(task, tqdm(batches, unit="batch", disable=None), task.model.device, dtype)
     print(describe("eval", facts))

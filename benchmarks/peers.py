@@ -70,9 +70,9 @@ PEERS = {
 
 @dataclass
 class Work:
-    """Some steps of training. data: "mixed" or "dense" synthetic rows, or a file below PLAINLORA_DATA.
+    """Some steps of training. data: "mixed", "dense" or "solutions", synthetic rows, or a file below PLAINLORA_DATA.
 
-    With task "score" the steps of `batch` chains are scored, all of them in every step of training.
+    With task "score" the steps of `batch` chains (or of 32 solutions) are scored, all of them in every step of training.
     """
 
     shape: str
@@ -92,6 +92,7 @@ BEST = ["ours", *TRAINER, *TRL]
 DEFAULTS = ["Trainer, defaults (fp32)", "TRL, defaults (bf16, checkpointing)"]
 FP32 = ["ours, fp32", "Trainer, defaults (fp32)", "Trainer, fp32, halves by length"]
 ROWS = {"ours, a row for each step": {"dtype": "bfloat16", "train_data": "prefixes.jsonl"}}
+SHARED = {"ours, --share_prompts": {"dtype": "bfloat16", "share_prompts": "true"}}
 QLORA = {"ours, base in 4 bits": {"dtype": "bfloat16", "load_in_4bit": "true"}}
 QUARTERS = {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520}  # of 1,040 tokens
 WAYS = {
@@ -118,6 +119,7 @@ WORKS = {
     # In 24 layers of bfloat16 Trainer's losses and TRL's are 0.010 apart too.
     "0.5b": Work("0.5b", "mixed", ["ours", TRAINER[0], TRL[0]], steps=4, batch=4, tolerance=0.015),
     "steps": Work("small", "prmbench_train/prmbench_train.jsonl", ["ours", *ROWS], task="score", ours=ROWS),
+    "solutions": Work("small", "solutions", [*SHARED, "ours"], task="score", ours=SHARED),
     "qlora": Work("small", "mixed", ["ours", *QLORA], ours=QLORA, tolerance=0.1),
 }
 
@@ -142,7 +144,7 @@ def prepare(work, folder):
     shape = AutoConfig.for_model(**SHAPES[work.shape])
     model = auto.from_config(shape, dtype=shape.dtype or torch.float32)
     model.save_pretrained(folder / "base")
-    synthetic = work.data in ("mixed", "dense")
+    synthetic = "/" not in work.data
     tokenizer = numbered_words(SHAPES[work.shape]["vocab_size"]) if synthetic else AutoTokenizer.from_pretrained(EMBEDDED)
     tokenizer.save_pretrained(folder / "base")
     write_data(work, folder, SHAPES[work.shape]["vocab_size"])
@@ -176,7 +178,9 @@ def numbered_words(vocabulary):
 def write_data(work, folder, vocabulary):
     """train.jsonl, eval.jsonl, and of chains prefixes.jsonl, in which each of their steps ends a row of its own."""
     count = work.steps * work.batch if work.task == "lm" else work.batch
-    if work.data in ("mixed", "dense"):
+    if work.data == "solutions":
+        rows, count = list(solutions(36, vocabulary)), 32
+    elif "/" not in work.data:
         rows = list(synthetic_rows(work.data, count + 4, vocabulary))
     else:
         lines = (Path(os.environ["PLAINLORA_DATA"]) / work.data).read_text().splitlines()
@@ -205,6 +209,18 @@ def synthetic_rows(kind, count, vocabulary):
         cut = round(0.6 * length)
         chat = {"prompt": " ".join(words[:cut]), "completion": " ".join(words[cut:])}
         yield chat if kind == "mixed" else {"text": " ".join(words)}
+
+
+def solutions(count, vocabulary):
+    """Chains of 400 words in 4 steps; the first 200 are a problem that 8 of them have in common."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        if i % 8 == 0:
+            prompt = " ".join(f"w{n}" for n in draw.integers(2, vocabulary, 200))
+        steps = [" ".join(f"w{n}" for n in draw.integers(2, vocabulary, 50)) for _ in range(4)]
+        yield {"prompt": prompt, "steps": steps, "labels": draw.random(4).round(3).tolist()}
 
 
 def write_rows(path, rows):

@@ -61,11 +61,12 @@ class Trial:
         self.tolerance = 0.05 if in_4bit else 1e-4  # of the largest number: fp32 sums in another order
         self.started = frozen_sums(task.model)
 
-    def relaid(self, max_tokens=2**40, rank=0, world=1):
+    def relaid(self, max_tokens=2**40, rank=0, world=1, share=False):
         """TrainingData whose step is the few rows, in micro-batches of so many tokens; or a process's part of it."""
-        config = replace(self.config, data=DataConfig(train_data=["the rows"], max_length=self.config.data.max_length))
+        data = DataConfig(train_data=["the rows"], max_length=self.config.data.max_length, share_prompts=share)
         layout = {"examples_per_step": len(self.few), "max_tokens": max_tokens}
-        return TrainingData(self.few, self.few, config, self.task.packed, rank, world, layout)
+        rows, config = replace(self.few), replace(self.config, data=data)
+        return TrainingData(rows, rows, config, self.task.packed, rank, world, layout)
 
     def gradients(self, data=None):
         """({trained tensor: gradient or None}, loss) of the step."""
@@ -102,7 +103,8 @@ def few(rows, tokens):
     lengths, chosen, _ = zip(*parts)
     at = np.concatenate([np.arange(begin, begin + length) for length, _, begin in parts])
     flat = rows.tokens[at], rows.targets[at], rows.segments[at]
-    return Rows(*flat, np.cumsum([0, *lengths]), rows.weights[[*chosen]], np.zeros(len(parts), np.int16))
+    of_rows = rows.weights[[*chosen]], np.zeros(len(parts), np.int16), rows.prompts[[*chosen]]
+    return Rows(*flat, np.cumsum([0, *lengths]), *of_rows)
 
 
 def cut(task):
@@ -406,6 +408,16 @@ def packed(trial):
     return judged(distance(trial.outputs(), alone), trial.tolerance, "largest difference")
 
 
+def shared(trial):
+    """What rows have in common computed once, against each row with all of its own."""
+    if not trial.config.data.share_prompts:
+        return None
+    data = trial.relaid(share=True)
+    once, of = (sum(map(sum, values)) for values in zip(*((b.shared, b.lengths) for b in data.batch_at(0))))
+    found = apart(trial.gradients(data)[0], trial.gradients()[0])
+    return judged(found, trial.tolerance, f"{once} of {of} tokens are another row's; relative difference of the gradients")
+
+
 def after_evaluation(trial):
     """An evaluation between two steps changes no gradient."""
     before = trial.gradients()[0]
@@ -491,6 +503,7 @@ MODEL = {
     "accumulated = whole": accumulated,
     "two processes = one": ranks,
     "packed = alone": packed,
+    "shared = apart": shared,
     "after an evaluation": after_evaluation,
     "save, load, next step": resumed,
     "PEFT format and back": through_peft,

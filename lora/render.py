@@ -7,6 +7,7 @@ label of the step that ends there (scores). Where nothing is asked it is NO_TOKE
 """
 
 from dataclasses import dataclass, field
+import hashlib
 import sys
 
 from lora.chat import Piece, chat_pieces
@@ -26,6 +27,7 @@ class Row:
     targets: list[int] | list[float]  # as long as tokens
     segments: list[int] | None = None  # token types of an encoder's pair of texts
     weight: float = 1.0  # of its losses
+    prompt: int = 0  # the same number in rows of one prompt
 
 
 @dataclass(slots=True)
@@ -52,8 +54,9 @@ def render(examples, tokenizer, task, data, causal):
     else:
         results = one_way_rows(examples, tokenizer, task, data)
     for example, rendered in zip(examples, results):
+        number = int.from_bytes(hashlib.blake2b(example.subject.encode(), digest_size=8).digest(), signed=True)
         for row in rendered.rows:
-            row.weight = example.weight
+            row.weight, row.prompt = example.weight, number
     return results
 
 

@@ -66,11 +66,14 @@ def write(path, rows):
 def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task):
     settings = {"task": "score" if task == "score" else "lm", **lora}
     if task == "chats":
+        settings["share_prompts"] = True
         settings["train_data"] = write(tmp_path / "train.jsonl", map(chat, range(40)))
         settings["eval_data"] = write(tmp_path / "eval.jsonl", map(chat, range(50, 60)))
     found = lines(configure(bool(lora), **settings))
     assert {*found.values()} == {"PASS"}, found
     skipped = {"lm": {"labels"}, "score": {"tied as declared", "trained end token", "target mask"}}[settings["task"]]
+    if task != "chats":
+        skipped |= {"shared = apart"}
     if not lora:
         skipped |= {"injected = base", "adapter acts", "PEFT format and back", "base unchanged", "merged = unmerged"}
     assert found.keys() == {*check.DATA, *check.MODEL} - skipped
@@ -274,8 +277,9 @@ FAULTS = {
     "an untied head": ("tied as declared", in_task(untie)),
     "attention leaks across documents": (
         "packed = alone",
-        in_task(lambda t: setattr(lora.task, "Documents", lambda lengths: Documents([sum(lengths)]))),
+        in_task(lambda t: setattr(lora.task, "Documents", lambda lengths, shared: Documents([sum(lengths)]))),
     ),
+    "a token too many is shared": ("shared = apart", wrapped(lora.data, "alike", lambda count: count + 1)),
     "attention to what is to come": (
         "model as assumed",
         in_task(lambda t: setattr(t.model.model.layers[0].self_attn, "is_causal", False)),
@@ -322,7 +326,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_what_is_computed_is_found(configure, lines, tmp_path, monkeypatch, fault):
     line, plant = FAULTS[fault]
-    settings = {"train_data": write(tmp_path / "t", map(chat, range(40)))}
+    settings = {"share_prompts": True, "train_data": write(tmp_path / "t", map(chat, range(40)))}
     settings["eval_data"] = write(tmp_path / "e", map(chat, range(50, 60)))
     monkeypatch.setattr(lora.task, "Documents", Documents)  # some faults set it; this puts it back
     if callable(plant):
