@@ -22,7 +22,7 @@ if __name__ == "__main__":  # above torch, as in train.py
         source = Source(command.config)
         command.require_same(source.files)
 
-from train import run  # before torch: it sets the allocator up
+from train import run  # before torch: it sets the allocators
 
 import torch
 

@@ -9,7 +9,8 @@ clipping; inside a step it may pad or pack as it likes. A side runs in a process
 ratio is taken within a round. The times are those from one step's end to the next, the first steps left out. A row whose
 loss differs from the first row's in any step is void. Tokens are those of the data: padding does not count.
 
-Our side is train_lora.py's (or train.py's) own `main`, from its command line to its metrics file.
+Our side is train_lora.py's (or train.py's) own `main`, from its command line to its metrics file. It has the C library
+keep freed memory (lora/allocator.py); "freed memory kept" is a peer for which the same is done.
 
 Memory is measured in one more, short run of each side: what the process holds at most, beyond what its imports took. There
 MALLOC_MMAP_THRESHOLD_ makes the C library give back what is freed, so that the process holds what its tensors hold.
@@ -31,6 +32,8 @@ import time
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from lora.allocator import keep_memory
+
 LEARNING_RATE, RANK, ALPHA, WARMUP = 1e-3, 16, 32, 2  # WARMUP: steps without a time
 FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -57,13 +60,18 @@ OURS = {"ours": {"dtype": "bfloat16"}, "ours, fp32": {"dtype": "float32"}}
 PADDING_FREE = {"padding_free": True, "gradient_checkpointing": False}
 PEERS = {
     "Trainer, defaults (fp32)": ("transformers", "float32", {}),
+    "Trainer, fp32, freed memory kept": ("transformers", "float32", {"keeps": True}),
     "Trainer, fp32, halves by length": ("transformers", "float32", {"halves": True}),
     "Trainer, bf16": ("transformers", "bfloat16", {"bf16": True}),
     "Trainer, bf16, halves by length": ("transformers", "bfloat16", {"bf16": True, "halves": True}),
+    "Trainer, bf16, freed memory kept": ("transformers", "bfloat16", {"bf16": True, "keeps": True}),
+    "Trainer, bf16, halves, freed memory kept": ("transformers", "bfloat16", {"bf16": True, "halves": True, "keeps": True}),
     "Trainer, bf16, torch_compile": ("transformers", "bfloat16", {"bf16": True, "torch_compile": True}),
     "Trainer, bf16 over fp32 weights": ("transformers", "float32", {"bf16": True}),
+    "Trainer, bf16 over fp32 weights, freed memory kept": ("transformers", "float32", {"bf16": True, "keeps": True}),
     "TRL, defaults (bf16, checkpointing)": ("trl", "float32", {}),
     "TRL, bf16, padding_free": ("trl", "bfloat16", PADDING_FREE),
+    "TRL, bf16, padding_free, freed memory kept": ("trl", "bfloat16", PADDING_FREE | {"keeps": True}),
     "TRL, bf16, padding_free, halves by length": ("trl", "bfloat16", PADDING_FREE | {"halves": True}),
 }
 
@@ -87,10 +95,13 @@ class Work:
 
 
 TRAINER = ["Trainer, bf16", "Trainer, bf16, halves by length"]
-TRL = ["TRL, bf16, padding_free", "TRL, bf16, padding_free, halves by length"]
+TRAINER += ["Trainer, bf16, freed memory kept", "Trainer, bf16, halves, freed memory kept"]
+TRL = ["TRL, bf16, padding_free", "TRL, bf16, padding_free, halves by length", "TRL, bf16, padding_free, freed memory kept"]
 BEST = ["ours", *TRAINER, *TRL]
 DEFAULTS = ["Trainer, defaults (fp32)", "TRL, defaults (bf16, checkpointing)"]
-FP32 = ["ours, fp32", "Trainer, defaults (fp32)", "Trainer, fp32, halves by length"]
+FULL = ["ours", "Trainer, bf16 over fp32 weights", "Trainer, bf16 over fp32 weights, freed memory kept"]
+FULL += ["Trainer, defaults (fp32)"]
+FP32 = ["ours, fp32", "Trainer, defaults (fp32)", "Trainer, fp32, halves by length", "Trainer, fp32, freed memory kept"]
 ROWS = {"ours, a row for each step": {"dtype": "bfloat16", "train_data": "prefixes.jsonl"}}
 SHARED = {"ours, --share_prompts": {"dtype": "bfloat16", "share_prompts": "true"}}
 QLORA = {"ours, base in 4 bits": {"dtype": "bfloat16", "load_in_4bit": "true"}}
@@ -100,9 +111,10 @@ WAYS = {
     "ours, --compile": {"dtype": "bfloat16", "compile": "true"},
     "ours, in quarters, --compile": QUARTERS | {"compile": "true"},
 }
+HALVES = {"ours, in halves": {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 2, "max_length": 520}}
 TECHNIQUES = (  # what `take_away` knows
-    "huge pages", "frozen weights kept in bfloat16", "attention in matrix products", "packing", "packing and sorting",
-    "the head in chunks", "logits of targets only",
+    "freed memory kept", "huge pages", "frozen weights kept in bfloat16", "attention in matrix products", "packing",
+    "packing and sorting", "the head in chunks", "logits of targets only",
 )  # fmt: skip
 WITHOUT = {f"without {name}": {"dtype": "bfloat16", "without": name} for name in TECHNIQUES}
 WORKS = {
@@ -115,9 +127,11 @@ WORKS = {
     "gsm8k": Work("small", "gsm8k/train.jsonl", BEST),
     "fp32": Work("small", "mixed", FP32, tolerance=1e-4),
     "curve": Work("tiny", "gsm8k/train.jsonl", FP32[:2], steps=50, tolerance=1e-4),
-    "full": Work("small", "mixed", ["ours", "Trainer, bf16 over fp32 weights", "Trainer, defaults (fp32)"], script="train"),
+    "full": Work("small", "mixed", FULL, script="train"),
     # In 24 layers of bfloat16 Trainer's losses and TRL's are 0.010 apart too.
-    "0.5b": Work("0.5b", "mixed", ["ours", TRAINER[0], TRL[0]], steps=4, batch=4, tolerance=0.015),
+    "0.5b": Work(
+        "0.5b", "mixed", ["ours", *HALVES, TRAINER[0], TRAINER[2], TRL[0]], steps=4, batch=4, ours=HALVES, tolerance=0.015
+    ),
     "steps": Work("small", "prmbench_train/prmbench_train.jsonl", ["ours", *ROWS], task="score", ours=ROWS),
     "solutions": Work("small", "solutions", [*SHARED, "ours"], task="score", ours=SHARED),
     "qlora": Work("small", "mixed", ["ours", *QLORA], ours=QLORA, tolerance=0.1),
@@ -268,6 +282,8 @@ def ours(work, folder, side):
 
 def take_away(technique):
     """Undo, in this process, one of the things that make our side fast. The losses stay."""
+    if technique == "freed memory kept":
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "the C library's own"
     if technique == "huge pages":  # asked for by torch when it is imported
         os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
     import torch
@@ -297,7 +313,10 @@ def take_away(technique):
 
 
 def theirs(work, folder, library, dtype, settings):
-    """The same of a peer's trainer."""
+    """The same of a peer's trainer; with "keeps" the C library keeps freed memory, as it does for us."""
+    settings = dict(settings)
+    if settings.pop("keeps", False):
+        keep_memory()
     from datasets import Dataset
     from peft import PeftModel
     import torch
@@ -308,7 +327,7 @@ def theirs(work, folder, library, dtype, settings):
     else:
         from transformers import TrainingArguments as Arguments
     steps = json.loads((folder / "rows.json").read_text())[: work.steps]
-    settings, batch = dict(settings), work.batch
+    batch = work.batch
     if settings.pop("halves", False):  # no sequence leaves its step, but inside it they may be sorted
         batch //= 2
         steps = [sorted(step, key=lambda row: len(row["input_ids"])) for step in steps]

@@ -36,13 +36,10 @@ class Documents:
 
     def whole(self, x):
         """x [1, heads, T, width] -> for each run [1, heads, n x length, width], what its documents share put before."""
-        parts, length = [], 0
-        for own, (_, next_length, common) in zip(x.split(self.sizes, 2), self.runs):
-            if common:
-                begin = parts[-1].shape[2] - length
-                own = torch.cat([parts[-1][:, :, begin : begin + common], own], 2)
-            parts.append(own)
-            length = next_length
+        parts, before = [], x
+        for own, (_, length, common) in zip(x.split(self.sizes, 2), self.runs):
+            parts.append(torch.cat([before[:, :, :common], own], 2) if common else own)
+            before = parts[-1][:, :, -length:]  # the last document
         return parts
 
 
