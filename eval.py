@@ -166,7 +166,7 @@ if __name__ == "__main__":  # above torch, as in train.py
         arguments, config = read_arguments(sys.argv[1:])
         asked = read_examples(arguments, config)
 
-from train import predict  # before torch: it sets the allocator up
+from train import predict  # before torch: it sets the allocators
 
 import numpy as np
 import torch
@@ -198,7 +198,6 @@ def load(arguments, config, device):
 
 def loss_numbers(examples, task, config, dtype):
     rows, facts = tokenise(examples, task, config, "eval")
-    rows.share = config.data.share_prompts
     batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
     said, targets, _ = predict(task, tqdm(batches, unit="batch", disable=None), task.model.device, dtype)
     print(describe("eval", facts))

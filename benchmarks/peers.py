@@ -106,11 +106,7 @@ ROWS = {"ours, a row for each step": {"dtype": "bfloat16", "train_data": "prefix
 SHARED = {"ours, --share_prompts": {"dtype": "bfloat16", "share_prompts": "true"}}
 QLORA = {"ours, base in 4 bits": {"dtype": "bfloat16", "load_in_4bit": "true"}}
 QUARTERS = {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520}  # of 1,040 tokens
-WAYS = {
-    "ours, in quarters": QUARTERS,
-    "ours, --compile": {"dtype": "bfloat16", "compile": "true"},
-    "ours, in quarters, --compile": QUARTERS | {"compile": "true"},
-}
+WAYS = {"ours, in quarters": QUARTERS, "ours, --compile": {"dtype": "bfloat16", "compile": "true"}}
 HALVES = {"ours, in halves": {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 2, "max_length": 520}}
 TECHNIQUES = (  # what `take_away` knows
     "freed memory kept", "huge pages", "frozen weights kept in bfloat16", "attention in matrix products", "packing",
@@ -118,8 +114,10 @@ TECHNIQUES = (  # what `take_away` knows
 )  # fmt: skip
 WITHOUT = {f"without {name}": {"dtype": "bfloat16", "without": name} for name in TECHNIQUES}
 WORKS = {
-    "small": Work("small", "mixed", ["ours", *WAYS, *BEST[1:]], steps=10, ours=WAYS),
-    "defaults": Work("small", "mixed", ["ours", *DEFAULTS, "Trainer, bf16, torch_compile"], steps=10),
+    "small": Work("small", "mixed", ["ours", "ours, in quarters", *TRAINER, *TRL], steps=10, ours=WAYS),
+    "defaults": Work(
+        "small", "mixed", ["ours", *DEFAULTS, "ours, --compile", "Trainer, bf16, torch_compile"], steps=10, ours=WAYS
+    ),
     "waterfall": Work("small", "mixed", ["ours", *WITHOUT, "ours, fp32"], ours=WITHOUT),
     "tiny": Work("tiny", "mixed", ["ours, fp32", *BEST, *DEFAULTS], steps=12),
     "dense": Work("small", "dense", BEST, batch=4),

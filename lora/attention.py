@@ -33,6 +33,18 @@ class Documents:
         self.runs = [run for run in self.runs if run[2] < run[1]]  # of one that is all in the one before, no position
         self.sizes = [n * length - common for n, length, common in self.runs]  # in the row
         self.share = any(common for _, _, common in self.runs)
+        self.masks = {}
+
+    def unseen(self, length, common, window, like):
+        """[length - common, length] of the type of `like`, to be added to scores: -inf where a position is not seen.
+
+        It is not by those before it and, with a window, by those so many places after it. Every layer gets the same mask.
+        """
+        key = length, common, window, like.dtype
+        if key not in self.masks:
+            never = like.new_full((length - common, length), -torch.inf)
+            self.masks[key] = never.triu(1 + common) + never.tril(common - window) if window else never.triu(1 + common)
+        return self.masks[key]
 
     def whole(self, x):
         """x [1, heads, T, width] -> for each run [1, heads, n x length, width], what its documents share put before."""
@@ -75,10 +87,10 @@ def packed_attention(
         windowed = bool(sliding_window) and length > sliding_window
         quick_by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= SHORT
         if softcap or s_aux is not None or quick_by_hand:
-            mask = unseen(length, sliding_window, q)[common:] if causal else None
+            mask = documents.unseen(length, common, sliding_window, q) if causal else None
             out = attention_by_hand(q, k, v, mask, scaling, dropout, softcap, s_aux)
         else:
-            mask = unseen(length, sliding_window, q)[common:] if windowed or common else None
+            mask = documents.unseen(length, common, sliding_window, q) if windowed or common else None
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and length > 1,
                 scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
@@ -119,15 +131,6 @@ def unpacked(x, n):
     """[1, heads, n x t, width] -> [n, heads, t, width]"""
     _, heads, positions, width = x.shape
     return x.reshape(heads, n, positions // n, width).transpose(0, 1)
-
-
-def unseen(length, window, like):
-    """[length, length] of the type of `like`, to be added to scores: -inf where position i does not see position j.
-
-    It sees none after it and, with a window, so many of the latest only, itself among them.
-    """
-    never = like.new_full((length, length), -torch.inf)
-    return never.triu(1) + never.tril(-window) if window else never.triu(1)
 
 
 def attention_by_hand(q, k, v, mask, scaling, dropout, softcap, sinks):

@@ -89,10 +89,12 @@ class Trial:
 def few(rows, tokens):
     """The shortest of the first rows, so many that they have at most so many tokens; two at least.
 
-    Of a row with more than half of the tokens a part of so many, with its first target in the middle.
+    Rows that share their beginnings are taken by prompt. Of a row with more than half of the tokens a part of so many, with
+    its first target in the middle.
     """
     parts = []
-    for i in range(min(len(rows), 4 * ROWS)):
+    order = np.argsort(rows.prompts, kind="stable") if rows.share else np.arange(len(rows))
+    for i in order[: 4 * ROWS]:
         begin, end = rows.offsets[i : i + 2]
         if end - begin > tokens // 2:
             begin = max(begin, begin + np.flatnonzero(is_target(rows.targets[begin:end]))[0] - tokens // 4)
@@ -413,9 +415,12 @@ def shared(trial):
     if not trial.config.data.share_prompts:
         return None
     data = trial.relaid(share=True)
-    once, of = (sum(map(sum, values)) for values in zip(*((b.shared, b.lengths) for b in data.batch_at(0))))
+    (batch,) = data.batch_at(0)
+    once = f"{sum(batch.shared)} of {sum(batch.lengths)} tokens are another row's"
+    if not any(batch.shared):
+        return WARN, f"{once}: none of the rows that are looked at begin alike"
     found = apart(trial.gradients(data)[0], trial.gradients()[0])
-    return judged(found, trial.tolerance, f"{once} of {of} tokens are another row's; relative difference of the gradients")
+    return judged(found, trial.tolerance, f"{once}, relative difference of the gradients")
 
 
 def after_evaluation(trial):

@@ -52,7 +52,7 @@ class DataConfig:
     eval_data: list[str] = key([], "held-out files; without them eval_fraction of the training data is held out")
     eval_fraction: float = key(0.1, "share of the prompts held out where there is no eval_data", above=0, high=0.9)
     max_length: int = key(2048, "tokens an example may have", low=2)
-    share_prompts: bool = key(False, "answers to one prompt come in one step, and what they have in common is read once")
+    share_prompts: bool = key(False, "rows of one prompt come together, and the beginning they have in common is read once")
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
     label_max: float = key(1.0, "labels are 0..label_max in the files and are divided by it", above=0)
     prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for models that read from left to right")

@@ -96,15 +96,15 @@ class Rows:
     def lengths(self, indices):
         return self.offsets[indices + 1] - self.offsets[indices]
 
-    def batch(self, indices, packed=True, asked=True):
-        """The micro-batch of these rows, in this order; with their targets, if `asked`."""
+    def batch(self, indices, packed=True, asked=True, apart=False):
+        """The micro-batch of these rows, in this order; with their targets, if `asked`; sharing nothing, if `apart`."""
         indices = np.asarray(indices)
         lengths = self.lengths(indices)
         where = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices])
         positions = np.concatenate([np.arange(length) for length in lengths])
         targets = self.targets[where]
         has_target = is_target(targets) & asked
-        shared = self.shared(indices) if packed else [0] * len(indices)
+        shared = self.shared(indices) if packed and not apart else [0] * len(indices)
         if packed:
             shape, place = (1, len(where) - sum(shared)), places(lengths, shared)
         else:
@@ -134,8 +134,14 @@ class Rows:
         """Of each of the rows how many of its first tokens are those of the row before it; 0 unless rows `share`."""
         if not self.share:
             return [0] * len(indices)
-        tokens = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in indices]
-        return [0, *(alike(one, other) for one, other in pairwise(tokens))]
+        return [0, *(alike(one, other) for one, other in pairwise(map(self.tokens_of, indices)))]
+
+    def tokens_of(self, i):
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+    def by_beginning(self, indices):
+        """The rows in an order in which those that begin alike are neighbours."""
+        return np.array(sorted(indices, key=lambda i: self.tokens_of(i).tobytes()), np.int64)
 
     def num_targets(self, indices):
         return sum(int(is_target(self.targets[self.offsets[i] : self.offsets[i + 1]]).sum()) for i in indices)
@@ -152,8 +158,7 @@ class Rows:
         """
         indices = np.asarray(indices, np.int64)
         if packed and self.share:
-            order = sorted(indices, key=lambda i: self.tokens[self.offsets[i] : self.offsets[i + 1]].tobytes())
-            indices = np.array(order, np.int64)
+            indices = self.by_beginning(indices)
         elif not packed:
             indices = indices[np.argsort(self.lengths(indices), kind="stable")]
         lengths = self.lengths(indices)
@@ -232,15 +237,20 @@ class TrainingData:
         if step is None:  # the two largest; the second meets the gradients of the first
             mine = sorted(mine, key=lambda group: -self.rows.lengths(np.array(group, np.int64)).sum())[:2]
         shortest = rows[self.rows.lengths(rows).argmin()]
-        return [self.rows.batch(group or [shortest], self.packed, asked=bool(group)) for group in mine]
+        apart = step is None  # or they would not be the largest that a step can have
+        return [self.rows.batch(group or [shortest], self.packed, bool(group), apart) for group in mine]
 
     def dealt(self, rows):
         """The rows of each process's micro-batches, dealt by length so that all are done at about the same time.
 
-        Those of one prompt go to one process, if they share it.
+        Where rows share their beginnings those that begin alike stay together.
         """
-        unit = np.unique(self.rows.prompts[rows], return_inverse=True)[1] if self.share else np.arange(len(rows))
-        owner = deal(np.bincount(unit, self.rows.lengths(rows)), self.world)[unit]
+        if self.share:
+            rows = self.rows.by_beginning(rows)
+            lengths = self.rows.lengths(rows)
+            owner = (lengths.cumsum() - lengths / 2) * self.world // lengths.sum()
+        else:
+            owner = deal(self.rows.lengths(rows), self.world)
         return [self.rows.groups(rows[owner == i], self.max_tokens, self.packed) for i in range(self.world)]
 
     def halve(self, step):
@@ -284,7 +294,7 @@ class TrainingData:
         order = shuffle(self.seed, epoch, len(prompts))
         if self.share:
             _, first, prompt = np.unique(prompts, return_index=True, return_inverse=True)
-            order = np.argsort(order[first[prompt]], kind="stable")
+            order = np.lexsort((order, order[first[prompt]]))
         return order
 
     def evaluation(self):

@@ -79,6 +79,12 @@ def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task)
     assert found.keys() == {*check.DATA, *check.MODEL} - skipped
 
 
+def test_rows_that_share_nothing_show_nothing(configure, lines, tmp_path):
+    chains = [chain(i, prompt=chr(ord("A") + i) + "pples {}") for i in range(26)]
+    settings = {"train_data": write(tmp_path / "t", chains), "eval_data": write(tmp_path / "e", chains[:4])}
+    assert lines(configure(True, share_prompts=True, **settings))["shared = apart"] == "WARN"
+
+
 def test_a_head_alone_passes(configure, lines):
     found = lines(configure(True, lora_r=0))
     assert {*found.values()} == {"PASS"}, found

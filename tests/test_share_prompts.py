@@ -94,15 +94,46 @@ def test_prompts_with_many_answers_come_no_earlier_than_others(configure):
     assert abs(np.mean(places) - 19.5) < 1.0  # of 2,000 places with a standard deviation of 11.5: four times the mean's
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_have_each_row_once_and_all_of_a_prompt_in_one_of_them(configure, write, world):
-    settings = {"world": world, "share_prompts": True, "batch_size": 8, "gradient_accumulation_steps": 6 // world}
-    path = write("score")
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_processes_have_each_row_once_about_as_much_of_it_and_prompts_whole_where_they_can(configure, write, world):
+    path, settings = write("score"), {"world": world, "share_prompts": True}
     parts = [data_of(configure, path, rank=rank, **settings)[1] for rank in range(world)]
+    for part in parts:
+        part.examples_per_step = ANSWERS * PROMPTS
     rows = [[row for batch in part.batch_at(0) if batch.num_targets for row in batch.rows] for part in parts]
-    prompts = [{*parts[0].rows.prompts[of_rank].tolist()} for of_rank in rows]
     assert sorted(row for of_rank in rows for row in of_rank) == [*range(ANSWERS * PROMPTS)]
-    assert sum(map(len, prompts)) == len(set.union(*prompts)) == PROMPTS
+    prompts = [{*parts[0].rows.prompts[of_rank].tolist()} for of_rank in rows]
+    assert sum(map(len, prompts)) <= PROMPTS + world - 1  # at most one is cut where a process's part ends
+    sizes = [parts[0].rows.lengths(np.array(of_rank)).sum() for of_rank in rows]
+    assert max(sizes) - min(sizes) <= 2 * parts[0].rows.lengths(np.arange(ANSWERS * PROMPTS)).max()
+
+
+def test_the_rows_tried_before_the_first_step_are_no_fewer_positions_than_any_step_has(configure):
+    """The longest are answers to one prompt: shared, they would be a small micro-batch."""
+    prompt = [*range(20, 80)]
+    alike = [(Row([*prompt, i], [NO_TOKEN] * 59 + [i, NO_TOKEN], prompt=1), 0) for i in range(8)]
+    others = [(Row([*range(100 * i, 100 * i + 40)], [5] * 39 + [NO_TOKEN], prompt=i), 0) for i in range(2, 18)]
+    rows = Rows.of([*alike, *others], "lm")
+    settings = {"max_length": 64, "batch_size": 4, "gradient_accumulation_steps": 2}
+    data = TrainingData(rows, rows, configure(False, task="lm", share_prompts=True, **settings))
+    tried = max(batch.tokens.numel() for batch in data.batch_at(None))
+    assert tried >= max(batch.tokens.numel() for step in range(6) for batch in data.batch_at(step)) > 61 + 7
+
+
+def test_windows_of_a_text_are_prompts_of_their_own(configure, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"Line {i} of a long text.\n" for i in range(300)))
+    _, data = data_of(configure, str(path), "lm", share_prompts=True, max_length=32)
+    assert len({*data.rows.prompts.tolist()}) == len(data.rows) > 50
+    order = data.order(0, 0).tolist()
+    assert sorted(order) == [*range(len(order))] != order
+
+
+def test_a_mask_holds_the_positions_of_its_own_document_only():
+    """An attention that keeps its mask for the backward pass would else keep one of the whole length squared."""
+    documents = Documents([7, 9], [0, 8])
+    mask = documents.unseen(9, 8, None, torch.zeros(1))
+    assert mask.untyped_storage().nbytes() == 4 * 9 and documents.unseen(9, 8, None, torch.zeros(1)) is mask
 
 
 def test_rows_that_are_equal_or_begin_another_are_read_once(configure, write):
