@@ -54,10 +54,9 @@ def render(examples, tokenizer, task, data, causal):
     else:
         results = one_way_rows(examples, tokenizer, task, data)
     for example, rendered in zip(examples, results):
-        for i, row in enumerate(rendered.rows):  # each window of a text is a prompt of its own
-            row.weight = example.weight
-            prompt = hashlib.blake2b(f"{i} {example.subject}".encode(), digest_size=8)
-            row.prompt = int.from_bytes(prompt.digest(), signed=True)
+        prompt = int.from_bytes(hashlib.blake2b(example.subject.encode(), digest_size=7).digest())
+        for i, row in enumerate(rendered.rows):
+            row.weight, row.prompt = example.weight, prompt + i  # each window of a text is a prompt of its own
     return results
 
 
