@@ -46,7 +46,7 @@ def families():
     rows = []
     for family in tqdm([*PACKED, *PADDED, *ENCODERS], desc="families"):
         with tempfile.TemporaryDirectory() as folder:
-            apart = packed_differences(family, Path(folder) / "full")
+            apart = packed_differences(family, Path(folder) / "full", packed=None if family not in PADDED else False)
             targets = ["in_proj"] if family == "Mamba" else "all-linear"
             injected, merged, loaded, _ = lora_differences(family, Path(folder) / "lora", targets)
         laid_out = "padded" if family in PADDED else "packed"

@@ -185,25 +185,27 @@ def add_tokens(model, tokenizer, tokens):
         model.resize_token_embeddings(len(tokenizer))
 
 
-def load_task(config, dtype):
+def load_task(config, dtype, packed=None):
     """The base of `config` with the head its task needs, on the CPU, weights in `dtype`, trainable. Raises UserError.
 
     With `init_from = "scratch"` the weights are random (seeded), in the shape that the base's config.json gives.
+    Rows are packed where the model's attention can be told where documents end, unless `packed` is given.
     """
     base_model, max_length = config.model.base_model, config.data.max_length
     shape, base_dtype, tokenizer = load_shape(base_model)
     if shape.is_encoder_decoder:
         raise UserError(f"base_model {base_model}: an encoder-decoder; expected a decoder or an encoder.")
     problems = []
-    for packed in (True, False):  # what cannot be packed is padded
+    layouts = (True, False) if packed is None else (packed,)  # what cannot be packed is padded
+    for layout in layouts:
         try:
             settings = config.model.head_dropout, config.model.score_loss
-            task = Task(build(config, shape, tokenizer, dtype, packed), tokenizer, base_dtype, *settings)
+            task = Task(build(config, shape, tokenizer, dtype, layout), tokenizer, base_dtype, *settings)
             if config.model.task == "lm" and not task.causal:
                 raise UserError(
                     f"base_model {base_model}: an encoder sees what it would have to predict; use --task score."
                 )
-            task.packed = packed
+            task.packed = layout
             problem = disagreement(task)
         except KeyError as error:  # of a model that knows its own kinds of attention only
             problem = f"it has no attention {error}"
