@@ -2,8 +2,9 @@
 
     python benchmarks/same_numbers.py [COMMIT]      (the parent of what is checked out, where none is given)
 
-The commands are those of tests/golden_losses.json, 20 steps each. Compared are all metrics of all steps but times, and
-every tensor of the last checkpoint (weights and optimizer). What differs is named, and the exit status is then 1.
+The configurations are those of tests/golden/, 20 steps each; both trees are given the files of this one. Compared are all
+metrics of all steps but times, and every tensor of the last checkpoint (weights and optimizer). What differs is named, and
+the exit status is then 1.
 """
 
 import json
@@ -17,18 +18,18 @@ from common import ROOT, metrics
 from safetensors.torch import load_file
 import torch
 
+GOLDEN = ROOT / "tests" / "golden"
 STEPS = ["--max_steps=20", "--eval_steps=10", "--logging_steps=1", "--experiment_name=run"]
 TIMES = ("timestamp", "train/tokens_per_second")
 
 
-def found(tree, command, folder):
-    """{name: number or tensor} of everything that a command computes in `tree`."""
-    script, *flags = command.split()
+def found(tree, script, config, folder):
+    """{name: number or tensor} of everything that a script computes in `tree` with a configuration file."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PLAINLORA_CACHE": str(folder / "cache")}
-    arguments = [sys.executable, script, *flags, *STEPS, f"--output_dir={folder}"]
+    arguments = [sys.executable, script, f"--config={config}", *STEPS, f"--output_dir={folder}"]
     done = subprocess.run(arguments, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{command}\nin {tree}: {done.stderr.strip().splitlines()[-1]}")
+        sys.exit(f"{script} --config {config}\nin {tree}: {done.stderr.strip().splitlines()[-1]}")
     lines = metrics(folder / "run")
     numbers = {f"step {line['step']} {key}": value for line in lines for key, value in line.items() if key not in TIMES}
     checkpoint = folder / "run" / "checkpoints" / "checkpoint_step_20"
@@ -57,9 +58,10 @@ def main(commit="HEAD^"):
         tree.mkdir()
         files = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
         subprocess.run(["tar", "-x", "-C", tree], input=files, check=True)
-        for name, golden in json.loads((ROOT / "tests" / "golden_losses.json").read_text()).items():
-            runs = ((tree, Path(folder) / name / "before"), (ROOT, Path(folder) / name / "now"))
-            before, now = (found(where, golden["command"], output) for where, output in runs)
+        for name, golden in json.loads((GOLDEN / "losses.json").read_text()).items():
+            config = GOLDEN / f"{name}.toml"
+            before = found(tree, golden["script"], config, Path(folder) / name / "before")
+            now = found(ROOT, golden["script"], config, Path(folder) / name / "now")
             said = {key: difference(before.get(key), now.get(key)) for key in [*now, *(before.keys() - now.keys())]}
             lines = [f"    {key}: {text}" for key, text in said.items() if text]
             print(f"{name}: {len(lines)} of {len(said)} differ" if lines else f"{name}: equal ({len(said)} values)")
