@@ -23,7 +23,7 @@ import sys
 from lora import retrieval
 from lora.checksums import require_as_written, verify_artifact
 from lora.command_line import Parser, add_flags, set_given
-from lora.config import Config, from_dict, max_batch_tokens, read_file, saved_config, tables_of
+from lora.config import Config, from_file, max_batch_tokens, saved_config, tables_of
 from lora.errors import UserError, one_line_errors, require_one_process
 from lora.readers import Example, read, read_data
 from lora.text_metrics import Question, check_patterns, means, passes, read_questions, rouge_scorer, scores
@@ -31,7 +31,7 @@ from lora.text_metrics import Question, check_patterns, means, passes, read_ques
 KEYS = (
     *("base_model", "task", "max_length", "label_max", "batch_size", "seed", "device", "dtype"),
     *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
-    *("max_steps_per_example", "neutral_label", "share_prompts", "threshold", "tune_threshold_on"),
+    *("max_steps_per_example", "neutral_label", "threshold", "tune_threshold_on"),
 )
 
 
@@ -75,7 +75,7 @@ def read_arguments(argv):
         require_as_written(arguments.checkpoint)
         config = saved_config(arguments.checkpoint)
     else:
-        config = from_dict(read_file(arguments.config), arguments.config) if arguments.config else Config()
+        config = from_file(arguments.config) if arguments.config else Config()
     whole = whole_model(arguments.checkpoint)
     if whole and arguments.base_model:
         raise UserError(f"--base_model {arguments.base_model}: {arguments.checkpoint} holds a whole model; leave it out.")

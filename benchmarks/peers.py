@@ -78,9 +78,9 @@ PEERS = {
 
 @dataclass
 class Work:
-    """Some steps of training. data: "mixed", "dense" or "solutions", synthetic rows, or a file below PLAINLORA_DATA.
+    """Some steps of training. data: "mixed" or "dense", synthetic rows, or a file below PLAINLORA_DATA.
 
-    With task "score" the steps of `batch` chains (or of 32 solutions) are scored, all of them in every step of training.
+    With task "score" the steps of `batch` chains are scored, all of them in every step of training.
     """
 
     shape: str
@@ -103,7 +103,6 @@ FULL = ["ours", "Trainer, bf16 over fp32 weights", "Trainer, bf16 over fp32 weig
 FULL += ["Trainer, defaults (fp32)"]
 FP32 = ["ours, fp32", "Trainer, defaults (fp32)", "Trainer, fp32, halves by length", "Trainer, fp32, freed memory kept"]
 ROWS = {"ours, a row for each step": {"dtype": "bfloat16", "train_data": "prefixes.jsonl"}}
-SHARED = {"ours, --share_prompts": {"dtype": "bfloat16", "share_prompts": "true"}}
 QLORA = {"ours, base in 4 bits": {"dtype": "bfloat16", "load_in_4bit": "true"}}
 QUARTERS = {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520}  # of 1,040 tokens
 WAYS = {"ours, in quarters": QUARTERS, "ours, --compile": {"dtype": "bfloat16", "compile": "true"}}
@@ -131,7 +130,6 @@ WORKS = {
         "0.5b", "mixed", ["ours", *HALVES, TRAINER[0], TRAINER[2], TRL[0]], steps=4, batch=4, ours=HALVES, tolerance=0.015
     ),
     "steps": Work("small", "prmbench_train/prmbench_train.jsonl", ["ours", *ROWS], task="score", ours=ROWS),
-    "solutions": Work("small", "solutions", [*SHARED, "ours"], task="score", ours=SHARED),
     "qlora": Work("small", "mixed", ["ours", *QLORA], ours=QLORA, tolerance=0.1),
 }
 
@@ -190,9 +188,7 @@ def numbered_words(vocabulary):
 def write_data(work, folder, vocabulary):
     """train.jsonl, eval.jsonl, and of chains prefixes.jsonl, in which each of their steps ends a row of its own."""
     count = work.steps * work.batch if work.task == "lm" else work.batch
-    if work.data == "solutions":
-        rows, count = list(solutions(36, vocabulary)), 32
-    elif "/" not in work.data:
+    if "/" not in work.data:
         rows = list(synthetic_rows(work.data, count + 4, vocabulary))
     else:
         lines = (Path(os.environ["PLAINLORA_DATA"]) / work.data).read_text().splitlines()
@@ -221,18 +217,6 @@ def synthetic_rows(kind, count, vocabulary):
         cut = round(0.6 * length)
         chat = {"prompt": " ".join(words[:cut]), "completion": " ".join(words[cut:])}
         yield chat if kind == "mixed" else {"text": " ".join(words)}
-
-
-def solutions(count, vocabulary):
-    """Chains of 400 words in 4 steps; the first 200 are a problem that 8 of them have in common."""
-    import numpy as np
-
-    draw = np.random.default_rng(0)
-    for i in range(count):
-        if i % 8 == 0:
-            prompt = " ".join(f"w{n}" for n in draw.integers(2, vocabulary, 200))
-        steps = [" ".join(f"w{n}" for n in draw.integers(2, vocabulary, 50)) for _ in range(4)]
-        yield {"prompt": prompt, "steps": steps, "labels": draw.random(4).round(3).tolist()}
 
 
 def write_rows(path, rows):

@@ -3,8 +3,6 @@
 A micro-batch is one row with documents end to end. `packed_attention` runs one attention call per document, or on a GPU
 FlashAttention over all of them, so no document sees another and no mask over the whole row is built. It is registered
 under the name "packed" and gets the keyword `documents`, which transformers hands through from `model(...)`.
-A document may share its beginning with the one before it: then the row has its own part only, and its keys and values
-are put together.
 """
 
 from itertools import groupby
@@ -20,39 +18,24 @@ SHORT = 512  # positions up to which plain matrix products beat SDPA in bfloat16
 
 
 class Documents:
-    """The documents of a row; in an object, as torch.compile looks into a list and compiles for each anew.
+    """The lengths of a row's documents; in an object, as torch.compile looks into a list and compiles for each anew."""
 
-    lengths: of the documents; shared: of each, how many of its first positions are those of the one before it.
-    """
-
-    def __init__(self, lengths, shared=None):
-        self.runs = []  # (n, length, shared): n neighbours of one length (the windows of a text), or one that shares
-        for (length, common), alike in groupby(zip(lengths, shared or [0] * len(lengths))):
-            n = len(list(alike))
-            self.runs += [(n, length, 0)] if not common else [(1, length, common)] * n
-        self.runs = [run for run in self.runs if run[2] < run[1]]  # of one that is all in the one before, no position
-        self.sizes = [n * length - common for n, length, common in self.runs]  # in the row
-        self.share = any(common for _, _, common in self.runs)
+    def __init__(self, lengths):
+        self.lengths = lengths
+        self.runs = [(len(list(alike)), length) for length, alike in groupby(lengths)]  # n neighbours of one length
+        self.sizes = [n * length for n, length in self.runs]
         self.masks = {}
 
-    def unseen(self, length, common, window, like):
-        """[length - common, length] of the type of `like`, to be added to scores: -inf where a position is not seen.
+    def unseen(self, length, window, like):
+        """[length, length] of the type of `like`, to be added to scores: -inf where a position is not seen.
 
         It is not by those before it and, with a window, by those so many places after it. Every layer gets the same mask.
         """
-        key = length, common, window, like.dtype
+        key = length, window, like.dtype
         if key not in self.masks:
-            never = like.new_full((length - common, length), -torch.inf)
-            self.masks[key] = never.triu(1 + common) + never.tril(common - window) if window else never.triu(1 + common)
+            never = like.new_full((length, length), -torch.inf)
+            self.masks[key] = never.triu(1) + never.tril(-window) if window else never.triu(1)
         return self.masks[key]
-
-    def whole(self, x):
-        """x [1, heads, T, width] -> for each run [1, heads, n x length, width], what its documents share put before."""
-        parts, before = [], x
-        for own, (_, length, common) in zip(x.split(self.sizes, 2), self.runs):
-            parts.append(torch.cat([before[:, :, :common], own], 2) if common else own)
-            before = parts[-1][:, :, -length:]  # the last document
-        return parts
 
 
 @torch.compiler.disable
@@ -76,21 +59,19 @@ def packed_attention(
     if torch.is_autocast_enabled(device):  # where weights are fp32, rotary embeddings have made queries and keys so
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     documents = documents or Documents([query.shape[2]])
-    if documents.share and not causal:
-        raise ValueError("packed attention shares beginnings in causal models only")
     if has_flash(query, value) and not (dropout or softcap or s_aux is not None):
-        return flash(query, key, value, documents, scaling, causal, sliding_window)[None], None
+        return flash(query, key, value, documents.lengths, scaling, causal, sliding_window)[None], None
     outputs = []
-    queries = query.split(documents.sizes, 2)
-    for (n, length, common), *parts in zip(documents.runs, queries, documents.whole(key), documents.whole(value)):
+    split = (x.split(documents.sizes, 2) for x in (query, key, value))
+    for (n, length), *parts in zip(documents.runs, *split):
         q, k, v = (unpacked(x, n) for x in parts)
         windowed = bool(sliding_window) and length > sliding_window
         quick_by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= SHORT
         if softcap or s_aux is not None or quick_by_hand:
-            mask = documents.unseen(length, common, sliding_window, q) if causal else None
+            mask = documents.unseen(length, sliding_window, q) if causal else None
             out = attention_by_hand(q, k, v, mask, scaling, dropout, softcap, s_aux)
         else:
-            mask = documents.unseen(length, common, sliding_window, q) if windowed or common else None
+            mask = documents.unseen(length, sliding_window, q) if windowed else None
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and length > 1,
                 scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
@@ -106,23 +87,13 @@ def has_flash(query, value):
     return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] <= 256
 
 
-def flash(query, key, value, documents, scaling, causal, window):
-    """All documents in one call: query [1, heads, T, width], key, value [1, key heads, T, width] -> [T, heads, width].
-
-    Where a document has fewer queries than keys, FlashAttention takes them to be its last positions.
-    """
-    lengths = [length for n, length, _ in documents.runs for _ in range(n)]
-    own = [length - common for n, length, common in documents.runs for _ in range(n)]
-    q_ends, k_ends = (
-        F.pad(torch.tensor(sizes).cumsum(0, dtype=torch.int32), (1, 0)).to(query.device, non_blocking=True)
-        for sizes in (own, lengths)
-    )
-    if documents.share:
-        key, value = (torch.cat(documents.whole(x), 2) for x in (key, value))
+def flash(query, key, value, lengths, scaling, causal, window):
+    """All documents in one call: query [1, heads, T, width], key, value [1, key heads, T, width] -> [T, heads, width]."""
+    ends = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0)).to(query.device, non_blocking=True)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     behind = window - 1 if window else -1  # a window counts the position itself, FlashAttention those before it
     return varlen_attn(
-        q, k, v, q_ends, k_ends, max(own), max(lengths), scale=scaling, window_size=(behind, 0 if causal else -1),
+        q, k, v, ends, ends, max(lengths), max(lengths), scale=scaling, window_size=(behind, 0 if causal else -1),
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
 

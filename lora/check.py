@@ -61,12 +61,12 @@ class Trial:
         self.tolerance = 0.05 if in_4bit else 1e-4  # of the largest number: fp32 sums in another order
         self.started = frozen_sums(task.model)
 
-    def relaid(self, max_tokens=2**40, rank=0, world=1, share=False):
+    def relaid(self, max_tokens=2**40, rank=0, world=1):
         """TrainingData whose step is the few rows, in micro-batches of so many tokens; or a process's part of it."""
-        data = DataConfig(train_data=["the rows"], max_length=self.config.data.max_length, share_prompts=share)
+        data = DataConfig(train_data=["the rows"], max_length=self.config.data.max_length)
         layout = {"examples_per_step": len(self.few), "max_tokens": max_tokens}
-        rows, config = replace(self.few), replace(self.config, data=data)
-        return TrainingData(rows, rows, config, self.task.packed, rank, world, layout)
+        config = replace(self.config, data=data)
+        return TrainingData(self.few, self.few, config, self.task.packed, rank, world, layout)
 
     def gradients(self, data=None):
         """({trained tensor: gradient or None}, loss) of the step."""
@@ -89,12 +89,10 @@ class Trial:
 def few(rows, tokens):
     """The shortest of the first rows, so many that they have at most so many tokens; two at least.
 
-    Rows that share their beginnings are taken by prompt. Of a row with more than half of the tokens a part of so many, with
-    its first target in the middle.
+    Of a row with more than half of the tokens a part of so many, with its first target in the middle.
     """
     parts = []
-    order = np.argsort(rows.prompts, kind="stable") if rows.share else np.arange(len(rows))
-    for i in order[: 4 * ROWS]:
+    for i in range(min(len(rows), 4 * ROWS)):
         begin, end = rows.offsets[i : i + 2]
         if end - begin > tokens // 2:
             begin = max(begin, begin + np.flatnonzero(is_target(rows.targets[begin:end]))[0] - tokens // 4)
@@ -105,7 +103,7 @@ def few(rows, tokens):
     lengths, chosen, _ = zip(*parts)
     at = np.concatenate([np.arange(begin, begin + length) for length, _, begin in parts])
     flat = rows.tokens[at], rows.targets[at], rows.segments[at]
-    of_rows = rows.weights[[*chosen]], np.zeros(len(parts), np.int16), rows.prompts[[*chosen]]
+    of_rows = rows.weights[[*chosen]], np.zeros(len(parts), np.int16)
     return Rows(*flat, np.cumsum([0, *lengths]), *of_rows)
 
 
@@ -410,19 +408,6 @@ def packed(trial):
     return judged(distance(trial.outputs(), alone), trial.tolerance, "largest difference")
 
 
-def shared(trial):
-    """What rows have in common computed once, against each row with all of its own."""
-    if not trial.config.data.share_prompts:
-        return None
-    data = trial.relaid(share=True)
-    (batch,) = data.batch_at(0)
-    once = f"{sum(batch.shared)} of {sum(batch.lengths)} tokens are another row's"
-    if not any(batch.shared):
-        return WARN, f"{once}: none of the rows that are looked at begin alike"
-    found = apart(trial.gradients(data)[0], trial.gradients()[0])
-    return judged(found, trial.tolerance, f"{once}, relative difference of the gradients")
-
-
 def after_evaluation(trial):
     """An evaluation between two steps changes no gradient."""
     before = trial.gradients()[0]
@@ -508,7 +493,6 @@ MODEL = {
     "accumulated = whole": accumulated,
     "two processes = one": ranks,
     "packed = alone": packed,
-    "shared = apart": shared,
     "after an evaluation": after_evaluation,
     "save, load, next step": resumed,
     "PEFT format and back": through_peft,

@@ -52,7 +52,6 @@ class DataConfig:
     eval_data: list[str] = key([], "held-out files; without them eval_fraction of the training data is held out")
     eval_fraction: float = key(0.1, "share of the prompts held out where there is no eval_data", above=0, high=0.9)
     max_length: int = key(2048, "tokens an example may have", low=2)
-    share_prompts: bool = key(False, "rows of one prompt come together, and the beginning they have in common is read once")
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
     label_max: float = key(1.0, "labels are 0..label_max in the files and are divided by it", above=0)
     prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for models that read from left to right")
@@ -209,6 +208,8 @@ ALIASES = {
     "model_name": "base_model",
     "optim": "optimizer",
 }
+# Keys that are no more -> the default they had. A run saved with that default is read as if they had never been.
+RETIRED = {"share_prompts": False}
 # HfArgumentParser's habit: `bf16 = true` chooses the dtype, `bf16 = false` (alone) asks for full precision.
 DTYPE_SWITCHES = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -366,11 +367,34 @@ def read_file(path):
     return tables
 
 
-def from_dict(tables, where):
-    """The configuration saved with a run, from its tables."""
+def from_file(path):
+    """The configuration in a file that a user wrote."""
+    tables = read_file(path)
     config = get_lora_config() if "lora" in tables else Config()
-    set_tables(config, tables, where)
+    set_tables(config, tables, path)
     return config
+
+
+def from_dict(tables, where):
+    """The configuration saved with a run, maybe by an older version, from its tables."""
+    config = get_lora_config() if "lora" in tables else Config()
+    set_tables(config, without_retired(tables, where), where)
+    return config
+
+
+def without_retired(tables, where):
+    """`tables` without the RETIRED keys. Raises UserError where one has another value than its old default."""
+    kept = {}
+    for title, table in tables.items():
+        if not isinstance(table, dict):  # `set_tables` refuses it
+            kept[title] = table
+            continue
+        for name in RETIRED.keys() & table.keys():
+            if table[name] != RETIRED[name]:
+                value = toml_value(table[name])
+                raise UserError(f"{where}: {title}.{name} = {value} was retired; plainlora 0.1.0 reads it.")
+        kept[title] = {name: value for name, value in table.items() if name not in RETIRED}
+    return kept
 
 
 def saved_config(folder):

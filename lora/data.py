@@ -8,7 +8,6 @@ from array import array
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import hashlib
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,8 +35,7 @@ def shuffle(seed, epoch, count):
 class Batch:
     """A micro-batch, with n targets: documents end to end in one row, or one under the other.
 
-    b is 1 and t the sum of the lengths (less what is shared) where documents are packed; else each has a row of its own,
-    padded on the right. A position that documents share can have a target of each.
+    b is 1 and t the sum of the lengths where documents are packed; else each has a row of its own, padded on the right.
     """
 
     tokens: torch.Tensor  # [b, t]
@@ -45,7 +43,6 @@ class Batch:
     segments: torch.Tensor  # [b, t], token types of an encoder, else 0
     rows: list[int]  # which of the Rows the documents are
     lengths: list[int]  # of the documents
-    shared: list[int]  # of each document, how many of its first positions are those of the one before it
     target_positions: torch.Tensor  # [n], indices into b x t
     targets: torch.Tensor  # [n], token ids or scores
     weights: torch.Tensor  # [n], by which their losses are multiplied
@@ -71,15 +68,13 @@ class Rows:
     offsets: np.ndarray  # int64, one more than rows
     weights: np.ndarray  # float32: of each row's losses
     sources: np.ndarray  # int16: of which path each row is
-    prompts: np.ndarray  # int64: the same number in rows of one prompt
-    share = False  # whether the beginnings that rows of a micro-batch have in common are computed once
     features = None  # row -> the hidden states at its targets [n, width], where a frozen backbone's are kept
 
     @classmethod
     def of(cls, rows, task):
         """The arrays of (Row, source) pairs, which may be a generator."""
         tokens, targets = array("i"), array("i" if task == "lm" else "f")
-        segments, offsets, weights, sources, prompts = array("b"), array("q", [0]), array("f"), array("h"), array("q")
+        segments, offsets, weights, sources = array("b"), array("q", [0]), array("f"), array("h")
         for row, source in rows:
             tokens.extend(row.tokens)
             targets.extend(row.targets)
@@ -87,8 +82,7 @@ class Rows:
             offsets.append(len(tokens))
             weights.append(row.weight)
             sources.append(source)
-            prompts.append(row.prompt)
-        return cls(*(np.array(values) for values in (tokens, targets, segments, offsets, weights, sources, prompts)))
+        return cls(*(np.array(values) for values in (tokens, targets, segments, offsets, weights, sources)))
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -96,17 +90,16 @@ class Rows:
     def lengths(self, indices):
         return self.offsets[indices + 1] - self.offsets[indices]
 
-    def batch(self, indices, packed=True, asked=True, apart=False):
-        """The micro-batch of these rows, in this order; with their targets, if `asked`; sharing nothing, if `apart`."""
+    def batch(self, indices, packed=True, asked=True):
+        """The micro-batch of these rows, in this order; with their targets, if `asked`."""
         indices = np.asarray(indices)
         lengths = self.lengths(indices)
         where = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices])
         positions = np.concatenate([np.arange(length) for length in lengths])
         targets = self.targets[where]
         has_target = is_target(targets) & asked
-        shared = self.shared(indices) if packed and not apart else [0] * len(indices)
         if packed:
-            shape, place = (1, len(where) - sum(shared)), places(lengths, shared)
+            shape, place = (1, len(where)), np.arange(len(where))
         else:
             shape = (len(indices), int(lengths.max()))
             place = np.repeat(np.arange(len(indices)), lengths) * shape[1] + positions
@@ -122,26 +115,12 @@ class Rows:
             segments=laid_out(self.segments[where]),
             rows=indices.tolist(),
             lengths=lengths.tolist(),
-            shared=shared,
             target_positions=torch.from_numpy(place[has_target]),
             targets=torch.from_numpy(targets[has_target]).to(torch.int64 if targets.dtype == np.int32 else torch.float32),
             weights=torch.from_numpy(np.repeat(self.weights[indices], lengths)[has_target]),
             sources=torch.from_numpy(np.repeat(self.sources[indices], lengths)[has_target]),
             features=self.features and torch.cat([self.features[i] for i in indices])[: has_target.sum()],
         )
-
-    def shared(self, indices):
-        """Of each of the rows how many of its first tokens are those of the row before it; 0 unless rows `share`."""
-        if not self.share:
-            return [0] * len(indices)
-        return [0, *(alike(one, other) for one, other in pairwise(map(self.tokens_of, indices)))]
-
-    def tokens_of(self, i):
-        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
-
-    def by_beginning(self, indices):
-        """The rows in an order in which those that begin alike are neighbours."""
-        return np.array(sorted(indices, key=lambda i: self.tokens_of(i).tobytes()), np.int64)
 
     def num_targets(self, indices):
         return sum(int(is_target(self.targets[self.offsets[i] : self.offsets[i + 1]]).sum()) for i in indices)
@@ -153,13 +132,10 @@ class Rows:
     def groups(self, indices, max_tokens, packed=True):
         """The rows of each micro-batch.
 
-        Packed rows keep the order, unless they `share`: then those with the same beginning become neighbours. Rows that
-        are not packed are sorted by length, so that little of a micro-batch is padding.
+        Packed rows keep the order; others are sorted by length, so that little of a micro-batch is padding.
         """
         indices = np.asarray(indices, np.int64)
-        if packed and self.share:
-            indices = self.by_beginning(indices)
-        elif not packed:
+        if not packed:
             indices = indices[np.argsort(self.lengths(indices), kind="stable")]
         lengths = self.lengths(indices)
         groups, held = [[]], 0
@@ -171,23 +147,6 @@ class Rows:
                 held = length
             groups[-1].append(i)
         return groups
-
-
-def alike(one, other):
-    """How many tokens both begin with."""
-    shorter = min(len(one), len(other))
-    differ = np.flatnonzero(one[:shorter] != other[:shorter])
-    return int(differ[0]) if len(differ) else shorter
-
-
-def places(lengths, shared):
-    """[sum of the lengths]: where in the packed row each document's positions are."""
-    found, free = [], 0
-    for length, common in zip(lengths, shared):
-        own = np.arange(free, free + length - common)
-        found.append(np.concatenate([found[-1][:common], own]) if common else own)
-        free += len(own)
-    return np.concatenate(found)
 
 
 def is_target(targets):
@@ -216,7 +175,6 @@ class TrainingData:
         if data.weights:
             self.sets = [np.flatnonzero(rows.sources == source) for source in range(len(data.train_paths))]
         self.mix = Mix(data.train_paths, data.weights or [1.0], self.sets)
-        rows.share = held_out.share = self.share = data.share_prompts
         self.order = lru_cache(maxsize=64)(self.order_of)  # kept, because it is asked for at every step
         mixed = len(data.eval_paths) > 1 and (data.eval_data or data.weights or data.only_evaluated)
         self.held_out_sets = {name: source for source, name in enumerate(names_of(data.eval_paths))} if mixed else {}
@@ -237,20 +195,11 @@ class TrainingData:
         if step is None:  # the two largest; the second meets the gradients of the first
             mine = sorted(mine, key=lambda group: -self.rows.lengths(np.array(group, np.int64)).sum())[:2]
         shortest = rows[self.rows.lengths(rows).argmin()]
-        apart = step is None  # or they would not be the largest that a step can have
-        return [self.rows.batch(group or [shortest], self.packed, bool(group), apart) for group in mine]
+        return [self.rows.batch(group or [shortest], self.packed, bool(group)) for group in mine]
 
     def dealt(self, rows):
-        """The rows of each process's micro-batches, dealt by length so that all are done at about the same time.
-
-        Where rows share their beginnings those that begin alike stay together.
-        """
-        if self.share:
-            rows = self.rows.by_beginning(rows)
-            lengths = self.rows.lengths(rows)
-            owner = (lengths.cumsum() - lengths / 2) * self.world // lengths.sum()
-        else:
-            owner = deal(self.rows.lengths(rows), self.world)
+        """The rows of each process's micro-batches, dealt by length so that all are done at about the same time."""
+        owner = deal(self.rows.lengths(rows), self.world)
         return [self.rows.groups(rows[owner == i], self.max_tokens, self.packed) for i in range(self.world)]
 
     def halve(self, step):
@@ -289,13 +238,8 @@ class TrainingData:
         return members[self.order(source, epoch)[number]]
 
     def order_of(self, source, epoch):
-        """The order in which a pass visits the rows of a set. Those of one prompt come together where they share it."""
-        prompts = self.rows.prompts[self.sets[source]]
-        order = shuffle(self.seed, epoch, len(prompts))
-        if self.share:
-            _, first, prompt = np.unique(prompts, return_index=True, return_inverse=True)
-            order = np.lexsort((order, order[first[prompt]]))
-        return order
+        """The order in which a pass visits the rows of a set."""
+        return shuffle(self.seed, epoch, len(self.sets[source]))
 
     def evaluation(self):
         """The micro-batches, for all processes, of the first so many held-out rows of one order, the same for every run."""

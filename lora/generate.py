@@ -135,7 +135,6 @@ def step_scores(examples, task, config, dtype):
     asked = [replace(example, labels=of.tolist()) for example, of in zip(examples, numbers)]  # of each step its number
     rendered = render(asked, task.tokenizer, "score", config.data, task.causal)
     rows = Rows.of(((row, 0) for of in rendered for row in of.rows), "score")
-    rows.share = config.data.share_prompts
     batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed) if len(rows) else []
     scores = np.full(ends[-1], math.nan)
     task.eval()

@@ -214,11 +214,6 @@ def load_task(config, dtype, packed=None):
         problems.append(problem)
     if problem:
         raise UserError(f"base_model {base_model}: {shape.model_type} is not supported: {problems[0]}.")
-    if config.data.share_prompts and not (task.packed and task.causal):
-        raise UserError(
-            f"base_model {base_model}: share_prompts needs one that reads from left to right and whose rows can be packed; "
-            "leave it out."
-        )
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
         take_over(task, weight_files(config.model), config.model.head_tokens)
     longest = (getattr(shape, "max_position_embeddings", None) or max_length) - task.first_position

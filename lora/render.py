@@ -7,7 +7,6 @@ label of the step that ends there (scores). Where nothing is asked it is NO_TOKE
 """
 
 from dataclasses import dataclass, field
-import hashlib
 import sys
 
 from lora.chat import Piece, chat_pieces
@@ -27,7 +26,6 @@ class Row:
     targets: list[int] | list[float]  # as long as tokens
     segments: list[int] | None = None  # token types of an encoder's pair of texts
     weight: float = 1.0  # of its losses
-    prompt: int = 0  # the same number in rows of one prompt
 
 
 @dataclass(slots=True)
@@ -54,9 +52,8 @@ def render(examples, tokenizer, task, data, causal):
     else:
         results = one_way_rows(examples, tokenizer, task, data)
     for example, rendered in zip(examples, results):
-        prompt = int.from_bytes(hashlib.blake2b(example.subject.encode(), digest_size=7).digest())
-        for i, row in enumerate(rendered.rows):
-            row.weight, row.prompt = example.weight, prompt + i  # each window of a text is a prompt of its own
+        for row in rendered.rows:
+            row.weight = example.weight
     return results
 
 

@@ -53,8 +53,7 @@ class Task(nn.Module):
         """What the backbone makes of a micro-batch: [number of its positions, width]."""
         packed = {}
         if self.packed:
-            documents = Documents(batch.lengths, batch.shared)
-            packed = {"position_ids": batch.positions + self.first_position, "documents": documents}
+            packed = {"position_ids": batch.positions + self.first_position, "documents": Documents(batch.lengths)}
             if self.has_segments:
                 packed["token_type_ids"] = batch.segments
         # Padding on the right of a causal model is seen by nobody, so no mask is needed there.

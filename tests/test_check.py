@@ -50,9 +50,9 @@ def chat(i, question="How many are {} boxes of seven pears?", answer="There are 
     return {"messages": [{"role": role, "content": content} for role, content in messages]}
 
 
-def chain(i, labels=(1, 0), prompt="How many are {} and one?"):
+def chain(i, labels=(1, 0)):
     steps = [f"{i}+1={i + 1}", f"so it is {i}"]
-    return {"prompt": prompt.format(i), "steps": steps, "labels": list(labels)}
+    return {"prompt": f"How many are {i} and one?", "steps": steps, "labels": list(labels)}
 
 
 def write(path, rows):
@@ -66,23 +66,14 @@ def write(path, rows):
 def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task):
     settings = {"task": "score" if task == "score" else "lm", **lora}
     if task == "chats":
-        settings["share_prompts"] = True
         settings["train_data"] = write(tmp_path / "train.jsonl", map(chat, range(40)))
         settings["eval_data"] = write(tmp_path / "eval.jsonl", map(chat, range(50, 60)))
     found = lines(configure(bool(lora), **settings))
     assert {*found.values()} == {"PASS"}, found
     skipped = {"lm": {"labels"}, "score": {"tied as declared", "trained end token", "target mask"}}[settings["task"]]
-    if task != "chats":
-        skipped |= {"shared = apart"}
     if not lora:
         skipped |= {"injected = base", "adapter acts", "PEFT format and back", "base unchanged", "merged = unmerged"}
     assert found.keys() == {*check.DATA, *check.MODEL} - skipped
-
-
-def test_rows_that_share_nothing_show_nothing(configure, lines, tmp_path):
-    chains = [chain(i, prompt=chr(ord("A") + i) + "pples {}") for i in range(26)]
-    settings = {"train_data": write(tmp_path / "t", chains), "eval_data": write(tmp_path / "e", chains[:4])}
-    assert lines(configure(True, share_prompts=True, **settings))["shared = apart"] == "WARN"
 
 
 def test_a_head_alone_passes(configure, lines):
@@ -283,9 +274,8 @@ FAULTS = {
     "an untied head": ("tied as declared", in_task(untie)),
     "attention leaks across documents": (
         "packed = alone",
-        in_task(lambda t: setattr(lora.task, "Documents", lambda lengths, shared: Documents([sum(lengths)]))),
+        in_task(lambda t: setattr(lora.task, "Documents", lambda lengths: Documents([sum(lengths)]))),
     ),
-    "a token too many is shared": ("shared = apart", wrapped(lora.data, "alike", lambda count: count + 1)),
     "attention to what is to come": (
         "model as assumed",
         in_task(lambda t: setattr(t.model.model.layers[0].self_attn, "is_causal", False)),
@@ -332,7 +322,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_what_is_computed_is_found(configure, lines, tmp_path, monkeypatch, fault):
     line, plant = FAULTS[fault]
-    settings = {"share_prompts": True, "train_data": write(tmp_path / "t", map(chat, range(40)))}
+    settings = {"train_data": write(tmp_path / "t", map(chat, range(40)))}
     settings["eval_data"] = write(tmp_path / "e", map(chat, range(50, 60)))
     monkeypatch.setattr(lora.task, "Documents", Documents)  # some faults set it; this puts it back
     if callable(plant):

@@ -9,7 +9,7 @@ import tomli
 
 from lora.command_line import read_command_line
 from lora.checksums import write_checksums
-from lora.config import ROOT, Config, from_dict, get_lora_config, keys_of, read_file, saved_config
+from lora.config import RETIRED, ROOT, Config, from_dict, from_file, get_lora_config, keys_of, saved_config, to_toml
 from lora.errors import UserError
 
 NAMED = ["--base_model=m", "--train_data=d"]
@@ -180,6 +180,51 @@ def test_a_state_that_is_none_of_ours_is_one_line(text, tmp_path):
         saved_config(tmp_path)
 
 
+def as_of_an_older_version(folder, name, config, value):
+    """`name` in `folder`, as a run saved it that still had the retired keys."""
+    tables = config.as_dict()
+    tables["data"] |= RETIRED | {"share_prompts": value}
+    text = to_toml(tables) if name.endswith(".toml") else json.dumps({"config": tables})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "training_config.toml"])
+def test_a_retired_key_in_a_saved_configuration_is_left_out_at_its_default_and_refused_else(tmp_path, name):
+    config = read(*NAMED)
+    as_of_an_older_version(tmp_path, name, config, False)
+    assert saved_config(tmp_path) == config
+    as_of_an_older_version(tmp_path, name, config, True)
+    with pytest.raises(UserError) as error:
+        saved_config(tmp_path)
+    assert str(error.value) == f"{tmp_path / name}: data.share_prompts = true was retired; plainlora 0.1.0 reads it."
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path):
+    flags = [*NAMED, "--experiment_name=a", f"--output_dir={tmp_path}"]
+    config, checkpoint = read(*flags), tmp_path / "a" / "checkpoints" / "checkpoint_step_4"
+    for value in (False, True):
+        as_of_an_older_version(checkpoint, "trainer_state.json", config, value)
+        write_checksums(checkpoint)
+        for resumed in ([f"--resume_from={checkpoint}"], [*flags, "--resume_from=auto"]):
+            if value:
+                with pytest.raises(UserError, match="data.share_prompts = true was retired"):
+                    read(*resumed)
+            else:
+                assert read(*resumed) == config
+
+
+def test_a_retired_key_that_a_user_writes_is_an_unknown_one(tmp_path):
+    assert not RETIRED.keys() & keys_of(get_lora_config()).keys()
+    path = tmp_path / "c.toml"
+    path.write_text("[data]\nshare_prompts = false\n")
+    for reading in (lambda: read("--config", str(path), *NAMED), lambda: from_file(str(path))):
+        with pytest.raises(UserError, match="data.share_prompts: no such key"):
+            reading()
+    with pytest.raises(UserError, match="--share_prompts: no such key"):
+        read(*NAMED, "--share_prompts")
+
+
 def test_full_fine_tuning_refuses_lora_keys(tmp_path):
     with pytest.raises(UserError, match="--lora_r: train.py trains all weights and has no such key; use train_lora.py"):
         read("--lora_r=4", lora=False)
@@ -196,7 +241,7 @@ def test_a_named_folder_that_exists_is_never_written_into(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_config_reads_and_names_nothing_outside_the_repository(path):
-    config = from_dict(read_file(path), str(path))
+    config = from_file(path)
     assert config.model.base_model in ("", "embedded", "assets/char")
     assert all(data.startswith("arithmetic:") for data in [*config.data.train_data, *config.data.eval_data])
 

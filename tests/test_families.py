@@ -72,29 +72,26 @@ def task_of(folder, kind, packed=None):
 
 
 def documents():
-    """Documents of 11, 3, 14 and 16 tokens, the last two with the same first 9, and targets at two thirds of the places."""
+    """Three documents of 11, 3 and 14 tokens, with targets at two thirds of the places."""
     generator = torch.Generator().manual_seed(0)
-    tokens = []
-    for length in (11, 3, 14, 16):
-        before = tokens[:9] if length == 16 else []
-        tokens = before + torch.randint(2048, (length - len(before),), generator=generator).tolist()
+    for length in (11, 3, 14):
+        tokens = torch.randint(2048, (length,), generator=generator).tolist()
         yield Row(tokens, [token if i % 3 else NO_TOKEN for i, token in enumerate(tokens[1:])] + [NO_TOKEN]), 0
 
 
 def packed_differences(family, folder, packed=None):
     """Of the gradients of full fine-tuning, relative to the whole gradient's norm: (documents together - apart, ours -
-    transformers' own forward). Together the last one shares its beginning with the one before it, in a model that can.
-    An encoder's own forward has no loss to compare with. Rows are laid out as `load_task` chooses unless `packed` is given.
+    transformers' own forward). An encoder's own forward has no loss to compare with. Rows are laid out as `load_task`
+    chooses unless `packed` is given.
     """
     kind = "score" if family in ENCODERS else "lm"
     folder = base(family, (PACKED | PADDED | ENCODERS)[family], folder)
     task = task_of(folder, kind, packed)
     assert task.packed or family in PADDED
     rows = Rows.of(documents() if kind == "lm" else scored(), kind)
-    rows.share = task.packed and task.causal
-    together = rows.batch(range(4), task.packed)
-    apart = [rows.batch([i], task.packed) for i in range(4)]
-    assert together.tokens.numel() == (35 if rows.share else 44 if task.packed else 64)
+    together = rows.batch(range(3), task.packed)
+    apart = [rows.batch([i], task.packed) for i in range(3)]
+    assert together.tokens.numel() == (28 if task.packed else 42)
     ours = gradients(task, [together])
     between = largest_difference(ours, gradients(task, apart))
     if kind == "score":
