@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
+from lora.charts import chart, ticks
 from lora.errors import UserError
-from lora.report import chart, main, ticks
+from lora.report import main
 from tests.conftest import run
 from tests.test_check import chat, write
 
