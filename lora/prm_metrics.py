@@ -117,7 +117,7 @@ def best_threshold(examples, scores, source=None):
     return max(thresholds, key=lambda t: Judged.of(examples, scores, t, source).measures()["processbench_f1"])
 
 
-def intervals(scorers, draws=1000, seed=0):
+def intervals(scorers, draws):
     """({name: {measure: [low, high]}}, the same of the first scorer less each other one): 95 %, problems drawn anew.
 
     scorers: {name: Judged} on the same chains. The draws are the same for all, so the differences are paired.
@@ -127,7 +127,7 @@ def intervals(scorers, draws=1000, seed=0):
     for i, subject in enumerate(scorers[first].subjects):
         of_subject[subject].append(i)
     groups, found = list(of_subject.values()), defaultdict(list)
-    for drawn in draws_of(len(groups), draws, seed):
+    for drawn in draws_of(len(groups), draws):
         chains = np.concatenate([groups[i] for i in drawn])
         for name, judged in scorers.items():
             found[name].append(judged.measures(chains))
@@ -211,7 +211,7 @@ def final_answer(example):
     return float(numbers[-1]) if numbers else example.steps[-1].strip().lower()
 
 
-def best_of_n(examples, scores, draws=1000, seed=0):
+def best_of_n(examples, scores):
     """{"min", "product", "last", "mean", "random", "majority", "oracle": (share of right answers, [low, high])}.
 
     Of the solutions of each problem the one with the best score is taken; problems with one solution are left out, and
@@ -235,7 +235,7 @@ def best_of_n(examples, scores, draws=1000, seed=0):
         worth["oracle"].append(right.max())
     result = {}
     for name, values in worth.items():
-        drawn = [np.array(values)[indices].mean() for indices in draws_of(len(values), draws, seed)]
+        drawn = [np.array(values)[indices].mean() for indices in draws_of(len(values))]
         result[name] = (float(np.mean(values)), quantiles(drawn))
     return result
 
