@@ -11,16 +11,14 @@ was trained on a frozen base (lora_r 0) is written with that base.
 
 from dataclasses import replace
 from importlib.util import find_spec
-import json
 from pathlib import Path
 import sys
 
-from lora.command_line import Parser, add_flags, set_given
-from lora.config import LoraConfig, get_lora_config, saved_config
-from lora.errors import UserError, one_line_errors, require_one_process
-
-
-FOUR_BITS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+from lora.common.allocator import keep_memory
+from lora.common.errors import UserError
+from lora.common.exit_status import one_line_errors, require_one_process
+from lora.config.flags import Parser, add_flags
+from lora.config.schema import FOUR_BITS, LoraConfig
 
 
 def read_arguments(argv):
@@ -51,79 +49,34 @@ def read_arguments(argv):
     return arguments
 
 
-if __name__ == "__main__":  # above torch, as in train.py
+if __name__ == "__main__":
+    # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake in the
+    # command line or the data is reported before the seconds that importing torch takes.
+    keep_memory()
     with one_line_errors():
         require_one_process()
         arguments = read_arguments(sys.argv[1:])
 
 import torch
-import transformers
 from transformers import AutoModel
 
-from lora.adapter import load_adapter, write_portable
-from lora.baseline import file_sums, other_base
-from lora.checksums import require_as_written
-from lora.durable import folder_for
+from lora.adapter import load_adapter
+from lora.common.atomic_files import folder_for
+from lora.common.checksums import require_as_written
+from lora.export.merging import (
+    class_for,
+    difference,
+    find_adapter,
+    four_bits_of,
+    load_base,
+    outputs,
+    read_back,
+    save_scorer,
+)
+from lora.export.portable_adapter import write_portable
 from lora.layer import merge
-from lora.model import add_tokens, four_bits, load_shape, load_tokenizer, load_weights
-from lora.quantize import dequantize
-from lora.score_forms import two_rows
-from lora.task import Task
-
-
-def outputs(model, tokens):
-    """What the model says: logits [b, t, vocabulary], or a backbone's hidden states [b, t, width]; fp32."""
-    with torch.no_grad():
-        out = model.eval()(input_ids=tokens)
-    said = out.get("logits", out.get("last_hidden_state"))
-    if said is None:
-        raise UserError(f"{type(model).__name__} gives neither logits nor hidden states, so nothing can be proved of it.")
-    return said.float()
-
-
-def find_adapter(folder, base_model):
-    """(the folder with the adapter's files, the base's name, the configuration of our run or None). Raises UserError.
-
-    Of a head that was trained on the frozen base there is no such folder.
-    """
-    if (folder / "adapter_config.json").is_file():
-        if not base_model:
-            raise UserError(f"--adapter {folder}: an adapter alone does not say which base it is for; add --base_model.")
-        return folder, base_model, None
-    config = saved_config(folder)
-    if not (config.method == "head" or (folder / "lora_adapter").is_dir()):
-        raise UserError(f"--adapter {folder}: there is no lora_adapter/; a fully fine-tuned model needs no merging.")
-    if config.model.init_from == "scratch":
-        raise UserError(f"--adapter {folder}: it was trained on random weights, which no folder holds; use it unmerged.")
-    return folder / "lora_adapter", base_model or config.model.base_model, config
-
-
-def class_for(shape):
-    """The class of transformers that the base says it is. Raises UserError."""
-    architecture = (shape.architectures or ["AutoModelForCausalLM"])[0]
-    if not hasattr(transformers, architecture):
-        raise UserError(f"transformers has no {architecture}, which the base says it is; a newer version may.")
-    return getattr(transformers, architecture)
-
-
-def load_base(model_class, base_model, quantization=None):
-    """The base in fp32: its own weights, or what is left of them in 4 bits."""
-    model = load_weights(model_class, base_model, torch.float32, "sdpa", quantization)
-    if quantization:
-        dequantize(model)
-    return model
-
-
-def four_bits_of(arguments, config):
-    """How the 4-bit base was quantised: as our run says, else as QLoRA is usually done, and the flags above either."""
-    config = config or get_lora_config()
-    set_given(config, arguments, FOUR_BITS)
-    config.lora.load_in_4bit = True
-    return four_bits(config.lora, torch.device("cpu"))
-
-
-def difference(one, other):
-    return (one - other).abs().max().item()
+from lora.model.weights import add_tokens, load_shape, load_tokenizer
+from lora.training.base_integrity import file_sums, other_base
 
 
 def main(arguments):
@@ -154,7 +107,7 @@ def main(arguments):
     if config is not None and (ours / "tokenizer.json").is_file():  # a final artifact's, with its template
         tokenizer = load_tokenizer(str(ours))
     if arguments.gguf:
-        from lora.gguf import gguf_keys, write_gguf  # an extra
+        from lora.export.gguf import gguf_keys, write_gguf  # an extra
 
         gguf_keys(model.config, tokenizer)  # what cannot be written is refused before the work
 
@@ -204,32 +157,6 @@ def main(arguments):
     if arguments.gguf:
         write_gguf(final, Path(arguments.gguf), arguments.gguf_type or "f16")
         print(f"wrote {arguments.gguf}")
-
-
-def read_back(model, model_class, folder):
-    """The model that was written to `folder`. Raises UserError where a weight of it is not that of `model`."""
-    written = load_weights(model_class, str(folder), model.dtype, "sdpa")
-    merged = model.state_dict()
-    if any(not torch.equal(tensor, merged[name]) for name, tensor in written.state_dict().items()):
-        raise UserError(f"{folder}: the written weights are not the merged ones, and are not kept; try another disk.")
-    return written
-
-
-def save_scorer(model, tokenizer, folder, output):
-    """The backbone and the MLP head in `folder` as one model of two classes, in the names of vLLM's reward models.
-
-    `model.*` and `score.0`, `score.2` are what Qwen2ForProcessRewardModel is made of; transformers' AutoModel reads the
-    backbone of it, and eval.py --checkpoint all of it.
-    """
-    task = Task(model, tokenizer)
-    task.load_head(folder)
-    state = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in model.state_dict().items()}
-    state |= {name: tensor.detach() for name, tensor in two_rows(task.head).items()}  # fp32, as it was trained
-    family = type(model).__name__.removesuffix("Model")
-    model.save_pretrained(output, state_dict=state)
-    shape = json.loads((output / "config.json").read_text())
-    shape["architectures"] = [f"{family}ForProcessRewardModel"]
-    (output / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
 
 
 if __name__ == "__main__":

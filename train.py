@@ -9,20 +9,22 @@ micro-batches of a step, a pure function of (seed, step). So the state of a run 
 
 import sys
 
-from lora.allocator import keep_memory
-from lora.command_line import read_command_line
-from lora.config import ROOT, Config
-from lora.errors import Stopped, UserError, one_line_errors, ran_out_of_memory
-from lora.source import Source
+from lora.common.allocator import keep_memory
+from lora.common.errors import Stopped, UserError
+from lora.common.exit_status import one_line_errors
+from lora.common.paths import ROOT
+from lora.config.command_line import read_command_line
+from lora.config.schema import Config
+from lora.data.raw_data import Source
 
-# The command line and the data are read before torch is loaded, so that a mistake in them is answered at once; and the
-# CPU's allocators are set before torch starts (up to half of the time).
 if __name__ == "__main__":
+    # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake in the
+    # command line or the data is reported before the seconds that importing torch takes.
+    keep_memory()
     with one_line_errors():
         command = read_command_line(sys.argv[1:], Config(), ROOT / "configs" / "tiny_full.toml", "Full fine-tuning.")
         source = Source(command.config)
         command.require_same(source.files)
-keep_memory()
 
 from functools import partial
 import math
@@ -30,93 +32,22 @@ import time
 
 import torch
 
-from lora import artifact, baseline, checkpoint, distributed, guard
-from lora.data import TrainingData, seed_for
-from lora.log import without_nan
-from lora.model import autocast, choose_device, choose_dtype, lay_out, load_task, prepare_layers
-from lora.opening import begin, describe_run
-from lora.optimizer import make_optimizer, state_bytes
-from lora.store import tokenised
-from lora.task import keep_features
-
-
-def total_steps(settings, steps_per_epoch):
-    """Where a run ends: max_steps or num_train_epochs, the smaller where both are given; 10000 where neither is."""
-    by_epochs = settings.num_train_epochs and math.ceil(settings.num_train_epochs * steps_per_epoch)
-    return min(filter(None, (settings.max_steps, by_epochs)), default=10000)
-
-
-def learning_rate_at(step, total, settings):
-    """The learning rate of step 0..total-1, as transformers' schedules have it: linear warm-up from 0, then the shape."""
-    warmup = settings.warmup_steps
-    if warmup is None:
-        ratio = settings.warmup_ratio
-        warmup = min(500, total // 20) if ratio is None else math.ceil(ratio * total)
-    if step < warmup:
-        return settings.learning_rate * step / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
-    return settings.learning_rate * shape[settings.lr_scheduler_type]
-
-
-@torch.no_grad()
-def predict(task, batches, device, dtype, method="predict"):
-    """Of every target of `batches`, without dropout: (what the task says by `method` [n, ...], targets [n], data sets [n]).
-
-    The batches are dealt over the processes, and what they say is put together again in the order of the batches.
-    """
-    task.eval()
-    said, targets, sources = [], [], []
-    for i, batch in enumerate(batches):
-        if i % distributed.world() == distributed.rank():
-            with autocast(device, dtype):
-                said.append(getattr(task, method)(batch.to(device)).float())
-        targets.append(batch.targets)
-        sources.append(batch.sources)
-    if 0 < len(targets) % distributed.world() <= distributed.rank():  # this process had a batch less than others
-        with autocast(device, dtype):
-            getattr(task, method)(batch.to(device))  # for the others' sake: sharded weights are gathered by all at once
-    task.train()
-    lengths = [len(one) for one in targets]
-    return distributed.interleaved(said, lengths, device).cpu(), torch.cat(targets), torch.cat(sources)
-
-
-def evaluate(task, data, device, dtype, keep=None):
-    """The head's metrics over the held-out rows, and under a set's name over that set, where data is mixed."""
-    batches = data.evaluation()
-    said, targets, sources = predict(task, batches, device, dtype)
-    if keep:  # what `python -m lora.compare` reads
-        keep(task.head, said, targets, data.held_out, batches)
-    metrics = task.head.metrics(said, targets)
-    for name, source in data.held_out_sets.items():
-        mine = sources == source
-        if mine.any():
-            metrics |= {f"{name}/{key}": value for key, value in task.head.metrics(said[mine], targets[mine]).items()}
-    return metrics
-
-
-def backward(task, data, step, scaler, seed, device, dtype):
-    """Add the gradients of this process's part of a step; returns [its part of the loss, 1 if memory ran out, 1 to stop].
-
-    Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets, over all processes), so
-    that how a step is cut changes nothing.
-    """
-    batches, num_targets = data.batch_at(step), data.num_targets_at(step)
-    totals = torch.zeros(3, device=device)
-    try:
-        for i, batch in enumerate(batches):
-            torch.manual_seed(seed_for(seed, "dropout", step, distributed.place(i)))
-            with autocast(device, dtype):
-                loss_sum, _ = task(batch.to(device))
-            scaler.scale(loss_sum / num_targets).backward()
-            totals[0] += loss_sum.detach() / num_targets
-    except RuntimeError as error:
-        # Where weights are sharded the other processes wait in the middle of a layer: this one cannot go back alone.
-        if not ran_out_of_memory(error) or any(map(distributed.is_sharded, task.parameters())):
-            raise
-        totals[1] = 1
-    totals[2] = guard.received > 0
-    return totals
+from lora.common import signals
+from lora.common.serialization import without_nan
+from lora.data.sampler import TrainingData
+from lora.data.token_cache import tokenised
+from lora.distributed import collectives, process_group, sharding
+from lora.evaluation.predict import evaluate, predict
+from lora.export import artifact
+from lora.model.device import choose_device, choose_dtype
+from lora.model.load import load_task
+from lora.model.placement import lay_out, prepare_layers
+from lora.training import base_integrity, best_checkpoints, checkpoint
+from lora.training.cached_features import keep_features
+from lora.training.gradients import backward, sum_gradients
+from lora.training.optimizer import make_optimizer, state_bytes
+from lora.training.schedule import learning_rate_at, total_steps
+from lora.training.startup import begin, describe_run
 
 
 def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
@@ -138,7 +69,7 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
         step = resumed_at = before["step"]
         without_best, skipped = before["without_best"], before["skipped"]
         scaler.load_state_dict(before["scaler"])
-    best_loss = distributed.of_first(checkpoint.best_loss, folder)  # of no checkpoints where a run branches off
+    best_loss = collectives.of_first(best_checkpoints.best_loss, folder)  # of no checkpoints where a run branches off
 
     def gradients(step):
         """Add the gradients of a step over all processes, in smaller micro-batches if memory runs out.
@@ -147,7 +78,7 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
         """
         while True:
             totals = backward(task, data, step, scaler, settings.seed, device, dtype)
-            distributed.sum_gradients(parameters, totals)
+            sum_gradients(parameters, totals)
             loss, out_of_memory, stop = totals.tolist()  # here the host waits for the device
             if not out_of_memory:
                 return loss, stop > 0
@@ -170,7 +101,7 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
             metrics = evaluate(task, data, device, dtype, partial(log.examples, step))
             log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
         if metrics and step > 0:
-            save = distributed.of_first(checkpoint.enters_best, folder, metrics["loss"])
+            save = collectives.of_first(best_checkpoints.enters_best, folder, metrics["loss"])
             without_best += 1
             if metrics["loss"] < best_loss:
                 best_loss, without_best = metrics["loss"], 0
@@ -183,7 +114,7 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
             state |= data.layout | {"config": config.as_dict(), "facts": facts, "val": metrics and without_nan(metrics)}
             checkpoint.save(folder, step, task, optimizer, state)
         if stop:
-            raise guard.stopped(step)
+            raise signals.stopped(step)
         if last:
             break
 
@@ -194,7 +125,7 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
         # 4. Clip, stop (or skip the step) before the update if anything is not finite, set the learning rate, step.
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
-        grad_norm = distributed.whole(norm).item()
+        grad_norm = sharding.whole(norm).item()
         learning_rate = learning_rate_at(step, total, settings)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
@@ -225,30 +156,30 @@ def run(task, command, source, device, dtype):
     if config.model.init_from not in ("", "scratch") and not command.resume_from:
         task.start_from(config.model.init_from)
     rows, held_out, of_data = tokenised(source, task)
-    before = checkpoint.read_state(command.resume_from) if command.resume_from else None
-    data = TrainingData(rows, held_out, config, task.packed, distributed.rank(), distributed.world(), before)
+    before = best_checkpoints.read_state(command.resume_from) if command.resume_from else None
+    data = TrainingData(rows, held_out, config, task.packed, process_group.rank(), process_group.world(), before)
     total = total_steps(config.training, data.steps_per_epoch)
     if before and before["step"] >= total and not command.auto:
         raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
     prepare_layers(task.model, config.training)
     opening = describe_run(task, config, data, of_data, total, device, dtype)
     if command.check:
-        from lora import check
+        from lora.preflight import check
 
         return check.run(opening, task, source, rows, of_data, config, device, backward, evaluate)
     if command.dry_run:
-        from lora import plan
+        from lora.preflight import dry_run
 
-        return plan.dry_run(opening, task, data, config, total, device, dtype, backward, evaluate)
+        return dry_run.dry_run(opening, task, data, config, total, device, dtype, backward, evaluate)
     lay_out(task, config, device, dtype)
     log, base, facts = begin(opening, task, command, source, before, device, dtype)
     keep_features(task, data, total, config, partial(predict, task, device=device, dtype=dtype, method="at_targets"))
-    with guard.watching():
+    with signals.watching():
         train(task, data, config, log, device, dtype, total, facts, command.resume_from)
-    distributed.stop()
-    if distributed.rank() > 0:
+    process_group.stop()
+    if process_group.rank() > 0:
         return None
-    log.say(baseline.compare(base, baseline.measure(task, config)))
+    log.say(base_integrity.compare(base, base_integrity.measure(task, config)))
     results = artifact.conclude(task, config, log, base["files"], source.files, device, started)
     log.close()
     return results
@@ -256,7 +187,7 @@ def run(task, command, source, device, dtype):
 
 def main(command, source):
     device = choose_device(command.config.training.device)
-    distributed.start(device)
+    process_group.start(device)
     dtype = choose_dtype(command.config, device)
     task = load_task(command.config, torch.float32)
     return run(task, command, source, device, dtype)

@@ -9,12 +9,18 @@ The loop, the data, the heads, checkpoints and evaluation are train.py's. What f
 
 import sys
 
-from lora.command_line import read_command_line
-from lora.config import ROOT, get_lora_config
-from lora.errors import UserError, one_line_errors
-from lora.source import Source
+from lora.common.allocator import keep_memory
+from lora.common.errors import UserError
+from lora.common.exit_status import one_line_errors
+from lora.common.paths import ROOT
+from lora.config.command_line import read_command_line
+from lora.config.schema import get_lora_config
+from lora.data.raw_data import Source
 
-if __name__ == "__main__":  # above torch, as in train.py
+if __name__ == "__main__":
+    # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake in the
+    # command line or the data is reported before the seconds that importing torch takes.
+    keep_memory()
     with one_line_errors():
         command = read_command_line(
             sys.argv[1:], get_lora_config(), ROOT / "configs" / "tiny_lora.toml", "LoRA fine-tuning."
@@ -22,20 +28,21 @@ if __name__ == "__main__":  # above torch, as in train.py
         source = Source(command.config)
         command.require_same(source.files)
 
-from train import run  # before torch: it sets the allocators
-
 import torch
 
-from lora import distributed
-from lora.data import seed_for
+from lora.common.seeds import seed_for
+from lora.distributed import process_group
 from lora.layer import inject
-from lora.model import choose_device, choose_dtype, disagreement, load_task
+from lora.model.compatibility import disagreement
+from lora.model.device import choose_device, choose_dtype
+from lora.model.load import load_task
+from train import run
 
 
 def main(command, source):
     config, lora = command.config, command.config.lora
     device = choose_device(config.training.device)
-    distributed.start(device)
+    process_group.start(device)
     dtype = choose_dtype(config, device)
     task = load_task(config, dtype)  # frozen weights are kept in the type they are computed in
     if config.method == "head":

@@ -20,7 +20,7 @@ def save_base(folder, model_type="llama", seed=0, **shape):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from lora.foreign import EMBEDDED
+    from lora.common.base_files import EMBEDDED
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **shape)

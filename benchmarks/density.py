@@ -60,10 +60,9 @@ def docstring_lines(tree: ast.Module) -> set[int]:
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             continue
-        first = node.body[0] if node.body else None
-        is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-        if is_text and isinstance(first.value.value, str):
-            lines.update(range(first.lineno, first.end_lineno + 1))
+        if ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            lines.update(range(docstring.lineno, docstring.end_lineno + 1))
     return lines
 
 
@@ -165,9 +164,7 @@ def main(root: Path) -> None:
     if len(path_files) == len(READING_PATH):
         lines = sum(measure(path)["lines"] for path in path_files)
         print(f"reading path: {lines} lines in {len(path_files)} files")
-    print(
-        "compr., inl. if: per 1,000 lines of code; nested: comprehensions in one or with two `for`"
-    )
+    print("compr., inl. if: per 1,000 lines of code; nested: comprehensions in one or with two `for`")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/equalities.py            writes benchmarks/results/equalities.md
 
 The models are tiny and random, in fp32; the adapters' factors are random too, and larger than trained ones. The cases
-and what is measured of them are those of tests/test_adapter_kinds.py and tests/test_families.py.
+and what is measured of them are those of tests/lora/test_adapter_kinds.py and tests/model/test_families.py.
 """
 
 import os
@@ -16,12 +16,11 @@ import tempfile
 import warnings
 
 from common import ROOT
-
 import torch
 from tqdm import tqdm
 
-from tests.test_adapter_kinds import KINDS, differences
-from tests.test_families import ENCODERS, PACKED, PADDED, lora_differences, packed_differences
+from tests.lora.test_adapter_kinds import KINDS, differences
+from tests.model.test_families import ENCODERS, PACKED, PADDED, lora_differences, packed_differences
 
 
 def table(header, rows):

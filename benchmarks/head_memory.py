@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 from common import call
 
-
 TARGETS, VOCABULARY, WIDTH = 8192, 151_936, 896
 
 
@@ -22,8 +21,8 @@ def step(way, trained):
     import torch
     import torch.nn.functional as F
 
-    from lora.heads import LMHead
-    from lora.log import peak_memory
+    from lora.model.heads import LMHead
+    from lora.training.log import peak_memory
 
     torch.manual_seed(0)
     layer = torch.nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(trained)

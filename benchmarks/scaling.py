@@ -44,13 +44,13 @@ def measure(point, dtype):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-    import lora.attention  # noqa: F401  (registers the attention called "packed")
-    from lora.data import Rows
+    from lora.data.batches import Rows
+    from lora.data.tokenise import NO_TOKEN, Row
     from lora.layer import inject
-    from lora.log import peak_memory
-    from lora.render import NO_TOKEN, Row
-    from lora.targets import linear_names
-    from lora.task import Task
+    import lora.model.attention  # noqa: F401  (registers the attention called "packed")
+    from lora.model.task import Task
+    from lora.target_modules import linear_names
+    from lora.training.log import peak_memory
 
     torch.manual_seed(0)
     width, length, kind = point["width"], point["length"], "score" if point["steps"] else "lm"

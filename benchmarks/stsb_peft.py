@@ -22,23 +22,25 @@ import time
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from train import predict, total_steps, train  # before torch: it sets the allocator up, for both sides
-
 import peft
 import torch
 from torch import nn
 from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments
 
-from lora import get_lora_config, inject, metrics
-from lora.config import ROOT
-from lora.data import TrainingData, seed_for, shuffle
-from lora.heads import MLPHead
+from lora import get_lora_config, inject
+from lora.common.paths import ROOT
+from lora.common.seeds import seed_for
+from lora.data.sampler import TrainingData, shuffle
+from lora.data.split import read_data
+from lora.data.token_cache import tokenise
+from lora.evaluation.predict import predict
+from lora.evaluation.statistics import pearson, spearman
 from lora.layer import lora_layers
-from lora.log import Log
-from lora.model import load_task
-from lora.readers import read_data
-from lora.store import tokenise
-
+from lora.model.heads import MLPHead
+from lora.model.load import load_task
+from lora.training.log import Log
+from lora.training.schedule import total_steps
+from train import train  # before torch: it sets the allocator up, for both sides
 
 EQUAL_STEPS = 200  # of part 1
 
@@ -65,7 +67,7 @@ def set_dropout(model, p):
 
 def agreement(said, targets):
     """said [n] of a side, targets [n]."""
-    return {"pearson": metrics.pearson(said.numpy(), targets), "spearman": metrics.spearman(said.numpy(), targets)}
+    return {"pearson": pearson(said.numpy(), targets), "spearman": spearman(said.numpy(), targets)}
 
 
 def ours(config, dropout):

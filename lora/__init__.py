@@ -1,20 +1,42 @@
-"""plainlora from Python. Names are imported when they are first used, so that `import lora.config` does not load torch."""
+"""plainlora from Python.
 
-_HOMES = {
-    "Config": "lora.config",
-    "get_lora_config": "lora.config",
+Names are imported when they are first used (PEP 562), so that `import lora` does not load torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora.adapter import load_adapter, save_adapter
+    from lora.common.checksums import verify_artifact
+    from lora.config.schema import Config, get_lora_config
+    from lora.layer import inject, merge
+
+_MODULES = {
+    "Config": "lora.config.schema",
+    "get_lora_config": "lora.config.schema",
     "inject": "lora.layer",
     "merge": "lora.layer",
     "save_adapter": "lora.adapter",
     "load_adapter": "lora.adapter",
-    "verify_artifact": "lora.checksums",
+    "verify_artifact": "lora.common.checksums",
 }
-__all__ = list(_HOMES)
+__all__ = [
+    "Config",
+    "get_lora_config",
+    "inject",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "verify_artifact",
+]
 
 
-def __getattr__(name):
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lora' has no attribute {name!r}")
-    import importlib
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -11,9 +11,9 @@ from torch import nn
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lora.errors import UserError
-from lora.quantize import dense, dense_weight, is_4bit
-from lora.targets import by_pattern, embeddings_of, matching_names, named_modules, prefix_of, sizes, untie
+from lora.common.errors import UserError
+from lora.quantization import dense, dense_weight, is_4bit
+from lora.target_modules import by_pattern, embeddings_of, matching_names, named_modules, prefix_of, sizes, untie
 
 
 class LoRALinear(nn.Module):

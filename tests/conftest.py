@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from lora.command_line import Command
-from lora.config import Config, get_lora_config, keys_of
-from lora.model import EMBEDDED
-from lora.source import Source
+from lora.common.base_files import EMBEDDED
+from lora.config.command_line import Command
+from lora.config.schema import Config, get_lora_config
+from lora.config.tables import keys_of
+from lora.data.raw_data import Source
 
 os.environ["PLAINLORA_CACHE"] = tempfile.mkdtemp(prefix="plainlora_tests_")
 torch.set_num_threads(1)

@@ -10,10 +10,10 @@ import sys
 import pytest
 from transformers import AutoTokenizer, HeliumConfig, HeliumForCausalLM
 
-from lora.config import ROOT
-from lora.model import EMBEDDED
+from lora.common.base_files import EMBEDDED
+from lora.common.paths import ROOT
 from tests.conftest import script
-from tests.test_families import GROUPED
+from tests.model.test_families import GROUPED
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 EACH = """

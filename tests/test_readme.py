@@ -12,10 +12,12 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from lora.config import DTYPE_SWITCHES, ROOT, get_lora_config, keys_of
-from lora.model import EMBEDDED
+from lora.common.base_files import EMBEDDED
+from lora.common.paths import ROOT
+from lora.config.schema import get_lora_config
+from lora.config.tables import DTYPE_SWITCHES, keys_of
 from tests.conftest import tiny_llama
-from tests.test_step_readers import prm800k_row, prm800k_step, rating
+from tests.data.test_step_readers import prm800k_row, prm800k_step, rating
 
 README = (ROOT / "README.md").read_text()
 SAMPLES = ROOT / "assets" / "samples"
@@ -23,14 +25,14 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "pip install": "the first of the two commands; .ci/run starts from a bare environment with it",
     "pytest": "this suite",
     "python benchmarks/": "minutes each; their results are in benchmarks/results/",
-    "python train_lora.py --lora_r 16": "the default run: tests/test_slow.py",
+    "python train_lora.py --lora_r 16": "the default run: tests/scripts/test_slow.py",
     "python train.py --config configs/tiny_base.toml": "pretraining of a quarter of an hour",
-    "torchrun --nnodes=2": "two machines; tests/test_distributed.py has two processes",
+    "torchrun --nnodes=2": "two machines; tests/distributed/test_distributed.py has two processes",
     "srun torchrun": "Slurm",
-    "vllm serve": "vLLM needs a GPU; tests/test_merge.py holds the folder to transformers",
-    "llama-server": "tests/test_gguf.py reads the file with llama.cpp's library",
+    "vllm serve": "vLLM needs a GPU; tests/export/test_merge.py holds the folder to transformers",
+    "llama-server": "tests/export/test_gguf.py reads the file with llama.cpp's library",
 }
-NOT_RUN_SECTIONS = {"Measured": "runs of minutes, which tests/test_slow.py and benchmarks/ repeat"}
+NOT_RUN_SECTIONS = {"Measured": "runs of minutes, which tests/scripts/test_slow.py and benchmarks/ repeat"}
 RUN = {"Recipes": "lm", "Process reward models": "score", "What it looks like": "score"}  # the task of outputs/RUN
 SHORT = ["--max_steps=2", "--eval_steps=2", "--save_steps=1", "--batch_size=2", "--gradient_accumulation_steps=1"]
 WRITES = ("--output", "--html", "--gguf", "--plot", "--reliability")  # each is followed by the path that is written
@@ -123,7 +125,7 @@ def written(words):
         ended = Path("outputs").glob("*/final_artifact/training_metrics.json")
         found.append(max(ended, key=lambda path: path.stat().st_mtime))
         assert json.loads(found[-1].read_text())["best"]["loss"] > 0
-    if "lora.report" in words:
+    if "report" in words:
         found.append(Path(words[-1]) / "report.html")
     return found
 
@@ -155,6 +157,7 @@ def test_every_exception_stands_in_the_readme():
 
 def test_every_flag_in_the_readme_is_one_of_ours():
     known = {*keys_of(get_lora_config())}
-    for program in ("train_lora.py", "eval.py", "merge.py", "lora/command_line.py", "lora/compare.py"):
+    flags_of = ("lora/config/command_line.py", "lora/evaluation/arguments.py", "lora/tools/compare.py")
+    for program in ("train_lora.py", "eval.py", "merge.py", *flags_of):
         known |= set(re.findall(r"--([a-z0-9_]+)", (ROOT / program).read_text()))
     assert set(re.findall(r"`--(\w+)(?!-)\b", README)) <= known | {*DTYPE_SWITCHES, "max_restarts"}  # torchrun's

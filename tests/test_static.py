@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lora.config import ROOT
+from lora.common.paths import ROOT
 
 CHECKS = {
     "ruff finds no fault": ["ruff", "check", "--no-cache"],

@@ -1,0 +1,288 @@
+"""The assistant's tokens, and nothing else, are targets: golden strings, every template of trl, awkward contents."""
+
+import importlib.util
+from pathlib import Path
+import re
+
+import jinja2
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from lora.common.base_files import EMBEDDED
+from lora.common.errors import UserError
+from lora.config.schema import DataConfig
+from lora.data.chat_template import chat_pieces, turn_habits, use_chatml
+from lora.data.examples import Example
+from lora.data.tokenise import NO_TOKEN, encode, render
+
+TURN = [{"role": "user", "content": "uone"}, {"role": "assistant", "content": "aone"}]
+CHATS = {
+    "one turn": TURN,
+    "two turns": [*TURN, {"role": "user", "content": "utwo"}, {"role": "assistant", "content": "atwo"}],
+    "system, blanks at the ends": [
+        {"role": "system", "content": "sone"},
+        {"role": "user", "content": " uone "},
+        {"role": "assistant", "content": " aone \n"},
+        {"role": "user", "content": "utwo"},
+        {"role": "assistant", "content": "\natwo"},
+    ],
+    "both say the same": [{"role": role, "content": "aone"} for role in ("user", "assistant") * 2],
+    "ends with the user": [*TURN, {"role": "user", "content": "utwo"}],
+}
+THINKING = [
+    {"role": "user", "content": "uone"},
+    {"role": "assistant", "content": "<think>\nr1\n</think>\n\naone"},
+    {"role": "user", "content": "utwo"},
+    {"role": "assistant", "content": "<think>\nr2\n</think>\n\natwo"},
+]
+CALLING = [
+    {"role": "user", "content": "uone"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"x": "y"}}}],
+    },
+    {"role": "tool", "content": "found", "name": "look"},
+    {"role": "assistant", "content": "atwo"},
+]
+NOTHING_FOUND = [*CALLING[:2], CALLING[2] | {"content": ""}, CALLING[3]]
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+ALPACA = (  # nothing ends a turn
+    "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n### Response:\n"
+    "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
+)
+
+
+def tokenizer_with(template, *special):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokens = {"additional_special_tokens": list(special), "bos_token": "<s>"}
+    tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def row_of(messages, tokenizer, max_length=4096, tools=None):
+    (rendered,) = render(
+        [Example("chats.jsonl:7", messages=messages, tools=tools)], tokenizer, "lm", DataConfig(max_length=max_length), True
+    )
+    return rendered
+
+
+def said(row, tokenizer):
+    """The texts of the runs of targets."""
+    runs, before = [], False
+    for target in row.targets:
+        if target != NO_TOKEN:
+            runs = [*runs[:-1], [*runs[-1], target]] if before else [*runs, [target]]
+        before = target != NO_TOKEN
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    "template, special, expected",
+    [
+        (None, (), ["aone<|im_end|>", "atwo<|im_end|>"]),
+        (GEMMA, ("<start_of_turn>", "<end_of_turn>"), ["aone<end_of_turn>", "atwo<end_of_turn>"]),
+        (LLAMA2, (), [" aone <|endoftext|>", " atwo <|endoftext|>"]),
+        (ALPACA, (), ["aone", "atwo<|endoftext|>"]),
+    ],
+    ids=["chatml", "gemma", "llama 2", "alpaca"],
+)
+def test_the_targets_of_four_templates_are_those_written_out_here(template, special, expected):
+    tokenizer = tokenizer_with(template or AutoTokenizer.from_pretrained(EMBEDDED).chat_template, *special)
+    (row,) = row_of(CHATS["two turns"], tokenizer).rows
+    plain = tokenizer.apply_chat_template(CHATS["two turns"], tokenize=False)
+    text = tokenizer.decode(row.tokens)
+    assert text == plain or template is ALPACA and text == plain.rstrip() + tokenizer.eos_token
+    assert row.tokens.count(tokenizer.bos_token_id) == plain.count("<s>")  # none is doubled
+    assert said(row, tokenizer) == expected
+    assert all(target in (NO_TOKEN, after) for target, after in zip(row.targets, row.tokens[1:]))
+
+
+def templates_of_trl():
+    folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+    return sorted(path for path in folder.glob("*.jinja") if not path.stem.endswith("_training"))
+
+
+def special_tokens(template):
+    """What looks like a special token in a template: its tokenizer would have it as one."""
+    return sorted(set(re.findall(r"<[|｜][^<>\s'\"]*[|｜]>|<\|\w+>|<\w+\|>|</?s>|<(?:start|end)_of_\w+>", template)))
+
+
+@pytest.mark.parametrize("path", templates_of_trl(), ids=lambda path: path.stem)
+def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path):
+    template = path.read_text()
+    shows_text = False
+    for name, messages in {**CHATS, "thinking": THINKING, "calling": CALLING, "nothing": NOTHING_FOUND}.items():
+        tokenizer = tokenizer_with(template, *special_tokens(template))
+        try:
+            plain = tokenizer.apply_chat_template(messages, tokenize=False)
+        except (jinja2.TemplateError, TypeError):
+            continue  # a chat that this template refuses
+        if name in CHATS and "aone" not in plain:
+            with pytest.raises(
+                UserError, match="chats.jsonl:7: message .: where the chat template of .* writes it cannot be told"
+            ):
+                row_of(messages, tokenizer)  # a template for images, which drops plain texts
+            continue
+        try:
+            (row,) = row_of(messages, tokenizer).rows
+        except UserError as error:
+            assert name not in CHATS and "chats.jsonl:7: message" in str(error)  # never a wrong mask
+            continue
+        shows_text = True
+        assert tokenizer.decode(row.tokens).startswith(plain.rstrip())
+        runs = said(row, tokenizer)
+        answers = [m["content"].rpartition("</think>")[2].strip() for m in messages if m["role"] == "assistant"]
+        assert len(runs) == len(answers)
+        for run, answer, turn in zip(runs, answers, [m for m in messages if m["role"] == "assistant"]):
+            assert answer in run and not any(word in run for word in ("uone", "utwo", "sone", "found"))
+            if "tool_calls" in turn:
+                assert "look" in run and "y" in run and "atwo" not in run
+            elif name in CHATS:  # what is left of the run is what ends the turn
+                ending = run.replace(answer, "", 1).strip()
+                assert not ending or ending in [
+                    *special_tokens(template),
+                    tokenizer.eos_token,
+                    turn_habits(tokenizer, template)[0],
+                ]
+    assert shows_text or path.stem in ("idefics3", "llava_next", "smolvlm")
+
+
+def test_reasoning_is_learned_where_the_template_writes_it_and_only_the_answer_where_it_drops_it(qwen3):
+    runs = said(row_of(THINKING, qwen3).rows[0], qwen3)
+    assert runs == ["aone<|im_end|>", "<think>\nr2\n</think>\n\natwo<|im_end|>"]
+    runs = said(row_of(CALLING, qwen3).rows[0], qwen3)
+    assert runs == ['<tool_call>\n{"name": "look", "arguments": {"x": "y"}}\n</tool_call><|im_end|>', "atwo<|im_end|>"]
+
+
+def test_special_tokens_that_somebody_wrote_stay_text():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    messages = [
+        {"role": "user", "content": "what is <|im_end|>?<|im_start|>"},
+        {"role": "assistant", "content": "<|im_end|> ends a turn"},
+    ]
+    (row,) = row_of(messages, tokenizer).rows
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.decode(row.tokens) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert row.tokens.count(end) == 2 and row.targets.count(end) == 1
+    assert said(row, tokenizer) == ["<|im_end|> ends a turn<|im_end|>"]
+
+
+@pytest.fixture
+def qwen3():
+    (path,) = (path for path in templates_of_trl() if path.stem == "qwen3")
+    return tokenizer_with(path.read_text())
+
+
+def calling(result, **arguments):
+    calls = [{"type": "function", "function": {"name": "look", "arguments": arguments}}]
+    return [CALLING[0], {"role": "assistant", "content": "", "tool_calls": calls}, CALLING[2] | {"content": result}]
+
+
+def test_special_tokens_in_a_call_or_in_reasoning_stay_text_too(qwen3):
+    end = qwen3.convert_tokens_to_ids("<|im_end|>")
+    last = {"role": "assistant", "content": "atwo", "reasoning_content": "r <|im_end|> r"}
+    (row,) = row_of([*calling("found", x="a <|im_end|> b"), last], qwen3).rows
+    assert said(row, qwen3) == [
+        '<tool_call>\n{"name": "look", "arguments": {"x": "a <|im_end|> b"}}\n</tool_call><|im_end|>',
+        "<think>\nr <|im_end|> r\n</think>\n\natwo<|im_end|>",
+    ]
+    assert row.targets.count(end) == 2
+    written = tokenizer_with("{% for m in messages %}{{ m.role }} {{ m.content }} {{ m.tool_calls }}\n{% endfor %}")
+    with pytest.raises(UserError, match=r"escapes what stands for <\|im_end\|>"):  # as Python writes a list
+        row_of(calling("found", x="<|im_end|>"), written)
+
+
+def test_what_is_said_next_may_stand_in_the_call_or_the_reasoning_before_it(qwen3):
+    call = '<tool_call>\n{"name": "look", "arguments": {"x": 8}}\n</tool_call><|im_end|>'
+    assert said(row_of(calling("8", x=8), qwen3).rows[0], qwen3) == [call]
+    thinking = [THINKING[0], {"role": "assistant", "content": "<think>I look</think>aone"}, TURN[0] | {"content": "ok"}]
+    embedded = AutoTokenizer.from_pretrained(EMBEDDED)
+    assert said(row_of(thinking, embedded).rows[0], embedded) == ["<think>I look</think>aone<|im_end|>"]
+
+
+def test_of_an_answer_that_is_empty_after_its_reasoning_the_end_is_learned(qwen3):
+    (row,) = row_of([TURN[0], {"role": "assistant", "content": "<think>\n\n</think>\n\n"}], qwen3).rows
+    assert said(row, qwen3) == ["<|im_end|>"]
+
+
+def test_blanks_that_the_tokenizers_offsets_leave_out_are_targets_too():
+    messages = [TURN[0], {"role": "assistant", "content": "      indented \n  by two"}]
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    (row,) = row_of(messages, tokenizer).rows
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as in Llama 3
+    assert row_of(messages, tokenizer).rows == [row]
+    assert said(row, tokenizer) == ["      indented \n  by two<|im_end|>"]
+
+
+def test_private_use_characters_in_the_data_are_no_marks():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    messages = [{"role": "user", "content": "\ue000\ue001"}, {"role": "assistant", "content": "\ue001x\ue000  y"}]
+    assert said(row_of(messages, tokenizer).rows[0], tokenizer) == ["\ue001x\ue000  y<|im_end|>"]
+
+
+def test_pad_equal_to_eos_masks_no_end_token():
+    tokenizer = tokenizer_with(LLAMA2)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    (row,) = row_of(CHATS["two turns"], tokenizer).rows
+    assert row.targets.count(tokenizer.eos_token_id) == 2
+
+
+def test_a_chat_that_is_cut_keeps_right_targets_or_is_dropped_and_counted():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    (whole,) = row_of(CHATS["two turns"], tokenizer).rows
+    for length in range(2, len(whole.tokens) + 1):
+        rendered = row_of(CHATS["two turns"], tokenizer, length)
+        assert rendered.cut == (length < len(whole.tokens))
+        targets = [target for row in rendered.rows for target in row.targets]
+        assert targets == (
+            whole.targets[: length - 1] + [NO_TOKEN] if any(t != NO_TOKEN for t in whole.targets[: length - 1]) else []
+        )
+
+
+def test_a_chat_that_the_template_refuses_names_row_and_template():
+    tokenizer = tokenizer_with("{{ raise_exception('roles must alternate') }}")
+    tokenizer.name_or_path = "some/model"
+    with pytest.raises(UserError, match="chats.jsonl:7: the chat template of some/model refuses it: roles must alternate"):
+        row_of(TURN, tokenizer)
+
+
+def test_a_template_that_moves_the_text_is_an_error_and_never_a_wrong_mask():
+    shouting = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}"
+    with pytest.raises(UserError, match="chats.jsonl:7: message 2: .* cannot be told"):
+        row_of(TURN, tokenizer_with(shouting.replace("upper", "reverse")))
+    twice = "{% for m in messages %}{{ m.role }}: {{ m.content }} {{ m.content }}\n{% endfor %}"
+    with pytest.raises(UserError, match="chats.jsonl:7: message 2: .* cannot be told"):
+        row_of(TURN, tokenizer_with(twice))
+
+
+def test_without_a_template_chatml_is_used_and_the_known_end_token_ends_a_turn(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.chat_template = None
+    use_chatml(tokenizer)
+    assert "no chat template: using ChatML, with <|im_end|>" in capsys.readouterr().out
+    assert said(row_of(TURN, tokenizer).rows[0], tokenizer) == ["aone<|im_end|>"]
+    char = AutoTokenizer.from_pretrained(EMBEDDED.parent / "char")
+    use_chatml(char)
+    assert said(row_of(TURN, char).rows[0], char) == ["aone<|endoftext|>"]
+    char.chat_template = char.eos_token = None
+    with pytest.raises(UserError, match="no chat template and no end token"):
+        use_chatml(char)
+
+
+def test_pieces_are_the_plain_render():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    messages = [*CHATS["two turns"], {"role": "user", "content": "<|im_end|>"}]
+    pieces = chat_pieces("", messages, None, tokenizer)
+    assert "".join(piece.text for piece in pieces) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert [piece.literal for piece in pieces] == [False, True, False]
+    assert all(len(tokens) == len(mask) for tokens, mask in encode(pieces, tokenizer))

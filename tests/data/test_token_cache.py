@@ -1,0 +1,199 @@
+"""What is tokenised once is used again: the same rows, for the same bytes and settings only, by any number of processes."""
+
+from collections import defaultdict
+import dataclasses
+import gzip
+import json
+import multiprocessing
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+
+from lora.config.values import kind_of
+from lora.data import summary, token_cache
+from lora.data.batches import Rows
+from lora.data.raw_data import NOT_IN_KEY, Source, cache_folder, cache_key
+from lora.data.tokenise import NO_TOKEN
+from lora.model.load import load_task
+
+
+@pytest.fixture
+def chats(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i + 1)}]}
+        for i in range(40)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAINLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def settings(configure, path, **values):
+    return configure(False, task="lm", train_data=[str(path)], eval_data=[], **values)
+
+
+def equal(one, other):
+    return all(np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(Rows))
+
+
+def test_a_second_run_reads_no_data_and_tokenises_nothing(configure, chats, monkeypatch):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    *first, facts = token_cache.tokenised(Source(config), task)
+    monkeypatch.setattr(token_cache, "render", None)
+    source = Source(config)
+    assert source.read is None
+    *second, again = token_cache.tokenised(source, task)
+    assert facts == again and all(equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(isinstance(rows.tokens, np.memmap) for rows in second)
+    assert facts["train"]["examples"] == 36 and facts["eval"]["examples"] == 4 and facts["overlap"] == 0
+
+
+@pytest.mark.parametrize("change", ["data", "max_length", "template", "split"])
+def test_a_change_of_data_settings_or_template_is_another_entry(configure, chats, change):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    before, _, _ = token_cache.tokenised(Source(config), task)
+    if change == "data":
+        chats.write_text(chats.read_text().replace("say 7", "say 8"))
+    elif change == "template":
+        task.tokenizer.chat_template = task.tokenizer.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+    else:
+        config.data.max_length, config.data.eval_fraction = {"max_length": (20, 0.1), "split": (256, 0.5)}[change]
+    after, _, facts = token_cache.tokenised(Source(config), task)
+    assert not equal(before, after)
+    fresh, _ = token_cache.tokenise(Source(config).examples()[0], task, config, "train")
+    assert equal(fresh, after) and facts["train"]["rows"] == len(after)
+
+
+OTHER_VALUES = {str: "other", bool: True, int: 7, float: 0.25}
+
+
+@pytest.mark.parametrize("table", ["model", "data"])
+def test_the_key_has_every_setting_that_may_change_a_token(configure, chats, table):
+    sums = defaultdict(lambda: "the same bytes")
+    before = cache_key(settings(configure, chats), sums)
+    for field in dataclasses.fields(getattr(settings(configure, chats), table)):
+        config = settings(configure, chats)
+        container, kind = kind_of(field.type)
+        value = OTHER_VALUES[kind]
+        if container is list:
+            value = [value]
+        elif container is dict:
+            value = {"step": "other"}
+        if field.name == "train_data":
+            value = [str(chats.with_name("other.jsonl"))]
+        elif field.name == "eval_data":
+            continue  # the bytes of held-out files are hashed: the next test
+        setattr(getattr(config, table), field.name, value)
+        changed = cache_key(config, sums) != before
+        assert changed == (field.name not in NOT_IN_KEY), field.name
+
+
+def test_held_out_files_are_hashed_and_not_their_paths(configure, chats):
+    config = settings(configure, chats)
+    keys = set()
+    for name, content in (("a.jsonl", "one"), ("b.jsonl", "one"), ("a.jsonl", "two")):
+        config.data.eval_data = [name]
+        keys.add(cache_key(config, {str(chats): "chats", name: content}))
+    assert len(keys) == 2
+
+
+def test_the_same_bytes_under_another_suffix_are_another_entry(configure, chats):
+    """The suffix chooses the reader: a text file is one document, whatever stands in it."""
+    renamed = chats.with_suffix(".txt")
+    renamed.write_bytes(chats.read_bytes())
+    task = load_task(settings(configure, chats), torch.float32)
+    counts = [
+        token_cache.tokenised(Source(settings(configure, path)), task)[2]["train"]["examples"] for path in (renamed, chats)
+    ]
+    assert counts == [1, 36]
+
+
+def test_processes_that_start_at_once_share_one_entry(configure, chats, own_cache):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    fork = multiprocessing.get_context("fork")
+    start, found = fork.Barrier(3), fork.SimpleQueue()
+
+    def tokenise():
+        start.wait(60)
+        rows, _, facts = token_cache.tokenised(Source(config), task)
+        found.put((len(rows), int(rows.tokens.sum()), facts["train"]["targets"]))
+
+    processes = [fork.Process(target=tokenise) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    said = {found.get() for _ in processes}
+    assert len(said) == 1 and said.pop()[0] == 36
+    assert len(list(own_cache.glob("*/*/facts.json"))) == 1 and not list(own_cache.glob("*/.tmp*"))
+
+
+def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch, own_cache):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+
+    def fail(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora.common.atomic_files.flush_all", fail)  # with everything written, but for the last
+        with pytest.raises(KeyboardInterrupt):
+            token_cache.tokenised(Source(config), task)
+    assert not list(own_cache.glob("*/*/facts.json"))
+    rows, _, _ = token_cache.tokenised(Source(config), task)
+    assert len(rows) == 36 and not list(own_cache.glob("*/.tmp_*"))
+
+
+def test_where_the_cache_cannot_be_written_the_run_goes_on(configure, chats, own_cache, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own_cache.write_text("a file stands where the folder would be")
+    config = settings(configure, chats)
+    rows, _, _ = token_cache.tokenised(Source(config), load_task(config, torch.float32))
+    assert len(rows) == 36 and "tokenised data is not kept" in capsys.readouterr().out
+    assert rows.tokens.sum() > 0 and not list(tmp_path.glob("plainlora_*"))  # nor left behind
+
+
+def test_gz_hub_and_plain_files_give_the_same_rows(configure, chats, tmp_path, monkeypatch):
+    packed = tmp_path / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress(chats.read_bytes()))
+    snapshot = tmp_path / "hub" / "datasets--someone--chats" / "snapshots" / "abc"
+    (snapshot / "data").mkdir(parents=True)
+    (snapshot / "data" / "chats.jsonl").write_bytes(chats.read_bytes())
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    import huggingface_hub.file_download
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    paths = [str(chats), str(packed), "hf://datasets/someone/chats/data/chats.jsonl"]
+    task = load_task(settings(configure, chats), torch.float32)
+    tables = [token_cache.tokenised(Source(settings(configure, path)), task)[0] for path in paths]
+    assert equal(tables[0], tables[1]) and equal(tables[0], tables[2])
+
+
+def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chats):
+    config = settings(configure, chats, max_length=24)
+    task = load_task(config, torch.float32)
+    rows, facts = token_cache.tokenise(Source(config).examples()[0], task, config, "train")
+    lengths = np.diff(rows.offsets)
+    assert facts["cut"] and facts["rows"] == len(rows) == facts["examples"] - facts["without_target"]
+    assert lengths.max() == facts["lengths"][2] == 24 and facts["targets"] == (rows.targets != NO_TOKEN).sum()
+    line = summary.describe("train", facts)
+    assert f"{facts['cut']} (" in line and "cut off at max_length" in line
+
+
+def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("PLAINLORA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "plainlora"

@@ -1,0 +1,252 @@
+"""Two processes = one, at the same examples per step; a run goes on with any number of processes, and after a lost one."""
+
+from contextlib import redirect_stdout
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+import torch
+
+from lora.common.errors import UserError
+from lora.common.paths import ROOT
+from lora.data.batches import deal
+from lora.distributed import process_group
+from lora.distributed.sharded_checkpoint import Shards, write
+from tests.conftest import run
+
+STEPS = 20
+LEARNED = ["arithmetic:train:60"]  # on what is trained on the last step is the best
+SMOOTH = {
+    "task": "lm",
+    "eval_data": LEARNED,
+    "eval_steps": 4,
+}  # the scorer's ReLU has kinks, at which rounding is not small
+LAST = "checkpoints/checkpoint_step_60/lora_adapter/adapter_model.safetensors"
+
+
+def torchrun(script, config, processes, folder, *flags, more=()):
+    """A call of a script under torchrun that has begun, with the configuration in a file."""
+    path = folder / f"{config.output.experiment_name}.toml"
+    config.save(path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more]
+    command += [script, "--config", str(path), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_of(processes, config, folder, resume_from="", prepare=lambda rank: None):
+    """A whole run of several processes without torchrun: forks of this one, which has loaded torch. What they printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = folder / f"{config.output.experiment_name}.txt"
+
+    def train(rank):
+        values = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+        values |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ |= {name: str(value) for name, value in values.items()}
+        torch.set_num_threads(1)  # makes the pool of threads anew, which a fork does not inherit
+        prepare(rank)
+        with open(out, "a") as file, redirect_stdout(file):
+            run(config, resume_from)
+
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=train, args=(rank,), daemon=True) for rank in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(180)
+    assert [child.exitcode for child in children] == [0] * processes
+    return out.read_text()
+
+
+def changed(script, folder, lines):
+    """The path of a script that does `lines` first."""
+    path = folder / "changed.py"
+    path.write_text(
+        f"import os, runpy, sys\nsys.path.insert(0, os.getcwd())\n{lines}runpy.run_path({script!r}, run_name='__main__')\n"
+    )
+    return str(path)
+
+
+def finish(process):
+    """What a call of torchrun printed that has ended well."""
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, out
+    return out
+
+
+def weights(folder):
+    """The last ones: an adapter's from its checkpoint, a model's from the artifact, which holds the best."""
+    last = folder / "checkpoints" / f"checkpoint_step_{STEPS}"
+    if not (last / "lora_adapter").is_dir():
+        assert json.loads((folder / "logs" / "final_results.json").read_text())["best"]["step"] == STEPS
+        last = folder / "final_artifact"
+    files = [path for path in last.rglob("*.safetensors") if path.name != "optimizer.safetensors"]
+    return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    keys = ("train/loss", "train/grad_norm", "val/loss")
+    found = torch.tensor([[line[key] for key in keys if key in line] for line in lines if "train/loss" in line])
+    assert found.isfinite().all() and len(found) > 0
+    return found
+
+
+def assert_close(one, other):
+    """Sums in another order, carried through the updates."""
+    assert one and one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_two_processes_equal_one_at_the_same_examples_per_step(configure, tmp_path, lora):
+    settings = dict(max_steps=STEPS, learning_rate=2e-3, **SMOOTH)
+    one = run(configure(lora, name="one", batch_size=4, gradient_accumulation_steps=2, **settings))
+    two = configure(lora, name="two", batch_size=2, gradient_accumulation_steps=2, **settings)
+    out = run_of(2, two, tmp_path)
+    assert out.count("steps of 8 examples") == 1  # one of them talks
+    torch.testing.assert_close(losses(one), losses(tmp_path / "two"), rtol=1e-5, atol=1e-6)
+    assert_close(weights(one), weights(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_a_checkpoint_of_two_processes_goes_on_with_one_and_with_four(configure, tmp_path, lora):
+    settings = dict(learning_rate=2e-3, save_steps=4, batch_size=3, **SMOOTH)
+    settings |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    whole = run(configure(lora, name="whole", max_steps=STEPS, **settings | {"batch_size": 6}))
+    run_of(2, configure(lora, name="two", max_steps=8, **settings), tmp_path)
+    for processes in (1, 4):
+        on = configure(lora, name=f"on_{processes}", max_steps=STEPS, **settings)
+        run_of(processes, on, tmp_path, resume_from=tmp_path / "two" / "checkpoints" / "checkpoint_step_8")
+        assert_close(weights(whole), weights(tmp_path / f"on_{processes}"))
+
+
+def test_a_full_run_of_one_process_goes_on_sharded_over_two(configure, tmp_path):
+    settings = dict(learning_rate=2e-3, save_steps=4, batch_size=6, **SMOOTH)
+    settings |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    whole = run(configure(False, name="whole", max_steps=STEPS, **settings))
+    start = run(configure(False, name="start", max_steps=8, **settings)) / "checkpoints" / "checkpoint_step_8"
+    run_of(2, configure(False, name="on", max_steps=STEPS, **settings), tmp_path, resume_from=start)
+    assert_close(weights(whole), weights(tmp_path / "on"))
+
+
+@pytest.mark.slow
+def test_a_lost_process_costs_nothing_but_the_steps_since_the_last_checkpoint(configure, tmp_path):
+    settings = dict(max_steps=60, eval_steps=20, save_steps=5, lora_dropout=0.1)
+    finish(torchrun("train_lora.py", configure(True, name="calm", **settings), 2, tmp_path))
+    config = configure(True, name="killed", **settings)
+    flags = ["--resume_from", "auto", "--experiment_name", "killed"]
+    process = torchrun("train_lora.py", config, 2, tmp_path, *flags, more=["--max_restarts=3"])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "checkpoints" / "checkpoint_step_10").is_dir():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    found = subprocess.run(["pgrep", "-f", f"{tmp_path}/killed.toml"], capture_output=True, text=True).stdout.split()
+    ranks = {}
+    for pid in map(int, found):
+        environment = open(f"/proc/{pid}/environ").read().split("\0")
+        ranks |= {entry: pid for entry in environment if entry.startswith("RANK=")}
+    os.kill(ranks["RANK=1"], signal.SIGKILL)
+    out = finish(process)
+    assert "SIGKILL" in out or "exitcode: -9" in out or "Signal 9" in out
+    calm, killed = (load_file(tmp_path / name / LAST) for name in ("calm", "killed"))
+    assert calm.keys() == killed.keys() and all(torch.equal(calm[name], killed[name]) for name in calm)
+
+
+def test_a_process_without_a_part_of_the_evaluation_computes_in_the_same_type(configure, tmp_path):
+    """In another one gloo would end the run, or add up what is none of its numbers."""
+    settings = dict(dtype="bfloat16", eval_data=["arithmetic:validation:1"], max_steps=1)
+    one = run(configure(False, name="one", batch_size=8, **settings))
+    run_of(2, configure(False, name="two", **settings), tmp_path)
+    best = [json.loads((folder / "logs" / "final_results.json").read_text())["best"] for folder in (one, tmp_path / "two")]
+    assert best[1]["loss"] == pytest.approx(best[0]["loss"], rel=0.05)  # of states of 8 bits
+
+
+def test_processes_that_start_in_different_seconds_write_to_one_folder(configure, tmp_path):
+    late = changed("train.py", tmp_path, "import time\ntime.sleep(1.5 * int(os.environ['RANK']))\n")
+    finish(torchrun(late, configure(False, name="", max_steps=1), 2, tmp_path))
+    assert len(list(tmp_path.glob("*/checkpoints"))) == len(list(tmp_path.glob("*/final_artifact"))) == 1
+
+
+def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(configure, tiny_base, tmp_path):
+    base, chats = tmp_path / "base", tmp_path / "chats.jsonl"
+    shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("chat_template*"))
+    turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+    chats.write_text(8 * (json.dumps({"messages": turns}) + "\n"))
+    settings = dict(base_model=str(base), task="lm", train_data=[str(chats)], eval_data=[str(chats)], max_steps=1)
+    out = run_of(2, configure(False, **settings), tmp_path)
+    assert "using ChatML" in out and (tmp_path / "run" / "final_artifact" / "chat_template.jinja").is_file()
+
+
+SHORT_OF_MEMORY = """
+import os
+import torch
+from lora.model.task import Task
+forward = Task.forward
+def limited(self, batch):
+    if os.environ["RANK"] == "1" and batch.tokens.numel() > 150:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return forward(self, batch)
+Task.forward = limited
+"""
+
+
+def test_where_one_process_runs_out_of_memory_all_cut_the_step_anew(configure, tmp_path):
+    settings = dict(max_steps=6, task="lm", learning_rate=1e-3, batch_size=4, gradient_accumulation_steps=1)
+    run_of(2, configure(True, name="whole", **settings), tmp_path)
+    out = run_of(2, configure(True, name="short", **settings), tmp_path, prepare=lambda rank: exec(SHORT_OF_MEMORY, {}))
+    assert out.count("out of memory on") >= 1
+    torch.testing.assert_close(losses(tmp_path / "short"), losses(tmp_path / "whole"), rtol=1e-6, atol=0)
+
+
+def test_where_weights_are_sharded_one_process_out_of_memory_ends_the_run_in_one_line(configure, tmp_path):
+    short = changed("train.py", tmp_path, SHORT_OF_MEMORY)
+    process = torchrun(short, configure(False, task="lm", max_steps=1), 2, tmp_path)
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode != 0 and "error: CUDA out of memory. Tried" in out and "--batch_size 1" in out
+    assert "Traceback" not in out.split("error: CUDA")[0]
+
+
+def test_what_is_wrong_is_said_once(configure, tmp_path):
+    config = configure(True, name="wrong", base_model=str(tmp_path / "nowhere"))
+    process = torchrun("train_lora.py", config, 2, tmp_path)
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode != 0 and out.count("error: base_model") == 1
+
+
+@pytest.mark.parametrize("key, value", [("dtype", "float16"), ("optimizer", "adamw_8bit")])
+def test_what_is_not_proven_on_sharded_weights_is_refused(configure, tmp_path, monkeypatch, key, value):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(process_group, "start", lambda device: None)  # it is refused before the other one is needed
+    with pytest.raises(UserError, match=f"{key} {value}: full fine-tuning on several processes"):
+        run(configure(False, **{key: value}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_of_another_shape_or_without_a_tensor_are_refused(tmp_path):
+    write(tmp_path, {"a": torch.ones(4, 3), "step": torch.tensor(2.0)})
+    saved, place = Shards(tmp_path), torch.zeros(4, 3)
+    saved.fill(place, "a")
+    assert place.eq(1).all() and saved.get("step", 0, 0) == 2 and len(saved.get("a", 1, 3)) == 2
+    for name, shape in (("a", (3, 3)), ("a", (4, 2)), ("b", (4, 3))):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            saved.fill(torch.zeros(shape), name)
+
+
+def test_rows_are_dealt_so_that_the_processes_have_as_much_to_do():
+    lengths = np.random.default_rng(0).integers(20, 500, 64)
+    for world in (1, 2, 3, 8):
+        owner = deal(lengths, world)
+        loads = np.bincount(owner, lengths, world)
+        assert loads.max() <= 1.05 * loads.mean() and set(owner) == set(range(world))

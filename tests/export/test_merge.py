@@ -1,0 +1,135 @@
+"""What merge.py writes for others: a portable adapter, a scorer in the names of vLLM's reward models."""
+
+import json
+import shutil
+
+import peft
+import pytest
+from safetensors.torch import load_file, save_file
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import eval as evaluation
+from lora.common.checksums import write_checksums
+from lora.common.errors import UserError
+import merge as merging
+from tests.conftest import run, tiny_llama
+from tests.lora.test_adapter_kinds import KINDS
+from tests.lora.test_layer import TOKENS
+
+
+def call(*flags):
+    merging.main(merging.read_arguments([str(flag) for flag in flags]))
+
+
+@pytest.fixture
+def patterned(tmp_path):
+    """(an adapter of several ranks and alphas with rsLoRA, PEFT's model with it)."""
+    settings = dict(KINDS["rsLoRA with patterns"][0]) | {
+        "target_modules": ["q_proj", "v_proj", "down_proj", "embed_tokens"]
+    }
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    model = peft.get_peft_model(tiny_llama(), config).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs", model
+
+
+def test_a_portable_adapter_has_one_rank_and_no_scale_and_does_the_same(patterned, tmp_path):
+    folder, model = patterned
+    call("--adapter", folder, "--portable", "--output", tmp_path / "portable")
+    config = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 6
+    assert not (config["rank_pattern"] or config["alpha_pattern"] or config["use_rslora"])
+    tensors = load_file(tmp_path / "portable" / "adapter_model.safetensors")
+    assert {len(t) for name, t in tensors.items() if "_A" in name} == {6}
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "portable").eval()
+    torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-5)  # fp32, another order
+    # What llama.cpp computes: alpha / (rank of the tensor), for every layer.
+    a, b = (tensors[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight"] for x in "AB")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(config["lora_alpha"] / len(a) * b @ a, layer.get_delta_weight("default"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, message", [("DoRA", "no portable form"), ("modules_to_save", "read no whole weights")])
+def test_what_has_no_portable_form_is_refused(kind, message, tmp_path):
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **KINDS[kind][0])
+    peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match=message):
+        call("--adapter", tmp_path / "theirs", "--portable", "--output", tmp_path / "portable")
+    assert not (tmp_path / "portable").exists()
+
+
+def test_a_merged_scorer_is_a_model_of_two_classes_that_others_serve_and_we_read_back(configure, tmp_path):
+    folder, merged = run(configure(True, learning_rate=3e-2)), tmp_path / "merged"
+    call("--adapter", folder / "final_artifact", "--output", merged)
+    config = json.loads((merged / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForProcessRewardModel"]
+    tensors = load_file(merged / "model.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"model", "score"}
+    assert tensors["score.2.weight"].shape == (2, 32) and not tensors["score.2.weight"][0].any()
+
+    backbone = AutoModel.from_pretrained(merged).eval()
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    steps = ["From left to right: 3+4-2\n", "3+4=7\n", "7-2=6\n"]
+    lines = [tokenizer(line, add_special_tokens=False).input_ids for line in steps]
+    hidden = backbone(torch.tensor([sum(lines, [])])).last_hidden_state[0]
+    hidden = torch.relu(hidden @ tensors["score.0.weight"].T + tensors["score.0.bias"])
+    served = (hidden @ tensors["score.2.weight"].T + tensors["score.2.bias"]).softmax(-1)[:, 1]
+    ends = torch.tensor([len(lines[0] + lines[1]) - 1, len(sum(lines, [])) - 1])
+
+    ours = {}
+    for checkpoint in (folder / "final_artifact", merged):
+        arguments = evaluation.read_arguments(["--checkpoint", str(checkpoint), "--prompt", "".join(steps).rstrip()])
+        device, dtype = torch.device("cpu"), torch.float32
+        task = evaluation.load(*arguments, device)
+        examples = evaluation.read_examples(*arguments).examples
+        (scores,) = evaluation.step_scores(examples, task, arguments[1], dtype)
+        ours[checkpoint] = torch.from_numpy(scores).float()
+        torch.testing.assert_close(ours[checkpoint], served[ends], rtol=0, atol=1e-5)
+
+
+def test_a_merged_model_loads_in_plain_transformers_and_generates(configure, tmp_path):
+    folder = run(configure(True, task="lm", train_data=["arithmetic:train:60"], use_dora=True, learning_rate=3e-2))
+    call("--adapter", folder / "final_artifact", "--output", tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")("3+4=", return_tensors="pt")
+    assert model.generate(**tokens, max_new_tokens=3, do_sample=False).shape[1] > tokens.input_ids.shape[1]
+
+
+def test_an_artifact_is_verified_and_another_base_is_said(configure, tmp_path, capsys):
+    folder = run(configure(True, learning_rate=3e-2)) / "final_artifact"
+    other = tmp_path / "other"
+    shutil.copytree(configure(True).model.base_model, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] += 1e-3
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    call("--adapter", folder, "--output", tmp_path / "same")
+    assert "warning" not in capsys.readouterr().out
+    call("--adapter", folder, "--output", tmp_path / "merged", "--base_model", other)
+    assert "does not hold the weights that" in capsys.readouterr().out
+    head = bytearray((folder / "mlp_head.safetensors").read_bytes())
+    head[-1] ^= 1
+    (folder / "mlp_head.safetensors").write_bytes(head)
+    with pytest.raises(UserError, match="mlp_head.safetensors': changed"):
+        call("--adapter", folder, "--output", tmp_path / "damaged")
+    assert not list(tmp_path.glob("*damaged"))
+
+
+def test_what_would_change_nothing_or_another_base_than_the_adapters_is_refused(configure, tmp_path):
+    folder = run(configure(True, max_steps=1)) / "checkpoints" / "checkpoint_step_1"
+    with pytest.raises(UserError, match="dequantized: .* was not trained in 4 bits"):
+        call("--adapter", folder, "--output", tmp_path / "merged", "--merge_into", "dequantized")
+    path = folder / "lora_adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path)
+    write_checksums(folder)
+    with pytest.raises(UserError, match="it changes nothing"):
+        call("--adapter", folder, "--output", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("portable", [[], ["--portable"]])
+def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_left(patterned, tmp_path, tiny_base, portable):
+    (tmp_path / "file").write_text("")
+    base = [] if portable else ["--base_model", tiny_base]
+    with pytest.raises(UserError, match=".*file/merged: Not a directory"):
+        call("--adapter", patterned[0], "--output", tmp_path / "file" / "merged", *portable, *base)

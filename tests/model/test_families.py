@@ -1,0 +1,190 @@
+"""Every family: packed = unpacked = transformers' own forward, gradients too (some are padded instead); LoRA and merging.
+
+`benchmarks/equalities.py` makes a table of the same differences.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoModelForCausalLM
+
+from lora import inject, load_adapter, merge, save_adapter
+from lora.common.errors import UserError
+from lora.config.schema import get_lora_config
+from lora.data.batches import Rows
+from lora.data.tokenise import NO_SCORE, NO_TOKEN, Row
+from lora.layer import lora_layers
+from lora.model.load import load_task
+from tests.conftest import run
+from tests.data.test_batches import gradients
+from tests.lora.test_layer import randomise
+from tests.model.test_model import save
+
+SHAPE = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+GROUPED = SHAPE | dict(num_key_value_heads=2)
+GPT = dict(vocab_size=2048, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+WINDOW = 6  # shorter than the documents
+PACKED = {
+    "Llama": GROUPED,
+    "Llama untied": GROUPED | dict(tie_word_embeddings=False),
+    "Qwen2": GROUPED,
+    "Qwen3": GROUPED | dict(head_dim=8),
+    "Mistral": GROUPED | dict(sliding_window=WINDOW),
+    "Olmo2": GROUPED,
+    "Gemma": GROUPED | dict(head_dim=8),
+    "Gemma2": GROUPED | dict(head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "Gemma3": GROUPED | dict(head_dim=8, sliding_window=WINDOW),
+    "Phi3": GROUPED | dict(pad_token_id=0),
+    "Phi": SHAPE,
+    "GPT2": GPT,
+    "GPTNeoX": SHAPE,
+    "Granite": GROUPED | dict(logits_scaling=8.0),
+    "Cohere": GROUPED | dict(logit_scale=0.25),
+    "GptOss": GROUPED | dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW),
+    "Starcoder2": GROUPED,
+}
+PADDED = {  # forced to be padded, so that padding stays tested when transformers learns to pack one of them
+    "Bloom": dict(vocab_size=2048, hidden_size=32, n_layer=2, n_head=4),
+    "CodeGen": GPT | dict(rotary_dim=4, n_inner=48),
+    "GPTJ": GPT | dict(rotary_dim=4, n_inner=48),
+    "Mpt": dict(vocab_size=2048, d_model=32, n_layers=2, n_heads=4),
+    "Mamba": dict(vocab_size=2048, hidden_size=32, num_hidden_layers=2, state_size=4),
+}
+
+
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+ENCODERS = {"Bert": SHAPE | NO_DROPOUT, "Roberta": SHAPE | NO_DROPOUT | dict(max_position_embeddings=66)}
+
+
+def base(family, shape, folder):
+    name = family.split()[0]
+    endings = ("Model",) if name in ENCODERS else ("ForCausalLM", "LMHeadModel")
+    model_class = next(getattr(transformers, name + end) for end in endings if hasattr(transformers, name + end))
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    return save(folder, model_class(config(**shape)))
+
+
+def task_of(folder, kind, packed=None):
+    config = get_lora_config()
+    config.model.base_model, config.model.task, config.data.max_length = str(folder), kind, 64
+    return load_task(config, torch.float32, packed)
+
+
+def documents():
+    """Three documents of 11, 3 and 14 tokens, with targets at two thirds of the places."""
+    generator = torch.Generator().manual_seed(0)
+    for length in (11, 3, 14):
+        tokens = torch.randint(2048, (length,), generator=generator).tolist()
+        yield Row(tokens, [token if i % 3 else NO_TOKEN for i, token in enumerate(tokens[1:])] + [NO_TOKEN]), 0
+
+
+def packed_differences(family, folder, packed=None):
+    """Of the gradients of full fine-tuning, relative to the whole gradient's norm: (documents together - apart, ours -
+    transformers' own forward). An encoder's own forward has no loss to compare with. Rows are laid out as `load_task`
+    chooses unless `packed` is given.
+    """
+    kind = "score" if family in ENCODERS else "lm"
+    folder = base(family, (PACKED | PADDED | ENCODERS)[family], folder)
+    task = task_of(folder, kind, packed)
+    assert task.packed or family in PADDED
+    rows = Rows.of(documents() if kind == "lm" else scored(), kind)
+    together = rows.batch(range(3), task.packed)
+    apart = [rows.batch([i], task.packed) for i in range(3)]
+    assert together.tokens.numel() == (28 if task.packed else 42)
+    ours = gradients(task, [together])
+    between = largest_difference(ours, gradients(task, apart))
+    if kind == "score":
+        return between, "-"
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).train()
+    loss = 0
+    for row, _ in documents():
+        logits = plain(torch.tensor([row.tokens]), use_cache=False).logits[0]
+        loss = loss + F.cross_entropy(logits, torch.tensor(row.targets), ignore_index=NO_TOKEN, reduction="sum")
+    (loss / together.num_targets).backward()
+    theirs = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    return between, largest_difference({name.removeprefix("model."): gradient for name, gradient in ours.items()}, theirs)
+
+
+def scored():
+    return [(Row(row.tokens, [0.5 if i % 3 else NO_SCORE for i in range(len(row.tokens))]), 0) for row, _ in documents()]
+
+
+def largest_difference(one, other):
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in one.values()))
+    assert one.keys() == other.keys() and norm > 1e-3
+    return max(((one[name] - other[name]).norm() / norm).item() for name in one)
+
+
+@pytest.mark.parametrize(
+    "family, packed", [(f, None) for f in (*PACKED, *PADDED, *ENCODERS)] + [(f, False) for f in PADDED]
+)
+def test_together_equals_apart_equals_transformers_own_forward(family, packed, tmp_path):
+    between, to_theirs = packed_differences(family, tmp_path, packed)
+    assert between <= 1e-6 and (family in ENCODERS or to_theirs <= 1e-6)  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Qwen3", "Gemma2", "Mamba"])
+def test_a_bare_backbone_scores_steps(family, tmp_path):
+    packed = family in PACKED
+    task = task_of(base(family, (PACKED | PADDED)[family], tmp_path), "score", packed)
+    rows = Rows.of([(Row([5, 6, 7, 8], [float("nan"), 0.5, float("nan"), 1.0]), 0)], "score")
+    loss, count = task(rows.batch([0], task.packed))
+    assert count == 2 and loss.isfinite() and task.packed == packed
+
+
+def lora_differences(family, folder, target_modules="all-linear"):
+    """Of LoRA on a random base: (injected - base, merged - adapter, saved and loaded - adapter), largest of the hidden
+    states or logits at the targets; and whether exactly the factors (and a scorer's head) got a gradient.
+    """
+    kind = "score" if family in ENCODERS else "lm"
+    folder = base(family, (PACKED | PADDED | ENCODERS)[family], folder)
+    task, other = task_of(folder, kind), task_of(folder, kind)
+    batch = Rows.of(scored(), "score").batch(range(3), task.packed)
+
+    def said(task):
+        hidden = task.at_targets(batch)
+        return (task.head.logits(hidden) if kind == "lm" else hidden).detach()
+
+    task.eval(), other.eval()
+    before = said(task)
+    inject(task.model, 2, 6, target_modules=target_modules)
+    injected = said(task)
+    randomise(task.model)
+    adapted = said(task)
+    assert (adapted - before).abs().max() > 1e-3
+    if kind == "lm":
+        loss = task.head(task.at_targets(batch), torch.zeros(len(batch.targets), dtype=torch.int64))
+    else:
+        loss = task(batch)[0]
+    loss.backward()
+    with_gradient = {name for name, p in task.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    wanted = {
+        name for name, p in task.named_parameters() if ".lora_" in name or kind == "score" and name.startswith("head")
+    }
+    save_adapter(task.model, folder / "adapter")
+    load_adapter(other.model, folder / "adapter")
+    loaded = said(other)
+    merge(task.model)
+    assert not lora_layers(task.model)
+    largest = [
+        (one - two).abs().max().item() for one, two in ((injected, before), (said(task), adapted), (loaded, adapted))
+    ]
+    return *largest, with_gradient == wanted
+
+
+@pytest.mark.parametrize("family", [family for family in (*PACKED, *PADDED, *ENCODERS) if family != "Mamba"])
+def test_lora_starts_at_the_base_trains_its_factors_alone_and_merges(family, tmp_path):
+    injected, merged, loaded, factors_alone = lora_differences(family, tmp_path)
+    assert injected == loaded == 0.0 and factors_alone
+    assert merged < 1e-4  # fp32 sums in another order, of random factors larger than trained ones
+
+
+def test_a_layer_whose_weight_is_read_past_it_cannot_be_trained_in_silence(configure, tmp_path):
+    """Mamba reads weights of dt_proj and out_proj itself, so an update beside these layers would do nothing."""
+    folder = base("Mamba", PADDED["Mamba"], tmp_path / "mamba")
+    settings = dict(base_model=str(folder), task="lm", train_data=["arithmetic:train:60"], lora_r=2, max_steps=2)
+    with pytest.raises(UserError, match="target_modules all-linear: with LoRA there a short forward pass ends in"):
+        run(configure(True, **settings))
+    run(configure(True, target_modules=["in_proj"], **settings))

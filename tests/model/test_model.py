@@ -1,0 +1,174 @@
+"""Every base is tried on two short documents before it is trained: what would be silently wrong is refused."""
+
+from pathlib import Path
+import random
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from lora import inject
+from lora.common.base_files import EMBEDDED, locate
+from lora.common.errors import UserError
+from lora.config.schema import Config
+from lora.data.batches import Rows
+from lora.data.tokenise import NO_TOKEN, Row
+from lora.layer import lora_layers
+from lora.model.device import BFLOAT16_WIDTH, choose_device, choose_dtype
+from lora.model.load import load_task
+from lora.model.placement import prepare_layers
+from tests.conftest import tiny_llama
+
+SHAPE = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+def save(folder, model):
+    """`model` with large random weights, as a base in `folder`."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    return folder
+
+
+def load(folder, task, max_length=64):
+    config = Config()
+    config.model.base_model, config.model.task, config.data.max_length = str(folder), task, max_length
+    return load_task(config, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "model", [BertForMaskedLM(BertConfig(**SHAPE)), RobertaForMaskedLM(RobertaConfig(**SHAPE, pad_token_id=1))]
+)
+def test_encoders_saved_with_another_head_load_for_scoring_and_not_for_language_modelling(model, tmp_path):
+    folder = save(tmp_path, model)
+    assert not load(folder, "score").causal
+    with pytest.raises(UserError, match="an encoder sees what it would have to predict"):
+        load(folder, "lm")
+
+
+def test_a_model_that_would_train_silently_wrong_is_refused(tmp_path):
+    folder = save(tmp_path, MPNetModel(MPNetConfig(**SHAPE)))
+    with pytest.raises(UserError, match="is not supported: .*(see each other|attention modules say|ends in)") as error:
+        load(folder, "score")
+    assert "\n" not in str(error.value)
+
+
+def test_the_positions_of_roberta_begin_after_its_padding_index(tmp_path):
+    folder = save(tmp_path, RobertaForMaskedLM(RobertaConfig(**SHAPE, pad_token_id=1, max_position_embeddings=66)))
+    with pytest.raises(UserError, match="has 64 positions; add --max_length 64"):
+        load(folder, "score", 66)
+    load(folder, "score", 64)
+
+
+def test_a_base_with_a_missing_tensor_is_refused(tiny_base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_base / name).read_bytes())
+    tensors = load_file(tiny_base / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"no weights, or of another shape, for: (model\.)?layers.1.mlp.up_proj.weight"):
+        load(tmp_path, "lm")
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./no", "~/no", "no/such/folder"])
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(name):
+    with pytest.raises(UserError, match="no such folder"):
+        locate(name)
+
+
+def test_the_device_is_what_was_asked_for_or_an_error():
+    assert choose_device("cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device cuda is not available here; there is .*cpu"):
+            choose_device("cuda")
+    assert Path(locate("embedded")[0]) == EMBEDDED
+
+
+def test_the_environment_prefers_a_device_and_a_flag_beats_it(monkeypatch):
+    monkeypatch.setenv("DEVICE_PREFERENCE", "cpu")
+    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+    monkeypatch.setenv("DEVICE_PREFERENCE", "gpu")
+    with pytest.raises(UserError, match="DEVICE_PREFERENCE gpu is not available here; there is cpu"):
+        choose_device("auto")
+
+
+@pytest.mark.parametrize("able", [{"avx512_bf16": True}, {"amx_bf16": True}, {}], ids=str)
+@pytest.mark.parametrize("width", [BFLOAT16_WIDTH, 32])
+def test_a_cpu_computes_in_bfloat16_where_it_is_quick_at_it_and_the_base_is_wide(
+    configure, tmp_path, monkeypatch, able, width
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    folder = save(tmp_path, tiny_llama(hidden_size=width))
+    config = configure(True, base_model=str(folder))
+    expected = torch.bfloat16 if able and width == BFLOAT16_WIDTH else torch.float32
+    assert choose_dtype(config, torch.device("cpu")) == expected
+    config.training.dtype = "float16"
+    assert choose_dtype(config, torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_checkpointing_and_offloading_give_the_same_gradients_to_the_bit_and_keep_less_on_the_device(configure, lora):
+    gradients, kept = [], []
+    for asked in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload_activations": True}):
+        config = configure(lora, task="lm", **asked)
+        task = load_task(config, torch.float32).train()
+        prepare_layers(task.model, config.training)
+        if lora:
+            torch.manual_seed(0)
+            inject(task.model, r=4, dropout=0.2)
+            for layer in lora_layers(task.model).values():
+                torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+        row = Row(list(range(5, 205)), [*range(6, 205), NO_TOKEN])
+        batch, sizes = Rows.of([(row, 0)], "lm").batch([0]), []
+        torch.manual_seed(7)  # the dropout is drawn again as it was
+        keep = lambda tensor, sizes=sizes: (sizes.append(tensor.nbytes), tensor)[1]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = task(batch)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in task.named_parameters() if p.requires_grad})
+        kept.append(sum(sizes))
+    for other in gradients[1:]:
+        assert gradients[0].keys() == other.keys()
+        assert all(torch.equal(gradient, other[name]) for name, gradient in gradients[0].items())
+    assert kept[1] < kept[0] / 3 and kept[2] < kept[1]
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_gradients_and_are_compiled_once_for_all_lengths(configure):
+    gradients, graphs = [], []
+    for asked in ({}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}):
+        config = configure(True, task="lm", **asked)
+        task = load_task(config, torch.float32).train()
+        torch.manual_seed(0)
+        inject(task.model, r=4)
+        for layer in lora_layers(task.model).values():
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+        prepare_layers(task.model, config.training)
+        torch._dynamo.reset()
+        counters.clear()
+        draw = random.Random(0)
+        for _ in range(8):
+            lengths = [draw.randint(5, 60) for _ in range(draw.randint(2, 6))]
+            rows = [(Row(list(range(5, 5 + n)), [*range(6, 5 + n), NO_TOKEN]), 0) for n in lengths]
+            loss, _ = task(Rows.of(rows, "lm").batch(range(len(rows))))
+            loss.backward()
+            graphs.append(counters["stats"]["unique_graphs"])
+        gradients.append(torch.cat([p.grad.flatten() for p in task.parameters() if p.requires_grad]))
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()  # fused sums round otherwise
+    assert graphs[8] > 0 and graphs[9] == graphs[15] and graphs[17] == graphs[23]

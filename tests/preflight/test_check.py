@@ -1,0 +1,371 @@
+"""--check: on a healthy run every line passes; of each planted fault the right line says FAIL, and the exit status is 3."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lora import adapter
+from lora.common.errors import Stopped
+from lora.common.paths import ROOT
+from lora.config.command_line import Command
+from lora.data import tokenise
+from lora.data.raw_data import Source
+from lora.data.sampler import TrainingData
+from lora.layer import LoRALinear, lora_layers
+from lora.model.attention import Documents
+import lora.model.compatibility
+from lora.model.heads import LMHead, MLPHead
+import lora.model.load
+import lora.model.task
+import lora.model.weights
+from lora.preflight import check, data_checks, model_checks, trial
+from lora.training import checkpoint
+from tests.conftest import script
+from tests.model.test_families import PACKED, PADDED, base
+import train
+import train_lora
+
+
+@pytest.fixture
+def lines(capsys, monkeypatch, tmp_path):
+    """config -> {line: PASS, WARN or FAIL} of the check of a run."""
+    monkeypatch.setenv("PLAINLORA_CACHE", str(tmp_path / "cache"))  # a planted fault must not be tokenised for others
+
+    def of(config):
+        capsys.readouterr()
+        stopped = False
+        try:
+            (train_lora if config.lora else train).main(Command(config, Path("none"), check=True), Source(config))
+        except Stopped as error:
+            stopped = error.status == 3
+        printed = capsys.readouterr().out
+        found = [line.split("  ", 1) for line in printed.splitlines() if line[:6] in ("PASS  ", "WARN  ", "FAIL  ")]
+        statuses = {text.partition(":")[0]: status for status, text in found}
+        assert stopped == ("FAIL" in statuses.values()), printed
+        return statuses
+
+    return of
+
+
+def chat(i, question="How many are {} boxes of seven pears?", answer="There are {} pears in all."):
+    messages = [("user", question.format(i)), ("assistant", answer.format(7 * i))]
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
+
+
+def chain(i, labels=(1, 0)):
+    steps = [f"{i}+1={i + 1}", f"so it is {i}"]
+    return {"prompt": f"How many are {i} and one?", "steps": steps, "labels": list(labels)}
+
+
+def write(path, rows):
+    path = path.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(path)]
+
+
+@pytest.mark.parametrize("task", ["lm", "score", "chats"])
+@pytest.mark.parametrize("lora", [{"use_dora": True, "modules_to_save": ["norm"]}, {"lora_r": 4}, {}], ids=str)
+def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task):
+    settings = {"task": "score" if task == "score" else "lm", **lora}
+    if task == "chats":
+        settings["train_data"] = write(tmp_path / "train.jsonl", map(chat, range(40)))
+        settings["eval_data"] = write(tmp_path / "eval.jsonl", map(chat, range(50, 60)))
+    found = lines(configure(bool(lora), **settings))
+    assert {*found.values()} == {"PASS"}, found
+    skipped = {"lm": {"labels"}, "score": {"tied as declared", "trained end token", "target mask"}}[settings["task"]]
+    if not lora:
+        skipped |= {"injected = base", "adapter acts", "PEFT format and back", "base unchanged", "merged = unmerged"}
+    assert found.keys() == {*data_checks.DATA, *model_checks.MODEL} - skipped
+
+
+def test_a_head_alone_passes(configure, lines):
+    found = lines(configure(True, lora_r=0))
+    assert {*found.values()} == {"PASS"}, found
+    assert "base unchanged" in found and not {"injected = base", "adapter acts", "merged = unmerged"} & found.keys()
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True, "task": "lm"}, {"optimizer": "adamw_8bit"}], ids=str)
+def test_4_bit_bases_and_8_bit_optimizers_pass_on_the_embedded_base(configure, lines, settings):
+    found = lines(configure(True, base_model="embedded", learning_rate=2e-3, **settings))
+    assert {*found.values()} == {"PASS"}, found
+
+
+def test_an_encoder_passes(configure, lines, tiny_encoder, tmp_path):
+    words = "abcdefghij"
+    rows = [{"sentence1": f"{a} {b}", "sentence2": b, "score": (a < b) / 2} for a in words for b in words]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    found = lines(configure(True, base_model=str(tiny_encoder), train_data=data, eval_data=[], eval_fraction=0.2))
+    assert {*found.values()} == {"PASS"}, found
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Gemma2", "Mpt", "GptOss"])
+def test_other_families_pass(configure, lines, tmp_path, family):
+    folder = base(family, (PACKED | PADDED)[family], tmp_path)
+    found = lines(configure(family != "GptOss", task="lm", base_model=str(folder), max_length=100, learning_rate=1e-3))
+    odd = {line: status for line, status in found.items() if status != "PASS"}
+    # A router that chooses one expert weighs it with 1, whatever it says: it has nothing to learn.
+    assert odd == ({"trained tensors": "WARN"} if family == "GptOss" else {})
+
+
+def test_of_a_large_model_the_first_layers_are_checked(configure, monkeypatch):
+    monkeypatch.setattr(trial, "BODY", 1)
+    task = lora.model.load.load_task(configure(False, base_model="embedded"), torch.float32)
+    layers = len(task.model.layers)
+    assert f"of its {layers} layers the first 2" in trial.cut(task)
+    assert (
+        len(task.model.layers) == task.model.config.num_hidden_layers == 2
+        and lora.model.compatibility.disagreement(task) is None
+    )
+
+
+# ------------------------------------------------------------------------------------- faults in the data
+
+DATA_FAULTS = {
+    "the same prompts in both": ("train and eval apart", dict(eval_data=lambda p: write(p / "e", [chat(1)] * 2))),
+    "every row twice": ("duplicates", dict(train_data=lambda p: write(p / "t", [chat(i // 2) for i in range(40)]))),
+    "every row in two files": (
+        "duplicates",
+        dict(train_data=lambda p: [path for name in "tu" for path in write(p / name, map(chat, range(40)))]),
+    ),
+    "answers beyond max_length": ("rows cut off", dict(max_length=28)),
+    "questions beyond max_length": (
+        "rows without a target",
+        dict(train_data=lambda p: write(p / "t", [chat(i, "again " * 300 * (i > 3) + "{}") for i in range(20)])),
+    ),
+    "two BOS": (
+        "doubled BOS",
+        dict(train_data=lambda p: write(p / "t", [{"text": "<|im_start|><|im_start|>pears"}, {"text": "apples"}])),
+    ),
+    "one label only": (
+        "labels",
+        dict(task="score", train_data=lambda p: write(p / "t", [chain(i, (1, 1)) for i in range(20)])),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DATA_FAULTS)
+def test_a_fault_in_the_data_is_found(configure, lines, tmp_path, monkeypatch, fault):
+    line, settings = DATA_FAULTS[fault]
+    settings = {key: value(tmp_path) if callable(value) else value for key, value in settings.items()}
+    task = settings.setdefault("task", "lm")
+    make = chat if task == "lm" else chain
+    default = {"train_data": write(tmp_path / "train", map(make, range(40)))}
+    default["eval_data"] = write(tmp_path / "eval", map(make, range(50, 60)))
+    if line == "doubled BOS":
+        load = lora.model.weights.load_tokenizer
+        monkeypatch.setattr(lora.model.weights, "load_tokenizer", lambda base: with_bos(load(base)))
+    assert lines(configure(True, **default | settings))[line] == "FAIL"
+
+
+def with_bos(tokenizer):
+    tokenizer.bos_token = "<|im_start|>"
+    return tokenizer
+
+
+def test_what_may_be_meant_is_a_warning(configure, lines, tmp_path):
+    rows = [chat(i) for i in range(40)]
+    rows += [chat(41, "What does <|im_end|> mean?"), chat(3), chat(42, answer="yes " * 200)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    found = lines(configure(True, task="lm", train_data=data, eval_data=write(tmp_path / "e", map(chat, range(50, 60)))))
+    assert {line for line, status in found.items() if status != "PASS"} == {
+        "special tokens in texts", "duplicates", "rows cut off"
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- faults in what is computed
+# Each takes the monkeypatch, and plants its fault for all that is called after it, or in the task that is checked.
+
+
+def in_task(plant):
+    """A fault in the loaded task, beyond what loading it refuses."""
+
+    def planted(patch):
+        run = check.run
+
+        def with_fault(opening, task, *others):
+            with torch.no_grad():
+                plant(task)
+            return run(opening, task, *others)
+
+        patch.setattr(check, "run", with_fault)
+
+    return planted
+
+
+def halved(tensors):
+    return {name: tensor.half() for name, tensor in tensors.items()}
+
+
+def first_lora(task):
+    return next(iter(lora_layers(task.model).values()))
+
+
+def wrapped(owner, name, change):
+    """A fault: what owner.name returns goes through `change`."""
+    original = getattr(owner, name)
+    return lambda patch: patch.setattr(owner, name, lambda *a, **k: change(original(*a, **k)))
+
+
+def change_row(patch, change):
+    original = tokenise.chat_row
+
+    def changed(tokenised, max_length):
+        rendered = original(tokenised, max_length)
+        for row in rendered.rows:
+            row.targets = change(row)
+        return rendered
+
+    patch.setattr(tokenise, "chat_row", changed)
+
+
+def untie(task):
+    task.model.lm_head.weight = nn.Parameter(task.model.lm_head.weight.clone(), requires_grad=False)
+
+
+def mean_of_means(task, data, step, scaler, seed, device, dtype):
+    batches = data.batch_at(step)
+    for batch in batches:
+        loss, count = task(batch)
+        (loss / count / len(batches)).backward()
+    return torch.tensor([loss.item() / count, 0.0, 0.0])
+
+
+def training_moves_the_base(patch):
+    original = LoRALinear.forward
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            self.base_layer.weight.data.mul_(1 - 1e-6)
+        return original(self, x)
+
+    patch.setattr(LoRALinear, "forward", forward)
+
+
+def evaluation_rounds_the_weights(patch):
+    original = train.evaluate
+
+    def evaluate(task, *others):
+        task.bfloat16().float()
+        return original(task, *others)
+
+    patch.setattr(train, "evaluate", evaluate)
+
+
+def own_targets_only(self, step):
+    return max(1, sum(batch.num_targets for batch in self.batch_at(step)))
+
+
+def without_scale(self):
+    return self.base_layer.weight + self.lora_B.weight @ self.lora_A.weight
+
+
+def fresh_state(optimizer, tensors):
+    for parameter, state in tensors.items():
+        optimizer.state[parameter] = {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+FAULTS = {
+    "the user's words are targets": ("target mask", lambda p: change_row(p, lambda row: [*row.tokens[1:], -100])),
+    "targets are not shifted": ("target mask", lambda p: change_row(p, lambda row: row.tokens)),
+    "answers are not targets": (
+        "target mask",
+        lambda p: change_row(p, lambda row: [t if i > len(row.tokens) - 5 else -100 for i, t in enumerate(row.targets)]),
+    ),
+    "the end of a turn is not a target": (
+        "trained end token",
+        lambda p: change_row(p, lambda row: [-100 if token < 20 else token for token in row.targets]),
+    ),
+    "a NaN among the weights": ("finite weights", in_task(lambda t: first_lora(t).lora_A.weight[0, :1].fill_(torch.nan))),
+    "an untied head": ("tied as declared", in_task(untie)),
+    "attention leaks across documents": (
+        "packed = alone",
+        in_task(lambda t: setattr(lora.model.task, "Documents", lambda lengths: Documents([sum(lengths)]))),
+    ),
+    "attention to what is to come": (
+        "model as assumed",
+        in_task(lambda t: setattr(t.model.model.layers[0].self_attn, "is_causal", False)),
+    ),
+    "logits at another scale": ("model as assumed", in_task(lambda t: setattr(t.head, "scale", 1.5))),
+    "B is not drawn as zero": ("injected = base", in_task(lambda t: first_lora(t).lora_B.weight.fill_(0.1))),
+    "the learning rate is absurd": ("loss on a repeated batch", {"learning_rate": 1e3}),
+    "nothing is updated": (
+        "loss on a repeated batch",
+        lambda p: p.setattr(torch.optim.AdamW, "step", lambda self: None),
+    ),
+    "an adapter with no effect": ("adapter acts", lambda p: p.setattr(LoRALinear, "scaling", 0.0)),
+    "a frozen factor": ("trained tensors", in_task(lambda t: first_lora(t).lora_A.weight.requires_grad_(False))),
+    "a trained base": ("trained tensors", in_task(lambda t: first_lora(t).base_layer.weight.requires_grad_(True))),
+    "a detached adapter": (
+        "trained tensors",
+        lambda p: p.setattr(LoRALinear, "forward", lambda self, x: self.base_layer(x)),
+    ),
+    "sum of losses": ("loss = mean over targets", lambda p: p.setattr(TrainingData, "num_targets_at", lambda *_: 1)),
+    "mean of means": ("accumulated = whole", lambda p: p.setattr(train, "backward", mean_of_means)),
+    "each process divides by its own targets": (
+        "two processes = one",
+        lambda p: p.setattr(TrainingData, "num_targets_at", own_targets_only),
+    ),
+    "an evaluation that rounds": ("after an evaluation", evaluation_rounds_the_weights),
+    "optimizer state is not restored": (
+        "save, load, next step", lambda p: p.setattr(checkpoint, "set_state", fresh_state)
+    ),
+    "weights are not restored": (
+        "save, load, next step", lambda p: p.setattr(lora.model.task.Task, "load", lambda self, folder: None)
+    ),
+    "the export forgets a layer": (
+        "PEFT format and back",
+        lambda p: p.setattr(adapter, "lora_layers", lambda model: dict(list(lora_layers(model).items())[1:])),
+    ),
+    "the export rounds": ("PEFT format and back", wrapped(adapter, "factors", halved)),
+    "training moves the base": ("base unchanged", training_moves_the_base),
+    "a merge without the scale": (
+        "merged = unmerged", lambda p: p.setattr(LoRALinear, "merged_weight", without_scale)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_what_is_computed_is_found(configure, lines, tmp_path, monkeypatch, fault):
+    line, plant = FAULTS[fault]
+    settings = {"train_data": write(tmp_path / "t", map(chat, range(40)))}
+    settings["eval_data"] = write(tmp_path / "e", map(chat, range(50, 60)))
+    monkeypatch.setattr(lora.model.task, "Documents", Documents)  # some faults set it; this puts it back
+    if callable(plant):
+        plant(monkeypatch)
+    else:
+        settings |= plant
+    found = lines(configure(True, task="lm", **settings))
+    assert found[line] == "FAIL", found
+
+
+@pytest.mark.parametrize(
+    "line, owner, name, change",
+    [
+        ("labels", tokenise, "chain_row", lambda rendered: [r.targets.reverse() for r in rendered.rows] and rendered),
+        ("loss = mean over targets", MLPHead, "forward", lambda loss: loss * 1.5),
+        ("save, load, next step", lora.model.task, "load_file", halved),
+    ],
+)
+def test_a_fault_in_scores_is_found(configure, lines, monkeypatch, line, owner, name, change):
+    wrapped(owner, name, change)(monkeypatch)
+    assert lines(configure(True))[line] == "FAIL"
+
+
+def test_a_check_that_ends_in_an_error_has_failed(configure, lines, monkeypatch):
+    monkeypatch.setattr(LMHead, "predict", lambda self, hidden, targets: hidden[999_999])
+    found = lines(configure(True, task="lm"))
+    assert found["injected = base"] == found["merged = unmerged"] == "FAIL"
+
+
+def test_the_script_exits_with_3_and_writes_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = write(tmp_path / "rows.jsonl", map(chain, range(40)))[0]
+    flags = ["--base_model", "embedded", "--task", "score", "--train_data", rows, "--eval_data", rows]
+    flags += ["--max_length", 512, "--check"]
+    status, out, err = script(monkeypatch, capsys, ROOT / "train_lora.py", *flags)
+    assert status == 3, err
+    assert "FAIL  train and eval apart: 40 of 40" in out
+    assert err.startswith("error: --check: 1 failed: train and eval apart.") and {*tmp_path.iterdir()} == {Path(rows)}

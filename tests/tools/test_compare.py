@@ -1,0 +1,144 @@
+"""Runs compared: what differs, which is better, and how sure that is."""
+
+from functools import partial
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+from lora.common.errors import UserError
+from lora.config.command_line import read_command_line
+from lora.config.schema import get_lora_config
+from lora.evaluation import example_losses
+from lora.evaluation.statistics import draws_of
+from lora.tools import compare
+from lora.tools.compare import interval, main, spread_of_seeds, table, verdict
+from lora.tools.finished_run import Run
+from tests.conftest import configuration, run
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_base, tmp_path_factory):
+    """{name: folder} of four runs: two seeds, at a learning rate that teaches something and at one that does not."""
+    settings = {
+        "s1": {"seed": 1}, "s2": {"seed": 2},
+        "slow1": {"seed": 1, "learning_rate": 1e-6}, "slow2": {"seed": 2, "learning_rate": 1e-6},
+    }  # fmt: skip
+    data = {"eval_data": ["arithmetic:validation:40"], "train_data": ["arithmetic:train:200"], "max_eval_batches": 0}
+    many = {"task": "lm", "max_steps": 24, "eval_steps": 8}
+    make = partial(configuration, tiny_base, tmp_path_factory.mktemp("sweep"), True, **data, **many)
+    return {name: run(make(name, **values)) for name, values in settings.items()}
+
+
+@pytest.mark.parametrize("task, settings", [("lm", {}), ("score", {}), ("score", {"score_loss": "bce"})])
+def test_every_evaluation_keeps_the_losses_that_make_up_its_own(configure, task, settings):
+    folder = run(configure(True, task=task, max_steps=6, eval_steps=3, **settings))
+    curve = Run.of(folder).curve()
+    assert [step for step, _ in curve] == [0, 3, 6]
+    for step, loss in curve:
+        kept = example_losses.read(folder, step).values()
+        assert len(kept) == 8
+        total, targets = map(sum, zip(*kept))
+        assert total / targets == pytest.approx(loss, rel=1e-6)  # they are kept in fp32
+
+
+def test_the_examples_are_the_same_however_they_are_laid_out(configure):
+    runs = [run(configure(True, f"b{size}", max_steps=1, batch_size=size)) for size in (1, 4)]
+    one, other = (example_losses.read(folder, 0) for folder in runs)
+    assert one.keys() == other.keys()
+    np.testing.assert_allclose([*one.values()], [other[key] for key in one], rtol=1e-4)  # fp32, other sums
+
+
+def test_the_interval_covers_the_truth_19_times_of_20():
+    """Of 1,000 simulated pairs of runs; the standard error of the share is 0.7 %."""
+    rng, hits = np.random.default_rng(0), 0
+    for seed in range(1000):
+        counts = rng.integers(1, 9, size=150)
+        hard = rng.exponential(size=150)  # examples differ by more than the runs do
+        ones, others = (counts * (hard + rng.exponential(shift, size=150)) for shift in (0.55, 0.5))
+        _, (low, high) = interval(ones, others, counts, draws=300, seed=seed)
+        hits += low <= 0.05 <= high
+    assert 930 <= hits <= 970
+
+
+def test_the_draws_are_the_same_for_the_same_seed():
+    one, other, third = ([*map(list, draws_of(5, 3, seed))] for seed in (1, 1, 2))
+    assert one == other != third and all(len(drawn) == 5 for drawn in one)
+
+
+def test_seeds_cannot_be_told_apart_and_learning_can(sweep, capsys):
+    runs = {name: Run.of(folder) for name, folder in sweep.items()}
+    spread = spread_of_seeds(runs.values())
+    assert spread[1] == 2 and spread[0] > 0
+    assert ": cannot tell" in verdict(runs["s2"], runs["s1"], spread)
+    assert ": worse" in verdict(runs["slow1"], runs["s1"], spread)
+    assert ": better" in verdict(runs["s2"], runs["slow1"], spread)
+    alone = verdict(runs["slow1"], runs["s1"], spread_of_seeds([runs["slow1"], runs["s1"]]))
+    assert ": worse (as models" in alone
+    main([*map(str, sweep.values()), "--against", str(sweep["s1"])])
+    assert capsys.readouterr().out.count(" less s1: ") == 3
+
+
+def test_the_table_has_what_differs_and_how_it_ended_best_first(sweep, capsys, tmp_path):
+    unfinished = tmp_path / "begun"
+    (unfinished / "logs").mkdir(parents=True)
+    (unfinished / "logs" / "config.json").write_text((sweep["s1"] / "logs" / "config.json").read_text())
+    (unfinished / "logs" / "train_metrics.jsonl").write_text('{"step": 0, "val/loss": 0.5}\n{"step": 8, "val/l')
+    runs = sorted((Run.of(folder) for folder in [unfinished, *sweep.values()]), key=lambda one: one.best[1])
+    heading, *rows = table(runs)
+    assert heading[:3] == ["run", "learning_rate", "seed"] and "token_accuracy" in heading and "tokens/s" in heading
+    assert {row[0] for row in rows[:2]} == {"s1", "s2"} and rows[-1][0] == "begun" and rows[-1][-1] == "not ended"
+    losses = [float(row[heading.index("best loss")]) for row in rows[:-1]]
+    assert losses == sorted(losses)
+    results = json.loads((sweep[rows[0][0]] / "logs" / "final_results.json").read_text())
+    assert losses[0] == pytest.approx(results["best"]["loss"], rel=1e-4)  # as it is printed
+    main([str(folder) for folder in sweep.values()])
+    printed, sketch = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in printed.splitlines()[-5:]] == ["run", *(row[0] for row in rows[:-1])]
+    assert sketch.startswith("validation loss, from") and sketch.count("▁")
+
+
+def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
+    folders = [str(sweep["s1"]), str(sweep["s2"])]
+    main([*folders, "--sweep", "seed=1,2,3", "lora_r=16"])
+    (line,) = capsys.readouterr().out.partition("not yet run:\n")[2].splitlines()
+    words = shlex.split(line)
+    assert words[:2] == ["python", "train_lora.py"]
+    command = read_command_line(words[2:], get_lora_config(), None, "")
+    assert command.config.training.seed == 3 and command.config.training.max_steps == 24
+    assert command.config.output.experiment_name == "seed_3_lora_r_16"
+    run(command.config)
+    main([*folders, str(command.run_dir), "--sweep", "seed=1,2,3", "lora_r=16"])
+    assert "not yet run" not in capsys.readouterr().out
+
+
+def test_the_picture_of_the_runs_is_written(sweep, tmp_path):
+    main([*map(str, sweep.values()), "--plot", str(tmp_path / "sweep.png")])
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert compare.swept([Run.of(folder) for folder in sweep.values()]) == "learning_rate"
+
+
+def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_path, capsys):
+    folders = [tmp_path / "fast", tmp_path / "slow"]
+    for folder, rate in zip(folders, (1e-3, 1e-4)):
+        (folder / "logs").mkdir(parents=True)
+        configure(True, learning_rate=rate).save(folder / "logs" / "config.json")
+    main([*map(str, folders), "--plot", str(tmp_path / "a.png")])
+    assert capsys.readouterr().out.count("not ended") == 2 and (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["/no/such"], "no run of ours is named"),
+        (["{run}", "--plot", "/no/such/a.png"], "--plot /no/such/a.png: expected the name of a .png file"),
+        (["{run}", "--sweep", "lora_r"], "--sweep lora_r: expected KEY=VALUE"),
+        (["{run}", "--sweep", "lora_x=1"], "--sweep lora_x: no such key"),
+        (["{run}", "--against", "/no/such"], "/no/such: no logs/config.json"),
+    ],
+)
+def test_a_mistake_is_one_line(configure, arguments, message):
+    folder = run(configure(True, max_steps=1)) if "{run}" in arguments else ""
+    with pytest.raises(UserError, match=message):
+        main([argument.format(run=folder) for argument in arguments])

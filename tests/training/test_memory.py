@@ -1,0 +1,152 @@
+"""Running out of memory costs time and changes nothing: a step does not depend on how it is cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from lora import inject
+from lora.common.errors import Exhausted, UserError, one_line
+from lora.config.command_line import Command
+from lora.data.raw_data import Source
+from lora.data.sampler import TrainingData
+from lora.data.token_cache import tokenised
+from lora.model.device import autocast, choose_dtype
+from lora.model.load import load_task
+from lora.model.placement import prepare_layers
+from lora.model.task import Task
+from lora.training.memory_plan import Counting, memory
+from tests.conftest import run
+from tests.model.test_model import save
+import train_lora
+
+WHOLE = {
+    "task": "lm",
+    "max_steps": 6,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_length": 128,
+    "learning_rate": 1e-3,
+}
+
+
+def short_of_memory(monkeypatch, tokens):
+    """A device on which micro-batches of more than so many tokens do not fit; returns the sizes that were tried."""
+    forward, tried = Task.forward, []
+
+    def limited(self, batch):
+        tried.append(batch.tokens.numel())
+        if batch.tokens.numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Task, "forward", limited)
+    return tried
+
+
+def lines(folder, *names):
+    metrics = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    found = [[line[name] for name in names] for line in metrics if names[0] in line]
+    assert found
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("lora, tokens", [(True, 250), (True, 130), (False, 200)])
+def test_a_step_that_did_not_fit_is_redone_in_smaller_micro_batches_with_the_same_gradients(
+    configure, monkeypatch, lora, tokens
+):
+    whole = run(configure(lora, "whole", **WHOLE))
+    tried = short_of_memory(monkeypatch, tokens)
+    cut = run(configure(lora, "cut", **WHOLE))
+    assert max(tried) > tokens
+    names = ("train/loss", "train/grad_norm")
+    torch.testing.assert_close(lines(cut, *names), lines(whole, *names), rtol=1e-6, atol=0)
+    kept = json.loads((cut / "checkpoints/checkpoint_step_6/trainer_state.json").read_text())["max_tokens"]
+    assert kept <= tokens < WHOLE["batch_size"] * WHOLE["max_length"]
+    tried.clear()  # the step that a resumed run begins with is cut as before
+    run(configure(lora, "cut", **WHOLE | {"max_steps": 8}), cut / "checkpoints/checkpoint_step_6")
+    assert max(tried) <= tokens
+
+
+def test_the_largest_micro_batch_of_the_run_is_tried_before_the_first_step(configure, monkeypatch):
+    tried, sizes, batch_at = [], [], TrainingData.batch_at
+
+    def recorded(self, step):
+        batches = batch_at(self, step)
+        tried.append(step)
+        sizes.append(max(sum(batch.lengths) for batch in batches))
+        return batches
+
+    monkeypatch.setattr(TrainingData, "batch_at", recorded)
+    run(configure(True, **WHOLE))
+    assert tried == [None, 0, 1, 2, 3, 4, 5] and sizes[0] == max(sizes)
+
+
+def test_a_single_example_that_does_not_fit_ends_the_run_in_one_line(configure, monkeypatch):
+    short_of_memory(monkeypatch, 30)
+    with pytest.raises(Exhausted, match="out of memory on a single example of .* --gradient_checkpointing"):
+        run(configure(True, **WHOLE))
+
+
+def test_an_error_that_is_not_for_want_of_memory_stays_one(configure, monkeypatch):
+    monkeypatch.setattr(Task, "forward", lambda self, batch: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(configure(True, **WHOLE))
+
+
+def test_batch_size_auto_is_the_default_batch_size_in_one_micro_batch_where_it_fits(configure, monkeypatch):
+    fixed = run(configure(True, "fixed", **WHOLE | {"batch_size": 4, "gradient_accumulation_steps": 3}))
+    tried = short_of_memory(monkeypatch, 10**9)
+    auto = run(configure(True, "auto", **WHOLE | {"batch_size": "auto", "gradient_accumulation_steps": 3}))
+    assert len(tried) == 1 + WHOLE["max_steps"]
+    torch.testing.assert_close(lines(auto, "train/loss"), lines(fixed, "train/loss"), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("asked", [{}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+def test_what_is_foreseen_without_contents_is_what_a_step_holds(configure, lora, asked):
+    config, cpu = configure(lora, **WHOLE | asked), torch.device("cpu")
+    dtype = choose_dtype(config, cpu)
+    task = load_task(config, dtype if lora else torch.float32).train()
+    if lora:
+        inject(task.model, r=4)
+    prepare_layers(task.model, config.training)
+    rows, held_out, _ = tokenised(Source(config), task)
+    data = TrainingData(rows, held_out, config)
+    parts = memory(task, data, config, cpu, dtype)
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    assert parts["gradients"] == 4 * trained and parts["optimizer"] == 8 * trained
+    assert parts["weights"] == sum({p.data_ptr(): p.nbytes for p in (*task.parameters(), *task.buffers())}.values())
+    with Counting("cpu") as counting:
+        for batch in data.batch_at(None):
+            with autocast(cpu, dtype):
+                loss, _ = task(batch)
+            loss.backward()
+    held = parts["gradients"] + parts["activations"] + parts["head"]
+    assert abs(held / counting.peak - 1) < 0.02  # the batch's few numbers are counted in one of the two
+
+
+def test_a_dry_run_says_what_would_be_and_leaves_nothing(configure, capsys):
+    config = configure(True, **WHOLE)
+    train_lora.main(Command(config, Path(config.output.output_dir) / "run", dry_run=True), Source(config))
+    out = capsys.readouterr().out
+    assert "6 steps of 8 examples" in out and "in all" in out and "time: " in out
+    assert not (Path(config.output.output_dir) / "run").exists()
+
+
+def test_what_cannot_be_counted_is_said_in_one_line(configure, tmp_path):
+    shape = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    folder = save(
+        tmp_path / "experts", MixtralForCausalLM(MixtralConfig(**shape, num_key_value_heads=2, num_local_experts=2))
+    )
+    config = configure(True, base_model=str(folder), **WHOLE | {"dtype": "float32"})
+    with pytest.raises(UserError, match="--dry_run: this model cannot be counted in torch.float32"):
+        train_lora.main(Command(config, tmp_path / "run", dry_run=True), Source(config))
+
+
+def test_memory_that_runs_out_while_weights_are_read_is_no_mistake_of_the_user():
+    for error, kept in ((RuntimeError("can't allocate memory"), RuntimeError), (RuntimeError("size mismatch"), UserError)):
+        with pytest.raises(kept), one_line("weights"):
+            raise error

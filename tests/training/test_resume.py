@@ -1,0 +1,158 @@
+"""Resumed = uninterrupted, bit for bit; the best three and the last checkpoint stay."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+import torch
+
+from lora.common.checksums import write_checksums
+from lora.common.errors import UserError
+from lora.config.command_line import read_command_line
+from lora.config.schema import get_lora_config
+from lora.data.sampler import TrainingData
+from lora.training import best_checkpoints
+from tests.conftest import run
+
+
+def files(folder):
+    found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    assert len(found) >= 2
+    return found
+
+
+def metrics(folder):
+    """The metrics of a run without what a clock decides."""
+    lines = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("timestamp", "train/tokens_per_second")} for line in lines]
+
+
+# No chain has 100 tokens, and a micro-batch holds at most batch_size x max_length.
+SEVERAL_MICRO_BATCHES = {"batch_size": 1, "gradient_accumulation_steps": 8, "max_length": 100}
+
+
+@pytest.mark.parametrize(
+    "lora, settings",
+    [
+        (True, {"lora_dropout": 0.3, "head_dropout": 0.2, **SEVERAL_MICRO_BATCHES}),
+        (True, {"task": "lm", "lora_dropout": 0.3}),
+        (False, {"head_dropout": 0.2}),
+        (False, {"task": "lm", "init_from": "scratch"}),
+        (True, {"lora_dropout": 0.3, "dtype": "bfloat16"}),
+        (True, {"lora_r": 0, "head_dropout": 0.2, **SEVERAL_MICRO_BATCHES}),
+        (False, {"dtype": "float16"}),
+    ],
+    ids=[
+        "lora scorer",
+        "lora lm",
+        "full scorer",
+        "full lm from scratch",
+        "lora scorer in bfloat16",
+        "head alone",
+        "full scorer in float16",
+    ],
+)
+@pytest.mark.parametrize(
+    "step", [4, 9], ids=["saved between evaluations, mid-epoch", "saved at an evaluation, in the second epoch"]
+)
+def test_resumed_equals_uninterrupted_bitwise(configure, monkeypatch, lora, settings, step):
+    whole = run(configure(lora, "whole", save_steps=step, **settings))
+    config = configure(lora, "cut", save_steps=step, **settings)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingData, "batch_at", interrupted_at(step + 1))
+        run(config)
+    torch.manual_seed(12345)  # whatever the generator's state is
+    cut = run(config, f"{config.output.output_dir}/cut/checkpoints/checkpoint_step_{step}")
+    last = "checkpoints/checkpoint_step_12"
+    assert files(cut / last) == files(whole / last)
+    assert metrics(cut) == metrics(whole)
+    states = [best_checkpoints.read_state(folder / last) for folder in (cut, whole)]
+    assert states[0].pop("config") and states[1].pop("config") and states[0] == states[1]
+
+
+def interrupted_at(stop):
+    """batch_at of a run that is killed in its step `stop`."""
+    undisturbed = TrainingData.batch_at
+
+    def batch_at(self, step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return undisturbed(self, step)
+
+    return batch_at
+
+
+def test_the_three_best_and_the_last_stay_and_survive_a_resume(configure):
+    folder = run(configure(True, max_steps=24, learning_rate=3e-2))  # evaluated at 3, 6, .. 24
+    losses = {line["step"]: line["val/loss"] for line in metrics(folder) if "val/loss" in line and line["step"]}
+    best = sorted(losses, key=losses.get)[:3]
+    kept = {state["step"] for state in best_checkpoints.saved(folder / "checkpoints")}
+    assert kept == {*best, 24}
+    run(configure(True, max_steps=28, learning_rate=3e-2), folder / "checkpoints" / "checkpoint_step_24")
+    losses |= {line["step"]: line["val/loss"] for line in metrics(folder) if "val/loss" in line and line["step"]}
+    assert {s["step"] for s in best_checkpoints.saved(folder / "checkpoints")} == {*sorted(losses, key=losses.get)[:3], 28}
+
+
+def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
+    folder = run(configure(True))
+    best = best_checkpoints.best(best_checkpoints.saved(folder / "checkpoints"))[0]
+    results = json.loads((folder / "logs" / "final_results.json").read_text())
+    assert results["best"] == {"step": best["step"], **best["val"]} and results["last"]["step"] == 12
+    for name in ("mlp_head.safetensors", "lora_adapter/adapter_model.safetensors"):
+        assert (folder / "final_artifact" / name).read_bytes() == (best["path"] / name).read_bytes()
+
+
+def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume(configure, monkeypatch):
+    settings = dict(max_steps=300, learning_rate=1.0, early_stopping_patience=3, eval_steps=2, save_steps=2)
+
+    def evaluations(folder):
+        return [(line["step"], line["val/loss"]) for line in metrics(folder) if "val/loss" in line and line["step"]]
+
+    whole = evaluations(run(configure(True, "whole", **settings)))
+    stop, losses = whole[-1][0], [loss for _, loss in whole]
+    assert stop < 300 and losses.index(min(losses)) == len(losses) - 4  # three in a row were no better
+    config = configure(True, "cut", **settings)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingData, "batch_at", interrupted_at(stop - 2))
+        run(config)
+    assert evaluations(run(config, f"{config.output.output_dir}/cut/checkpoints/checkpoint_step_{stop - 2}")) == whole
+
+
+def test_a_checkpoint_without_its_optimizer_state_is_refused(configure):
+    config = configure(True)
+    checkpoint_12 = run(config) / "checkpoints" / "checkpoint_step_12"
+    tensors = load_file(checkpoint_12 / "optimizer.safetensors")
+    gone = next(name for name in tensors if name.endswith("exp_avg"))
+    save_file({name: t for name, t in tensors.items() if name != gone}, checkpoint_12 / "optimizer.safetensors")
+    write_checksums(checkpoint_12)
+    config.training.max_steps = 20
+    with pytest.raises(UserError, match=f"not the optimizer's state of this model: .*{gone}"):
+        run(config, checkpoint_12)
+
+
+def test_a_complete_run_has_nothing_to_resume(configure):
+    config = configure(True)
+    with pytest.raises(UserError, match="that run of 12 steps is complete; raise --max_steps"):
+        run(config, run(config) / "checkpoints" / "checkpoint_step_12")
+
+
+def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(configure, tmp_path):
+    config = configure(True)
+    saved = run(config) / "checkpoints" / "checkpoint_step_12"
+
+    def resume(*flags):
+        return read_command_line([f"--resume_from={saved}", *flags], get_lora_config(), "unused.toml", "")
+
+    with pytest.raises(UserError, match=r"lora_r \(16 -> 8\), learning_rate \(0.01 -> 0.02\)"):
+        resume("--lora_r=8", "--learning_rate", "0.02")
+    command = resume("--max_steps=20", "--eval_steps=5")
+    assert command.run_dir == saved.parent.parent and command.config.training.max_steps == 20
+    assert resume("--experiment_name=branch").run_dir == tmp_path / "branch"
+    with pytest.raises(UserError, match="final_artifact: no checkpoint; expected RUN"):
+        read_command_line([f"--resume_from={saved.parent.parent}/final_artifact"], get_lora_config(), "unused.toml", "")
+    (tmp_path / "trainer_state.json").write_text('{"epoch": 1.0}')  # Hugging Face's Trainer calls its own so
+    with pytest.raises(UserError, match="damaged: checksums.json: no such file"):
+        read_command_line([f"--resume_from={tmp_path}"], get_lora_config(), "unused.toml", "")
+    earlier = min(s["step"] for s in best_checkpoints.saved(saved.parent))
+    with pytest.raises(UserError, match="checkpoint_step_12 is later"):
+        read_command_line([f"--resume_from={saved.parent}/checkpoint_step_{earlier}"], command.config, "unused.toml", "")
