@@ -1,4 +1,5 @@
-"""Evaluate a checkpoint, a final artifact or a base: its loss, its answers, its embeddings; or try it by hand.
+"""Evaluate a checkpoint, a final artifact or a base: its loss, its answers, its embeddings; or try
+it by hand.
 
     python eval.py --checkpoint outputs/RUN/final_artifact [--eval_data FILE ...] [--output results.json]
     python eval.py --checkpoint outputs/RUN/final_artifact --test_set FILE [--critical_questions FILE]
@@ -9,8 +10,9 @@
     python eval.py --base_model FOLDER --task lm --eval_data FILE
     python eval.py --verify_only --artifact_dir outputs/RUN/final_artifact
 
-A checkpoint brings its configuration along: where nothing else is asked for, it is evaluated on what its run held out,
-all of it. Answers are measured by lora/evaluation/text_metrics.py, scores of steps by lora/evaluation/step_metrics.py.
+A checkpoint brings its configuration along: where nothing else is asked for, it is evaluated on
+what its run held out, all of it. Answers are measured by lora/evaluation/text_metrics.py, scores of
+steps by lora/evaluation/step_metrics.py.
 """
 
 import json
@@ -23,8 +25,8 @@ from lora.evaluation.arguments import read_arguments, read_examples, whole_model
 from lora.evaluation.text_metrics import passes
 
 if __name__ == "__main__":
-    # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake in the
-    # command line or the data is reported before the seconds that importing torch takes.
+    # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake
+    # in the command line or the data is reported before the seconds that importing torch takes.
     keep_memory()
     with one_line_errors():
         require_one_process()
@@ -49,7 +51,9 @@ def load(arguments, config, device):
         task.load_head(arguments.checkpoint)
     elif arguments.checkpoint:
         task.load(arguments.checkpoint)
-        if warning := other_base(arguments.checkpoint, config.model.base_model, file_sums(config.model)):
+        if warning := other_base(
+            arguments.checkpoint, config.model.base_model, file_sums(config.model)
+        ):
             print(warning)
     elif config.model.task == "score":
         print("note: a base has no score head; this one is untrained")
@@ -69,7 +73,9 @@ def measure_language(config, asked, task, dtype):
         for question, row in zip(asked.critical, of_critical):
             row["passed"] = passes(row["answer"], row["reference"], config.evaluation)
             asked_last = question.messages[-1]["content"]
-            verdicts.append({"where": question.where, "question": asked_last, "passed": row["passed"]})
+            verdicts.append(
+                {"where": question.where, "question": asked_last, "passed": row["passed"]}
+            )
             last_line = printable(asked_last).strip().rpartition("\n")[2]
             print(f"{'PASS' if row['passed'] else 'FAIL'}  {question.where}  {last_line}")
         rows += of_critical
@@ -82,7 +88,9 @@ def answer_prompt(arguments, config, task, dtype):
     if arguments.ignore_chat_template:
         tokens = text_tokens(arguments.prompt, task.tokenizer)
     else:
-        tokens = prompt_tokens("--prompt", [{"role": "user", "content": arguments.prompt}], None, task.tokenizer)
+        tokens = prompt_tokens(
+            "--prompt", [{"role": "user", "content": arguments.prompt}], None, task.tokenizer
+        )
     print(printable(answers(task, [("--prompt", tokens)], config, dtype)[0]))
 
 
@@ -112,7 +120,9 @@ def main(arguments, config, asked):
         Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")
         if rows:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            Path(arguments.output).with_suffix(".generations.jsonl").write_text("".join(lines), encoding="utf-8")
+            Path(arguments.output).with_suffix(".generations.jsonl").write_text(
+                "".join(lines), encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

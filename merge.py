@@ -1,12 +1,13 @@
-"""Fold an adapter into its base: a plain Hugging Face folder, proved equal to base + adapter before it is written.
+"""Fold an adapter into its base: a plain Hugging Face folder, proved equal to base + adapter before
+it is written.
 
     python merge.py --adapter outputs/RUN/final_artifact --output merged
     python merge.py --adapter PEFT_ADAPTER --base_model FOLDER --output merged
     python merge.py --adapter outputs/RUN/final_artifact --output merged --gguf merged.gguf --gguf_type q8_0
     python merge.py --adapter PEFT_ADAPTER --output rewritten --portable
 
-The sums are made in fp32 and rounded once, to the base's own type (or --dtype). The head of a scorer goes along; one that
-was trained on a frozen base (lora_r 0) is written with that base.
+The sums are made in fp32 and rounded once, to the base's own type (or --dtype). The head of a
+scorer goes along; one that was trained on a frozen base (lora_r 0) is written with that base.
 """
 
 from dataclasses import replace
@@ -23,17 +24,40 @@ from lora.config.schema import FOUR_BITS, LoraConfig
 
 def read_arguments(argv):
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--adapter", metavar="DIR", required=True, help="an adapter, a checkpoint or a final artifact")
-    parser.add_argument("--base_model", metavar="DIR", help="the base; default: the one that our checkpoint names")
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write, which must not exist")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the base's")
-    into = "the base as it is (default), or the 4-bit base that QLoRA was trained on, made dense again"
-    parser.add_argument("--merge_into", choices=("16bit", "dequantized"), default="16bit", help=into)
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        required=True,
+        help="an adapter, a checkpoint or a final artifact",
+    )
+    parser.add_argument(
+        "--base_model", metavar="DIR", help="the base; default: the one that our checkpoint names"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", required=True, help="folder to write, which must not exist"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights; default: the base's",
+    )
+    into = (
+        "the base as it is (default), or the 4-bit base that QLoRA was trained on, made dense again"
+    )
+    parser.add_argument(
+        "--merge_into", choices=("16bit", "dequantized"), default="16bit", help=into
+    )
     add_flags(parser, LoraConfig(), FOUR_BITS, "our checkpoint's, else nf4 and true")
     portable = "write an adapter instead: one rank, the scale in B, so that PEFT, vLLM and llama.cpp do the same with it"
     parser.add_argument("--portable", action="store_true", help=portable)
-    parser.add_argument("--gguf", metavar="FILE", help="also write the merged model for llama.cpp, to a file not there yet")
-    parser.add_argument("--gguf_type", choices=("f32", "f16", "bf16", "q8_0"), help="of its matrices; default: f16")
+    parser.add_argument(
+        "--gguf",
+        metavar="FILE",
+        help="also write the merged model for llama.cpp, to a file not there yet",
+    )
+    parser.add_argument(
+        "--gguf_type", choices=("f32", "f16", "bf16", "q8_0"), help="of its matrices; default: f16"
+    )
     arguments = parser.parse_args(argv)
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
@@ -42,16 +66,20 @@ def read_arguments(argv):
     if arguments.gguf and find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
     others = (vars(arguments)[name] for name in ("gguf", "dtype", "base_model", *FOUR_BITS))
-    if arguments.portable and (any(value is not None for value in others) or arguments.merge_into != "16bit"):
-        raise UserError("--portable rewrites an adapter and merges nothing; it goes with --adapter and --output only.")
+    if arguments.portable and (
+        any(value is not None for value in others) or arguments.merge_into != "16bit"
+    ):
+        raise UserError(
+            "--portable rewrites an adapter and merges nothing; it goes with --adapter and --output only."
+        )
     if arguments.gguf_type and not arguments.gguf:
         raise UserError("--gguf_type says how --gguf FILE is written; add it.")
     return arguments
 
 
 if __name__ == "__main__":
-    # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake in the
-    # command line or the data is reported before the seconds that importing torch takes.
+    # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake
+    # in the command line or the data is reported before the seconds that importing torch takes.
     keep_memory()
     with one_line_errors():
         require_one_process()
@@ -83,28 +111,39 @@ def main(arguments):
     if arguments.portable:
         folder = Path(arguments.adapter)
         with folder_for(Path(arguments.output)) as temporary:
-            write_portable(folder / "lora_adapter" if (folder / "lora_adapter").is_dir() else folder, temporary)
+            write_portable(
+                folder / "lora_adapter" if (folder / "lora_adapter").is_dir() else folder, temporary
+            )
         print(f"wrote {arguments.output}")
         return
     adapter, base_model, config = find_adapter(Path(arguments.adapter), arguments.base_model)
     ours, scorer = adapter.parent, config is not None and config.model.task == "score"
     head_alone = not adapter.is_dir()
     if arguments.gguf and scorer:
-        raise UserError(f"--gguf: {arguments.adapter} is a step scorer, whose head llama.cpp does not know; leave it out.")
+        raise UserError(
+            f"--gguf: {arguments.adapter} is a step scorer, whose head llama.cpp does not know; leave it out."
+        )
     into_4bit = arguments.merge_into == "dequantized"
     if into_4bit and config is not None and not config.lora.load_in_4bit:
-        raise UserError(f"--merge_into dequantized: {arguments.adapter} was not trained in 4 bits; leave it out.")
+        raise UserError(
+            f"--merge_into dequantized: {arguments.adapter} was not trained in 4 bits; leave it out."
+        )
     shape, dtype, tokenizer = load_shape(base_model)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
     model_class = AutoModel if scorer else class_for(shape)  # of a scorer the bare backbone
     if config is not None:
         require_as_written(ours)
-        if warning := other_base(ours, base_model, file_sums(replace(config.model, base_model=base_model))):
+        if warning := other_base(
+            ours, base_model, file_sums(replace(config.model, base_model=base_model))
+        ):
             print(warning)
-    model = load_base(model_class, base_model, four_bits_of(arguments, config) if into_4bit else None)
+    model = load_base(
+        model_class, base_model, four_bits_of(arguments, config) if into_4bit else None
+    )
     if config is not None and config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
-    if config is not None and (ours / "tokenizer.json").is_file():  # a final artifact's, with its template
+    # A final artifact's, with its template
+    if config is not None and (ours / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(str(ours))
     if arguments.gguf:
         from lora.export.gguf import gguf_keys, write_gguf  # an extra
@@ -130,13 +169,17 @@ def main(arguments):
         found = f"merged it differs from base + adapter by {error:.3g}, more than rounding"
         raise UserError(f"--adapter {arguments.adapter}: {found}; use it unmerged.")
     if not (effect or head_alone):
-        raise UserError(f"--adapter {arguments.adapter}: it changes nothing; use the base as it is.")
+        raise UserError(
+            f"--adapter {arguments.adapter}: it changes nothing; use the base as it is."
+        )
     if config is not None and config.lora.load_in_4bit and not into_4bit:
         trained = load_base(model_class, base_model, four_bits_of(arguments, config))
         if not head_alone:
             load_adapter(trained, adapter)
         apart = difference(of_merged, outputs(trained, tokens))
-        print(f"against the 4-bit base it was trained on: {apart:.3g} (--merge_into dequantized keeps that base)")
+        print(
+            f"against the 4-bit base it was trained on: {apart:.3g} (--merge_into dequantized keeps that base)"
+        )
         del trained
 
     final = Path(arguments.output)
@@ -145,14 +188,20 @@ def main(arguments):
         tokenizer.save_pretrained(temporary)
         if scorer:
             save_scorer(model, tokenizer, ours, temporary)
-            config.lora, config.model.base_model, config.model.add_special_tokens = None, str(final), []
+            config.lora, config.model.base_model, config.model.add_special_tokens = (
+                None,
+                str(final),
+                [],
+            )
             config.save(temporary / "training_config.toml")  # eval.py --checkpoint reads it
         else:
             model.save_pretrained(temporary)
         rounded = difference(outputs(read_back(model, model_class, temporary), tokens), of_adapter)
         print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounded:.3g}")
         if rounded > effect and not head_alone:
-            raise UserError(f"rounding to {dtype} changes more ({rounded:.3g}) than the adapter does; add --dtype float32.")
+            raise UserError(
+                f"rounding to {dtype} changes more ({rounded:.3g}) than the adapter does; add --dtype float32."
+            )
     print(f"wrote {final}")
     if arguments.gguf:
         write_gguf(final, Path(arguments.gguf), arguments.gguf_type or "f16")

@@ -2,9 +2,10 @@
 
     python train.py --base_model FOLDER --train_data FILE [--config FILE] [--learning_rate 2e-5 ...]
 
-The loop trains what requires grad. LoRA (train_lora.py) makes other tensors require grad, and that is all the difference.
-A task is a module whose `forward(batch)` returns `(loss_sum, num_targets)`; `data.batch_at(step)` gives the
-micro-batches of a step, a pure function of (seed, step). So the state of a run is weights, optimizer, step.
+The loop trains what requires grad. LoRA (train_lora.py) makes other tensors require grad, and that
+is all the difference. A task is a module whose `forward(batch)` returns `(loss_sum, num_targets)`;
+`data.batch_at(step)` gives the micro-batches of a step, a pure function of (seed, step). So the
+state of a run is weights, optimizer, step.
 """
 
 import sys
@@ -18,11 +19,13 @@ from lora.config.schema import Config
 from lora.data.raw_data import Source
 
 if __name__ == "__main__":
-    # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake in the
-    # command line or the data is reported before the seconds that importing torch takes.
+    # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake
+    # in the command line or the data is reported before the seconds that importing torch takes.
     keep_memory()
     with one_line_errors():
-        command = read_command_line(sys.argv[1:], Config(), ROOT / "configs" / "tiny_full.toml", "Full fine-tuning.")
+        command = read_command_line(
+            sys.argv[1:], Config(), ROOT / "configs" / "tiny_full.toml", "Full fine-tuning."
+        )
         source = Source(command.config)
         command.require_same(source.files)
 
@@ -51,9 +54,11 @@ from lora.training.startup import begin, describe_run
 
 
 def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
-    """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to that step.
+    """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to
+    that step.
 
-    `facts` (JSON) go into the checkpoints: what a run that goes on from one must have in common with this.
+    `facts` (JSON) go into the checkpoints: what a run that goes on from one must have in common
+    with this.
     """
     settings = config.training
     named = checkpoint.trainable(task)
@@ -69,10 +74,12 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
         step = resumed_at = before["step"]
         without_best, skipped = before["without_best"], before["skipped"]
         scaler.load_state_dict(before["scaler"])
-    best_loss = collectives.of_first(best_checkpoints.best_loss, folder)  # of no checkpoints where a run branches off
+    # Of no checkpoints where a run branches off
+    best_loss = collectives.of_first(best_checkpoints.best_loss, folder)
 
     def gradients(step):
-        """Add the gradients of a step over all processes, in smaller micro-batches if memory runs out.
+        """Add the gradients of a step over all processes, in smaller micro-batches if memory runs
+        out.
 
         Returns the loss, and whether a signal asks for the end.
         """
@@ -86,8 +93,8 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
             log.say(data.halve(step))
 
     task.train()
-    # The longest rows first, without an update, beside as much memory as the optimizer will take from the first update on:
-    # what does not fit shows now and not after forty steps.
+    # The longest rows first, without an update, beside as much memory as the optimizer will take
+    # from the first update on: what does not fit shows now and not after forty steps.
     optimizer_bytes = 0 if resume_from else state_bytes(parameters, settings.optimizer)
     reserved = torch.empty(optimizer_bytes, dtype=torch.int8, device=device)
     gradients(None)
@@ -95,7 +102,8 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
     del reserved
     log.start(step, total)
     while True:
-        # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never lost.
+        # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never
+        # lost.
         last, metrics, save = step >= total, None, False
         if step != resumed_at and (last or step % settings.eval_steps == 0):
             metrics = evaluate(task, data, device, dtype, partial(log.examples, step))
@@ -109,27 +117,40 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
             if 0 < settings.early_stopping_patience <= without_best:
                 log.say(f"Stopping at step {step}: {without_best} evaluations without a new best.")
                 last = True
-        if step not in (0, resumed_at) and (save or last or stop or step % config.output.save_steps == 0):
-            state = {"without_best": without_best, "skipped": skipped, "scaler": scaler.state_dict()}
-            state |= data.layout | {"config": config.as_dict(), "facts": facts, "val": metrics and without_nan(metrics)}
+        if step not in (0, resumed_at) and (
+            save or last or stop or step % config.output.save_steps == 0
+        ):
+            state = {
+                "without_best": without_best,
+                "skipped": skipped,
+                "scaler": scaler.state_dict(),
+            }
+            state |= data.layout | {
+                "config": config.as_dict(),
+                "facts": facts,
+                "val": metrics and without_nan(metrics),
+            }
             checkpoint.save(folder, step, task, optimizer, state)
         if stop:
             raise signals.stopped(step)
         if last:
             break
 
-        # 2. and 3. The gradients of this step's micro-batches, divided by the number of targets over all of them.
+        # 2. and 3. The gradients of this step's micro-batches, divided by the number of targets
+        # over all of them.
         started = time.monotonic()
         loss, stop = gradients(step)
 
-        # 4. Clip, stop (or skip the step) before the update if anything is not finite, set the learning rate, step.
+        # 4. Clip, stop (or skip the step) before the update if anything is not finite, set the
+        # learning rate, step.
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
         grad_norm = sharding.whole(norm).item()
         learning_rate = learning_rate_at(step, total, settings)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
-        if math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(grad_norm)):  # fp16: the scaler skips
+        # Fp16: the scaler skips
+        if math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(grad_norm)):
             scaler.step(optimizer)
         else:
             found = f"step {step}: loss {loss}, gradient norm {grad_norm}"
@@ -138,7 +159,9 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
                 mend = "Lower --learning_rate, look at its rows (in status.json), or allow N such steps: --skip_nonfinite N"
                 rows = data.rows_at(step).tolist()
                 raise Stopped(f"{found}; stopped before the update. {mend}.", step=step, rows=rows)
-            log.say(f"{found}; the update is left out ({skipped} of {settings.skip_nonfinite} that may be)")
+            log.say(
+                f"{found}; the update is left out ({skipped} of {settings.skip_nonfinite} that may be)"
+            )
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -151,16 +174,22 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
 
 
 def run(task, command, source, device, dtype):
-    """A whole run of a task that is ready to be trained: tokenise, train, keep the weights of the best validation loss."""
+    """A whole run of a task that is ready to be trained: tokenise, train, keep the weights of the
+    best validation loss.
+    """
     config, started = command.config, time.monotonic()
     if config.model.init_from not in ("", "scratch") and not command.resume_from:
         task.start_from(config.model.init_from)
     rows, held_out, of_data = tokenised(source, task)
     before = best_checkpoints.read_state(command.resume_from) if command.resume_from else None
-    data = TrainingData(rows, held_out, config, task.packed, process_group.rank(), process_group.world(), before)
+    data = TrainingData(
+        rows, held_out, config, task.packed, process_group.rank(), process_group.world(), before
+    )
     total = total_steps(config.training, data.steps_per_epoch)
     if before and before["step"] >= total and not command.auto:
-        raise UserError(f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps.")
+        raise UserError(
+            f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps."
+        )
     prepare_layers(task.model, config.training)
     opening = describe_run(task, config, data, of_data, total, device, dtype)
     if command.check:
@@ -170,10 +199,18 @@ def run(task, command, source, device, dtype):
     if command.dry_run:
         from lora.preflight import dry_run
 
-        return dry_run.dry_run(opening, task, data, config, total, device, dtype, backward, evaluate)
+        return dry_run.dry_run(
+            opening, task, data, config, total, device, dtype, backward, evaluate
+        )
     lay_out(task, config, device, dtype)
     log, base, facts = begin(opening, task, command, source, before, device, dtype)
-    keep_features(task, data, total, config, partial(predict, task, device=device, dtype=dtype, method="at_targets"))
+    keep_features(
+        task,
+        data,
+        total,
+        config,
+        partial(predict, task, device=device, dtype=dtype, method="at_targets"),
+    )
     with signals.watching():
         train(task, data, config, log, device, dtype, total, facts, command.resume_from)
     process_group.stop()

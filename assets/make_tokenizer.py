@@ -1,9 +1,9 @@
 """Learn the embedded base's tokenizer: python assets/make_tokenizer.py TEXT_FILE...
 
-A byte-level BPE, so that any text encodes; its pre-tokenizer is Qwen2's split (digits one by one, known to llama.cpp
-as "qwen2"). The merges are learned on the generated arithmetic and on the plain English of the files given; the one that
-is shipped was made from gsm8k/train.jsonl, sgd_chat/train.jsonl and tinyshakespeare/input.txt (README, "The embedded
-data and base").
+A byte-level BPE, so that any text encodes; its pre-tokenizer is Qwen2's split (digits one by one,
+known to llama.cpp as "qwen2"). The merges are learned on the generated arithmetic and on the plain
+English of the files given; the one that is shipped was made from gsm8k/train.jsonl,
+sgd_chat/train.jsonl and tinyshakespeare/input.txt (README, "The embedded data and base").
 """
 
 import json
@@ -18,9 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from lora.data.readers import arithmetic
 
 VOCABULARY = 2048
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

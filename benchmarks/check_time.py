@@ -1,4 +1,5 @@
-"""How long --check takes: on the default run, and on LoRA and full fine-tuning of a random model of Qwen2.5-0.5B's shape.
+"""How long --check takes: on the default run, and on LoRA and full fine-tuning of a random model of
+Qwen2.5-0.5B's shape.
 
 python benchmarks/check_time.py
 """
@@ -13,11 +14,24 @@ from common import QWEN_05B, ROOT, save_base
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as base:
         save_base(base, **QWEN_05B)
-        chats = ["--task", "lm", "--base_model", base, "--train_data", "assets/samples/chat.jsonl", "--max_length", "512"]
+        chats = [
+            "--task",
+            "lm",
+            "--base_model",
+            base,
+            "--train_data",
+            "assets/samples/chat.jsonl",
+            "--max_length",
+            "512",
+        ]
         for command in (["train_lora.py"], ["train_lora.py", *chats], ["train.py", *chats]):
             started = time.monotonic()
-            done = subprocess.run([sys.executable, *command, "--check"], cwd=ROOT, capture_output=True, text=True)
-            print(f"{time.monotonic() - started:6.1f} s, exit {done.returncode}: {' '.join(command[:1] + command[3:5])}")
+            done = subprocess.run(
+                [sys.executable, *command, "--check"], cwd=ROOT, capture_output=True, text=True
+            )
+            print(
+                f"{time.monotonic() - started:6.1f} s, exit {done.returncode}: {' '.join(command[:1] + command[3:5])}"
+            )
             for line in done.stdout.splitlines():
                 if "layers the first" in line or line.startswith(("WARN", "FAIL")):
                     print(f"          {line}")

@@ -1,4 +1,6 @@
-"""What several benchmarks do: find this project, make a random base, call a script, read what a run has logged."""
+"""What several benchmarks do: find this project, make a random base, call a script, read what a run
+has logged.
+"""
 
 import json
 import os
@@ -31,10 +33,14 @@ def save_base(folder, model_type="llama", seed=0, **shape):
 
 
 def call(*command, **environment):
-    """What Python prints when it runs `command` here, with these variables beside those of the environment."""
+    """What Python prints when it runs `command` here, with these variables beside those of the
+    environment.
+    """
     command = [sys.executable, *map(str, command)]
     environment = os.environ | environment
-    return subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def metrics(run, name="step"):

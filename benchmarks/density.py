@@ -1,4 +1,5 @@
-"""How dense the code is: figures per folder, which show where lines are hard to read. Not a test, and no goal in itself.
+"""How dense the code is: figures per folder, which show where lines are hard to read. Not a test,
+and no goal in itself.
 
     python benchmarks/density.py            # this tree
     python benchmarks/density.py FOLDER     # another checkout
@@ -114,7 +115,8 @@ def core_files(root: Path) -> list[Path]:
             text=True,
         )
     loaded = [Path(file).resolve() for file in json.loads(done.stdout.splitlines()[-1])]
-    ours = [file for file in loaded if file.is_relative_to(root / "lora") or file.parent == root]
+    ours = [file for file in loaded if file.is_relative_to(root / "lora")]
+    ours += [root / name for name in SCRIPTS if root / name in loaded]
     return sorted({*ours, root / "train_lora.py"})
 
 
@@ -164,7 +166,9 @@ def main(root: Path) -> None:
     if len(path_files) == len(READING_PATH):
         lines = sum(measure(path)["lines"] for path in path_files)
         print(f"reading path: {lines} lines in {len(path_files)} files")
-    print("compr., inl. if: per 1,000 lines of code; nested: comprehensions in one or with two `for`")
+    print(
+        "compr., inl. if: per 1,000 lines of code; nested: comprehensions in one or with two `for`"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/dry_run.py [--output benchmarks/results/dry_run.md]
 
-A random Llama of 512 x 4 layers with 32,000 tokens, on windows of a text (lm) or on generated chains (score). Each run has
-two steps. Twice each: with a fixed threshold from which the C library takes memory from the system and gives it back, so
-that the process holds what its tensors hold; and as the C library comes, which may keep holes between them (LOG.md).
+A random Llama of 512 x 4 layers with 32,000 tokens, on windows of a text (lm) or on generated
+chains (score). Each run has two steps. Twice each: with a fixed threshold from which the C library
+takes memory from the system and gives it back, so that the process holds what its tensors hold; and
+as the C library comes, which may keep holes between them (LOG.md).
 """
 
 import argparse
@@ -15,8 +16,26 @@ import tempfile
 
 from common import call, save_base
 
-TEXT = ["--task", "lm", "--max_length", "512", "--batch_size", "8", "--gradient_accumulation_steps", "2"]
-CHAINS = ["--task", "score", "--train_data", "arithmetic:train:2000", "--max_length", "128", "--batch_size", "32"]
+TEXT = [
+    "--task",
+    "lm",
+    "--max_length",
+    "512",
+    "--batch_size",
+    "8",
+    "--gradient_accumulation_steps",
+    "2",
+]
+CHAINS = [
+    "--task",
+    "score",
+    "--train_data",
+    "arithmetic:train:2000",
+    "--max_length",
+    "128",
+    "--batch_size",
+    "32",
+]
 CONFIGURATIONS = {
     "LoRA, fp32": ["train_lora.py", *TEXT, "--dtype", "float32"],
     "LoRA, bf16": ["train_lora.py", *TEXT, "--dtype", "bfloat16"],
@@ -32,8 +51,27 @@ FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 def two_steps(flags, base, text, folder, environment, *more):
     data = [] if "--train_data" in flags else ["--train_data", text]
-    settings = ["--base_model", base, "--max_steps", "2", "--eval_steps", "2", "--max_eval_batches", "1"]
-    return call(*flags, *data, *settings, "--output_dir", folder, "--experiment_name", "run", *more, **environment)
+    settings = [
+        "--base_model",
+        base,
+        "--max_steps",
+        "2",
+        "--eval_steps",
+        "2",
+        "--max_eval_batches",
+        "1",
+    ]
+    return call(
+        *flags,
+        *data,
+        *settings,
+        "--output_dir",
+        folder,
+        "--experiment_name",
+        "run",
+        *more,
+        **environment,
+    )
 
 
 if __name__ == "__main__":
@@ -41,20 +79,35 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path)
     output, rows = parser.parse_args().output, []
     with tempfile.TemporaryDirectory() as base:
-        save_base(base, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8)
+        save_base(
+            base,
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+        )
         text = Path(base) / "text.txt"
-        text.write_text("It is a truth that no one wrote down, and so it was said again, in other words. " * 4000)
+        text.write_text(
+            "It is a truth that no one wrote down, and so it was said again, in other words. "
+            * 4000
+        )
         for name, flags in CONFIGURATIONS.items():
             with tempfile.TemporaryDirectory() as folder:
                 said = two_steps(flags, base, text, folder, FIXED, "--dry_run")
                 foreseen, peaks = float(re.search(r"in all +([\d.]+) GB", said)[1]), []
                 for i, environment in enumerate((FIXED, {})):
                     two_steps(flags, base, text, f"{folder}/{i}", environment)
-                    results = json.loads(Path(f"{folder}/{i}/run/logs/final_results.json").read_text())
+                    results = json.loads(
+                        Path(f"{folder}/{i}/run/logs/final_results.json").read_text()
+                    )
                     peaks.append(results["peak_memory_gb"])
-            rows.append(f"| {name} | {foreseen:.2f} | {peaks[0]:.2f} | {foreseen / peaks[0] - 1:+.1%} | {peaks[1]:.2f} |")
+            rows.append(
+                f"| {name} | {foreseen:.2f} | {peaks[0]:.2f} | {foreseen / peaks[0] - 1:+.1%} | {peaks[1]:.2f} |"
+            )
             print(rows[-1], flush=True)
     head = ["# `--dry_run` against the run", "", "`python benchmarks/dry_run.py`", ""]
-    head += ["| configuration | foreseen, GB | peak, GB | off by | peak with the C library's own thresholds, GB |"]
+    head += [
+        "| configuration | foreseen, GB | peak, GB | off by | peak with the C library's own thresholds, GB |"
+    ]
     if output:
         output.write_text("\n".join([*head, "|---" * 5 + "|", *rows]) + "\n")

@@ -1,9 +1,11 @@
-"""Tables of the largest differences: every kind of PEFT adapter, in and out; every family, trained and merged.
+"""Tables of the largest differences: every kind of PEFT adapter, in and out; every family, trained
+and merged.
 
     python benchmarks/equalities.py            writes benchmarks/results/equalities.md
 
-The models are tiny and random, in fp32; the adapters' factors are random too, and larger than trained ones. The cases
-and what is measured of them are those of tests/lora/test_adapter_kinds.py and tests/model/test_families.py.
+The models are tiny and random, in fp32; the adapters' factors are random too, and larger than
+trained ones. The cases and what is measured of them are those of tests/lora/test_adapter_kinds.py
+and tests/model/test_families.py.
 """
 
 import os
@@ -45,12 +47,20 @@ def families():
     rows = []
     for family in tqdm([*PACKED, *PADDED, *ENCODERS], desc="families"):
         with tempfile.TemporaryDirectory() as folder:
-            apart = packed_differences(family, Path(folder) / "full", packed=None if family not in PADDED else False)
+            apart = packed_differences(
+                family, Path(folder) / "full", packed=None if family not in PADDED else False
+            )
             targets = ["in_proj"] if family == "Mamba" else "all-linear"
             injected, merged, loaded, _ = lora_differences(family, Path(folder) / "lora", targets)
         laid_out = "padded" if family in PADDED else "packed"
         rows.append([family, laid_out, *map(number, (*apart, injected, merged, loaded))])
-    header = ["family", "rows", "full: gradient, together - apart", "... - transformers' own", "LoRA: injected - base"]
+    header = [
+        "family",
+        "rows",
+        "full: gradient, together - apart",
+        "... - transformers' own",
+        "LoRA: injected - base",
+    ]
     return table([*header, "merged - adapter", "saved and loaded - adapter"], rows)
 
 
@@ -59,6 +69,10 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     text = f"`python benchmarks/equalities.py`, torch {torch.__version__}; fp32, tiny random models.\n\n"
-    text += adapters() + "\nThe gradients' differences are relative to the whole gradient's norm.\n\n" + families()
+    text += (
+        adapters()
+        + "\nThe gradients' differences are relative to the whole gradient's norm.\n\n"
+        + families()
+    )
     (ROOT / "benchmarks" / "results" / "equalities.md").write_text(text)
     print(text)

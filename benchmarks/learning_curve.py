@@ -1,4 +1,6 @@
-"""Draw the learning curves of runs: python benchmarks/learning_curve.py LABEL=outputs/RUN ... --output FILE.png"""
+"""Draw the learning curves of runs: python benchmarks/learning_curve.py LABEL=outputs/RUN ...
+--output FILE.png
+"""
 
 import argparse
 

@@ -1,9 +1,11 @@
-"""Bytes of a base's linear weights in 4 bits and in bfloat16, and the agreement of a 4-bit layer with the dense product.
+"""Bytes of a base's linear weights in 4 bits and in bfloat16, and the agreement of a 4-bit layer
+with the dense product.
 
     python benchmarks/memory_4bit.py [--device cuda]
 
-The base has the shape of Qwen2.5-0.5B and random weights; they are written to a temporary folder (1 GB) and loaded as
-train_lora.py loads a base. The layer's difference is relative to the largest output, its product in bfloat16.
+The base has the shape of Qwen2.5-0.5B and random weights; they are written to a temporary folder (1
+GB) and loaded as train_lora.py loads a base. The layer's difference is relative to the largest
+output, its product in bfloat16.
 """
 
 import argparse

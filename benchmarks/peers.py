@@ -1,19 +1,24 @@
-"""This project beside Hugging Face's Trainer + PEFT and TRL's SFTTrainer: speed and memory on the same work.
+"""This project beside Hugging Face's Trainer + PEFT and TRL's SFTTrainer: speed and memory on the
+same work.
 
     pip install -e '.[bench]'
     python benchmarks/peers.py [WORK ...] [--rounds 3] [--threads 2] [--output benchmarks/results/peers.md]
 
-A work is a base (random weights), data, and a number of optimizer steps. Every side starts from the same weights and the
-same adapter, and is handed the same sequences in every step, in the same order, with the same AdamW, learning rate and
-clipping; inside a step it may pad or pack as it likes. A side runs in a process of its own, the sides take turns, and a
-ratio is taken within a round. The times are those from one step's end to the next, the first steps left out. A row whose
-loss differs from the first row's in any step is void. Tokens are those of the data: padding does not count.
+A work is a base (random weights), data, and a number of optimizer steps. Every side starts from the
+same weights and the same adapter, and is handed the same sequences in every step, in the same
+order, with the same AdamW, learning rate and clipping; inside a step it may pad or pack as it
+likes. A side runs in a process of its own, the sides take turns, and a ratio is taken within a
+round. The times are those from one step's end to the next, the first steps left out. A row whose
+loss differs from the first row's in any step is void. Tokens are those of the data: padding does
+not count.
 
-Our side is train_lora.py's (or train.py's) own `main`, from its command line to its metrics file. It has the C library
-keep freed memory (lora/allocator.py); "freed memory kept" is a peer for which the same is done.
+Our side is train_lora.py's (or train.py's) own `main`, from its command line to its metrics file.
+It has the C library keep freed memory (lora/allocator.py); "freed memory kept" is a peer for which
+the same is done.
 
-Memory is measured in one more, short run of each side: what the process holds at most, beyond what its imports took. There
-MALLOC_MMAP_THRESHOLD_ makes the C library give back what is freed, so that the process holds what its tensors hold.
+Memory is measured in one more, short run of each side: what the process holds at most, beyond what
+its imports took. There MALLOC_MMAP_THRESHOLD_ makes the C library give back what is freed, so that
+the process holds what its tensors hold.
 """
 
 import argparse
@@ -47,7 +52,8 @@ SHAPES = {
         "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4,
     },
-    # Qwen2.5-0.5B's numbers in a Llama: of a "qwen2" transformers 5.23 reads tokenizer.json as BPE, whatever it holds.
+    # Qwen2.5-0.5B's numbers in a Llama: of a "qwen2" transformers 5.23 reads tokenizer.json as BPE,
+    # whatever it holds.
     "0.5b": LLAMA | {
         "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
@@ -55,7 +61,8 @@ SHAPES = {
     },
 }  # fmt: skip
 
-# What a side is: our configuration, or a library, the type of the base's weights, and the library's settings.
+# What a side is: our configuration, or a library, the type of the base's weights, and the library's
+# settings.
 OURS = {"ours": {"dtype": "bfloat16"}, "ours, fp32": {"dtype": "float32"}}
 PADDING_FREE = {"padding_free": True, "gradient_checkpointing": False}
 PEERS = {
@@ -65,20 +72,41 @@ PEERS = {
     "Trainer, bf16": ("transformers", "bfloat16", {"bf16": True}),
     "Trainer, bf16, halves by length": ("transformers", "bfloat16", {"bf16": True, "halves": True}),
     "Trainer, bf16, freed memory kept": ("transformers", "bfloat16", {"bf16": True, "keeps": True}),
-    "Trainer, bf16, halves, freed memory kept": ("transformers", "bfloat16", {"bf16": True, "halves": True, "keeps": True}),
-    "Trainer, bf16, torch_compile": ("transformers", "bfloat16", {"bf16": True, "torch_compile": True}),
+    "Trainer, bf16, halves, freed memory kept": (
+        "transformers",
+        "bfloat16",
+        {"bf16": True, "halves": True, "keeps": True},
+    ),
+    "Trainer, bf16, torch_compile": (
+        "transformers",
+        "bfloat16",
+        {"bf16": True, "torch_compile": True},
+    ),
     "Trainer, bf16 over fp32 weights": ("transformers", "float32", {"bf16": True}),
-    "Trainer, bf16 over fp32 weights, freed memory kept": ("transformers", "float32", {"bf16": True, "keeps": True}),
+    "Trainer, bf16 over fp32 weights, freed memory kept": (
+        "transformers",
+        "float32",
+        {"bf16": True, "keeps": True},
+    ),
     "TRL, defaults (bf16, checkpointing)": ("trl", "float32", {}),
     "TRL, bf16, padding_free": ("trl", "bfloat16", PADDING_FREE),
-    "TRL, bf16, padding_free, freed memory kept": ("trl", "bfloat16", PADDING_FREE | {"keeps": True}),
-    "TRL, bf16, padding_free, halves by length": ("trl", "bfloat16", PADDING_FREE | {"halves": True}),
+    "TRL, bf16, padding_free, freed memory kept": (
+        "trl",
+        "bfloat16",
+        PADDING_FREE | {"keeps": True},
+    ),
+    "TRL, bf16, padding_free, halves by length": (
+        "trl",
+        "bfloat16",
+        PADDING_FREE | {"halves": True},
+    ),
 }
 
 
 @dataclass
 class Work:
-    """Some steps of training. data: "mixed" or "dense", synthetic rows, or a file below PLAINLORA_DATA.
+    """Some steps of training. data: "mixed" or "dense", synthetic rows, or a file below
+    PLAINLORA_DATA.
 
     With task "score" the steps of `batch` chains are scored, all of them in every step of training.
     """
@@ -91,31 +119,63 @@ class Work:
     script: str = "train_lora"
     task: str = "lm"
     ours: dict[str, dict] = field(default_factory=dict)  # sides of ours beside OURS
-    tolerance: float = 0.005  # of a loss in bfloat16; documents that see each other change it by 0.013 and more ("small")
+    # Of a loss in bfloat16; documents that see each other change it by 0.013 and more ("small")
+    tolerance: float = 0.005
 
 
 TRAINER = ["Trainer, bf16", "Trainer, bf16, halves by length"]
 TRAINER += ["Trainer, bf16, freed memory kept", "Trainer, bf16, halves, freed memory kept"]
-TRL = ["TRL, bf16, padding_free", "TRL, bf16, padding_free, halves by length", "TRL, bf16, padding_free, freed memory kept"]
+TRL = [
+    "TRL, bf16, padding_free",
+    "TRL, bf16, padding_free, halves by length",
+    "TRL, bf16, padding_free, freed memory kept",
+]
 BEST = ["ours", *TRAINER, *TRL]
 DEFAULTS = ["Trainer, defaults (fp32)", "TRL, defaults (bf16, checkpointing)"]
-FULL = ["ours", "Trainer, bf16 over fp32 weights", "Trainer, bf16 over fp32 weights, freed memory kept"]
+FULL = [
+    "ours",
+    "Trainer, bf16 over fp32 weights",
+    "Trainer, bf16 over fp32 weights, freed memory kept",
+]
 FULL += ["Trainer, defaults (fp32)"]
-FP32 = ["ours, fp32", "Trainer, defaults (fp32)", "Trainer, fp32, halves by length", "Trainer, fp32, freed memory kept"]
+FP32 = [
+    "ours, fp32",
+    "Trainer, defaults (fp32)",
+    "Trainer, fp32, halves by length",
+    "Trainer, fp32, freed memory kept",
+]
 ROWS = {"ours, a row for each step": {"dtype": "bfloat16", "train_data": "prefixes.jsonl"}}
 QLORA = {"ours, base in 4 bits": {"dtype": "bfloat16", "load_in_4bit": "true"}}
-QUARTERS = {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 520}  # of 1,040 tokens
+QUARTERS = {
+    "dtype": "bfloat16",
+    "batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "max_length": 520,
+}  # of 1,040 tokens
 WAYS = {"ours, in quarters": QUARTERS, "ours, --compile": {"dtype": "bfloat16", "compile": "true"}}
-HALVES = {"ours, in halves": {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 2, "max_length": 520}}
+HALVES = {
+    "ours, in halves": {
+        "dtype": "bfloat16",
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_length": 520,
+    }
+}
 TECHNIQUES = (  # what `take_away` knows
     "freed memory kept", "huge pages", "frozen weights kept in bfloat16", "attention in matrix products", "packing",
     "packing and sorting", "the head in chunks", "logits of targets only",
 )  # fmt: skip
 WITHOUT = {f"without {name}": {"dtype": "bfloat16", "without": name} for name in TECHNIQUES}
 WORKS = {
-    "small": Work("small", "mixed", ["ours", "ours, in quarters", *TRAINER, *TRL], steps=10, ours=WAYS),
+    "small": Work(
+        "small", "mixed", ["ours", "ours, in quarters", *TRAINER, *TRL], steps=10, ours=WAYS
+    ),
     "defaults": Work(
-        "small", "mixed", ["ours", *DEFAULTS, "ours, --compile", "Trainer, bf16, torch_compile"], steps=10, ours=WAYS
+        "small",
+        "mixed",
+        ["ours", *DEFAULTS, "ours, --compile", "Trainer, bf16, torch_compile"],
+        steps=10,
+        ours=WAYS,
     ),
     "waterfall": Work("small", "mixed", ["ours", *WITHOUT, "ours, fp32"], ours=WITHOUT),
     "tiny": Work("tiny", "mixed", ["ours, fp32", *BEST, *DEFAULTS], steps=12),
@@ -127,18 +187,28 @@ WORKS = {
     "full": Work("small", "mixed", FULL, script="train"),
     # In 24 layers of bfloat16 Trainer's losses and TRL's are 0.010 apart too.
     "0.5b": Work(
-        "0.5b", "mixed", ["ours", *HALVES, TRAINER[0], TRAINER[2], TRL[0]], steps=4, batch=4, ours=HALVES, tolerance=0.015
+        "0.5b",
+        "mixed",
+        ["ours", *HALVES, TRAINER[0], TRAINER[2], TRL[0]],
+        steps=4,
+        batch=4,
+        ours=HALVES,
+        tolerance=0.015,
     ),
-    "steps": Work("small", "prmbench_train/prmbench_train.jsonl", ["ours", *ROWS], task="score", ours=ROWS),
+    "steps": Work(
+        "small", "prmbench_train/prmbench_train.jsonl", ["ours", *ROWS], task="score", ours=ROWS
+    ),
     "qlora": Work("small", "mixed", ["ours", *QLORA], ours=QLORA, tolerance=0.1),
 }
 
 
-# ------------------------------------------------------------------------------------------------ the same work for all
+# ---------------------------------------------------------------------------- the same work for all
 
 
 def prepare(work, folder):
-    """base/, adapter/, train.jsonl, eval.jsonl, and rows.json: for each step [{"input_ids", "labels"} ...]."""
+    """base/, adapter/, train.jsonl, eval.jsonl, and rows.json: for each step [{"input_ids",
+    "labels"} ...].
+    """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -156,12 +226,17 @@ def prepare(work, folder):
     model = auto.from_config(shape, dtype=shape.dtype or torch.float32)
     model.save_pretrained(folder / "base")
     synthetic = "/" not in work.data
-    tokenizer = numbered_words(SHAPES[work.shape]["vocab_size"]) if synthetic else AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = (
+        numbered_words(SHAPES[work.shape]["vocab_size"])
+        if synthetic
+        else AutoTokenizer.from_pretrained(EMBEDDED)
+    )
     tokenizer.save_pretrained(folder / "base")
     write_data(work, folder, SHAPES[work.shape]["vocab_size"])
     inject(model, RANK, ALPHA)
     for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B.weight, std=0.02)  # or the first steps would not show what A does
+        # Or the first steps would not show what A does
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.02)
     save_adapter(model, folder / "adapter")
     config = our_command(work, folder, OURS["ours, fp32"]).config
     rows, held_out, _ = tokenised(Source(config), load_task(config, torch.float32))
@@ -169,13 +244,21 @@ def prepare(work, folder):
     for step in range(work.steps):
         spans = [slice(rows.offsets[i], rows.offsets[i + 1]) for i in data.rows_at(step)]
         steps.append(
-            [{"input_ids": rows.tokens[s].tolist(), "labels": [-100, *rows.targets[s][:-1].tolist()]} for s in spans]
+            [
+                {
+                    "input_ids": rows.tokens[s].tolist(),
+                    "labels": [-100, *rows.targets[s][:-1].tolist()],
+                }
+                for s in spans
+            ]
         )
     (folder / "rows.json").write_text(json.dumps(steps))
 
 
 def numbered_words(vocabulary):
-    """A tokenizer of the words w2, w3, ... below `vocabulary`, and of </s>, which ends a text and a turn."""
+    """A tokenizer of the words w2, w3, ... below `vocabulary`, and of </s>, which ends a text and a
+    turn.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -183,11 +266,15 @@ def numbered_words(vocabulary):
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = "{% for message in messages %}{{ message['content'] + ' </s> ' }}{% endfor %}"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
 
 
 def write_data(work, folder, vocabulary):
-    """train.jsonl, eval.jsonl, and of chains prefixes.jsonl, in which each of their steps ends a row of its own."""
+    """train.jsonl, eval.jsonl, and of chains prefixes.jsonl, in which each of their steps ends a
+    row of its own.
+    """
     count = work.steps * work.batch if work.task == "lm" else work.batch
     if "/" not in work.data:
         rows = list(synthetic_rows(work.data, count + 4, vocabulary))
@@ -195,10 +282,17 @@ def write_data(work, folder, vocabulary):
         lines = (Path(os.environ["PLAINLORA_DATA"]) / work.data).read_text().splitlines()
         rows = [json.loads(line) for line in lines[: count + 4]]
     if work.task == "score":
-        last, odd = rows[count - 1]["labels"], sum(len(row["labels"]) for row in rows[:count]) % work.batch
+        last, odd = (
+            rows[count - 1]["labels"],
+            sum(len(row["labels"]) for row in rows[:count]) % work.batch,
+        )
         last[len(last) - odd :] = [None] * odd  # so that the prefixes are a whole number of batches
         prefixes = [
-            {"prompt": row["prompt"], "steps": row["steps"][: i + 1], "labels": [None] * i + [label]}
+            {
+                "prompt": row["prompt"],
+                "steps": row["steps"][: i + 1],
+                "labels": [None] * i + [label],
+            }
             for row in rows[:count]
             for i, label in enumerate(row["labels"])
             if label is not None
@@ -209,12 +303,16 @@ def write_data(work, folder, vocabulary):
 
 
 def synthetic_rows(kind, count, vocabulary):
-    """mixed: chats of log-normal lengths (median 180, sigma 0.6, 24 to 512), 0.4 of them answers; dense: texts of 512."""
+    """mixed: chats of log-normal lengths (median 180, sigma 0.6, 24 to 512), 0.4 of them answers;
+    dense: texts of 512.
+    """
     import numpy as np
 
     draw = np.random.default_rng(0)
     for length in draw.lognormal(np.log(180), 0.6, count).clip(24, 512).astype(int):
-        words = [f"w{n}" for n in draw.integers(2, vocabulary, length - 2 if kind == "mixed" else 511)]  # and </s>
+        words = [
+            f"w{n}" for n in draw.integers(2, vocabulary, length - 2 if kind == "mixed" else 511)
+        ]  # and </s>
         cut = round(0.6 * length)
         chat = {"prompt": " ".join(words[:cut]), "completion": " ".join(words[cut:])}
         yield chat if kind == "mixed" else {"text": " ".join(words)}
@@ -224,7 +322,7 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# ------------------------------------------------------------------------------------------------------------- the sides
+# ---------------------------------------------------------------------------------------- the sides
 
 
 def our_command(work, folder, side):
@@ -260,7 +358,11 @@ def ours(work, folder, side):
     script.main(command, source)
     lines = (Path(command.run_dir) / "logs" / "train_metrics.jsonl").read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "train/loss" in line]
-    return before, [step["train/loss"] for step in steps], between([step["timestamp"] for step in steps])
+    return (
+        before,
+        [step["train/loss"] for step in steps],
+        between([step["timestamp"] for step in steps]),
+    )
 
 
 def take_away(technique):
@@ -282,7 +384,9 @@ def take_away(technique):
     elif technique == "attention in matrix products":
         attention.SHORT = 0
     elif technique in ("packing", "packing and sorting"):
-        compatibility.disagreement = lambda task: "it is to be padded" if task.packed else tried(task)
+        compatibility.disagreement = lambda task: (
+            "it is to be padded" if task.packed else tried(task)
+        )
         if technique == "packing and sorting":  # one padded batch
             batches.MOST_PADDING = 1.0
     elif technique == "the head in chunks":
@@ -297,14 +401,22 @@ def take_away(technique):
 
 
 def theirs(work, folder, library, dtype, settings):
-    """The same of a peer's trainer; with "keeps" the C library keeps freed memory, as it does for us."""
+    """The same of a peer's trainer; with "keeps" the C library keeps freed memory, as it does for
+    us.
+    """
     settings = dict(settings)
     if settings.pop("keeps", False):
         keep_memory()
     from datasets import Dataset
     from peft import PeftModel
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+    )
 
     if library == "trl":
         from trl import SFTConfig as Arguments
@@ -313,7 +425,8 @@ def theirs(work, folder, library, dtype, settings):
         from transformers import TrainingArguments as Arguments
     steps = json.loads((folder / "rows.json").read_text())[: work.steps]
     batch = work.batch
-    if settings.pop("halves", False):  # no sequence leaves its step, but inside it they may be sorted
+    # No sequence leaves its step, but inside it they may be sorted
+    if settings.pop("halves", False):
         batch //= 2
         steps = [sorted(step, key=lambda row: len(row["input_ids"])) for step in steps]
     data = Dataset.from_list([row for step in steps for row in step])
@@ -337,12 +450,20 @@ def theirs(work, folder, library, dtype, settings):
     if work.script == "train_lora":
         model = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
     if library == "trl":
-        trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()])
+        trainer = SFTTrainer(
+            model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()]
+        )
     else:
         collator = DataCollatorForSeq2Seq(tokenizer)
-        trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[Watch()])
+        trainer = Trainer(
+            model, arguments, train_dataset=data, data_collator=collator, callbacks=[Watch()]
+        )
     trainer.train()
-    return before, [line["loss"] for line in trainer.state.log_history if "loss" in line], between(ends)
+    return (
+        before,
+        [line["loss"] for line in trainer.state.log_history if "loss" in line],
+        between(ends),
+    )
 
 
 def between(times):
@@ -350,7 +471,9 @@ def between(times):
 
 
 def peak_memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def child(name, side, folder, short):
@@ -362,17 +485,30 @@ def child(name, side, folder, short):
         prepare(work, folder)
         return {}
     mine = (OURS | work.ours).get(side)
-    before, losses, seconds = ours(work, folder, mine) if mine else theirs(work, folder, *PEERS[side])
-    return {"losses": losses, "seconds": seconds, "memory": peak_memory() - before, "peak": peak_memory()}
+    before, losses, seconds = (
+        ours(work, folder, mine) if mine else theirs(work, folder, *PEERS[side])
+    )
+    return {
+        "losses": losses,
+        "seconds": seconds,
+        "memory": peak_memory() - before,
+        "peak": peak_memory(),
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 def measured(threads, name, side, folder, short=False):
     """`child` in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "THP_MEM_ALLOC_ENABLE": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PLAINLORA_CACHE": f"{folder}/cache", "TOKENIZERS_PARALLELISM": "false"} | (FIXED if short else {})
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "THP_MEM_ALLOC_ENABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment |= {"PLAINLORA_CACHE": f"{folder}/cache", "TOKENIZERS_PARALLELISM": "false"} | (
+        FIXED if short else {}
+    )
     command = [sys.executable, __file__, "--child", json.dumps([name, side, str(folder), short])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -408,8 +544,15 @@ def compare(name, rounds, threads):
             sum(run["seconds"][WARMUP - 1 :]) / sum(mine["seconds"][WARMUP - 1 :])
             for run, mine in zip(runs, results[first])
         ]
-        apart = max(abs(a - b) for run in runs for a, b in zip(run["losses"], results[first][0]["losses"], strict=True))
-        memory, peak = short[side]["memory"] / 1e6, statistics.median(run["peak"] for run in runs) / 1e6
+        apart = max(
+            abs(a - b)
+            for run in runs
+            for a, b in zip(run["losses"], results[first][0]["losses"], strict=True)
+        )
+        memory, peak = (
+            short[side]["memory"] / 1e6,
+            statistics.median(run["peak"] for run in runs) / 1e6,
+        )
         valid = apart <= work.tolerance
         cells = [
             side, spread(speeds, "{:.0f}"), spread(ratios, "{:.2f}") if valid else "VOID", f"{memory:.0f}",
@@ -425,7 +568,9 @@ def spread(values, form):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; default: all")
+    parser.add_argument(
+        "works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="the tables are added to this file")
@@ -433,11 +578,16 @@ def main():
     arguments = parser.parse_args()
     if arguments.child:
         return print("\n" + json.dumps(child(*json.loads(arguments.child))))
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
+    libraries = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl")
+    )
     for name in arguments.works or WORKS:
         command = f"python benchmarks/peers.py {name} --rounds {arguments.rounds} --threads {arguments.threads}"
         text = "\n".join(
-            [*compare(name, arguments.rounds, arguments.threads), f"\n`{command}`; {libraries}; {platform.machine()}\n"]
+            [
+                *compare(name, arguments.rounds, arguments.threads),
+                f"\n`{command}`; {libraries}; {platform.machine()}\n",
+            ]
         )
         print(text, flush=True)
         if arguments.output:

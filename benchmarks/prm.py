@@ -1,4 +1,5 @@
-"""Step scorers on real data, beside the two trivial baselines, and what one forward for all steps is worth.
+"""Step scorers on real data, beside the two trivial baselines, and what one forward for all steps
+is worth.
 
     pip install -e '.[bench]'
     PLAINLORA_DATA=... python benchmarks/prm.py scorer --set prmbench|bigbench [--steps N]
@@ -6,10 +7,11 @@
     PLAINLORA_DATA=... python benchmarks/prm.py forward
     PLAINLORA_DATA=... python benchmarks/prm.py features [--steps N]
 
-The base is MiniLM, whose weights come from the package index, made to read from left to right (a causal mask), with its
-512 learned positions laid end to end twice, and no dropout of attention; it gets LoRA of rank 16. A fifth of the problems
-is held out for the figures, and a twentieth of the others chooses the checkpoint. The baselines are fitted on the same
-training problems. Each call adds its part to the results file.
+The base is MiniLM, whose weights come from the package index, made to read from left to right (a
+causal mask), with its 512 learned positions laid end to end twice, and no dropout of attention; it
+gets LoRA of rank 16. A fifth of the problems is held out for the figures, and a twentieth of the
+others chooses the checkpoint. The baselines are fitted on the same training problems. Each call
+adds its part to the results file.
 """
 
 import argparse
@@ -53,9 +55,12 @@ def make_base(folder):
     """MiniLM with a causal mask and twice its positions, as a folder."""
     encoder, shape = AutoModel.from_pretrained(MINILM), AutoConfig.from_pretrained(MINILM)
     shape.is_decoder, shape.max_position_embeddings = True, POSITIONS
-    shape.attention_probs_dropout_prob = 0.0  # with it a CPU writes every attention matrix: a third of the speed
+    # With it a CPU writes every attention matrix: a third of the speed
+    shape.attention_probs_dropout_prob = 0.0
     state = encoder.state_dict()
-    state["embeddings.position_embeddings.weight"] = state["embeddings.position_embeddings.weight"].repeat(2, 1)
+    state["embeddings.position_embeddings.weight"] = state[
+        "embeddings.position_embeddings.weight"
+    ].repeat(2, 1)
     decoder = AutoModel.from_config(shape)
     decoder.load_state_dict(state)
     decoder.save_pretrained(folder)
@@ -64,9 +69,15 @@ def make_base(folder):
 
 
 def write_rows(path, examples):
-    """The examples as a file of steps; a chain without labels gets its outcome as the label of every step."""
+    """The examples as a file of steps; a chain without labels gets its outcome as the label of
+    every step.
+    """
     rows = [
-        {"prompt": e.prompt, "steps": e.steps, "labels": e.labels if e.outcome is None else [e.outcome] * len(e.steps)}
+        {
+            "prompt": e.prompt,
+            "steps": e.steps,
+            "labels": e.labels if e.outcome is None else [e.outcome] * len(e.steps),
+        }
         for e in examples
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -81,18 +92,26 @@ def configure(arguments, base, folder, training, validation):
     config.data.eval_data = [write_rows(folder / "validation.jsonl", validation)]
     settings = config.training
     settings.learning_rate, settings.batch_size, settings.gradient_accumulation_steps = 1e-3, 8, 2
-    settings.max_steps, settings.warmup_steps, settings.eval_steps = arguments.steps, arguments.steps // 10, 50
+    settings.max_steps, settings.warmup_steps, settings.eval_steps = (
+        arguments.steps,
+        arguments.steps // 10,
+        50,
+    )
     settings.max_eval_batches, settings.dtype, settings.device = 0, "bfloat16", "cpu"
     config.output.output_dir, config.output.experiment_name = str(folder), "run"
     return config
 
 
 def trained(arguments, base, folder, training):
-    """(a task with the weights of the best validation loss, its configuration, what the run says of itself)."""
+    """(a task with the weights of the best validation loss, its configuration, what the run says of
+    itself).
+    """
     training, validation = split_by_prompt(training, 0.05)
     config = configure(arguments, base, folder, training, validation)
     results = train_lora.main(Command(config, folder / "run"), Source(config))
-    task = load(*read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), device=CPU)
+    task = load(
+        *read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), device=CPU
+    )
     curve = [[line["step"], line["val/loss"]] for line in metrics(folder / "run", "val/loss")]
     chains = arguments.steps * 16 / len(training)
     return task, config, results | {"validation_loss": curve, "epochs": round(chains, 2)}
@@ -108,7 +127,12 @@ def scorer(arguments, base, folder):
     task, config, results = trained(arguments, base, folder, training)
     scores = step_scores(test, task, config, torch.bfloat16)
     unread = sum(int(np.isnan(of).sum()) for of in scores)
-    found = {"run": results, "test_chains": len(test), "test_steps": sum(map(len, scores)), "unread_steps": unread}
+    found = {
+        "run": results,
+        "test_chains": len(test),
+        "test_steps": sum(map(len, scores)),
+        "unread_steps": unread,
+    }
     found["at_0.5"] = step_metrics.report(test, scores, EvaluationConfig(), {}, training)
     found["at_best_threshold_on_the_test_set_itself"] = {}
     scored = {"scores": scores}
@@ -118,17 +142,23 @@ def scorer(arguments, base, folder):
         of_name = [np.where(np.isnan(own), np.nan, of) for own, of in zip(scores, of_name)]
         best = step_metrics.best_threshold(test, of_name)
         value = step_metrics.Judged.of(test, of_name, best).measures()["processbench_f1"]
-        found["at_best_threshold_on_the_test_set_itself"][name] = {"threshold": best, "processbench_f1": value}
+        found["at_best_threshold_on_the_test_set_itself"][name] = {
+            "threshold": best,
+            "processbench_f1": value,
+        }
     return found
 
 
 def best_of_4(arguments, base, folder):
-    """Trained on outcomes (every step of a right solution is right), chosen among the four of held-out questions."""
+    """Trained on outcomes (every step of a right solution is right), chosen among the four of
+    held-out questions.
+    """
     path = Path(os.environ["PLAINLORA_DATA"]) / "gsm8k" / "example_model_solutions.jsonl"
     training, test = split_by_prompt(read([str(path)], "score"), 0.3)
     task, config, results = trained(arguments, base, folder, training)
     scores = step_scores(test, task, config, torch.bfloat16)
-    of_place = {i: np.mean([e.outcome for e in test[i::4]]) for i in range(4)}  # of each of the four models
+    # Of each of the four models
+    of_place = {i: np.mean([e.outcome for e in test[i::4]]) for i in range(4)}
     return {
         "run": results,
         "questions": len({e.prompt for e in test}),
@@ -138,12 +168,16 @@ def best_of_4(arguments, base, folder):
 
 
 def forward(arguments, base, folder):
-    """All steps in one forward against one forward for each: scores and time, on PRMBench's lengths."""
+    """All steps in one forward against one forward for each: scores and time, on PRMBench's
+    lengths.
+    """
     config = Config()
     config.model.base_model, config.model.task, config.data.max_length = base, "score", POSITIONS
     task = load_task(config, torch.float32).eval()
     path = Path(os.environ["PLAINLORA_DATA"]) / "prmbench_train" / "prmbench_train.jsonl"
-    examples = [e for e in read([str(path)], "score")[:: 3600 // 24] if len("".join(e.steps)) < 3000]
+    examples = [
+        e for e in read([str(path)], "score")[:: 3600 // 24] if len("".join(e.steps)) < 3000
+    ]
     whole, single = [], []
     for rendered in render(examples, task.tokenizer, "score", config.data, True):
         for row in rendered.rows:
@@ -169,11 +203,17 @@ def forward(arguments, base, folder):
 
 
 def features(arguments, base, folder):
-    """Epochs of --steps steps of a head on the frozen base: features that are kept, against the base asked every time."""
+    """Epochs of --steps steps of a head on the frozen base: features that are kept, against the
+    base asked every time.
+    """
     path = Path(os.environ["PLAINLORA_DATA"]) / "prmbench_train" / "prmbench_train.jsonl"
-    training, validation = read([str(path)], "score")[: 16 * arguments.steps], read([str(path)], "score")[-16:]
+    training, validation = (
+        read([str(path)], "score")[: 16 * arguments.steps],
+        read([str(path)], "score")[-16:],
+    )
     shape = AutoConfig.from_pretrained(base)
-    shape.hidden_dropout_prob = 0.0  # or a base that is asked at every step would say something else each time
+    # Or a base that is asked at every step would say something else each time
+    shape.hidden_dropout_prob = 0.0
     shape.save_pretrained(base)
     runs = {}
     for name, keep in (("kept", train.keep_features), ("asked", lambda *_: None)):
@@ -182,14 +222,21 @@ def features(arguments, base, folder):
         config.training.max_steps, config.training.eval_steps = 3 * arguments.steps, 10**6
         train.keep_features = keep
         train_lora.main(Command(config, folder / name), Source(config))
-        runs[name] = [(line["timestamp"], line["train/loss"]) for line in metrics(folder / name, "train/loss")]
-    ends = {name: [steps[(epoch + 1) * arguments.steps - 1][0] for epoch in range(3)] for name, steps in runs.items()}
+        runs[name] = [
+            (line["timestamp"], line["train/loss"]) for line in metrics(folder / name, "train/loss")
+        ]
+    ends = {
+        name: [steps[(epoch + 1) * arguments.steps - 1][0] for epoch in range(3)]
+        for name, steps in runs.items()
+    }
     epochs = {name: [b - a for a, b in zip(of, of[1:])] for name, of in ends.items()}
     return {
         "chains": len(training),
         "seconds_of_the_second_and_third_epoch": epochs,
         "speed_ratio": sum(epochs["asked"]) / sum(epochs["kept"]),
-        "largest_difference_of_a_loss": max(abs(a[1] - b[1]) for a, b in zip(runs["kept"], runs["asked"])),
+        "largest_difference_of_a_loss": max(
+            abs(a[1] - b[1]) for a, b in zip(runs["kept"], runs["asked"])
+        ),
     }
 
 

@@ -1,9 +1,11 @@
-"""Throughput of LoRA with two processes of one thread each, against one process of one thread, side by side.
+"""Throughput of LoRA with two processes of one thread each, against one process of one thread, side
+by side.
 
     python benchmarks/processes.py [--repeats 3] [--script train_lora.py]
 
-A random Llama of 512 x 8 layers (26 million parameters beside the embeddings) on generated arithmetic, 32 examples a
-step. The runs alternate; a run's figure is the median over its logged steps, the first two left out.
+A random Llama of 512 x 8 layers (26 million parameters beside the embeddings) on generated
+arithmetic, 32 examples a step. The runs alternate; a run's figure is the median over its logged
+steps, the first two left out.
 """
 
 import argparse
@@ -16,13 +18,40 @@ STEPS = 8
 
 
 def tokens_per_second(script, base, folder, processes):
-    flags = ["--base_model", base, "--task", "lm", "--train_data", "arithmetic:train:2000", "--max_length", "512"]
-    flags += ["--batch_size", str(16 // processes), "--gradient_accumulation_steps", "2", "--max_steps", str(STEPS)]
-    flags += ["--eval_steps", "1000", "--max_eval_batches", "1", "--logging_steps", "1", "--dtype", "float32"]
+    flags = [
+        "--base_model",
+        base,
+        "--task",
+        "lm",
+        "--train_data",
+        "arithmetic:train:2000",
+        "--max_length",
+        "512",
+    ]
+    flags += [
+        "--batch_size",
+        str(16 // processes),
+        "--gradient_accumulation_steps",
+        "2",
+        "--max_steps",
+        str(STEPS),
+    ]
+    flags += [
+        "--eval_steps",
+        "1000",
+        "--max_eval_batches",
+        "1",
+        "--logging_steps",
+        "1",
+        "--dtype",
+        "float32",
+    ]
     flags += ["--output_dir", folder, "--experiment_name", str(processes)]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     call(*launcher, script, *flags, OMP_NUM_THREADS="1")
-    speeds = [line["train/tokens_per_second"] for line in metrics(f"{folder}/{processes}", "train/loss")]
+    speeds = [
+        line["train/tokens_per_second"] for line in metrics(f"{folder}/{processes}", "train/loss")
+    ]
     return statistics.median(speeds[2:])
 
 
@@ -32,12 +61,20 @@ if __name__ == "__main__":
     parser.add_argument("--script", default="train_lora.py", choices=("train_lora.py", "train.py"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as base:
-        shape = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8)
+        shape = dict(
+            hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
+        )
         save_base(base, vocab_size=2048, **shape)
         ratios = []
         for _ in range(arguments.repeats):
             with tempfile.TemporaryDirectory() as folder:
-                one, two = (tokens_per_second(arguments.script, base, folder, processes) for processes in (1, 2))
+                one, two = (
+                    tokens_per_second(arguments.script, base, folder, processes)
+                    for processes in (1, 2)
+                )
             ratios.append(two / one)
-            print(f"1 process {one:.0f} tokens/s, 2 processes {two:.0f} tokens/s: {ratios[-1]:.2f}", flush=True)
+            print(
+                f"1 process {one:.0f} tokens/s, 2 processes {two:.0f} tokens/s: {ratios[-1]:.2f}",
+                flush=True,
+            )
     print(f"median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")

@@ -1,10 +1,11 @@
-"""What the README promises of kills and faults, tried: runs are killed, their files damaged, and the ends compared.
+"""What the README promises of kills and faults, tried: runs are killed, their files damaged, and
+the ends compared.
 
     python benchmarks/reliability.py [--kills 50] [--only kills crash_points ...] [--seed 0] [--output FILE]
 
-Every run is a child forked from this process, which has loaded torch already, so that it takes a second; several of them
-are the processes of one run. The model is a random Llama of 2 layers x 32. What must hold after a resume: weights,
-optimizer and metrics of the undisturbed run, bit for bit.
+Every run is a child forked from this process, which has loaded torch already, so that it takes a
+second; several of them are the processes of one run. The model is a random Llama of 2 layers x 32.
+What must hold after a resume: weights, optimizer and metrics of the undisturbed run, bit for bit.
 """
 
 import argparse
@@ -27,7 +28,12 @@ import sys
 import tempfile
 import time
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DEVICE_PREFERENCE": "cpu"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DEVICE_PREFERENCE": "cpu",
+}
 
 from common import ROOT, metrics, save_base
 import torch
@@ -55,7 +61,13 @@ class Bench:
     def __init__(self, folder, seed=0):
         self.folder, self.draw, self.numbers = Path(folder), random.Random(seed), count(1)
         os.environ["PLAINLORA_CACHE"] = str(self.folder / "cache")
-        shape = dict(vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        shape = dict(
+            vocab_size=2048,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
         save_base(self.folder / "base", seed=1, max_position_embeddings=512, **shape)
         self.undisturbed = {}
         self.reference("lora")  # in a child, which tokenises
@@ -70,7 +82,12 @@ class Bench:
         shared = f"--base_model {self.folder}/base --train_data arithmetic:train:64 --eval_data arithmetic:validation:8 "
         shared += f"--max_length 100 --batch_size 1 --gradient_accumulation_steps 8 --max_steps {LAST} --eval_steps 3 "
         shared += "--save_steps 4 --logging_steps 1 --learning_rate 1e-2 --resume_from auto "
-        return [*shared.split(), f"--output_dir={self.folder}", f"--experiment_name={name}", *KINDS[kind]]
+        return [
+            *shared.split(),
+            f"--output_dir={self.folder}",
+            f"--experiment_name={name}",
+            *KINDS[kind],
+        ]
 
     def main(self, kind, name, more=()):
         """What `python train_lora.py` or `train.py` does."""
@@ -91,13 +108,21 @@ class Bench:
 
         def child(rank):
             if world > 1:
-                values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+                values = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": world,
+                    "LOCAL_WORLD_SIZE": world,
+                }
                 os.environ |= {k: str(v) for k, v in values.items()}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             prepare(rank)
             self.main(kind, name, more)
 
-        return [forked(self.folder / f"{name}_{rank}.txt", partial(child, rank)) for rank in range(world)]
+        return [
+            forked(self.folder / f"{name}_{rank}.txt", partial(child, rank))
+            for rank in range(world)
+        ]
 
     def run(self, *arguments, **named):
         """`start`, and the exit status of each process."""
@@ -116,23 +141,39 @@ class Bench:
         """Weights, optimizer, metrics and artifact of a run, without what a clock decides."""
         run = self.folder / name
         last = run / "checkpoints" / f"checkpoint_step_{LAST}"
-        tensors = [p for place in (last, run / "final_artifact") for p in place.rglob("*.safetensors")]
+        tensors = [
+            p for place in (last, run / "final_artifact") for p in place.rglob("*.safetensors")
+        ]
         timing = ("timestamp", "train/tokens_per_second")
-        lines = [{key: value for key, value in line.items() if key not in timing} for line in metrics(run)]
+        lines = [
+            {key: value for key, value in line.items() if key not in timing}
+            for line in metrics(run)
+        ]
         state = best_checkpoints.read_state(last)
         results = json.loads((run / "logs" / "final_results.json").read_text())
         kept = sorted(path.name for path in (run / "checkpoints").iterdir())
         files = {str(path.relative_to(run)): path.read_bytes() for path in tensors}
-        return files, lines, {k: v for k, v in state.items() if k != "config"}, results["best"], kept
+        return (
+            files,
+            lines,
+            {k: v for k, v in state.items() if k != "config"},
+            results["best"],
+            kept,
+        )
 
     def finish(self, kind, name, world=1):
-        """Resume until the run ends by itself; whether it ended as the undisturbed one did. The folder goes."""
+        """Resume until the run ends by itself; whether it ended as the undisturbed one did. The
+        folder goes.
+        """
         statuses = self.run(kind, name, world=world)
         same = statuses == [0] * world and self.result(name) == self.reference(kind, world)
         if same:  # else it is kept, to be looked at
             shutil.rmtree(self.folder / name)
         else:
-            print(f"    {self.folder / name} did not end as it should: {statuses} {self.said(name)}", flush=True)
+            print(
+                f"    {self.folder / name} did not end as it should: {statuses} {self.said(name)}",
+                flush=True,
+            )
         return same
 
     def said(self, name):
@@ -165,7 +206,8 @@ def forked(path, call):
 
     def child():
         silence(path)
-        # Makes torch's pool of threads anew, for which the threads that load weights would race ("Invalid thread pool!").
+        # Makes torch's pool of threads anew, for which the threads that load weights would race
+        # ("Invalid thread pool!").
         torch.set_num_threads(1)
         call()
 
@@ -203,7 +245,7 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# --------------------------------------------------------------------------------------------------- what is tried
+# ------------------------------------------------------------------------------------ what is tried
 
 
 def kills(bench, count):
@@ -215,7 +257,9 @@ def kills(bench, count):
     while done < count:
         name, before, runs = bench.name(), [], runs + 1
         for _ in range(min(5, count - done)):
-            (child,) = bench.start("lora", name, partial(report_kept, bench.folder / f"{name}_kept"))
+            (child,) = bench.start(
+                "lora", name, partial(report_kept, bench.folder / f"{name}_kept")
+            )
             time.sleep(bench.draw.uniform(0, duration / 2))
             child.kill()
             child.join()
@@ -225,11 +269,17 @@ def kills(bench, count):
             lost += bool(before) and (not now or max(now) < max(before))
             before = now or before
         reports = bench.folder / f"{name}_kept"
-        too_many += sum(int(line) > 4 for line in (reports.read_text().split() if reports.exists() else []))
+        too_many += sum(
+            int(line) > 4 for line in (reports.read_text().split() if reports.exists() else [])
+        )
         different += not bench.finish("lora", name)
     failed = lost + unreadable + too_many + different
     text = f"{runs} runs resumed to the end, {different} ended otherwise than undisturbed; {lost} checkpoints lost, "
-    return done, done - failed, text + f"{unreadable} unreadable under a final name, {too_many} restarts with more than 4"
+    return (
+        done,
+        done - failed,
+        text + f"{unreadable} unreadable under a final name, {too_many} restarts with more than 4",
+    )
 
 
 def report_kept(path, rank):
@@ -246,8 +296,9 @@ def report_kept(path, rank):
 
 
 def crash_points(bench, stride):
-    """SIGKILL before every mkdir, open for writing, fsync, rename, unlink and rmdir in the folder of a run, and with every
-    file that is being made durable cut to half its length: up to the second checkpoint, and after the last step.
+    """SIGKILL before every mkdir, open for writing, fsync, rename, unlink and rmdir in the folder
+    of a run, and with every file that is being made durable cut to half its length: up to the
+    second checkpoint, and after the last step.
     """
     counted = bench.folder / "points"
     bench.run("lora", "counted", partial(crash_at, bench.folder / "counted", None, counted))
@@ -256,12 +307,18 @@ def crash_points(bench, stride):
     for point in points:
         name = bench.name()
         killed = bench.run("lora", name, partial(crash_at, bench.folder / name, point, counted))
-        passed += killed == [-signal.SIGKILL] and bench.whole(name) is not None and bench.finish("lora", name)
+        passed += (
+            killed == [-signal.SIGKILL]
+            and bench.whole(name) is not None
+            and bench.finish("lora", name)
+        )
     return len(points), passed, "every checkpoint whole, every run resumed to the undisturbed end"
 
 
 def crash_at(folder, point, report, rank):
-    """End this process at its `point`-th call that changes something in `folder`; write down how many there are."""
+    """End this process at its `point`-th call that changes something in `folder`; write down how
+    many there are.
+    """
     reached, step, inside, batch_at = 0, None, False, TrainingData.batch_at
 
     def batch_of(self, asked):
@@ -283,7 +340,11 @@ def crash_at(folder, point, report, rank):
     def hook(event, arguments):
         nonlocal inside
         writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
-        if inside or not (writes or event in EVENTS) or not str(arguments[0]).startswith(str(folder)):
+        if (
+            inside
+            or not (writes or event in EVENTS)
+            or not str(arguments[0]).startswith(str(folder))
+        ):
             return
         inside = True
         here()
@@ -305,7 +366,9 @@ def crash_at(folder, point, report, rank):
 
 
 def damaged_checkpoints(bench, flips=200, truncations=50):
-    """A flipped bit, or a file cut short, in the newest checkpoint: `auto` takes the one before, by name it is refused."""
+    """A flipped bit, or a file cut short, in the newest checkpoint: `auto` takes the one before, by
+    name it is refused.
+    """
     bench.reference("lora")
     name = bench.name()
     bench.run("lora", name)
@@ -332,7 +395,9 @@ def damaged_checkpoints(bench, flips=200, truncations=50):
 
 
 def full_disk(bench, sizes=20):
-    """No file may grow beyond a size any more (RLIMIT_FSIZE) once the first checkpoint is there: exit 4, which verifies."""
+    """No file may grow beyond a size any more (RLIMIT_FSIZE) once the first checkpoint is there:
+    exit 4, which verifies.
+    """
     passed = 0
     largest = max(len(content) for content in bench.reference("lora")[0].values())
     for i in range(sizes):
@@ -340,7 +405,11 @@ def full_disk(bench, sizes=20):
         limit = 8192 + (largest - 8193) * i // (sizes - 1)  # what a run prints has room
         statuses = bench.run("lora", name, partial(limit_files, limit))
         passed += statuses == [4] and bool(bench.whole(name)) and bench.finish("lora", name)
-    return sizes, passed, "exit 4, the checkpoints before verify, the resumed run ends as the undisturbed one"
+    return (
+        sizes,
+        passed,
+        "exit 4, the checkpoints before verify, the resumed run ends as the undisturbed one",
+    )
 
 
 def limit_files(limit, rank):
@@ -349,7 +418,9 @@ def limit_files(limit, rank):
     def prune(folder):
         undisturbed(folder)
         if best_checkpoints.saved(folder):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+            )
 
     best_checkpoints.prune = prune
 
@@ -363,20 +434,32 @@ def resumes(bench, stride):
         "at an evaluation": (Task, "predict", 20),
     }
     worlds = {kind: (1, 2) if kind in ("lora", "full") else (1,) for kind in KINDS}
-    cases = [(kind, world, where) for kind in KINDS for world in worlds[kind] for where in places][::stride]
+    cases = [(kind, world, where) for kind in KINDS for world in worlds[kind] for where in places][
+        ::stride
+    ]
     passed = 0
     for kind, world, where in cases:
         name = bench.name()
-        killed = bench.run(kind, name, partial(at_call, *places[where], world - 1, die), world=world)
+        killed = bench.run(
+            kind, name, partial(at_call, *places[where], world - 1, die), world=world
+        )
         good = killed[-1] == -signal.SIGKILL and bench.finish(kind, name, world)
         passed += good
         if not good:
-            print(f"    {kind}, {where}, {world} processes: {killed} {bench.said(name)}", flush=True)
-    return len(cases), passed, f"{', '.join(KINDS)}; {', '.join(places)}; LoRA and full also on two processes"
+            print(
+                f"    {kind}, {where}, {world} processes: {killed} {bench.said(name)}", flush=True
+            )
+    return (
+        len(cases),
+        passed,
+        f"{', '.join(KINDS)}; {', '.join(places)}; LoRA and full also on two processes",
+    )
 
 
 def at_call(owner, method, number, victim, what, rank):
-    """If this process is the `victim`, have `what` done with the result of the `number`-th call of a method."""
+    """If this process is the `victim`, have `what` done with the result of the `number`-th call of
+    a method.
+    """
     undisturbed, calls = getattr(owner, method), count(1)
 
     def counted(*arguments, **named):
@@ -403,27 +486,49 @@ def signals(bench, moments=20):
             statuses = ended(children)
             slowest = max(slowest, time.monotonic() - began)
             total += 1
-            saved, status = bench.whole(name), json.loads((bench.folder / name / "status.json").read_text())
+            saved, status = (
+                bench.whole(name),
+                json.loads((bench.folder / name / "status.json").read_text()),
+            )
             expected = {128 + number, 143}  # of two, one was told by the other
-            passed += {*statuses, status["exit"]} <= expected and bool(saved) and bench.finish("lora", name, world)
+            passed += (
+                {*statuses, status["exit"]} <= expected
+                and bool(saved)
+                and bench.finish("lora", name, world)
+            )
     return total, passed, f"on one process and on two; saved and gone in {slowest:.1f} s at most"
 
 
 def not_finite(bench):
-    """A loss that is NaN on one process of two: both stop before the update, and with --skip_nonfinite 1 both go on."""
-    poison = partial(at_call, Task, "forward", 50, 1, lambda result: (result[0] * math.nan, result[1]))
+    """A loss that is NaN on one process of two: both stop before the update, and with
+    --skip_nonfinite 1 both go on.
+    """
+    poison = partial(
+        at_call, Task, "forward", 50, 1, lambda result: (result[0] * math.nan, result[1])
+    )
     name, tolerant = bench.name(), bench.name()
     statuses = bench.run("lora", name, poison, world=2)
     status = json.loads((bench.folder / name / "status.json").read_text())
-    stopped = statuses == [3, 3] and status["exit"] == 3 and len(status["rows"]) == 16 and status["step"] > 4
+    stopped = (
+        statuses == [3, 3]
+        and status["exit"] == 3
+        and len(status["rows"]) == 16
+        and status["step"] > 4
+    )
     stopped = stopped and bench.whole(name) and max(bench.whole(name)) <= status["step"]
     went_on = bench.run("lora", tolerant, poison, world=2, more=["--skip_nonfinite", "1"]) == [0, 0]
     skipped = best_checkpoints.saved(bench.folder / tolerant / "checkpoints")[-1]["skipped"] == 1
-    return 2, bool(stopped) + (went_on and skipped), "exit 3 on both, step and rows in status.json; or one step left out"
+    return (
+        2,
+        bool(stopped) + (went_on and skipped),
+        "exit 3 on both, step and rows in status.json; or one step left out",
+    )
 
 
 def lost_process(bench, repeats=5):
-    """SIGKILL of one of two processes: the other one ends with status 4, and the run goes on to the undisturbed end."""
+    """SIGKILL of one of two processes: the other one ends with status 4, and the run goes on to the
+    undisturbed end.
+    """
     passed, slowest = 0, 0.0
     for _ in range(repeats):
         name = bench.name()
@@ -440,7 +545,9 @@ def lost_process(bench, repeats=5):
 
 
 def inputs(bench):
-    """The bad inputs of tests/scripts/test_inputs.py that need no model, as users meet them: the time to the answer."""
+    """The bad inputs of tests/scripts/test_inputs.py that need no model, as users meet them: the
+    time to the answer.
+    """
     from tests.scripts.test_inputs import DATA, FLAGS
 
     calls, seconds, plain = [], [], bench.folder / "plain"
@@ -452,11 +559,20 @@ def inputs(bench):
     for i, (_, flags, toml, _) in enumerate(FLAGS):
         path = bench.folder / f"{i}.toml"
         path.write_text(toml)
-        named = ["--base_model", "embedded", "--train_data", "arithmetic:train:9", "--config", str(path)]
+        named = [
+            "--base_model",
+            "embedded",
+            "--train_data",
+            "arithmetic:train:9",
+            "--config",
+            str(path),
+        ]
         calls.append([*named, *(flag.format(file=plain) for flag in flags)])
     for flags in calls:
         began = time.monotonic()
-        done = subprocess.run([sys.executable, "train_lora.py", *flags], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "train_lora.py", *flags], cwd=ROOT, capture_output=True, text=True
+        )
         seconds.append(time.monotonic() - began if done.returncode == 2 else math.inf)
         if seconds[-1] >= 0.3:
             print(f"    {seconds[-1]:.2f} s: {done.stderr.strip()[-150:]}")
@@ -467,9 +583,18 @@ def inputs(bench):
 def overhead(bench):
     """What checkpoints cost the default LoRA run: one in 500 steps."""
     report = bench.folder / "overhead.json"
-    flags = ["--config", str(ROOT / "configs" / "tiny_lora.toml"), "--output_dir", str(bench.folder), "--save_steps", "20"]
+    flags = [
+        "--config",
+        str(ROOT / "configs" / "tiny_lora.toml"),
+        "--output_dir",
+        str(bench.folder),
+        "--save_steps",
+        "20",
+    ]
     flags += ["--max_steps", "100", "--eval_steps", "100", "--logging_steps", "1"]
-    command = read_command_line([*flags, "--experiment_name", "overhead"], get_lora_config(), "", "")
+    command = read_command_line(
+        [*flags, "--experiment_name", "overhead"], get_lora_config(), "", ""
+    )
 
     def timed_run():
         took, save = [], checkpoint.save
@@ -509,7 +634,9 @@ PARTS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--stride", type=int, default=1, help="of the crash points and of the resumes every N-th")
+    parser.add_argument(
+        "--stride", type=int, default=1, help="of the crash points and of the resumes every N-th"
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     parser.add_argument("--output", metavar="FILE", help="write the table to this file")
@@ -517,13 +644,19 @@ def main():
     print(f"seed {arguments.seed}")
     folder = tempfile.mkdtemp(prefix="plainlora_reliability_")
     bench = Bench(folder, arguments.seed)
-    counts = {"kills": [arguments.kills], "crash_points": [arguments.stride], "resumes": [arguments.stride]}
+    counts = {
+        "kills": [arguments.kills],
+        "crash_points": [arguments.stride],
+        "resumes": [arguments.stride],
+    }
     rows, failed = ["| what was tried | passed | | seconds |", "|---|---|---|---|"], 0
     for part in arguments.only:
         began = time.monotonic()
         total, passed, text = globals()[part](bench, *counts.get(part, []))
         failed += total - passed
-        rows.append(f"| {PARTS[part]} | {passed} of {total} | {text} | {time.monotonic() - began:.0f} |")
+        rows.append(
+            f"| {PARTS[part]} | {passed} of {total} | {text} | {time.monotonic() - began:.0f} |"
+        )
         print(rows[-1], flush=True)
     if arguments.output:
         command = f"`python benchmarks/reliability.py --kills {arguments.kills} --only {' '.join(arguments.only)}`"

@@ -1,11 +1,13 @@
-"""How the time and the memory of a micro-batch grow: with length, batch, vocabulary, model, and steps of a chain.
+"""How the time and the memory of a micro-batch grow: with length, batch, vocabulary, model, and
+steps of a chain.
 
     python benchmarks/scaling.py [--threads 2] [--dtype bfloat16] [--output benchmarks/results/scaling.md]
 
-Forward and backward of a random Llama, LoRA over all linear layers (or all weights trained), every point in a process of
-its own. The roofline: a linear weight costs 4 floating-point operations a token under LoRA (6 where it is trained: 2
-forward, 2 for the gradient of its input, 2 for its own), the head as many a target; attention 12 x length x width a token
-and layer, of which causality leaves half. The share is of the rate of a 2048 x 2048 matrix product in the same process.
+Forward and backward of a random Llama, LoRA over all linear layers (or all weights trained), every
+point in a process of its own. The roofline: a linear weight costs 4 floating-point operations a
+token under LoRA (6 where it is trained: 2 forward, 2 for the gradient of its input, 2 for its own),
+the head as many a target; attention 12 x length x width a token and layer, of which causality
+leaves half. The share is of the rate of a 2048 x 2048 matrix product in the same process.
 """
 
 import argparse
@@ -36,11 +38,16 @@ def flops(point, linear):
     tokens, per_weight = point["length"] * point["batch"], 6 if point["full"] else 4
     attention = 12 * point["length"] * point["width"] * point["layers"] / 2
     targets = 0 if point["steps"] else tokens * point["labelled"]  # the MLP head's are few
-    return tokens * (per_weight * linear + attention) + targets * per_weight * point["vocabulary"] * point["width"]
+    return (
+        tokens * (per_weight * linear + attention)
+        + targets * per_weight * point["vocabulary"] * point["width"]
+    )
 
 
 def measure(point, dtype):
-    """{"seconds": median, "bytes": the most that the step held beyond the weights, "share": of the matmul rate}."""
+    """{"seconds": median, "bytes": the most that the step held beyond the weights, "share": of the
+    matmul rate}.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
@@ -70,7 +77,10 @@ def measure(point, dtype):
         if point["steps"]:
             asked = {(i + 1) * length // point["steps"] - 1 for i in range(point["steps"])}
             return Row(tokens, [0.5 if i in asked else float("nan") for i in range(length)])
-        return Row(tokens, [t if i < point["labelled"] * length else NO_TOKEN for i, t in enumerate(tokens)])
+        return Row(
+            tokens,
+            [t if i < point["labelled"] * length else NO_TOKEN for i, t in enumerate(tokens)],
+        )
 
     batch = Rows.of(((row(), 0) for _ in range(point["batch"])), kind).batch(range(point["batch"]))
     before, seconds = peak_memory(model.device), []
@@ -82,7 +92,11 @@ def measure(point, dtype):
         (loss / count).backward()
         seconds.append(time.perf_counter() - started)
     held, median = peak_memory(model.device) - before, statistics.median(seconds[1:])
-    return {"seconds": median, "bytes": held, "share": flops(point, linear) / median / matmul_rate(dtype)}
+    return {
+        "seconds": median,
+        "bytes": held,
+        "share": flops(point, linear) / median / matmul_rate(dtype),
+    }
 
 
 def matmul_rate(dtype):
@@ -106,17 +120,22 @@ def main():
     arguments = parser.parse_args()
     if arguments.point:
         return print(json.dumps(measure(PLAIN | json.loads(arguments.point), arguments.dtype)))
-    command = f"python benchmarks/scaling.py --threads {arguments.threads} --dtype {arguments.dtype}"
+    command = (
+        f"python benchmarks/scaling.py --threads {arguments.threads} --dtype {arguments.dtype}"
+    )
     lines = [
         f"# How time and memory grow\n\n`{command}`; unless changed: {PLAIN}\n",
         "| | ms | tokens/s | MB beyond the weights | share of the matmul rate |\n|---|---|---|---|---|",
     ]
     settings = {"OMP_NUM_THREADS": str(arguments.threads), "THP_MEM_ALLOC_ENABLE": "1"}
-    returning = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once, so that what is held is seen; slower
+    # Freed memory goes back at once, so that what is held is seen; slower
+    returning = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     for axis, points in AXES.items():
         for point in points:
             measured = [__file__, "--dtype", arguments.dtype, "--point", json.dumps(point)]
-            result, held = (json.loads(call(*measured, **env)) for env in (settings, settings | returning))
+            result, held = (
+                json.loads(call(*measured, **env)) for env in (settings, settings | returning)
+            )
             full = PLAIN | point
             speed = full["length"] * full["batch"] / result["seconds"]
             said = ", ".join(f"{name} {value}" for name, value in point.items())

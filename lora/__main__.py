@@ -8,10 +8,19 @@ from lora.common.exit_status import one_line_errors
 from lora.config.flags import Parser
 
 COMMANDS = {
-    "render": ("lora.tools.preview", "rows of data files as the model will read them, targets marked"),
-    "compare": ("lora.tools.compare", "finished runs side by side, and whether one is better than another"),
+    "render": (
+        "lora.tools.preview",
+        "rows of data files as the model will read them, targets marked",
+    ),
+    "compare": (
+        "lora.tools.compare",
+        "finished runs side by side, and whether one is better than another",
+    ),
     "report": ("lora.tools.report", "a run as one HTML page"),
-    "cite_or_refuse": ("lora.tools.cite_or_refuse", "make questions from documents, to be answered with citations"),
+    "cite_or_refuse": (
+        "lora.tools.cite_or_refuse",
+        "make questions from documents, to be answered with citations",
+    ),
 }
 
 

@@ -1,6 +1,8 @@
-"""Save an adapter in PEFT's format, and load one into a model: every tensor finds its place, or an error lists the others.
+"""Save an adapter in PEFT's format, and load one into a model: every tensor finds its place, or an
+error lists the others.
 
-PEFT itself only warns about tensors without a place, and an adapter of another prefix then has no effect.
+PEFT itself only warns about tensors without a place, and an adapter of another prefix then has no
+effect.
 """
 
 import json
@@ -21,18 +23,28 @@ KINDS = (nn.Linear, nn.Embedding, Conv1D, LoRALinear, LoRAEmbedding)  # Linear4b
 
 def factors(layer):
     """The trained tensors of a LoRA layer, under PEFT's names."""
-    return {name: weight for name, weight in layer.named_parameters() if not name.startswith("base_layer.")}
+    return {
+        name: weight
+        for name, weight in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    }
 
 
 def save_adapter(model, folder):
     """Write the adapter of `model` in PEFT's format. Tensors are fp32, as they were trained."""
     layers, prefix = lora_layers(model), prefix_of(model)
-    tensors = {f"{name}.{factor}": weight for name, layer in layers.items() for factor, weight in factors(layer).items()}
+    tensors = {
+        f"{name}.{factor}": weight
+        for name, layer in layers.items()
+        for factor, weight in factors(layer).items()
+    }
     for name, layer in layers.items():
         if layer in embeddings_of(model):  # they may have been given rows that no base has
             tensors[f"{name}.base_layer.weight"] = layer.base_layer.weight
     tensors |= dict(trained_whole(model))
-    copies = {f"{prefix}{name}": weight.detach().float().cpu().clone() for name, weight in tensors.items()}  # untied
+    copies = {
+        f"{prefix}{name}": weight.detach().float().cpu().clone() for name, weight in tensors.items()
+    }  # untied
     write(folder, config_of(model, layers, prefix), copies)
 
 
@@ -47,10 +59,12 @@ def write(folder, config, tensors):
 
 @torch.no_grad()
 def load_adapter(model, folder):
-    """Put the adapter in `folder` (ours or PEFT's) onto `model`; on layers already injected, replace their factors.
+    """Put the adapter in `folder` (ours or PEFT's) onto `model`; on layers already injected,
+    replace their factors.
 
-    Whole weights that come along (modules_to_save, biases, embeddings with more rows) take the place of the base's.
-    Raises UserError if a tensor finds no place, has another shape than its place, or if what is trained gets none.
+    Whole weights that come along (modules_to_save, biases, embeddings with more rows) take the
+    place of the base's. Raises UserError if a tensor finds no place, has another shape than its
+    place, or if what is trained gets none.
     """
     config = read_config(folder)
     modules, whole = read_tensors(folder, config)
@@ -60,25 +74,54 @@ def load_adapter(model, folder):
     at = places(model, folder, map(plain, whole), map(plain, parameters_of(model)))
     whole = {at[plain(name)]: tensor for name, tensor in whole.items()}
     fit_embeddings(model, whole, place_of.values())
-    alphas = {where: by_pattern(config["alpha_pattern"], name, config["lora_alpha"]) for name, where in place_of.items()}
+    alphas = {
+        where: by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
+        for name, where in place_of.items()
+    }
     injected = bool(lora_layers(model))
     if not injected:
-        wrap(model, {w: layer_for(model.get_submodule(w), modules[n], alphas[w], config) for n, w in place_of.items()})
+        wrap(
+            model,
+            {
+                w: layer_for(model.get_submodule(w), modules[n], alphas[w], config)
+                for n, w in place_of.items()
+            },
+        )
 
-    theirs = {f"{place_of[name]}.{factor}": tensor for name, found in modules.items() for factor, tensor in found.items()}
+    theirs = {
+        f"{place_of[name]}.{factor}": tensor
+        for name, found in modules.items()
+        for factor, tensor in found.items()
+    }
     ours = parameters_of(model)
     names = {plain(name): name for name in ours}
     theirs |= {names[name]: tensor for name, tensor in whole.items()}
     trained = {name for name, weight in ours.items() if weight.requires_grad}
     refuse_any(trained - theirs.keys(), f"{folder}: the adapter has no tensors for")
     if injected:
-        strange = {name for name in theirs.keys() - trained if not name.endswith(".base_layer.weight")}
-        refuse_any(strange, f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora)")
+        strange = {
+            name for name in theirs.keys() - trained if not name.endswith(".base_layer.weight")
+        }
+        refuse_any(
+            strange,
+            f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora)",
+        )
     scales = {where: (alpha, config["use_rslora"]) for where, alpha in alphas.items()}
-    other = [where for where, layer in lora_layers(model).items() if (layer.alpha, layer.rslora) != scales[where]]
+    other = [
+        where
+        for where, layer in lora_layers(model).items()
+        if (layer.alpha, layer.rslora) != scales[where]
+    ]
     refuse_any(other, f"{folder}: of another lora_alpha, alpha_pattern or use_rslora than here")
-    odd = {name: (list(t.shape), list(ours[name].shape)) for name, t in theirs.items() if t.shape != ours[name].shape}
-    refuse_any((f"{name} is {shape}, its place is {room}" for name, (shape, room) in odd.items()), str(folder))
+    odd = {
+        name: (list(t.shape), list(ours[name].shape))
+        for name, t in theirs.items()
+        if t.shape != ours[name].shape
+    }
+    refuse_any(
+        (f"{name} is {shape}, its place is {room}" for name, (shape, room) in odd.items()),
+        str(folder),
+    )
     for name, tensor in theirs.items():
         ours[name].copy_(tensor)
         if not name.endswith(".base_layer.weight"):
@@ -91,24 +134,44 @@ def parameters_of(model):
 
 
 def places(model, folder, names, among):
-    """Name in an adapter's file -> name in the model, which may be with or without its head where the other is not."""
-    prefix, inner, among = prefix_of(model), f"{getattr(model, 'base_model_prefix', '')}.", set(among)
-    spelled = {name: (name.removeprefix(prefix), name, inner + name, name.removeprefix(inner)) for name in names}
-    found = {name: next((s for s in spellings if s in among), None) for name, spellings in spelled.items()}
+    """Name in an adapter's file -> name in the model, which may be with or without its head where
+    the other is not.
+    """
+    prefix, inner, among = (
+        prefix_of(model),
+        f"{getattr(model, 'base_model_prefix', '')}.",
+        set(among),
+    )
+    spelled = {
+        name: (name.removeprefix(prefix), name, inner + name, name.removeprefix(inner))
+        for name in names
+    }
+    found = {
+        name: next((s for s in spellings if s in among), None)
+        for name, spellings in spelled.items()
+    }
     lost = [name for name, where in found.items() if where is None]
     refuse_any(lost, f"{folder}: no such layer (or module to save) in the model")
     if len(set(found.values())) < len(found):
-        raise UserError(f"{folder}: two spellings of one layer of the model: {', '.join(found)[:300]}.")
+        raise UserError(
+            f"{folder}: two spellings of one layer of the model: {', '.join(found)[:300]}."
+        )
     return found
 
 
 def require_targets(folder, config, others):
-    """That none of the `others`, layers without factors in the file, is one that the adapter was trained on."""
+    """That none of the `others`, layers without factors in the file, is one that the adapter was
+    trained on.
+    """
     targets = config.get("target_modules")
-    if not isinstance(targets, list) or any(config.get(key) for key in ("layers_to_transform", "exclude_modules")):
+    if not isinstance(targets, list) or any(
+        config.get(key) for key in ("layers_to_transform", "exclude_modules")
+    ):
         return
     whole = config.get("modules_to_save") or []
-    absent = {name for name in others if ends_with_one(name, targets) and not ends_with_one(name, whole)}
+    absent = {
+        name for name in others if ends_with_one(name, targets) and not ends_with_one(name, whole)
+    }
     refuse_any(absent, f"{folder}: the adapter has no tensors for what its target_modules name")
 
 
@@ -116,7 +179,9 @@ def layer_for(base_layer, tensors, alpha, config):
     """A LoRA layer over `base_layer` with room for these tensors."""
     rslora = config["use_rslora"]
     if ("lora_embedding_A" in tensors) != isinstance(base_layer, nn.Embedding):
-        raise UserError(f"factors {', '.join(tensors)} do not belong on a {type(base_layer).__name__}.")
+        raise UserError(
+            f"factors {', '.join(tensors)} do not belong on a {type(base_layer).__name__}."
+        )
     if "lora_embedding_A" in tensors:
         return LoRAEmbedding(base_layer, rank(tensors), alpha, rslora)
     dora, bias = "lora_magnitude_vector" in tensors, "lora_B.bias" in tensors
@@ -124,11 +189,13 @@ def layer_for(base_layer, tensors, alpha, config):
 
 
 def fit_embeddings(model, whole, adapted):
-    """Make room for embeddings that came with an adapter (parameter name -> tensor): rows for added tokens, and a head
-    of its own where the base ties it and the adapter does not. `adapted` are the names of the layers with factors.
+    """Make room for embeddings that came with an adapter (parameter name -> tensor): rows for added
+    tokens, and a head of its own where the base ties it and the adapter does not. `adapted` are the
+    names of the layers with factors.
 
-    PEFT trains a copy of each module it saves: of tied weights, a lone one or two that differ are tied no more. What it
-    saves of an embedding with factors is the base's own weight, which the head shares.
+    PEFT trains a copy of each module it saves: of tied weights, a lone one or two that differ are
+    tied no more. What it saves of an embedding with factors is the base's own weight, which the
+    head shares.
     """
     if not hasattr(model, "get_input_embeddings"):
         return
@@ -142,7 +209,9 @@ def fit_embeddings(model, whole, adapted):
     for name in of_base:
         if theirs[name].shape == shared[name].shape:
             shared[name].copy_(theirs[name])
-    if len(theirs) > len(of_base) and not (len(theirs) > 1 and torch.equal(*list(theirs.values())[:2])):
+    if len(theirs) > len(of_base) and not (
+        len(theirs) > 1 and torch.equal(*list(theirs.values())[:2])
+    ):
         untie(model)
 
 
@@ -150,4 +219,8 @@ def shared_embeddings(model):
     """Plain name -> parameter: the input embeddings, under each of their names where they are tied."""
     embeddings = model.get_input_embeddings()
     weight = getattr(embeddings, "base_layer", embeddings).weight
-    return {plain(name): parameter for name, parameter in parameters_of(model).items() if parameter is weight}
+    return {
+        plain(name): parameter
+        for name, parameter in parameters_of(model).items()
+        if parameter is weight
+    }

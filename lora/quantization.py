@@ -1,7 +1,9 @@
-"""A base of 4 bits (QLoRA, Dettmers et al. 2023, section 3): bitsandbytes' Linear4bit, quantised while the files are read.
+"""A base of 4 bits (QLoRA, Dettmers et al. 2023, section 3): bitsandbytes' Linear4bit, quantised
+while the files are read.
 
-transformers would do the same with accelerate; here its loader is given a quantizer of our own through
-`register_quantizer`, and the bytes are the same. bitsandbytes takes seconds to import and is loaded where it is used.
+transformers would do the same with accelerate; here its loader is given a quantizer of our own
+through `register_quantizer`, and the bytes are the same. bitsandbytes takes seconds to import and
+is loaded where it is used.
 """
 
 import importlib
@@ -21,33 +23,48 @@ from lora.target_modules import linear_names, sizes
 
 
 def bitsandbytes(purpose, device):
-    """The library, for `purpose` on `device`. Raises UserError where it is not there or cannot do that."""
+    """The library, for `purpose` on `device`. Raises UserError where it is not there or cannot do
+    that.
+    """
     if device.type == "mps":
-        raise UserError(f"{purpose}: not on mps, where bitsandbytes cannot train; leave it out, or add --device cpu.")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it would have downloaded
-    sys.modules.setdefault("kernels", None)  # or it would download programs from the Hub, where that package is installed
+        raise UserError(
+            f"{purpose}: not on mps, where bitsandbytes cannot train; leave it out, or add --device cpu."
+        )
+    # It warns of kernels that it would have downloaded
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Or it would download programs from the Hub, where that package is installed
+    sys.modules.setdefault("kernels", None)
     try:
         return importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"{purpose}: bitsandbytes cannot be loaded ({str(error).splitlines()[0]}); leave it out.") from None
+        raise UserError(
+            f"{purpose}: bitsandbytes cannot be loaded ({str(error).splitlines()[0]}); leave it out."
+        ) from None
 
 
 @register_quantization_config("plainlora_4bit")
 class FourBitSettings(QuantizationConfigMixin):
     """How the linear layers are quantised, and on which device.
 
-    `damaged` lists what was wrong with the weights that were read: transformers would swallow an error there.
+    `damaged` lists what was wrong with the weights that were read: transformers would swallow an
+    error there.
     """
 
     def __init__(self, quant_type, double_quant, compute_dtype, device):
         self.quant_method = "plainlora_4bit"
         self.device, self.damaged = device, []
-        self.layer = {"quant_type": quant_type, "compress_statistics": double_quant, "compute_dtype": compute_dtype}
+        self.layer = {
+            "quant_type": quant_type,
+            "compress_statistics": double_quant,
+            "compute_dtype": compute_dtype,
+        }
 
 
 @register_quantizer("plainlora_4bit")
 class FourBitQuantizer(HfQuantizer):
-    """What transformers' loader asks for: modules to put in place first, and what to do with a weight that it has read."""
+    """What transformers' loader asks for: modules to put in place first, and what to do with a
+    weight that it has read.
+    """
 
     is_trainable = True
 
@@ -58,9 +75,12 @@ class FourBitQuantizer(HfQuantizer):
         bnb = importlib.import_module("bitsandbytes")
         for name in linear_names(model):
             old = model.get_submodule(name)
-            new = bnb.nn.Linear4bit(*sizes(old), old.bias is not None, **self.quantization_config.layer, device="meta")
+            new = bnb.nn.Linear4bit(
+                *sizes(old), old.bias is not None, **self.quantization_config.layer, device="meta"
+            )
             new.was_conv1d = isinstance(old, Conv1D)
-            # Else bitsandbytes 0.50.2 repacks the weight at the first evaluation, and gradients are cut from then on.
+            # Else bitsandbytes 0.50.2 repacks the weight at the first evaluation, and gradients are
+            # cut from then on.
             new.support_avx512bf16_for_cpu = False
             model.set_submodule(name, new)
 
@@ -102,9 +122,17 @@ def is_4bit(layer):
 
 
 def share_4bit(model):
-    """What part of the model's weights is in 4 bits: experts that transformers keeps as one tensor are not."""
-    sizes = {name: m.in_features * m.out_features for name, m in model.named_modules() if is_4bit(m)}
-    dense = sum(p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") not in sizes)
+    """What part of the model's weights is in 4 bits: experts that transformers keeps as one tensor
+    are not.
+    """
+    sizes = {
+        name: m.in_features * m.out_features for name, m in model.named_modules() if is_4bit(m)
+    }
+    dense = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if name.removesuffix(".weight") not in sizes
+    )
     return sum(sizes.values()) / (sum(sizes.values()) + dense)
 
 
@@ -117,7 +145,9 @@ def dense_weight(layer):
 
 
 def dense(layer):
-    """The layer itself, or of a Linear4bit the nn.Linear or Conv1D it stands for, in the type it was quantised from."""
+    """The layer itself, or of a Linear4bit the nn.Linear or Conv1D it stands for, in the type it
+    was quantised from.
+    """
     if not is_4bit(layer):
         return layer
     weight = dense_weight(layer)

@@ -1,4 +1,6 @@
-"""Which modules of a model are meant: targets and modules to save by name as PEFT has it, embeddings, head, pooler."""
+"""Which modules of a model are meant: targets and modules to save by name as PEFT has it,
+embeddings, head, pooler.
+"""
 
 import re
 
@@ -11,7 +13,11 @@ from lora.common.errors import UserError
 def sizes(layer):
     """(in, out) of nn.Linear, Conv1D or Linear4bit, or of the one under a LoRALinear."""
     layer = getattr(layer, "base_layer", layer)
-    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+    return (
+        (layer.nx, layer.nf)
+        if isinstance(layer, Conv1D)
+        else (layer.in_features, layer.out_features)
+    )
 
 
 def decoder_layers(model):
@@ -20,7 +26,8 @@ def decoder_layers(model):
 
 
 def prefix_of(model):
-    """What stands before a module's name in the causal LM around it: "model." for a bare LlamaModel, else "".
+    """What stands before a module's name in the causal LM around it: "model." for a bare
+    LlamaModel, else "".
 
     An encoder is used without a head of its own, so its names stay as they are.
     """
@@ -29,7 +36,9 @@ def prefix_of(model):
 
 
 def is_causal(model):
-    """Whether no position sees a later one, as the attention modules of transformers say of themselves."""
+    """Whether no position sees a later one, as the attention modules of transformers say of
+    themselves.
+    """
     return all(module.is_causal for module in model.modules() if hasattr(module, "is_causal"))
 
 
@@ -54,12 +63,16 @@ def untie(model):
 
 
 def linear_names(model):
-    """Names of the layers that "all-linear" means: every linear one but the output head, and a pooler nobody reads."""
+    """Names of the layers that "all-linear" means: every linear one but the output head, and a
+    pooler nobody reads.
+    """
     kept_out = embeddings_of(model)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not is_pooler(name) and not any(module is m for m in kept_out)
+        if isinstance(module, (nn.Linear, Conv1D))
+        and not is_pooler(name)
+        and not any(module is m for m in kept_out)
     ]
 
 
@@ -82,12 +95,16 @@ def ends_with_one(name, endings):
 def matching_names(model, target_modules):
     """The linear layers that `target_modules` names.
 
-    Each target is "all-linear", the end of a name ("q_proj", "self_attn.q_proj"), or a regular expression for the
-    whole name, as PEFT has it. Every one of them must match something; the head must be named.
+    Each target is "all-linear", the end of a name ("q_proj", "self_attn.q_proj"), or a regular
+    expression for the whole name, as PEFT has it. Every one of them must match something; the head
+    must be named.
     """
     chosen = set()
     prefix, heads = prefix_of(model), [m for m in embeddings_of(model) if isinstance(m, nn.Linear)]
-    known = [*linear_names(model), *(name for name, module in model.named_modules() if any(module is h for h in heads))]
+    known = [
+        *linear_names(model),
+        *(name for name, module in model.named_modules() if any(module is h for h in heads)),
+    ]
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
     if not targets:
         raise UserError("target_modules is empty; name layers, or leave it out for all-linear.")
@@ -100,10 +117,14 @@ def matching_names(model, target_modules):
             try:
                 found = [n for n in known if re.fullmatch(target, prefix + n)]
             except re.error as error:
-                raise UserError(f"target_modules: {target!r} is no regular expression ({error}).") from None
+                raise UserError(
+                    f"target_modules: {target!r} is no regular expression ({error})."
+                ) from None
         if not found:
             endings = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
-            raise UserError(f"target_modules: {target!r} matches no linear layer; there are {endings}.")
+            raise UserError(
+                f"target_modules: {target!r} matches no linear layer; there are {endings}."
+            )
         chosen.update(found)
     return [name for name in known if name in chosen]
 
@@ -111,18 +132,28 @@ def matching_names(model, target_modules):
 def by_pattern(patterns, name, default):
     """The value of the first of PEFT's patterns that matches the end of `name`, else `default`."""
     try:
-        found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+        found = (
+            value
+            for pattern, value in (patterns or {}).items()
+            if re.match(rf"(.*\.)?({pattern})$", name)
+        )
         return next(found, default)
     except re.error as error:
-        raise UserError(f"rank_pattern, alpha_pattern: {error.pattern!r} is no regular expression ({error}).") from None
+        raise UserError(
+            f"rank_pattern, alpha_pattern: {error.pattern!r} is no regular expression ({error})."
+        ) from None
 
 
 def named_modules(model, endings):
     """Names of the modules that end so and hold weights; each of the endings must match one."""
     holding = [
-        name for name, module in model.named_modules() if name and next(module.parameters(recurse=False), None) is not None
+        name
+        for name, module in model.named_modules()
+        if name and next(module.parameters(recurse=False), None) is not None
     ]
-    found = {ending: [name for name in holding if ends_with_one(name, [ending])] for ending in endings}
+    found = {
+        ending: [name for name in holding if ends_with_one(name, [ending])] for ending in endings
+    }
     for ending, names in found.items():
         if not names:
             raise UserError(

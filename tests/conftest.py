@@ -11,7 +11,13 @@ import tempfile
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from lora.common.base_files import EMBEDDED
 from lora.config.command_line import Command
@@ -26,7 +32,13 @@ torch.set_num_threads(1)
 def tiny_llama(**changes):
     """A random Llama of a few thousand parameters."""
     torch.manual_seed(1)
-    shape = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    shape = dict(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     return LlamaForCausalLM(
         LlamaConfig(**shape | dict(num_key_value_heads=2, max_position_embeddings=512) | changes)
     ).eval()
@@ -61,7 +73,13 @@ def tiny_encoder(tmp_path_factory):
     ]
     (folder / "vocab.txt").write_text("\n".join(words))
     torch.manual_seed(1)
-    shape = dict(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    shape = dict(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     BertForSequenceClassification(BertConfig(**shape)).bert.save_pretrained(folder)
     from transformers import BertTokenizerFast
 
@@ -85,7 +103,9 @@ def configuration(base, folder, lora, name="run", **values):
 
 @pytest.fixture
 def configure(tiny_base, tmp_path):
-    """`configure(lora=True, task="score", learning_rate=1e-2, ...)`: a small configuration of a run in tmp_path."""
+    """`configure(lora=True, task="score", learning_rate=1e-2, ...)`: a small configuration of a run
+    in tmp_path.
+    """
     return partial(configuration, tiny_base, tmp_path)
 
 
@@ -101,7 +121,9 @@ def run(config, resume_from=""):
 
 
 def script(monkeypatch, capsys, *arguments):
-    """(exit status, stdout, stderr) of a script, run as a program in this process, which has torch loaded already."""
+    """(exit status, stdout, stderr) of a script, run as a program in this process, which has torch
+    loaded already.
+    """
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     capsys.readouterr()
     status = 0

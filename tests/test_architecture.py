@@ -1,4 +1,6 @@
-"""The folders of lora/ depend on each other in one direction: data flows from left to right through ORDER."""
+"""The folders of lora/ depend on each other in one direction: data flows from left to right through
+ORDER.
+"""
 
 import ast
 from pathlib import Path
@@ -47,7 +49,8 @@ def imported_names(path: Path) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            # `from lora.data import files` imports a module, `from lora.data.files import rows` a name of one.
+            # `from lora.data import files` imports a module, `from lora.data.files import rows` a
+            # name of one.
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
             names.add(node.module)
     return names
@@ -58,7 +61,8 @@ def import_graph() -> dict[str, set[str]]:
     graph = {}
     for name, path in PATHS.items():
         imported = imported_names(path) & PATHS.keys()
-        # Importing a module of a package imports the package as well, but that is no use of what stands in it.
+        # Importing a module of a package imports the package as well, but that is no use of what
+        # stands in it.
         used = {other for other in imported if not is_only_the_package_of(other, imported)}
         graph[name] = used - {name}
     return graph

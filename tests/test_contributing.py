@@ -26,25 +26,39 @@ DIALOGUES = [{"dialogue": [f"What is {n} and {n}?", f"It is {2 * n}."]} for n in
 
 
 def blocks(section):
-    """The (words behind the opening fence, text) of each code block in the section whose title begins so."""
+    """The (words behind the opening fence, text) of each code block in the section whose title
+    begins so.
+    """
     (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
-    return [(info.split(), body) for info, body in re.findall(r"^```(.*?)\n(.*?)^```$", text, re.M | re.S)]
+    return [
+        (info.split(), body)
+        for info, body in re.findall(r"^```(.*?)\n(.*?)^```$", text, re.M | re.S)
+    ]
 
 
 def commands(section):
-    return [line.split() for info, body in blocks(section) if not info for line in body.splitlines()]
+    return [
+        line.split() for info, body in blocks(section) if not info for line in body.splitlines()
+    ]
 
 
 def edit(root, path, diff):
-    """Replace the lines of a diff without -, which the file must hold exactly once, by those without +."""
-    old, new = ("".join(line[1:] for line in diff.splitlines(True) if line[0] != other) for other in ("+", "-"))
+    """Replace the lines of a diff without -, which the file must hold exactly once, by those
+    without +.
+    """
+    old, new = (
+        "".join(line[1:] for line in diff.splitlines(True) if line[0] != other)
+        for other in ("+", "-")
+    )
     text = (root / path).read_text()
     assert text.count(old) == 1, f"{path} has {text.count(old)} times: {old}"
     (root / path).write_text(text.replace(old, new))
 
 
 def changed(tmp_path, section):
-    """What the section's commands print in a copy of the program with the files and edits that it shows."""
+    """What the section's commands print in a copy of the program with the files and edits that it
+    shows.
+    """
     for name in ("lora", "configs", "assets"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("train.py", "train_lora.py"):
@@ -95,7 +109,9 @@ def test_a_new_family_is_proved_by_a_line(tmp_path):
 def test_a_new_family_passes_the_check_on_a_users_data(helium, monkeypatch, capsys):
     ((_, name, *flags),) = commands("Add an architecture")
     known = {"helium": helium, "chats.jsonl": ROOT / "assets" / "samples" / "chat.jsonl"}
-    status, out, err = script(monkeypatch, capsys, ROOT / name, *(known.get(flag, flag) for flag in flags))
+    status, out, err = script(
+        monkeypatch, capsys, ROOT / name, *(known.get(flag, flag) for flag in flags)
+    )
     assert status == 0 and out.count("PASS") > 15 and "FAIL" not in out, err
 
 
@@ -105,7 +121,12 @@ def test_a_new_head_is_a_script_of_its_own(tmp_path, monkeypatch, capsys):
     ((_, called, *flags),) = commands("Add a head")
     assert called == name
     monkeypatch.chdir(ROOT)
-    flags += ["--output_dir", tmp_path, "--experiment_name=run", "--eval_data=arithmetic:validation:8"]
+    flags += [
+        "--output_dir",
+        tmp_path,
+        "--experiment_name=run",
+        "--eval_data=arithmetic:validation:8",
+    ]
     status, _, err = script(monkeypatch, capsys, tmp_path / name, *flags)
     assert status == 0, err
     best = json.loads((tmp_path / "run" / "logs" / "final_results.json").read_text())["best"]

@@ -1,4 +1,6 @@
-"""Every command of the README runs for two steps on the sample rows; or it is named below, with a reason."""
+"""Every command of the README runs for two steps on the sample rows; or it is named below, with a
+reason.
+"""
 
 import glob
 import json
@@ -32,13 +34,25 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "vllm serve": "vLLM needs a GPU; tests/export/test_merge.py holds the folder to transformers",
     "llama-server": "tests/export/test_gguf.py reads the file with llama.cpp's library",
 }
-NOT_RUN_SECTIONS = {"Measured": "runs of minutes, which tests/scripts/test_slow.py and benchmarks/ repeat"}
-RUN = {"Recipes": "lm", "Process reward models": "score", "What it looks like": "score"}  # the task of outputs/RUN
-SHORT = ["--max_steps=2", "--eval_steps=2", "--save_steps=1", "--batch_size=2", "--gradient_accumulation_steps=1"]
-WRITES = ("--output", "--html", "--gguf", "--plot", "--reliability")  # each is followed by the path that is written
-MARKED = ["--add_special_tokens", "<extra_0>", "--modules_to_save", "embed_tokens"]  # Qwen's base has that token
+NOT_RUN_SECTIONS = {
+    "Measured": "runs of minutes, which tests/scripts/test_slow.py and benchmarks/ repeat"
+}
+# The task of outputs/RUN
+RUN = {"Recipes": "lm", "Process reward models": "score", "What it looks like": "score"}
+SHORT = [
+    "--max_steps=2",
+    "--eval_steps=2",
+    "--save_steps=1",
+    "--batch_size=2",
+    "--gradient_accumulation_steps=1",
+]
+# Each is followed by the path that is written
+WRITES = ("--output", "--html", "--gguf", "--plot", "--reliability")
+# Qwen's base has that token
+MARKED = ["--add_special_tokens", "<extra_0>", "--modules_to_save", "embed_tokens"]
 PROGRAMS = ("python", "torchrun", "srun", "pip", "pytest", "vllm", "llama-server")
-# Each program prints its arguments instead of running, so that the shell reads quotes and loops, and not this file.
+# Each program prints its arguments instead of running, so that the shell reads quotes and loops,
+# and not this file.
 PRINTED = "".join(f"{p}() {{ printf '%s\\0' {p} \"$@\"; printf '\\1'; }}\n" for p in PROGRAMS)
 
 
@@ -70,7 +84,9 @@ def eqasc_row(n):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with all that the README's commands name: scripts, configurations, a base M, files of data."""
+    """A folder with all that the README's commands name: scripts, configurations, a base M, files
+    of data.
+    """
     for name in ("train.py", "train_lora.py", "eval.py", "merge.py", "configs", "assets", "lora"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name, sample in {
@@ -78,9 +94,14 @@ def place(tmp_path, monkeypatch):
         "questions.jsonl": "questions.jsonl", "corpus.jsonl": "corpus.jsonl", "text.txt": "text.txt",
     }.items():  # fmt: skip
         (tmp_path / name).symlink_to(SAMPLES / sample)
-    tiny_llama(tie_word_embeddings=True, max_position_embeddings=4096).save_pretrained(tmp_path / "M")
+    tiny_llama(tie_word_embeddings=True, max_position_embeddings=4096).save_pretrained(
+        tmp_path / "M"
+    )
     AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "M")
-    steps = [{"prompt": f"{n}+{n}+1", "steps": [f"{n}+{n}={2 * n}", "wrong"], "labels": [1, 0]} for n in range(30)]
+    steps = [
+        {"prompt": f"{n}+{n}+1", "steps": [f"{n}+{n}={2 * n}", "wrong"], "labels": [1, 0]}
+        for n in range(30)
+    ]
     for name, rows in {
         "steps.jsonl": steps, "gsm8k.json": steps[:9], "math.json": steps[9:18],
         "prm800k.jsonl": [prm800k_row([prm800k_step([rating("right", 1)], chosen=0)], f"problem {n}") for n in range(30)],
@@ -89,14 +110,22 @@ def place(tmp_path, monkeypatch):
     }.items():  # fmt: skip
         text = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps([*rows])
         (tmp_path / name).write_text(text)
-    (tmp_path / "my.toml").write_text("[model]\nbase_model = 'M'\n[data]\ntrain_data = ['chats.jsonl']\n")
+    (tmp_path / "my.toml").write_text(
+        "[model]\nbase_model = 'M'\n[data]\ntrain_data = ['chats.jsonl']\n"
+    )
     monkeypatch.chdir(tmp_path)
 
 
 def run(words, monkeypatch):
     """The exit status of a command of Python, in this process; torchrun's is one process."""
-    words = [word for word in words if not word.startswith(("--nproc_per_node", "--max_restarts"))][1:]
-    words = [found for word in words for found in (sorted(glob.glob(word)) if word.startswith("outputs/r*") else [word])]
+    words = [word for word in words if not word.startswith(("--nproc_per_node", "--max_restarts"))][
+        1:
+    ]
+    words = [
+        found
+        for word in words
+        for found in (sorted(glob.glob(word)) if word.startswith("outputs/r*") else [word])
+    ]
     module = words[0] == "-m"
     words = words[1:] if module else words
     monkeypatch.setattr(sys, "argv", words)
@@ -121,7 +150,11 @@ def shortened(words):
 def written(words):
     """What a command has to leave, by its own words: the files it names, or the run it makes."""
     found = [Path(name) for flag, name in zip(words, words[1:]) if flag in WRITES]
-    if words[0] == "torchrun" or words[1].startswith("train") and not {"--help", "--dry_run", "--check"} & {*words}:
+    if (
+        words[0] == "torchrun"
+        or words[1].startswith("train")
+        and not {"--help", "--dry_run", "--check"} & {*words}
+    ):
         ended = Path("outputs").glob("*/final_artifact/training_metrics.json")
         found.append(max(ended, key=lambda path: path.stat().st_mtime))
         assert json.loads(found[-1].read_text())["best"]["loss"] > 0
@@ -130,11 +163,17 @@ def written(words):
     return found
 
 
-TITLES = [title for title, text in sections().items() if title not in NOT_RUN_SECTIONS and any(map(runs, commands(text)))]
+TITLES = [
+    title
+    for title, text in sections().items()
+    if title not in NOT_RUN_SECTIONS and any(map(runs, commands(text)))
+]
 
 
 @pytest.mark.parametrize("title", TITLES)
-def test_every_command_of_a_section_runs_and_leaves_what_it_names(title, place, monkeypatch, capsys):
+def test_every_command_of_a_section_runs_and_leaves_what_it_names(
+    title, place, monkeypatch, capsys
+):
     kind = RUN.get(title)
     data = "chats.jsonl" if kind == "lm" else "steps.jsonl"
     first = f"python train_lora.py --base_model M --task {kind} --train_data {data} --experiment_name RUN"
@@ -145,7 +184,8 @@ def test_every_command_of_a_section_runs_and_leaves_what_it_names(title, place, 
         out, err = capsys.readouterr()
         assert status == 0 and out, (" ".join(words), err)
         for path in written(words):
-            assert path.stat().st_mtime > began - 0.1, (" ".join(words), path)  # a file's clock ticks more slowly
+            # A file's clock ticks more slowly
+            assert path.stat().st_mtime > began - 0.1, (" ".join(words), path)
 
 
 def test_every_exception_stands_in_the_readme():
@@ -157,7 +197,12 @@ def test_every_exception_stands_in_the_readme():
 
 def test_every_flag_in_the_readme_is_one_of_ours():
     known = {*keys_of(get_lora_config())}
-    flags_of = ("lora/config/command_line.py", "lora/evaluation/arguments.py", "lora/tools/compare.py")
+    flags_of = (
+        "lora/config/command_line.py",
+        "lora/evaluation/arguments.py",
+        "lora/tools/compare.py",
+    )
     for program in ("train_lora.py", "eval.py", "merge.py", *flags_of):
         known |= set(re.findall(r"--([a-z0-9_]+)", (ROOT / program).read_text()))
-    assert set(re.findall(r"`--(\w+)(?!-)\b", README)) <= known | {*DTYPE_SWITCHES, "max_restarts"}  # torchrun's
+    # Torchrun's
+    assert set(re.findall(r"`--(\w+)(?!-)\b", README)) <= known | {*DTYPE_SWITCHES, "max_restarts"}

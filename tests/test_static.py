@@ -16,5 +16,7 @@ CHECKS = {
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_static_checks_pass(check):
-    done = subprocess.run([sys.executable, "-m", *CHECKS[check]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *CHECKS[check]], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,7 +1,8 @@
-"""Folders and files that are whole or absent whenever a process ends: written beside their place, made durable, renamed.
+"""Folders and files that are whole or absent whenever a process ends: written beside their place,
+made durable, renamed.
 
-.tmp_NAME is being written, .old_NAME has given way to a new NAME, .del_NAME is being deleted; `clear` takes away what a
-killed process left of them. Standard library only.
+.tmp_NAME is being written, .old_NAME has given way to a new NAME, .del_NAME is being deleted;
+`clear` takes away what a killed process left of them. Standard library only.
 """
 
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ def flush(path):
 
 
 def flush_all(folder):
-    """Make a folder and all that is in it durable, its files with the mode that umask gives: safetensors' own is 0600."""
+    """Make a folder and all that is in it durable, its files with the mode that umask gives:
+    safetensors' own is 0600.
+    """
     os.umask(umask := os.umask(0))
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():
@@ -32,7 +35,9 @@ def flush_all(folder):
 
 @contextmanager
 def file_for(final):
-    """A path beside `final` to write to; the file takes its place if nothing goes wrong, and is taken away if it does."""
+    """A path beside `final` to write to; the file takes its place if nothing goes wrong, and is
+    taken away if it does.
+    """
     temporary = final.with_name(f".tmp_{final.name}")
     try:
         yield temporary
@@ -51,7 +56,8 @@ def write_text(path, text):
 
 @contextmanager
 def folder_for(final):
-    """A folder beside `final` to write to, which takes its place if nothing goes wrong, and is taken away if it does.
+    """A folder beside `final` to write to, which takes its place if nothing goes wrong, and is
+    taken away if it does.
 
     Raises UserError where it cannot be written, Exhausted where the disk is full.
     """
@@ -71,7 +77,9 @@ def folder_for(final):
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_full(error):
-            raise Exhausted(f"{final}: no room for it; nothing of it is kept, the rest is as it was.") from None
+            raise Exhausted(
+                f"{final}: no room for it; nothing of it is kept, the rest is as it was."
+            ) from None
         if isinstance(error, OSError):
             raise UserError(f"{final}: {error.strerror or error}.") from None
         raise
@@ -86,7 +94,9 @@ def remove(folder):
 
 
 def clear(folder):
-    """Take away what a killed process was writing or deleting in `folder`, and put back what it had no successor for."""
+    """Take away what a killed process was writing or deleting in `folder`, and put back what it had
+    no successor for.
+    """
     for old in folder.glob(".old_*"):
         final = old.with_name(old.name.removeprefix(".old_"))
         if not final.exists():

@@ -1,4 +1,6 @@
-"""The ways a run ends early on purpose, each with its exit status. Any other exception is a bug and keeps its traceback."""
+"""The ways a run ends early on purpose, each with its exit status. Any other exception is a bug and
+keeps its traceback.
+"""
 
 from contextlib import contextmanager
 import errno
@@ -7,13 +9,17 @@ from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that says where, what was found, what was expected. Exit status 2."""
+    """Something the user can mend: one line that says where, what was found, what was expected.
+    Exit status 2.
+    """
 
     status = 2
 
 
 class Stopped(UserError):
-    """A guard stopped the run (a loss that is not finite, say); `facts` go into status.json. Exit status 3."""
+    """A guard stopped the run (a loss that is not finite, say); `facts` go into status.json. Exit
+    status 3.
+    """
 
     status = 3
 
@@ -23,7 +29,9 @@ class Stopped(UserError):
 
 
 class Exhausted(UserError):
-    """The machine could not go on: its disk or memory is full, a port is taken, another process was lost. Exit status 4."""
+    """The machine could not go on: its disk or memory is full, a port is taken, another process was
+    lost. Exit status 4.
+    """
 
     status = 4
 
@@ -60,13 +68,19 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_full(error):
-    """Whether a disk (or a quota, or a limit) has no room left, as Python or a library in Rust says it."""
-    return getattr(error, "errno", None) in FULL or any(f"os error {number})" in str(error) for number in FULL)
+    """Whether a disk (or a quota, or a limit) has no room left, as Python or a library in Rust says
+    it.
+    """
+    return getattr(error, "errno", None) in FULL or any(
+        f"os error {number})" in str(error) for number in FULL
+    )
 
 
 @contextmanager
 def one_line(what):
-    """The first line of what safetensors, transformers or torch say of weights that they cannot load."""
+    """The first line of what safetensors, transformers or torch say of weights that they cannot
+    load.
+    """
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

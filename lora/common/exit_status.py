@@ -15,17 +15,27 @@ import time
 import traceback
 
 from lora.common.checkpoint_folders import by_step
-from lora.common.errors import LESS_MEMORY, Exhausted, Interrupted, Lost, UserError, is_full, ran_out_of_memory
+from lora.common.errors import (
+    LESS_MEMORY,
+    Exhausted,
+    Interrupted,
+    Lost,
+    UserError,
+    is_full,
+    ran_out_of_memory,
+)
 
-# Seconds that a process waits before it speaks: what all of them find wrong the first one says, what one finds wrong that
-# one says, and torchrun ends the others meanwhile.
+# Seconds that a process waits before it speaks: what all of them find wrong the first one says,
+# what one finds wrong that one says, and torchrun ends the others meanwhile.
 PATIENCE = 5
 run_dir = None  # of the run in this process, once it has one
 
 
 @contextmanager
 def one_line_errors():
-    """Turn what `named` knows into its one line on stderr and its exit status; keep a record of how a run ended."""
+    """Turn what `named` knows into its one line on stderr and its exit status; keep a record of how
+    a run ended.
+    """
     global run_dir
     run_dir = None
     try:
@@ -39,12 +49,14 @@ def one_line_errors():
             raise
         sys.stdout.flush()
         first = int(os.environ.get("RANK", 0)) == 0
-        if isinstance(error, Interrupted) and not first:  # all have agreed, and the first one speaks
+        # All have agreed, and the first one speaks
+        if isinstance(error, Interrupted) and not first:
             raise SystemExit(error.status) from None
         if isinstance(error, Lost) or not first:
             time.sleep(PATIENCE)
         line = " ".join(f"{error}{how_to_go_on() if error.status >= 4 else ''}".split())
-        line = "".join(character for character in line if character.isprintable())  # it may quote somebody's file
+        # It may quote somebody's file
+        line = "".join(character for character in line if character.isprintable())
         if not (isinstance(error, Lost) and has_ended()):
             record(error.status, line, **getattr(error, "facts", {}))
         print(f"error: {line}", file=sys.stderr)
@@ -70,8 +82,14 @@ def named(error):
     if ran_out_of_memory(error):
         return Exhausted(f"{text.rstrip('.')}. {LESS_MEMORY}")
     if "EADDRINUSE" in text:
-        return Exhausted(f"port {os.environ.get('MASTER_PORT')} is taken: let torchrun --standalone choose a free one.")
-    if "LOCAL_WORLD_SIZE" in os.environ and isinstance(error, RuntimeError) and re.search("gloo|NCCL", text):
+        return Exhausted(
+            f"port {os.environ.get('MASTER_PORT')} is taken: let torchrun --standalone choose a free one."
+        )
+    if (
+        "LOCAL_WORLD_SIZE" in os.environ
+        and isinstance(error, RuntimeError)
+        and re.search("gloo|NCCL", text)
+    ):
         return Lost("another process of this run was lost (torchrun says which).")
     return None
 
@@ -90,7 +108,10 @@ def how_to_go_on():
 def has_ended():
     """Whether a process of this run has written how it ended."""
     try:
-        return run_dir is not None and json.loads((run_dir / "status.json").read_text())["exit"] is not None
+        return (
+            run_dir is not None
+            and json.loads((run_dir / "status.json").read_text())["exit"] is not None
+        )
     except (OSError, ValueError):
         return False
 

@@ -10,7 +10,9 @@ from lora.common.errors import UserError
 
 
 def to_toml(tables):
-    """TOML for tables of strings, numbers, booleans, lists and tables; JSON writes all but the last as TOML reads them."""
+    """TOML for tables of strings, numbers, booleans, lists and tables; JSON writes all but the last
+    as TOML reads them.
+    """
     lines = []
     for name, table in tables.items():
         lines += [f"[{name}]", *(f"{k} = {toml_value(v)}" for k, v in table.items()), ""]
@@ -38,7 +40,9 @@ def read_file(path):
 
 
 def without_nan(values):
-    """`values` (numbers, pairs of them, and tables) with None for what is not finite: JSON has no NaN."""
+    """`values` (numbers, pairs of them, and tables) with None for what is not finite: JSON has no
+    NaN.
+    """
     if isinstance(values, dict):
         return {name: without_nan(value) for name, value in values.items()}
     if isinstance(values, list):

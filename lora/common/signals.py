@@ -1,6 +1,8 @@
-"""Ctrl-C and SIGTERM while training: the step is finished and saved before the run ends. A second one ends it at once.
+"""Ctrl-C and SIGTERM while training: the step is finished and saved before the run ends. A second
+one ends it at once.
 
-The processes of a run tell each other in the sum that they make every step anyway, so that all stop at the same step.
+The processes of a run tell each other in the sum that they make every step anyway, so that all stop
+at the same step.
 """
 
 from contextlib import contextmanager
@@ -19,7 +21,9 @@ def watching():
     global received
     received, before = 0, {}
     if threading.current_thread() is threading.main_thread():  # no other may set a handler
-        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
+        }
     try:
         yield
     finally:
@@ -35,6 +39,8 @@ def receive(number, frame):
 
 
 def stopped(step):
-    """What ends a run whose processes have agreed to stop; one that got no signal itself was stopped by another's."""
+    """What ends a run whose processes have agreed to stop; one that got no signal itself was
+    stopped by another's.
+    """
     number = signal.Signals(received or signal.SIGTERM)
     return Interrupted(f"stopped by {number.name} after step {step}, which is saved.", number)

@@ -25,18 +25,25 @@ from lora.config.values import nearest, parsed
 def read_command_line(argv, config, default_file, description):
     """The Command: `config` changed by the --config file, then by the flags. Raises UserError.
 
-    Where neither a config file nor a model nor data is named, `default_file` is the config file. A resumed run starts
-    from the configuration in its checkpoint, and may differ from it in FREE_ON_RESUME only.
+    Where neither a config file nor a model nor data is named, `default_file` is the config file. A
+    resumed run starts from the configuration in its checkpoint, and may differ from it in
+    FREE_ON_RESUME only.
     """
     parser = Parser(description)
     parser.add_argument("--config", metavar="FILE", help="TOML (or JSON) file with the keys below")
     help = "continue the run of this checkpoint; auto: the newest whole one of --experiment_name, or a new run"
-    parser.add_argument("--resume_from", "--resume_from_checkpoint", metavar="DIR", default="", help=help)
+    parser.add_argument(
+        "--resume_from", "--resume_from_checkpoint", metavar="DIR", default="", help=help
+    )
     help = "with --resume_from: keys that may differ from the checkpoint's, as a,b,c"
     parser.add_argument("--allow_change", metavar="KEYS", default="", help=help)
     help = "say what the run would need, memory and time; train nothing"
     parser.add_argument("--dry_run", action="store_true", help=help)
-    parser.add_argument("--check", action="store_true", help="prove data, model and equalities before a run; train nothing")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="prove data, model and equalities before a run; train nothing",
+    )
     keys = [*keys_of(config), *DTYPE_SWITCHES]
     for title, table in tables_of(config).items():
         add_flags(parser.add_argument_group(f"[{title}]"), table, keys)
@@ -45,10 +52,13 @@ def read_command_line(argv, config, default_file, description):
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and unknown[0].startswith("--"):
         flag = unknown[0].split("=")[0]
-        set_key(config, flag[2:], unknown[0].partition("=")[2], flag)  # raises, and names the nearest flag
+        # Raises, and names the nearest flag
+        set_key(config, flag[2:], unknown[0].partition("=")[2], flag)
     if unknown:
         raise UserError(f"{unknown[0]}: not expected here. See --help.")
-    flags = {name: value for name, value in vars(arguments).items() if name in keys and value is not None}
+    flags = {
+        name: value for name, value in vars(arguments).items() if name in keys and value is not None
+    }
     refuse_two_dtypes(flags, "flags")
 
     file, resume_from, saved = arguments.config, arguments.resume_from, None
@@ -56,17 +66,23 @@ def read_command_line(argv, config, default_file, description):
     allowed = tuple(filter(None, arguments.allow_change.split(",")))
     for name in allowed:
         if name not in keys_of(config):
-            raise UserError(f"--allow_change {name}: no such key.{nearest(name, [*keys_of(config)])}")
+            raise UserError(
+                f"--allow_change {name}: no such key.{nearest(name, [*keys_of(config)])}"
+            )
     if config.lora:
         asked = os.environ.get("USE_BNB_QUANT") or "false"
         set_key(config, "load_in_4bit", parsed(asked, bool), "USE_BNB_QUANT in the environment")
     if resume_from and not auto:
         if not (Path(resume_from) / "trainer_state.json").is_file():
-            raise UserError(f"--resume_from {resume_from}: no checkpoint; expected RUN/checkpoints/checkpoint_step_N.")
+            raise UserError(
+                f"--resume_from {resume_from}: no checkpoint; expected RUN/checkpoints/checkpoint_step_N."
+            )
         found = damage(resume_from, "trainer_state.json")
         if found:
             hint = "--resume_from auto takes the newest whole one"
-            raise UserError(f"--resume_from {resume_from}: damaged: {found}; {hint} of an --experiment_name.")
+            raise UserError(
+                f"--resume_from {resume_from}: damaged: {found}; {hint} of an --experiment_name."
+            )
         saved = config_of(resume_from, config)
     elif not file and not {"base_model", "train_data", "eval_data"} & flags.keys():
         file = str(default_file)
@@ -86,7 +102,9 @@ def read_command_line(argv, config, default_file, description):
         resume_from = newest(config)
         saved = config_of(resume_from, config) if resume_from else None
     if saved:
-        config.output.experiment_name = config.output.experiment_name or saved.output.experiment_name
+        config.output.experiment_name = (
+            config.output.experiment_name or saved.output.experiment_name
+        )
         refuse_changes(saved, config, resume_from, allowed)
     elif config.model.init_from not in ("", "scratch"):
         require_stage(config)
@@ -96,7 +114,9 @@ def read_command_line(argv, config, default_file, description):
     if auto:
         run_dir = folder_of(config)
     else:
-        run_dir = continued_folder(saved, config, Path(resume_from)) if saved else new_folder(config)
+        run_dir = (
+            continued_folder(saved, config, Path(resume_from)) if saved else new_folder(config)
+        )
     return Command(config, run_dir, resume_from, auto, allowed)
 
 
@@ -118,9 +138,15 @@ class Command:
         return self.auto or Path(self.resume_from).resolve().parent.parent == self.run_dir.resolve()
 
     def require_same(self, facts):
-        """Raises UserError where `facts` (JSON, by name) are not those that the checkpoint was made with."""
+        """Raises UserError where `facts` (JSON, by name) are not those that the checkpoint was made
+        with.
+        """
         if not self.resume_from:
             return
         before = read_file(Path(self.resume_from) / "trainer_state.json")["facts"]
-        changed = {name: (shown(before[name]), shown(now)) for name, now in facts.items() if now != before[name]}
+        changed = {
+            name: (shown(before[name]), shown(now))
+            for name, now in facts.items()
+            if now != before[name]
+        }
         refuse(self.resume_from, changed, self.allowed)

@@ -30,9 +30,15 @@ def underscored(argument):
 
 
 def add_flags(parser, table, names, default=""):
-    """Flags for some keys of a table, and for their aliases. default: what their help says of it, where it is no value."""
+    """Flags for some keys of a table, and for their aliases. default: what their help says of it,
+    where it is no value.
+    """
     for f in dataclasses.fields(table):
-        value, choices, (container, kind) = getattr(table, f.name), f.metadata["choices"], kind_of(f.type)
+        value, choices, (container, kind) = (
+            getattr(table, f.name),
+            f.metadata["choices"],
+            kind_of(f.type),
+        )
         if f.name not in names or container is dict:
             continue  # a dict is given as a table in the file
         notes = [", ".join(choices)] if choices else []
@@ -40,8 +46,17 @@ def add_flags(parser, table, names, default=""):
             said = default or (" ".join(value) if isinstance(value, list) else str(value))
             notes.append("default: " + said.replace("\n", "\\n"))
         help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
-        flags = [f"--{f.name}", *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name)]
-        form = {"nargs": "+", "action": "extend"} if container is list else SWITCH if kind is bool else {}
+        flags = [
+            f"--{f.name}",
+            *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name),
+        ]
+        form = (
+            {"nargs": "+", "action": "extend"}
+            if container is list
+            else SWITCH
+            if kind is bool
+            else {}
+        )
         form = {"metavar": "X", "type": partial(parsed, kind=kind)} | form
         parser.add_argument(*flags, dest=f.name, help=help.replace("%", "%%"), **form)
 

@@ -18,7 +18,9 @@ BOUNDS = (("low", ">=", operator.ge), ("above", ">", operator.gt), ("high", "<="
 
 
 def kind_of(annotation):
-    """(list, dict or another, the type of the value or of those in it) of a key's type: `list[str]`, `int | None`."""
+    """(list, dict or another, the type of the value or of those in it) of a key's type:
+    `list[str]`, `int | None`.
+    """
     parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
     return typing.get_origin(annotation), parts[-1] if parts else annotation
 
@@ -27,14 +29,21 @@ def check(where, value, annotation, limits):
     """`value` as the type the key has, or a UserError that says what was expected."""
     container, kind = kind_of(annotation)
     if container is list:
-        return [check(where, item, kind, limits) for item in (value if isinstance(value, list) else [value])]
+        return [
+            check(where, item, kind, limits)
+            for item in (value if isinstance(value, list) else [value])
+        ]
     if container is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{where} = {value!r}: expected a table, which only a config file can hold.")
+            raise UserError(
+                f"{where} = {value!r}: expected a table, which only a config file can hold."
+            )
         names, limits = limits["choices"], {**limits, "choices": None}
         for name in value:
             if names and name not in names:
-                raise UserError(f"{where}.{name}: no such key; expected some of {', '.join(names)}.{nearest(name, names)}")
+                raise UserError(
+                    f"{where}.{name}: no such key; expected some of {', '.join(names)}.{nearest(name, names)}"
+                )
         return {name: check(f"{where}.{name}", item, kind, limits) for name, item in value.items()}
     if limits["word"] and value == limits["word"]:
         return value
@@ -46,7 +55,9 @@ def check(where, value, annotation, limits):
         raise UserError(f"{where} = {value!r}: expected {expected}{word}.")
     if limits["choices"] and value not in limits["choices"]:
         hint = nearest(value, limits["choices"])
-        raise UserError(f"{where} = {value!r}: expected one of {', '.join(limits['choices'])}.{hint}")
+        raise UserError(
+            f"{where} = {value!r}: expected one of {', '.join(limits['choices'])}.{hint}"
+        )
     for name, sign, holds in BOUNDS:
         if limits[name] is not None and not holds(value, limits[name]):
             raise UserError(f"{where} = {value}: expected {expected} {sign} {limits[name]}.")

@@ -15,7 +15,8 @@ MOST_PADDING = 0.05  # of the positions of a micro-batch of padded rows
 class Batch:
     """A micro-batch, with n targets: documents end to end in one row, or one under the other.
 
-    b is 1 and t the sum of the lengths where documents are packed; else each has a row of its own, padded on the right.
+    b is 1 and t the sum of the lengths where documents are packed; else each has a row of its own,
+    padded on the right.
     """
 
     tokens: torch.Tensor  # [b, t]
@@ -27,20 +28,27 @@ class Batch:
     targets: torch.Tensor  # [n], token ids or scores
     weights: torch.Tensor  # [n], by which their losses are multiplied
     sources: torch.Tensor  # [n], the data set that each target is of
-    features: torch.Tensor | None = None  # [n, width]: the hidden states at the targets, where a frozen backbone's are kept
+    # [n, width]: the hidden states at the targets, where a frozen backbone's are kept
+    features: torch.Tensor | None = None
 
     @property
     def num_targets(self):
         return len(self.targets)
 
     def to(self, device):
-        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        tensors = {
+            k: v.to(device, non_blocking=True)
+            for k, v in vars(self).items()
+            if isinstance(v, torch.Tensor)
+        }
         return replace(self, **tensors)
 
 
 @dataclass
 class Rows:
-    """The tokenised rows of a data set, in flat arrays over all of them; row i is offsets[i] to offsets[i + 1]."""
+    """The tokenised rows of a data set, in flat arrays over all of them; row i is offsets[i] to
+    offsets[i + 1].
+    """
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32 with NO_TOKEN, or float32 with NaN
@@ -48,7 +56,8 @@ class Rows:
     offsets: np.ndarray  # int64, one more than rows
     weights: np.ndarray  # float32: of each row's losses
     sources: np.ndarray  # int16: of which path each row is
-    features = None  # row -> the hidden states at its targets [n, width], where a frozen backbone's are kept
+    # Row -> the hidden states at its targets [n, width], where a frozen backbone's are kept
+    features = None
 
     @classmethod
     def of(cls, rows, task):
@@ -62,7 +71,9 @@ class Rows:
             offsets.append(len(tokens))
             weights.append(row.weight)
             sources.append(source)
-        return cls(*(np.array(values) for values in (tokens, targets, segments, offsets, weights, sources)))
+        return cls(
+            *(np.array(values) for values in (tokens, targets, segments, offsets, weights, sources))
+        )
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -96,14 +107,20 @@ class Rows:
             rows=indices.tolist(),
             lengths=lengths.tolist(),
             target_positions=torch.from_numpy(place[has_target]),
-            targets=torch.from_numpy(targets[has_target]).to(torch.int64 if targets.dtype == np.int32 else torch.float32),
+            targets=torch.from_numpy(targets[has_target]).to(
+                torch.int64 if targets.dtype == np.int32 else torch.float32
+            ),
             weights=torch.from_numpy(np.repeat(self.weights[indices], lengths)[has_target]),
             sources=torch.from_numpy(np.repeat(self.sources[indices], lengths)[has_target]),
-            features=self.features and torch.cat([self.features[i] for i in indices])[: has_target.sum()],
+            features=self.features
+            and torch.cat([self.features[i] for i in indices])[: has_target.sum()],
         )
 
     def num_targets(self, indices):
-        return sum(int(is_target(self.targets[self.offsets[i] : self.offsets[i + 1]]).sum()) for i in indices)
+        return sum(
+            int(is_target(self.targets[self.offsets[i] : self.offsets[i + 1]]).sum())
+            for i in indices
+        )
 
     def batches(self, indices, max_tokens, packed=True):
         """The rows at `indices` in micro-batches of at most `max_tokens` positions."""
@@ -112,7 +129,8 @@ class Rows:
     def groups(self, indices, max_tokens, packed=True):
         """The rows of each micro-batch.
 
-        Packed rows keep the order; others are sorted by length, so that little of a micro-batch is padding.
+        Packed rows keep the order; others are sorted by length, so that little of a micro-batch is
+        padding.
         """
         indices = np.asarray(indices, np.int64)
         if not packed:
@@ -134,7 +152,9 @@ def is_target(targets):
 
 
 def deal(lengths, world):
-    """[len(lengths)]: which process gets each row; the longest first, each to the one that has the least to do."""
+    """[len(lengths)]: which process gets each row; the longest first, each to the one that has the
+    least to do.
+    """
     owner, load = np.zeros(len(lengths), np.int64), np.zeros(world, np.int64)
     for i in np.argsort(-lengths, kind="stable"):
         owner[i] = load.argmin()
@@ -143,7 +163,9 @@ def deal(lengths, world):
 
 
 def cut(groups, count):
-    """The groups in `count` parts: the largest are halved, and where there is nothing to halve a part is empty."""
+    """The groups in `count` parts: the largest are halved, and where there is nothing to halve a
+    part is empty.
+    """
     groups = [group for group in groups if group]
     while len(groups) < count:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)

@@ -7,7 +7,9 @@ from lora.data.tokenise import NO_TOKEN
 
 
 def shown(row, tokenizer, colour):
-    """The row as text: target tokens in colour (or brackets), and every label in them after the step it is for."""
+    """The row as text: target tokens in colour (or brackets), and every label in them after the
+    step it is for.
+    """
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     scores = [target for target in row.targets if isinstance(target, float)]
     asked = [target == target and target != NO_TOKEN for target in row.targets]

@@ -1,4 +1,6 @@
-"""Rows of JSONL, JSON (a list), CSV or TSV files and whole text files, each also .gz, each row with its file:line."""
+"""Rows of JSONL, JSON (a list), CSV or TSV files and whole text files, each also .gz, each row with
+its file:line.
+"""
 
 import csv
 import gzip
@@ -14,17 +16,21 @@ LISTED = 10  # of the bad rows of a file
 
 
 def rows(path, bad=None):
-    """Yield (file:line, row as a dict). Raises UserError for what cannot be read: after the last row, of all bad rows.
+    """Yield (file:line, row as a dict). Raises UserError for what cannot be read: after the last
+    row, of all bad rows.
 
-    A caller that finds faults of its own in the rows gives a list, `bad`, to which theirs are added, and calls `refuse`.
-    `path` is a local file, or a file of a data set on the Hub: hf://datasets/OWNER/NAME[@REVISION]/PATH.
+    A caller that finds faults of its own in the rows gives a list, `bad`, to which theirs are
+    added, and calls `refuse`. `path` is a local file, or a file of a data set on the Hub:
+    hf://datasets/OWNER/NAME[@REVISION]/PATH.
     """
     readers = {"jsonl": jsonl_rows, "json": json_rows, **dict.fromkeys(("csv", "tsv"), csv_rows)}
     readers |= dict.fromkeys(("txt", "text", "md"), text_rows)
     collected = [] if bad is None else bad
     suffix = path.lower().removesuffix(".gz").rpartition(".")[2]
     if suffix not in readers:
-        raise UserError(f"{path}: expected a file named .{', .'.join(readers)} (or one of these with .gz).")
+        raise UserError(
+            f"{path}: expected a file named .{', .'.join(readers)} (or one of these with .gz)."
+        )
     try:
         opened = gzip.open if path.lower().endswith(".gz") else open
         with opened(local(path), "rt", encoding="utf-8-sig", newline="") as file:
@@ -61,8 +67,12 @@ def good(bad, function, *arguments):
 def refuse(path, bad):
     """Raises UserError with the number of all bad rows, and the first ten of them."""
     if len(bad) > 1:
-        listed = "; ".join(str(error).removeprefix(f"{path}:").strip(" .") for error in bad[:LISTED])
-        raise UserError(f"{path}: {len(bad)} bad rows: {listed}{'; ...' if len(bad) > LISTED else '.'}")
+        listed = "; ".join(
+            str(error).removeprefix(f"{path}:").strip(" .") for error in bad[:LISTED]
+        )
+        raise UserError(
+            f"{path}: {len(bad)} bad rows: {listed}{'; ...' if len(bad) > LISTED else '.'}"
+        )
     if bad:
         raise bad[0]
 
@@ -71,7 +81,9 @@ def local(path):
     """Where the file lies; a Hub file is downloaded once, by huggingface_hub. Raises UserError."""
     if not path.startswith(HUB):
         if not Path(path).is_file():
-            found = "a folder; name its files" if Path(path).is_dir() else "No such file or directory"
+            found = (
+                "a folder; name its files" if Path(path).is_dir() else "No such file or directory"
+            )
             raise UserError(f"{path}: {found}.")
         return Path(path)
     match = re.fullmatch(HUB + r"([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
@@ -114,7 +126,9 @@ def as_row(where, value):
 def jsonl_rows(path, file, bad):
     for number, line in enumerate(file, 1):
         if line.strip():
-            yield from good(bad, lambda where, line: as_row(where, parse(where, line)), f"{path}:{number}", line)
+            yield from good(
+                bad, lambda where, line: as_row(where, parse(where, line)), f"{path}:{number}", line
+            )
 
 
 def json_rows(path, file, bad):
@@ -126,23 +140,38 @@ def json_rows(path, file, bad):
 
 
 def csv_rows(path, file, bad):
-    """Rows under the names in the first line; three columns that end in a number are a pair without a header."""
-    table = csv.reader(file, delimiter="\t" if path.lower().removesuffix(".gz").endswith("tsv") else ",")
+    """Rows under the names in the first line; three columns that end in a number are a pair without
+    a header.
+    """
+    table = csv.reader(
+        file, delimiter="\t" if path.lower().removesuffix(".gz").endswith("tsv") else ","
+    )
     names = None
     for values in filter(None, table):  # a blank line is no row
         where = f"{path}:{table.line_num}"
         if names is None:
-            names = ["sentence1", "sentence2", "score"] if len(values) == 3 and is_number(values[2]) else values
+            names = (
+                ["sentence1", "sentence2", "score"]
+                if len(values) == 3 and is_number(values[2])
+                else values
+            )
             twice = next((name for name in names if name and names.count(name) > 1), None)
             if twice:
                 raise UserError(f"{where}: the column {twice!r} is there twice; rename one.")
             if names is values:
                 continue
         if len(values) != len(names):
-            bad.append(UserError(f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)})."))
+            bad.append(
+                UserError(
+                    f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)})."
+                )
+            )
             continue
         numbers = ("score", "label", "weight")
-        yield where, {n: float(v) if n in numbers and is_number(v) else v for n, v in zip(names, values)}
+        yield (
+            where,
+            {n: float(v) if n in numbers and is_number(v) else v for n, v in zip(names, values)},
+        )
 
 
 def text_rows(path, file, bad):

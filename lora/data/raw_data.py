@@ -11,10 +11,18 @@ from lora.common.checksums import sha256_of
 from lora.data import files
 from lora.data.split import read_data
 
-# Keys of [model] and [data] that change no token, so that runs which differ in nothing else share what is tokenised.
-# Of the files their contents are hashed, and of the base its tokenizer.
+# Keys of [model] and [data] that change no token, so that runs which differ in nothing else share
+# what is tokenised. Of the files their contents are hashed, and of the base its tokenizer.
 NOT_IN_KEY = {
-    *("base_model", "init_from", "train_data", "eval_data", "prm800k_path", "eqasc_path", "reveal_path"),
+    *(
+        "base_model",
+        "init_from",
+        "train_data",
+        "eval_data",
+        "prm800k_path",
+        "eqasc_path",
+        "reveal_path",
+    ),
     *("data_weights", "prm800k_weight", "eqasc_weight", "reveal_weight"),
     *("head_dropout", "head_tokens", "score_loss"),
 }
@@ -51,19 +59,26 @@ def cache_key(config, sums):
 
 
 class Source:
-    """The training and the held-out examples of `config`, read (and so checked) at once unless a run has tokenised them.
+    """The training and the held-out examples of `config`, read (and so checked) at once unless a
+    run has tokenised them.
 
-    `key` changes with every byte of the data, with the settings that may change a token, and with the code of lora/data/.
-    `files` is {"train_data", "eval_data"}: path -> sha256, or None for arithmetic:..., which is made, not read.
+    `key` changes with every byte of the data, with the settings that may change a token, and with
+    the code of lora/data/. `files` is {"train_data", "eval_data"}: path -> sha256, or None for
+    arithmetic:..., which is made, not read.
     """
 
     def __init__(self, config):
         self.config, data = config, config.data
         held_out = data.eval_paths if data.eval_data else data.only_evaluated
         paths = (*data.train_paths, *held_out)
-        sums = {path: None if path.startswith("arithmetic:") else sha256_of(files.local(path)) for path in paths}
+        sums = {
+            path: None if path.startswith("arithmetic:") else sha256_of(files.local(path))
+            for path in paths
+        }
         named = {"train_data": data.train_paths, "eval_data": held_out}
-        self.files = {name: {path: sums[path] for path in of_name} for name, of_name in named.items()}
+        self.files = {
+            name: {path: sums[path] for path in of_name} for name, of_name in named.items()
+        }
         self.key = cache_key(config, sums)
         self.folder = cache_folder() / self.key
         self.read = None if any(self.folder.glob("*/facts.json")) else read_data(config)

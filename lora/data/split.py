@@ -13,7 +13,9 @@ def read_data(config):
     training = read(data.train_paths, task, data)[: data.max_samples]
     for example in training:
         if example.terms:
-            raise UserError(f"{example.where}: {example.terms}; name it in eval_data, or set use_reveal and reveal_path.")
+            raise UserError(
+                f"{example.where}: {example.terms}; name it in eval_data, or set use_reveal and reveal_path."
+            )
     if data.eval_data:
         return training, read(data.eval_paths, task, data)
     training, held_out = split_by_prompt(training, data.eval_fraction)
@@ -21,7 +23,8 @@ def read_data(config):
 
 
 def split_by_prompt(examples, fraction):
-    """(training, held-out) examples; those that share a prompt (or a whole text) stay together, so nothing leaks.
+    """(training, held-out) examples; those that share a prompt (or a whole text) stay together, so
+    nothing leaks.
 
     Of a single document the end is held out.
     """
@@ -33,5 +36,9 @@ def split_by_prompt(examples, fraction):
     ordered = sorted(subjects, key=lambda subject: hashlib.sha256(subject.encode()).digest())
     held_out = set(ordered[: max(1, round(fraction * len(ordered)))])
     if held_out == subjects:
-        raise UserError(f"{examples[0].where}: all rows have the same prompt, so none can be held out; add --eval_data.")
-    return [e for e in examples if e.subject not in held_out], [e for e in examples if e.subject in held_out]
+        raise UserError(
+            f"{examples[0].where}: all rows have the same prompt, so none can be held out; add --eval_data."
+        )
+    return [e for e in examples if e.subject not in held_out], [
+        e for e in examples if e.subject in held_out
+    ]

@@ -2,8 +2,8 @@
 
     <cache>/<hash of the data, the settings and the code of lora/data/>/<hash of the tokenizer and its template>/
 
-So an entry is never stale, and any of them may be deleted at any time. Of several processes that start at once one
-tokenises, and the others wait for it.
+So an entry is never stale, and any of them may be deleted at any time. Of several processes that
+start at once one tokenises, and the others wait for it.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -28,13 +28,18 @@ CHUNK = 1000  # examples that the tokenizer's threads share at a time
 
 
 def tokenised(source, task):
-    """(training Rows, held-out Rows, facts) of a Source for a Task. facts: what `tokenise` says of each part, and
+    """(training Rows, held-out Rows, facts) of a Source for a Task. facts: what `tokenise` says of
+    each part, and
 
-    "overlap", the number of prompts or texts that are in both, "repeated", of training examples that are there before, and
-    "chats", whether there are any.
+    "overlap", the number of prompts or texts that are in both, "repeated", of training examples
+    that are there before, and "chats", whether there are any.
     """
     config, tokenizer = source.config, task.tokenizer
-    settings = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map)
+    settings = (
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+    )
     key = digest(settings, task.causal)
     with locked(source.folder) as folder:
         if not (folder / key).is_dir():
@@ -42,11 +47,15 @@ def tokenised(source, task):
         facts = json.loads((folder / key / "facts.json").read_text())
         names = [field.name for field in dataclasses.fields(Rows)]
         parts = [
-            Rows(*(np.load(folder / key / f"{part}_{n}.npy", mmap_mode="r") for n in names)) for part in ("train", "eval")
+            Rows(*(np.load(folder / key / f"{part}_{n}.npy", mmap_mode="r") for n in names))
+            for part in ("train", "eval")
         ]
     if facts["chats"]:
         use_chatml(tokenizer)
-    largest, room = max(facts[part]["largest_token"] for part in ("train", "eval")), task.model.get_input_embeddings()
+    largest, room = (
+        max(facts[part]["largest_token"] for part in ("train", "eval")),
+        task.model.get_input_embeddings(),
+    )
     if largest >= room.num_embeddings:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
@@ -58,7 +67,8 @@ def tokenised(source, task):
 
 @contextmanager
 def locked(folder):
-    """`folder`, made if need be, while no other process has it; a temporary one where it cannot be made.
+    """`folder`, made if need be, while no other process has it; a temporary one where it cannot be
+    made.
 
     What is mapped from a temporary folder stays readable when the folder is gone.
     """
@@ -67,7 +77,9 @@ def locked(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(folder / "lock", "w"))
         except OSError as error:
-            print(f"note: {folder}: {error.strerror}; tokenised data is not kept (set PLAINLORA_CACHE)")
+            print(
+                f"note: {folder}: {error.strerror}; tokenised data is not kept (set PLAINLORA_CACHE)"
+            )
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plainlora_")))
             lock = stack.enter_context(open(folder / "lock", "w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -77,8 +89,12 @@ def locked(folder):
 def write(source, task, folder, key):
     examples = source.examples()
     facts = {"chats": any(example.messages for part in examples for example in part)}
-    facts["repeated"] = len(examples[0]) - len({str(replace(example, where="", source=0)) for example in examples[0]})
-    facts["overlap"] = len(set.intersection(*({example.subject for example in part} for part in examples)))
+    facts["repeated"] = len(examples[0]) - len(
+        {str(replace(example, where="", source=0)) for example in examples[0]}
+    )
+    facts["overlap"] = len(
+        set.intersection(*({example.subject for example in part} for part in examples))
+    )
     with folder_for(folder / key) as temporary:
         for name, part in zip(("train", "eval"), examples):
             rows, facts[name] = tokenise(part, task, source.config, name)
@@ -95,10 +111,18 @@ def tokenise(examples, task, config, name):
     facts = {"examples": len(examples), "cut": 0, "without_target": 0}
 
     def rows():
-        with tqdm(total=len(examples), desc=f"tokenising {name}", unit="example", disable=None, leave=False) as bar:
+        with tqdm(
+            total=len(examples),
+            desc=f"tokenising {name}",
+            unit="example",
+            disable=None,
+            leave=False,
+        ) as bar:
             for start in range(0, len(examples), CHUNK):
                 chunk = examples[start : start + CHUNK]
-                for example, rendered in zip(chunk, render(chunk, tokenizer, kind, config.data, task.causal)):
+                for example, rendered in zip(
+                    chunk, render(chunk, tokenizer, kind, config.data, task.causal)
+                ):
                     facts["cut"] += rendered.cut
                     facts["without_target"] += not rendered.rows
                     yield from ((row, example.source) for row in rendered.rows)
@@ -113,9 +137,13 @@ def tokenise(examples, task, config, name):
     targets = table.targets[is_target(table.targets)]
     facts |= {"rows": len(table), "tokens": len(table.tokens), "targets": len(targets)}
     facts["largest_token"] = int(table.tokens.max())
-    facts["lengths"] = np.quantile(np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher").tolist()
+    facts["lengths"] = np.quantile(
+        np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher"
+    ).tolist()
     if kind == "score":
         facts["label_mean"] = targets.mean().item()
         facts["label_shares"] = [(targets == 0).mean().item(), (targets == 1).mean().item()]
-        facts["labels_left_out"] = sum(label is not None for e in examples for label in e.labels) - len(targets)
+        facts["labels_left_out"] = sum(
+            label is not None for e in examples for label in e.labels
+        ) - len(targets)
     return table, facts

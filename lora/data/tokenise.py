@@ -2,8 +2,9 @@
 
     python -m lora render FILE --base_model M        shows rows with their targets coloured, and what the file amounts to
 
-`targets[i]` is what the head must say from the hidden state at position i: the next token (language modelling), or the
-label of the step that ends there (scores). Where nothing is asked it is NO_TOKEN or NaN.
+`targets[i]` is what the head must say from the hidden state at position i: the next token (language
+modelling), or the label of the step that ends there (scores). Where nothing is asked it is NO_TOKEN
+or NaN.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from lora.data.chat_template import Piece, chat_pieces
 
 NO_TOKEN = -100
 NO_SCORE = float("nan")
-LONGEST_PIECE = 2**20  # characters of a text that are tokenised at once: memory stays small, and the threads have work
+# Characters of a text that are tokenised at once: memory stays small, and the threads have work
+LONGEST_PIECE = 2**20
 
 
 @dataclass(slots=True)
@@ -36,17 +38,21 @@ class Rendered:
 
 
 def render(examples, tokenizer, task, data, causal):
-    """A Rendered for each example, with rows of at most max_length tokens; none where nothing that is asked fits.
+    """A Rendered for each example, with rows of at most max_length tokens; none where nothing that
+    is asked fits.
 
-    A text longer than that becomes several windows, in which every token but the first is a target exactly once. A
-    chat is cut at its end. Of a chain, the steps that do not fit are left out. A causal model reads a chain in one
-    row; an encoder sees what follows a step as well, so there each step is the end of a row of its own.
-    `data` is the [data] table of the configuration: max_length, and how a chain is written. Raises UserError.
+    A text longer than that becomes several windows, in which every token but the first is a target
+    exactly once. A chat is cut at its end. Of a chain, the steps that do not fit are left out. A
+    causal model reads a chain in one row; an encoder sees what follows a step as well, so there
+    each step is the end of a row of its own. `data` is the [data] table of the configuration:
+    max_length, and how a chain is written. Raises UserError.
     """
     if task == "score" and not causal:
         plain = DataConfig.prompt_format, DataConfig.step_format, DataConfig.step_marker
         if (data.prompt_format, data.step_format, data.step_marker) != plain:
-            raise UserError("prompt_format, step_format, step_marker: an encoder reads a pair of texts; leave them out.")
+            raise UserError(
+                "prompt_format, step_format, step_marker: an encoder reads a pair of texts; leave them out."
+            )
         results = [pair_rows(example, tokenizer, data.max_length) for example in examples]
     else:
         results = one_way_rows(examples, tokenizer, task, data)
@@ -62,10 +68,14 @@ def one_way_rows(examples, tokenizer, task, data):
     pieces = [pieces_of(example, tokenizer, task, data) for example in examples]
     marker = marker_token(data, tokenizer) if task == "score" else []
     encoded = iter(encode([piece for parts in pieces for piece in parts], tokenizer))
-    start, end = first_token(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start, end = (
+        first_token(tokenizer),
+        [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
+    )
     results = []
     for example, parts in zip(examples, pieces):
-        tokenised = [(piece, *next(encoded)) for piece in parts]  # (piece, tokens, which of them are targets)
+        # (piece, tokens, which of them are targets)
+        tokenised = [(piece, *next(encoded)) for piece in parts]
         if task == "score":
             results.append(chain_row(tokenised, start, max_length, marker))
         elif example.messages:
@@ -81,7 +91,9 @@ def pieces_of(example, tokenizer, task, data):
         before, _, after = data.step_format.partition("{marker}")
         lines, rest = [Piece(data.prompt_format.replace("{prompt}", example.prompt))], ""
         for number, (step, label) in enumerate(zip(example.steps, example.labels), 1):
-            lines.append(Piece(rest + before.replace("{number}", str(number)).replace("{step}", step)))
+            lines.append(
+                Piece(rest + before.replace("{number}", str(number)).replace("{step}", step))
+            )
             lines[-1].label, rest = label, after
         return lines
     if example.messages:
@@ -90,7 +102,9 @@ def pieces_of(example, tokenizer, task, data):
 
 
 def stretches(text):
-    """`text` in parts of about LONGEST_PIECE characters that begin after a line's end, where there is one."""
+    """`text` in parts of about LONGEST_PIECE characters that begin after a line's end, where there
+    is one.
+    """
     start = 0
     while len(text) - start > LONGEST_PIECE:
         end = text.rfind("\n", start, start + LONGEST_PIECE) + 1 or start + LONGEST_PIECE
@@ -106,7 +120,9 @@ def first_token(tokenizer):
 
 
 def encode(pieces, tokenizer):
-    """[(tokens, which of them are targets)] of pieces: a token is one if it lies in a span, or shares a letter with it."""
+    """[(tokens, which of them are targets)] of pieces: a token is one if it lies in a span, or
+    shares a letter with it.
+    """
     results = []
     for literal in (False, True):
         chosen = [(i, piece) for i, piece in enumerate(pieces) if piece.literal == literal]
@@ -115,15 +131,25 @@ def encode(pieces, tokenizer):
         texts = [piece.text for _, piece in chosen]
         spanned = any(piece.spans for _, piece in chosen)
         out = tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=literal, return_offsets_mapping=spanned, verbose=False
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=literal,
+            return_offsets_mapping=spanned,
+            verbose=False,
         )
         for row, (i, piece) in enumerate(chosen):
             tokens, mask = out.input_ids[row], [False] * len(out.input_ids[row])
             offsets = out.offset_mapping[row] if piece.spans else []
-            # Llama 3 has blanks end where they begin: such a token reaches back to the one before it.
-            starts = [start if start < end else before for (start, end), (_, before) in zip(offsets, [(0, 0), *offsets])]
+            # Llama 3 has blanks end where they begin: such a token reaches back to the one before
+            # it.
+            starts = [
+                start if start < end else before
+                for (start, end), (_, before) in zip(offsets, [(0, 0), *offsets])
+            ]
             for first, last in piece.spans:
-                inside = [k for k, (_, end) in enumerate(offsets) if starts[k] < last and end > first]
+                inside = [
+                    k for k, (_, end) in enumerate(offsets) if starts[k] < last and end > first
+                ]
                 if inside:  # all between the ends: the offsets of some tokenizers leave blanks out
                     mask[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
             results.append((i, tokens, mask))
@@ -134,7 +160,10 @@ def chat_row(tokenised, max_length):
     """The chat in one row, cut at its end; the targets are the assistant's tokens."""
     tokens = [token for _, part, _ in tokenised for token in part]
     asked = [flag for _, _, mask in tokenised for flag in mask]
-    targets = [token if flag else NO_TOKEN for token, flag in zip(tokens[1:max_length], asked[1:max_length])] + [NO_TOKEN]
+    targets = [
+        token if flag else NO_TOKEN
+        for token, flag in zip(tokens[1:max_length], asked[1:max_length])
+    ] + [NO_TOKEN]
     row = Row(tokens[:max_length], targets)
     has_target = any(target != NO_TOKEN for target in targets)
     return Rendered([row] if has_target else [], cut=len(tokens) > max_length)
@@ -153,30 +182,41 @@ def text_rows(tokenised, start, end, max_length):
 
 def marker_token(data, tokenizer):
     """[the token that follows every step], or [] where there is no step_marker. Raises UserError."""
-    tokens = tokenizer(data.step_marker, add_special_tokens=False).input_ids if data.step_marker else []
+    tokens = (
+        tokenizer(data.step_marker, add_special_tokens=False).input_ids if data.step_marker else []
+    )
     if len(tokens) > 1:
         name = data.step_marker
-        raise UserError(f"step_marker {name!r} is {len(tokens)} tokens, expected one; add --add_special_tokens {name!r}.")
+        raise UserError(
+            f"step_marker {name!r} is {len(tokens)} tokens, expected one; add --add_special_tokens {name!r}."
+        )
     return tokens
 
 
 def chain_row(tokenised, start, max_length, marker):
-    """Prompt and steps in one row, with the labels at the last tokens of the steps, or at the marker after each."""
+    """Prompt and steps in one row, with the labels at the last tokens of the steps, or at the
+    marker after each.
+    """
     tokens = start + tokenised[0][1]
     targets = [NO_SCORE] * len(tokens)
     cut = False
     for piece, line, _ in tokenised[1:]:
         line = line + marker
-        cut = cut or not line or len(tokens) + len(line) > max_length  # some tokenizers have no token for some steps
+        # Some tokenizers have no token for some steps
+        cut = cut or not line or len(tokens) + len(line) > max_length
         if not cut:
             tokens += line
-            targets += [NO_SCORE] * (len(line) - 1) + [NO_SCORE if piece.label is None else piece.label]
+            targets += [NO_SCORE] * (len(line) - 1) + [
+                NO_SCORE if piece.label is None else piece.label
+            ]
     has_target = any(target == target for target in targets)
     return Rendered([Row(tokens, targets)] if has_target else [], cut)
 
 
 def pair_rows(example, tokenizer, max_length):
-    """For each labelled step: the prompt and everything up to that step, as the encoder's pair of texts."""
+    """For each labelled step: the prompt and everything up to that step, as the encoder's pair of
+    texts.
+    """
     result = Rendered()
     for end, label in enumerate(example.labels, 1):
         if label is None:

@@ -22,7 +22,8 @@ def of_first(function, *arguments):
 
 
 def interleaved(mine, lengths, device):
-    """What the processes made of parts 0, world, 2 world, ... (the first one), 1, world + 1, ..., in the parts' order.
+    """What the processes made of parts 0, world, 2 world, ... (the first one), 1, world + 1, ...,
+    in the parts' order.
 
     mine: tensors [n, ...]; lengths: of all the parts.
     """

@@ -1,4 +1,6 @@
-"""The processes of a run under torchrun: joining, leaving, rank and world size. Without torchrun there is one process."""
+"""The processes of a run under torchrun: joining, leaving, rank and world size. Without torchrun
+there is one process.
+"""
 
 from datetime import timedelta
 import os
@@ -30,18 +32,26 @@ def start(device):
     if world() == 1:
         return
     if device.type == "mps":
-        raise UserError("device mps: one process only; call the script without torchrun, or add --device cpu.")
+        raise UserError(
+            "device mps: one process only; call the script without torchrun, or add --device cpu."
+        )
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if mine >= there:
             asked = os.environ["LOCAL_WORLD_SIZE"]
-            raise UserError(f"--nproc_per_node={asked}: this machine has {there} GPUs; expected that at most.")
+            raise UserError(
+                f"--nproc_per_node={asked}: this machine has {there} GPUs; expected that at most."
+            )
         torch.cuda.set_device(mine)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself then keeps the store
-    store = dist.TCPStore(address, port, world(), is_master=rank() == 0 and not agents, timeout=TIMEOUT)
-    # A restart by torchrun finds what the attempt before left in the store, and would wait for processes that are gone.
+    # Torchrun itself then keeps the store
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        address, port, world(), is_master=rank() == 0 and not agents, timeout=TIMEOUT
+    )
+    # A restart by torchrun finds what the attempt before left in the store, and would wait for
+    # processes that are gone.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=TIMEOUT)
     if rank() > 0:

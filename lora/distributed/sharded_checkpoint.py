@@ -1,6 +1,8 @@
-"""Checkpoints of weights that are laid out over several processes: each writes its rows, any number read what they need.
+"""Checkpoints of weights that are laid out over several processes: each writes its rows, any number
+read what they need.
 
-shard_0.safetensors, shard_1.safetensors, ...   "name" and "name/exp_avg" -> the rows of that process
+shard_0.safetensors, shard_1.safetensors, ...   "name" and "name/exp_avg" -> the rows of that
+process
 shards.json                                     {name: {"shape", "rows": where each process's part begins, and the end}}
 """
 
@@ -18,7 +20,9 @@ INDEX = "shards.json"
 
 
 def write(folder, tensors):
-    """Write this process's part of `tensors` (name -> tensor, sharded or the same on all processes)."""
+    """Write this process's part of `tensors` (name -> tensor, sharded or the same on all
+    processes).
+    """
     world, rank = process_group.world(), process_group.rank()
     index, mine = {}, {}
     for name, tensor in tensors.items():
@@ -48,11 +52,16 @@ class Shards:
             self.files = [path]
             with safe_open(path, "pt") as file:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-            self.index = {name: {"shape": s, **({"rows": [0, s[0]]} if s else {})} for name, s in shapes.items()}
+            self.index = {
+                name: {"shape": s, **({"rows": [0, s[0]]} if s else {})}
+                for name, s in shapes.items()
+            }
 
     @torch.no_grad()
     def fill(self, tensor, name):
-        """Copy the rows that this process holds into `tensor`. Raises ValueError where it is of another shape."""
+        """Copy the rows that this process holds into `tensor`. Raises ValueError where it is of
+        another shape.
+        """
         shape = self.index.get(name, {}).get("shape")
         if shape != list(tensor.shape):
             raise ValueError(f"{name} is {shape or 'absent'}, its place is {list(tensor.shape)}")
@@ -68,5 +77,7 @@ class Shards:
         for path, begin, end in zip(self.files, rows, rows[1:]):
             if max(first, begin) < min(last, end):
                 with safe_open(path, "pt") as file:
-                    parts.append(file.get_slice(name)[max(first, begin) - begin : min(last, end) - begin])
+                    parts.append(
+                        file.get_slice(name)[max(first, begin) - begin : min(last, end) - begin]
+                    )
         return torch.cat(parts[1:] or parts)

@@ -1,4 +1,6 @@
-"""Full fine-tuning on several processes: weights sharded by FSDP2, and the rows of a tensor that a process holds."""
+"""Full fine-tuning on several processes: weights sharded by FSDP2, and the rows of a tensor that a
+process holds.
+"""
 
 import sys
 
@@ -10,22 +12,36 @@ from lora.target_modules import decoder_layers
 
 
 def shard(task, dtype, optimizer, device):
-    """Lay out the weights of `task` over the processes (FSDP2): each holds a part of every layer, and of its optimizer.
+    """Lay out the weights of `task` over the processes (FSDP2): each holds a part of every layer,
+    and of its optimizer.
 
-    A layer is gathered when it is computed, in `dtype`; the parts and the sums of the gradients are fp32. Raises UserError.
+    A layer is gathered when it is computed, in `dtype`; the parts and the sums of the gradients are
+    fp32. Raises UserError.
     """
     if dtype == torch.float16:
-        raise UserError("dtype float16: full fine-tuning on several processes computes in bfloat16 or float32; name one.")
+        raise UserError(
+            "dtype float16: full fine-tuning on several processes computes in bfloat16 or float32; name one."
+        )
     if optimizer != "adamw":
-        raise UserError(f"optimizer {optimizer}: full fine-tuning on several processes has adamw only; leave it out.")
+        raise UserError(
+            f"optimizer {optimizer}: full fine-tuning on several processes has adamw only; leave it out."
+        )
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )  # a second
 
-    mesh = init_device_mesh(device.type, (world(),))  # fully_shard's own is of GPUs wherever there are some
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+    # Fully_shard's own is of GPUs wherever there are some
+    mesh = init_device_mesh(device.type, (world(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+    )
     for module in (*decoder_layers(task.model), task):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        module.set_gradient_divide_factor(1.0)  # the loss is divided by the targets of all processes
+        # The loss is divided by the targets of all processes
+        module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     register_fsdp_forward_method(task, "predict")
 
@@ -40,13 +56,17 @@ def whole(tensor):
 
 
 def rows(count, processes):
-    """[processes + 1]: where in `count` rows the part of each process begins, and the end; as torch.chunk has it."""
+    """[processes + 1]: where in `count` rows the part of each process begins, and the end; as
+    torch.chunk has it.
+    """
     size = -(-count // processes)
     return [min(i * size, count) for i in range(processes + 1)]
 
 
 def my_rows(tensor):
-    """(first, last + 1) of the rows of `tensor`, and of what an optimizer keeps of it, that this process holds."""
+    """(first, last + 1) of the rows of `tensor`, and of what an optimizer keeps of it, that this
+    process holds.
+    """
     if not is_sharded(tensor):
         return 0, sys.maxsize  # the scales of 8-bit states can be more than the tensor's rows
     return tuple(rows(len(tensor), world())[rank() : rank() + 2])
@@ -59,7 +79,9 @@ def local(tensor):
 
 @torch.no_grad()
 def fill(tensor, value):
-    """Copy a whole `value` into a tensor that may be sharded. Raises ValueError where it is of another shape."""
+    """Copy a whole `value` into a tensor that may be sharded. Raises ValueError where it is of
+    another shape.
+    """
     if tensor.shape != value.shape:
         raise ValueError(f"a tensor of {list(value.shape)} for a place of {list(tensor.shape)}")
     local(tensor).copy_(value[slice(*my_rows(tensor))] if value.ndim else value)
@@ -71,4 +93,6 @@ def like(parameter, local):
     if not is_sharded(parameter) or local.ndim == 0:
         return local
     layout = {"shape": parameter.shape, "stride": parameter.stride()}
-    return type(parameter.data).from_local(local, parameter.device_mesh, parameter.placements, **layout)
+    return type(parameter.data).from_local(
+        local, parameter.device_mesh, parameter.placements, **layout
+    )

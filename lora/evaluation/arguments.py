@@ -26,7 +26,8 @@ KEYS = (
 class Asked:
     """What a call of eval.py is to find out, read from its files."""
 
-    examples: list[Example] = field(default_factory=list)  # whose loss is measured, or the steps of --prompt
+    # Whose loss is measured, or the steps of --prompt
+    examples: list[Example] = field(default_factory=list)
     test_set: list[Question] = field(default_factory=list)
     critical: list[Question] = field(default_factory=list)
     corpus: dict[str, str] = field(default_factory=dict)
@@ -38,18 +39,54 @@ def read_arguments(argv):
     parser = Parser("Evaluate a checkpoint, a final artifact or a base, or try it by hand.")
     help = "checkpoint_step_N, final_artifact, or a merged scorer"
     parser.add_argument("--checkpoint", "--artifact_dir", metavar="DIR", help=help)
-    parser.add_argument("--verify_only", action="store_true", help="only prove that the artifact is as it was written")
-    parser.add_argument("--config", metavar="FILE", help="TOML or JSON as for training, where there is no checkpoint")
-    parser.add_argument("--prompt", metavar="TEXT", help="what to answer; for a scorer a problem, and its steps below it")
-    parser.add_argument("--ignore_chat_template", action="store_true", help="go on with the text of --prompt as it is")
-    parser.add_argument("--eval_data", nargs="+", metavar="FILE", help="held-out files; default: the checkpoint's")
-    parser.add_argument("--test_set", metavar="FILE", help="chats whose last answers are measured, or steps to be coloured")
-    parser.add_argument("--html", metavar="FILE", help="of a scorer: the coloured steps as a page, to this new file")
-    parser.add_argument("--reliability", metavar="FILE", help="of a scorer: the picture of its calibration (matplotlib)")
-    parser.add_argument("--critical_questions", metavar="FILE", help="the same, each question with PASS or FAIL")
-    parser.add_argument("--test_queries", metavar="FILE", help="rows of query and relevant (ids of the corpus)")
+    parser.add_argument(
+        "--verify_only",
+        action="store_true",
+        help="only prove that the artifact is as it was written",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML or JSON as for training, where there is no checkpoint",
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="what to answer; for a scorer a problem, and its steps below it",
+    )
+    parser.add_argument(
+        "--ignore_chat_template",
+        action="store_true",
+        help="go on with the text of --prompt as it is",
+    )
+    parser.add_argument(
+        "--eval_data", nargs="+", metavar="FILE", help="held-out files; default: the checkpoint's"
+    )
+    parser.add_argument(
+        "--test_set",
+        metavar="FILE",
+        help="chats whose last answers are measured, or steps to be coloured",
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", help="of a scorer: the coloured steps as a page, to this new file"
+    )
+    parser.add_argument(
+        "--reliability",
+        metavar="FILE",
+        help="of a scorer: the picture of its calibration (matplotlib)",
+    )
+    parser.add_argument(
+        "--critical_questions", metavar="FILE", help="the same, each question with PASS or FAIL"
+    )
+    parser.add_argument(
+        "--test_queries", metavar="FILE", help="rows of query and relevant (ids of the corpus)"
+    )
     parser.add_argument("--corpus", metavar="FILE", help="rows of id and text")
-    parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file too, the answers beside it")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the numbers to this JSON file too, the answers beside it",
+    )
     for table in tables_of(Config()).values():
         add_flags(parser, table, KEYS, "the checkpoint's")
     arguments = parser.parse_args(argv)
@@ -57,7 +94,9 @@ def read_arguments(argv):
     if arguments.verify_only:
         verify(arguments.checkpoint)
     if arguments.checkpoint and arguments.config:
-        raise UserError("--checkpoint brings its configuration along; leave --config out, and override keys with flags.")
+        raise UserError(
+            "--checkpoint brings its configuration along; leave --config out, and override keys with flags."
+        )
     if arguments.checkpoint:
         require_as_written(arguments.checkpoint)
         config = saved_config(arguments.checkpoint)
@@ -65,7 +104,9 @@ def read_arguments(argv):
         config = from_file(arguments.config) if arguments.config else Config()
     whole = whole_model(arguments.checkpoint)
     if whole and arguments.base_model:
-        raise UserError(f"--base_model {arguments.base_model}: {arguments.checkpoint} holds a whole model; leave it out.")
+        raise UserError(
+            f"--base_model {arguments.base_model}: {arguments.checkpoint} holds a whole model; leave it out."
+        )
     if whole:
         config.model.base_model, config.model.init_from = whole, ""
     set_given(config, arguments, KEYS)
@@ -84,7 +125,12 @@ def verify(folder):
 
 
 def refuse_what_does_not_go_together(arguments, config):
-    others = arguments.test_set or arguments.critical_questions or arguments.eval_data or arguments.test_queries
+    others = (
+        arguments.test_set
+        or arguments.critical_questions
+        or arguments.eval_data
+        or arguments.test_queries
+    )
     if arguments.output and not Path(arguments.output).resolve().parent.is_dir():
         raise UserError(f"--output {arguments.output}: its folder is not there; make it first.")
     if arguments.output and Path(arguments.output).is_dir():
@@ -100,17 +146,25 @@ def refuse_what_does_not_go_together(arguments, config):
     if (arguments.test_queries is None) != (arguments.corpus is None):
         raise UserError("--test_queries and --corpus go together; add the other one.")
     if config.model.task == "score" and arguments.critical_questions:
-        raise UserError("--critical_questions is for --task lm: a scorer gives no answers; leave it out.")
+        raise UserError(
+            "--critical_questions is for --task lm: a scorer gives no answers; leave it out."
+        )
     if config.model.task == "score" and arguments.test_set and arguments.eval_data:
-        raise UserError("--test_set and --eval_data: of a scorer both are files of steps; name all in one of them.")
+        raise UserError(
+            "--test_set and --eval_data: of a scorer both are files of steps; name all in one of them."
+        )
     for name in ("html", "reliability"):
         path = getattr(arguments, name)
         if path and config.model.task != "score":
             raise UserError(f"--{name} is for --task score; leave it out.")
         if path and (Path(path).exists() or not Path(path).resolve().parent.is_dir()):
-            raise UserError(f"--{name} {path}: expected a file that is not there yet, in a folder that is.")
+            raise UserError(
+                f"--{name} {path}: expected a file that is not there yet, in a folder that is."
+            )
     if arguments.reliability and (arguments.prompt is not None or find_spec("matplotlib") is None):
-        raise UserError("--reliability: needs labelled steps (no --prompt), and matplotlib: pip install 'plainlora[plot]'.")
+        raise UserError(
+            "--reliability: needs labelled steps (no --prompt), and matplotlib: pip install 'plainlora[plot]'."
+        )
 
 
 def whole_model(checkpoint):
@@ -120,14 +174,22 @@ def whole_model(checkpoint):
 
 
 def read_examples(arguments, config):
-    """What is Asked: the steps of the prompt, the files named, or what the checkpoint's run held out."""
+    """What is Asked: the steps of the prompt, the files named, or what the checkpoint's run held
+    out.
+    """
     asked = Asked()
     if arguments.prompt is not None:
         if config.model.task == "score":
-            problem, *steps = [line for line in arguments.prompt.split("\n") if line.strip()] or [""]
+            problem, *steps = [line for line in arguments.prompt.split("\n") if line.strip()] or [
+                ""
+            ]
             if not steps:
-                raise UserError("--prompt: expected a problem on the first line and steps below it, for a scorer.")
-            asked.examples = [Example("--prompt", prompt=problem, steps=steps, labels=[None] * len(steps))]
+                raise UserError(
+                    "--prompt: expected a problem on the first line and steps below it, for a scorer."
+                )
+            asked.examples = [
+                Example("--prompt", prompt=problem, steps=steps, labels=[None] * len(steps))
+            ]
         elif not arguments.prompt.strip():
             raise UserError("--prompt: expected a text that is not empty.")
         return asked

@@ -17,10 +17,11 @@ def final_answer(example):
 
 
 def best_of_n(examples, scores):
-    """{"min", "product", "last", "mean", "random", "majority", "oracle": (share of right answers, [low, high])}.
+    """{"min", "product", "last", "mean", "random", "majority", "oracle": (share of right answers,
+    [low, high])}.
 
-    Of the solutions of each problem the one with the best score is taken; problems with one solution are left out, and
-    steps that did not fit are, too. Ties share what they are worth.
+    Of the solutions of each problem the one with the best score is taken; problems with one
+    solution are left out, and steps that did not fit are, too. Ties share what they are worth.
     """
     groups = defaultdict(list)
     for example, of_steps in zip(examples, scores):
@@ -32,7 +33,10 @@ def best_of_n(examples, scores):
             continue
         right = np.array([example.outcome for example, _ in candidates])
         votes = Counter(final_answer(example) for example, _ in candidates)
-        rankings = {name: [of(s) if len(s) else -1.0 for _, s in candidates] for name, of in AGGREGATES.items()}
+        rankings = {
+            name: [of(s) if len(s) else -1.0 for _, s in candidates]
+            for name, of in AGGREGATES.items()
+        }
         rankings["majority"] = [votes[final_answer(example)] for example, _ in candidates]
         for name, values in rankings.items():
             worth[name].append(right[np.array(values) == max(values)].mean())

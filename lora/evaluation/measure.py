@@ -22,22 +22,38 @@ from lora.evaluation.text_metrics import means, rouge_scorer, scores
 def loss_numbers(examples, task, config, dtype):
     rows, facts = tokenise(examples, task, config, "eval")
     batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
-    said, targets, _ = predict(task, tqdm(batches, unit="batch", disable=None), task.model.device, dtype)
+    said, targets, _ = predict(
+        task, tqdm(batches, unit="batch", disable=None), task.model.device, dtype
+    )
     print(describe("eval", facts))
     numbers = task.head.metrics(said, targets)
-    text = task.tokenizer.decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = task.tokenizer.decode(
+        targets, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     size = len(text.encode()) or math.nan
     return numbers | {"bits_per_byte": numbers["loss"] * len(targets) / math.log(2) / size}
 
 
 def answer_rows(questions, task, config, dtype):
-    """(a dict for each question: where, prompt, reference, answer and its scores; the means of the scores)."""
-    prompts = [(q.where, prompt_tokens(q.where, q.messages, q.tools, task.tokenizer)) for q in questions]
+    """(a dict for each question: where, prompt, reference, answer and its scores; the means of the
+    scores).
+    """
+    prompts = [
+        (q.where, prompt_tokens(q.where, q.messages, q.tools, task.tokenizer)) for q in questions
+    ]
     texts = answers(task, prompts, config, dtype)
     rouge = rouge_scorer()
-    measured = [scores(text, q.reference, config.evaluation, rouge) for q, text in zip(questions, texts)]
+    measured = [
+        scores(text, q.reference, config.evaluation, rouge) for q, text in zip(questions, texts)
+    ]
     rows = [
-        {"where": q.where, "prompt": task.tokenizer.decode(tokens), "reference": q.reference, "answer": text, **of_row}
+        {
+            "where": q.where,
+            "prompt": task.tokenizer.decode(tokens),
+            "reference": q.reference,
+            "answer": text,
+            **of_row,
+        }
         for q, (_, tokens), text, of_row in zip(questions, prompts, texts, measured)
     ]
     return rows, means(measured)
@@ -47,21 +63,36 @@ def retrieval_numbers(asked, task, config, dtype):
     texts = [*asked.corpus.values(), *(query for query, _ in asked.queries)]
     embeddings = embed(task, texts, config, dtype)
     corpus, queries = embeddings[: len(asked.corpus)], embeddings[len(asked.corpus) :]
-    return retrieval.metrics(retrieval.ranks_of(queries, corpus, [relevant for _, relevant in asked.queries]))
+    return retrieval.metrics(
+        retrieval.ranks_of(queries, corpus, [relevant for _, relevant in asked.queries])
+    )
 
 
 def judge_steps(arguments, config, asked, task, dtype):
-    """Score the steps that are asked for; show them where that is asked for; the numbers, where they have labels."""
+    """Score the steps that are asked for; show them where that is asked for; the numbers, where
+    they have labels.
+    """
     examples, settings = asked.examples, config.evaluation
     scores = step_scores(examples, task, config, dtype)
     unread = sum(int(np.isnan(of).sum()) for of in scores)
     if unread:
         total = sum(map(len, scores))
-        print(f"note: {unread} of {total} steps do not fit max_length {config.data.max_length} and have no score")
+        print(
+            f"note: {unread} of {total} steps do not fit max_length {config.data.max_length} and have no score"
+        )
     if arguments.prompt is not None or arguments.test_set:
         for example, of_steps in zip(examples, scores):
-            print("" if arguments.prompt is not None else f"\n{example.where}\n{printable(example.prompt)}\n", end="")
-            print("\n".join(step_report.lines(example, of_steps, settings.threshold, sys.stdout.isatty())))
+            print(
+                ""
+                if arguments.prompt is not None
+                else f"\n{example.where}\n{printable(example.prompt)}\n",
+                end="",
+            )
+            print(
+                "\n".join(
+                    step_report.lines(example, of_steps, settings.threshold, sys.stdout.isatty())
+                )
+            )
     numbers, table = {}, []
     if step_metrics.measured(examples, scores).size:
         numbers, table = labelled_numbers(arguments, config, examples, scores, task)
@@ -80,13 +111,21 @@ def judge_steps(arguments, config, asked, task, dtype):
 
 def labelled_numbers(arguments, config, examples, scores, task):
     """(numbers, the table that shows them) of scored steps with labels."""
-    paths = arguments.eval_data or ([arguments.test_set] if arguments.test_set else config.data.eval_paths)
-    measured = {e.source for e, of in zip(examples, scores) if step_metrics.measured([e], [of]).size}
+    paths = arguments.eval_data or (
+        [arguments.test_set] if arguments.test_set else config.data.eval_paths
+    )
+    measured = {
+        e.source for e, of in zip(examples, scores) if step_metrics.measured([e], [of]).size
+    }
     names = {name: source for source, name in enumerate(names_of(paths)) if source in measured}
-    found = step_metrics.report(examples, scores, config.evaluation, names if len(names) > 1 else {})
+    found = step_metrics.report(
+        examples, scores, config.evaluation, names if len(names) > 1 else {}
+    )
     labels, said = step_metrics.measured(examples, scores)
     loss = task.head.metrics(torch.from_numpy(said), torch.from_numpy(labels))["loss"]
-    print(f"{len(labels)} labelled steps, {(labels >= 0.5).mean():.1%} of them right; loss {loss:.6f}")
+    print(
+        f"{len(labels)} labelled steps, {(labels >= 0.5).mean():.1%} of them right; loss {loss:.6f}"
+    )
     if config.evaluation.tune_threshold_on:
         at = ", ".join(f"{value:g} ({name})" for name, value in found["thresholds"].items())
         print(f"thresholds tuned on {config.evaluation.tune_threshold_on}: {at}")

@@ -1,9 +1,11 @@
-"""How well the backbone's embeddings find what belongs together: recall@k, MRR and nDCG of queries over a corpus.
+"""How well the backbone's embeddings find what belongs together: recall@k, MRR and nDCG of queries
+over a corpus.
 
     corpus    {"id", "text"}
     queries   {"query", "relevant": [ids]}    (in CSV: ids with blanks between them)
 
-The embedding of a text is the mean of the hidden states over its tokens, of length 1, so that a product is a cosine.
+The embedding of a text is the mean of the hidden states over its tokens, of length 1, so that a
+product is a cosine.
 """
 
 import numpy as np
@@ -55,7 +57,8 @@ def identifier(where, value):
 
 
 def ranks_of(queries, corpus, relevant):
-    """For each query the places, from 1 on and in order, of its relevant documents among all, the most similar first.
+    """For each query the places, from 1 on and in order, of its relevant documents among all, the
+    most similar first.
 
     queries [q, width] and corpus [c, width] of length 1, relevant: q sets of places in the corpus.
     """
@@ -67,9 +70,19 @@ def ranks_of(queries, corpus, relevant):
 
 
 def metrics(ranks):
-    """Means over the queries of `ranks_of`: recall@k, MRR (1 / the first rank), nDCG@10 with relevance 0 or 1."""
-    recall = {k: [sum(rank <= k for rank in found) / len(found) for found in ranks] for k in CUTOFFS}
+    """Means over the queries of `ranks_of`: recall@k, MRR (1 / the first rank), nDCG@10 with
+    relevance 0 or 1.
+    """
+    recall = {
+        k: [sum(rank <= k for rank in found) / len(found) for found in ranks] for k in CUTOFFS
+    }
     result = {f"recall@{k}": float(np.mean(of_queries)) for k, of_queries in recall.items()}
     gain = 1 / np.log2(np.arange(2, 12))  # at ranks 1 to 10
-    ndcg = [sum(gain[rank - 1] for rank in found if rank <= 10) / gain[: len(found)].sum() for found in ranks]
-    return result | {"mrr": float(np.mean([1 / found[0] for found in ranks])), "ndcg@10": float(np.mean(ndcg))}
+    ndcg = [
+        sum(gain[rank - 1] for rank in found if rank <= 10) / gain[: len(found)].sum()
+        for found in ranks
+    ]
+    return result | {
+        "mrr": float(np.mean([1 / found[0] for found in ranks])),
+        "ndcg@10": float(np.mean(ndcg)),
+    }

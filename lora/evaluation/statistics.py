@@ -1,4 +1,6 @@
-"""Measures of agreement between scores and labels, beside those that every evaluation of the loop prints."""
+"""Measures of agreement between scores and labels, beside those that every evaluation of the loop
+prints.
+"""
 
 import math
 
@@ -23,7 +25,9 @@ def ranks(values):
 
 
 def draws_of(count, draws=1000, seed=0):
-    """Yields, so many times, the indices [count] of a sample drawn with replacement: the bootstrap's."""
+    """Yields, so many times, the indices [count] of a sample drawn with replacement: the
+    bootstrap's.
+    """
     rng = np.random.default_rng(seed)
     for _ in range(draws):
         yield rng.integers(count, size=count)
@@ -31,4 +35,8 @@ def draws_of(count, draws=1000, seed=0):
 
 def quantiles(values):
     """[low, high] between which 95 % of the values lie; NaN where none is finite."""
-    return [float(end) for end in np.nanquantile(values, (0.025, 0.975))] if np.isfinite(values).any() else [math.nan] * 2
+    return (
+        [float(end) for end in np.nanquantile(values, (0.025, 0.975))]
+        if np.isfinite(values).any()
+        else [math.nan] * 2
+    )

@@ -1,11 +1,12 @@
 """How well steps are judged, beside two scorers that understand nothing.
 
-AUC, mse and accuracy look good already for a scorer that knows where in a chain errors tend to be, so every figure stands
-next to that of one that knows each step's position and length only, and of one that knows its words as well; and with
-an interval, from drawing the problems again.
+AUC, mse and accuracy look good already for a scorer that knows where in a chain errors tend to be,
+so every figure stands next to that of one that knows each step's position and length only, and of
+one that knows its words as well; and with an interval, from drawing the problems again.
 
-A step is right where its label is at least 0.5, and judged right where its score is at least the threshold. Steps
-without a label, or that did not fit into max_length (score NaN), are not measured, by any of the three.
+A step is right where its label is at least 0.5, and judged right where its score is at least the
+threshold. Steps without a label, or that did not fit into max_length (score NaN), are not measured,
+by any of the three.
 """
 
 from collections import defaultdict
@@ -21,9 +22,15 @@ from lora.evaluation.trivial_scorers import BASELINES, baseline_scores
 
 
 def auc(scores, right):
-    """How often a right step scores above a wrong one, [n] and [n] of bool; ties are half. NaN without one of each."""
+    """How often a right step scores above a wrong one, [n] and [n] of bool; ties are half. NaN
+    without one of each.
+    """
     wins = ranks(scores)[right].sum() - right.sum() * (right.sum() + 1) / 2
-    return float(wins / (right.sum() * (~right).sum())) if right.any() and not right.all() else math.nan
+    return (
+        float(wins / (right.sum() * (~right).sum()))
+        if right.any() and not right.all()
+        else math.nan
+    )
 
 
 def f1(hits, false, missed):
@@ -35,8 +42,15 @@ def harmonic_mean(a, b):
 
 
 def measured(examples, scores):
-    """(labels [n], scores [n]) of the steps that have both. scores: an array [steps] for each example."""
-    pairs = [(la, s) for e, of in zip(examples, scores) for la, s in zip(e.labels, of) if la is not None and s == s]
+    """(labels [n], scores [n]) of the steps that have both. scores: an array [steps] for each
+    example.
+    """
+    pairs = [
+        (la, s)
+        for e, of in zip(examples, scores)
+        for la, s in zip(e.labels, of)
+        if la is not None and s == s
+    ]
     return np.array(pairs, np.float64).reshape(-1, 2).T
 
 
@@ -69,9 +83,18 @@ class Judged:
         """All measures over the steps of some of the chains, by their places; None: of all."""
         chains = np.arange(len(self.spans)) if chains is None else chains
         steps = np.concatenate([self.spans[i] for i in chains])
-        labels, scores, wrong, said = self.labels[steps], self.scores[steps], self.wrong[chains], self.said[chains]
+        labels, scores, wrong, said = (
+            self.labels[steps],
+            self.scores[steps],
+            self.wrong[chains],
+            self.said[chains],
+        )
         right, passed = labels >= 0.5, scores >= self.threshold
-        hits, false, missed = (right & passed).sum(), (~right & passed).sum(), (right & ~passed).sum()
+        hits, false, missed = (
+            (right & passed).sum(),
+            (~right & passed).sum(),
+            (right & ~passed).sum(),
+        )
         of_wrong = (said == wrong)[wrong >= 0].mean() if (wrong >= 0).any() else math.nan
         of_right = (said == wrong)[wrong < 0].mean() if (wrong < 0).any() else math.nan
         mse, variance = ((scores - labels) ** 2).mean(), labels.var()
@@ -93,15 +116,22 @@ class Judged:
 
 
 def best_threshold(examples, scores, source=None):
-    """The threshold of 0.02 to 0.98 with the best ProcessBench F1; the arguments are those of Judged.of."""
+    """The threshold of 0.02 to 0.98 with the best ProcessBench F1; the arguments are those of
+    Judged.of.
+    """
     thresholds = [i / 50 for i in range(1, 50)]
-    return max(thresholds, key=lambda t: Judged.of(examples, scores, t, source).measures()["processbench_f1"])
+    return max(
+        thresholds,
+        key=lambda t: Judged.of(examples, scores, t, source).measures()["processbench_f1"],
+    )
 
 
 def intervals(scorers, draws):
-    """({name: {measure: [low, high]}}, the same of the first scorer less each other one): 95 %, problems drawn anew.
+    """({name: {measure: [low, high]}}, the same of the first scorer less each other one): 95 %,
+    problems drawn anew.
 
-    scorers: {name: Judged} on the same chains. The draws are the same for all, so the differences are paired.
+    scorers: {name: Judged} on the same chains. The draws are the same for all, so the differences
+    are paired.
     """
     first, *others = scorers
     of_subject = defaultdict(list)
@@ -112,35 +142,57 @@ def intervals(scorers, draws):
         chains = np.concatenate([groups[i] for i in drawn])
         for name, judged in scorers.items():
             found[name].append(judged.measures(chains))
-    ends = {name: {m: quantiles([draw[m] for draw in of_name]) for m in of_name[0]} for name, of_name in found.items()}
+    ends = {
+        name: {m: quantiles([draw[m] for draw in of_name]) for m in of_name[0]}
+        for name, of_name in found.items()
+    }
     differences = {
-        other: {m: quantiles([a[m] - b[m] for a, b in zip(found[first], found[other])]) for m in found[first][0]}
+        other: {
+            m: quantiles([a[m] - b[m] for a, b in zip(found[first], found[other])])
+            for m in found[first][0]
+        }
         for other in others
     }
     return ends, differences
 
 
 def report(examples, scores, settings, names, fitted_on=None, draws=1000):
-    """What is to be said of scores (an array [steps] for each example), with the two baselines beside them.
+    """What is to be said of scores (an array [steps] for each example), with the two baselines
+    beside them.
 
-    {"thresholds": {scorer: number}, "measures": {scorer: {measure: value}}, "intervals": the same with [low, high],
-    "differences": {baseline: {measure: [low, high]}}}, which are the scores' less the baseline's. settings: the
-    [evaluation] table. names: {name of a set: its source}, where there are several: then each has a
-    "NAME/processbench_f1", and their mean is the "mean_processbench_f1". Raises UserError.
+    {"thresholds": {scorer: number}, "measures": {scorer: {measure: value}}, "intervals": the same
+    with [low, high], "differences": {baseline: {measure: [low, high]}}}, which are the scores' less
+    the baseline's. settings: the [evaluation] table. names: {name of a set: its source}, where
+    there are several: then each has a "NAME/processbench_f1", and their mean is the
+    "mean_processbench_f1". Raises UserError.
     """
     tuned = settings.tune_threshold_on
     if tuned and tuned not in names:
-        raise UserError(f"tune_threshold_on {tuned}: no such set; there is {', '.join(names) or 'one set only'}.")
-    scored = {"scores": scores} | {name: baseline_scores(of, examples, fitted_on) for name, of in BASELINES.items()}
+        raise UserError(
+            f"tune_threshold_on {tuned}: no such set; there is {', '.join(names) or 'one set only'}."
+        )
+    scored = {"scores": scores} | {
+        name: baseline_scores(of, examples, fitted_on) for name, of in BASELINES.items()
+    }
     result, judged = {"thresholds": {}, "measures": {}}, {}
     for name, of_name in scored.items():
-        of_name = [np.where(np.isnan(ours), math.nan, of_chain) for ours, of_chain in zip(scores, of_name)]
+        of_name = [
+            np.where(np.isnan(ours), math.nan, of_chain) for ours, of_chain in zip(scores, of_name)
+        ]
         threshold = best_threshold(examples, of_name, names[tuned]) if tuned else settings.threshold
-        judged[name], result["thresholds"][name] = Judged.of(examples, of_name, threshold), threshold
+        judged[name], result["thresholds"][name] = (
+            Judged.of(examples, of_name, threshold),
+            threshold,
+        )
         measures = judged[name].measures()
         if len(names) > 1:
-            of_sets = {of: Judged.of(examples, of_name, threshold, source) for of, source in names.items()}
-            parts = {f"{of}/processbench_f1": one.measures()["processbench_f1"] for of, one in of_sets.items()}
+            of_sets = {
+                of: Judged.of(examples, of_name, threshold, source) for of, source in names.items()
+            }
+            parts = {
+                f"{of}/processbench_f1": one.measures()["processbench_f1"]
+                for of, one in of_sets.items()
+            }
             measures |= parts | {"mean_processbench_f1": float(np.mean(list(parts.values())))}
         result["measures"][name] = measures
     result["intervals"], result["differences"] = intervals(judged, draws)

@@ -34,20 +34,30 @@ class Question:
 def last_question(example):
     """The Question for the last answer of a chat."""
     last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-    return Question(example.where, example.messages[:last], example.tools, example.messages[last]["content"])
+    return Question(
+        example.where, example.messages[:last], example.tools, example.messages[last]["content"]
+    )
 
 
 def read_questions(path):
-    """The Questions of a file of chats in any form that training knows; each asks for its last answer. Raises UserError."""
+    """The Questions of a file of chats in any form that training knows; each asks for its last
+    answer. Raises UserError.
+    """
     questions = []
     for example in read([path], "lm"):
         if not example.messages:
-            raise UserError(f"{example.where}: a text has no question and no answer; expected a chat.")
+            raise UserError(
+                f"{example.where}: a text has no question and no answer; expected a chat."
+            )
         questions.append(last_question(example))
         if not questions[-1].messages:
-            raise UserError(f"{example.where}: the chat begins with its only answer; expected a question before it.")
+            raise UserError(
+                f"{example.where}: the chat begins with its only answer; expected a question before it."
+            )
         if not questions[-1].reference.strip():
-            raise UserError(f"{example.where}: the last answer is a tool call without text, which nothing here can score.")
+            raise UserError(
+                f"{example.where}: the last answer is a tool call without text, which nothing here can score."
+            )
     return questions
 
 
@@ -57,7 +67,9 @@ def check_patterns(settings):
         try:
             re.compile(getattr(settings, name))
         except re.error as error:
-            raise UserError(f"{name} = {getattr(settings, name)!r}: not a regular expression ({error}).") from None
+            raise UserError(
+                f"{name} = {getattr(settings, name)!r}: not a regular expression ({error})."
+            ) from None
 
 
 def rouge_scorer():
@@ -91,16 +103,20 @@ def scores(answer, reference, settings, rouge):
 
 
 def passes(answer, reference, settings):
-    """Whether an answer to a critical question will do: the same number; else a refusal where the reference refuses;
+    """Whether an answer to a critical question will do: the same number; else a refusal where the
+    reference refuses;
 
-    else the reference's text stands in it, whatever its case and blanks, and not within a longer word or number.
+    else the reference's text stands in it, whatever its case and blanks, and not within a longer
+    word or number.
     """
     number = final_number(reference)
     if number is not None:
         return final_number(answer) == number
     if refuses(reference, settings):
         return refuses(answer, settings)
-    plain_answer, plain_reference = (" ".join(text.casefold().split()) for text in (answer, reference))
+    plain_answer, plain_reference = (
+        " ".join(text.casefold().split()) for text in (answer, reference)
+    )
     return bool(re.search(rf"(?<![a-z0-9]){re.escape(plain_reference)}(?![a-z0-9])", plain_answer))
 
 

@@ -1,4 +1,5 @@
-"""final_artifact/: what a finished run hands on, whole or absent, with a record of what it was made of.
+"""final_artifact/: what a finished run hands on, whole or absent, with a record of what it was made
+of.
 
 the weights and the tokenizer   Task.save_artifact
 training_config.toml            with whole paths, so that eval.py and merge.py find base and data from any folder
@@ -38,26 +39,47 @@ ARTIFACT_VERSION = 1
 
 
 def conclude(task, config, log, base_files, data_files, device, started):
-    """Write the results and the artifact of a run that has ended: the weights of its best checkpoint. Raises Stopped."""
+    """Write the results and the artifact of a run that has ended: the weights of its best
+    checkpoint. Raises Stopped.
+    """
     states = saved(log.run_dir / "checkpoints")
-    best, last = next((s for s in best_first(states) if not damage(s["path"], "trainer_state.json")), None), states[-1]
+    best, last = (
+        next((s for s in best_first(states) if not damage(s["path"], "trainer_state.json")), None),
+        states[-1],
+    )
     if not best:
-        raise Stopped(f"{log.run_dir}: no checkpoint has a finite validation loss; try a lower --learning_rate.")
+        raise Stopped(
+            f"{log.run_dir}: no checkpoint has a finite validation loss; try a lower --learning_rate."
+        )
     if any(map(is_sharded, task.parameters())):
         tokenizer, task = task.tokenizer, load_task(config, torch.float32)
         task.tokenizer = tokenizer  # it may have been given a chat template
     task.load(best["path"])
-    results = {name: {"step": state["step"], **state["val"]} for name, state in (("best", best), ("last", last))}
-    results |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_gb": round(peak_memory(device) / 1e9, 3)}
+    results = {
+        name: {"step": state["step"], **state["val"]}
+        for name, state in (("best", best), ("last", last))
+    }
+    results |= {
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
+    }
     write_text(log.run_dir / "logs" / "final_results.json", json.dumps(results, indent=2) + "\n")
     write(log.run_dir / "final_artifact", task, config, results, base_files, data_files)
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in best["val"].items() if value is not None and "/" not in name)
-    log.say(f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}")
+    shown = ", ".join(
+        f"{name} {value:.4f}"
+        for name, value in best["val"].items()
+        if value is not None and "/" not in name
+    )
+    log.say(
+        f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}"
+    )
     return results
 
 
 def write(folder, task, config, results, base_files, data_files):
-    """Write the artifact of a run whose base was found unchanged; the hashes are those of before its training."""
+    """Write the artifact of a run whose base was found unchanged; the hashes are those of before
+    its training.
+    """
     with folder_for(folder) as temporary:
         task.save_artifact(temporary)
         config = with_whole_paths(config)
@@ -89,7 +111,8 @@ def metadata(task, config, results, base_files, data_files):
         "method": config.method,
         "base_model": config.model.base_model,
         "base_files": base_files,
-        "base_unchanged": True if base_files or config.lora else None,  # a run that changed it has no artifact
+        # A run that changed it has no artifact
+        "base_unchanged": True if base_files or config.lora else None,
         **data_files,
         "best": results["best"],
         "seed": config.training.seed,
@@ -103,17 +126,34 @@ def metadata(task, config, results, base_files, data_files):
 
 
 def versions():
-    names = [name for name in ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes") if name in sys.modules]
+    names = [
+        name
+        for name in ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes")
+        if name in sys.modules
+    ]
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def git_commit():
-    """The commit of this code, with "-dirty" behind it where files differ from it; None outside of a checkout."""
+    """The commit of this code, with "-dirty" behind it where files differ from it; None outside of
+    a checkout.
+    """
     if not (ROOT / ".git").exists():  # git would go on to look for a checkout around this folder
         return None
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -129,5 +169,9 @@ def hardware(device):
 
 def cpu_name():
     info = Path("/proc/cpuinfo")
-    named = re.search("^model name.*: (.+)$", info.read_text(), re.MULTILINE) if os.access(info, os.R_OK) else None
+    named = (
+        re.search("^model name.*: (.+)$", info.read_text(), re.MULTILINE)
+        if os.access(info, os.R_OK)
+        else None
+    )
     return named[1] if named else platform.processor() or platform.machine()

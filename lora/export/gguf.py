@@ -1,9 +1,10 @@
-"""A plain Hugging Face folder -> one GGUF file for llama.cpp: what it is told of the model, and the tensors.
+"""A plain Hugging Face folder -> one GGUF file for llama.cpp: what it is told of the model, and the
+tensors.
 
-What llama.cpp would compute otherwise than transformers, in silence, is refused in one line. One thing it leaves out is
-written so that it does no harm: it knows no sliding window in these families, so that the context length of a model that
-has one is written as the window, within which both attend to everything.
-Source: conversion/base.py and conversion/llama.py of llama.cpp.
+What llama.cpp would compute otherwise than transformers, in silence, is refused in one line. One
+thing it leaves out is written so that it does no harm: it knows no sliding window in these
+families, so that the context length of a model that has one is written as the window, within which
+both attend to everything. Source: conversion/base.py and conversion/llama.py of llama.cpp.
 """
 
 import math
@@ -36,10 +37,11 @@ ROPE_SETTINGS = {
 
 
 def write_gguf(folder, path, kind):
-    """Write the model in `folder` to the file `path`, matrices as `kind` (of FILE_TYPES), vectors as f32.
+    """Write the model in `folder` to the file `path`, matrices as `kind` (of FILE_TYPES), vectors
+    as f32.
 
-    A matrix whose rows are not whole blocks of 32 is f16 in a q8_0 file. One tensor is in memory at a time.
-    Raises UserError.
+    A matrix whose rows are not whole blocks of 32 is f16 in a q8_0 file. One tensor is in memory at
+    a time. Raises UserError.
     """
     config, _, tokenizer = load_shape(str(folder))
     keys = gguf_keys(config, tokenizer)
@@ -48,7 +50,9 @@ def write_gguf(folder, path, kind):
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for method, value in keys.items():
         getattr(writer, method)(value)
-    tensors = [(*tensor, stored_type(tensor[1], kind)) for tensor in named_tensors(Path(folder), config)]
+    tensors = [
+        (*tensor, stored_type(tensor[1], kind)) for tensor in named_tensors(Path(folder), config)
+    ]
     for name, shape, _, stored in tensors:
         shape = gguf.quant_shape_to_byte_shape(shape, stored)
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), stored)
@@ -66,21 +70,31 @@ def family(config):
     """llama.cpp's name for the model's family. Raises UserError where it is not one of FAMILIES."""
     name = (config.architectures or [config.model_type])[0]
     if name not in FAMILIES:
-        raise UserError(f"gguf: {name} is not written for llama.cpp here; {', '.join(FAMILIES)} are.")
+        raise UserError(
+            f"gguf: {name} is not written for llama.cpp here; {', '.join(FAMILIES)} are."
+        )
     return FAMILIES[name]
 
 
 def gguf_keys(config, tokenizer):
-    """{method of GGUFWriter: its argument}, all that llama.cpp is told besides the tensors. Raises UserError."""
+    """{method of GGUFWriter: its argument}, all that llama.cpp is told besides the tensors. Raises
+    UserError.
+    """
     architecture, size = family(config), head_size(config)
     if config.hidden_act != "silu":
-        raise UserError(f"gguf: hidden_act is {config.hidden_act}; llama.cpp computes silu in this family.")
+        raise UserError(
+            f"gguf: hidden_act is {config.hidden_act}; llama.cpp computes silu in this family."
+        )
     if architecture == "qwen2" and size * config.num_attention_heads != config.hidden_size:
-        raise UserError(f"gguf: head_dim is {size}; llama.cpp's qwen2 has hidden_size / num_attention_heads.")
+        raise UserError(
+            f"gguf: head_dim is {size}; llama.cpp's qwen2 has hidden_size / num_attention_heads."
+        )
     if architecture == "qwen3" and config.attention_bias:
         raise UserError("gguf: attention_bias is true; llama.cpp's qwen3 has none.")
     return {
-        "add_context_length": min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf),
+        "add_context_length": min(
+            config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf
+        ),
         "add_block_count": config.num_hidden_layers,
         "add_embedding_length": config.hidden_size,
         "add_feed_forward_length": config.intermediate_size,
@@ -101,14 +115,23 @@ def head_size(config):
 
 def rope_keys(config):
     """How positions turn queries and keys; Llama 3's scaling is a tensor instead. Raises UserError."""
-    rope = {name: value for name, value in config.rope_parameters.items() if value is not None and name != "type"}
+    rope = {
+        name: value
+        for name, value in config.rope_parameters.items()
+        if value is not None and name != "type"
+    }
     kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
     if not rope.keys() <= ROPE_SETTINGS.get(kind, set()) or kind not in known_ropes(config):
         known = ", ".join(known_ropes(config))
-        raise UserError(f"gguf: rope_parameters {config.rope_parameters}: llama.cpp knows {known} in their plain form.")
+        raise UserError(
+            f"gguf: rope_parameters {config.rope_parameters}: llama.cpp knows {known} in their plain form."
+        )
     keys = {"add_rope_dimension_count": head_size(config), "add_rope_freq_base": theta}
     if kind in ("linear", "yarn"):
-        keys |= {"add_rope_scaling_type": gguf.RopeScalingType(kind), "add_rope_scaling_factor": rope["factor"]}
+        keys |= {
+            "add_rope_scaling_type": gguf.RopeScalingType(kind),
+            "add_rope_scaling_factor": rope["factor"],
+        }
     if kind == "yarn":
         keys["add_rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
         keys["add_rope_scaling_yarn_beta_fast"] = rope.get("beta_fast", 32.0)
@@ -122,8 +145,12 @@ def known_ropes(config):
 
 
 def named_tensors(folder, config):
-    """[(llama.cpp's name, shape, a function that reads it: fp32 array)] of every weight in the folder."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family(config).upper()], config.num_hidden_layers)
+    """[(llama.cpp's name, shape, a function that reads it: fp32 array)] of every weight in the
+    folder.
+    """
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH[family(config).upper()], config.num_hidden_layers
+    )
     tensors = []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
@@ -132,18 +159,23 @@ def named_tensors(folder, config):
                     continue  # llama.cpp reads the embeddings where there is no output layer
                 known = names.get_name(name, try_suffixes=(".weight", ".bias"))
                 if known is None:
-                    raise UserError(f"gguf: {file.name}: {name} has no place in llama.cpp's {family(config)}.")
+                    raise UserError(
+                        f"gguf: {file.name}: {name} has no place in llama.cpp's {family(config)}."
+                    )
                 read = lambda file=file, name=name: read_tensor(file, name, config)
                 tensors.append((known, tuple(weights.get_slice(name).get_shape()), read))
     if config.rope_parameters["rope_type"] == "llama3":
-        tensors.append(("rope_freqs.weight", (head_size(config) // 2,), lambda: rope_factors(config)))
+        tensors.append(
+            ("rope_freqs.weight", (head_size(config) // 2,), lambda: rope_factors(config))
+        )
     return tensors
 
 
 def read_tensor(file, name, config):
     """A weight as an fp32 array, with the rows of queries and keys in llama.cpp's order.
 
-    Its llama turns neighbours, (0, 1), (2, 3), ..., where transformers turns (0, d/2), (1, d/2 + 1), ... of a head.
+    Its llama turns neighbours, (0, 1), (2, 3), ..., where transformers turns (0, d/2), (1, d/2 +
+    1), ... of a head.
     """
     with safe_open(file, "pt") as weights:
         tensor = weights.get_tensor(name).float()
@@ -154,7 +186,9 @@ def read_tensor(file, name, config):
 
 
 def rope_factors(config):
-    """[head_dim / 2]: by how much Llama 3's scaling slows each frequency down; what llama.cpp divides it by."""
+    """[head_dim / 2]: by how much Llama 3's scaling slows each frequency down; what llama.cpp
+    divides it by.
+    """
     slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     size = head_size(config)
     plain = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2).float() / size)

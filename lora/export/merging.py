@@ -16,29 +16,40 @@ from lora.quantization import dequantize
 
 
 def outputs(model, tokens):
-    """What the model says: logits [b, t, vocabulary], or a backbone's hidden states [b, t, width]; fp32."""
+    """What the model says: logits [b, t, vocabulary], or a backbone's hidden states [b, t, width];
+    fp32.
+    """
     with torch.no_grad():
         out = model.eval()(input_ids=tokens)
     said = out.get("logits", out.get("last_hidden_state"))
     if said is None:
-        raise UserError(f"{type(model).__name__} gives neither logits nor hidden states, so nothing can be proved of it.")
+        raise UserError(
+            f"{type(model).__name__} gives neither logits nor hidden states, so nothing can be proved of it."
+        )
     return said.float()
 
 
 def find_adapter(folder, base_model):
-    """(the folder with the adapter's files, the base's name, the configuration of our run or None). Raises UserError.
+    """(the folder with the adapter's files, the base's name, the configuration of our run or None).
+    Raises UserError.
 
     Of a head that was trained on the frozen base there is no such folder.
     """
     if (folder / "adapter_config.json").is_file():
         if not base_model:
-            raise UserError(f"--adapter {folder}: an adapter alone does not say which base it is for; add --base_model.")
+            raise UserError(
+                f"--adapter {folder}: an adapter alone does not say which base it is for; add --base_model."
+            )
         return folder, base_model, None
     config = saved_config(folder)
     if not (config.method == "head" or (folder / "lora_adapter").is_dir()):
-        raise UserError(f"--adapter {folder}: there is no lora_adapter/; a fully fine-tuned model needs no merging.")
+        raise UserError(
+            f"--adapter {folder}: there is no lora_adapter/; a fully fine-tuned model needs no merging."
+        )
     if config.model.init_from == "scratch":
-        raise UserError(f"--adapter {folder}: it was trained on random weights, which no folder holds; use it unmerged.")
+        raise UserError(
+            f"--adapter {folder}: it was trained on random weights, which no folder holds; use it unmerged."
+        )
     return folder / "lora_adapter", base_model or config.model.base_model, config
 
 
@@ -46,7 +57,9 @@ def class_for(shape):
     """The class of transformers that the base says it is. Raises UserError."""
     architecture = (shape.architectures or ["AutoModelForCausalLM"])[0]
     if not hasattr(transformers, architecture):
-        raise UserError(f"transformers has no {architecture}, which the base says it is; a newer version may.")
+        raise UserError(
+            f"transformers has no {architecture}, which the base says it is; a newer version may."
+        )
     return getattr(transformers, architecture)
 
 
@@ -59,7 +72,9 @@ def load_base(model_class, base_model, quantization=None):
 
 
 def four_bits_of(arguments, config):
-    """How the 4-bit base was quantised: as our run says, else as QLoRA is usually done, and the flags above either."""
+    """How the 4-bit base was quantised: as our run says, else as QLoRA is usually done, and the
+    flags above either.
+    """
     config = config or get_lora_config()
     set_given(config, arguments, FOUR_BITS)
     config.lora.load_in_4bit = True
@@ -71,24 +86,32 @@ def difference(one, other):
 
 
 def read_back(model, model_class, folder):
-    """The model that was written to `folder`. Raises UserError where a weight of it is not that of `model`."""
+    """The model that was written to `folder`. Raises UserError where a weight of it is not that of
+    `model`.
+    """
     written = load_weights(model_class, str(folder), model.dtype, "sdpa")
     merged = model.state_dict()
     if any(not torch.equal(tensor, merged[name]) for name, tensor in written.state_dict().items()):
-        raise UserError(f"{folder}: the written weights are not the merged ones, and are not kept; try another disk.")
+        raise UserError(
+            f"{folder}: the written weights are not the merged ones, and are not kept; try another disk."
+        )
     return written
 
 
 def save_scorer(model, tokenizer, folder, output):
-    """The backbone and the MLP head in `folder` as one model of two classes, in the names of vLLM's reward models.
+    """The backbone and the MLP head in `folder` as one model of two classes, in the names of vLLM's
+    reward models.
 
-    `model.*` and `score.0`, `score.2` are what Qwen2ForProcessRewardModel is made of; transformers' AutoModel reads the
-    backbone of it, and eval.py --checkpoint all of it.
+    `model.*` and `score.0`, `score.2` are what Qwen2ForProcessRewardModel is made of; transformers'
+    AutoModel reads the backbone of it, and eval.py --checkpoint all of it.
     """
     task = Task(model, tokenizer)
     task.load_head(folder)
-    state = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in model.state_dict().items()}
-    state |= {name: tensor.detach() for name, tensor in two_rows(task.head).items()}  # fp32, as it was trained
+    state = {
+        f"{model.base_model_prefix}.{name}": tensor for name, tensor in model.state_dict().items()
+    }
+    # Fp32, as it was trained
+    state |= {name: tensor.detach() for name, tensor in two_rows(task.head).items()}
     family = type(model).__name__.removesuffix("Model")
     model.save_pretrained(output, state_dict=state)
     shape = json.loads((output / "config.json").read_text())

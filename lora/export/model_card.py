@@ -1,4 +1,6 @@
-"""The README.md of a final artifact: a model card for the Hub, whose commands work as they stand there."""
+"""The README.md of a final artifact: a model card for the Hub, whose commands work as they stand
+there.
+"""
 
 import json
 import shlex
@@ -50,7 +52,9 @@ code={code}  # where plainlora lies
 
 
 def model_card(task, config, facts):
-    """The text of the card. `facts` is the artifact's metadata, `config` the configuration with whole paths."""
+    """The text of the card. `facts` is the artifact's metadata, `config` the configuration with
+    whole paths.
+    """
     base, _ = locate(config.model.base_model)
     figures = {name: value for name, value in facts["best"].items() if name != "step"}
     of_data, lora = {**facts["train_data"], **facts["eval_data"]}, config.lora
@@ -67,8 +71,12 @@ def model_card(task, config, facts):
         name=config.output.experiment_name,
         what=what,
         step=facts["best"]["step"],
-        figures="\n".join(f"| {name} | {value:.6g} |" for name, value in figures.items() if value is not None),
-        data="\n".join(f"| `{path}` | {sha256 or 'generated'} |" for path, sha256 in of_data.items()),
+        figures="\n".join(
+            f"| {name} | {value:.6g} |" for name, value in figures.items() if value is not None
+        ),
+        data="\n".join(
+            f"| `{path}` | {sha256 or 'generated'} |" for path, sha256 in of_data.items()
+        ),
         code=shlex.quote(str(ROOT)),
         commands="\n".join(commands(config)),
         loading="\n".join(loading(task, config, base)),
@@ -86,7 +94,8 @@ def commands(config):
 
 def loading(task, config, base):
     """Lines of Python that load the model without plainlora."""
-    with_output = config.method == "lora" or config.model.task == "lm"  # PEFT's names are those of such a model
+    # PEFT's names are those of such a model
+    with_output = config.method == "lora" or config.model.task == "lm"
     model_class = "AutoModelForCausalLM" if task.causal and with_output else "AutoModel"
     yield f"from transformers import {model_class}, AutoTokenizer"
     yield 'tokenizer = AutoTokenizer.from_pretrained("final_artifact")'

@@ -13,10 +13,15 @@ from lora.target_modules import decoder_layers
 
 
 def prepare_layers(model, training):
-    """Wrap the forward of every decoder layer as `training` asks: compiled; computed again when its gradient is asked for,
-    so that only its input is kept; what is kept moved to main memory. The gradients stay what they are. Raises UserError.
+    """Wrap the forward of every decoder layer as `training` asks: compiled; computed again when its
+    gradient is asked for, so that only its input is kept; what is kept moved to main memory. The
+    gradients stay what they are. Raises UserError.
     """
-    asked = [key for key in ("compile", "gradient_checkpointing", "offload_activations") if getattr(training, key)]
+    asked = [
+        key
+        for key in ("compile", "gradient_checkpointing", "offload_activations")
+        if getattr(training, key)
+    ]
     layers = decoder_layers(model)
     if asked and not layers:
         raise UserError(f"{asked[0]}: this model has no list of layers to do it to; leave it out.")
@@ -30,12 +35,15 @@ def prepare_layers(model, training):
 
 
 def lay_out(task, config, device, dtype):
-    """Bring a task to where it is trained: `device`, in parts if several processes train all weights. Raises UserError."""
+    """Bring a task to where it is trained: `device`, in parts if several processes train all
+    weights. Raises UserError.
+    """
     if process_group.world() > 1 and not config.lora:
         sharding.shard(task, dtype, config.training.optimizer, device)
     task.to(device)
     if device.type != "cpu" and not any(map(sharding.is_sharded, task.parameters())):
-        problem = disagreement(task, dtype)  # it has been tried on the CPU, but for the device's own kernels
+        # It has been tried on the CPU, but for the device's own kernels
+        problem = disagreement(task, dtype)
         if problem:
             raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
 

@@ -1,7 +1,8 @@
-"""The task: a backbone and a head as one module, whose `forward(batch)` returns `(loss_sum, num_targets)`.
+"""The task: a backbone and a head as one module, whose `forward(batch)` returns `(loss_sum,
+num_targets)`.
 
-The backbone reads the packed documents, the hidden states at the target positions are picked out, and the head turns them
-into a sum of losses.
+The backbone reads the packed documents, the hidden states at the target positions are picked out,
+and the head turns them into a sum of losses.
 """
 
 from pathlib import Path
@@ -24,10 +25,13 @@ from lora.target_modules import is_causal, is_tied, train_all
 class Task(nn.Module):
     """A model of transformers and a head, saved and loaded as one: `save(folder)`, `load(folder)`.
 
-    `model` is a causal LM (its own output layer is then the head), or a bare backbone under an MLPHead.
+    `model` is a causal LM (its own output layer is then the head), or a bare backbone under an
+    MLPHead.
     """
 
-    def __init__(self, model, tokenizer, base_dtype=torch.float32, head_dropout=0.0, score_loss="mse"):
+    def __init__(
+        self, model, tokenizer, base_dtype=torch.float32, head_dropout=0.0, score_loss="mse"
+    ):
         super().__init__()
         self.base_dtype = base_dtype  # of the base's files, and of the final artifact
         self.model, self.tokenizer = model, tokenizer
@@ -36,7 +40,8 @@ class Task(nn.Module):
         else:
             self.head = MLPHead(model.config.hidden_size, head_dropout, score_loss)
         self.causal = is_causal(model)
-        self.packed = True  # False for a model whose attention cannot be told where documents end: its rows are padded
+        # False for a model whose attention cannot be told where documents end: its rows are padded
+        self.packed = True
         # RoBERTa counts positions from its padding index on; the others from 0.
         table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
@@ -47,7 +52,10 @@ class Task(nn.Module):
         """What the backbone makes of a micro-batch: [number of its positions, width]."""
         packed = {}
         if self.packed:
-            packed = {"position_ids": batch.positions + self.first_position, "documents": Documents(batch.lengths)}
+            packed = {
+                "position_ids": batch.positions + self.first_position,
+                "documents": Documents(batch.lengths),
+            }
             if self.has_segments:
                 packed["token_type_ids"] = batch.segments
         # Padding on the right of a causal model is seen by nobody, so no mask is needed there.
@@ -60,7 +68,9 @@ class Task(nn.Module):
         return not any(p.requires_grad for p in self.model.parameters())
 
     def at_targets(self, batch):
-        """The hidden states at the targets [n, width]: those that the batch brings along, else the backbone's."""
+        """The hidden states at the targets [n, width]: those that the batch brings along, else the
+        backbone's.
+        """
         if batch.features is not None:
             return batch.features
         return self.hidden_states(batch).index_select(0, batch.target_positions)
@@ -73,7 +83,8 @@ class Task(nn.Module):
         return self.head(self.at_targets(batch), batch.targets, batch.weights), batch.num_targets
 
     def save(self, folder):
-        """Write what was trained: `lora_adapter/`, or `backbone/` as a plain Hugging Face folder; and the MLP head.
+        """Write what was trained: `lora_adapter/`, or `backbone/` as a plain Hugging Face folder;
+        and the MLP head.
 
         Of a head on a frozen base that is `mlp_head.safetensors` alone.
         """
@@ -87,7 +98,9 @@ class Task(nn.Module):
             save_file(self.head.state_dict(), folder / "mlp_head.safetensors", {"format": "pt"})
 
     def save_artifact(self, folder):
-        """`save`, with the backbone in the base's own type from now on (adapters stay fp32), and the tokenizer."""
+        """`save`, with the backbone in the base's own type from now on (adapters stay fp32), and
+        the tokenizer.
+        """
         if not (lora_layers(self.model) or self.frozen):
             self.model.to(self.base_dtype)
         Path(folder).mkdir(exist_ok=True)
@@ -102,17 +115,30 @@ class Task(nn.Module):
 
     def load_model(self, folder):
         """`load` without the MLP head."""
-        adapter, whole = (folder / "lora_adapter").is_dir(), (folder / INDEX).is_file() or (folder / "backbone").is_dir()
+        adapter, whole = (
+            (folder / "lora_adapter").is_dir(),
+            (folder / INDEX).is_file() or (folder / "backbone").is_dir(),
+        )
         if self.frozen and (adapter or whole):
-            raise UserError(f"{folder}: holds more than a head, and lora_r 0 trains no more; name the merged base_model.")
+            raise UserError(
+                f"{folder}: holds more than a head, and lora_r 0 trains no more; name the merged base_model."
+            )
         if adapter:
             load_adapter(self.model, folder / "lora_adapter")
-        elif not whole and isinstance(self.head, MLPHead) and (folder / "mlp_head.safetensors").is_file():
+        elif (
+            not whole
+            and isinstance(self.head, MLPHead)
+            and (folder / "mlp_head.safetensors").is_file()
+        ):
             pass  # the head of a frozen base
         elif not whole:
-            raise UserError(f"{folder}: no lora_adapter/ or backbone/; expected a checkpoint or an artifact.")
+            raise UserError(
+                f"{folder}: no lora_adapter/ or backbone/; expected a checkpoint or an artifact."
+            )
         elif lora_layers(self.model):
-            raise UserError(f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model.")
+            raise UserError(
+                f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model."
+            )
         elif (folder / INDEX).is_file():
             with one_line(folder):
                 saved = Shards(folder)
@@ -122,7 +148,10 @@ class Task(nn.Module):
         else:
             with one_line(folder / "backbone"):
                 saved, info = type(self.model).from_pretrained(
-                    folder / "backbone", dtype=torch.float32, local_files_only=True, output_loading_info=True
+                    folder / "backbone",
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    output_loading_info=True,
                 )
                 if info["missing_keys"]:  # a scorer's backbone has no output layer
                     raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys']))}")
@@ -131,9 +160,11 @@ class Task(nn.Module):
                     fill(tensor, state[name])
 
     def start_from(self, folder):
-        """Begin with the weights of an earlier stage: an adapter, a checkpoint or a final artifact. Raises UserError.
+        """Begin with the weights of an earlier stage: an adapter, a checkpoint or a final artifact.
+        Raises UserError.
 
-        LoRA goes on with the adapter; full fine-tuning folds it into the weights. A scorer's head comes along, or alone.
+        LoRA goes on with the adapter; full fine-tuning folds it into the weights. A scorer's head
+        comes along, or alone.
         """
         folder, trains_lora = Path(folder), bool(lora_layers(self.model))
         adapter = folder if (folder / "adapter_config.json").is_file() else folder / "lora_adapter"
@@ -145,16 +176,23 @@ class Task(nn.Module):
                 train_all(self.model)
             found = self.model.get_input_embeddings().num_embeddings
             if found != tokens:
-                raise UserError(f"{adapter}: has embeddings of {found} tokens, not {tokens}; add its --add_special_tokens.")
-            if was_tied and not is_tied(self.model):  # a resumed run would begin with the base's tied ones
-                raise UserError(f"{adapter}: gives the model a head of its own; merge it (merge.py), and train the result.")
+                raise UserError(
+                    f"{adapter}: has embeddings of {found} tokens, not {tokens}; add its --add_special_tokens."
+                )
+            # A resumed run would begin with the base's tied ones
+            if was_tied and not is_tied(self.model):
+                raise UserError(
+                    f"{adapter}: gives the model a head of its own; merge it (merge.py), and train the result."
+                )
         else:
             self.load_model(folder)
         if (folder / "mlp_head.safetensors").is_file():
             self.load_head(folder)
 
     def load_head(self, folder):
-        """The MLP head in `folder`, where the task has one: a file of its own, or among the weights of a merged scorer."""
+        """The MLP head in `folder`, where the task has one: a file of its own, or among the weights
+        of a merged scorer.
+        """
         if not isinstance(self.head, MLPHead):
             return
         path = Path(folder) / "mlp_head.safetensors"
@@ -162,7 +200,9 @@ class Task(nn.Module):
             if path.is_file():
                 saved, ours = load_file(path), dict(self.head.named_parameters())
                 if saved.keys() != ours.keys():
-                    raise ValueError(f"other tensors than the head's: {', '.join(sorted(saved.keys() ^ ours.keys()))}")
+                    raise ValueError(
+                        f"other tensors than the head's: {', '.join(sorted(saved.keys() ^ ours.keys()))}"
+                    )
                 for name, parameter in ours.items():
                     fill(parameter, saved[name])
                 return

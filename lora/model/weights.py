@@ -23,16 +23,22 @@ def weight_files(model):
 
 
 def four_bits(lora, device):
-    """How the base is to be quantised, or None where the [lora] table does not ask for it. Raises UserError."""
+    """How the base is to be quantised, or None where the [lora] table does not ask for it. Raises
+    UserError.
+    """
     if not (lora and lora.load_in_4bit):
         return None
     bitsandbytes("load_in_4bit", device)
     compute_dtype = getattr(torch, lora.bnb_4bit_compute_dtype)
-    return FourBitSettings(lora.bnb_4bit_quant_type, lora.bnb_4bit_use_double_quant, compute_dtype, device)
+    return FourBitSettings(
+        lora.bnb_4bit_quant_type, lora.bnb_4bit_use_double_quant, compute_dtype, device
+    )
 
 
 def load_weights(model_class, base_model, dtype, attention, quantization=None):
-    """A model of transformers with the weights of `base_model`, all of them, in `dtype` or quantised. Raises UserError."""
+    """A model of transformers with the weights of `base_model`, all of them, in `dtype` or
+    quantised. Raises UserError.
+    """
     source, local = locate(base_model)
     if local:
         check_weights(source)
@@ -51,11 +57,14 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
     absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     absent = [name for name in absent if not is_pooler(name)]
     refuse_any(absent, f"base_model {base_model}: no weights, or of another shape, for")
-    odd = [name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p)]
+    odd = [
+        name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p)
+    ]
     refuse_any(odd, f"base_model {base_model}: not finite (copy it again, or take another base)")
     if quantization:
         refuse_any(model.hf_quantizer.quantization_config.damaged, f"base_model {base_model}")
-        model.hf_quantizer.remove_quantization_config(model)  # what is saved of it is the base's own config
+        # What is saved of it is the base's own config
+        model.hf_quantizer.remove_quantization_config(model)
     return model
 
 
@@ -77,7 +86,9 @@ def read_shape(base_model):
 
 
 def load_shape(base_model):
-    """(config.json as transformers reads it, the type of the weights on disk, tokenizer). Raises UserError."""
+    """(config.json as transformers reads it, the type of the weights on disk, tokenizer). Raises
+    UserError.
+    """
     shape = read_shape(base_model)
     return shape, shape.dtype or torch.float32, load_tokenizer(base_model)
 
@@ -85,19 +96,27 @@ def load_shape(base_model):
 def load_tokenizer(base_model):
     source, local = locate(base_model)
     with one_line(f"base_model {base_model}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, local_files_only=local
+        )
     if not tokenizer.is_fast:
-        raise UserError(f"base_model {base_model}: its tokenizer has no fast version (no tokenizer.json), which is needed.")
+        raise UserError(
+            f"base_model {base_model}: its tokenizer has no fast version (no tokenizer.json), which is needed."
+        )
     return tokenizer
 
 
 def add_tokens(model, tokenizer, tokens):
-    """Add tokens to the tokenizer, and rows for them to the embeddings, drawn around the mean of the others.
+    """Add tokens to the tokenizer, and rows for them to the embeddings, drawn around the mean of
+    the others.
 
-    Those that the chat template writes are special: where a chat's contents hold them, they are text. The others are
-    there for contents to hold.
+    Those that the chat template writes are special: where a chat's contents hold them, they are
+    text. The others are there for contents to hold.
     """
-    template = str(tokenizer.chat_template or "<|im_start|> <|im_end|>")  # ChatML's, which use_chatml will give it
-    tokenizer.add_tokens([AddedToken(token, special=token in template, normalized=False) for token in tokens])
+    # ChatML's, which use_chatml will give it
+    template = str(tokenizer.chat_template or "<|im_start|> <|im_end|>")
+    tokenizer.add_tokens(
+        [AddedToken(token, special=token in template, normalized=False) for token in tokens]
+    )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))

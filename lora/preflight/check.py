@@ -1,8 +1,10 @@
-"""`--check`: the user's own data and model, proved before a run: one line each, PASS, WARN or FAIL, and how to mend it.
+"""`--check`: the user's own data and model, proved before a run: one line each, PASS, WARN or FAIL,
+and how to mend it.
 
-A check is a function of a Trial that gives (PASS, WARN or FAIL, what was found), or None where it has no bearing. They run
-in the order of DATA and MODEL, and train the task they are given; the last of them merges it. The equalities are measured
-on a few training rows in fp32 and without dropout, where only a fault makes a difference that rounding does not.
+A check is a function of a Trial that gives (PASS, WARN or FAIL, what was found), or None where it
+has no bearing. They run in the order of DATA and MODEL, and train the task they are given; the last
+of them merges it. The equalities are measured on a few training rows in fp32 and without dropout,
+where only a fault makes a difference that rounding does not.
 """
 
 import sys
@@ -15,7 +17,9 @@ from lora.preflight.trial import FAIL, Trial, cut
 
 
 def run(opening, task, source, rows, facts, config, device, backward, evaluate):
-    """Print `opening` and all lines. Raises Stopped where one says FAIL. rows, facts: the training rows, of `tokenised`."""
+    """Print `opening` and all lines. Raises Stopped where one says FAIL. rows, facts: the training
+    rows, of `tokenised`.
+    """
     print(opening)
     note = cut(task)
     trial = Trial(task, source, rows, facts, config, device, backward, evaluate)
@@ -23,7 +27,12 @@ def run(opening, task, source, rows, facts, config, device, backward, evaluate):
     print()
     for example, rendered in trial.sample[:3]:
         print(f"--- {example.where}")
-        print("\n".join(shown(row, task.tokenizer, sys.stdout.isatty()).rstrip("\n") for row in rendered.rows[:3]))
+        print(
+            "\n".join(
+                shown(row, task.tokenizer, sys.stdout.isatty()).rstrip("\n")
+                for row in rendered.rows[:3]
+            )
+        )
     used = f"{len(trial.few)} training rows of {len(trial.few.tokens)} tokens"
     print(f"\n{note + '; ' if note else ''}equalities on {used}, in fp32:")
     failed += failing(trial, MODEL)

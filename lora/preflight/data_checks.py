@@ -22,7 +22,9 @@ def amount(trial):
 
 def share_of(key, what, mend, trial):
     facts = trial.facts | trial.facts["train"]
-    return counted(facts[key], facts["examples"], f"{facts[key]} of {facts['examples']} examples {what}", mend)
+    return counted(
+        facts[key], facts["examples"], f"{facts[key]} of {facts['examples']} examples {what}", mend
+    )
 
 
 def overlap(trial):
@@ -48,7 +50,8 @@ def ends(trial):
         return None
     stops = set(stop_tokens(trial.task.model, trial.task.tokenizer))
     rows = [rendered.rows[-1] for _, rendered in trial.sample if rendered.rows and not rendered.cut]
-    asked = [[target for target in row.targets if target != NO_TOKEN][-2:] for row in rows]  # a line end may follow it
+    # A line end may follow it
+    asked = [[target for target in row.targets if target != NO_TOKEN][-2:] for row in rows]
     count = sum(not stops & set(last) for last in asked)
     found = f"{len(rows) - count} of {len(rows)} looked at end with a trained end token"
     mend = "the model would not learn to stop; mend eos_token or the chat template of the tokenizer"
@@ -68,22 +71,36 @@ def special_tokens(trial):
     found = f"{len(odd)} of {len(written)} examples have special tokens written in them"
     if not odd:
         return PASS, found
-    read = "in a chat they are read as mere text" if odd[0].messages else "they are read as the control tokens they name"
+    read = (
+        "in a chat they are read as mere text"
+        if odd[0].messages
+        else "they are read as the control tokens they name"
+    )
     return WARN, f"{found}, {odd[0].where} first: {read}"
 
 
 def texts_of(example):
     """What somebody wrote of an example."""
     yield from (example.text, example.prompt, *example.steps)
-    yield from (message["content"] for message in example.messages if isinstance(message.get("content"), str))
+    yield from (
+        message["content"]
+        for message in example.messages
+        if isinstance(message.get("content"), str)
+    )
 
 
 def mask(trial):
-    """Every target is the token that comes next, all that the assistant says is one, and nothing that others say."""
+    """Every target is the token that comes next, all that the assistant says is one, and nothing
+    that others say.
+    """
     if trial.config.model.task == "score":
         return None
     rows = [row for _, rendered in trial.sample for row in rendered.rows]
-    wrong = sum(target not in (NO_TOKEN, after) for row in rows for target, after in zip(row.targets, row.tokens[1:]))
+    wrong = sum(
+        target not in (NO_TOKEN, after)
+        for row in rows
+        for target, after in zip(row.targets, row.tokens[1:])
+    )
     if wrong:
         return FAIL, f"{wrong} targets are not the token that follows; {OUR_FAULT}"
     lost, strange = [], []
@@ -93,23 +110,37 @@ def mask(trial):
         learned = [target for row in rendered.rows for target in row.targets if target != NO_TOKEN]
         text = letters(trial.task.tokenizer.decode(learned))
         mine = [message for message in example.messages if message["role"] == "assistant"]
-        others = [letters(message.get("content")) for message in example.messages if message["role"] != "assistant"]
+        others = [
+            letters(message.get("content"))
+            for message in example.messages
+            if message["role"] != "assistant"
+        ]
         if not all(letters(message.get("content")) in text for message in mine):
             lost.append(example.where)
-        if any(len(other) >= 12 and other in text and other not in letters(mine) for other in others):
+        if any(
+            len(other) >= 12 and other in text and other not in letters(mine) for other in others
+        ):
             strange.append(example.where)
     if strange:
-        return FAIL, f"{len(strange)} chats train on what the user or the system says, {strange[0]} first; {OUR_FAULT}"
+        return (
+            FAIL,
+            f"{len(strange)} chats train on what the user or the system says, {strange[0]} first; {OUR_FAULT}",
+        )
     chats = sum(bool(example.messages) for example, _ in trial.sample)
     if lost:
         found = f"of {len(lost)} of {chats} chats an answer is not learned word for word, {lost[0]} first"
         mend = "the chat template changes or drops it: look with python -m lora render"
         return counted(len(lost), chats, found, mend)
-    return PASS, f"of {len(trial.sample)} looked at, all that is to be learned is a target, and nothing else"
+    return (
+        PASS,
+        f"of {len(trial.sample)} looked at, all that is to be learned is a target, and nothing else",
+    )
 
 
 def letters(content):
-    """A message's content without blanks and what JSON escapes; tool calls may quote what a user said."""
+    """A message's content without blanks and what JSON escapes; tool calls may quote what a user
+    said.
+    """
     return re.sub(r'\\[nt]|[\s"\\]', "", json.dumps(content, ensure_ascii=False)) if content else ""
 
 
@@ -133,9 +164,18 @@ def labels(trial):
 
 DATA = {
     "targets": amount,
-    "rows without a target": partial(share_of, "without_target", "have no target and are left out", "raise --max_length"),
-    "rows cut off": partial(share_of, "cut", "are cut off at max_length", "raise --max_length, or split them"),
-    "duplicates": partial(share_of, "repeated", "are there before, word for word", "take them out, or give them a weight"),
+    "rows without a target": partial(
+        share_of, "without_target", "have no target and are left out", "raise --max_length"
+    ),
+    "rows cut off": partial(
+        share_of, "cut", "are cut off at max_length", "raise --max_length, or split them"
+    ),
+    "duplicates": partial(
+        share_of,
+        "repeated",
+        "are there before, word for word",
+        "take them out, or give them a weight",
+    ),
     "train and eval apart": overlap,
     "doubled BOS": beginnings,
     "trained end token": ends,

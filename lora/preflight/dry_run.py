@@ -12,14 +12,33 @@ from lora.training.memory_plan import memory
 
 
 def dry_run(opening, task, data, config, total, device, dtype, backward, evaluate):
-    """Print `opening`, the memory that the run would take and, if that fits, the time. backward, evaluate: train.py's."""
+    """Print `opening`, the memory that the run would take and, if that fits, the time. backward,
+    evaluate: train.py's.
+    """
     table, fits = describe_memory(memory(task, data, config, device, dtype), device)
     print(f"{opening}\n{table}")
     if fits:
         lay_out(task, config, device, dtype)
-        step = partial(backward, task, data, 0, torch.amp.GradScaler(enabled=False), config.training.seed, device, dtype)
-        passes = min(total, math.ceil(data.steps_per_epoch)) if task.frozen else total  # a frozen base reads a row once
-        print(describe_time(step, partial(evaluate, task, data, device, dtype), passes, config.training.eval_steps))
+        step = partial(
+            backward,
+            task,
+            data,
+            0,
+            torch.amp.GradScaler(enabled=False),
+            config.training.seed,
+            device,
+            dtype,
+        )
+        # A frozen base reads a row once
+        passes = min(total, math.ceil(data.steps_per_epoch)) if task.frozen else total
+        print(
+            describe_time(
+                step,
+                partial(evaluate, task, data, device, dtype),
+                passes,
+                config.training.eval_steps,
+            )
+        )
 
 
 def describe_memory(parts, device):
@@ -30,12 +49,16 @@ def describe_memory(parts, device):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     held = sum(parts.values())
     lines = [f"  {name:12}{size / 1e9:9.3f} GB" for name, size in {**parts, "in all": held}.items()]
-    lines[-1] += f" of {there / 1e9:.0f} on this {device.type}" + ("" if held < there else ": it does not fit")
+    lines[-1] += f" of {there / 1e9:.0f} on this {device.type}" + (
+        "" if held < there else ": it does not fit"
+    )
     return "\n".join(["memory at the peak, with the longest rows:", *lines]), held < there
 
 
 def describe_time(step, evaluate, total, every):
-    """How long `total` steps take, with an evaluation `every` so many: step() and evaluate() are done, by the clock."""
+    """How long `total` steps take, with an evaluation `every` so many: step() and evaluate() are
+    done, by the clock.
+    """
     step()  # the first is slower
     times = [time.monotonic()]
     for function in (step, evaluate):

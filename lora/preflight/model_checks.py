@@ -18,18 +18,28 @@ from lora.training.base_integrity import frozen_sums
 from lora.training.optimizer import make_optimizer
 
 UPDATES = 10  # on a repeated batch
-STIR = 0.02  # standard deviation of what is added to the factors B, so that the adapter does something
+# Standard deviation of what is added to the factors B, so that the adapter does something
+STIR = 0.02
 
 
 def finite(trial):
     tensors = trial.task.state_dict()
-    odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
+    odd = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not is_finite(tensor)
+    ]
     found = f"not in {', '.join(odd[:5])}" if odd else f"in all of {len(tensors)} tensors"
-    return required(not odd, found, "the file is damaged: fetch it again, or begin from another --init_from")
+    return required(
+        not odd, found, "the file is damaged: fetch it again, or begin from another --init_from"
+    )
 
 
 def tied(trial):
-    model, declared = trial.task.model, trial.task.model.config.get_text_config().tie_word_embeddings
+    model, declared = (
+        trial.task.model,
+        trial.task.model.config.get_text_config().tie_word_embeddings,
+    )
     if not isinstance(trial.task.head, LMHead):
         return None
     said, found = ("tied" if one else "apart" for one in (declared, is_tied(model)))
@@ -40,7 +50,9 @@ def tied(trial):
 def behaves(trial):
     problem = disagreement(trial.task)
     trial.task.eval()
-    return required(not problem, problem or "packing, causality and logits are as assumed", OUR_FAULT)
+    return required(
+        not problem, problem or "packing, causality and logits are as assumed", OUR_FAULT
+    )
 
 
 def injected(trial):
@@ -59,7 +71,9 @@ def injected(trial):
 
 
 def learns(trial):
-    """Updates at the configured learning rate on the same rows, from the weights that the run will begin with."""
+    """Updates at the configured learning rate on the same rows, from the weights that the run will
+    begin with.
+    """
     optimizer = optimizer_of(trial)
     first = trial.gradients()[1]
     for _ in range(UPDATES):
@@ -84,7 +98,9 @@ def update(trial, optimizer):
 
 def acts(trial):
     """Other factors, another answer. From here on the factors B are no longer near zero."""
-    layers = [layer for layer in lora_layers(trial.task.model).values() if isinstance(layer, LoRALinear)]
+    layers = [
+        layer for layer in lora_layers(trial.task.model).values() if isinstance(layer, LoRALinear)
+    ]
     if not layers:
         return None
     before = trial.outputs()
@@ -104,7 +120,11 @@ def trained_tensors(trial):
     def meant(name):
         if not lora:
             return not is_pooler(name)
-        return ".lora_" in name or name.startswith("head.") or ends_with_one(name.rpartition(".")[0], lora.modules_to_save)
+        return (
+            ".lora_" in name
+            or name.startswith("head.")
+            or ends_with_one(name.rpartition(".")[0], lora.modules_to_save)
+        )
 
     tensors = {name: p for name, p in trial.task.named_parameters() if p.is_floating_point()}
     wanted = {name for name in tensors if meant(name)}
@@ -112,21 +132,39 @@ def trained_tensors(trial):
     missing = sorted(name for name in wanted if gradients.get(name) is None)
     zero = sorted(name for name in wanted - {*missing} if not gradients[name].any())
     if strange:
-        return FAIL, f"gradients for what is to stay as it is: {', '.join(strange[:5])}; {OUR_FAULT}"
+        return (
+            FAIL,
+            f"gradients for what is to stay as it is: {', '.join(strange[:5])}; {OUR_FAULT}",
+        )
     if missing or any(".lora_" in name for name in zero):
-        return FAIL, f"of {len(wanted)} get no gradient: {', '.join([*missing, *zero][:5])}; {OUR_FAULT}"
+        return (
+            FAIL,
+            f"of {len(wanted)} get no gradient: {', '.join([*missing, *zero][:5])}; {OUR_FAULT}",
+        )
     if zero:
-        return WARN, f"the gradient is 0 of {', '.join(zero[:5])}: these rows do not need them (experts nobody is sent to?)"
-    return PASS, f"all {len(wanted)} that are meant to be trained get one, the other {len(tensors) - len(wanted)} none"
+        return (
+            WARN,
+            f"the gradient is 0 of {', '.join(zero[:5])}: these rows do not need them (experts nobody is sent to?)",
+        )
+    return (
+        PASS,
+        f"all {len(wanted)} that are meant to be trained get one, the other {len(tensors) - len(wanted)} none",
+    )
 
 
 def loss_of_targets(trial):
-    """The loss of a step is the sum over its targets divided by their number, recomputed from what the head says."""
+    """The loss of a step is the sum over its targets divided by their number, recomputed from what
+    the head says.
+    """
     batch = trial.batch.to(trial.device)
     each = losses(trial.task.head, trial.outputs()[1], batch.targets) * batch.weights
     expected, found = each.double().mean().item(), trial.gradients()[1]
     difference = abs(found - expected) / max(abs(expected), 1e-12)
-    return judged(difference, trial.tolerance, f"{found:.6f} over {batch.num_targets} targets, relative difference")
+    return judged(
+        difference,
+        trial.tolerance,
+        f"{found:.6f} over {batch.num_targets} targets, relative difference",
+    )
 
 
 def accumulated(trial):
@@ -136,9 +174,14 @@ def accumulated(trial):
 
 
 def ranks(trial):
-    """The gradients of two processes' parts, added in the other order, against those of one process."""
+    """The gradients of two processes' parts, added in the other order, against those of one
+    process.
+    """
     parts = [trial.gradients(trial.relaid(rank=rank, world=2))[0] for rank in (1, 0)]
-    summed = {n: None if g is None else g if parts[1][n] is None else g + parts[1][n] for n, g in parts[0].items()}
+    summed = {
+        n: None if g is None else g if parts[1][n] is None else g + parts[1][n]
+        for n, g in parts[0].items()
+    }
     found = apart(summed, trial.gradients()[0])
     return judged(found, trial.tolerance, "relative difference of the gradients")
 
@@ -155,12 +198,17 @@ def after_evaluation(trial):
     before = trial.gradients()[0]
     trial.evaluate(trial.task, trial.data, trial.device, torch.float32)
     trial.task.eval()
-    limit = 0.0 if trial.device.type == "cpu" else trial.tolerance  # on a GPU sums have no fixed order
-    return judged(apart(trial.gradients()[0], before), limit, "relative difference of the gradients")
+    # On a GPU sums have no fixed order
+    limit = 0.0 if trial.device.type == "cpu" else trial.tolerance
+    return judged(
+        apart(trial.gradients()[0], before), limit, "relative difference of the gradients"
+    )
 
 
 def resumed(trial):
-    """Saved, loaded and gone on with, the next step is the next step, bit for bit (on a GPU to rounding)."""
+    """Saved, loaded and gone on with, the next step is the next step, bit for bit (on a GPU to
+    rounding).
+    """
     optimizer = optimizer_of(trial)
     update(trial, optimizer)
     with tempfile.TemporaryDirectory(prefix="plainlora_") as folder:
@@ -188,16 +236,26 @@ def through_peft(trial):
             if parameter.requires_grad:
                 parameter.zero_()
         load_adapter(model, folder)
-    changed = [name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])]
+    changed = [
+        name
+        for name, p in model.named_parameters()
+        if name in before and not torch.equal(p, before[name])
+    ]
     if changed:
         return FAIL, f"other than before: {', '.join(changed[:5])}; {OUR_FAULT}"
-    return judged(distance(trial.outputs(), said), 0.0, f"{len(before)} tensors, largest difference")
+    return judged(
+        distance(trial.outputs(), said), 0.0, f"{len(before)} tensors, largest difference"
+    )
 
 
 def base_unchanged(trial):
     now = frozen_sums(trial.task.model)
     changed = sorted(name for name, total in trial.started.items() if now.get(name) != total)
-    found = f"changed by training: {', '.join(changed[:5])}" if changed else f"{len(now)} frozen tensors are what they were"
+    found = (
+        f"changed by training: {', '.join(changed[:5])}"
+        if changed
+        else f"{len(now)} frozen tensors are what they were"
+    )
     return required(not changed, found, OUR_FAULT) if now else None
 
 

@@ -1,4 +1,6 @@
-"""What `--check` works on: a task in fp32, a few rows of its data, and the comparisons that the checks share."""
+"""What `--check` works on: a task in fp32, a few rows of its data, and the comparisons that the
+checks share.
+"""
 
 from dataclasses import replace
 import itertools
@@ -25,24 +27,34 @@ OUR_FAULT = "a fault of the program or of this model's code: do not train with i
 
 
 class Trial:
-    """What is checked: a task in fp32 (4-bit weights stay), on `device`, ready to be trained, and the data of its run."""
+    """What is checked: a task in fp32 (4-bit weights stay), on `device`, ready to be trained, and
+    the data of its run.
+    """
 
     def __init__(self, task, source, rows, facts, config, device, backward, evaluate):
         """rows, facts: of `store.tokenised`. backward, evaluate: train.py's."""
         self.task, self.config, self.device = task.float().to(device).eval(), config, device
-        self.rows, self.facts, self.examples = rows, facts, source.examples()  # (training, held out)
+        # (training, held out)
+        self.rows, self.facts, self.examples = rows, facts, source.examples()
         self.backward, self.evaluate = backward, evaluate
         sample = self.examples[0][:SAMPLE]
-        self.sample = list(zip(sample, render(sample, task.tokenizer, config.model.task, config.data, task.causal)))
-        self.few = few(rows, max(16, int(min(TOKENS, WORK / sum(p.numel() for p in task.parameters())))))
+        self.sample = list(
+            zip(sample, render(sample, task.tokenizer, config.model.task, config.data, task.causal))
+        )
+        self.few = few(
+            rows, max(16, int(min(TOKENS, WORK / sum(p.numel() for p in task.parameters()))))
+        )
         self.batch = self.few.batch(range(len(self.few)), task.packed)
         self.data = self.relaid()
         in_4bit = any(is_4bit(layer.base_layer) for layer in lora_layers(task.model).values())
-        self.tolerance = 0.05 if in_4bit else 1e-4  # of the largest number: fp32 sums in another order
+        # Of the largest number: fp32 sums in another order
+        self.tolerance = 0.05 if in_4bit else 1e-4
         self.started = frozen_sums(task.model)
 
     def relaid(self, max_tokens=2**40, rank=0, world=1):
-        """TrainingData whose step is the few rows, in micro-batches of so many tokens; or a process's part of it."""
+        """TrainingData whose step is the few rows, in micro-batches of so many tokens; or a
+        process's part of it.
+        """
         data = DataConfig(train_data=["the rows"], max_length=self.config.data.max_length)
         layout = {"examples_per_step": len(self.few), "max_tokens": max_tokens}
         config = replace(self.config, data=data)
@@ -60,7 +72,9 @@ class Trial:
 
     @torch.no_grad()
     def outputs(self, batch=None):
-        """(hidden states at the targets [n, width], what the head says [n, ...]) of all rows, or of a micro-batch."""
+        """(hidden states at the targets [n, width], what the head says [n, ...]) of all rows, or of
+        a micro-batch.
+        """
         batch = (batch or self.batch).to(self.device)
         hidden = self.task.at_targets(batch)
         return hidden.float(), self.task.head.predict(hidden, batch.targets).float()
@@ -69,13 +83,16 @@ class Trial:
 def few(rows, tokens):
     """The shortest of the first rows, so many that they have at most so many tokens; two at least.
 
-    Of a row with more than half of the tokens a part of so many, with its first target in the middle.
+    Of a row with more than half of the tokens a part of so many, with its first target in the
+    middle.
     """
     parts = []
     for i in range(min(len(rows), 4 * ROWS)):
         begin, end = rows.offsets[i : i + 2]
         if end - begin > tokens // 2:
-            begin = max(begin, begin + np.flatnonzero(is_target(rows.targets[begin:end]))[0] - tokens // 4)
+            begin = max(
+                begin, begin + np.flatnonzero(is_target(rows.targets[begin:end]))[0] - tokens // 4
+            )
         parts.append((min(end - begin, tokens // 2), i, begin))
     parts.sort()
     total = np.cumsum([length for length, *_ in parts])
@@ -88,7 +105,9 @@ def few(rows, tokens):
 
 
 def cut(task):
-    """Keep so many of a large model's first layers that they have BODY parameters, two at least; a note, or ""."""
+    """Keep so many of a large model's first layers that they have BODY parameters, two at least; a
+    note, or "".
+    """
     layers = decoder_layers(task.model)
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     kept = max(2, sum(size <= BODY for size in itertools.accumulate(sizes)))
@@ -104,15 +123,24 @@ def cut(task):
 
 
 def distance(ones, others):
-    """The largest difference of two lists of tensors, each relative to the largest number of the second."""
+    """The largest difference of two lists of tensors, each relative to the largest number of the
+    second.
+    """
     pairs = [(a, b) for a, b in zip(ones, others, strict=True) if b.numel()]
     return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item() for a, b in pairs)
 
 
 def apart(ones, others):
-    """The distance of two sets of gradients: the norm of the difference, relative to that of the second."""
-    pairs = [(a, others[name]) for name, a in ones.items() if a is not None and others[name] is not None]
-    norms = [torch.stack([x.norm() for x in xs]).norm() for xs in ([a - b for a, b in pairs], [b for _, b in pairs])]
+    """The distance of two sets of gradients: the norm of the difference, relative to that of the
+    second.
+    """
+    pairs = [
+        (a, others[name]) for name, a in ones.items() if a is not None and others[name] is not None
+    ]
+    norms = [
+        torch.stack([x.norm() for x in xs]).norm()
+        for xs in ([a - b for a, b in pairs], [b for _, b in pairs])
+    ]
     return (norms[0] / norms[1]).item()
 
 
@@ -123,7 +151,9 @@ def required(fine, found, mend, otherwise=FAIL):
 
 def judged(found, limit, what):
     """PASS where `found` is at most `limit`; a NaN is not."""
-    return required(found <= limit, f"{what} {found:.2g}", f"expected at most {limit:g}; {OUR_FAULT}")
+    return required(
+        found <= limit, f"{what} {found:.2g}", f"expected at most {limit:g}; {OUR_FAULT}"
+    )
 
 
 def counted(count, of, found, mend):

@@ -1,14 +1,15 @@
-"""Runs side by side: what differs in their configurations, how they ended, and whether one is better than another.
+"""Runs side by side: what differs in their configurations, how they ended, and whether one is
+better than another.
 
     python -m lora compare outputs/r_*                          a table, the best validation loss first
     python -m lora compare outputs/r_* --against outputs/r_16   ... and for each run: better, worse, or cannot tell
     python -m lora compare outputs/r_* --sweep lora_r=1,4,16 seed=1,2      ... and the commands of those not yet run
     python -m lora compare outputs/r_* --plot sweep.png         learning curves, and the loss against what is swept
 
-Two runs are compared on the validation examples that both were evaluated on, at the best step of each: a 95 % interval of
-the difference of their losses, from drawing the examples again. That says which of two *models* is better. Of two
-*settings* it does not, as another seed gives another model; where runs differ in nothing but their seed, their spread is
-taken into the interval.
+Two runs are compared on the validation examples that both were evaluated on, at the best step of
+each: a 95 % interval of the difference of their losses, from drawing the examples again. That says
+which of two *models* is better. Of two *settings* it does not, as another seed gives another model;
+where runs differ in nothing but their seed, their spread is taken into the interval.
 """
 
 from collections import defaultdict
@@ -37,7 +38,9 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 def differing(runs):
     """The keys in which the runs differ."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
+    return [
+        key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)
+    ]
 
 
 def table(runs):
@@ -53,25 +56,35 @@ def table(runs):
 
 def aligned(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
 
 
 def interval(ones, others, counts, draws=2000, seed=0):
-    """(difference, [low, high]): of sum(ones) / sum(counts) and sum(others) / sum(counts), arrays [examples]."""
+    """(difference, [low, high]): of sum(ones) / sum(counts) and sum(others) / sum(counts), arrays
+    [examples].
+    """
     apart = np.asarray(ones, np.float64) - np.asarray(others, np.float64)
     counts = np.asarray(counts, np.float64)
-    found = [apart[drawn].sum() / counts[drawn].sum() for drawn in draws_of(len(apart), draws, seed)]
+    found = [
+        apart[drawn].sum() / counts[drawn].sum() for drawn in draws_of(len(apart), draws, seed)
+    ]
     return apart.sum() / counts.sum(), quantiles(found)
 
 
 def spread_of_seeds(runs):
-    """(standard deviation of the best losses of runs that differ by their seed only, degrees of freedom); (0, 0): none."""
+    """(standard deviation of the best losses of runs that differ by their seed only, degrees of
+    freedom); (0, 0): none.
+    """
     groups = defaultdict(list)
     for run in runs:
         if run.best[0]:
             groups[run.setting].append(run.best[1])
     freedom = sum(len(losses) - 1 for losses in groups.values())
-    squares = sum((loss - statistics.fmean(losses)) ** 2 for losses in groups.values() for loss in losses)
+    squares = sum(
+        (loss - statistics.fmean(losses)) ** 2 for losses in groups.values() for loss in losses
+    )
     return (math.sqrt(squares / freedom), freedom) if freedom else (0.0, 0)
 
 
@@ -87,9 +100,13 @@ def verdict(run, other, spread):
     sums, counts = zip(*(ours[key] for key in both))
     difference, ends = interval(sums, [theirs[key][0] for key in both], counts)
     deviation, freedom = spread
-    if freedom:  # two models, each with a seed of its own; the two sources of chance are added as variances
+    # Two models, each with a seed of its own; the two sources of chance are added as variances
+    if freedom:
         chance = STUDENT[min(freedom, len(STUDENT)) - 1] * deviation * math.sqrt(2)
-        ends = [difference + math.copysign(math.hypot(end - difference, chance), end - difference) for end in ends]
+        ends = [
+            difference + math.copysign(math.hypot(end - difference, chance), end - difference)
+            for end in ends
+        ]
     said = "better" if ends[1] < 0 else "worse" if ends[0] > 0 else "cannot tell"
     text = f"{begin}{difference:+.5f} [{ends[0]:+.5f}, {ends[1]:+.5f}] over {len(both)} examples: {said}"
     if freedom:
@@ -105,14 +122,20 @@ def sketch(runs):
     low, high = (end(value for curve in curves.values() for value in curve) for end in (min, max))
     width, lines = max(map(len, curves)), [f"validation loss, from {high:.4g} (high) to {low:.4g}"]
     for name, curve in curves.items():
-        picked = [curve[i * len(curve) // min(WIDTH, len(curve))] for i in range(min(WIDTH, len(curve)))]
-        blocks = [BLOCKS[round((value - low) / (high - low or 1) * (len(BLOCKS) - 1))] for value in picked]
+        picked = [
+            curve[i * len(curve) // min(WIDTH, len(curve))] for i in range(min(WIDTH, len(curve)))
+        ]
+        blocks = [
+            BLOCKS[round((value - low) / (high - low or 1) * (len(BLOCKS) - 1))] for value in picked
+        ]
         lines.append(f"{name:>{width}}  {''.join(blocks)}")
     return "\n".join(lines)
 
 
 def plot(path, runs, key):
-    """Write a picture: the learning curves, and the best losses against the swept key, where there is one."""
+    """Write a picture: the learning curves, and the best losses against the swept key, where there
+    is one.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11 if key else 6, 4), layout="constrained")
@@ -124,7 +147,11 @@ def plot(path, runs, key):
     if curves.lines:
         curves.legend(fontsize=7)
     for axes in rest:
-        points = sorted((run.config[key], run.best[1]) for run in runs if run.best[0] and run.config.get(key) is not None)
+        points = sorted(
+            (run.config[key], run.best[1])
+            for run in runs
+            if run.best[0] and run.config.get(key) is not None
+        )
         axes.plot(*zip(*points), marker="o", linestyle="none")
         axes.set(xlabel=key, ylabel="best validation loss")
         values = [value for value, _ in points]
@@ -139,12 +166,18 @@ def swept(runs):
     def is_number(value):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    keys = [key for key in differing(runs) if key != "seed" and all(is_number(run.config.get(key)) for run in runs)]
+    keys = [
+        key
+        for key in differing(runs)
+        if key != "seed" and all(is_number(run.config.get(key)) for run in runs)
+    ]
     return keys[0] if len(keys) == 1 else None
 
 
 def commands(first, runs, sweep):
-    """The commands of the combinations of `sweep` ("key=a,b,c" each) that no run ended with; the rest is `first`'s."""
+    """The commands of the combinations of `sweep` ("key=a,b,c" each) that no run ended with; the
+    rest is `first`'s.
+    """
     axes = []
     for axis in sweep:
         key, _, values = axis.partition("=")
@@ -170,15 +203,33 @@ def commands(first, runs, sweep):
 def main(argv):
     parser = Parser("Runs side by side.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--against", metavar="RUN", help="say of each other run whether it is better than this one")
-    parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B", help="print the commands of those not yet run")
-    parser.add_argument("--plot", metavar="FILE", help="a picture of the curves, and of the loss against what is swept")
+    parser.add_argument(
+        "--against", metavar="RUN", help="say of each other run whether it is better than this one"
+    )
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="KEY=A,B",
+        help="print the commands of those not yet run",
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="a picture of the curves, and of the loss against what is swept",
+    )
     arguments = parser.parse_args(argv)
     if arguments.plot and find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install 'plainlora[plot]'.")
-    if arguments.plot and not (Path(arguments.plot).suffix == ".png" and Path(arguments.plot).absolute().parent.is_dir()):
-        raise UserError(f"--plot {arguments.plot}: expected the name of a .png file in a folder that is there.")
-    others = [folder for folder in arguments.runs if not (Path(folder) / "logs" / "config.json").is_file()]
+    if arguments.plot and not (
+        Path(arguments.plot).suffix == ".png" and Path(arguments.plot).absolute().parent.is_dir()
+    ):
+        raise UserError(
+            f"--plot {arguments.plot}: expected the name of a .png file in a folder that is there."
+        )
+    others = [
+        folder for folder in arguments.runs if not (Path(folder) / "logs" / "config.json").is_file()
+    ]
     if others:
         print(f"no runs of ours, left out: {' '.join(others)}")
     named = [Run.of(folder) for folder in dict.fromkeys(arguments.runs) if folder not in others]

@@ -26,12 +26,16 @@ class Run:
     def of(cls, folder):
         logs = Path(folder) / "logs"
         if not (logs / "config.json").is_file():
-            raise UserError(f"{folder}: no logs/config.json there; expected the folder of a run, as outputs/RUN.")
+            raise UserError(
+                f"{folder}: no logs/config.json there; expected the folder of a run, as outputs/RUN."
+            )
         metrics, results = logs / "train_metrics.jsonl", logs / "final_results.json"
         text = metrics.read_text().splitlines(True) if metrics.is_file() else []
-        whole = [json.loads(line) for line in text if line.endswith("\n")]  # the last one may be being written
+        # The last one may be being written
+        whole = [json.loads(line) for line in text if line.endswith("\n")]
         found = read_file(results) if results.is_file() else {}
-        config = from_dict(read_file(logs / "config.json"), str(logs / "config.json"))  # with the defaults of newer keys
+        # With the defaults of newer keys
+        config = from_dict(read_file(logs / "config.json"), str(logs / "config.json"))
         return cls(Path(folder), flat(config), whole, found)
 
     @property
@@ -44,8 +48,14 @@ class Run:
 
     @property
     def best(self):
-        """(step, validation loss) of the lowest after the first step; (None, inf) where there is none."""
-        return min(((s, v) for s, v in self.curve() if s), key=lambda pair: (pair[1], pair[0]), default=(None, math.inf))
+        """(step, validation loss) of the lowest after the first step; (None, inf) where there is
+        none.
+        """
+        return min(
+            ((s, v) for s, v in self.curve() if s),
+            key=lambda pair: (pair[1], pair[0]),
+            default=(None, math.inf),
+        )
 
     @property
     def setting(self):
@@ -56,12 +66,25 @@ class Run:
     def values(self):
         """{column: text} of the table."""
         step, best = self.best
-        at_best = next((line for line in self.lines if line["step"] == step and "val/loss" in line), {})
-        extra = {k.removeprefix("val/"): v for k, v in at_best.items() if k in ("val/r2", "val/token_accuracy")}
+        at_best = next(
+            (line for line in self.lines if line["step"] == step and "val/loss" in line), {}
+        )
+        extra = {
+            k.removeprefix("val/"): v
+            for k, v in at_best.items()
+            if k in ("val/r2", "val/token_accuracy")
+        }
         speeds = [value for _, value in self.curve("train/tokens_per_second")]
-        columns = {"best loss": best if step else None, "at step": step, "last loss": (self.curve() or [(0, None)])[-1][1]}
+        columns = {
+            "best loss": best if step else None,
+            "at step": step,
+            "last loss": (self.curve() or [(0, None)])[-1][1],
+        }
         columns |= extra | {"tokens/s": statistics.median(speeds) if speeds else None}
-        return columns | {"GB": self.results.get("peak_memory_gb"), "seconds": self.results.get("seconds")}
+        return columns | {
+            "GB": self.results.get("peak_memory_gb"),
+            "seconds": self.results.get("seconds"),
+        }
 
 
 def flat(config):
@@ -73,4 +96,10 @@ def flat(config):
 def shown(value):
     if isinstance(value, float):
         return f"{value:.5g}"
-    return "-" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (
+        "-"
+        if value is None
+        else " ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )

@@ -1,4 +1,6 @@
-"""`python -m lora render FILE`: rows as the model will read them, their targets marked, and a summary of the file."""
+"""`python -m lora render FILE`: rows as the model will read them, their targets marked, and a
+summary of the file.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -19,10 +21,17 @@ def main(argv):
     from lora.model.weights import load_shape
     from lora.target_modules import is_causal
 
-    parser = Parser("Rows of data files as the model will read them, what is asked of it marked, and statistics.")
+    parser = Parser(
+        "Rows of data files as the model will read them, what is asked of it marked, and statistics."
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="data files, as for --train_data")
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
-    config, keys = Config(ModelConfig("embedded")), ("base_model", "task", "max_length", "label_max")
+    parser.add_argument(
+        "--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)"
+    )
+    config, keys = (
+        Config(ModelConfig("embedded")),
+        ("base_model", "task", "max_length", "label_max"),
+    )
     for table in (config.model, config.data):
         add_flags(parser, table, keys)
     arguments = parser.parse_args(argv)
@@ -31,7 +40,9 @@ def main(argv):
     shape, _, tokenizer = load_shape(config.model.base_model)
     with torch.device("meta"):  # what the model sees of a row is in its code; no weights are needed
         causal = is_causal(AutoModel.from_config(shape))
-    _, facts = tokenise(examples, SimpleNamespace(tokenizer=tokenizer, causal=causal), config, "data")
+    _, facts = tokenise(
+        examples, SimpleNamespace(tokenizer=tokenizer, causal=causal), config, "data"
+    )
     for example in examples[: arguments.rows]:
         (rendered,) = render([example], tokenizer, config.model.task, config.data, causal)
         for row in rendered.rows[: arguments.rows]:

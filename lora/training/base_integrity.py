@@ -1,4 +1,5 @@
-"""The base, hashed before and after training: that it is unchanged is measured, and so is what alone is trained.
+"""The base, hashed before and after training: that it is unchanged is measured, and so is what
+alone is trained.
 
 outputs/RUN/baseline_checksums.json   sha256 of the base's weight files, and one over the frozen tensors in memory
 """
@@ -23,16 +24,21 @@ from lora.training.checkpoint import trainable
 
 
 def measure(task, config):
-    """{"files": {weight file of the base: sha256}, "frozen": {frozen tensor: sha256, as it lies in memory}}.
+    """{"files": {weight file of the base: sha256}, "frozen": {frozen tensor: sha256, as it lies in
+    memory}}.
 
     Full fine-tuning freezes nothing, and random weights come from no file.
     """
-    return {"files": file_sums(config.model), "frozen": frozen_sums(task.model) if config.lora else {}}
+    return {
+        "files": file_sums(config.model),
+        "frozen": frozen_sums(task.model) if config.lora else {},
+    }
 
 
 def frozen_sums(model):
     """{frozen tensor: sha256}."""
-    return in_threads(sha256_of_tensor, frozen_tensors(model))  # from a GPU each thread holds one in main memory
+    # From a GPU each thread holds one in main memory
+    return in_threads(sha256_of_tensor, frozen_tensors(model))
 
 
 def file_sums(model):
@@ -41,24 +47,37 @@ def file_sums(model):
 
 
 def other_base(folder, base_model, sums):
-    """A warning, if adapter or head in `folder` were made by a run of ours on other weight files than `sums`; else ""."""
+    """A warning, if adapter or head in `folder` were made by a run of ours on other weight files
+    than `sums`; else "".
+    """
     folder = Path(folder).resolve()
     place = folder.parent if folder.name == "lora_adapter" else folder
     if (place / "backbone").is_dir() or (place / INDEX).is_file():  # whole models
         return ""
     records = [place / name for name in ("metadata.json", "trainer_state.json")]
     facts = next((read_file(path) for path in records if path.is_file()), {})
-    known = (facts.get("base_files") or facts.get("facts", {}).get("base_model")) in (None, {}, sums)
-    return "" if known else f"warning: {base_model} does not hold the weights that {folder} was trained on"
+    known = (facts.get("base_files") or facts.get("facts", {}).get("base_model")) in (
+        None,
+        {},
+        sums,
+    )
+    return (
+        ""
+        if known
+        else f"warning: {base_model} does not hold the weights that {folder} was trained on"
+    )
 
 
 def frozen_tensors(model):
-    """Name -> tensor, for all that the model's state holds and that is not trained, a 4-bit weight's scales among it.
+    """Name -> tensor, for all that the model's state holds and that is not trained, a 4-bit
+    weight's scales among it.
 
-    Buffers outside of the state are made anew by the model itself (rotary frequencies, for the length it reads).
+    Buffers outside of the state are made anew by the model itself (rotary frequencies, for the
+    length it reads).
     """
     state = model.state_dict(keep_vars=True)
-    once = {id(tensor): name for name, tensor in state.items() if not tensor.requires_grad}  # tied ones have two names
+    # Tied ones have two names
+    once = {id(tensor): name for name, tensor in state.items() if not tensor.requires_grad}
     return {name: state[name] for name in sorted(once.values())}
 
 
@@ -71,30 +90,49 @@ def sha256_of_tensor(tensor):
 
 def sha256_over(sums):
     """One sha256 over {name: sha256}."""
-    return hashlib.sha256("".join(f"{name} {one}\n" for name, one in sorted(sums.items())).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{name} {one}\n" for name, one in sorted(sums.items())).encode()
+    ).hexdigest()
 
 
 def record(run_dir, config, before):
     """Write baseline_checksums.json."""
-    frozen = {"frozen_tensors": len(before["frozen"]), "frozen_sha256": sha256_over(before["frozen"])}
+    frozen = {
+        "frozen_tensors": len(before["frozen"]),
+        "frozen_sha256": sha256_over(before["frozen"]),
+    }
     sums = {"base_model": config.model.base_model, "files": before["files"], **frozen}
     write_text(Path(run_dir) / "baseline_checksums.json", json.dumps(sums, indent=2) + "\n")
 
 
 def compare(before, after):
     """A line that says that nothing changed. Raises Stopped with the names of what did."""
-    changed = sorted({name for part in before for name, _ in before[part].items() ^ after[part].items()})
+    changed = sorted(
+        {name for part in before for name, _ in before[part].items() ^ after[part].items()}
+    )
     if changed:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if changed[5:] else "")
-        raise Stopped(f"the base's weights changed during training: {listed}; no artifact is made of this run.")
-    frozen = f"{len(before['frozen'])} frozen tensors, sha256 {sha256_over(before['frozen'])}; " if before["frozen"] else ""
+        raise Stopped(
+            f"the base's weights changed during training: {listed}; no artifact is made of this run."
+        )
+    frozen = (
+        f"{len(before['frozen'])} frozen tensors, sha256 {sha256_over(before['frozen'])}; "
+        if before["frozen"]
+        else ""
+    )
     return f"base model weights unchanged: {frozen}weight files: {len(before['files'])}"
 
 
 def only_adapters_train(task, modules_to_save):
-    """A line that says so. Raises Stopped where anything but LoRA's tensors, modules to save and the head is trained."""
+    """A line that says so. Raises Stopped where anything but LoRA's tensors, modules to save and
+    the head is trained.
+    """
     lora = [p for layer in lora_layers(task.model).values() for p in factors(layer).values()]
-    whole = [p for name in named_modules(task.model, modules_to_save) for p in task.model.get_submodule(name).parameters()]
+    whole = [
+        p
+        for name in named_modules(task.model, modules_to_save)
+        for p in task.model.get_submodule(name).parameters()
+    ]
     head = list(task.head.parameters()) if isinstance(task.head, MLPHead) else []
     allowed = {id(p) for p in (*lora, *whole, *head)}
     strange = [name for name, p in trainable(task).items() if id(p) not in allowed]
@@ -102,4 +140,6 @@ def only_adapters_train(task, modules_to_save):
         mend = "freeze them, or name them in modules_to_save"
         raise Stopped(f"trained beside the adapter: {', '.join(strange[:5])}; {mend}.")
     counts = (lora, "LoRA tensors"), (whole, "of modules to save"), (head, "of the head")
-    return "only adapter parameters are trainable: " + ", ".join(f"{len(some)} {what}" for some, what in counts if some)
+    return "only adapter parameters are trainable: " + ", ".join(
+        f"{len(some)} {what}" for some, what in counts if some
+    )

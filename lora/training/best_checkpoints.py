@@ -23,7 +23,9 @@ def best(states):
 
 
 def best_loss(folder):
-    """The lowest validation loss among the checkpoints below `folder`; infinite where there is none."""
+    """The lowest validation loss among the checkpoints below `folder`; infinite where there is
+    none.
+    """
     return min((state["val"]["loss"] for state in best(saved(folder))), default=math.inf)
 
 
@@ -42,7 +44,9 @@ def prune(folder):
 
 
 def recover(run_dir):
-    """Clear what a killed run left, set damaged checkpoints aside and delete those that are not to stay; lines to say."""
+    """Clear what a killed run left, set damaged checkpoints aside and delete those that are not to
+    stay; lines to say.
+    """
     said, folder = [], Path(run_dir) / "checkpoints"
     clear(Path(run_dir))
     clear(folder)

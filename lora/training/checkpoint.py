@@ -1,8 +1,10 @@
-"""Checkpoints: written beside their place and renamed, the three best and the last kept, resumed exactly.
+"""Checkpoints: written beside their place and renamed, the three best and the last kept, resumed
+exactly.
 
     checkpoints/checkpoint_step_<N>/   weights (Task.save), optimizer.safetensors, trainer_state.json, checksums.json
 
-The whole state of a run is weights, optimizer, step: data order and dropout are functions of (seed, step).
+The whole state of a run is weights, optimizer, step: data order and dropout are functions of (seed,
+step).
 """
 
 import json
@@ -20,17 +22,20 @@ from lora.training.optimizer import set_state, state_of
 
 
 def save(folder, step, task, optimizer, state):
-    """Write `checkpoint_step_<step>` below `folder`, then delete those that are neither among the best nor the last.
+    """Write `checkpoint_step_<step>` below `folder`, then delete those that are neither among the
+    best nor the last.
 
-    Of several processes, which hold the same, the first does so. `state` (JSON) goes along; its "val" are the validation
-    metrics at this step, or None.
+    Of several processes, which hold the same, the first does so. `state` (JSON) goes along; its
+    "val" are the validation metrics at this step, or None.
     """
     sharded = any(map(sharding.is_sharded, task.parameters()))
     final = Path(folder) / f"checkpoint_step_{step}"
     if process_group.rank() == 0:
         with folder_for(final) as temporary:
             write_tensors(temporary, task, optimizer, sharded)
-            (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+            (temporary / "trainer_state.json").write_text(
+                json.dumps({"step": step, **state}, indent=2) + "\n"
+            )
             write_checksums(temporary)
         prune(folder)
     elif sharded:
@@ -38,7 +43,9 @@ def save(folder, step, task, optimizer, state):
 
 
 def write_tensors(folder, task, optimizer, sharded):
-    """Write weights and optimizer state: whole, or this process's part of them once the first one has made the folder."""
+    """Write weights and optimizer state: whole, or this process's part of them once the first one
+    has made the folder.
+    """
     tensors = optimizer_tensors(task, optimizer)
     if sharded:
         process_group.wait()
@@ -51,7 +58,9 @@ def write_tensors(folder, task, optimizer, sharded):
 
 
 def load(path, task, optimizer):
-    """Put a checkpoint's weights and optimizer state into `task` and `optimizer`; returns its state."""
+    """Put a checkpoint's weights and optimizer state into `task` and `optimizer`; returns its
+    state.
+    """
     path = Path(path)
     state = read_state(path)
     task.load(path)
@@ -73,13 +82,18 @@ def load(path, task, optimizer):
             set_state(optimizer, states)
     except KeyError as error:
         strange = [f"{names[error.args[0]]}/{key}" for key in error.args[1:]]
-    refuse_any(strange, f"{path}: not the optimizer's state of this model: absent, unknown or of another shape")
+    refuse_any(
+        strange,
+        f"{path}: not the optimizer's state of this model: absent, unknown or of another shape",
+    )
     return state
 
 
 def trainable(task):
     """Name -> parameter, for those that are trained."""
-    return {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad
+    }
 
 
 def optimizer_tensors(task, optimizer):

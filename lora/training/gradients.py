@@ -13,10 +13,11 @@ from lora.model.device import autocast
 
 
 def backward(task, data, step, scaler, seed, device, dtype):
-    """Add the gradients of this process's part of a step; returns [its part of the loss, 1 if memory ran out, 1 to stop].
+    """Add the gradients of this process's part of a step; returns [its part of the loss, 1 if
+    memory ran out, 1 to stop].
 
-    Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets, over all processes), so
-    that how a step is cut changes nothing.
+    Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets,
+    over all processes), so that how a step is cut changes nothing.
     """
     batches, num_targets = data.batch_at(step), data.num_targets_at(step)
     totals = torch.zeros(3, device=device)
@@ -28,7 +29,8 @@ def backward(task, data, step, scaler, seed, device, dtype):
             scaler.scale(loss_sum / num_targets).backward()
             totals[0] += loss_sum.detach() / num_targets
     except RuntimeError as error:
-        # Where weights are sharded the other processes wait in the middle of a layer: this one cannot go back alone.
+        # Where weights are sharded the other processes wait in the middle of a layer: this one
+        # cannot go back alone.
         if not ran_out_of_memory(error) or any(map(sharding.is_sharded, task.parameters())):
             raise
         totals[1] = 1
@@ -37,7 +39,9 @@ def backward(task, data, step, scaler, seed, device, dtype):
 
 
 def sum_gradients(parameters, totals):
-    """Give every process the sum of all processes' gradients, and of their `totals`; one call over all, once a step."""
+    """Give every process the sum of all processes' gradients, and of their `totals`; one call over
+    all, once a step.
+    """
     if world() == 1:
         return
     if any(map(is_sharded, parameters)):  # these are summed on the way

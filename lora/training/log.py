@@ -25,7 +25,8 @@ SPIKE_WINDOW, SPIKE = 50, 6.0  # steps, standard deviations of their losses
 
 
 class Log:
-    """The log of a run in `run_dir`. Metrics of steps after `start` are cut off: a resumed run writes them again.
+    """The log of a run in `run_dir`. Metrics of steps after `start` are cut off: a resumed run
+    writes them again.
 
     Of several processes only the first has one.
     """
@@ -39,14 +40,20 @@ class Log:
             return
         folder = self.run_dir / "logs"
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=may_exist)  # of two runs that start at once, one gets the folder
+            # Of two runs that start at once, one gets the folder
+            self.run_dir.mkdir(parents=True, exist_ok=may_exist)
             folder.mkdir(exist_ok=may_exist)
             self.lock = open(folder / "lock", "w")
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this process lives; it may begin anew
+            # While this process lives; it may begin anew
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self.run_dir}: another process is training there; wait for it or end it.") from None
+            raise UserError(
+                f"{self.run_dir}: another process is training there; wait for it or end it."
+            ) from None
         except OSError as error:
-            raise UserError(f"{self.run_dir}: {error.strerror}; name another --experiment_name or --output_dir.") from None
+            raise UserError(
+                f"{self.run_dir}: {error.strerror}; name another --experiment_name or --output_dir."
+            ) from None
         exit_status.run_dir = self.run_dir
         exit_status.record(None)
         config.save(folder / "config.json")
@@ -54,11 +61,14 @@ class Log:
         metrics = folder / "train_metrics.jsonl"
         if metrics.exists():
             lines = metrics.read_text().splitlines(True)
-            whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+            # A killed run may leave half a line
+            whole = [line for line in lines if line.endswith("\n")]
             kept = "".join(line for line in whole if start and json.loads(line)["step"] <= start)
             write_text(metrics, kept)
         self.metrics_file = open(metrics, "a", buffering=1)
-        self.text_file = open(folder / f"train_{time.strftime('%Y%m%d-%H%M%S')}.log", "a", buffering=1)
+        self.text_file = open(
+            folder / f"train_{time.strftime('%Y%m%d-%H%M%S')}.log", "a", buffering=1
+        )
         names = filter(None, config.output.report_to.split(","))
         self.trackers = [tracker(name, self.run_dir, config, start, self.say) for name in names]
 
@@ -72,7 +82,9 @@ class Log:
         self.bar = tqdm(total=total, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
 
     def count(self, step, tokens, seconds, loss):
-        """Step number `step` is done, over so many tokens; evaluations and checkpoints are not in its seconds."""
+        """Step number `step` is done, over so many tokens; evaluations and checkpoints are not in
+        its seconds.
+        """
         if len(self.losses) == SPIKE_WINDOW:
             usual = statistics.fmean(self.losses)
             if loss > usual + SPIKE * statistics.pstdev(self.losses):
@@ -84,22 +96,32 @@ class Log:
         self.bar.update()
 
     def metrics(self, step, values):
-        """A line of metrics: {"train/loss": ...} or {"val/loss": ...}. Training lines get their tokens per second."""
+        """A line of metrics: {"train/loss": ...} or {"val/loss": ...}. Training lines get their
+        tokens per second.
+        """
         if "train/loss" in values:
             values["train/tokens_per_second"] = round(self.tokens / self.seconds, 1)
             self.tokens, self.seconds = 0, 0.0
-            shown = (values["train/loss"], values["train/learning_rate"], values["train/tokens_per_second"])
+            shown = (
+                values["train/loss"],
+                values["train/learning_rate"],
+                values["train/tokens_per_second"],
+            )
             line = "loss {:.4f}, lr {:.2e}, {:.0f} tokens/s".format(*shown)
             self.bar.set_postfix_str(line)
             self.text_file.write(f"step {step}: {line}\n")
             if not sys.stderr.isatty():
                 print(f"step {step}: {line}", flush=True)
-        self.metrics_file.write(json.dumps({"step": step, "timestamp": time.time(), **without_nan(values)}) + "\n")
+        self.metrics_file.write(
+            json.dumps({"step": step, "timestamp": time.time(), **without_nan(values)}) + "\n"
+        )
         for track in self.trackers:
             track(step, values)
 
     def examples(self, step, *evaluated):
-        """Keep the losses of the validation examples of an evaluation, as `example_losses.keep` is given it."""
+        """Keep the losses of the validation examples of an evaluation, as `example_losses.keep` is
+        given it.
+        """
         if process_group.rank() == 0:
             example_losses.keep(self.run_dir, step, *evaluated)
 
@@ -112,7 +134,9 @@ class Log:
 
 
 def peak_memory(device):
-    """The most memory this run has held, in bytes: the GPU's where it ran on one, else the process's."""
+    """The most memory this run has held, in bytes: the GPU's where it ran on one, else the
+    process's.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,8 @@
 """The memory that a run would take, by part, counted without running it.
 
-A step on the longest rows is run with tensors that have shapes and no contents (torch's FakeTensorMode), and the bytes of
-what it would hold are counted. So this works where the run itself would not fit.
+A step on the longest rows is run with tensors that have shapes and no contents (torch's
+FakeTensorMode), and the bytes of what it would hold are counted. So this works where the run itself
+would not fit.
 """
 
 import logging
@@ -24,7 +25,9 @@ from lora.training.optimizer import state_bytes
 
 
 class Counting(TorchDispatchMode):
-    """Counts the bytes of what is made on a kind of device and not let go of yet: `live`, and at most, `peak`."""
+    """Counts the bytes of what is made on a kind of device and not let go of yet: `live`, and at
+    most, `peak`.
+    """
 
     def __init__(self, kind):
         super().__init__()
@@ -32,9 +35,15 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for made, declared in zip(out if isinstance(out, (list, tuple)) else [out], func._schema.returns):
+        for made, declared in zip(
+            out if isinstance(out, (list, tuple)) else [out], func._schema.returns
+        ):
             for tensor in made if isinstance(made, (list, tuple)) else [made]:
-                if isinstance(tensor, torch.Tensor) and not declared.alias_info and tensor.device.type == self.kind:
+                if (
+                    isinstance(tensor, torch.Tensor)
+                    and not declared.alias_info
+                    and tensor.device.type == self.kind
+                ):
                     self.add(tensor.untyped_storage())
         return out
 
@@ -50,7 +59,8 @@ class Counting(TorchDispatchMode):
 
 
 def memory(task, data, config, device, dtype):
-    """What this process holds on `device` at its peak: {"weights", "gradients", "optimizer", "activations", "head"}, bytes.
+    """What this process holds on `device` at its peak: {"weights", "gradients", "optimizer",
+    "activations", "head"}, bytes.
 
     On a CPU there is "program" as well: Python, the libraries, and what is left of loading.
 
@@ -58,10 +68,14 @@ def memory(task, data, config, device, dtype):
     """
     parameters = list(trainable(task).values())
     parts = process_group.world() if process_group.world() > 1 and not config.lora else 1
-    storages = {t.untyped_storage()._cdata: t.nbytes for t in (*task.state_dict().values(), *task.buffers())}
+    storages = {
+        t.untyped_storage()._cdata: t.nbytes for t in (*task.state_dict().values(), *task.buffers())
+    }
     weights = sum(storages.values()) // parts
     if parts > 1:  # a layer is gathered while the one before it is computed
-        weights += 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(task.model))
+        weights += 2 * max(
+            sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(task.model)
+        )
     gradients = sum(p.nbytes for p in parameters)
     head = before = earlier = 0
 
@@ -73,13 +87,21 @@ def memory(task, data, config, device, dtype):
         nonlocal head
         head, counting.peak = max(head, counting.peak - before), max(earlier, counting.peak)
 
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would print a traceback of its own
-    hooks = task.head.register_forward_pre_hook(head_begins), task.head.register_forward_hook(head_ends)
-    with torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+    # It would print a traceback of its own
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    hooks = (
+        task.head.register_forward_pre_hook(head_begins),
+        task.head.register_forward_hook(head_ends),
+    )
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FakeTensorMode(allow_non_fake_inputs=True) as fakes,
+    ):
         fake = {
             name: fakes.from_tensor(tensor.detach()).to(device).requires_grad_(tensor.requires_grad)
             for name, tensor in (*task.named_parameters(), *task.named_buffers())
-            if type(tensor) in (torch.Tensor, nn.Parameter)  # those of 4 bits are bitsandbytes' own, and on the device
+            # Those of 4 bits are bitsandbytes' own, and on the device
+            if type(tensor) in (torch.Tensor, nn.Parameter)
         }
         with Counting(device.type) as counting:
             try:
@@ -87,8 +109,11 @@ def memory(task, data, config, device, dtype):
                     with autocast(device, dtype):
                         loss, _ = torch.func.functional_call(task, fake, (batch.to(device),))
                     loss.backward()
-            except (RuntimeError, AttributeError) as error:  # torch has no such shapes for experts in float32, say
-                raise UserError(f"--dry_run: this model cannot be counted in {dtype} ({str(error)[:120]}).") from None
+            # Torch has no such shapes for experts in float32, say
+            except (RuntimeError, AttributeError) as error:
+                raise UserError(
+                    f"--dry_run: this model cannot be counted in {dtype} ({str(error)[:120]})."
+                ) from None
     for hook in hooks:
         hook.remove()
     head = min(head, counting.peak - gradients)
@@ -103,7 +128,9 @@ def memory(task, data, config, device, dtype):
 
 
 def resident():
-    """The main memory that this process holds now, in bytes (its peak, where the system does not tell)."""
+    """The main memory that this process holds now, in bytes (its peak, where the system does not
+    tell).
+    """
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

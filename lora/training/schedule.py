@@ -4,13 +4,17 @@ import math
 
 
 def total_steps(settings, steps_per_epoch):
-    """Where a run ends: max_steps or num_train_epochs, the smaller where both are given; 10000 where neither is."""
+    """Where a run ends: max_steps or num_train_epochs, the smaller where both are given; 10000
+    where neither is.
+    """
     by_epochs = settings.num_train_epochs and math.ceil(settings.num_train_epochs * steps_per_epoch)
     return min(filter(None, (settings.max_steps, by_epochs)), default=10000)
 
 
 def learning_rate_at(step, total, settings):
-    """The learning rate of step 0..total-1, as transformers' schedules have it: linear warm-up from 0, then the shape."""
+    """The learning rate of step 0..total-1, as transformers' schedules have it: linear warm-up from
+    0, then the shape.
+    """
     warmup = settings.warmup_steps
     if warmup is None:
         ratio = settings.warmup_ratio

@@ -1,6 +1,7 @@
 """Where the metrics go beside the run's own file (`--report_to`): TensorBoard, Weights & Biases.
 
-A tracker is a function of (step, {name: value}). Whatever goes wrong in one is said once, and the run goes on without it.
+A tracker is a function of (step, {name: value}). Whatever goes wrong in one is said once, and the
+run goes on without it.
 """
 
 import hashlib
@@ -26,10 +27,14 @@ def tracker(name, run_dir, config, start, say):
 
 
 def tensorboard(run_dir, config, start):
-    """Writes to RUN/logs/tensorboard; what a resumed run writes again takes the place of what was there."""
+    """Writes to RUN/logs/tensorboard; what a resumed run writes again takes the place of what was
+    there.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(run_dir / "logs" / "tensorboard", purge_step=start + 1 if start else None)
+    writer = SummaryWriter(
+        run_dir / "logs" / "tensorboard", purge_step=start + 1 if start else None
+    )
 
     def track(step, values):
         for name, value in values.items():
@@ -40,7 +45,9 @@ def tensorboard(run_dir, config, start):
 
 
 def wandb(run_dir, config, start):
-    """Sends to the project and entity of WANDB_PROJECT and WANDB_ENTITY; a resumed run goes on in the same one."""
+    """Sends to the project and entity of WANDB_PROJECT and WANDB_ENTITY; a resumed run goes on in
+    the same one.
+    """
     import wandb as package
 
     run = package.init(

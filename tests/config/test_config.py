@@ -35,15 +35,25 @@ def test_the_defaults_are_those_the_requirements_name():
     full, lora = Config(), get_lora_config()
     assert (full.training.learning_rate, lora.training.learning_rate) == (2e-5, 1e-4)
     assert (lora.lora.lora_r, lora.lora.lora_alpha, lora.lora.lora_dropout) == (16, 32, 0.0)
-    assert (full.training.batch_size, full.training.gradient_accumulation_steps, full.data.max_length) == (4, 4, 2048)
+    assert (
+        full.training.batch_size,
+        full.training.gradient_accumulation_steps,
+        full.data.max_length,
+    ) == (4, 4, 2048)
     assert full.lora is None
 
 
 def test_flag_beats_file_beats_default(tmp_path):
     file = tmp_path / "c.toml"
-    file.write_text('[model]\nbase_model = "m"\n[data]\ntrain_data = ["d"]\n[training]\nseed = 1\nmax_steps = 5\n')
+    file.write_text(
+        '[model]\nbase_model = "m"\n[data]\ntrain_data = ["d"]\n[training]\nseed = 1\nmax_steps = 5\n'
+    )
     config = read("--config", str(file), "--max_steps", "7")
-    assert (config.training.seed, config.training.max_steps, config.training.batch_size) == (1, 7, 4)
+    assert (config.training.seed, config.training.max_steps, config.training.batch_size) == (
+        1,
+        7,
+        4,
+    )
 
 
 def test_with_nothing_named_the_tiny_config_is_used_and_with_a_model_and_data_the_general_defaults():
@@ -90,13 +100,26 @@ def test_bf16_and_fp16_are_real_booleans(flags, dtype):
 
 def test_bf16_false_overrides_a_file(tmp_path):
     (tmp_path / "c.toml").write_text('[training]\ndtype = "bfloat16"\n')
-    assert read("--config", str(tmp_path / "c.toml"), *NAMED, "--bf16=false").training.dtype == "float32"
+    assert (
+        read("--config", str(tmp_path / "c.toml"), *NAMED, "--bf16=false").training.dtype
+        == "float32"
+    )
 
 
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_a_saved_configuration_reads_back_equal(tmp_path, suffix):
-    config = read(*NAMED, "--train_data", 'a "quoted" näme\n\x7f.jsonl', "b\\c", "--learning_rate=3e-4", "--max_samples=5")
-    config.lora.rank_pattern, config.lora.alpha_pattern = {r"layers\.1\..*": 4, 'a "q"': 2}, {"q_proj": 3.5}
+    config = read(
+        *NAMED,
+        "--train_data",
+        'a "quoted" näme\n\x7f.jsonl',
+        "b\\c",
+        "--learning_rate=3e-4",
+        "--max_samples=5",
+    )
+    config.lora.rank_pattern, config.lora.alpha_pattern = (
+        {r"layers\.1\..*": 4, 'a "q"': 2},
+        {"q_proj": 3.5},
+    )
     path = tmp_path / f"training_config.{suffix}"
     config.save(path)
     again = read("--config", str(path))
@@ -122,18 +145,27 @@ def test_resume_from_auto_looks_at_script_and_stage_as_a_run_that_is_named_does(
 
 
 ERRORS = [  # and those of tests/scripts/test_inputs.py
-    (["--rank_pattern=4"], "--rank_pattern = '4': expected a table, which only a config file can hold."),
+    (
+        ["--rank_pattern=4"],
+        "--rank_pattern = '4': expected a table, which only a config file can hold.",
+    ),
     (["--load_in_4bit=maybe"], "--load_in_4bit = 'maybe': expected true or false."),
     (["--use_dora=2"], "--use_dora = '2': expected true or false."),
     (["--lorar=8"], "--lorar: no such key. Did you mean lora_r?"),
     (["--lora_r=2.5"], "--lora_r = '2.5': expected an integer."),
     (["--lora_r=-1"], "--lora_r = -1: expected an integer >= 0."),
-    (["--lora_r=0", "--base_model=m", "--train_data=d"], "lora_r = 0: nothing would be trained of a language model"),
+    (
+        ["--lora_r=0", "--base_model=m", "--train_data=d"],
+        "lora_r = 0: nothing would be trained of a language model",
+    ),
     (
         ["--lora_r=0", "--use_dora", "--modules_to_save=norm"],
         "the score head alone is trained; leave modules_to_save, use_dora",
     ),
-    (["--lora_r=0", "--add_special_tokens=<a>"], "the score head alone is trained; leave add_special_tokens out"),
+    (
+        ["--lora_r=0", "--add_special_tokens=<a>"],
+        "the score head alone is trained; leave add_special_tokens out",
+    ),
     (["--learning_rate=0"], "--learning_rate = 0.0: expected a number > 0."),
     (["--dtype=float31"], "Did you mean float32?"),
     (["--bf16=maybe"], "--bf16 = 'maybe': expected true or false."),
@@ -157,7 +189,10 @@ def test_a_wrong_flag_is_one_line(flags, message):
 
 FILE_ERRORS = [
     ("[lora]\nrank_pattern = 4", "lora.rank_pattern = 4: expected a table"),
-    ("[lora]\nrank_pattern = {q_proj = 0}", "lora.rank_pattern.q_proj = 0: expected an integer >= 1"),
+    (
+        "[lora]\nrank_pattern = {q_proj = 0}",
+        "lora.rank_pattern.q_proj = 0: expected an integer >= 1",
+    ),
     ("[training]\nmax_stepz = 3", "training.max_stepz: no such key. Did you mean max_steps?"),
     ("[traning]\nseed = 3", "traning: no such table. Did you mean training?"),
     ("seed = 3", "seed: no such table. It belongs in [training]."),
@@ -173,10 +208,16 @@ def test_a_mistake_in_a_file_names_the_file_and_the_key(text, message, tmp_path)
     path.write_text(text)
     with pytest.raises(UserError) as error:
         read("--config", str(path), *NAMED)
-    assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith(f"{path}: ")
+        and message in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"config": 5}', '{"config": {"lora": 5}}'], ids=len)
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[]", '{"config": 5}', '{"config": {"lora": 5}}'], ids=len
+)
 def test_a_state_that_is_none_of_ours_is_one_line(text, tmp_path):
     (tmp_path / "trainer_state.json").write_text(text)
     with pytest.raises(UserError, match="trainer_state.json: "):
@@ -193,14 +234,19 @@ def as_of_an_older_version(folder, name, config, value):
 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "training_config.toml"])
-def test_a_retired_key_in_a_saved_configuration_is_left_out_at_its_default_and_refused_else(tmp_path, name):
+def test_a_retired_key_in_a_saved_configuration_is_left_out_at_its_default_and_refused_else(
+    tmp_path, name
+):
     config = read(*NAMED)
     as_of_an_older_version(tmp_path, name, config, False)
     assert saved_config(tmp_path) == config
     as_of_an_older_version(tmp_path, name, config, True)
     with pytest.raises(UserError) as error:
         saved_config(tmp_path)
-    assert str(error.value) == f"{tmp_path / name}: data.share_prompts = true was retired; plainlora 0.1.0 reads it."
+    assert (
+        str(error.value)
+        == f"{tmp_path / name}: data.share_prompts = true was retired; plainlora 0.1.0 reads it."
+    )
 
 
 def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path):
@@ -229,10 +275,16 @@ def test_a_retired_key_that_a_user_writes_is_an_unknown_one(tmp_path):
 
 
 def test_full_fine_tuning_refuses_lora_keys(tmp_path):
-    with pytest.raises(UserError, match="--lora_r: train.py trains all weights and has no such key; use train_lora.py"):
+    with pytest.raises(
+        UserError,
+        match="--lora_r: train.py trains all weights and has no such key; use train_lora.py",
+    ):
         read("--lora_r=4", lora=False)
     (tmp_path / "c.toml").write_text("[lora]\nlora_r = 4\n")
-    with pytest.raises(UserError, match=r"\[lora\]: train.py trains all weights and has no such table; use train_lora.py"):
+    with pytest.raises(
+        UserError,
+        match=r"\[lora\]: train.py trains all weights and has no such table; use train_lora.py",
+    ):
         read("--config", str(tmp_path / "c.toml"), lora=False)
 
 
@@ -242,17 +294,27 @@ def test_a_named_folder_that_exists_is_never_written_into(tmp_path):
         read(*NAMED, "--output_dir", str(tmp_path), "--experiment_name=mine")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem
+)
 def test_every_config_reads_and_names_nothing_outside_the_repository(path):
     config = from_file(path)
     assert config.model.base_model in ("", "embedded", "assets/char")
-    assert all(data.startswith("arithmetic:") for data in [*config.data.train_data, *config.data.eval_data])
+    assert all(
+        data.startswith("arithmetic:") for data in [*config.data.train_data, *config.data.eval_data]
+    )
 
 
 def test_every_key_has_a_line_of_help_and_stands_in_one_table():
-    names = [f.name for table in vars(get_lora_config()).values() for f in dataclasses.fields(table)]
-    assert len(names) == len(set(names)) and all(f.metadata["help"] for _, f in keys_of(get_lora_config()).values())
+    names = [
+        f.name for table in vars(get_lora_config()).values() for f in dataclasses.fields(table)
+    ]
+    assert len(names) == len(set(names)) and all(
+        f.metadata["help"] for _, f in keys_of(get_lora_config()).values()
+    )
 
 
 def test_a_list_flag_given_twice_keeps_both():
-    assert read("--base_model=m", "--train_data", "a", "b", "--train_data", "c").data.train_data == ["a", "b", "c"]
+    assert read(
+        "--base_model=m", "--train_data", "a", "b", "--train_data", "c"
+    ).data.train_data == ["a", "b", "c"]

@@ -1,4 +1,6 @@
-"""batch_at is a pure function; how a step is cut and packed changes nothing; nothing is lost on the way to the targets."""
+"""batch_at is a pure function; how a step is cut and packed changes nothing; nothing is lost on the
+way to the targets.
+"""
 
 import json
 from types import SimpleNamespace
@@ -7,7 +9,15 @@ import pytest
 from safetensors.torch import load_file
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, BertConfig, BertModel, MistralConfig, MistralModel, RobertaConfig, RobertaModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    MistralConfig,
+    MistralModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from lora import inject
 from lora.common.base_files import EMBEDDED
@@ -34,7 +44,11 @@ def tokenizer():
 
 def rows_of(path, task, tokenizer, causal=True):
     return as_rows(
-        [row for e in render(read([path], task), tokenizer, task, DataConfig(max_length=256), causal) for row in e.rows],
+        [
+            row
+            for e in render(read([path], task), tokenizer, task, DataConfig(max_length=256), causal)
+            for row in e.rows
+        ],
         task,
     )
 
@@ -50,7 +64,10 @@ def rows_for(example, tokenizer, task, max_length=256, causal=True):
 def training_data(configure, tokenizer, rank=0, world=1, examples=None, **values):
     config = configure(lora=False, **values)
     rows = rows_of("arithmetic:train:60", config.model.task, tokenizer)
-    before = examples and {"examples_per_step": examples, "max_tokens": config.training.batch_size * config.data.max_length}
+    before = examples and {
+        "examples_per_step": examples,
+        "max_tokens": config.training.batch_size * config.data.max_length,
+    }
     return TrainingData(rows, rows, config, rank=rank, world=world, before=before)
 
 
@@ -71,7 +88,7 @@ def assert_equal_gradients(one, other):
         assert (one[name] - other[name]).norm() <= 1e-6 * norm, name
 
 
-# ------------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
@@ -80,11 +97,16 @@ def test_the_gradients_of_all_processes_sum_to_that_of_one(configure, tokenizer,
     task = load_task(configure(False), torch.float32)
     whole = training_data(configure, tokenizer, batch_size=6, gradient_accumulation_steps=1)
     shape = dict(batch_size=2, gradient_accumulation_steps=1, max_length=100)
-    parts = [training_data(configure, tokenizer, **shape, rank=rank, world=world, examples=6) for rank in range(world)]
+    parts = [
+        training_data(configure, tokenizer, **shape, rank=rank, world=world, examples=6)
+        for rank in range(world)
+    ]
     for step in (0, 11):
         dealt = [part.batch_at(step) for part in parts]
         assert len({len(batches) for batches in dealt}) == 1
-        assert {part.num_targets_at(step) for part in parts} == {sum(b.num_targets for b in whole.batch_at(step))}
+        assert {part.num_targets_at(step) for part in parts} == {
+            sum(b.num_targets for b in whole.batch_at(step))
+        }
         together = [batch for batches in dealt for batch in batches]
         assert_equal_gradients(gradients(task, together), gradients(task, whole.batch_at(step)))
 
@@ -97,7 +119,8 @@ def test_batch_at_depends_on_seed_and_step_alone(configure, tokenizer):
     assert all(torch.equal(a, b.tokens) for a, b in zip(later, other_batches, strict=True))
     reseeded = training_data(configure, tokenizer, seed=1)
     assert not torch.equal(
-        torch.cat([b.tokens for b in reseeded.batch_at(0)], 1), torch.cat([b.tokens for b in one.batch_at(0)], 1)
+        torch.cat([b.tokens for b in reseeded.batch_at(0)], 1),
+        torch.cat([b.tokens for b in one.batch_at(0)], 1),
     )
 
 
@@ -107,7 +130,9 @@ def test_each_row_is_seen_once_per_pass(configure, tokenizer):
     for step in range(15):
         for batch in data.batch_at(step):
             seen += [tuple(document.tolist()) for document in batch.tokens[0].split(batch.lengths)]
-    every = sorted(tuple(data.rows.tokens[a:b]) for a, b in zip(data.rows.offsets, data.rows.offsets[1:]))
+    every = sorted(
+        tuple(data.rows.tokens[a:b]) for a, b in zip(data.rows.offsets, data.rows.offsets[1:])
+    )
     assert sorted(seen[:60]) == sorted(seen[60:]) == every and seen[:60] != seen[60:]
 
 
@@ -115,7 +140,10 @@ def test_a_micro_batch_holds_at_most_batch_size_times_max_length_tokens(configur
     data = training_data(configure, tokenizer, batch_size=1, gradient_accumulation_steps=8)
     batches = data.batch_at(0)
     assert sum(len(batch.lengths) for batch in batches) == 8 and len(batches) > 1
-    assert all(batch.tokens.numel() <= 256 and sum(batch.lengths) == batch.tokens.numel() for batch in batches)
+    assert all(
+        batch.tokens.numel() <= 256 and sum(batch.lengths) == batch.tokens.numel()
+        for batch in batches
+    )
 
 
 @pytest.mark.parametrize("task", ["lm", "score"])
@@ -126,30 +154,61 @@ def test_accumulating_1x8_equals_8x1_with_ragged_targets(configure, tokenizer, t
     if lora:
         inject(model.model, r=4)
         randomise(model.model)  # with B = 0, A has no gradient
-    whole = training_data(configure, tokenizer, task=task, batch_size=8, gradient_accumulation_steps=1).batch_at(0)
-    cut = training_data(configure, tokenizer, task=task, batch_size=1, gradient_accumulation_steps=8).batch_at(0)
+    whole = training_data(
+        configure, tokenizer, task=task, batch_size=8, gradient_accumulation_steps=1
+    ).batch_at(0)
+    cut = training_data(
+        configure, tokenizer, task=task, batch_size=1, gradient_accumulation_steps=8
+    ).batch_at(0)
     assert len(whole) == 1 and len({batch.num_targets for batch in cut}) > 1
     assert_equal_gradients(gradients(model, whole), gradients(model, cut))
 
 
 def test_the_loop_gives_the_same_losses_however_a_step_is_cut(configure):
-    """Mean of means, the best-known fault of this field, would show in the second step's gradient norm."""
+    """Mean of means, the best-known fault of this field, would show in the second step's gradient
+    norm.
+    """
     curves = []
     for name, batch_size in (("whole", 8), ("cut", 1)):
-        config = configure(True, name, batch_size=batch_size, gradient_accumulation_steps=8 // batch_size, max_length=100)
-        lines = map(json.loads, (run(config) / "logs" / "train_metrics.jsonl").read_text().splitlines())
-        curves.append([line[key] for line in lines for key in ("train/loss", "train/grad_norm") if key in line])
+        config = configure(
+            True,
+            name,
+            batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            max_length=100,
+        )
+        lines = map(
+            json.loads, (run(config) / "logs" / "train_metrics.jsonl").read_text().splitlines()
+        )
+        curves.append(
+            [
+                line[key]
+                for line in lines
+                for key in ("train/loss", "train/grad_norm")
+                if key in line
+            ]
+        )
     # fp32 sums in another order, carried through 12 updates
     assert curves[1] == pytest.approx(curves[0], rel=1e-3) and len(curves[0]) == 24
 
 
 def test_gradients_are_clipped(configure):
-    """AdamW's step has the size of the learning rate whatever the gradient's, unless that is far below its eps of 1e-8."""
+    """AdamW's step has the size of the learning rate whatever the gradient's, unless that is far
+    below its eps of 1e-8.
+    """
     sizes = []
     for name, norm in (("clipped", 1e-12), ("free", 0.0)):
         folder = run(configure(True, name, max_grad_norm=norm, max_steps=1, warmup_steps=0))
-        weights = load_file(folder / "checkpoints" / "checkpoint_step_1" / "lora_adapter" / "adapter_model.safetensors")
-        sizes.append(max(tensor.abs().max().item() for key, tensor in weights.items() if "lora_B" in key))
+        weights = load_file(
+            folder
+            / "checkpoints"
+            / "checkpoint_step_1"
+            / "lora_adapter"
+            / "adapter_model.safetensors"
+        )
+        sizes.append(
+            max(tensor.abs().max().item() for key, tensor in weights.items() if "lora_B" in key)
+        )
     assert sizes[0] < 1e-5 and sizes[1] == pytest.approx(1e-2, rel=1e-2)
 
 
@@ -158,13 +217,21 @@ def test_evaluation_is_without_dropout_and_leaves_training_mode_on(configure, to
     task = load_task(config, torch.float32)
     inject(task.model, r=4, dropout=0.5)
     batches = training_data(configure, tokenizer).evaluation()
-    (one, *_), (other, *_) = (train.predict(task.train(), batches, torch.device("cpu"), torch.float32) for _ in range(2))
+    (one, *_), (other, *_) = (
+        train.predict(task.train(), batches, torch.device("cpu"), torch.float32) for _ in range(2)
+    )
     assert torch.equal(one, other) and task.training
 
 
-# ------------------------------------------------------------------------------------------------------ packing
+# ------------------------------------------------------------------------------------------ packing
 
-SHAPE = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SHAPE = dict(
+    vocab_size=2048,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+)
 
 
 def scorer(make, config, **arguments):
@@ -192,7 +259,9 @@ def test_packed_equals_unpacked_and_transformers_own_forward(make, config, token
     assert_equal_gradients(gradients(task, [packed]), gradients(task, apart))
     with torch.no_grad():
         together = task.predict(packed)
-        torch.testing.assert_close(together, torch.cat([task.predict(b) for b in apart]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            together, torch.cat([task.predict(b) for b in apart]), rtol=0, atol=1e-6
+        )
         task.model.set_attn_implementation("eager")
         plain = [task.model(b.tokens).last_hidden_state[0][b.target_positions] for b in apart]
         said = [task.head.predict(hidden, b.targets) for hidden, b in zip(plain, apart)]
@@ -200,14 +269,18 @@ def test_packed_equals_unpacked_and_transformers_own_forward(make, config, token
 
 
 def test_a_later_step_does_not_change_the_score_of_an_earlier_one(tokenizer):
-    """All steps of a chain are scored in one forward pass; the score of each is what a pass of its own would give."""
+    """All steps of a chain are scored in one forward pass; the score of each is what a pass of its
+    own would give.
+    """
     task = scorer(lambda c: tiny_llama().model, None)
     example = read(["arithmetic:train:1"], "score")[0]
     whole = as_rows(rows_for(example, tokenizer, "score"), "score")
     with torch.no_grad():
         together = task.predict(whole.batch([0]))
         for k in range(1, len(example.steps) + 1):
-            prefix = Example("", prompt=example.prompt, steps=example.steps[:k], labels=example.labels[:k])
+            prefix = Example(
+                "", prompt=example.prompt, steps=example.steps[:k], labels=example.labels[:k]
+            )
             alone = task.predict(as_rows(rows_for(prefix, tokenizer, "score"), "score").batch([0]))
             torch.testing.assert_close(alone[-1], together[k - 1], rtol=0, atol=1e-6)
 
@@ -217,10 +290,16 @@ def test_attention_honours_scaling_causality_and_dropout():
     query, key, value = torch.randn(3, 1, 2, 9, 4)
     for causal in (True, False):
         module = SimpleNamespace(is_causal=causal)
-        out, _ = packed_attention(module, query, key, value, None, scaling=0.3, documents=Documents([4, 5]))
+        out, _ = packed_attention(
+            module, query, key, value, None, scaling=0.3, documents=Documents([4, 5])
+        )
         for a, b in ((0, 4), (4, 9)):
             scores = query[:, :, a:b] @ key[:, :, a:b].mT * 0.3
-            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf) if causal else scores
+            scores = (
+                scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+                if causal
+                else scores
+            )
             expected = scores.softmax(-1) @ value[:, :, a:b]
             torch.testing.assert_close(out[:, a:b].transpose(1, 2), expected, rtol=0, atol=1e-6)
         dropped, _ = packed_attention(
@@ -229,8 +308,12 @@ def test_attention_honours_scaling_causality_and_dropout():
         assert not torch.allclose(dropped, out)
 
 
-def varlen(query, key, value, ends, key_ends, longest, longest_key, *, scale, window_size, enable_gqa):
-    """What torch documents of `varlen_attn`, which it has for GPUs alone. query [T, heads, width], ends [documents + 1]."""
+def varlen(
+    query, key, value, ends, key_ends, longest, longest_key, *, scale, window_size, enable_gqa
+):
+    """What torch documents of `varlen_attn`, which it has for GPUs alone. query [T, heads, width],
+    ends [documents + 1].
+    """
     assert ends.equal(key_ends) and ends.dtype == torch.int32
     assert longest == longest_key == ends.diff().max()
     assert enable_gqa == (query.shape[1] != key.shape[1])
@@ -240,20 +323,28 @@ def varlen(query, key, value, ends, key_ends, longest, longest_key, *, scale, wi
     distance = place[:, None] - place
     seen = (document[:, None] == document) & (distance <= behind) & (-distance <= ahead)
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+    )[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("window", [None, 3, 50])
 @pytest.mark.parametrize("causal", [True, False])
-def test_all_documents_in_one_call_of_flash_attention_are_each_document_in_one_of_its_own(monkeypatch, causal, window):
+def test_all_documents_in_one_call_of_flash_attention_are_each_document_in_one_of_its_own(
+    monkeypatch, causal, window
+):
     window = window if causal else None
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 20, 8) for heads in (4, 2, 2))
     settings = {"scaling": 0.3, "sliding_window": window, "documents": Documents([7, 1, 8, 4])}
-    apart, _ = packed_attention(SimpleNamespace(is_causal=causal), query, key, value, None, **settings)
+    apart, _ = packed_attention(
+        SimpleNamespace(is_causal=causal), query, key, value, None, **settings
+    )
     monkeypatch.setattr("lora.model.attention.has_flash", lambda query, value: True)
     monkeypatch.setattr("lora.model.attention.varlen_attn", varlen)
-    together, _ = packed_attention(SimpleNamespace(is_causal=causal), query, key, value, None, **settings)
+    together, _ = packed_attention(
+        SimpleNamespace(is_causal=causal), query, key, value, None, **settings
+    )
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-6)
 
 
@@ -281,7 +372,9 @@ def test_values_may_be_narrower_than_queries(kind):
     """As in DeepSeek's models."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, 9, width).to(kind) for width in (8, 8, 6))
-    out, _ = packed_attention(SimpleNamespace(is_causal=True), query, key, value, None, documents=Documents([9]))
+    out, _ = packed_attention(
+        SimpleNamespace(is_causal=True), query, key, value, None, documents=Documents([9])
+    )
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6 if kind == torch.float32 else 0.02)
 
@@ -293,22 +386,33 @@ def test_an_attention_argument_that_would_change_the_result_is_refused(tokenizer
         task.model(batch.tokens, use_cache=False, bias=30.0)
 
 
-# ------------------------------------------------------------------------------------------------------ rendering
+# ---------------------------------------------------------------------------------------- rendering
 
 
 def test_a_score_is_read_at_the_last_token_of_its_step(tokenizer):
-    example = Example("", prompt="Start with 1, add 2.", steps=["1+2=3", "3+1=4", "4+1=9"], labels=[1.0, None, 0.25])
+    example = Example(
+        "",
+        prompt="Start with 1, add 2.",
+        steps=["1+2=3", "3+1=4", "4+1=9"],
+        labels=[1.0, None, 0.25],
+    )
     (row,) = rows_for(example, tokenizer, "score")
     assert tokenizer.decode(row.tokens) == "Start with 1, add 2.\n1+2=3\n3+1=4\n4+1=9\n"
     marked = {tokenizer.decode(row.tokens[: i + 1]): t for i, t in enumerate(row.targets) if t == t}
-    assert marked == {"Start with 1, add 2.\n1+2=3\n": 1.0, "Start with 1, add 2.\n1+2=3\n3+1=4\n4+1=9\n": 0.25}
+    assert marked == {
+        "Start with 1, add 2.\n1+2=3\n": 1.0,
+        "Start with 1, add 2.\n1+2=3\n3+1=4\n4+1=9\n": 0.25,
+    }
 
 
 def test_steps_that_do_not_fit_are_left_out_whole(tokenizer):
     example = read(["arithmetic:train:1"], "score")[0]
     (full,) = rows_for(example, tokenizer, "score")
     (short,) = rows_for(example, tokenizer, "score", len(full.tokens) - 1)
-    assert short.tokens == full.tokens[: len(short.tokens)] and tokenizer.decode(short.tokens[-1:]) == "\n"
+    assert (
+        short.tokens == full.tokens[: len(short.tokens)]
+        and tokenizer.decode(short.tokens[-1:]) == "\n"
+    )
     assert sum(t == t for t in short.targets) == len(example.steps) - 1
     assert rows_for(example, tokenizer, "score", 5) == []
 
@@ -317,7 +421,10 @@ def test_an_encoder_gets_a_row_for_each_labelled_step(tiny_encoder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
     example = Example("", prompt="ab", steps=["cd", "ef", "gh"], labels=[1.0, None, 0.5])
     rows = rows_for(example, tokenizer, "score", causal=False)
-    assert [tokenizer.decode(row.tokens) for row in rows] == ["[CLS] ab [SEP] cd [SEP]", "[CLS] ab [SEP] cd ef gh [SEP]"]
+    assert [tokenizer.decode(row.tokens) for row in rows] == [
+        "[CLS] ab [SEP] cd [SEP]",
+        "[CLS] ab [SEP] cd ef gh [SEP]",
+    ]
     assert rows[0].segments == [0] * 4 + [1] * 3 and [row.targets[-1] for row in rows] == [1.0, 0.5]
 
 
@@ -333,12 +440,14 @@ def test_windows_of_a_text_lose_nothing_and_end_with_eos(tokenizer, max_length):
         assert row.targets[:-1] == row.tokens[1:]
 
 
-def test_a_long_text_is_tokenised_in_stretches_that_are_the_text_and_end_with_a_line_where_one_ends(monkeypatch):
+def test_a_long_text_is_tokenised_in_stretches_that_are_the_text_and_end_with_a_line_where_one_ends(
+    monkeypatch,
+):
     monkeypatch.setattr("lora.data.tokenise.LONGEST_PIECE", 10)
     assert [*stretches("one\ntwo\nthree\n" + "x" * 12)] == ["one\ntwo\n", "three\n", "x" * 10, "xx"]
 
 
-# ------------------------------------------------------------------------------------------------------ splitting
+# ---------------------------------------------------------------------------------------- splitting
 
 
 def test_rows_that_share_a_prompt_stay_on_one_side():
@@ -351,9 +460,13 @@ def test_rows_that_share_a_prompt_stay_on_one_side():
 def test_chats_that_the_assistant_opens_are_told_apart_by_what_the_user_says():
     def chat(*texts):
         roles = ["assistant", "user"] * 2
-        return Example("", messages=[{"role": role, "content": text} for role, text in zip(roles, texts)])
+        return Example(
+            "", messages=[{"role": role, "content": text} for role, text in zip(roles, texts)]
+        )
 
-    examples = [chat("hello", f"q{i % 20}", f"a{i}") for i in range(40)] + [chat(f"alone {i}") for i in range(20)]
+    examples = [chat("hello", f"q{i % 20}", f"a{i}") for i in range(40)] + [
+        chat(f"alone {i}") for i in range(20)
+    ]
     training, held_out = split_by_prompt(examples, 0.5)
     assert len({e.subject for e in held_out}) == 20 and len({e.subject for e in examples}) == 40
     assert not {e.subject for e in training} & {e.subject for e in held_out}
@@ -362,11 +475,19 @@ def test_chats_that_the_assistant_opens_are_told_apart_by_what_the_user_says():
 def test_evaluation_reads_the_first_n_times_4_rows_whatever_the_batch_size(configure, tokenizer):
     sums = set()
     for batch_size in (1, 3, 8):
-        batches = training_data(configure, tokenizer, batch_size=batch_size, max_eval_batches=5).evaluation()
+        batches = training_data(
+            configure, tokenizer, batch_size=batch_size, max_eval_batches=5
+        ).evaluation()
         assert sum(len(batch.lengths) for batch in batches) == 20
         sums.add(sum(batch.tokens.sum().item() for batch in batches))
     assert len(sums) == 1
-    assert sum(len(b.lengths) for b in training_data(configure, tokenizer, max_eval_batches=0).evaluation()) == 60
+    assert (
+        sum(
+            len(b.lengths)
+            for b in training_data(configure, tokenizer, max_eval_batches=0).evaluation()
+        )
+        == 60
+    )
 
 
 def test_max_samples_takes_the_first_training_examples(configure):
@@ -374,22 +495,30 @@ def test_max_samples_takes_the_first_training_examples(configure):
     assert len(training) == 7 and len(held_out) == 8
 
 
-# ------------------------------------------------------------------------------------------------------ mixing
+# ------------------------------------------------------------------------------------------- mixing
 
 
 def mixed(configure, weights, counts=(60, 25, 40), **values):
     """Training data of three sets, told apart by their rows' sources."""
     paths = [f"arithmetic:train:{count}" for count in counts]
     rows = Rows.of(
-        ((Row([source, i, 0], [i, 0, NO_TOKEN]), source) for source, n in enumerate(counts) for i in range(n)), "lm"
+        (
+            (Row([source, i, 0], [i, 0, NO_TOKEN]), source)
+            for source, n in enumerate(counts)
+            for i in range(n)
+        ),
+        "lm",
     )
-    return TrainingData(rows, rows, configure(False, task="lm", train_data=paths, data_weights=weights, **values))
+    return TrainingData(
+        rows, rows, configure(False, task="lm", train_data=paths, data_weights=weights, **values)
+    )
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.7, 0.2, 0.1], [3.0, 1e-3, 5.0]])
 def test_the_shares_of_a_mix_are_its_weights_at_every_point(configure, weights):
     data = mixed(configure, weights)
-    drawn = [data.rows.sources[data.row_at(place)] for place in range(12_000)]  # beyond the schedule's end
+    # Beyond the schedule's end
+    drawn = [data.rows.sources[data.row_at(place)] for place in range(12_000)]
     for end in (100, 1_000, 12_000):
         for source, weight in enumerate(weights):
             share = drawn[:end].count(source) / end
@@ -424,8 +553,21 @@ def test_a_set_too_small_to_be_reached_or_with_nothing_left_is_an_error(configur
 
 def test_each_set_has_validation_metrics_of_its_own_that_add_up(configure):
     paths = ["arithmetic:train:30", "arithmetic:validation:30"]
-    folder = run(configure(True, train_data=paths, data_weights=[2.0, 1.0], eval_data=[], eval_fraction=0.3, max_steps=1))
-    (line,) = [line for line in map(json.loads, open(folder / "logs" / "train_metrics.jsonl")) if line["step"] == 0]
+    folder = run(
+        configure(
+            True,
+            train_data=paths,
+            data_weights=[2.0, 1.0],
+            eval_data=[],
+            eval_fraction=0.3,
+            max_steps=1,
+        )
+    )
+    (line,) = [
+        line
+        for line in map(json.loads, open(folder / "logs" / "train_metrics.jsonl"))
+        if line["step"] == 0
+    ]
     parts = [line["val/arithmetic:train:30/mse"], line["val/arithmetic:validation:30/mse"]]
     assert min(parts) <= line["val/mse"] <= max(parts) and parts[0] != parts[1]
 
@@ -437,8 +579,13 @@ def test_padded_rows_are_sorted_and_little_of_them_is_padding(configure, tokeniz
     assert sum(len(batch.lengths) for batch in batches) == 128
     for batch in batches:
         count, longest = batch.tokens.shape
-        assert count * longest <= 32 * 256 and longest == max(batch.lengths) and count == len(batch.lengths)
+        assert (
+            count * longest <= 32 * 256
+            and longest == max(batch.lengths)
+            and count == len(batch.lengths)
+        )
         flat = batch.tokens.flatten()[batch.target_positions + 1]
-        assert torch.equal(flat, batch.targets)  # what follows a position is its target, in the same row
+        # What follows a position is its target, in the same row
+        assert torch.equal(flat, batch.targets)
         assert sum(batch.lengths) >= 0.95 * batch.tokens.numel()
     assert len(batches) < 20

@@ -1,4 +1,6 @@
-"""The assistant's tokens, and nothing else, are targets: golden strings, every template of trl, awkward contents."""
+"""The assistant's tokens, and nothing else, are targets: golden strings, every template of trl,
+awkward contents.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -19,7 +21,11 @@ from lora.data.tokenise import NO_TOKEN, encode, render
 TURN = [{"role": "user", "content": "uone"}, {"role": "assistant", "content": "aone"}]
 CHATS = {
     "one turn": TURN,
-    "two turns": [*TURN, {"role": "user", "content": "utwo"}, {"role": "assistant", "content": "atwo"}],
+    "two turns": [
+        *TURN,
+        {"role": "user", "content": "utwo"},
+        {"role": "assistant", "content": "atwo"},
+    ],
     "system, blanks at the ends": [
         {"role": "system", "content": "sone"},
         {"role": "user", "content": " uone "},
@@ -71,7 +77,11 @@ def tokenizer_with(template, *special):
 
 def row_of(messages, tokenizer, max_length=4096, tools=None):
     (rendered,) = render(
-        [Example("chats.jsonl:7", messages=messages, tools=tools)], tokenizer, "lm", DataConfig(max_length=max_length), True
+        [Example("chats.jsonl:7", messages=messages, tools=tools)],
+        tokenizer,
+        "lm",
+        DataConfig(max_length=max_length),
+        True,
     )
     return rendered
 
@@ -97,7 +107,9 @@ def said(row, tokenizer):
     ids=["chatml", "gemma", "llama 2", "alpaca"],
 )
 def test_the_targets_of_four_templates_are_those_written_out_here(template, special, expected):
-    tokenizer = tokenizer_with(template or AutoTokenizer.from_pretrained(EMBEDDED).chat_template, *special)
+    tokenizer = tokenizer_with(
+        template or AutoTokenizer.from_pretrained(EMBEDDED).chat_template, *special
+    )
     (row,) = row_of(CHATS["two turns"], tokenizer).rows
     plain = tokenizer.apply_chat_template(CHATS["two turns"], tokenize=False)
     text = tokenizer.decode(row.tokens)
@@ -114,14 +126,25 @@ def templates_of_trl():
 
 def special_tokens(template):
     """What looks like a special token in a template: its tokenizer would have it as one."""
-    return sorted(set(re.findall(r"<[|｜][^<>\s'\"]*[|｜]>|<\|\w+>|<\w+\|>|</?s>|<(?:start|end)_of_\w+>", template)))
+    return sorted(
+        set(
+            re.findall(
+                r"<[|｜][^<>\s'\"]*[|｜]>|<\|\w+>|<\w+\|>|</?s>|<(?:start|end)_of_\w+>", template
+            )
+        )
+    )
 
 
 @pytest.mark.parametrize("path", templates_of_trl(), ids=lambda path: path.stem)
 def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path):
     template = path.read_text()
     shows_text = False
-    for name, messages in {**CHATS, "thinking": THINKING, "calling": CALLING, "nothing": NOTHING_FOUND}.items():
+    for name, messages in {
+        **CHATS,
+        "thinking": THINKING,
+        "calling": CALLING,
+        "nothing": NOTHING_FOUND,
+    }.items():
         tokenizer = tokenizer_with(template, *special_tokens(template))
         try:
             plain = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -129,22 +152,32 @@ def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path)
             continue  # a chat that this template refuses
         if name in CHATS and "aone" not in plain:
             with pytest.raises(
-                UserError, match="chats.jsonl:7: message .: where the chat template of .* writes it cannot be told"
+                UserError,
+                match="chats.jsonl:7: message .: where the chat template of .* writes it cannot be told",
             ):
                 row_of(messages, tokenizer)  # a template for images, which drops plain texts
             continue
         try:
             (row,) = row_of(messages, tokenizer).rows
         except UserError as error:
-            assert name not in CHATS and "chats.jsonl:7: message" in str(error)  # never a wrong mask
+            # Never a wrong mask
+            assert name not in CHATS and "chats.jsonl:7: message" in str(error)
             continue
         shows_text = True
         assert tokenizer.decode(row.tokens).startswith(plain.rstrip())
         runs = said(row, tokenizer)
-        answers = [m["content"].rpartition("</think>")[2].strip() for m in messages if m["role"] == "assistant"]
+        answers = [
+            m["content"].rpartition("</think>")[2].strip()
+            for m in messages
+            if m["role"] == "assistant"
+        ]
         assert len(runs) == len(answers)
-        for run, answer, turn in zip(runs, answers, [m for m in messages if m["role"] == "assistant"]):
-            assert answer in run and not any(word in run for word in ("uone", "utwo", "sone", "found"))
+        for run, answer, turn in zip(
+            runs, answers, [m for m in messages if m["role"] == "assistant"]
+        ):
+            assert answer in run and not any(
+                word in run for word in ("uone", "utwo", "sone", "found")
+            )
             if "tool_calls" in turn:
                 assert "look" in run and "y" in run and "atwo" not in run
             elif name in CHATS:  # what is left of the run is what ends the turn
@@ -157,11 +190,16 @@ def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path)
     assert shows_text or path.stem in ("idefics3", "llava_next", "smolvlm")
 
 
-def test_reasoning_is_learned_where_the_template_writes_it_and_only_the_answer_where_it_drops_it(qwen3):
+def test_reasoning_is_learned_where_the_template_writes_it_and_only_the_answer_where_it_drops_it(
+    qwen3,
+):
     runs = said(row_of(THINKING, qwen3).rows[0], qwen3)
     assert runs == ["aone<|im_end|>", "<think>\nr2\n</think>\n\natwo<|im_end|>"]
     runs = said(row_of(CALLING, qwen3).rows[0], qwen3)
-    assert runs == ['<tool_call>\n{"name": "look", "arguments": {"x": "y"}}\n</tool_call><|im_end|>', "atwo<|im_end|>"]
+    assert runs == [
+        '<tool_call>\n{"name": "look", "arguments": {"x": "y"}}\n</tool_call><|im_end|>',
+        "atwo<|im_end|>",
+    ]
 
 
 def test_special_tokens_that_somebody_wrote_stay_text():
@@ -185,7 +223,11 @@ def qwen3():
 
 def calling(result, **arguments):
     calls = [{"type": "function", "function": {"name": "look", "arguments": arguments}}]
-    return [CALLING[0], {"role": "assistant", "content": "", "tool_calls": calls}, CALLING[2] | {"content": result}]
+    return [
+        CALLING[0],
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        CALLING[2] | {"content": result},
+    ]
 
 
 def test_special_tokens_in_a_call_or_in_reasoning_stay_text_too(qwen3):
@@ -197,21 +239,32 @@ def test_special_tokens_in_a_call_or_in_reasoning_stay_text_too(qwen3):
         "<think>\nr <|im_end|> r\n</think>\n\natwo<|im_end|>",
     ]
     assert row.targets.count(end) == 2
-    written = tokenizer_with("{% for m in messages %}{{ m.role }} {{ m.content }} {{ m.tool_calls }}\n{% endfor %}")
-    with pytest.raises(UserError, match=r"escapes what stands for <\|im_end\|>"):  # as Python writes a list
+    written = tokenizer_with(
+        "{% for m in messages %}{{ m.role }} {{ m.content }} {{ m.tool_calls }}\n{% endfor %}"
+    )
+    # As Python writes a list
+    with pytest.raises(UserError, match=r"escapes what stands for <\|im_end\|>"):
         row_of(calling("found", x="<|im_end|>"), written)
 
 
 def test_what_is_said_next_may_stand_in_the_call_or_the_reasoning_before_it(qwen3):
     call = '<tool_call>\n{"name": "look", "arguments": {"x": 8}}\n</tool_call><|im_end|>'
     assert said(row_of(calling("8", x=8), qwen3).rows[0], qwen3) == [call]
-    thinking = [THINKING[0], {"role": "assistant", "content": "<think>I look</think>aone"}, TURN[0] | {"content": "ok"}]
+    thinking = [
+        THINKING[0],
+        {"role": "assistant", "content": "<think>I look</think>aone"},
+        TURN[0] | {"content": "ok"},
+    ]
     embedded = AutoTokenizer.from_pretrained(EMBEDDED)
-    assert said(row_of(thinking, embedded).rows[0], embedded) == ["<think>I look</think>aone<|im_end|>"]
+    assert said(row_of(thinking, embedded).rows[0], embedded) == [
+        "<think>I look</think>aone<|im_end|>"
+    ]
 
 
 def test_of_an_answer_that_is_empty_after_its_reasoning_the_end_is_learned(qwen3):
-    (row,) = row_of([TURN[0], {"role": "assistant", "content": "<think>\n\n</think>\n\n"}], qwen3).rows
+    (row,) = row_of(
+        [TURN[0], {"role": "assistant", "content": "<think>\n\n</think>\n\n"}], qwen3
+    ).rows
     assert said(row, qwen3) == ["<|im_end|>"]
 
 
@@ -219,14 +272,18 @@ def test_blanks_that_the_tokenizers_offsets_leave_out_are_targets_too():
     messages = [TURN[0], {"role": "assistant", "content": "      indented \n  by two"}]
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     (row,) = row_of(messages, tokenizer).rows
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as in Llama 3
+    # As in Llama 3
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     assert row_of(messages, tokenizer).rows == [row]
     assert said(row, tokenizer) == ["      indented \n  by two<|im_end|>"]
 
 
 def test_private_use_characters_in_the_data_are_no_marks():
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    messages = [{"role": "user", "content": "\ue000\ue001"}, {"role": "assistant", "content": "\ue001x\ue000  y"}]
+    messages = [
+        {"role": "user", "content": "\ue000\ue001"},
+        {"role": "assistant", "content": "\ue001x\ue000  y"},
+    ]
     assert said(row_of(messages, tokenizer).rows[0], tokenizer) == ["\ue001x\ue000  y<|im_end|>"]
 
 
@@ -245,14 +302,19 @@ def test_a_chat_that_is_cut_keeps_right_targets_or_is_dropped_and_counted():
         assert rendered.cut == (length < len(whole.tokens))
         targets = [target for row in rendered.rows for target in row.targets]
         assert targets == (
-            whole.targets[: length - 1] + [NO_TOKEN] if any(t != NO_TOKEN for t in whole.targets[: length - 1]) else []
+            whole.targets[: length - 1] + [NO_TOKEN]
+            if any(t != NO_TOKEN for t in whole.targets[: length - 1])
+            else []
         )
 
 
 def test_a_chat_that_the_template_refuses_names_row_and_template():
     tokenizer = tokenizer_with("{{ raise_exception('roles must alternate') }}")
     tokenizer.name_or_path = "some/model"
-    with pytest.raises(UserError, match="chats.jsonl:7: the chat template of some/model refuses it: roles must alternate"):
+    with pytest.raises(
+        UserError,
+        match="chats.jsonl:7: the chat template of some/model refuses it: roles must alternate",
+    ):
         row_of(TURN, tokenizer)
 
 
@@ -283,6 +345,8 @@ def test_pieces_are_the_plain_render():
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     messages = [*CHATS["two turns"], {"role": "user", "content": "<|im_end|>"}]
     pieces = chat_pieces("", messages, None, tokenizer)
-    assert "".join(piece.text for piece in pieces) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert "".join(piece.text for piece in pieces) == tokenizer.apply_chat_template(
+        messages, tokenize=False
+    )
     assert [piece.literal for piece in pieces] == [False, True, False]
     assert all(len(tokens) == len(mask) for tokens, mask in encode(pieces, tokenizer))

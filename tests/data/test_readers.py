@@ -1,4 +1,6 @@
-"""Rows in, examples out; a bad row is one line that names file and line. The arithmetic is right where it says so."""
+"""Rows in, examples out; a bad row is one line that names file and line. The arithmetic is right
+where it says so.
+"""
 
 import gzip
 import json
@@ -18,14 +20,19 @@ def write(tmp_path, name, text):
 
 
 def examples(path, task="score", label_max=1.0):
-    return [(e.prompt or e.text, e.steps, e.labels) for e in read([path], task, DataConfig(label_max=label_max))]
+    return [
+        (e.prompt or e.text, e.steps, e.labels)
+        for e in read([path], task, DataConfig(label_max=label_max))
+    ]
 
 
-# ----------------------------------------------------------------------------------------------------- arithmetic
+# --------------------------------------------------------------------------------------- arithmetic
 
 
 def judge(prompt, steps):
-    """Labels worked out from the text alone: the operation asked for, the value carried, the result."""
+    """Labels worked out from the text alone: the operation asked for, the value carried, the
+    result.
+    """
     start, asked = re.fullmatch(r"From left to right: (\d+)((?:[-+*]\d)+)", prompt).groups()
     value, labels = int(start), []
     for operation, step in zip(re.findall(r"[-+*]\d", asked), steps, strict=True):
@@ -39,12 +46,22 @@ def test_labels_agree_with_the_arithmetic_and_every_kind_of_slip_is_there():
     kinds = {"digit or carry": 0, "operator": 0, "carried": 0, "right": 0}
     for example in arithmetic.read("arithmetic:train:2000", "score"):
         assert example.labels == judge(example.prompt, example.steps)
-        assert 3 <= len(example.steps) <= 6 and all(0 <= int(step.split("=")[1]) <= 99 for step in example.steps)
+        assert 3 <= len(example.steps) <= 6 and all(
+            0 <= int(step.split("=")[1]) <= 99 for step in example.steps
+        )
         before = re.search(r"\d+", example.prompt)[0]
         for step, label in zip(example.steps, example.labels):
             left, result = step.split("=")
-            kind = "right" if label else "carried" if re.match(r"\d+", left)[0] != before else "digit or carry"
-            kinds["operator" if kind == "digit or carry" and eval(left) == int(result) else kind] += 1
+            kind = (
+                "right"
+                if label
+                else "carried"
+                if re.match(r"\d+", left)[0] != before
+                else "digit or carry"
+            )
+            kinds[
+                "operator" if kind == "digit or carry" and eval(left) == int(result) else kind
+            ] += 1
             before = result
     assert min(kinds.values()) > 400 and 0.5 < kinds["right"] / sum(kinds.values()) < 0.6
 
@@ -62,7 +79,10 @@ def test_pretraining_texts_mend_every_slip():
 
 
 def test_no_problem_is_in_two_splits_and_the_same_ones_come_every_time():
-    sets = {split: [e.prompt for e in arithmetic.read(f"arithmetic:{split}:800", "score")] for split in arithmetic.SPLITS}
+    sets = {
+        split: [e.prompt for e in arithmetic.read(f"arithmetic:{split}:800", "score")]
+        for split in arithmetic.SPLITS
+    }
     assert sum(map(len, sets.values())) == len(set().union(*sets.values())) == 2400
     # Pretraining reads training problems only, so a held-out problem is new to the base as well.
     pretraining = {e.text.split("\n")[0] for e in arithmetic.read("arithmetic:train:5000", "lm")}
@@ -70,20 +90,28 @@ def test_no_problem_is_in_two_splits_and_the_same_ones_come_every_time():
     assert [e.prompt for e in arithmetic.read("arithmetic:train:800", "score")] == sets["train"]
 
 
-@pytest.mark.parametrize("path", ["arithmetic:trian:5", "arithmetic:train", "arithmetic:train:0", "arithmetic:train:x"])
+@pytest.mark.parametrize(
+    "path", ["arithmetic:trian:5", "arithmetic:train", "arithmetic:train:0", "arithmetic:train:x"]
+)
 def test_a_misspelt_arithmetic_path_is_an_error(path):
     with pytest.raises(UserError, match="expected arithmetic:SPLIT:COUNT"):
         read([path], "score")
 
 
-# ----------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_steps_in_jsonl_and_json_with_soft_boolean_and_null_labels(tmp_path):
-    row = {"prompt": "p", "steps": ["a", "b", "c", "d"], "labels": [0.3, True, None, 0], "source": "ignored"}
+    row = {
+        "prompt": "p",
+        "steps": ["a", "b", "c", "d"],
+        "labels": [0.3, True, None, 0],
+        "source": "ignored",
+    }
     completions = {"prompt": "p", "completions": ["a"], "labels": [False]}
     expected = [("p", ["a", "b", "c", "d"], [0.3, 1.0, None, 0.0]), ("p", ["a"], [0.0])]
-    lines = "\ufeff" + json.dumps(row) + "\r\n\r\n" + json.dumps(completions) + "\r\n"  # BOM, CRLF, a blank line
+    # BOM, CRLF, a blank line
+    lines = "\ufeff" + json.dumps(row) + "\r\n\r\n" + json.dumps(completions) + "\r\n"
     assert examples(write(tmp_path, "a.jsonl", lines)) == expected
     assert examples(write(tmp_path, "a.json", json.dumps([row, completions]))) == expected
 
@@ -92,7 +120,10 @@ def test_pairs_in_csv_with_and_without_header_tsv_and_jsonl_scaled_by_label_max(
     expected = [("one, two", ["three"], [0.5]), ("four", ["five\u2028six"], [1.0])]
     table = '"one, two",three,2.5\n\nfour,five\u2028six,5\n'
     assert examples(write(tmp_path, "a.csv", table), label_max=5) == expected
-    assert examples(write(tmp_path, "b.csv", "sentence1,sentence2,score\n" + table), label_max=5) == expected
+    assert (
+        examples(write(tmp_path, "b.csv", "sentence1,sentence2,score\n" + table), label_max=5)
+        == expected
+    )
     tabs = "score\tsentence1\tsentence2\n2.5\tone, two\tthree\n5\tfour\tfive\u2028six\n"
     assert examples(write(tmp_path, "c.tsv", tabs), label_max=5) == expected
     row = {"sentence1": "one, two", "sentence2": "three", "label": 2.5}
@@ -122,7 +153,11 @@ BAD = [  # and those of tests/scripts/test_inputs.py
         "a.jsonl:1: prompt is ''; expected a text that is not empty",
     ),
     ("a.jsonl", '{"text": "t"}', "a.jsonl:1: keys text in a run of --task score; add --task lm"),
-    ("a.jsonl", '{"prompt": "\\ud800", "steps": ["s"], "labels": [1]}', "a.jsonl:1: prompt holds half of a surrogate pair"),
+    (
+        "a.jsonl",
+        '{"prompt": "\\ud800", "steps": ["s"], "labels": [1]}',
+        "a.jsonl:1: prompt holds half of a surrogate pair",
+    ),
     ("a.json", GOOD, "a.json: expected a JSON list of objects, found dict"),
     ("a.csv", "a,b,0.5\na,b\n", "a.csv:2: 2 columns, expected 3 (sentence1, sentence2, score)"),
     ("a.csv", "a,b,0.5\na,b,high\n", "a.csv:2: label 'high'; expected 0..1"),
@@ -138,23 +173,37 @@ def test_a_bad_row_is_one_line_that_names_file_and_line(tmp_path, name, text, me
     assert str(error.value).startswith(f"{tmp_path}/{message}") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("calls", ['["f"]', '{"name": "f"}', '[{"function": {"name": null}}]', '[{"function": "f"}]'])
+@pytest.mark.parametrize(
+    "calls", ['["f"]', '{"name": "f"}', '[{"function": {"name": null}}]', '[{"function": "f"}]']
+)
 def test_a_tool_call_is_an_object_with_a_name(tmp_path, calls):
-    path = write(tmp_path, "a.jsonl", f'{{"messages": [{{"role": "assistant", "tool_calls": {calls}}}]}}')
-    with pytest.raises(UserError, match="a.jsonl:1: tool_calls of message 1: expected a list of objects"):
+    path = write(
+        tmp_path, "a.jsonl", f'{{"messages": [{{"role": "assistant", "tool_calls": {calls}}}]}}'
+    )
+    with pytest.raises(
+        UserError, match="a.jsonl:1: tool_calls of message 1: expected a list of objects"
+    ):
         read([path], "lm")
 
 
 def test_half_a_character_in_a_call_is_an_error(tmp_path):
     call = '{"name": "f", "arguments": {"x": "\\ud800"}}'
-    path = write(tmp_path, "a.jsonl", f'{{"messages": [{{"role": "assistant", "tool_calls": [{call}]}}]}}')
+    path = write(
+        tmp_path, "a.jsonl", f'{{"messages": [{{"role": "assistant", "tool_calls": [{call}]}}]}}'
+    )
     with pytest.raises(UserError, match="a.jsonl:1: the chat holds half of a surrogate pair"):
         read([path], "lm")
 
 
 def test_a_damaged_gz_file_is_an_error(tmp_path):
-    packed = bytearray(gzip.compress("".join(f'{{"text": "{i * 7919 % 1000}"}}\n' for i in range(3000)).encode()))
-    for name, damage in {"bits": packed[:200] + bytes(60) + packed[260:], "end": packed[:-9], "start": b"text"}.items():
+    packed = bytearray(
+        gzip.compress("".join(f'{{"text": "{i * 7919 % 1000}"}}\n' for i in range(3000)).encode())
+    )
+    for name, damage in {
+        "bits": packed[:200] + bytes(60) + packed[260:],
+        "end": packed[:-9],
+        "start": b"text",
+    }.items():
         (tmp_path / f"{name}.jsonl.gz").write_bytes(damage)
         with pytest.raises(UserError, match=f"{name}.jsonl.gz: "):
             read([str(tmp_path / f"{name}.jsonl.gz")], "lm")

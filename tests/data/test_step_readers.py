@@ -1,4 +1,6 @@
-"""Step-labelled data in its raw forms: hand-written rows of the exact shape, and what is read from them."""
+"""Step-labelled data in its raw forms: hand-written rows of the exact shape, and what is read from
+them.
+"""
 
 import csv
 import json
@@ -72,7 +74,10 @@ def test_prm800k_is_the_chosen_path_and_every_other_completion_with_its_prefix(t
             ("p", ["d", "e"], [1.0, 0.0]),
         ]
     said = capsys.readouterr().out.splitlines()[0]
-    assert "left out: 2 rows (quality control or screening), 1 rows (bad problem), 1 rows (give up)" in said
+    assert (
+        "left out: 2 rows (quality control or screening), 1 rows (bad problem), 1 rows (give up)"
+        in said
+    )
 
 
 def test_math_shepherd_ratings_stand_where_the_marks_do(tmp_path):
@@ -82,7 +87,9 @@ def test_math_shepherd_ratings_stand_where_the_marks_do(tmp_path):
         ("No steps named? First ки\nthen ки", "No steps named? First +\nthen +"),
         ("no end ки", "no end +"),
     ]
-    path = write(tmp_path / "ms.jsonl", [{"input": a, "label": b, "task": "GSM8K"} for a, b in rows])
+    path = write(
+        tmp_path / "ms.jsonl", [{"input": a, "label": b, "task": "GSM8K"} for a, b in rows]
+    )
     assert chains(path) == [
         ("A b?", ["c+d", "- e"], [1.0, 0.0]),
         ("A ки b.", ["c", "d"], [0.0, 1.0]),
@@ -92,17 +99,31 @@ def test_math_shepherd_ratings_stand_where_the_marks_do(tmp_path):
 
 def test_the_first_wrong_step_is_counted_from_0_in_two_sets_and_from_1_in_the_third(tmp_path):
     steps = ["a", "b", "c"]
-    mistakes = [{"input": "p", "steps": steps, "target": "t", "answer": "u", "mistake_index": i} for i in (0, 1, 2, None)]
+    mistakes = [
+        {"input": "p", "steps": steps, "target": "t", "answer": "u", "mistake_index": i}
+        for i in (0, 1, 2, None)
+    ]
     expected = [[0.0, None, None], [1.0, 0.0, None], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
     assert [labels for _, _, labels in chains(write(tmp_path / "bb.jsonl", mistakes))] == expected
-    more = {"id": "gsm8k-0", "generator": "g", "problem": "p", "steps": steps, "final_answer_correct": False}
-    processbench = write(tmp_path / "gsm8k.json.jsonl", [more | {"label": i} for i in (0, 1, 2, -1)])
+    more = {
+        "id": "gsm8k-0",
+        "generator": "g",
+        "problem": "p",
+        "steps": steps,
+        "final_answer_correct": False,
+    }
+    processbench = write(
+        tmp_path / "gsm8k.json.jsonl", [more | {"label": i} for i in (0, 1, 2, -1)]
+    )
     assert [labels for _, _, labels in chains(processbench)] == expected
     prmbench = {
         "original_question": "o", "original_process": ["x", "y"], "modified_question": "p", "modified_process": steps,
         "modified_steps": [1, 3], "error_steps": [1, 3], "reason": "r", "idx": "1",
     }  # fmt: skip
-    rows = [prmbench | {"classification": "redundency"}, prmbench | {"classification": "circular", "error_steps": []}]
+    rows = [
+        prmbench | {"classification": "redundency"},
+        prmbench | {"classification": "circular", "error_steps": []},
+    ]
     assert chains(write(tmp_path / "pb.jsonl", rows)) == [
         ("p", steps, [0.0, 1.0, 0.0]), ("o", ["x", "y"], [1.0, 1.0]), ("p", steps, [1.0, 1.0, 1.0])
     ]  # fmt: skip
@@ -110,14 +131,25 @@ def test_the_first_wrong_step_is_counted_from_0_in_two_sets_and_from_1_in_the_th
 
 def test_a_chain_of_eqasc_is_judged_as_a_whole_at_its_last_step(tmp_path, capsys):
     def chain(first, second, label, **about):
-        about = {"chain_id": "1", "turk_label": label, "df": "h", "grc": ["a", "b", "c"], "overlapping_entities": {}}
+        about = {
+            "chain_id": "1",
+            "turk_label": label,
+            "df": "h",
+            "grc": ["a", "b", "c"],
+            "overlapping_entities": {},
+        }
         return [{"text": first, "score": 1.5}, {"text": second, "score": 2.0}, about]
 
     right = {"label": "A", "text": "wind", "df": None, "chains": [
         chain("f", "g", {"label": "yes"}), chain("f", "h", {"label": "not-quite"}), chain("g2", "g1", None),
         chain("i", "j", None), chain("i", "k", {"label": None}),
     ]}  # fmt: skip
-    wrong = {"label": "B", "text": "coal", "df": "coal is", "chains": [chain("f", "g", {"label": "yes"})]}
+    wrong = {
+        "label": "B",
+        "text": "coal",
+        "df": "coal is",
+        "chains": [chain("f", "g", {"label": "yes"})],
+    }
     row = {"id": "1", "fact1": "g1", "fact2": "g2", "answerKey": "A",
            "question": {"stem": "What renews?", "choices": [right, wrong]}}  # fmt: skip
     (tmp_path / "eqasc.json").write_text(json.dumps([row]))
@@ -131,14 +163,20 @@ def test_a_chain_of_eqasc_is_judged_as_a_whole_at_its_last_step(tmp_path, capsys
 
 
 def test_the_share_of_yes_votes_is_the_label_of_eobqa(tmp_path):
-    names = "QID\tChain#\tTag\tQuestion\tAnswer\tFact1\tFact2\tWOL score\tTurk\tTurks\tExtra Facts\tDF"
+    names = (
+        "QID\tChain#\tTag\tQuestion\tAnswer\tFact1\tFact2\tWOL score\tTurk\tTurks\tExtra Facts\tDF"
+    )
     row = "1003\t1\ttest\tA thing is\twind\tIt turns.\twind renews\t49.81\tyes\tyes fact1 yes\tNIL\tA thing is wind"
     (tmp_path / "e.tsv").write_text(f"{names}\n{row}\n")
     (chain,) = chains(str(tmp_path / "e.tsv"))
-    assert chain == ("A thing is wind", ["It turns.", "wind renews", "A thing is wind"], [None, None, 2 / 3])
+    assert chain == (
+        "A thing is wind",
+        ["It turns.", "wind renews", "A thing is wind"],
+        [None, None, 2 / 3],
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- REVEAL
+# ------------------------------------------------------------------------------------------- REVEAL
 
 REVEAL = [  # answer_id, step_idx, step, type_label, attribution_label, correctness_label
     ("a1", 1, "s1", "Attribution", "Unsupported", ""),
@@ -156,22 +194,34 @@ def reveal(tmp_path, step="step"):
     with open(tmp_path / "reveal.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow([*names, "type_label", "attribution_label", "correctness_label"])
-        table.writerows([i, "q", f"Q {i}?", "all", n, text, *labels] for i, n, text, *labels in REVEAL)
+        table.writerows(
+            [i, "q", f"Q {i}?", "all", n, text, *labels] for i, n, text, *labels in REVEAL
+        )
     return str(tmp_path / "reveal.csv")
 
 
 def test_reveal_takes_the_best_evidence_of_a_step_and_the_lower_of_two_kinds(tmp_path):
-    expected = [("Q a1?", ["s0", "s1", "s2", "s3", "s4"], [1.0, 0.5, 1.0, 0.0, None]), ("Q a2?", ["t0"], [0.0])]
+    expected = [
+        ("Q a1?", ["s0", "s1", "s2", "s3", "s4"], [1.0, 0.5, 1.0, 0.0, None]),
+        ("Q a2?", ["t0"], [0.0]),
+    ]
     assert chains(reveal(tmp_path)) == expected
-    with pytest.raises(UserError, match=r"2: no column step; name yours in \[data.reveal_columns\]"):
+    with pytest.raises(
+        UserError, match=r"2: no column step; name yours in \[data.reveal_columns\]"
+    ):
         chains(reveal(tmp_path, "step_text"))
     assert chains(reveal(tmp_path, "step_text"), reveal_columns={"step": "step_text"}) == expected
 
 
 def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, configure):
     path = reveal(tmp_path)
-    train = write(tmp_path / "t.jsonl", [{"prompt": f"p{i}", "steps": ["s"], "labels": [1]} for i in range(30)])
-    config = configure(True, train_data=[train], eval_data=[], use_reveal=True, reveal_path=path, eval_fraction=0.1)
+    train = write(
+        tmp_path / "t.jsonl",
+        [{"prompt": f"p{i}", "steps": ["s"], "labels": [1]} for i in range(30)],
+    )
+    config = configure(
+        True, train_data=[train], eval_data=[], use_reveal=True, reveal_path=path, eval_fraction=0.1
+    )
     training, held_out = read_data(config)
     assert (len(training), len(held_out)) == (27, 3 + 2) and not any(e.terms for e in training)
     assert [e.source for e in held_out] == [0] * 3 + [1] * 2
@@ -179,7 +229,10 @@ def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, co
     key, config.data.eval_data, config.data.use_reveal = Source(config).key, [path], False
     assert Source(config).key != key  # the same files, but nothing is held out of the first
     config.data.train_data = [path]
-    with pytest.raises(UserError, match="reveal.csv:2: REVEAL's owners permit it as a test set, not as a training set"):
+    with pytest.raises(
+        UserError,
+        match="reveal.csv:2: REVEAL's owners permit it as a test set, not as a training set",
+    ):
         read_data(config)
     config.data.train_data, config.data.eval_data, config.data.use_reveal = [train], [], True
     config.data.reveal_train_i_have_permission = True
@@ -187,7 +240,7 @@ def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, co
     assert {e.source for e in training} == {0, 1} and config.data.weights == [1.0, 1.0]
 
 
-# ------------------------------------------------------------------------------------------------------- the named sets
+# ----------------------------------------------------------------------------------- the named sets
 
 
 def test_use_and_weight_keys_are_the_mixing_of_data_weights(tmp_path):
@@ -203,7 +256,11 @@ def test_use_and_weight_keys_are_the_mixing_of_data_weights(tmp_path):
         str(tmp_path),
     ]
     data = read_command_line([*flags, "--use_prm800k"], get_lora_config(), "", "").config.data
-    assert data.train_paths == ["x", prm] and data.weights == [1.0, 3.0] and data.eval_paths == ["x", prm]
+    assert (
+        data.train_paths == ["x", prm]
+        and data.weights == [1.0, 3.0]
+        and data.eval_paths == ["x", prm]
+    )
     assert read_command_line(flags, get_lora_config(), "", "").config.data.train_paths == ["x"]
     with pytest.raises(UserError, match="use_eqasc: no file is named; add --eqasc_path FILE"):
         read_command_line([*flags, "--use_eqasc"], get_lora_config(), "", "")
@@ -211,7 +268,9 @@ def test_use_and_weight_keys_are_the_mixing_of_data_weights(tmp_path):
 
 def test_named_sets_are_mixed_by_weight_and_validated_one_by_one(tmp_path, configure):
     own = [{"prompt": f"p{i}", "steps": ["s"], "labels": [1]} for i in range(20)]
-    rated = [prm800k_row([prm800k_step([rating("a", 1)], chosen=0)], problem=f"q{i}") for i in range(20)]
+    rated = [
+        prm800k_row([prm800k_step([rating("a", 1)], chosen=0)], problem=f"q{i}") for i in range(20)
+    ]
     config = configure(
         True, train_data=[write(tmp_path / "own.jsonl", own)], eval_data=[], eval_fraction=0.5, use_prm800k=True,
         prm800k_path=write(tmp_path / "phase1.jsonl", rated), prm800k_weight=3.0, use_reveal=True,
@@ -227,7 +286,10 @@ def test_named_sets_are_mixed_by_weight_and_validated_one_by_one(tmp_path, confi
 
 
 def test_long_chains_are_cut_and_empty_steps_leave_a_chain_out(tmp_path, capsys):
-    rows = [{"prompt": "p", "steps": ["a", "b", "c"], "labels": [1, 0, 1]}, {"prompt": "q", "steps": [""], "labels": [1]}]
+    rows = [
+        {"prompt": "p", "steps": ["a", "b", "c"], "labels": [1, 0, 1]},
+        {"prompt": "q", "steps": [""], "labels": [1]},
+    ]
     path = write(tmp_path / "s.jsonl", rows)
     assert chains(path, max_steps_per_example=2) == [("p", ["a", "b"], [1.0, 0.0])]
     assert f"note: {path}: left out: 1 rows (an empty step)\n" == capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""What is tokenised once is used again: the same rows, for the same bytes and settings only, by any number of processes."""
+"""What is tokenised once is used again: the same rows, for the same bytes and settings only, by any
+number of processes.
+"""
 
 from collections import defaultdict
 import dataclasses
@@ -22,7 +24,12 @@ from lora.model.load import load_task
 @pytest.fixture
 def chats(tmp_path):
     rows = [
-        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * (i + 1)}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"say {i}"},
+                {"role": "assistant", "content": f"{i} " * (i + 1)},
+            ]
+        }
         for i in range(40)
     ]
     path = tmp_path / "chats.jsonl"
@@ -41,7 +48,10 @@ def settings(configure, path, **values):
 
 
 def equal(one, other):
-    return all(np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(Rows))
+    return all(
+        np.array_equal(getattr(one, f.name), getattr(other, f.name))
+        for f in dataclasses.fields(Rows)
+    )
 
 
 def test_a_second_run_reads_no_data_and_tokenises_nothing(configure, chats, monkeypatch):
@@ -54,7 +64,11 @@ def test_a_second_run_reads_no_data_and_tokenises_nothing(configure, chats, monk
     *second, again = token_cache.tokenised(source, task)
     assert facts == again and all(equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(isinstance(rows.tokens, np.memmap) for rows in second)
-    assert facts["train"]["examples"] == 36 and facts["eval"]["examples"] == 4 and facts["overlap"] == 0
+    assert (
+        facts["train"]["examples"] == 36
+        and facts["eval"]["examples"] == 4
+        and facts["overlap"] == 0
+    )
 
 
 @pytest.mark.parametrize("change", ["data", "max_length", "template", "split"])
@@ -65,9 +79,14 @@ def test_a_change_of_data_settings_or_template_is_another_entry(configure, chats
     if change == "data":
         chats.write_text(chats.read_text().replace("say 7", "say 8"))
     elif change == "template":
-        task.tokenizer.chat_template = task.tokenizer.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+        task.tokenizer.chat_template = task.tokenizer.chat_template.replace(
+            "<|im_start|>", "<|im_start|>the "
+        )
     else:
-        config.data.max_length, config.data.eval_fraction = {"max_length": (20, 0.1), "split": (256, 0.5)}[change]
+        config.data.max_length, config.data.eval_fraction = {
+            "max_length": (20, 0.1),
+            "split": (256, 0.5),
+        }[change]
     after, _, facts = token_cache.tokenised(Source(config), task)
     assert not equal(before, after)
     fresh, _ = token_cache.tokenise(Source(config).examples()[0], task, config, "train")
@@ -113,7 +132,8 @@ def test_the_same_bytes_under_another_suffix_are_another_entry(configure, chats)
     renamed.write_bytes(chats.read_bytes())
     task = load_task(settings(configure, chats), torch.float32)
     counts = [
-        token_cache.tokenised(Source(settings(configure, path)), task)[2]["train"]["examples"] for path in (renamed, chats)
+        token_cache.tokenised(Source(settings(configure, path)), task)[2]["train"]["examples"]
+        for path in (renamed, chats)
     ]
     assert counts == [1, 36]
 
@@ -148,7 +168,8 @@ def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch, own_c
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora.common.atomic_files.flush_all", fail)  # with everything written, but for the last
+        # With everything written, but for the last
+        patch.setattr("lora.common.atomic_files.flush_all", fail)
         with pytest.raises(KeyboardInterrupt):
             token_cache.tokenised(Source(config), task)
     assert not list(own_cache.glob("*/*/facts.json"))
@@ -156,7 +177,9 @@ def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch, own_c
     assert len(rows) == 36 and not list(own_cache.glob("*/.tmp_*"))
 
 
-def test_where_the_cache_cannot_be_written_the_run_goes_on(configure, chats, own_cache, capsys, tmp_path, monkeypatch):
+def test_where_the_cache_cannot_be_written_the_run_goes_on(
+    configure, chats, own_cache, capsys, tmp_path, monkeypatch
+):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     own_cache.write_text("a file stands where the folder would be")
     config = settings(configure, chats)
@@ -187,8 +210,13 @@ def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chat
     task = load_task(config, torch.float32)
     rows, facts = token_cache.tokenise(Source(config).examples()[0], task, config, "train")
     lengths = np.diff(rows.offsets)
-    assert facts["cut"] and facts["rows"] == len(rows) == facts["examples"] - facts["without_target"]
-    assert lengths.max() == facts["lengths"][2] == 24 and facts["targets"] == (rows.targets != NO_TOKEN).sum()
+    assert (
+        facts["cut"] and facts["rows"] == len(rows) == facts["examples"] - facts["without_target"]
+    )
+    assert (
+        lengths.max() == facts["lengths"][2] == 24
+        and facts["targets"] == (rows.targets != NO_TOKEN).sum()
+    )
     line = summary.describe("train", facts)
     assert f"{facts['cut']} (" in line and "cut off at max_length" in line
 

@@ -1,4 +1,6 @@
-"""Two processes = one, at the same examples per step; a run goes on with any number of processes, and after a lost one."""
+"""Two processes = one, at the same examples per step; a run goes on with any number of processes,
+and after a lost one.
+"""
 
 from contextlib import redirect_stdout
 import json
@@ -37,13 +39,24 @@ def torchrun(script, config, processes, folder, *flags, more=()):
     """A call of a script under torchrun that has begun, with the configuration in a file."""
     path = folder / f"{config.output.experiment_name}.toml"
     config.save(path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        *more,
+    ]
     command += [script, "--config", str(path), *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def run_of(processes, config, folder, resume_from="", prepare=lambda rank: None):
-    """A whole run of several processes without torchrun: forks of this one, which has loaded torch. What they printed."""
+    """A whole run of several processes without torchrun: forks of this one, which has loaded torch.
+    What they printed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,19 +98,31 @@ def finish(process):
 
 
 def weights(folder):
-    """The last ones: an adapter's from its checkpoint, a model's from the artifact, which holds the best."""
+    """The last ones: an adapter's from its checkpoint, a model's from the artifact, which holds the
+    best.
+    """
     last = folder / "checkpoints" / f"checkpoint_step_{STEPS}"
     if not (last / "lora_adapter").is_dir():
-        assert json.loads((folder / "logs" / "final_results.json").read_text())["best"]["step"] == STEPS
+        assert (
+            json.loads((folder / "logs" / "final_results.json").read_text())["best"]["step"]
+            == STEPS
+        )
         last = folder / "final_artifact"
     files = [path for path in last.rglob("*.safetensors") if path.name != "optimizer.safetensors"]
-    return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+    return {
+        f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()
+    }
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    ]
     keys = ("train/loss", "train/grad_norm", "val/loss")
-    found = torch.tensor([[line[key] for key in keys if key in line] for line in lines if "train/loss" in line])
+    found = torch.tensor(
+        [[line[key] for key in keys if key in line] for line in lines if "train/loss" in line]
+    )
     assert found.isfinite().all() and len(found) > 0
     return found
 
@@ -128,7 +153,12 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_and_with_four(configure,
     run_of(2, configure(lora, name="two", max_steps=8, **settings), tmp_path)
     for processes in (1, 4):
         on = configure(lora, name=f"on_{processes}", max_steps=STEPS, **settings)
-        run_of(processes, on, tmp_path, resume_from=tmp_path / "two" / "checkpoints" / "checkpoint_step_8")
+        run_of(
+            processes,
+            on,
+            tmp_path,
+            resume_from=tmp_path / "two" / "checkpoints" / "checkpoint_step_8",
+        )
         assert_close(weights(whole), weights(tmp_path / f"on_{processes}"))
 
 
@@ -136,7 +166,11 @@ def test_a_full_run_of_one_process_goes_on_sharded_over_two(configure, tmp_path)
     settings = dict(learning_rate=2e-3, save_steps=4, batch_size=6, **SMOOTH)
     settings |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
     whole = run(configure(False, name="whole", max_steps=STEPS, **settings))
-    start = run(configure(False, name="start", max_steps=8, **settings)) / "checkpoints" / "checkpoint_step_8"
+    start = (
+        run(configure(False, name="start", max_steps=8, **settings))
+        / "checkpoints"
+        / "checkpoint_step_8"
+    )
     run_of(2, configure(False, name="on", max_steps=STEPS, **settings), tmp_path, resume_from=start)
     assert_close(weights(whole), weights(tmp_path / "on"))
 
@@ -152,7 +186,9 @@ def test_a_lost_process_costs_nothing_but_the_steps_since_the_last_checkpoint(co
     while not (tmp_path / "killed" / "checkpoints" / "checkpoint_step_10").is_dir():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    found = subprocess.run(["pgrep", "-f", f"{tmp_path}/killed.toml"], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["pgrep", "-f", f"{tmp_path}/killed.toml"], capture_output=True, text=True
+    ).stdout.split()
     ranks = {}
     for pid in map(int, found):
         environment = open(f"/proc/{pid}/environ").read().split("\0")
@@ -161,7 +197,9 @@ def test_a_lost_process_costs_nothing_but_the_steps_since_the_last_checkpoint(co
     out = finish(process)
     assert "SIGKILL" in out or "exitcode: -9" in out or "Signal 9" in out
     calm, killed = (load_file(tmp_path / name / LAST) for name in ("calm", "killed"))
-    assert calm.keys() == killed.keys() and all(torch.equal(calm[name], killed[name]) for name in calm)
+    assert calm.keys() == killed.keys() and all(
+        torch.equal(calm[name], killed[name]) for name in calm
+    )
 
 
 def test_a_process_without_a_part_of_the_evaluation_computes_in_the_same_type(configure, tmp_path):
@@ -169,24 +207,42 @@ def test_a_process_without_a_part_of_the_evaluation_computes_in_the_same_type(co
     settings = dict(dtype="bfloat16", eval_data=["arithmetic:validation:1"], max_steps=1)
     one = run(configure(False, name="one", batch_size=8, **settings))
     run_of(2, configure(False, name="two", **settings), tmp_path)
-    best = [json.loads((folder / "logs" / "final_results.json").read_text())["best"] for folder in (one, tmp_path / "two")]
+    best = [
+        json.loads((folder / "logs" / "final_results.json").read_text())["best"]
+        for folder in (one, tmp_path / "two")
+    ]
     assert best[1]["loss"] == pytest.approx(best[0]["loss"], rel=0.05)  # of states of 8 bits
 
 
 def test_processes_that_start_in_different_seconds_write_to_one_folder(configure, tmp_path):
     late = changed("train.py", tmp_path, "import time\ntime.sleep(1.5 * int(os.environ['RANK']))\n")
     finish(torchrun(late, configure(False, name="", max_steps=1), 2, tmp_path))
-    assert len(list(tmp_path.glob("*/checkpoints"))) == len(list(tmp_path.glob("*/final_artifact"))) == 1
+    assert (
+        len(list(tmp_path.glob("*/checkpoints")))
+        == len(list(tmp_path.glob("*/final_artifact")))
+        == 1
+    )
 
 
-def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(configure, tiny_base, tmp_path):
+def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(
+    configure, tiny_base, tmp_path
+):
     base, chats = tmp_path / "base", tmp_path / "chats.jsonl"
     shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("chat_template*"))
     turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
     chats.write_text(8 * (json.dumps({"messages": turns}) + "\n"))
-    settings = dict(base_model=str(base), task="lm", train_data=[str(chats)], eval_data=[str(chats)], max_steps=1)
+    settings = dict(
+        base_model=str(base),
+        task="lm",
+        train_data=[str(chats)],
+        eval_data=[str(chats)],
+        max_steps=1,
+    )
     out = run_of(2, configure(False, **settings), tmp_path)
-    assert "using ChatML" in out and (tmp_path / "run" / "final_artifact" / "chat_template.jinja").is_file()
+    assert (
+        "using ChatML" in out
+        and (tmp_path / "run" / "final_artifact" / "chat_template.jinja").is_file()
+    )
 
 
 SHORT_OF_MEMORY = """
@@ -203,18 +259,33 @@ Task.forward = limited
 
 
 def test_where_one_process_runs_out_of_memory_all_cut_the_step_anew(configure, tmp_path):
-    settings = dict(max_steps=6, task="lm", learning_rate=1e-3, batch_size=4, gradient_accumulation_steps=1)
+    settings = dict(
+        max_steps=6, task="lm", learning_rate=1e-3, batch_size=4, gradient_accumulation_steps=1
+    )
     run_of(2, configure(True, name="whole", **settings), tmp_path)
-    out = run_of(2, configure(True, name="short", **settings), tmp_path, prepare=lambda rank: exec(SHORT_OF_MEMORY, {}))
+    out = run_of(
+        2,
+        configure(True, name="short", **settings),
+        tmp_path,
+        prepare=lambda rank: exec(SHORT_OF_MEMORY, {}),
+    )
     assert out.count("out of memory on") >= 1
-    torch.testing.assert_close(losses(tmp_path / "short"), losses(tmp_path / "whole"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        losses(tmp_path / "short"), losses(tmp_path / "whole"), rtol=1e-6, atol=0
+    )
 
 
-def test_where_weights_are_sharded_one_process_out_of_memory_ends_the_run_in_one_line(configure, tmp_path):
+def test_where_weights_are_sharded_one_process_out_of_memory_ends_the_run_in_one_line(
+    configure, tmp_path
+):
     short = changed("train.py", tmp_path, SHORT_OF_MEMORY)
     process = torchrun(short, configure(False, task="lm", max_steps=1), 2, tmp_path)
     out, _ = process.communicate(timeout=180)
-    assert process.returncode != 0 and "error: CUDA out of memory. Tried" in out and "--batch_size 1" in out
+    assert (
+        process.returncode != 0
+        and "error: CUDA out of memory. Tried" in out
+        and "--batch_size 1" in out
+    )
     assert "Traceback" not in out.split("error: CUDA")[0]
 
 
@@ -226,9 +297,12 @@ def test_what_is_wrong_is_said_once(configure, tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [("dtype", "float16"), ("optimizer", "adamw_8bit")])
-def test_what_is_not_proven_on_sharded_weights_is_refused(configure, tmp_path, monkeypatch, key, value):
+def test_what_is_not_proven_on_sharded_weights_is_refused(
+    configure, tmp_path, monkeypatch, key, value
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(process_group, "start", lambda device: None)  # it is refused before the other one is needed
+    # It is refused before the other one is needed
+    monkeypatch.setattr(process_group, "start", lambda device: None)
     with pytest.raises(UserError, match=f"{key} {value}: full fine-tuning on several processes"):
         run(configure(False, **{key: value}))
     assert not (tmp_path / "run").exists()

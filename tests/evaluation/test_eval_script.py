@@ -1,4 +1,6 @@
-"""The measures against values worked out by hand; what eval.py reads, prints and writes; the cite-or-refuse recipe."""
+"""The measures against values worked out by hand; what eval.py reads, prints and writes; the
+cite-or-refuse recipe.
+"""
 
 import json
 import math
@@ -37,9 +39,11 @@ def evaluate(*flags):
     evaluation.main(*arguments, evaluation.read_examples(*arguments))
 
 
-# ----------------------------------------------------------------------------------------------------- measures of texts
+# -------------------------------------------------------------------------------- measures of texts
 
-SETTINGS = EvaluationConfig(refusal_pattern="^I cannot", citation_pattern=r"\[\d+\]", json_keys=["a", "b"])
+SETTINGS = EvaluationConfig(
+    refusal_pattern="^I cannot", citation_pattern=r"\[\d+\]", json_keys=["a", "b"]
+)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,11 @@ def test_the_number_after_the_last_hashes_is_the_answer(text, number):
         ("9\n#### 9", "8+1\n#### 9.0", dict(exact_answer=0, exact_match=1)),
         ("it is 9", "#### 9", dict(exact_match=0)),
         (" a b ", "a b", dict(exact_answer=1, refusal_rate=0, refusal_accuracy=1)),
-        ("I cannot say", "yes [1]", dict(refusal_rate=1, refusal_accuracy=0, citation_rate=0, citation_accuracy=0)),
+        (
+            "I cannot say",
+            "yes [1]",
+            dict(refusal_rate=1, refusal_accuracy=0, citation_rate=0, citation_accuracy=0),
+        ),
         ("yes [2] [1]", "no [1], [2]", dict(citation_rate=1, citation_accuracy=1, exact_answer=0)),
         ("yes [2]", "no [1], [2]", dict(citation_rate=1, citation_accuracy=0)),
         ('{"a": 1, "b": 2, "c": 3}', "x", dict(json_validity=1)),
@@ -81,12 +89,17 @@ def test_the_measures_of_an_answer_are_those_counted_by_hand(answer, reference, 
 
 def test_a_measure_is_taken_only_where_it_is_configured_and_applies():
     assert text_metrics.scores("a", "b", EvaluationConfig(), None).keys() == {"exact_answer"}
-    assert not {"citation_rate", "exact_match"} & text_metrics.scores("a", "I cannot", SETTINGS, None).keys()
+    assert (
+        not {"citation_rate", "exact_match"}
+        & text_metrics.scores("a", "I cannot", SETTINGS, None).keys()
+    )
     assert text_metrics.means([{"x": 1.0}, {"x": 0.0, "y": 1.0}]) == {"x": 0.5, "y": 1.0}
 
 
 def test_rouge_is_f1_of_words_pairs_and_subsequences():
-    measured = text_metrics.scores("The cat sat down", "the cat ran", EvaluationConfig(), text_metrics.rouge_scorer())
+    measured = text_metrics.scores(
+        "The cat sat down", "the cat ran", EvaluationConfig(), text_metrics.rouge_scorer()
+    )
     assert measured["rouge1"] == pytest.approx(2 * 2 / (4 + 3)) == measured["rougeL"]
     assert measured["rouge2"] == pytest.approx(2 * 1 / (3 + 2))
 
@@ -116,10 +129,21 @@ def test_what_goes_to_the_terminal_holds_no_commands_for_it():
 
 
 def test_questions_are_read_in_every_form_of_chat_and_ask_for_the_last_answer(tmp_path):
-    chat = [dict(role=role, content=role[0] + str(i)) for i, role in enumerate(["user", "assistant"] * 2)]
-    rows = [{"messages": chat}, {"question": "q", "answer": "r"}, {"instruction": "i", "input": "j", "output": "o"}]
+    chat = [
+        dict(role=role, content=role[0] + str(i))
+        for i, role in enumerate(["user", "assistant"] * 2)
+    ]
+    rows = [
+        {"messages": chat},
+        {"question": "q", "answer": "r"},
+        {"instruction": "i", "input": "j", "output": "o"},
+    ]
     questions = text_metrics.read_questions(write(tmp_path / "q.jsonl", rows))
-    assert [[m["content"] for m in q.messages] for q in questions] == [["u0", "a1", "u2"], ["q"], ["i\n\nj"]]
+    assert [[m["content"] for m in q.messages] for q in questions] == [
+        ["u0", "a1", "u2"],
+        ["q"],
+        ["i\n\nj"],
+    ]
     assert [q.reference for q in questions] == ["a3", "r", "o"]
     calls = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
     for row, message in (
@@ -131,11 +155,12 @@ def test_questions_are_read_in_every_form_of_chat_and_ask_for_the_last_answer(tm
             text_metrics.read_questions(write(tmp_path / "q.jsonl", [row]))
 
 
-# ----------------------------------------------------------------------------------------------------- retrieval
+# ---------------------------------------------------------------------------------------- retrieval
 
 
 def test_retrieval_measures_are_those_counted_by_hand():
-    angles = np.radians(np.arange(0, 120, 10))  # of twelve documents; the query looks along the first
+    # Of twelve documents; the query looks along the first
+    angles = np.radians(np.arange(0, 120, 10))
     corpus = np.stack([np.cos(angles), np.sin(angles)], 1)
     ranks = retrieval.ranks_of(corpus[[0, 0]], corpus, [{1, 11}, {0}])
     assert ranks == [[2, 12], [1]]
@@ -146,8 +171,12 @@ def test_retrieval_measures_are_those_counted_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["tiny_base", "tiny_encoder"])
-def test_an_embedding_is_the_mean_over_the_hidden_states_of_the_text_alone(kind, request, configure):
-    config = configure(False, base_model=str(request.getfixturevalue(kind)), max_length=16, batch_size=2)
+def test_an_embedding_is_the_mean_over_the_hidden_states_of_the_text_alone(
+    kind, request, configure
+):
+    config = configure(
+        False, base_model=str(request.getfixturevalue(kind)), max_length=16, batch_size=2
+    )
     task = load_task(config, torch.float32)
     texts = ["some words", "a", "many more words than that " * 3, "b c"]
     embeddings = embed(task, texts, config, torch.float32)
@@ -156,7 +185,9 @@ def test_an_embedding_is_the_mean_over_the_hidden_states_of_the_text_alone(kind,
         encoded = task.tokenizer(text, truncation=True, max_length=16, return_tensors="pt")
         with torch.no_grad():
             mean = alone(**encoded).last_hidden_state[0].mean(0)
-        torch.testing.assert_close(torch.from_numpy(embedding), mean / mean.norm(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.from_numpy(embedding), mean / mean.norm(), rtol=0, atol=1e-5
+        )
 
 
 def test_a_mistake_in_corpus_or_queries_names_the_line(tmp_path):
@@ -164,7 +195,10 @@ def test_a_mistake_in_corpus_or_queries_names_the_line(tmp_path):
     corpus = retrieval.read_corpus(write(tmp_path / "c.jsonl", good))
     assert corpus == {"1": "one", "b": "two"}
     queries = [{"query": "q", "relevant": ["b", 1]}, {"query": "r", "relevant": "b"}]
-    assert retrieval.read_queries(write(tmp_path / "q.jsonl", queries), corpus) == [("q", {0, 1}), ("r", {1})]
+    assert retrieval.read_queries(write(tmp_path / "q.jsonl", queries), corpus) == [
+        ("q", {0, 1}),
+        ("r", {1}),
+    ]
     for row, message in (
         ({"id": "1", "text": "three"}, "id 1 is there a second time"),
         ({"id": "c", "text": ""}, "text is ''"),
@@ -181,14 +215,19 @@ def test_a_mistake_in_corpus_or_queries_names_the_line(tmp_path):
             retrieval.read_queries(write(tmp_path / "q.jsonl", [queries[0], row]), corpus)
 
 
-# ----------------------------------------------------------------------------------------------------- eval.py
+# ------------------------------------------------------------------------------------------ eval.py
 
 
 def test_loss_and_perplexity_do_not_depend_on_the_batch_size(tmp_path):
     numbers = []
     for batch_size in (1, 3, 16):
         out = tmp_path / f"{batch_size}.json"
-        flags = ("--base_model=embedded", "--eval_data", SAMPLES / "chat.jsonl", f"--batch_size={batch_size}")
+        flags = (
+            "--base_model=embedded",
+            "--eval_data",
+            SAMPLES / "chat.jsonl",
+            f"--batch_size={batch_size}",
+        )
         evaluate(*flags, "--max_length=512", "--output", out)
         numbers.append(json.loads(out.read_text()))
     for other in numbers[1:]:  # fp32 sums in another order
@@ -196,45 +235,105 @@ def test_loss_and_perplexity_do_not_depend_on_the_batch_size(tmp_path):
     assert {"loss", "perplexity", "token_accuracy", "bits_per_byte"} == numbers[0].keys()
 
 
-def test_one_call_measures_loss_answers_critical_questions_and_retrieval(tiny_base, tmp_path, capsys):
-    queries = write(tmp_path / "queries.jsonl", [{"query": "when is it open", "relevant": ["opening-hours"]}])
+def test_one_call_measures_loss_answers_critical_questions_and_retrieval(
+    tiny_base, tmp_path, capsys
+):
+    queries = write(
+        tmp_path / "queries.jsonl", [{"query": "when is it open", "relevant": ["opening-hours"]}]
+    )
     config = tmp_path / "c.toml"
     config.write_text("[evaluation]\nrefusal_pattern = '^The sources'\nmax_new_tokens = 5\n")
     out = tmp_path / "numbers.json"
     evaluate(
-        *("--config", config, "--base_model", tiny_base, "--max_length=512", "--eval_data", SAMPLES / "text.txt"),
-        *("--test_set", SAMPLES / "questions.jsonl", "--critical_questions", SAMPLES / "critical.jsonl"),
-        *("--test_queries", queries, "--corpus", SAMPLES / "corpus.jsonl", "--output", out, "--json_keys=a"),
+        *(
+            "--config",
+            config,
+            "--base_model",
+            tiny_base,
+            "--max_length=512",
+            "--eval_data",
+            SAMPLES / "text.txt",
+        ),
+        *(
+            "--test_set",
+            SAMPLES / "questions.jsonl",
+            "--critical_questions",
+            SAMPLES / "critical.jsonl",
+        ),
+        *(
+            "--test_queries",
+            queries,
+            "--corpus",
+            SAMPLES / "corpus.jsonl",
+            "--output",
+            out,
+            "--json_keys=a",
+        ),
     )
     numbers = json.loads(out.read_text())
     assert {
-        *("loss", "perplexity", "bits_per_byte", "exact_answer", "exact_match", "rouge1", "rouge2", "rougeL"),
-        *("refusal_rate", "json_validity", "critical/exact_match", "critical/refusal_accuracy", "critical/passed"),
+        *(
+            "loss",
+            "perplexity",
+            "bits_per_byte",
+            "exact_answer",
+            "exact_match",
+            "rouge1",
+            "rouge2",
+            "rougeL",
+        ),
+        *(
+            "refusal_rate",
+            "json_validity",
+            "critical/exact_match",
+            "critical/refusal_accuracy",
+            "critical/passed",
+        ),
         *("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10"),
     } < numbers.keys()
     assert "citation_rate" not in numbers
     assert [row["passed"] for row in numbers["critical_questions"]] == [False] * 3
     shown = capsys.readouterr().out
     assert shown.count("FAIL  ") == 3 and re.search(r"critical/passed 0\.000000\n", shown)
-    rows = [json.loads(line) for line in (tmp_path / "numbers.generations.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "numbers.generations.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 8 + 3 and rows[0]["where"].endswith("questions.jsonl:1")
-    assert rows[0]["prompt"].endswith("<|im_start|>assistant\n") and rows[0]["reference"].endswith("#### 32")
-    assert {"answer", "exact_match", "json_validity"} < rows[0].keys() and rows[-1]["passed"] is False
+    assert rows[0]["prompt"].endswith("<|im_start|>assistant\n") and rows[0]["reference"].endswith(
+        "#### 32"
+    )
+    assert {"answer", "exact_match", "json_validity"} < rows[0].keys() and rows[-1][
+        "passed"
+    ] is False
 
 
-def test_without_rouge_score_one_line_says_so_and_the_rest_is_measured(tiny_base, tmp_path, capsys, monkeypatch):
+def test_without_rouge_score_one_line_says_so_and_the_rest_is_measured(
+    tiny_base, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     flags = ("--base_model", tiny_base, "--max_length=256", "--max_new_tokens=2")
     evaluate(*flags, "--test_set", SAMPLES / "questions.jsonl", "--output", tmp_path / "n.json")
     assert "pip install 'plainlora[eval]'" in capsys.readouterr().out
-    assert json.loads((tmp_path / "n.json").read_text()) == {"exact_answer": 0.0, "exact_match": 0.0}
+    assert json.loads((tmp_path / "n.json").read_text()) == {
+        "exact_answer": 0.0,
+        "exact_match": 0.0,
+    }
 
 
 def test_bits_per_byte_are_those_of_the_text(tiny_base, tmp_path):
     text = "Grüße: 7+8=15"
     data = write(tmp_path / "t.jsonl", [{"text": text}])
-    evaluate("--base_model", tiny_base, "--max_length=64", "--eval_data", data, "--output", tmp_path / "n.json")
+    evaluate(
+        "--base_model",
+        tiny_base,
+        "--max_length=64",
+        "--eval_data",
+        data,
+        "--output",
+        tmp_path / "n.json",
+    )
     numbers = json.loads((tmp_path / "n.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     ids = tokenizer(text).input_ids
@@ -244,9 +343,16 @@ def test_bits_per_byte_are_those_of_the_text(tiny_base, tmp_path):
 
 
 def test_a_checkpoint_brings_its_patterns_along_and_flags_beat_them(configure):
-    artifact = run(configure(True, task="lm", max_steps=1, refusal_pattern="^no", json_keys=["k"])) / "final_artifact"
-    _, config = evaluation.read_arguments(["--checkpoint", str(artifact), "--json_keys", "x", "y", "--temperature=0.5"])
-    assert config.evaluation == EvaluationConfig(refusal_pattern="^no", json_keys=["x", "y"], temperature=0.5)
+    artifact = (
+        run(configure(True, task="lm", max_steps=1, refusal_pattern="^no", json_keys=["k"]))
+        / "final_artifact"
+    )
+    _, config = evaluation.read_arguments(
+        ["--checkpoint", str(artifact), "--json_keys", "x", "y", "--temperature=0.5"]
+    )
+    assert config.evaluation == EvaluationConfig(
+        refusal_pattern="^no", json_keys=["x", "y"], temperature=0.5
+    )
 
 
 def test_a_base_beside_a_checkpoint_that_is_a_whole_model_is_refused(configure, tiny_base):
@@ -269,7 +375,10 @@ MISTAKES = [
     ([*BASE, "--prompt=a", "--eval_data=b"], "--prompt goes with no files"),
     ([*BASE, "--ignore_chat_template", "--eval_data=b"], "--ignore_chat_template is for --prompt"),
     ([*BASE, "--test_queries=a"], "--test_queries and --corpus go together"),
-    ([*BASE, "--prompt=a", "--citation_pattern=["], r"citation_pattern = '\[': not a regular expression"),
+    (
+        [*BASE, "--prompt=a", "--citation_pattern=["],
+        r"citation_pattern = '\[': not a regular expression",
+    ),
     ([*BASE, "--task=score", "--critical_questions=a"], "a scorer gives no answers"),
     ([*BASE, "--test_set=/no.jsonl"], "/no.jsonl: No such file"),
     (["--config=a", "--checkpoint=b"], "leave --config out"),
@@ -285,7 +394,7 @@ def test_a_mistake_is_one_line(flags, message):
     assert "\n" not in str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------------- cite or refuse
+# ----------------------------------------------------------------------------------- cite or refuse
 
 
 @pytest.fixture(scope="module")
@@ -311,14 +420,19 @@ def rows_of(recipe, side):
 
 
 @pytest.mark.parametrize("side", ["train", "test"])
-def test_an_answer_is_quoted_from_the_passage_it_cites_and_a_refused_one_stands_in_none(recipe, side):
+def test_an_answer_is_quoted_from_the_passage_it_cites_and_a_refused_one_stands_in_none(
+    recipe, side
+):
     refused = 0
     for row in rows_of(recipe, side):
         passages, opening, answer = parts(row)
         sentence = next(sentence for sentence in recipe[1] if sentence.startswith(opening))
         if answer == cite_or_refuse.REFUSAL:
             refused += 1
-            assert not any(opening in passage or sentence[len(opening) + 1 :] in passage for passage in passages)
+            assert not any(
+                opening in passage or sentence[len(opening) + 1 :] in passage
+                for passage in passages
+            )
         else:
             quote, number = re.fullmatch(r"(.*) \[(\d+)\]", answer).groups()
             assert f"{opening} {quote}" == sentence and sentence in passages[int(number) - 1]
@@ -328,10 +442,17 @@ def test_an_answer_is_quoted_from_the_passage_it_cites_and_a_refused_one_stands_
 
 
 def test_no_document_is_on_both_sides(recipe):
-    shown = {side: {p for row in rows_of(recipe, side) for p in parts(row)[0]} for side in ("train", "test")}
+    shown = {
+        side: {p for row in rows_of(recipe, side) for p in parts(row)[0]}
+        for side in ("train", "test")
+    }
     documents = cite_or_refuse.read_documents([str(SAMPLES / "corpus.jsonl")])
     sides = [
-        {side for side, passages in shown.items() if any(passage in " ".join(document) for passage in passages)}
+        {
+            side
+            for side, passages in shown.items()
+            if any(passage in " ".join(document) for passage in passages)
+        }
         for document in documents
     ]
     assert sides.count({"test"}) == 4 and sides.count({"train"}) == 8
@@ -341,9 +462,14 @@ def test_the_references_as_answers_are_perfect_under_the_patterns_of_the_config(
     settings = from_dict(read_file(ROOT / "configs" / "cite_or_refuse.toml"), "").evaluation
     questions = text_metrics.read_questions(str(recipe[0] / "test.jsonl"))
     rouge = text_metrics.rouge_scorer()
-    numbers = text_metrics.means([text_metrics.scores(q.reference, q.reference, settings, rouge) for q in questions])
+    numbers = text_metrics.means(
+        [text_metrics.scores(q.reference, q.reference, settings, rouge) for q in questions]
+    )
     assert numbers.pop("refusal_rate") == pytest.approx(0.3, abs=0.05)
-    assert set(numbers.values()) == {1.0} and {"citation_accuracy", "refusal_accuracy", "rougeL"} < numbers.keys()
+    assert (
+        set(numbers.values()) == {1.0}
+        and {"citation_accuracy", "refusal_accuracy", "rougeL"} < numbers.keys()
+    )
     assert all(text_metrics.passes(q.reference, q.reference, settings) for q in questions)
 
 
@@ -353,7 +479,8 @@ def test_the_recipe_gives_the_same_files_for_the_same_seed_and_others_for_anothe
         cite_or_refuse.main([str(SAMPLES / "corpus.jsonl"), *flags])
     for side in ("train.jsonl", "test.jsonl"):
         first, again, other = (
-            (folder / side).read_bytes() for folder in (recipe[0], tmp_path / "again", tmp_path / "other")
+            (folder / side).read_bytes()
+            for folder in (recipe[0], tmp_path / "again", tmp_path / "other")
         )
         assert first == again != other
 
@@ -373,7 +500,13 @@ def test_a_corpus_that_is_too_small_leaves_nothing_behind(tmp_path):
 def test_a_heading_and_a_hard_wrapped_line_are_no_part_of_a_sentence():
     text = "# A heading\n\nThe first sentence goes\nover two lines. And the second! Is it?\n\n\nYes"
     assert cite_or_refuse.sentences_of(text) == (
-        *("# A heading", "The first sentence goes over two lines.", "And the second!", "Is it?", "Yes"),
+        *(
+            "# A heading",
+            "The first sentence goes over two lines.",
+            "And the second!",
+            "Is it?",
+            "Yes",
+        ),
     )
 
 
@@ -387,5 +520,6 @@ def test_every_sample_file_is_read():
     ):
         assert len(read([str(SAMPLES / name)], "lm")) == count
     assert all(
-        text_metrics.final_number(q.reference) for q in text_metrics.read_questions(str(SAMPLES / "questions.jsonl"))
+        text_metrics.final_number(q.reference)
+        for q in text_metrics.read_questions(str(SAMPLES / "questions.jsonl"))
     )

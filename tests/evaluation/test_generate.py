@@ -1,4 +1,6 @@
-"""Answers: the same alone and in a batch, from a saved model and the one in memory, as transformers gives them."""
+"""Answers: the same alone and in a batch, from a saved model and the one in memory, as transformers
+gives them.
+"""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +19,16 @@ import merge as merging
 from tests.conftest import run, tiny_llama
 
 TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED)
-TEXTS = ["a", "the quick brown fox", "one two three four five six", "x " * 40, "7+8=", "fox", "never the same", "b c"]
+TEXTS = [
+    "a",
+    "the quick brown fox",
+    "one two three four five six",
+    "x " * 40,
+    "7+8=",
+    "fox",
+    "never the same",
+    "b c",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +44,18 @@ def say(model, prompts, max_tokens=10**6, **settings):
     config.training.batch_size, config.data.max_length = 1, max_tokens
     for name, value in (dict(max_new_tokens=12) | settings).items():
         setattr(keys_of(config)[name][0], name, value)
-    return answers(SimpleNamespace(model=model, tokenizer=TOKENIZER), prompts, config, torch.float32)
+    return answers(
+        SimpleNamespace(model=model, tokenizer=TOKENIZER), prompts, config, torch.float32
+    )
 
 
 def prompts(texts=TEXTS):
     return [(f"row {i}", text_tokens(text, TOKENIZER)) for i, text in enumerate(texts, 1)]
 
 
-def test_an_answer_does_not_depend_on_what_shares_its_batch_and_comes_in_the_order_of_the_prompts(model):
+def test_an_answer_does_not_depend_on_what_shares_its_batch_and_comes_in_the_order_of_the_prompts(
+    model,
+):
     together = say(model, prompts())
     assert say(model, prompts(), max_tokens=1) == together
     assert say(model, prompts()[::-1], max_tokens=150) == together[::-1]
@@ -51,7 +66,13 @@ def test_an_answer_ends_before_a_stop_token(model):
     """With any of its own tokens as the stop token, an answer is what came before that token."""
     _, tokens = prompts()[1]
     plain = tiny_llama(initializer_range=0.5)  # the same weights, with transformers' own attention
-    said = plain.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    said = plain.generate(
+        torch.tensor([tokens]),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     said = said[0, len(tokens) :].tolist()
     for stop in said:
         model.generation_config.eos_token_id = stop
@@ -65,7 +86,11 @@ def test_the_model_is_afterwards_what_it_was_and_its_own_generation_config_is_se
     model.generation_config.update(repetition_penalty=9.0, do_sample=True, max_new_tokens=1)
     own = model.generation_config
     assert say(model, prompts()) == before
-    assert model.training and model.config._attn_implementation == "packed" and model.generation_config is own
+    assert (
+        model.training
+        and model.config._attn_implementation == "packed"
+        and model.generation_config is own
+    )
     model.eval()
 
 
@@ -82,7 +107,9 @@ def test_an_answer_has_the_room_that_the_model_has_left_and_a_prompt_that_leaves
     counted = lambda rows: [len(TOKENIZER(text).input_ids) for text in say(model, rows)]
     assert counted(rows) == [counted(rows[:1])[0], counted(rows[1:])[0]] and counted(rows)[0] <= 3
     for tokens in ([5] * 40, []):
-        with pytest.raises(UserError, match=f"row 2: a prompt of {len(tokens)} tokens; this model takes 1 to 39"):
+        with pytest.raises(
+            UserError, match=f"row 2: a prompt of {len(tokens)} tokens; this model takes 1 to 39"
+        ):
             say(model, [rows[0], ("row 2", tokens)])
 
 
@@ -108,11 +135,14 @@ def test_an_answer_ends_at_the_tokens_that_template_and_model_name(template, own
 
 def test_a_prompt_ends_where_the_assistant_is_to_speak_and_special_tokens_in_it_are_mere_text():
     tokens = prompt_tokens("row", [{"role": "user", "content": "say <|im_end|>"}], None, TOKENIZER)
-    assert TOKENIZER.decode(tokens) == "<|im_start|>user\nsay <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        TOKENIZER.decode(tokens)
+        == "<|im_start|>user\nsay <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
     assert tokens.count(2) == 1
 
 
-# ------------------------------------------------------------------------------------------------- trained and saved
+# -------------------------------------------------------------------------------- trained and saved
 
 CHATS = [("what is red?", "a rose"), ("what is blue?", "the deep sea"), ("and green?", "grass")]
 
@@ -132,17 +162,35 @@ def test_a_saved_and_reloaded_model_says_what_it_said_and_so_does_a_merged_one_i
 
     tasks = []
     original = train.train
-    monkeypatch.setattr(train, "train", lambda task, *rest: (tasks.append(task), original(task, *rest)))
-    values = dict(base_model="embedded", task="lm", train_data=[chats], eval_data=[chats], learning_rate=3e-3, max_steps=20)
+    monkeypatch.setattr(
+        train, "train", lambda task, *rest: (tasks.append(task), original(task, *rest))
+    )
+    values = dict(
+        base_model="embedded",
+        task="lm",
+        train_data=[chats],
+        eval_data=[chats],
+        learning_rate=3e-3,
+        max_steps=20,
+    )
     artifact = run(configure(lora, **values)) / "final_artifact"
-    arguments, config = evaluation.read_arguments(["--checkpoint", str(artifact), "--test_set", chats])
+    arguments, config = evaluation.read_arguments(
+        ["--checkpoint", str(artifact), "--test_set", chats]
+    )
     task = evaluation.load(arguments, config, torch.device("cpu"))
-    rows = [("row", prompt_tokens("row", [{"role": "user", "content": q}], None, TOKENIZER)) for q, _ in CHATS]
+    rows = [
+        ("row", prompt_tokens("row", [{"role": "user", "content": q}], None, TOKENIZER))
+        for q, _ in CHATS
+    ]
     trained = say(tasks[0].model, rows)
     assert say(task.model, rows) == trained
     if lora:
         merged = tmp_path / "merged"
-        merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(merged), "--dtype=float32"]))
+        merging.main(
+            merging.read_arguments(
+                ["--adapter", str(artifact), "--output", str(merged), "--dtype=float32"]
+            )
+        )
         model = AutoModelForCausalLM.from_pretrained(merged)
         for (_, tokens), text in zip(rows, trained):
             ends = dict(max_new_tokens=12, eos_token_id=stop_tokens(model, TOKENIZER))
@@ -153,7 +201,13 @@ def test_a_saved_and_reloaded_model_says_what_it_said_and_so_does_a_merged_one_i
 def test_a_chat_that_was_learned_by_heart_is_answered_word_by_word_and_stops_at_the_end_of_the_turn(
     configure, chats, capsys
 ):
-    values = dict(task="lm", train_data=[chats], eval_data=[chats], gradient_accumulation_steps=1, eval_steps=60)
+    values = dict(
+        task="lm",
+        train_data=[chats],
+        eval_data=[chats],
+        gradient_accumulation_steps=1,
+        eval_steps=60,
+    )
     artifact = run(configure(False, **values, max_steps=60)) / "final_artifact"
     capsys.readouterr()
     for question, answer in CHATS:

@@ -1,4 +1,6 @@
-"""Scores are learned as their labels say: soft, null, weighted; and read where the layout puts them."""
+"""Scores are learned as their labels say: soft, null, weighted; and read where the layout puts
+them.
+"""
 
 import json
 
@@ -31,12 +33,22 @@ TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED)
 
 
 def batch_of(examples, data=None):
-    rows = [row for e in render(examples, TOKENIZER, "score", data or DataConfig(max_length=256), True) for row in e.rows]
+    rows = [
+        row
+        for e in render(examples, TOKENIZER, "score", data or DataConfig(max_length=256), True)
+        for row in e.rows
+    ]
     return Rows.of(((row, 0) for row in rows), "score").batch(range(len(rows)))
 
 
 def chain(labels, weight=1.0, prompt="From left to right: 7+8"):
-    return Example("x", prompt=prompt, steps=["7+8=15", "15-6=9", "9+1=10"][: len(labels)], labels=labels, weight=weight)
+    return Example(
+        "x",
+        prompt=prompt,
+        steps=["7+8=15", "15-6=9", "9+1=10"][: len(labels)],
+        labels=labels,
+        weight=weight,
+    )
 
 
 @pytest.fixture
@@ -48,7 +60,11 @@ def gradients(task, batch):
     task.zero_grad()
     loss, count = task(batch)
     loss.backward()
-    return loss, count, {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    return (
+        loss,
+        count,
+        {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None},
+    )
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])
@@ -71,18 +87,24 @@ def test_binary_cross_entropy_is_that_of_the_score_and_is_what_is_validated(task
     scores = task.predict(batch)
     plain = -(batch.targets * scores.log() + (1 - batch.targets) * (1 - scores).log())
     torch.testing.assert_close(loss, plain.sum(), rtol=1e-5, atol=0)
-    assert task.head.metrics(scores, batch.targets)["loss"] == pytest.approx(plain.mean().item(), rel=1e-5)
+    assert task.head.metrics(scores, batch.targets)["loss"] == pytest.approx(
+        plain.mean().item(), rel=1e-5
+    )
 
 
 def test_a_null_label_gives_exactly_no_gradient(task):
-    """What a step without a label would have been scored does not matter: the loss is that of the other one alone."""
+    """What a step without a label would have been scored does not matter: the loss is that of the
+    other one alone.
+    """
     batch = batch_of([chain([None, 0.3, None])])
     assert batch.num_targets == 1
     loss, _, with_nulls = gradients(task, batch)
-    _, _, alone = gradients(task, batch_of([chain([None, 0.3])]))  # the step after it is seen by nobody
+    # The step after it is seen by nobody
+    _, _, alone = gradients(task, batch_of([chain([None, 0.3])]))
     assert loss == (task.predict(batch) - 0.3).square().sum()
     for name, gradient in alone.items():
-        torch.testing.assert_close(with_nulls[name], gradient, rtol=0, atol=1e-7)  # sums in another order
+        # Sums in another order
+        torch.testing.assert_close(with_nulls[name], gradient, rtol=0, atol=1e-7)
     assert render([chain([None, None])], TOKENIZER, "score", DataConfig(), True)[0].rows == []
 
 
@@ -92,41 +114,57 @@ def test_a_weight_multiplies_the_loss_of_its_row_and_not_the_count_of_targets(ta
     one, two = [0.3, 1.0], [0.0, 1.0, 0.5]
     first, _, of_first = gradients(task, batch_of([chain(one)]))
     second, _, of_second = gradients(task, batch_of([chain(two, prompt="other")]))
-    mixed, count, of_mixed = gradients(task, batch_of([chain(one, weight=3.0), chain(two, weight=0.5, prompt="other")]))
+    mixed, count, of_mixed = gradients(
+        task, batch_of([chain(one, weight=3.0), chain(two, weight=0.5, prompt="other")])
+    )
     assert count == 5
     torch.testing.assert_close(mixed, 3 * first + 0.5 * second, rtol=1e-5, atol=0)
     for name, gradient in of_mixed.items():
-        torch.testing.assert_close(gradient, 3 * of_first[name] + 0.5 * of_second[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            gradient, 3 * of_first[name] + 0.5 * of_second[name], rtol=0, atol=1e-5
+        )
 
 
 def test_a_weight_scales_a_language_models_loss_as_well(configure, tmp_path):
     task = load_task(configure(False, task="lm"), torch.float32)
-    rows = [{"text": "hello there"}, {"prompt": "p", "completion": "world", "weight": 0.0}, {"text": "you", "weight": 2.5}]
+    rows = [
+        {"text": "hello there"},
+        {"prompt": "p", "completion": "world", "weight": 0.0},
+        {"text": "you", "weight": 2.5},
+    ]
     examples = read([write(tmp_path / "t.jsonl", [rows[0], rows[2]])], "lm")
     assert [e.weight for e in examples] == [1.0, 2.5]
     assert read([write(tmp_path / "c.jsonl", rows[1:2])], "lm")[0].weight == 0.0
 
     def batch(chosen):
         rendered = render(chosen, TOKENIZER, "lm", DataConfig(max_length=64), True)
-        return Rows.of(((row, 0) for e in rendered for row in e.rows), "lm").batch(range(len(chosen)))
+        return Rows.of(((row, 0) for e in rendered for row in e.rows), "lm").batch(
+            range(len(chosen))
+        )
 
     first, _, of_first = gradients(task, batch(examples[:1]))
     second, _, of_second = gradients(task, batch(examples[1:]))
     both, _, of_both = gradients(task, batch(examples))
-    assert second.item() == pytest.approx(2.5 * task.predict(batch(examples[1:]))[:, 0].sum().item(), rel=1e-5)
+    assert second.item() == pytest.approx(
+        2.5 * task.predict(batch(examples[1:]))[:, 0].sum().item(), rel=1e-5
+    )
     torch.testing.assert_close(both, first + second, rtol=1e-5, atol=0)
     for name, gradient in of_both.items():
         sum_of_both = of_first[name] + of_second[name]
-        torch.testing.assert_close(gradient, sum_of_both, rtol=0, atol=1e-5 * sum_of_both.abs().max().item())
+        torch.testing.assert_close(
+            gradient, sum_of_both, rtol=0, atol=1e-5 * sum_of_both.abs().max().item()
+        )
 
 
-# ------------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 def text_and_targets(data, tokenizer=TOKENIZER, labels=(0.25, None, 1.0)):
     (row,) = render([chain(list(labels), prompt="P")], tokenizer, "score", data, True)[0].rows
     ends = [i for i, target in enumerate(row.targets) if target == target]
-    return tokenizer.decode(row.tokens), [(tokenizer.decode(row.tokens[i]), row.targets[i]) for i in ends]
+    return tokenizer.decode(row.tokens), [
+        (tokenizer.decode(row.tokens[i]), row.targets[i]) for i in ends
+    ]
 
 
 def test_the_plain_layout_is_a_line_each():
@@ -156,7 +194,8 @@ def test_the_layouts_of_known_scorers_are_presets(name, marker, expected):
 
 def test_a_marker_is_one_token_or_has_to_be_added():
     with pytest.raises(
-        UserError, match="step_marker '<step>' is . tokens, expected one; add --add_special_tokens '<step>'"
+        UserError,
+        match="step_marker '<step>' is . tokens, expected one; add --add_special_tokens '<step>'",
     ):
         render([chain([1.0])], TOKENIZER, "score", DataConfig(step_marker="<step>"), True)
 
@@ -171,7 +210,10 @@ def test_an_encoder_has_no_layout():
     [
         (["--prompt_format=x"], "prompt_format 'x': expected {prompt} in it"),
         (["--step_format={marker}"], "step_format '{marker}': expected {step} in it"),
-        (["--step_format={step}{marker}"], "step_format '{step}{marker}' has a {marker}; add --step_marker TOKEN"),
+        (
+            ["--step_format={step}{marker}"],
+            "step_format '{step}{marker}' has a {marker}; add --step_marker TOKEN",
+        ),
     ],
 )
 def test_a_format_without_its_place_is_an_error(flags, message):
@@ -180,7 +222,7 @@ def test_a_format_without_its_place_is_an_error(flags, message):
     assert message in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------- heads of others
+# ---------------------------------------------------------------------------------- heads of others
 
 
 def other_base(tmp_path, **tensors):
@@ -199,16 +241,26 @@ def scores_and_hidden(configure, base, **values):
 
 
 def test_a_two_class_head_among_the_bases_weights_is_gone_on_from(configure, tmp_path):
-    names = {"score.0.weight": (32, 32), "score.0.bias": (32,), "score.2.weight": (2, 32), "score.2.bias": (2,)}
+    names = {
+        "score.0.weight": (32, 32),
+        "score.0.bias": (32,),
+        "score.2.weight": (2, 32),
+        "score.2.bias": (2,),
+    }
     t = {name: torch.randn(shape) for name, shape in names.items()}
     scores, hidden, _ = scores_and_hidden(configure, other_base(tmp_path, **t))
-    logits = torch.relu(hidden @ t["score.0.weight"].T + t["score.0.bias"]) @ t["score.2.weight"].T + t["score.2.bias"]
+    logits = (
+        torch.relu(hidden @ t["score.0.weight"].T + t["score.0.bias"]) @ t["score.2.weight"].T
+        + t["score.2.bias"]
+    )
     torch.testing.assert_close(scores, logits.softmax(-1)[:, 1], rtol=0, atol=1e-5)
     random, _, _ = scores_and_hidden(configure, other_base(tmp_path, **t), init_from="scratch")
     assert (random - scores).abs().max() > 1e-3
 
 
-def test_a_linear_head_among_the_bases_weights_is_gone_on_from_and_all_of_the_head_can_learn(configure, tmp_path):
+def test_a_linear_head_among_the_bases_weights_is_gone_on_from_and_all_of_the_head_can_learn(
+    configure, tmp_path
+):
     one = {"v_head.summary.weight": torch.randn(1, 32), "v_head.summary.bias": torch.randn(1)}
     two = {"score.weight": torch.randn(2, 32), "score.bias": torch.randn(2)}
     scores, hidden, task = scores_and_hidden(configure, other_base(tmp_path / "one", **one))
@@ -227,33 +279,55 @@ def test_two_tokens_of_the_output_layer_make_a_head(configure, tmp_path):
     good, bad = (TOKENIZER(token).input_ids[0] for token in "+-")
     logits = hidden @ AutoModelForCausalLM.from_pretrained(base).lm_head.weight[[good, bad]].T
     torch.testing.assert_close(scores, logits.softmax(-1)[:, 0].detach(), rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="head_tokens [+] [+]-: expected two, each of them one token"):
+    with pytest.raises(
+        UserError, match="head_tokens [+] [+]-: expected two, each of them one token"
+    ):
         scores_and_hidden(configure, base, head_tokens=["+", "+-"])
 
 
-# ------------------------------------------------------------------------------------------------------- phases, serving
+# ---------------------------------------------------------------------------------- phases, serving
 
 
 def test_the_two_phases_of_the_recipe_follow_each_other(tiny_base, tmp_path):
     texts = [f" Step 1: 3+4=7 {right}\nStep 2: 7-2=9 {wrong}" for right, wrong in ("кк", "+-")]
     texts[0] = texts[0].replace("к", "ки")
-    shepherd = [{"input": f"From {i}?{texts[0]}", "label": f"From {i}?{texts[1]}", "task": "GSM8K"} for i in range(20)]
+    shepherd = [
+        {"input": f"From {i}?{texts[0]}", "label": f"From {i}?{texts[1]}", "task": "GSM8K"}
+        for i in range(20)
+    ]
     rated = [
-        prm800k_row([prm800k_step([rating("a", 1), rating("b", 0)], chosen=0)], problem=f"problem {i}") for i in range(20)
+        prm800k_row(
+            [prm800k_step([rating("a", 1), rating("b", 0)], chosen=0)], problem=f"problem {i}"
+        )
+        for i in range(20)
     ]
     row = "1\t1\tt\tA thing {}\twind\tIt turns.\twind renews\t49.8\tyes\tyes fact1 yes\tNIL\tso it is\n"
     table = "QID\tChain#\tTag\tQuestion\tAnswer\tFact1\tFact2\tWOL score\tTurk\tTurks\tExtra Facts\tDF\n"
     (tmp_path / "e.tsv").write_text(table + "".join(row.format(i) for i in range(20)))
-    common = ["--base_model", str(tiny_base), "--max_length=128", f"--output_dir={tmp_path}", "--batch_size=2"]
+    common = [
+        "--base_model",
+        str(tiny_base),
+        "--max_length=128",
+        f"--output_dir={tmp_path}",
+        "--batch_size=2",
+    ]
 
     def phase(name, *flags):
         config = ["--config", str(ROOT / "configs" / f"{name}.toml"), f"--experiment_name={name}"]
         command = read_command_line([*config, *common, *flags], get_lora_config(), "", "")
         train_lora.main(command, Source(command.config))
-        lines = [json.loads(line) for line in (command.run_dir / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (command.run_dir / "logs" / "train_metrics.jsonl").read_text().splitlines()
+        ]
         return command.run_dir, [line for line in lines if "val/loss" in line]
 
-    first, _ = phase("prm_phase1", "--train_data", write(tmp_path / "shepherd.jsonl", shepherd), "--learning_rate=1e-2")
+    first, _ = phase(
+        "prm_phase1",
+        "--train_data",
+        write(tmp_path / "shepherd.jsonl", shepherd),
+        "--learning_rate=1e-2",
+    )
     sets = [
         "--eval_fraction=0.4",
         "--prm800k_path",
@@ -261,24 +335,46 @@ def test_the_two_phases_of_the_recipe_follow_each_other(tiny_base, tmp_path):
         "--eqasc_path",
         str(tmp_path / "e.tsv"),
     ]
-    _, one = phase("prm_phase2", *sets, "--init_from", str(first / "final_artifact"), "--experiment_name=with")
+    _, one = phase(
+        "prm_phase2", *sets, "--init_from", str(first / "final_artifact"), "--experiment_name=with"
+    )
     _, other = phase("prm_phase2", *sets, "--experiment_name=without")
-    assert {"val/phase2/loss", "val/e/loss"} < one[0].keys() and one[0]["val/loss"] != other[0]["val/loss"]
+    assert {"val/phase2/loss", "val/e/loss"} < one[0].keys() and one[0]["val/loss"] != other[0][
+        "val/loss"
+    ]
 
 
 def test_who_pools_at_the_marker_gets_our_scores(configure, tmp_path):
-    """FORMATS of others: softmax of two classes at every position of the step's tag, as vLLM's pooling STEP has it."""
+    """FORMATS of others: softmax of two classes at every position of the step's tag, as vLLM's
+    pooling STEP has it.
+    """
     marker = dict(add_special_tokens=["<extra_0>"], step_marker="<extra_0>", step_format="{step}")
     config = configure(True, modules_to_save=["embed_tokens"], learning_rate=3e-2, **marker)
     folder, merged = run(config), tmp_path / "merged"
-    merging.main(merging.read_arguments(["--adapter", str(folder / "final_artifact"), "--output", str(merged)]))
-    tokenizer, model = AutoTokenizer.from_pretrained(merged), AutoModel.from_pretrained(merged).eval()
-    assert model.config.num_labels == 2 and model.config.architectures == ["LlamaForProcessRewardModel"]
-    tag, tensors = tokenizer.convert_tokens_to_ids("<extra_0>"), load_file(merged / "model.safetensors")
-    ids = tokenizer("From left to right: 3+4-2\n3+4=7<extra_0>7-2=6<extra_0>", return_tensors="pt").input_ids
+    merging.main(
+        merging.read_arguments(
+            ["--adapter", str(folder / "final_artifact"), "--output", str(merged)]
+        )
+    )
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(merged),
+        AutoModel.from_pretrained(merged).eval(),
+    )
+    assert model.config.num_labels == 2 and model.config.architectures == [
+        "LlamaForProcessRewardModel"
+    ]
+    tag, tensors = (
+        tokenizer.convert_tokens_to_ids("<extra_0>"),
+        load_file(merged / "model.safetensors"),
+    )
+    ids = tokenizer(
+        "From left to right: 3+4-2\n3+4=7<extra_0>7-2=6<extra_0>", return_tensors="pt"
+    ).input_ids
     hidden = model(ids).last_hidden_state[0]
     hidden = torch.relu(hidden @ tensors["score.0.weight"].T + tensors["score.0.bias"])
-    served = (hidden @ tensors["score.2.weight"].T + tensors["score.2.bias"]).softmax(-1)[ids[0] == tag, 1]
+    served = (hidden @ tensors["score.2.weight"].T + tensors["score.2.bias"]).softmax(-1)[
+        ids[0] == tag, 1
+    ]
     flags = ["--checkpoint", str(merged), "--prompt", "From left to right: 3+4-2\n3+4=7\n7-2=6"]
     arguments = evaluation.read_arguments(flags)
     task = evaluation.load(*arguments, torch.device("cpu"))

@@ -20,18 +20,26 @@ def test_pearson_is_numpys_and_has_no_value_without_variation():
 def test_spearman_sees_order_only_and_ties_share_their_rank():
     a = np.array([3.0, 1.0, 2.0, 2.0, 5.0])
     assert ranks(a).tolist() == [4.0, 1.0, 2.5, 2.5, 5.0]
-    assert spearman(a, np.exp(a)) == pytest.approx(1.0) and spearman(a, -(a**3)) == pytest.approx(-1.0)
+    assert spearman(a, np.exp(a)) == pytest.approx(1.0) and spearman(a, -(a**3)) == pytest.approx(
+        -1.0
+    )
 
 
 def test_files_for_scripts_hold_null_where_a_number_is_not_finite():
-    assert without_nan({"r2": math.nan, "norm": math.inf, "loss": 0.5}) == {"r2": None, "norm": None, "loss": 0.5}
+    assert without_nan({"r2": math.nan, "norm": math.inf, "loss": 0.5}) == {
+        "r2": None,
+        "norm": None,
+        "loss": 0.5,
+    }
 
 
 def test_the_metrics_of_scores_are_those_counted_by_hand():
     labels = torch.tensor([0.0, 1.0, 1.0, 0.5])
     assert MLPHead(2).metrics(labels, labels)["r2"] == 1.0
     said = MLPHead(2).metrics(torch.full((4,), labels.mean().item()), labels)
-    assert said["r2"] == pytest.approx(0.0, abs=1e-6) and said["mse"] == pytest.approx(labels.var(correction=0).item())
+    assert said["r2"] == pytest.approx(0.0, abs=1e-6) and said["mse"] == pytest.approx(
+        labels.var(correction=0).item()
+    )
     assert said["mae"] == pytest.approx(0.375) and said["loss"] == said["mse"]
 
 

@@ -1,4 +1,6 @@
-"""The measures of scored steps by hand, the baselines on data made for them, what eval.py shows and the page it writes."""
+"""The measures of scored steps by hand, the baselines on data made for them, what eval.py shows and
+the page it writes.
+"""
 
 from html.parser import HTMLParser
 import json
@@ -40,7 +42,7 @@ def chains(pairs):
     return examples, [np.array(scores, float) for _, scores in pairs]
 
 
-# ----------------------------------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
 
 
 def test_auc_is_the_share_of_pairs_in_order():
@@ -73,10 +75,15 @@ def test_first_errors_processbench_and_prmbench_are_those_counted_by_hand():
     )
     numbers = of.measures()
     assert list(of.wrong) == [1, 2, 1, -1, -1, -1] and list(of.said) == [1, 1, -1, -1, -1, -1]
-    assert numbers["first_error_accuracy"] == pytest.approx(1 / 3) and numbers["no_error_accuracy"] == 1.0
+    assert (
+        numbers["first_error_accuracy"] == pytest.approx(1 / 3)
+        and numbers["no_error_accuracy"] == 1.0
+    )
     assert numbers["processbench_f1"] == pytest.approx(2 * (1 / 3) / (4 / 3))
     # right steps: 9, of which one is judged wrong; wrong steps: 3, of which one is judged right
-    assert numbers["f1"] == pytest.approx(2 * 8 / (2 * 8 + 1 + 1)) and numbers["negative_f1"] == pytest.approx(2 / 3)
+    assert numbers["f1"] == pytest.approx(2 * 8 / (2 * 8 + 1 + 1)) and numbers[
+        "negative_f1"
+    ] == pytest.approx(2 / 3)
     nothing_found = judged(([1, 0], [0.9, 0.9]), ([1], [0.1])).measures()
     assert nothing_found["processbench_f1"] == 0.0 == nothing_found["negative_f1"]
 
@@ -84,7 +91,9 @@ def test_first_errors_processbench_and_prmbench_are_those_counted_by_hand():
 def test_the_best_threshold_separates():
     pairs = [([1, 0], [0.31, 0.27]), ([1, 1], [0.35, 0.9])]
     best = step_metrics.best_threshold(*chains(pairs))
-    assert 0.27 < best <= 0.31 and judged(*pairs, threshold=best).measures()["processbench_f1"] == 1.0
+    assert (
+        0.27 < best <= 0.31 and judged(*pairs, threshold=best).measures()["processbench_f1"] == 1.0
+    )
 
 
 def test_intervals_hold_the_value_shrink_with_more_problems_and_pair_the_scorers():
@@ -109,9 +118,9 @@ def test_intervals_hold_the_value_shrink_with_more_problems_and_pair_the_scorers
 
 def test_best_of_n_is_that_counted_by_hand():
     def solution(outcome, answer, *scores, prompt="p"):
-        return example([None] * len(scores), prompt, outcome, ["s"] * (len(scores) - 1) + [f"A: {answer}"]), np.array(
-            scores
-        )
+        return example(
+            [None] * len(scores), prompt, outcome, ["s"] * (len(scores) - 1) + [f"A: {answer}"]
+        ), np.array(scores)
 
     rows = [
         solution(True, 5, 0.6, 0.6),  # the best by its least (0.6)
@@ -122,11 +131,18 @@ def test_best_of_n_is_that_counted_by_hand():
         solution(True, 3, 0.1, prompt="alone"),
     ]
     found = {name: value for name, (value, _) in best_of_n.best_of_n(*zip(*rows)).items()}
-    assert found["min"] == (1 + 0.5) / 2 and found["last"] == found["product"] == found["mean"] == 0.5 / 2
-    assert found["random"] == (1 / 3 + 1 / 2) / 2 and found["oracle"] == 1.0 and found["majority"] == (0 + 0.5) / 2
+    assert (
+        found["min"] == (1 + 0.5) / 2
+        and found["last"] == found["product"] == found["mean"] == 0.5 / 2
+    )
+    assert (
+        found["random"] == (1 / 3 + 1 / 2) / 2
+        and found["oracle"] == 1.0
+        and found["majority"] == (0 + 0.5) / 2
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------- baselines
 
 
 def test_a_baseline_learns_its_own_cue_on_other_problems_and_no_more():
@@ -145,7 +161,9 @@ def test_a_baseline_learns_its_own_cue_on_other_problems_and_no_more():
     place, words = trivial_scorers.BASELINES
     assert found["place", place] == found["place", words] == found["word", words] == 1.0
     assert 0.4 < found["word", place] < 0.6 and 0.4 < found["chance", words] < 0.6
-    fitted = trivial_scorers.baseline_scores(trivial_scorers.word_features, by_word[:10], by_word[10:])
+    fitted = trivial_scorers.baseline_scores(
+        trivial_scorers.word_features, by_word[:10], by_word[10:]
+    )
     assert step_metrics.Judged.of(by_word[:10], fitted, 0.5).measures()["auc"] == 1.0
 
 
@@ -154,16 +172,25 @@ def test_a_report_has_a_number_for_every_set_and_may_tune_the_threshold_on_one()
     examples = [example([1.0, float(i % 3 > 0)], str(i), source=i % 2) for i in range(60)]
     scores = [np.array([0.3, 0.28 + 0.04 * e.labels[1]]) + 0.01 * rng.random() for e in examples]
     fixed = step_metrics.report(examples, scores, EvaluationConfig(), {"a": 0, "b": 1}, draws=10)
-    assert fixed["thresholds"]["scores"] == 0.5 and fixed["measures"]["scores"]["processbench_f1"] == 0.0
+    assert (
+        fixed["thresholds"]["scores"] == 0.5
+        and fixed["measures"]["scores"]["processbench_f1"] == 0.0
+    )
     settings = EvaluationConfig(tune_threshold_on="a")
-    tuned = step_metrics.report(examples, scores, settings, {"a": 0, "b": 1}, draws=10)["measures"]["scores"]
+    tuned = step_metrics.report(examples, scores, settings, {"a": 0, "b": 1}, draws=10)["measures"][
+        "scores"
+    ]
     assert tuned["a/processbench_f1"] > 0.9
-    assert tuned["mean_processbench_f1"] == pytest.approx((tuned["a/processbench_f1"] + tuned["b/processbench_f1"]) / 2)
+    assert tuned["mean_processbench_f1"] == pytest.approx(
+        (tuned["a/processbench_f1"] + tuned["b/processbench_f1"]) / 2
+    )
     with pytest.raises(UserError, match="tune_threshold_on c: no such set; there is a, b"):
-        step_metrics.report(examples, scores, EvaluationConfig(tune_threshold_on="c"), {"a": 0, "b": 1}, draws=10)
+        step_metrics.report(
+            examples, scores, EvaluationConfig(tune_threshold_on="c"), {"a": 0, "b": 1}, draws=10
+        )
 
 
-# ----------------------------------------------------------------------------------------------------- one forward
+# -------------------------------------------------------------------------------------- one forward
 
 
 @pytest.mark.parametrize("kind", ["tiny_base", "tiny_encoder"])
@@ -179,7 +206,12 @@ def test_all_steps_in_one_forward_are_scored_as_one_by_one(kind, request, config
         assert len(scores) == len(e.steps)
         for end, score in enumerate(scores, 1):
             alone = example([None] * (end - 1) + [0.0], e.prompt, steps=e.steps[:end])
-            rows = [(row, 0) for row in render([alone], task.tokenizer, "score", config.data, task.causal)[0].rows]
+            rows = [
+                (row, 0)
+                for row in render([alone], task.tokenizer, "score", config.data, task.causal)[
+                    0
+                ].rows
+            ]
             if score == score:
                 said = task.predict(Rows.of(rows, "score").batch([0], task.packed))
                 assert said.item() == pytest.approx(score, abs=1e-5)
@@ -188,11 +220,13 @@ def test_all_steps_in_one_forward_are_scored_as_one_by_one(kind, request, config
     assert np.isnan(together[3]).any() and not np.isnan(together[2]).any()
 
 
-# ----------------------------------------------------------------------------------------------------- eval.py
+# ------------------------------------------------------------------------------------------ eval.py
 
 
 class Page(HTMLParser):
-    """What a browser would make of the tags: (tag, attributes) in order, all closed in order, and the texts."""
+    """What a browser would make of the tags: (tag, attributes) in order, all closed in order, and
+    the texts.
+    """
 
     VOID = {"meta"}
     OPTIONAL = {"html", "li", "p"}
@@ -220,82 +254,165 @@ HOSTILE = "<script>alert('x')</script> \x1b[31m & \"quoted\" </li></ol>"
 
 
 def test_the_page_is_whole_shows_both_first_errors_and_runs_nothing_of_the_data():
-    chains = [example([1.0, 0.0, None], HOSTILE, steps=["a", HOSTILE, "c"]), example([1.0], "q", steps=["fine"])]
+    chains = [
+        example([1.0, 0.0, None], HOSTILE, steps=["a", HOSTILE, "c"]),
+        example([1.0], "q", steps=["fine"]),
+    ]
     chains[0].where = HOSTILE
     scores = [np.array([0.2, 0.9, math.nan]), np.array([0.8])]
-    page = Page(step_report.page(HOSTILE, chains, scores, 0.5, [["measure", HOSTILE], ["auc", "0.5"]]))
+    page = Page(
+        step_report.page(HOSTILE, chains, scores, 0.5, [["measure", HOSTILE], ["auc", "0.5"]])
+    )
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
-    assert not any(name in ("src", "href") or name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert not any(
+        name in ("src", "href") or name.startswith("on")
+        for _, attributes in page.tags
+        for name in attributes
+    )
     steps = [attributes["class"] for tag, attributes in page.tags if tag == "li"]
     assert steps == ["first", "gold", "", ""] and page.texts.count(HOSTILE) >= 4
     assert {"0.200 (1)", "0.900 (0)", "nan", "0.800 (1)"} <= {*page.texts}
 
 
 def test_lines_for_the_terminal_hold_no_commands_of_the_data():
-    shown = list(step_report.lines(example([None], steps=[HOSTILE]), np.array([0.25]), 0.5, colours=False))
+    shown = list(
+        step_report.lines(example([None], steps=[HOSTILE]), np.array([0.25]), 0.5, colours=False)
+    )
     assert shown == ["0.250  <script>alert('x')</script>  & \"quoted\" </li></ol>  <- first error"]
     (coloured,) = step_report.lines(example([1.0], steps=["s"]), np.array([1.0]), 0.5, colours=True)
-    assert coloured.startswith("\x1b[48;2;150;245;150m") and coloured.endswith("1.000 (1)  s\x1b[0m")
+    assert coloured.startswith("\x1b[48;2;150;245;150m") and coloured.endswith(
+        "1.000 (1)  s\x1b[0m"
+    )
 
 
 def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsys):
     artifact = run(configure(True)) / "final_artifact"
-    rows = [{"prompt": f"p{i}", "steps": ["3+4=7", "7-2=9"], "labels": [1, i % 2]} for i in range(12)]
+    rows = [
+        {"prompt": f"p{i}", "steps": ["3+4=7", "7-2=9"], "labels": [1, i % 2]} for i in range(12)
+    ]
     capsys.readouterr()
     page, out, picture = tmp_path / "page.html", tmp_path / "n.json", tmp_path / "r.png"
     data = write(tmp_path / "t.jsonl", rows)
-    evaluate("--checkpoint", artifact, "--test_set", data, "--html", page, "--output", out, "--reliability", picture)
+    evaluate(
+        "--checkpoint",
+        artifact,
+        "--test_set",
+        data,
+        "--html",
+        page,
+        "--output",
+        out,
+        "--reliability",
+        picture,
+    )
     numbers, shown = json.loads(out.read_text()), capsys.readouterr().out
-    assert {"loss", "mse", "mae", "r2", "pearson", "spearman", "auc", "ece", "processbench_f1"} < numbers.keys()
+    assert {
+        "loss",
+        "mse",
+        "mae",
+        "r2",
+        "pearson",
+        "spearman",
+        "auc",
+        "ece",
+        "processbench_f1",
+    } < numbers.keys()
     assert numbers["loss"] == pytest.approx(numbers["mse"])
     assert numbers["measures"].keys() == {"scores", "position and length", "bag of words"}
     assert numbers["differences"].keys() == {"position and length", "bag of words"}
-    assert numbers["intervals"]["scores"]["auc"][0] <= numbers["auc"] <= numbers["intervals"]["scores"]["auc"][1]
-    assert shown.count("(1)  3+4=7") == 12 and "t.jsonl:12\np11\n" in shown and "less bag of words" in shown
+    assert (
+        numbers["intervals"]["scores"]["auc"][0]
+        <= numbers["auc"]
+        <= numbers["intervals"]["scores"]["auc"][1]
+    )
+    assert (
+        shown.count("(1)  3+4=7") == 12
+        and "t.jsonl:12\np11\n" in shown
+        and "less bag of words" in shown
+    )
     assert len([tag for tag, _ in Page(page.read_text()).tags if tag == "li"]) == 24
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="expected a file that is not there yet"):
         evaluate("--checkpoint", artifact, "--test_set", data, "--html", page)
 
-    outcomes = [{"prompt": f"p{i // 2}", "steps": ["a", "A: 1"], "is_correct": i % 2 == 0} for i in range(8)]
-    evaluate("--checkpoint", artifact, "--test_set", write(tmp_path / "o.jsonl", outcomes), "--output", out)
+    outcomes = [
+        {"prompt": f"p{i // 2}", "steps": ["a", "A: 1"], "is_correct": i % 2 == 0} for i in range(8)
+    ]
+    evaluate(
+        "--checkpoint",
+        artifact,
+        "--test_set",
+        write(tmp_path / "o.jsonl", outcomes),
+        "--output",
+        out,
+    )
     numbers = json.loads(out.read_text())
-    assert numbers["best_of_n/random"] == 0.5 and numbers["best_of_n/oracle"] == 1.0 and "auc" not in numbers
+    assert (
+        numbers["best_of_n/random"] == 0.5
+        and numbers["best_of_n/oracle"] == 1.0
+        and "auc" not in numbers
+    )
     evaluate("--checkpoint", artifact, "--prompt", "p\na\nb", "--html", tmp_path / "p.html")
     assert len(capsys.readouterr().out.splitlines()[-3:]) == 3 and (tmp_path / "p.html").is_file()
 
 
 def test_a_set_of_which_nothing_fits_has_no_figures_of_its_own(configure, tmp_path):
     artifact, out = run(configure(True, max_steps=1)) / "final_artifact", tmp_path / "n.json"
-    rows = [{"prompt": f"p{i}", "steps": ["3+4=7", "7-2=9"], "labels": [1, i % 2]} for i in range(12)]
+    rows = [
+        {"prompt": f"p{i}", "steps": ["3+4=7", "7-2=9"], "labels": [1, i % 2]} for i in range(12)
+    ]
     files = [write(tmp_path / "short.jsonl", rows), write(tmp_path / "a.jsonl", rows[:5])]
     files.append(write(tmp_path / "long.jsonl", [row | {"prompt": "p" * 9999} for row in rows]))
     evaluate("--checkpoint", artifact, "--eval_data", *files, "--output", out)
-    assert {name for name in json.loads(out.read_text()) if "/" in name} == {"short/processbench_f1", "a/processbench_f1"}
+    assert {name for name in json.loads(out.read_text()) if "/" in name} == {
+        "short/processbench_f1",
+        "a/processbench_f1",
+    }
 
 
 def test_outcomes_are_read_from_both_forms(tmp_path):
     solution = {"is_correct": True, "solution": "x = 1\n\nA: 1\n"}
-    row = {"question": "q", "ground_truth": "g", "6b": solution, "175b": solution | {"is_correct": False}}
+    row = {
+        "question": "q",
+        "ground_truth": "g",
+        "6b": solution,
+        "175b": solution | {"is_correct": False},
+    }
     path = write(tmp_path / "o.jsonl", [row, {"prompt": "p", "steps": ["a"], "is_correct": True}])
     found = [(e.prompt, e.steps, e.labels, e.outcome) for e in read([path], "score", DataConfig())]
     both = ("q", ["x = 1", "A: 1"], [None, None])
     assert found == [(*both, True), (*both, False), ("p", ["a"], [None], True)]
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None
+)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_a_browser_shows_the_page_and_runs_nothing_of_the_data(tmp_path):
-    attack = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
+    attack = (
+        "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
+    )
     chain = example([1.0, 0.0], attack, steps=[attack, "b"])
-    text = step_report.page("scores", [chain], [np.array([0.9, 0.1])], 0.5, [["measure", attack], ["auc", "1"]])
-    # What the browser made of the colours is asked of the browser itself, by a script of this test's own.
+    text = step_report.page(
+        "scores", [chain], [np.array([0.9, 0.1])], 0.5, [["measure", attack], ["auc", "1"]]
+    )
+    # What the browser made of the colours is asked of the browser itself, by a script of this
+    # test's own.
     asking = "<script>document.body.append([...document.querySelectorAll('li')].map(li => getComputedStyle(li)."
-    asking += "backgroundColor + li.className + getComputedStyle(li).outlineStyle).join('|'))</script>"
+    asking += (
+        "backgroundColor + li.className + getComputedStyle(li).outlineStyle).join('|'))</script>"
+    )
     (tmp_path / "page.html").write_text(text + asking, encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        f"file://{tmp_path}/page.html",
+    ]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     assert "<title>scores</title>" in shown
     assert "rgb(171, 245, 150)none|rgb(255, 169, 150)first goldsolid" in shown

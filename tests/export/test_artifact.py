@@ -1,4 +1,6 @@
-"""final_artifact/: whatever changes in it is found, its card's commands work, and the base is measured to be unchanged."""
+"""final_artifact/: whatever changes in it is found, its card's commands work, and the base is
+measured to be unchanged.
+"""
 
 import json
 from pathlib import Path
@@ -29,7 +31,7 @@ def made(configure):
     return run(configure(True, max_steps=2)) / "final_artifact"
 
 
-# ---------------------------------------------------------------------------------------------------- verification
+# ------------------------------------------------------------------------------------- verification
 
 
 def test_every_change_of_any_file_is_found(made, tmp_path):
@@ -40,7 +42,8 @@ def test_every_change_of_any_file_is_found(made, tmp_path):
     def found(what, path):
         with pytest.raises(UserError, match=what) as error:
             verify_artifact(made)
-        assert path.name in str(error.value) or path.name == "checksums.json"  # a hash that flipped is another file's
+        # A hash that flipped is another file's
+        assert path.name in str(error.value) or path.name == "checksums.json"
         assert "\n" not in str(error.value)
 
     assert verify_artifact(made) == json.loads((made / "metadata.json").read_text())
@@ -48,12 +51,16 @@ def test_every_change_of_any_file_is_found(made, tmp_path):
         path = files[i % len(files)]
         content = path.read_bytes()
         position, bit = draw.randrange(len(content)), draw.randrange(8)
-        path.write_bytes(content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :])
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
+        )
         found("changed|damaged|missing|no such", path)
         path.write_bytes(content)
     for path in files * 4:
         content = path.read_bytes()
-        path.write_bytes(content[: draw.choice([0, len(content) - 1, draw.randrange(len(content))])])
+        path.write_bytes(
+            content[: draw.choice([0, len(content) - 1, draw.randrange(len(content))])]
+        )
         found("changed|damaged", path)
         path.write_bytes(content)
     for path in files:
@@ -96,7 +103,9 @@ def test_a_list_that_leads_out_of_the_folder_and_linked_folders_are_refused(made
     path.write_bytes(as_written(sums))
     (made / "lora_adapter").rename(tmp_path / "elsewhere")
     (made / "lora_adapter").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="'lora_adapter': a link.*adapter_model.safetensors': missing"):
+    with pytest.raises(
+        UserError, match="'lora_adapter': a link.*adapter_model.safetensors': missing"
+    ):
         verify_artifact(made)
 
 
@@ -105,16 +114,31 @@ def test_a_file_that_cannot_be_read_is_named(made, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("lora.common.checksums.sha256_of", unreadable)
-    with pytest.raises(UserError, match=r"'mlp_head.safetensors': cannot be read \(Input/output error\)"):
+    with pytest.raises(
+        UserError, match=r"'mlp_head.safetensors': cannot be read \(Input/output error\)"
+    ):
         verify_artifact(made)
 
 
 def test_verify_only_answers_without_torch(made):
     blocked = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
-    blocked += "import lora; assert lora.verify_artifact; runpy.run_path('eval.py', run_name='__main__')"
-    command = [sys.executable, "-c", blocked, "eval.py", "--verify_only", "--artifact_dir", str(made)]
+    blocked += (
+        "import lora; assert lora.verify_artifact; runpy.run_path('eval.py', run_name='__main__')"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        blocked,
+        "eval.py",
+        "--verify_only",
+        "--artifact_dir",
+        str(made),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == f"{made}: verified: every file is as it was written\n"
+    assert (
+        done.returncode == 0
+        and done.stdout == f"{made}: verified: every file is as it was written\n"
+    )
     (made / "README.md").unlink()
     (made / "new").write_text("")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -124,7 +148,12 @@ def test_verify_only_answers_without_torch(made):
 
 @pytest.mark.parametrize(
     "lora, name",
-    [(True, "lora_adapter/adapter_model"), (True, "mlp_head"), (False, "backbone/model"), (False, "mlp_head")],
+    [
+        (True, "lora_adapter/adapter_model"),
+        (True, "mlp_head"),
+        (False, "backbone/model"),
+        (False, "mlp_head"),
+    ],
 )
 def test_truncated_weights_are_one_line_of_eval(configure, monkeypatch, capsys, lora, name):
     path = run(configure(lora, max_steps=1)) / "final_artifact" / f"{name}.safetensors"
@@ -133,16 +162,20 @@ def test_truncated_weights_are_one_line_of_eval(configure, monkeypatch, capsys, 
         path.write_bytes(content[:length])
         checkpoint = path.parents[name.count("/")]
         status, _, said = script(monkeypatch, capsys, ROOT / "eval.py", "--checkpoint", checkpoint)
-        assert status == 2 and re.findall("^error: .*", said, re.MULTILINE) == [said.strip().split("\n")[-1]]
+        assert status == 2 and re.findall("^error: .*", said, re.MULTILINE) == [
+            said.strip().split("\n")[-1]
+        ]
         assert "Traceback" not in said
 
 
-# ---------------------------------------------------------------------------------------------------- what is in it
+# ------------------------------------------------------------------------------------ what is in it
 
 
 def test_metadata_says_what_the_run_was_made_of(configure, tiny_base, tmp_path, monkeypatch):
     data = tmp_path / "steps.jsonl"
-    data.write_text(json.dumps({"prompt": "1+1+1", "steps": ["1+1=2", "2+1=4"], "labels": [1, 0]}) + "\n")
+    data.write_text(
+        json.dumps({"prompt": "1+1+1", "steps": ["1+1=2", "2+1=4"], "labels": [1, 0]}) + "\n"
+    )
     monkeypatch.chdir(tmp_path)  # paths in the artifact are whole
     folder = run(configure(True, max_steps=2, train_data=["steps.jsonl", "arithmetic:train:9"]))
     facts = verify_artifact(folder / "final_artifact")
@@ -151,10 +184,18 @@ def test_metadata_says_what_the_run_was_made_of(configure, tiny_base, tmp_path, 
     assert facts["base_unchanged"] is True
     assert facts["train_data"] == {"steps.jsonl": sha256_of(data), "arithmetic:train:9": None}
     assert facts["best"] == json.loads((folder / "logs" / "final_results.json").read_text())["best"]
-    without_build = [version.partition("+")[0] for version in (facts["versions"]["torch"], torch.__version__)]
+    without_build = [
+        version.partition("+")[0] for version in (facts["versions"]["torch"], torch.__version__)
+    ]
     assert without_build[0] == without_build[1] and facts["seconds"] > 0
-    assert facts["hardware"]["threads"] == 1 and facts["hardware"]["memory_gb"] > 0.1 and facts["hardware"]["cpu"]
-    assert facts["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", facts["git_commit"])
+    assert (
+        facts["hardware"]["threads"] == 1
+        and facts["hardware"]["memory_gb"] > 0.1
+        and facts["hardware"]["cpu"]
+    )
+    assert facts["git_commit"] is None or re.fullmatch(
+        r"[0-9a-f]{40}(-dirty)?", facts["git_commit"]
+    )
     config = (folder / "final_artifact" / "training_config.toml").read_text()
     assert f'train_data = ["{data}", "arithmetic:train:9"]' in config
     assert facts["trainable_parameters"] < facts["parameters"]
@@ -177,19 +218,34 @@ def test_code_outside_of_a_checkout_has_no_commit(tmp_path, monkeypatch):
         (False, dict(task="lm")),
         (False, {}),
     ],
-    ids=["lora lm with a token", "lora scorer", "lora on random weights", "head alone", "full lm", "full scorer"],
+    ids=[
+        "lora lm with a token",
+        "lora scorer",
+        "lora on random weights",
+        "head alone",
+        "full lm",
+        "full scorer",
+    ],
 )
 def test_the_cards_commands_work_as_they_stand(configure, monkeypatch, capsys, lora, values):
     folder = run(configure(lora, "a run's name", max_steps=2, **values))
     card = (folder / "final_artifact" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == ("peft" if (folder / "final_artifact" / "lora_adapter").is_dir() else "transformers")
+    assert front["library_name"] == (
+        "peft" if (folder / "final_artifact" / "lora_adapter").is_dir() else "transformers"
+    )
     assert Path(front["base_model"]).is_dir()
     monkeypatch.chdir(folder)
-    shell, python = re.search("```sh\n(.*?)```", card, re.S)[1], re.search("```python\n(.*?)```", card, re.S)[1]
-    # A shell reads the lines, and hands each call of python to this process, which need not load torch again.
+    shell, python = (
+        re.search("```sh\n(.*?)```", card, re.S)[1],
+        re.search("```python\n(.*?)```", card, re.S)[1],
+    )
+    # A shell reads the lines, and hands each call of python to this process, which need not load
+    # torch again.
     catch = "set -e; python() { printf '%s\\0' \"$@\" CALL; }\n"
-    words = subprocess.run(["bash", "-c", catch + shell], capture_output=True, text=True, check=True).stdout
+    words = subprocess.run(
+        ["bash", "-c", catch + shell], capture_output=True, text=True, check=True
+    ).stdout
     calls = [call.split("\0")[:-1] for call in words.split("CALL\0")[:-1]]
     assert len(calls) == 3 + (lora and values.get("init_from") != "scratch")
     for call in calls:
@@ -211,7 +267,8 @@ def test_an_artifact_is_whole_or_absent(configure, monkeypatch):
         run(config)
     folder = Path(config.output.output_dir) / "run"
     assert not (folder / "final_artifact").exists()
-    config.training.max_steps = 8  # goes on, twice: the artifact of 8 steps is made, and then replaced
+    # Goes on, twice: the artifact of 8 steps is made, and then replaced
+    config.training.max_steps = 8
     run(config, folder / "checkpoints" / "checkpoint_step_4")
     first = verify_artifact(folder / "final_artifact")
     config.training.max_steps = 12
@@ -224,7 +281,7 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-# ---------------------------------------------------------------------------------------------------- the base
+# ----------------------------------------------------------------------------------------- the base
 
 
 @pytest.fixture
@@ -252,10 +309,17 @@ def test_base_unchanged_is_said_and_recorded(configure, capsys, tiny_base, lora)
     said = capsys.readouterr().out
     sums = json.loads((folder / "baseline_checksums.json").read_text())
     assert sums["files"] == {"model.safetensors": sha256_of(tiny_base / "model.safetensors")}
-    frozen = rf"{sums['frozen_tensors']} frozen tensors, sha256 {sums['frozen_sha256']}; " if lora else ""
+    frozen = (
+        rf"{sums['frozen_tensors']} frozen tensors, sha256 {sums['frozen_sha256']}; "
+        if lora
+        else ""
+    )
     assert re.search(rf"base model weights unchanged: {frozen}weight files: 1\n", said)
-    assert ("only adapter parameters are trainable: 28 LoRA tensors, 4 of the head\n" in said) == lora
-    assert sums["frozen_tensors"] == (20 if lora else 0)  # 2 layers of 9 weights, the embedding, the last norm
+    assert (
+        "only adapter parameters are trainable: 28 LoRA tensors, 4 of the head\n" in said
+    ) == lora
+    # 2 layers of 9 weights, the embedding, the last norm
+    assert sums["frozen_tensors"] == (20 if lora else 0)
 
 
 def test_a_frozen_weight_that_changes_stops_the_run(configure, monkeypatch):
@@ -265,15 +329,21 @@ def test_a_frozen_weight_that_changes_stops_the_run(configure, monkeypatch):
 
     disturb(monkeypatch, one_bit)
     config = configure(True, max_steps=2, dtype="bfloat16")
-    with pytest.raises(Stopped, match=r"changed during training: layers.1.mlp.up_proj.base_layer.weight; no artifact"):
+    with pytest.raises(
+        Stopped,
+        match=r"changed during training: layers.1.mlp.up_proj.base_layer.weight; no artifact",
+    ):
         run(config)
     folder = Path(config.output.output_dir) / "run"
-    assert (folder / "checkpoints" / "checkpoint_step_2").is_dir() and not (folder / "final_artifact").exists()
+    assert (folder / "checkpoints" / "checkpoint_step_2").is_dir() and not (
+        folder / "final_artifact"
+    ).exists()
 
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_file_of_the_base_that_changes_stops_the_run(configure, monkeypatch, own_base, lora):
-    def replace(task):  # in place the file must not shrink: the weights in memory are mapped from it
+    # In place the file must not shrink: the weights in memory are mapped from it
+    def replace(task):
         (own_base / "new").write_bytes((own_base / "model.safetensors").read_bytes()[:-1])
         (own_base / "new").replace(own_base / "model.safetensors")
 
@@ -297,36 +367,63 @@ def test_what_is_trained_beside_the_adapter_stops_the_run(configure, monkeypatch
 
 
 def test_a_module_to_save_is_part_of_the_adapter(configure, capsys):
-    folder = run(configure(True, task="lm", max_steps=1, modules_to_save=["lm_head"]))  # tied to the embeddings
+    # Tied to the embeddings
+    folder = run(configure(True, task="lm", max_steps=1, modules_to_save=["lm_head"]))
     assert "28 LoRA tensors, 1 of modules to save\n" in capsys.readouterr().out
-    assert json.loads((folder / "baseline_checksums.json").read_text())["frozen_tensors"] == 19  # without the embedding
+    # Without the embedding
+    assert json.loads((folder / "baseline_checksums.json").read_text())["frozen_tensors"] == 19
 
 
 def test_tensors_are_hashed_as_they_lie_in_memory():
     whole = torch.arange(12.0).reshape(3, 4)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn):
+    for dtype in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.bool,
+        torch.float8_e4m3fn,
+    ):
         tensor = whole.to(dtype)
-        assert base_integrity.sha256_of_tensor(tensor) == base_integrity.sha256_of_tensor(tensor.clone())
-        assert base_integrity.sha256_of_tensor(tensor) != base_integrity.sha256_of_tensor(tensor.reshape(4, 3))
-        assert base_integrity.sha256_of_tensor(tensor.T) == base_integrity.sha256_of_tensor(tensor.T.contiguous())
-    assert base_integrity.sha256_of_tensor(torch.tensor(0.0)) != base_integrity.sha256_of_tensor(torch.tensor(-0.0))
+        assert base_integrity.sha256_of_tensor(tensor) == base_integrity.sha256_of_tensor(
+            tensor.clone()
+        )
+        assert base_integrity.sha256_of_tensor(tensor) != base_integrity.sha256_of_tensor(
+            tensor.reshape(4, 3)
+        )
+        assert base_integrity.sha256_of_tensor(tensor.T) == base_integrity.sha256_of_tensor(
+            tensor.T.contiguous()
+        )
+    assert base_integrity.sha256_of_tensor(torch.tensor(0.0)) != base_integrity.sha256_of_tensor(
+        torch.tensor(-0.0)
+    )
     assert len(base_integrity.sha256_of_tensor(torch.empty(0))) == 64
 
 
 def test_four_bit_weights_are_hashed_with_their_scales():
     import bitsandbytes as bnb
 
-    model = torch.nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4", compress_statistics=True)).to("cpu")
+    model = torch.nn.Sequential(
+        bnb.nn.Linear4bit(64, 64, quant_type="nf4", compress_statistics=True)
+    ).to("cpu")
     model.requires_grad_(False)
     weight = model[0].weight
     assert weight.dtype == torch.uint8 and not trainable(model)
 
     def sums():
-        return {name: base_integrity.sha256_of_tensor(one) for name, one in base_integrity.frozen_tensors(model).items()}
+        return {
+            name: base_integrity.sha256_of_tensor(one)
+            for name, one in base_integrity.frozen_tensors(model).items()
+        }
 
     before = sums()
     assert before == sums()
-    for tensor in (weight.data, weight.quant_state.absmax, weight.quant_state.state2.absmax, model[0].bias.data):
+    for tensor in (
+        weight.data,
+        weight.quant_state.absmax,
+        weight.quant_state.state2.absmax,
+        model[0].bias.data,
+    ):
         flat = tensor.reshape(-1)[:1].view(torch.uint8)
         flat[0] ^= 1
         assert sums() != before

@@ -1,4 +1,6 @@
-"""What merge.py writes for others: a portable adapter, a scorer in the names of vLLM's reward models."""
+"""What merge.py writes for others: a portable adapter, a scorer in the names of vLLM's reward
+models.
+"""
 
 import json
 import shutil
@@ -29,7 +31,9 @@ def patterned(tmp_path):
         "target_modules": ["q_proj", "v_proj", "down_proj", "embed_tokens"]
     }
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, task_type="CAUSAL_LM", init_lora_weights=False, **settings
+    )
     model = peft.get_peft_model(tiny_llama(), config).eval()
     model.save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs", model
@@ -44,14 +48,21 @@ def test_a_portable_adapter_has_one_rank_and_no_scale_and_does_the_same(patterne
     tensors = load_file(tmp_path / "portable" / "adapter_model.safetensors")
     assert {len(t) for name, t in tensors.items() if "_A" in name} == {6}
     again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "portable").eval()
-    torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-5)  # fp32, another order
+    # Fp32, another order
+    torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-5)
     # What llama.cpp computes: alpha / (rank of the tensor), for every layer.
-    a, b = (tensors[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight"] for x in "AB")
+    a, b = (
+        tensors[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight"] for x in "AB"
+    )
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    torch.testing.assert_close(config["lora_alpha"] / len(a) * b @ a, layer.get_delta_weight("default"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        config["lora_alpha"] / len(a) * b @ a, layer.get_delta_weight("default"), rtol=0, atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("kind, message", [("DoRA", "no portable form"), ("modules_to_save", "read no whole weights")])
+@pytest.mark.parametrize(
+    "kind, message", [("DoRA", "no portable form"), ("modules_to_save", "read no whole weights")]
+)
 def test_what_has_no_portable_form_is_refused(kind, message, tmp_path):
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **KINDS[kind][0])
     peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "theirs")
@@ -60,7 +71,9 @@ def test_what_has_no_portable_form_is_refused(kind, message, tmp_path):
     assert not (tmp_path / "portable").exists()
 
 
-def test_a_merged_scorer_is_a_model_of_two_classes_that_others_serve_and_we_read_back(configure, tmp_path):
+def test_a_merged_scorer_is_a_model_of_two_classes_that_others_serve_and_we_read_back(
+    configure, tmp_path
+):
     folder, merged = run(configure(True, learning_rate=3e-2)), tmp_path / "merged"
     call("--adapter", folder / "final_artifact", "--output", merged)
     config = json.loads((merged / "config.json").read_text())
@@ -80,7 +93,9 @@ def test_a_merged_scorer_is_a_model_of_two_classes_that_others_serve_and_we_read
 
     ours = {}
     for checkpoint in (folder / "final_artifact", merged):
-        arguments = evaluation.read_arguments(["--checkpoint", str(checkpoint), "--prompt", "".join(steps).rstrip()])
+        arguments = evaluation.read_arguments(
+            ["--checkpoint", str(checkpoint), "--prompt", "".join(steps).rstrip()]
+        )
         device, dtype = torch.device("cpu"), torch.float32
         task = evaluation.load(*arguments, device)
         examples = evaluation.read_examples(*arguments).examples
@@ -90,11 +105,18 @@ def test_a_merged_scorer_is_a_model_of_two_classes_that_others_serve_and_we_read
 
 
 def test_a_merged_model_loads_in_plain_transformers_and_generates(configure, tmp_path):
-    folder = run(configure(True, task="lm", train_data=["arithmetic:train:60"], use_dora=True, learning_rate=3e-2))
+    folder = run(
+        configure(
+            True, task="lm", train_data=["arithmetic:train:60"], use_dora=True, learning_rate=3e-2
+        )
+    )
     call("--adapter", folder / "final_artifact", "--output", tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")("3+4=", return_tensors="pt")
-    assert model.generate(**tokens, max_new_tokens=3, do_sample=False).shape[1] > tokens.input_ids.shape[1]
+    assert (
+        model.generate(**tokens, max_new_tokens=3, do_sample=False).shape[1]
+        > tokens.input_ids.shape[1]
+    )
 
 
 def test_an_artifact_is_verified_and_another_base_is_said(configure, tmp_path, capsys):
@@ -116,7 +138,9 @@ def test_an_artifact_is_verified_and_another_base_is_said(configure, tmp_path, c
     assert not list(tmp_path.glob("*damaged"))
 
 
-def test_what_would_change_nothing_or_another_base_than_the_adapters_is_refused(configure, tmp_path):
+def test_what_would_change_nothing_or_another_base_than_the_adapters_is_refused(
+    configure, tmp_path
+):
     folder = run(configure(True, max_steps=1)) / "checkpoints" / "checkpoint_step_1"
     with pytest.raises(UserError, match="dequantized: .* was not trained in 4 bits"):
         call("--adapter", folder, "--output", tmp_path / "merged", "--merge_into", "dequantized")
@@ -128,7 +152,9 @@ def test_what_would_change_nothing_or_another_base_than_the_adapters_is_refused(
 
 
 @pytest.mark.parametrize("portable", [[], ["--portable"]])
-def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_left(patterned, tmp_path, tiny_base, portable):
+def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_left(
+    patterned, tmp_path, tiny_base, portable
+):
     (tmp_path / "file").write_text("")
     base = [] if portable else ["--base_model", tiny_base]
     with pytest.raises(UserError, match=".*file/merged: Not a directory"):

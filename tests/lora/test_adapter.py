@@ -49,7 +49,13 @@ def test_peft_loads_the_adapter_of_a_scorer_onto_the_causal_model(tmp_path):
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
 def test_we_load_pefts_with_equal_logits(make, task_type, tmp_path):
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type=task_type, init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules="all-linear",
+        task_type=task_type,
+        init_lora_weights=False,
+    )
     theirs = peft.get_peft_model(make(), config).eval()
     theirs.save_pretrained(tmp_path)
     model = make()
@@ -61,7 +67,9 @@ def test_we_load_pefts_with_equal_logits(make, task_type, tmp_path):
 def test_an_adapter_made_on_the_bare_backbone_finds_its_place_in_the_causal_model(tmp_path):
     """PEFT would warn and change nothing."""
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="FEATURE_EXTRACTION", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", task_type="FEATURE_EXTRACTION", init_lora_weights=False
+    )
     theirs = peft.get_peft_model(tiny_llama().model, config).eval()
     theirs.save_pretrained(tmp_path)
     model = tiny_llama()
@@ -75,7 +83,13 @@ def test_an_encoders_adapter_goes_both_ways(tmp_path):
     def make():
         torch.manual_seed(1)
         return BertModel(
-            BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+            BertConfig(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+            )
         ).eval()
 
     model = make()
@@ -100,14 +114,22 @@ def test_a_model_of_the_users_own_goes_both_ways(tmp_path):
     assert inject(model, r=2) == ["0", "2"]
     randomise(model)
     save_adapter(model, tmp_path)
-    torch.testing.assert_close(peft.PeftModel.from_pretrained(make(), tmp_path)(x), model(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        peft.PeftModel.from_pretrained(make(), tmp_path)(x), model(x), rtol=0, atol=1e-6
+    )
     again = make()
     load_adapter(again, tmp_path)
     assert torch.equal(again(x), model(x))
 
 
 def test_peft_reads_ours_onto_a_classifier(tmp_path):
-    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    shape = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
 
     def make():
         torch.manual_seed(0)
@@ -141,8 +163,14 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop(f"{Q}.lora_B.weight"), "not a pair of LoRA factors: model.layers.0.self_attn.q_proj"),
-        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)}), "use_dora = False .* not so of .*q_proj"),
+        (
+            lambda t: t.pop(f"{Q}.lora_B.weight"),
+            "not a pair of LoRA factors: model.layers.0.self_attn.q_proj",
+        ),
+        (
+            lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)}),
+            "use_dora = False .* not so of .*q_proj",
+        ),
         (
             lambda t: [t.update({k.replace("q_proj", "z_proj"): t.pop(k)}) for k in list(t)],
             "no such layer .* in the model: .*z_proj",
@@ -152,24 +180,48 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
             lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(5, 4)}),
             r"q_proj.lora_B.weight is \[5, 4\], its place is \[32, 4\]",
         ),
-        (lambda t: [t.pop(f"{Q}.lora_{x}.weight") for x in "AB"], "no tensors for what its target_modules name: .*q_proj"),
-        (lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan")), "not finite numbers: .*q_proj.lora_A.weight"),
-        (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}), "not finite numbers: .*q_proj"),
-        (lambda t: t.update({f"{Q}.lora_A.weight": torch.tensor(1.0)}), "not a pair of LoRA factors: .*q_proj"),
+        (
+            lambda t: [t.pop(f"{Q}.lora_{x}.weight") for x in "AB"],
+            "no tensors for what its target_modules name: .*q_proj",
+        ),
+        (
+            lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan")),
+            "not finite numbers: .*q_proj.lora_A.weight",
+        ),
+        (
+            lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}),
+            "not finite numbers: .*q_proj",
+        ),
+        (
+            lambda t: t.update({f"{Q}.lora_A.weight": torch.tensor(1.0)}),
+            "not a pair of LoRA factors: .*q_proj",
+        ),
         (
             lambda t: t.update(
-                {f"{Q}.lora_{x}.weight": torch.ones(shape) for x, shape in (("A", (5, 32)), ("B", (32, 5)))}
+                {
+                    f"{Q}.lora_{x}.weight": torch.ones(shape)
+                    for x, shape in (("A", (5, 32)), ("B", (32, 5)))
+                }
             ),
             "of another rank than r and rank_pattern say: .*q_proj",
         ),
         (
-            lambda t: t.update({k.replace("model.model.model.", "model.model."): v + 1 for k, v in t.items()}),
+            lambda t: t.update(
+                {k.replace("model.model.model.", "model.model."): v + 1 for k, v in t.items()}
+            ),
             "two spellings of one layer",
         ),
-        (lambda t: t.update({k.replace("base_model.model.", ""): v + 1 for k, v in t.items()}), "two tensors of one name"),
+        (
+            lambda t: t.update({k.replace("base_model.model.", ""): v + 1 for k, v in t.items()}),
+            "two tensors of one name",
+        ),
         (
             lambda t: t.update(
-                {k.replace("layers.0.self_attn.q_proj", "embed_tokens"): v + 1 for k, v in t.items() if Q in k}
+                {
+                    k.replace("layers.0.self_attn.q_proj", "embed_tokens"): v + 1
+                    for k, v in t.items()
+                    if Q in k
+                }
             ),
             "do not belong on a Embedding",
         ),
@@ -205,11 +257,15 @@ def test_what_we_would_have_to_ignore_is_refused(ours, key, value):
         load_adapter(tiny_llama(), ours[1])
 
 
-@pytest.mark.parametrize("key, value", [("use_dora", True), ("lora_bias", True), ("init_lora_weights", "pissa_niter_4")])
+@pytest.mark.parametrize(
+    "key, value", [("use_dora", True), ("lora_bias", True), ("init_lora_weights", "pissa_niter_4")]
+)
 def test_a_config_that_its_tensors_belie_or_that_needs_another_base_is_refused(ours, key, value):
     path = ours[1] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(UserError, match=f"{key} = {value}|{key} = '{value}': .* wrong on any other"):
+    with pytest.raises(
+        UserError, match=f"{key} = {value}|{key} = '{value}': .* wrong on any other"
+    ):
         load_adapter(tiny_llama(), ours[1])
 
 
@@ -232,7 +288,9 @@ def test_a_config_that_its_tensors_belie_or_that_needs_another_base_is_refused(o
 def test_a_config_that_no_lora_can_have_is_one_line(ours, values):
     path = ours[1] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    with pytest.raises(UserError, match=f"nothing that LoRA can have: {next(iter(values))}|no regular expression"):
+    with pytest.raises(
+        UserError, match=f"nothing that LoRA can have: {next(iter(values))}|no regular expression"
+    ):
         load_adapter(tiny_llama(), ours[1])
     path.write_text("[]")
     with pytest.raises(UserError, match="expected a table of keys, found a list"):
@@ -241,23 +299,36 @@ def test_a_config_that_no_lora_can_have_is_one_line(ours, values):
 
 def test_modules_to_save_that_peft_writes_three_times_are_read(tmp_path):
     """As it does where the embeddings were given rows, and of biases where all of them are trained."""
-    settings = {"target_modules": ["c_attn"], "modules_to_save": ["lm_head", "ln_f"], "bias": "all", "fan_in_fan_out": True}
+    settings = {
+        "target_modules": ["c_attn"],
+        "modules_to_save": ["lm_head", "ln_f"],
+        "bias": "all",
+        "fan_in_fan_out": True,
+    }
     model = tiny_gpt2()
     model.resize_token_embeddings(model.config.vocab_size + 3)
-    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    )
     with torch.no_grad():
         for parameter in theirs.eval().parameters():
             if parameter.requires_grad:
                 parameter += torch.randn_like(parameter) * 0.1
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
-    assert any("original_module" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    assert any(
+        "original_module" in name for name in load_file(tmp_path / "adapter_model.safetensors")
+    )
     again = tiny_gpt2()
     load_adapter(again, tmp_path)
     torch.testing.assert_close(again(TOKENS).logits, theirs(TOKENS).logits, rtol=0, atol=1e-5)
 
 
 def test_dora_over_embeddings_is_refused(tmp_path):
-    settings = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True, "task_type": "CAUSAL_LM"}
+    settings = {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "use_dora": True,
+        "task_type": "CAUSAL_LM",
+    }
     peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, **settings)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="not a pair of LoRA factors: model.embed_tokens"):
         load_adapter(tiny_llama(), tmp_path)

@@ -1,4 +1,5 @@
-"""Every kind of LoRA adapter that PEFT writes: PEFT = ours = merged, and written by us PEFT = ours again.
+"""Every kind of LoRA adapter that PEFT writes: PEFT = ours = merged, and written by us PEFT = ours
+again.
 
 `benchmarks/equalities.py` makes a table of the same differences.
 """
@@ -15,7 +16,10 @@ from tests.conftest import tiny_llama
 from tests.lora.test_layer import TOKENS, randomise, tiny_gpt2
 
 ATTENTION = ["q_proj", "v_proj", "down_proj"]
-PATTERNS = {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6}, "alpha_pattern": {"v_proj": 5}}
+PATTERNS = {
+    "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6},
+    "alpha_pattern": {"v_proj": 5},
+}
 KINDS = {  # name -> (LoraConfig settings, changes to the Llama, or None for GPT-2)
     "all-linear": ({"target_modules": "all-linear"}, {}),
     "rsLoRA": ({"target_modules": ATTENTION, "use_rslora": True}, {}),
@@ -54,9 +58,13 @@ def base(changes):
 
 
 def differences(settings, changes, folder):
-    """Largest differences of the logits: PEFT and ours, merged by PEFT and by us, ours read back by PEFT."""
+    """Largest differences of the logits: PEFT and ours, merged by PEFT and by us, ours read back by
+    PEFT.
+    """
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, task_type="CAUSAL_LM", init_lora_weights=False, **settings
+    )
     theirs = peft.get_peft_model(base(changes), config).eval()
     with torch.no_grad():  # what PEFT trains whole is another than the base's from now on
         for name, parameter in theirs.named_parameters():
@@ -86,7 +94,8 @@ def differences(settings, changes, folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_equals_ours_equals_merged(kind, tmp_path):
     for what, difference in differences(*KINDS[kind], tmp_path).items():
-        assert difference < 1e-5, what  # fp32 sums in another order, of random factors that are larger than trained ones
+        # Fp32 sums in another order, of random factors that are larger than trained ones
+        assert difference < 1e-5, what
 
 
 @pytest.mark.parametrize(
@@ -110,13 +119,27 @@ def test_what_we_train_peft_reads(settings, tmp_path):
 
 
 def test_ranks_and_alphas_by_pattern_are_those_of_peft():
-    patterns = {"rank_pattern": {"q_proj": 2, "layers.1.mlp.*": 3, "v_proj": 6}, "alpha_pattern": {r"self_attn\.\w+": 5}}
+    patterns = {
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.*": 3, "v_proj": 6},
+        "alpha_pattern": {r"self_attn\.\w+": 5},
+    }
     model = tiny_llama()
     inject(model, r=4, alpha=12, **patterns)
-    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **patterns))
-    peers = {name: layer for name, layer in theirs.base_model.model.named_modules() if hasattr(layer, "lora_A")}
-    ours = {name: (layer.r, layer.alpha, layer.scaling) for name, layer in lora_layers(model).items()}
-    assert ours == {name: tuple(of["default"] for of in (p.r, p.lora_alpha, p.scaling)) for name, p in peers.items()}
+    theirs = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **patterns)
+    )
+    peers = {
+        name: layer
+        for name, layer in theirs.base_model.model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    ours = {
+        name: (layer.r, layer.alpha, layer.scaling) for name, layer in lora_layers(model).items()
+    }
+    assert ours == {
+        name: tuple(of["default"] for of in (p.r, p.lora_alpha, p.scaling))
+        for name, p in peers.items()
+    }
 
 
 def test_the_gradients_of_dora_are_those_of_peft(tmp_path):
@@ -130,9 +153,12 @@ def test_the_gradients_of_dora_are_those_of_peft(tmp_path):
         one(TOKENS).logits.square().mean().backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            name = name.replace(".weight", ".default.weight").replace("_vector", "_vector.default.weight")
+            name = name.replace(".weight", ".default.weight").replace(
+                "_vector", "_vector.default.weight"
+            )
             other = theirs.base_model.model.get_parameter(name).grad
-            # Sums in another order; what is left of large terms that cancel is off by more of its own size.
+            # Sums in another order; what is left of large terms that cancel is off by more of its
+            # own size.
             torch.testing.assert_close(parameter.grad, other, rtol=1e-4, atol=1e-8)
 
 
@@ -145,12 +171,16 @@ def test_biases_cannot_be_merged_where_the_base_has_none(tmp_path):
         merge(model)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "embed_tokens", "lm_head"]])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "embed_tokens"], ["q_proj", "embed_tokens", "lm_head"]]
+)
 def test_added_rows_under_factors_are_the_tied_heads_too(targets, tmp_path):
     """PEFT saves the base's own weight then, once; the head of its model shares it."""
     model = base({"tie_word_embeddings": True})
     model.resize_token_embeddings(2051)
-    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=targets)
+    config = peft.LoraConfig(
+        r=4, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=targets
+    )
     theirs = peft.get_peft_model(model, config).eval()
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     ours = base({"tie_word_embeddings": True})

@@ -14,7 +14,9 @@ TOKENS = torch.arange(40).view(2, 20)
 
 def tiny_gpt2():
     torch.manual_seed(1)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    ).eval()
 
 
 def randomise(model):
@@ -42,7 +44,8 @@ def test_merged_equals_unmerged_and_leaves_no_wrapper(make):
     assert not torch.equal(unmerged, make()(TOKENS).logits)
     merge(model)
     assert [name for name, _ in model.named_parameters()] == names
-    torch.testing.assert_close(model(TOKENS).logits, unmerged, rtol=0, atol=1e-5)  # sums in another order
+    # Sums in another order
+    torch.testing.assert_close(model(TOKENS).logits, unmerged, rtol=0, atol=1e-5)
 
 
 def test_training_changes_the_factors_and_no_frozen_tensor():
@@ -64,7 +67,10 @@ def test_the_seed_decides_a_and_b_is_zero():
         torch.manual_seed(7)
         inject(model, r=4)
     for one, other in zip(*(lora_layers(model).values() for model in models)):
-        assert torch.equal(one.lora_A.weight, other.lora_A.weight) and one.lora_A.weight.dtype == torch.float32
+        assert (
+            torch.equal(one.lora_A.weight, other.lora_A.weight)
+            and one.lora_A.weight.dtype == torch.float32
+        )
         assert not one.lora_B.weight.any()
 
 
@@ -89,12 +95,16 @@ def test_dropout_acts_in_training_only():
 )
 def test_targets_are_endings_or_whole_name_patterns(targets, expected):
     assert len(inject(tiny_llama(), r=4, target_modules=targets)) == expected
-    # The same names hold on the bare backbone of a scorer, whose modules lack the "model." in front.
+    # The same names hold on the bare backbone of a scorer, whose modules lack the "model." in
+    # front.
     assert len(inject(tiny_llama().model, r=4, target_modules=targets)) == expected
 
 
 def test_a_target_that_matches_nothing_is_an_error_that_lists_what_there_is():
-    with pytest.raises(UserError, match="'nope_proj' matches no linear layer; there are down_proj, gate_proj, k_proj"):
+    with pytest.raises(
+        UserError,
+        match="'nope_proj' matches no linear layer; there are down_proj, gate_proj, k_proj",
+    ):
         inject(tiny_llama(), target_modules=["q_proj", "nope_proj"])
 
 
@@ -108,11 +118,14 @@ def test_injecting_twice_is_an_error():
 def test_a_rank_above_every_layer_is_an_error():
     with pytest.raises(UserError, match=r"lora_r = 33: expected 1..32, for which"):
         inject(tiny_llama(), r=33)
-    inject(tiny_llama(), r=17)  # k_proj is 32 x 16; PEFT has no limit, and one layer of 32 x 1 limits nothing
+    # K_proj is 32 x 16; PEFT has no limit, and one layer of 32 x 1 limits nothing
+    inject(tiny_llama(), r=17)
 
 
 def test_a_pattern_must_be_one_and_match_a_layer():
-    with pytest.raises(UserError, match="'q_prj' matches none of the layers, such as model.layers.0"):
+    with pytest.raises(
+        UserError, match="'q_prj' matches none of the layers, such as model.layers.0"
+    ):
         inject(tiny_llama(), r=4, alpha_pattern={"q_prj": 2})
     with pytest.raises(UserError, match="is no regular expression"):
         inject(tiny_llama(), r=4, rank_pattern={"q_proj(": 2})

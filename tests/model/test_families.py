@@ -1,4 +1,5 @@
-"""Every family: packed = unpacked = transformers' own forward, gradients too (some are padded instead); LoRA and merging.
+"""Every family: packed = unpacked = transformers' own forward, gradients too (some are padded
+instead); LoRA and merging.
 
 `benchmarks/equalities.py` makes a table of the same differences.
 """
@@ -21,9 +22,17 @@ from tests.data.test_batches import gradients
 from tests.lora.test_layer import randomise
 from tests.model.test_model import save
 
-SHAPE = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SHAPE = dict(
+    vocab_size=2048,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+)
 GROUPED = SHAPE | dict(num_key_value_heads=2)
-GPT = dict(vocab_size=2048, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+GPT = dict(
+    vocab_size=2048, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+)
 WINDOW = 6  # shorter than the documents
 PACKED = {
     "Llama": GROUPED,
@@ -33,7 +42,10 @@ PACKED = {
     "Mistral": GROUPED | dict(sliding_window=WINDOW),
     "Olmo2": GROUPED,
     "Gemma": GROUPED | dict(head_dim=8),
-    "Gemma2": GROUPED | dict(head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "Gemma2": GROUPED
+    | dict(
+        head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
     "Gemma3": GROUPED | dict(head_dim=8, sliding_window=WINDOW),
     "Phi3": GROUPED | dict(pad_token_id=0),
     "Phi": SHAPE,
@@ -41,10 +53,12 @@ PACKED = {
     "GPTNeoX": SHAPE,
     "Granite": GROUPED | dict(logits_scaling=8.0),
     "Cohere": GROUPED | dict(logit_scale=0.25),
-    "GptOss": GROUPED | dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW),
+    "GptOss": GROUPED
+    | dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW),
     "Starcoder2": GROUPED,
 }
-PADDED = {  # forced to be padded, so that padding stays tested when transformers learns to pack one of them
+# Forced to be padded, so that padding stays tested when transformers learns to pack one of them
+PADDED = {
     "Bloom": dict(vocab_size=2048, hidden_size=32, n_layer=2, n_head=4),
     "CodeGen": GPT | dict(rotary_dim=4, n_inner=48),
     "GPTJ": GPT | dict(rotary_dim=4, n_inner=48),
@@ -54,13 +68,18 @@ PADDED = {  # forced to be padded, so that padding stays tested when transformer
 
 
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-ENCODERS = {"Bert": SHAPE | NO_DROPOUT, "Roberta": SHAPE | NO_DROPOUT | dict(max_position_embeddings=66)}
+ENCODERS = {
+    "Bert": SHAPE | NO_DROPOUT,
+    "Roberta": SHAPE | NO_DROPOUT | dict(max_position_embeddings=66),
+}
 
 
 def base(family, shape, folder):
     name = family.split()[0]
     endings = ("Model",) if name in ENCODERS else ("ForCausalLM", "LMHeadModel")
-    model_class = next(getattr(transformers, name + end) for end in endings if hasattr(transformers, name + end))
+    model_class = next(
+        getattr(transformers, name + end) for end in endings if hasattr(transformers, name + end)
+    )
     config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
     return save(folder, model_class(config(**shape)))
 
@@ -76,13 +95,19 @@ def documents():
     generator = torch.Generator().manual_seed(0)
     for length in (11, 3, 14):
         tokens = torch.randint(2048, (length,), generator=generator).tolist()
-        yield Row(tokens, [token if i % 3 else NO_TOKEN for i, token in enumerate(tokens[1:])] + [NO_TOKEN]), 0
+        yield (
+            Row(
+                tokens,
+                [token if i % 3 else NO_TOKEN for i, token in enumerate(tokens[1:])] + [NO_TOKEN],
+            ),
+            0,
+        )
 
 
 def packed_differences(family, folder, packed=None):
-    """Of the gradients of full fine-tuning, relative to the whole gradient's norm: (documents together - apart, ours -
-    transformers' own forward). An encoder's own forward has no loss to compare with. Rows are laid out as `load_task`
-    chooses unless `packed` is given.
+    """Of the gradients of full fine-tuning, relative to the whole gradient's norm: (documents
+    together - apart, ours - transformers' own forward). An encoder's own forward has no loss to
+    compare with. Rows are laid out as `load_task` chooses unless `packed` is given.
     """
     kind = "score" if family in ENCODERS else "lm"
     folder = base(family, (PACKED | PADDED | ENCODERS)[family], folder)
@@ -97,18 +122,27 @@ def packed_differences(family, folder, packed=None):
     if kind == "score":
         return between, "-"
 
-    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).train()
+    plain = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).train()
     loss = 0
     for row, _ in documents():
         logits = plain(torch.tensor([row.tokens]), use_cache=False).logits[0]
-        loss = loss + F.cross_entropy(logits, torch.tensor(row.targets), ignore_index=NO_TOKEN, reduction="sum")
+        loss = loss + F.cross_entropy(
+            logits, torch.tensor(row.targets), ignore_index=NO_TOKEN, reduction="sum"
+        )
     (loss / together.num_targets).backward()
     theirs = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-    return between, largest_difference({name.removeprefix("model."): gradient for name, gradient in ours.items()}, theirs)
+    return between, largest_difference(
+        {name.removeprefix("model."): gradient for name, gradient in ours.items()}, theirs
+    )
 
 
 def scored():
-    return [(Row(row.tokens, [0.5 if i % 3 else NO_SCORE for i in range(len(row.tokens))]), 0) for row, _ in documents()]
+    return [
+        (Row(row.tokens, [0.5 if i % 3 else NO_SCORE for i in range(len(row.tokens))]), 0)
+        for row, _ in documents()
+    ]
 
 
 def largest_difference(one, other):
@@ -118,11 +152,13 @@ def largest_difference(one, other):
 
 
 @pytest.mark.parametrize(
-    "family, packed", [(f, None) for f in (*PACKED, *PADDED, *ENCODERS)] + [(f, False) for f in PADDED]
+    "family, packed",
+    [(f, None) for f in (*PACKED, *PADDED, *ENCODERS)] + [(f, False) for f in PADDED],
 )
 def test_together_equals_apart_equals_transformers_own_forward(family, packed, tmp_path):
     between, to_theirs = packed_differences(family, tmp_path, packed)
-    assert between <= 1e-6 and (family in ENCODERS or to_theirs <= 1e-6)  # fp32 sums in another order
+    # Fp32 sums in another order
+    assert between <= 1e-6 and (family in ENCODERS or to_theirs <= 1e-6)
 
 
 @pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Qwen3", "Gemma2", "Mamba"])
@@ -135,8 +171,9 @@ def test_a_bare_backbone_scores_steps(family, tmp_path):
 
 
 def lora_differences(family, folder, target_modules="all-linear"):
-    """Of LoRA on a random base: (injected - base, merged - adapter, saved and loaded - adapter), largest of the hidden
-    states or logits at the targets; and whether exactly the factors (and a scorer's head) got a gradient.
+    """Of LoRA on a random base: (injected - base, merged - adapter, saved and loaded - adapter),
+    largest of the hidden states or logits at the targets; and whether exactly the factors (and a
+    scorer's head) got a gradient.
     """
     kind = "score" if family in ENCODERS else "lm"
     folder = base(family, (PACKED | PADDED | ENCODERS)[family], folder)
@@ -159,9 +196,13 @@ def lora_differences(family, folder, target_modules="all-linear"):
     else:
         loss = task(batch)[0]
     loss.backward()
-    with_gradient = {name for name, p in task.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    with_gradient = {
+        name for name, p in task.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     wanted = {
-        name for name, p in task.named_parameters() if ".lora_" in name or kind == "score" and name.startswith("head")
+        name
+        for name, p in task.named_parameters()
+        if ".lora_" in name or kind == "score" and name.startswith("head")
     }
     save_adapter(task.model, folder / "adapter")
     load_adapter(other.model, folder / "adapter")
@@ -169,12 +210,15 @@ def lora_differences(family, folder, target_modules="all-linear"):
     merge(task.model)
     assert not lora_layers(task.model)
     largest = [
-        (one - two).abs().max().item() for one, two in ((injected, before), (said(task), adapted), (loaded, adapted))
+        (one - two).abs().max().item()
+        for one, two in ((injected, before), (said(task), adapted), (loaded, adapted))
     ]
     return *largest, with_gradient == wanted
 
 
-@pytest.mark.parametrize("family", [family for family in (*PACKED, *PADDED, *ENCODERS) if family != "Mamba"])
+@pytest.mark.parametrize(
+    "family", [family for family in (*PACKED, *PADDED, *ENCODERS) if family != "Mamba"]
+)
 def test_lora_starts_at_the_base_trains_its_factors_alone_and_merges(family, tmp_path):
     injected, merged, loaded, factors_alone = lora_differences(family, tmp_path)
     assert injected == loaded == 0.0 and factors_alone
@@ -182,9 +226,15 @@ def test_lora_starts_at_the_base_trains_its_factors_alone_and_merges(family, tmp
 
 
 def test_a_layer_whose_weight_is_read_past_it_cannot_be_trained_in_silence(configure, tmp_path):
-    """Mamba reads weights of dt_proj and out_proj itself, so an update beside these layers would do nothing."""
+    """Mamba reads weights of dt_proj and out_proj itself, so an update beside these layers would do
+    nothing.
+    """
     folder = base("Mamba", PADDED["Mamba"], tmp_path / "mamba")
-    settings = dict(base_model=str(folder), task="lm", train_data=["arithmetic:train:60"], lora_r=2, max_steps=2)
-    with pytest.raises(UserError, match="target_modules all-linear: with LoRA there a short forward pass ends in"):
+    settings = dict(
+        base_model=str(folder), task="lm", train_data=["arithmetic:train:60"], lora_r=2, max_steps=2
+    )
+    with pytest.raises(
+        UserError, match="target_modules all-linear: with LoRA there a short forward pass ends in"
+    ):
         run(configure(True, **settings))
     run(configure(True, target_modules=["in_proj"], **settings))

@@ -1,4 +1,6 @@
-"""The language model's head in chunks equals the plain formula, in value, gradient and memory it does not take."""
+"""The language model's head in chunks equals the plain formula, in value, gradient and memory it
+does not take.
+"""
 
 import copy
 
@@ -27,7 +29,9 @@ SHAPES = {
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    sevens = staticmethod(lambda hidden, vocabulary: [slice(i, i + 7) for i in range(0, len(hidden), 7)])
+    sevens = staticmethod(
+        lambda hidden, vocabulary: [slice(i, i + 7) for i in range(0, len(hidden), 7)]
+    )
     monkeypatch.setattr(LMHead, "chunks", sevens)
 
 
@@ -54,7 +58,9 @@ def test_loss_and_gradients_are_the_plain_formulas(shape, trained, bias, small_c
     theirs = [hidden.grad, *(p.grad for p in layer.parameters() if trained)]
     torch.testing.assert_close(head(hidden, targets), losses.sum(), rtol=1e-6, atol=0)
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * max(1.0, other.abs().max().item()))
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=1e-6 * max(1.0, other.abs().max().item())
+        )
     said = head.predict(hidden, targets)
     torch.testing.assert_close(said[:, 0], losses.detach(), rtol=1e-6, atol=1e-6)
     assert torch.equal(said[:, 1].bool(), logits.argmax(-1) == targets)
@@ -73,7 +79,8 @@ def test_an_output_layer_with_lora_is_learned_by_the_plain_formula(small_chunks)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     for one, other in zip(torch.autograd.grad(ours, factors), torch.autograd.grad(theirs, factors)):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())  # sums in another order
+        # Sums in another order
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
 
 
 def test_large_logits_cost_no_precision():
@@ -83,13 +90,19 @@ def test_large_logits_cost_no_precision():
     hidden = 20 * torch.randn(45, 16)
     targets = layer(hidden).argmax(1)  # small losses
     exact = F.cross_entropy(layer(hidden).double(), targets, reduction="sum").float()
-    torch.testing.assert_close(LMHead(lambda: layer, Shape())(hidden, targets), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        LMHead(lambda: layer, Shape())(hidden, targets), exact, rtol=1e-6, atol=0
+    )
 
 
 def test_all_the_logits_never_exist_at_once(monkeypatch):
-    """Of 8,192 targets over 151,936 tokens the logits alone would take 5 GB in fp32; here 200 targets show the chunks."""
+    """Of 8,192 targets over 151,936 tokens the logits alone would take 5 GB in fp32; here 200
+    targets show the chunks.
+    """
     sizes, linear = [], F.linear
-    monkeypatch.setattr(F, "linear", lambda *arguments: sizes.append((out := linear(*arguments)).numel()) or out)
+    monkeypatch.setattr(
+        F, "linear", lambda *arguments: sizes.append((out := linear(*arguments)).numel()) or out
+    )
     layer = nn.Linear(4, 151_936, bias=False).requires_grad_(False)
     head = LMHead(lambda: layer, Shape())
     hidden = torch.randn(200, 4, requires_grad=True)
@@ -103,9 +116,12 @@ def test_bfloat16_hidden_states_lose_nothing_but_their_own_rounding():
     layer = nn.Linear(16, 300, bias=False).bfloat16()
     head = LMHead(lambda: layer, Shape())
     hidden, targets = torch.randn(45, 16).bfloat16(), torch.randint(300, (45,))
-    exact = F.cross_entropy(F.linear(hidden.float(), layer.weight.float()), targets, reduction="sum")
+    exact = F.cross_entropy(
+        F.linear(hidden.float(), layer.weight.float()), targets, reduction="sum"
+    )
     assert head(hidden, targets).dtype == torch.float32
-    torch.testing.assert_close(head(hidden, targets), exact, rtol=2e-3, atol=0)  # logits have 8 bits
+    # Logits have 8 bits
+    torch.testing.assert_close(head(hidden, targets), exact, rtol=2e-3, atol=0)
 
 
 def test_a_bfloat16_head_is_summed_over_the_chunks_in_fp32(small_chunks):
@@ -116,4 +132,5 @@ def test_a_bfloat16_head_is_summed_over_the_chunks_in_fp32(small_chunks):
     exact = copy.deepcopy(layer).float()
     F.cross_entropy(exact(hidden.float()), targets, reduction="sum").backward()
     for ours, theirs in zip(layer.parameters(), exact.parameters()):
-        assert (ours.grad - theirs.grad).norm() < 4e-3 * theirs.grad.norm()  # gradients of logits have 8 bits
+        # Gradients of logits have 8 bits
+        assert (ours.grad - theirs.grad).norm() < 4e-3 * theirs.grad.norm()

@@ -1,4 +1,6 @@
-"""Every base is tried on two short documents before it is trained: what would be silently wrong is refused."""
+"""Every base is tried on two short documents before it is trained: what would be silently wrong is
+refused.
+"""
 
 from pathlib import Path
 import random
@@ -28,7 +30,13 @@ from lora.model.load import load_task
 from lora.model.placement import prepare_layers
 from tests.conftest import tiny_llama
 
-SHAPE = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SHAPE = dict(
+    vocab_size=2048,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+)
 
 
 def save(folder, model):
@@ -45,14 +53,24 @@ def save(folder, model):
 
 def load(folder, task, max_length=64):
     config = Config()
-    config.model.base_model, config.model.task, config.data.max_length = str(folder), task, max_length
+    config.model.base_model, config.model.task, config.data.max_length = (
+        str(folder),
+        task,
+        max_length,
+    )
     return load_task(config, torch.float32)
 
 
 @pytest.mark.parametrize(
-    "model", [BertForMaskedLM(BertConfig(**SHAPE)), RobertaForMaskedLM(RobertaConfig(**SHAPE, pad_token_id=1))]
+    "model",
+    [
+        BertForMaskedLM(BertConfig(**SHAPE)),
+        RobertaForMaskedLM(RobertaConfig(**SHAPE, pad_token_id=1)),
+    ],
 )
-def test_encoders_saved_with_another_head_load_for_scoring_and_not_for_language_modelling(model, tmp_path):
+def test_encoders_saved_with_another_head_load_for_scoring_and_not_for_language_modelling(
+    model, tmp_path
+):
     folder = save(tmp_path, model)
     assert not load(folder, "score").causal
     with pytest.raises(UserError, match="an encoder sees what it would have to predict"):
@@ -61,13 +79,18 @@ def test_encoders_saved_with_another_head_load_for_scoring_and_not_for_language_
 
 def test_a_model_that_would_train_silently_wrong_is_refused(tmp_path):
     folder = save(tmp_path, MPNetModel(MPNetConfig(**SHAPE)))
-    with pytest.raises(UserError, match="is not supported: .*(see each other|attention modules say|ends in)") as error:
+    with pytest.raises(
+        UserError, match="is not supported: .*(see each other|attention modules say|ends in)"
+    ) as error:
         load(folder, "score")
     assert "\n" not in str(error.value)
 
 
 def test_the_positions_of_roberta_begin_after_its_padding_index(tmp_path):
-    folder = save(tmp_path, RobertaForMaskedLM(RobertaConfig(**SHAPE, pad_token_id=1, max_position_embeddings=66)))
+    folder = save(
+        tmp_path,
+        RobertaForMaskedLM(RobertaConfig(**SHAPE, pad_token_id=1, max_position_embeddings=66)),
+    )
     with pytest.raises(UserError, match="has 64 positions; add --max_length 64"):
         load(folder, "score", 66)
     load(folder, "score", 64)
@@ -81,7 +104,10 @@ def test_a_base_with_a_missing_tensor_is_refused(tiny_base, tmp_path):
     tensors = load_file(tiny_base / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"no weights, or of another shape, for: (model\.)?layers.1.mlp.up_proj.weight"):
+    with pytest.raises(
+        UserError,
+        match=r"no weights, or of another shape, for: (model\.)?layers.1.mlp.up_proj.weight",
+    ):
         load(tmp_path, "lm")
 
 
@@ -103,7 +129,9 @@ def test_the_environment_prefers_a_device_and_a_flag_beats_it(monkeypatch):
     monkeypatch.setenv("DEVICE_PREFERENCE", "cpu")
     assert choose_device("auto").type == choose_device("cpu").type == "cpu"
     monkeypatch.setenv("DEVICE_PREFERENCE", "gpu")
-    with pytest.raises(UserError, match="DEVICE_PREFERENCE gpu is not available here; there is cpu"):
+    with pytest.raises(
+        UserError, match="DEVICE_PREFERENCE gpu is not available here; there is cpu"
+    ):
         choose_device("auto")
 
 
@@ -122,9 +150,15 @@ def test_a_cpu_computes_in_bfloat16_where_it_is_quick_at_it_and_the_base_is_wide
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_checkpointing_and_offloading_give_the_same_gradients_to_the_bit_and_keep_less_on_the_device(configure, lora):
+def test_checkpointing_and_offloading_give_the_same_gradients_to_the_bit_and_keep_less_on_the_device(
+    configure, lora
+):
     gradients, kept = [], []
-    for asked in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload_activations": True}):
+    for asked in (
+        {},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "offload_activations": True},
+    ):
         config = configure(lora, task="lm", **asked)
         task = load_task(config, torch.float32).train()
         prepare_layers(task.model, config.training)
@@ -168,7 +202,10 @@ def test_compiled_layers_give_the_same_gradients_and_are_compiled_once_for_all_l
             loss, _ = task(Rows.of(rows, "lm").batch(range(len(rows))))
             loss.backward()
             graphs.append(counters["stats"]["unique_graphs"])
-        gradients.append(torch.cat([p.grad.flatten() for p in task.parameters() if p.requires_grad]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in task.parameters() if p.requires_grad])
+        )
     for other in gradients[1:]:
-        assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()  # fused sums round otherwise
+        # Fused sums round otherwise
+        assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()
     assert graphs[8] > 0 and graphs[9] == graphs[15] and graphs[17] == graphs[23]

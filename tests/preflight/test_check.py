@@ -1,4 +1,6 @@
-"""--check: on a healthy run every line passes; of each planted fault the right line says FAIL, and the exit status is 3."""
+"""--check: on a healthy run every line passes; of each planted fault the right line says FAIL, and
+the exit status is 3.
+"""
 
 import json
 from pathlib import Path
@@ -32,17 +34,24 @@ import train_lora
 @pytest.fixture
 def lines(capsys, monkeypatch, tmp_path):
     """config -> {line: PASS, WARN or FAIL} of the check of a run."""
-    monkeypatch.setenv("PLAINLORA_CACHE", str(tmp_path / "cache"))  # a planted fault must not be tokenised for others
+    # A planted fault must not be tokenised for others
+    monkeypatch.setenv("PLAINLORA_CACHE", str(tmp_path / "cache"))
 
     def of(config):
         capsys.readouterr()
         stopped = False
         try:
-            (train_lora if config.lora else train).main(Command(config, Path("none"), check=True), Source(config))
+            (train_lora if config.lora else train).main(
+                Command(config, Path("none"), check=True), Source(config)
+            )
         except Stopped as error:
             stopped = error.status == 3
         printed = capsys.readouterr().out
-        found = [line.split("  ", 1) for line in printed.splitlines() if line[:6] in ("PASS  ", "WARN  ", "FAIL  ")]
+        found = [
+            line.split("  ", 1)
+            for line in printed.splitlines()
+            if line[:6] in ("PASS  ", "WARN  ", "FAIL  ")
+        ]
         statuses = {text.partition(":")[0]: status for status, text in found}
         assert stopped == ("FAIL" in statuses.values()), printed
         return statuses
@@ -67,7 +76,9 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("task", ["lm", "score", "chats"])
-@pytest.mark.parametrize("lora", [{"use_dora": True, "modules_to_save": ["norm"]}, {"lora_r": 4}, {}], ids=str)
+@pytest.mark.parametrize(
+    "lora", [{"use_dora": True, "modules_to_save": ["norm"]}, {"lora_r": 4}, {}], ids=str
+)
 def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task):
     settings = {"task": "score" if task == "score" else "lm", **lora}
     if task == "chats":
@@ -75,19 +86,32 @@ def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task)
         settings["eval_data"] = write(tmp_path / "eval.jsonl", map(chat, range(50, 60)))
     found = lines(configure(bool(lora), **settings))
     assert {*found.values()} == {"PASS"}, found
-    skipped = {"lm": {"labels"}, "score": {"tied as declared", "trained end token", "target mask"}}[settings["task"]]
+    skipped = {"lm": {"labels"}, "score": {"tied as declared", "trained end token", "target mask"}}[
+        settings["task"]
+    ]
     if not lora:
-        skipped |= {"injected = base", "adapter acts", "PEFT format and back", "base unchanged", "merged = unmerged"}
+        skipped |= {
+            "injected = base",
+            "adapter acts",
+            "PEFT format and back",
+            "base unchanged",
+            "merged = unmerged",
+        }
     assert found.keys() == {*data_checks.DATA, *model_checks.MODEL} - skipped
 
 
 def test_a_head_alone_passes(configure, lines):
     found = lines(configure(True, lora_r=0))
     assert {*found.values()} == {"PASS"}, found
-    assert "base unchanged" in found and not {"injected = base", "adapter acts", "merged = unmerged"} & found.keys()
+    assert (
+        "base unchanged" in found
+        and not {"injected = base", "adapter acts", "merged = unmerged"} & found.keys()
+    )
 
 
-@pytest.mark.parametrize("settings", [{"load_in_4bit": True, "task": "lm"}, {"optimizer": "adamw_8bit"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"load_in_4bit": True, "task": "lm"}, {"optimizer": "adamw_8bit"}], ids=str
+)
 def test_4_bit_bases_and_8_bit_optimizers_pass_on_the_embedded_base(configure, lines, settings):
     found = lines(configure(True, base_model="embedded", learning_rate=2e-3, **settings))
     assert {*found.values()} == {"PASS"}, found
@@ -95,16 +119,32 @@ def test_4_bit_bases_and_8_bit_optimizers_pass_on_the_embedded_base(configure, l
 
 def test_an_encoder_passes(configure, lines, tiny_encoder, tmp_path):
     words = "abcdefghij"
-    rows = [{"sentence1": f"{a} {b}", "sentence2": b, "score": (a < b) / 2} for a in words for b in words]
+    rows = [
+        {"sentence1": f"{a} {b}", "sentence2": b, "score": (a < b) / 2}
+        for a in words
+        for b in words
+    ]
     data = write(tmp_path / "pairs.jsonl", rows)
-    found = lines(configure(True, base_model=str(tiny_encoder), train_data=data, eval_data=[], eval_fraction=0.2))
+    found = lines(
+        configure(
+            True, base_model=str(tiny_encoder), train_data=data, eval_data=[], eval_fraction=0.2
+        )
+    )
     assert {*found.values()} == {"PASS"}, found
 
 
 @pytest.mark.parametrize("family", ["GPT2", "Gemma2", "Mpt", "GptOss"])
 def test_other_families_pass(configure, lines, tmp_path, family):
     folder = base(family, (PACKED | PADDED)[family], tmp_path)
-    found = lines(configure(family != "GptOss", task="lm", base_model=str(folder), max_length=100, learning_rate=1e-3))
+    found = lines(
+        configure(
+            family != "GptOss",
+            task="lm",
+            base_model=str(folder),
+            max_length=100,
+            learning_rate=1e-3,
+        )
+    )
     odd = {line: status for line, status in found.items() if status != "PASS"}
     # A router that chooses one expert weighs it with 1, whatever it says: it has nothing to learn.
     assert odd == ({"trained tensors": "WARN"} if family == "GptOss" else {})
@@ -121,27 +161,47 @@ def test_of_a_large_model_the_first_layers_are_checked(configure, monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------------- faults in the data
+# ------------------------------------------------------------------------------- faults in the data
 
 DATA_FAULTS = {
-    "the same prompts in both": ("train and eval apart", dict(eval_data=lambda p: write(p / "e", [chat(1)] * 2))),
-    "every row twice": ("duplicates", dict(train_data=lambda p: write(p / "t", [chat(i // 2) for i in range(40)]))),
+    "the same prompts in both": (
+        "train and eval apart",
+        dict(eval_data=lambda p: write(p / "e", [chat(1)] * 2)),
+    ),
+    "every row twice": (
+        "duplicates",
+        dict(train_data=lambda p: write(p / "t", [chat(i // 2) for i in range(40)])),
+    ),
     "every row in two files": (
         "duplicates",
-        dict(train_data=lambda p: [path for name in "tu" for path in write(p / name, map(chat, range(40)))]),
+        dict(
+            train_data=lambda p: [
+                path for name in "tu" for path in write(p / name, map(chat, range(40)))
+            ]
+        ),
     ),
     "answers beyond max_length": ("rows cut off", dict(max_length=28)),
     "questions beyond max_length": (
         "rows without a target",
-        dict(train_data=lambda p: write(p / "t", [chat(i, "again " * 300 * (i > 3) + "{}") for i in range(20)])),
+        dict(
+            train_data=lambda p: write(
+                p / "t", [chat(i, "again " * 300 * (i > 3) + "{}") for i in range(20)]
+            )
+        ),
     ),
     "two BOS": (
         "doubled BOS",
-        dict(train_data=lambda p: write(p / "t", [{"text": "<|im_start|><|im_start|>pears"}, {"text": "apples"}])),
+        dict(
+            train_data=lambda p: write(
+                p / "t", [{"text": "<|im_start|><|im_start|>pears"}, {"text": "apples"}]
+            )
+        ),
     ),
     "one label only": (
         "labels",
-        dict(task="score", train_data=lambda p: write(p / "t", [chain(i, (1, 1)) for i in range(20)])),
+        dict(
+            task="score", train_data=lambda p: write(p / "t", [chain(i, (1, 1)) for i in range(20)])
+        ),
     ),
 }
 
@@ -149,7 +209,9 @@ DATA_FAULTS = {
 @pytest.mark.parametrize("fault", DATA_FAULTS)
 def test_a_fault_in_the_data_is_found(configure, lines, tmp_path, monkeypatch, fault):
     line, settings = DATA_FAULTS[fault]
-    settings = {key: value(tmp_path) if callable(value) else value for key, value in settings.items()}
+    settings = {
+        key: value(tmp_path) if callable(value) else value for key, value in settings.items()
+    }
     task = settings.setdefault("task", "lm")
     make = chat if task == "lm" else chain
     default = {"train_data": write(tmp_path / "train", map(make, range(40)))}
@@ -169,13 +231,20 @@ def test_what_may_be_meant_is_a_warning(configure, lines, tmp_path):
     rows = [chat(i) for i in range(40)]
     rows += [chat(41, "What does <|im_end|> mean?"), chat(3), chat(42, answer="yes " * 200)]
     data = write(tmp_path / "rows.jsonl", rows)
-    found = lines(configure(True, task="lm", train_data=data, eval_data=write(tmp_path / "e", map(chat, range(50, 60)))))
+    found = lines(
+        configure(
+            True,
+            task="lm",
+            train_data=data,
+            eval_data=write(tmp_path / "e", map(chat, range(50, 60))),
+        )
+    )
     assert {line for line, status in found.items() if status != "PASS"} == {
         "special tokens in texts", "duplicates", "rows cut off"
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------- faults in what is computed
+# ----------------------------------------------------------------------- faults in what is computed
 # Each takes the monkeypatch, and plants its fault for all that is called after it, or in the task that is checked.
 
 
@@ -332,7 +401,8 @@ def test_a_fault_in_what_is_computed_is_found(configure, lines, tmp_path, monkey
     line, plant = FAULTS[fault]
     settings = {"train_data": write(tmp_path / "t", map(chat, range(40)))}
     settings["eval_data"] = write(tmp_path / "e", map(chat, range(50, 60)))
-    monkeypatch.setattr(lora.model.task, "Documents", Documents)  # some faults set it; this puts it back
+    # Some faults set it; this puts it back
+    monkeypatch.setattr(lora.model.task, "Documents", Documents)
     if callable(plant):
         plant(monkeypatch)
     else:
@@ -344,7 +414,12 @@ def test_a_fault_in_what_is_computed_is_found(configure, lines, tmp_path, monkey
 @pytest.mark.parametrize(
     "line, owner, name, change",
     [
-        ("labels", tokenise, "chain_row", lambda rendered: [r.targets.reverse() for r in rendered.rows] and rendered),
+        (
+            "labels",
+            tokenise,
+            "chain_row",
+            lambda rendered: [r.targets.reverse() for r in rendered.rows] and rendered,
+        ),
         ("loss = mean over targets", MLPHead, "forward", lambda loss: loss * 1.5),
         ("save, load, next step", lora.model.task, "load_file", halved),
     ],
@@ -363,9 +438,20 @@ def test_a_check_that_ends_in_an_error_has_failed(configure, lines, monkeypatch)
 def test_the_script_exits_with_3_and_writes_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = write(tmp_path / "rows.jsonl", map(chain, range(40)))[0]
-    flags = ["--base_model", "embedded", "--task", "score", "--train_data", rows, "--eval_data", rows]
+    flags = [
+        "--base_model",
+        "embedded",
+        "--task",
+        "score",
+        "--train_data",
+        rows,
+        "--eval_data",
+        rows,
+    ]
     flags += ["--max_length", 512, "--check"]
     status, out, err = script(monkeypatch, capsys, ROOT / "train_lora.py", *flags)
     assert status == 3, err
     assert "FAIL  train and eval apart: 40 of 40" in out
-    assert err.startswith("error: --check: 1 failed: train and eval apart.") and {*tmp_path.iterdir()} == {Path(rows)}
+    assert err.startswith("error: --check: 1 failed: train and eval apart.") and {
+        *tmp_path.iterdir()
+    } == {Path(rows)}

@@ -1,7 +1,7 @@
 """Twenty steps of four configurations give the losses that were committed with them.
 
-A change that moves them must say why, and write them anew: `python -m tests.scripts.test_golden`. What is smaller than the
-tolerance `benchmarks/same_numbers.py` finds.
+A change that moves them must say why, and write them anew: `python -m tests.scripts.test_golden`.
+What is smaller than the tolerance `benchmarks/same_numbers.py` finds.
 """
 
 import json
@@ -29,10 +29,17 @@ def losses(name, folder):
         script, config = train, Config()
     else:
         script, config = train_lora, get_lora_config()
-    flags = [f"--config={FOLDER / name}.toml", *STEPS, f"--output_dir={folder}", "--experiment_name=run"]
+    flags = [
+        f"--config={FOLDER / name}.toml",
+        *STEPS,
+        f"--output_dir={folder}",
+        "--experiment_name=run",
+    ]
     command = read_command_line(flags, config, "", "")
     script.main(command, Source(command.config))
-    lines = map(json.loads, (Path(folder) / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines())
+    lines = map(
+        json.loads, (Path(folder) / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    )
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 

@@ -1,8 +1,8 @@
 """The 48 bad inputs and faults: each has its one line, its exit status, and leaves nothing behind.
 
-Those that need no model are answered by scripts for which torch cannot be imported. What is not here by its number is
-elsewhere: 18 (overlap) in test_scripts.py, 19 in test_chat.py, 45 in test_memory.py, and 38, 41, 44, 46, 47 in
-test_reliability.py and the harness that it runs.
+Those that need no model are answered by scripts for which torch cannot be imported. What is not
+here by its number is elsewhere: 18 (overlap) in test_scripts.py, 19 in test_chat.py, 45 in
+test_memory.py, and 38, 41, 44, 46, 47 in test_reliability.py and the harness that it runs.
 """
 
 import gzip
@@ -35,7 +35,10 @@ WITHOUT_TORCH = (
 
 
 def chat(*turns):
-    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}) + "\n"
+    return (
+        json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
+        + "\n"
+    )
 
 
 # (number, name of the data file, its content, task, what the line says after "error: ...NAME")
@@ -48,7 +51,13 @@ DATA = [
         r":2: not JSON \((Illegal trailing comma|Expecting property name)",
     ),
     (2, "a.jsonl", TEXT + TEXT.strip() + TEXT, "lm", r":2: not JSON \(Extra data, column 19\)"),
-    (2, "a.jsonl", "\n" + TEXT + '[{"text": "a"}]\n', "lm", ":3: expected a JSON object, found list"),
+    (
+        2,
+        "a.jsonl",
+        "\n" + TEXT + '[{"text": "a"}]\n',
+        "lm",
+        ":3: expected a JSON object, found list",
+    ),
     (
         3,
         "a.jsonl",
@@ -56,24 +65,102 @@ DATA = [
         "lm",
         ":2: keys found: prompt, reply; expected one of: messages",
     ),
-    (4, "a.jsonl", TEXT + '{"text": "a", "text": "b"}\n', "lm", ":2: not JSON that can be read .'text' is given twice"),
+    (
+        4,
+        "a.jsonl",
+        TEXT + '{"text": "a", "text": "b"}\n',
+        "lm",
+        ":2: not JSON that can be read .'text' is given twice",
+    ),
     (5, "a.jsonl", "", "lm", ": 0 examples"),
     (5, "a.jsonl.gz", gzip.compress(b"\n\n"), "lm", ": 0 examples"),
-    (6, "a.jsonl", CHAT + chat(("bot", "x")), "lm", ":2: message 1 has role 'bot'; expected one of system"),
+    (
+        6,
+        "a.jsonl",
+        CHAT + chat(("bot", "x")),
+        "lm",
+        ":2: message 1 has role 'bot'; expected one of system",
+    ),
     (6, "a.jsonl", CHAT + chat(("user", "x")), "lm", ":2: no message has role assistant"),
-    (7, "a.jsonl", CHAT + chat(("user", 7), ("assistant", "x")), "lm", ":2: content of message 1 is '7'; expected a text"),
-    (7, "a.jsonl", CHAT + chat(("user", ""), ("assistant", "x")), "lm", ":2: content of message 1 is ''; expected a text"),
-    (9, "a.jsonl", CHAIN + CHAIN.replace("[1, 0]", "[NaN, 0]"), "score", r":2: label nan; expected 0..1"),
-    (9, "a.jsonl", CHAIN + CHAIN.replace("[1, 0]", "[1e999, 0]"), "score", r":2: label inf; expected 0..1"),
-    (10, "a.jsonl", CHAIN + CHAIN.replace("[1, 0]", "[7, 0]"), "score", r":2: label 7; expected 0..1"),
-    (10, "a.jsonl", CHAIN + CHAIN.replace("[1, 0]", '["1", 0]'), "score", r":2: label '1'; expected 0..1"),
-    (11, "a.jsonl", CHAIN + CHAIN.replace("[1, 0]", "[1]"), "score", ":2: 2 steps and 1 labels; expected a label for each"),
-    (12, "a.jsonl", TEXT.encode() + '{"text": "é"}\n'.encode("latin-1"), "lm", ":2: byte 0xe9 is not UTF-8; .*iconv"),
+    (
+        7,
+        "a.jsonl",
+        CHAT + chat(("user", 7), ("assistant", "x")),
+        "lm",
+        ":2: content of message 1 is '7'; expected a text",
+    ),
+    (
+        7,
+        "a.jsonl",
+        CHAT + chat(("user", ""), ("assistant", "x")),
+        "lm",
+        ":2: content of message 1 is ''; expected a text",
+    ),
+    (
+        9,
+        "a.jsonl",
+        CHAIN + CHAIN.replace("[1, 0]", "[NaN, 0]"),
+        "score",
+        r":2: label nan; expected 0..1",
+    ),
+    (
+        9,
+        "a.jsonl",
+        CHAIN + CHAIN.replace("[1, 0]", "[1e999, 0]"),
+        "score",
+        r":2: label inf; expected 0..1",
+    ),
+    (
+        10,
+        "a.jsonl",
+        CHAIN + CHAIN.replace("[1, 0]", "[7, 0]"),
+        "score",
+        r":2: label 7; expected 0..1",
+    ),
+    (
+        10,
+        "a.jsonl",
+        CHAIN + CHAIN.replace("[1, 0]", '["1", 0]'),
+        "score",
+        r":2: label '1'; expected 0..1",
+    ),
+    (
+        11,
+        "a.jsonl",
+        CHAIN + CHAIN.replace("[1, 0]", "[1]"),
+        "score",
+        ":2: 2 steps and 1 labels; expected a label for each",
+    ),
+    (
+        12,
+        "a.jsonl",
+        TEXT.encode() + '{"text": "é"}\n'.encode("latin-1"),
+        "lm",
+        ":2: byte 0xe9 is not UTF-8; .*iconv",
+    ),
     (12, "a.jsonl", TEXT.encode("utf-16"), "lm", ":1: byte 0xff is not UTF-8"),
     (12, "a.jsonl", gzip.compress(TEXT.encode()), "lm", ":1: byte 0x8b is not UTF-8"),
-    (16, "a.jsonl", TEXT + r'{"text": "\ud800"}' + "\n", "lm", ":2: text holds half of a surrogate pair"),
-    (17, "a.jsonl", TEXT + '{"text": ' + "[" * 200_000 + "\n", "lm", ":2: not JSON that can be read .*recursion"),
-    (17, "a.jsonl", TEXT + '{"text": ' + "1" * 5000 + "}\n", "lm", ":2: not JSON that can be read .*5000 digits"),
+    (
+        16,
+        "a.jsonl",
+        TEXT + r'{"text": "\ud800"}' + "\n",
+        "lm",
+        ":2: text holds half of a surrogate pair",
+    ),
+    (
+        17,
+        "a.jsonl",
+        TEXT + '{"text": ' + "[" * 200_000 + "\n",
+        "lm",
+        ":2: not JSON that can be read .*recursion",
+    ),
+    (
+        17,
+        "a.jsonl",
+        TEXT + '{"text": ' + "1" * 5000 + "}\n",
+        "lm",
+        ":2: not JSON that can be read .*5000 digits",
+    ),
 ]
 # (number, flags, content of config.toml, the whole line)
 FLAGS = [
@@ -91,47 +178,85 @@ FLAGS = [
     ),
     (22, [], "[lora]\nlora_r = 2.5\n", "config.toml: lora.lora_r = 2.5: expected an integer."),
     (22, [], "[lora]\nlora_r = true\n", "config.toml: lora.lora_r = True: expected an integer."),
-    (22, [], '[training]\nlearning_rate = "1e-4"\n', "config.toml: training.learning_rate = '1e-4': expected a number."),
+    (
+        22,
+        [],
+        '[training]\nlearning_rate = "1e-4"\n',
+        "config.toml: training.learning_rate = '1e-4': expected a number.",
+    ),
     (23, ["--learning_rate=nan"], "", "--learning_rate = nan: expected a number."),
     (23, ["--learning_rate=-1"], "", "--learning_rate = -1.0: expected a number > 0."),
-    (23, [], "[training]\nlearning_rate = inf\n", "config.toml: training.learning_rate = inf: expected a number."),
+    (
+        23,
+        [],
+        "[training]\nlearning_rate = inf\n",
+        "config.toml: training.learning_rate = inf: expected a number.",
+    ),
     (24, ["--learning_rat=1"], "", "--learning_rat: no such key. Did you mean learning_rate."),
     (25, ["--bf16", "--fp16"], "", "flags: bf16 and fp16 both choose the dtype; give one of them."),
     (27, ["--lora_r=-1"], "", "--lora_r = -1: expected an integer >= 0."),
     (27, ["--lora_alpha=0"], "", "--lora_alpha = 0.0: expected a number > 0."),
-    (28, ["--base_model=/no/such"], "", r"base_model /no/such: no such folder \(and no Hub name OWNER/NAME\)."),
+    (
+        28,
+        ["--base_model=/no/such"],
+        "",
+        r"base_model /no/such: no such folder \(and no Hub name OWNER/NAME\).",
+    ),
     (
         37,
         ["--resume_from=/no/such"],
         "",
         "--resume_from /no/such: no checkpoint; expected RUN/checkpoints/checkpoint_step_N.",
     ),
-    (42, ["--output_dir={file}/x"], "", "output_dir .*/file/x: .*/file cannot be written to; name another folder."),
+    (
+        42,
+        ["--output_dir={file}/x"],
+        "",
+        "output_dir .*/file/x: .*/file cannot be written to; name another folder.",
+    ),
 ]
 
 
 def answer(folder, *flags, code=WITHOUT_TORCH):
-    command = [sys.executable, "-c", code, "train_lora.py", "--output_dir", str(folder / "out"), *flags]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "train_lora.py",
+        "--output_dir",
+        str(folder / "out"),
+        *flags,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
     assert not (folder / "out").exists()
     return done.returncode, done.stderr.removeprefix("error: ").strip()
 
 
-@pytest.mark.parametrize("number, name, content, task, message", DATA, ids=[f"{case[0]}" for case in DATA])
+@pytest.mark.parametrize(
+    "number, name, content, task, message", DATA, ids=[f"{case[0]}" for case in DATA]
+)
 def test_bad_data_is_one_line_before_torch(tmp_path, number, name, content, task, message):
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    status, line = answer(tmp_path, "--base_model=embedded", "--train_data", str(path), "--task", task)
+    status, line = answer(
+        tmp_path, "--base_model=embedded", "--train_data", str(path), "--task", task
+    )
     assert status == 2 and re.match(re.escape(str(path)) + message, line), line
 
 
-@pytest.mark.parametrize("number, flags, toml, message", FLAGS, ids=[f"{case[0]}" for case in FLAGS])
+@pytest.mark.parametrize(
+    "number, flags, toml, message", FLAGS, ids=[f"{case[0]}" for case in FLAGS]
+)
 def test_bad_flags_are_one_line_before_torch(tmp_path, number, flags, toml, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "config.toml").write_text(toml)
     flags = [flag.format(file=tmp_path / "file") for flag in flags]
-    named = ["--base_model=embedded", "--train_data=arithmetic:train:9", f"--config={tmp_path}/config.toml"]
+    named = [
+        "--base_model=embedded",
+        "--train_data=arithmetic:train:9",
+        f"--config={tmp_path}/config.toml",
+    ]
     status, line = answer(tmp_path, *named, *flags)
     assert status == 2 and re.fullmatch(message, line.removeprefix(f"{tmp_path}/")), line
 
@@ -140,30 +265,55 @@ def test_all_bad_rows_are_counted_and_the_first_ten_listed(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text((TEXT + '{"text": 1}\n' + "{,}\n") * 6)
     _, line = answer(tmp_path, "--base_model=embedded", "--train_data", str(path))
-    assert line.startswith(f"{path}: 12 bad rows: 2: text is '1'; expected a text that is not empty; 3: not JSON (")
-    assert [int(number) for number in re.findall(r"(?:; |rows: )(\d+):", line)] == [2, 3, 5, 6, 8, 9, 11, 12, 14, 15]
+    assert line.startswith(
+        f"{path}: 12 bad rows: 2: text is '1'; expected a text that is not empty; 3: not JSON ("
+    )
+    assert [int(number) for number in re.findall(r"(?:; |rows: )(\d+):", line)] == [
+        2,
+        3,
+        5,
+        6,
+        8,
+        9,
+        11,
+        12,
+        14,
+        15,
+    ]
     assert line.endswith("; ...")
 
 
-def test_a_bom_line_ends_of_windows_and_a_line_separator_in_a_text_are_no_faults(tmp_path):  # 13, 14, 15
+# 13, 14, 15
+def test_a_bom_line_ends_of_windows_and_a_line_separator_in_a_text_are_no_faults(tmp_path):
     text = '{"text": "one\u2028two"}\n{"text": "three"}\n'
-    forms = {"plain": text.encode(), "bom": text.encode("utf-8-sig"), "crlf": text.replace("\n", "\r\n").encode()}
+    forms = {
+        "plain": text.encode(),
+        "bom": text.encode("utf-8-sig"),
+        "crlf": text.replace("\n", "\r\n").encode(),
+    }
     found = {}
     for name, content in forms.items():
         (tmp_path / f"{name}.jsonl").write_bytes(content)
         found[name] = [example.text for example in read([str(tmp_path / f"{name}.jsonl")], "lm")]
-    assert found["plain"] == ["one\u2028two", "three"] and found["bom"] == found["crlf"] == found["plain"]
+    assert (
+        found["plain"] == ["one\u2028two", "three"]
+        and found["bom"] == found["crlf"] == found["plain"]
+    )
 
 
-# ------------------------------------------------------------------------------------------- what needs a model
+# ------------------------------------------------------------------------------- what needs a model
 
 
 @pytest.fixture
 def train(monkeypatch, capsys, tmp_path):
-    """train_lora.py as a program: (exit status, its line on stderr, what it printed); an error leaves nothing behind."""
+    """train_lora.py as a program: (exit status, its line on stderr, what it printed); an error
+    leaves nothing behind.
+    """
 
     def call(*flags, name="train_lora.py"):
-        status, out, err = script(monkeypatch, capsys, ROOT / name, "--output_dir", tmp_path / "out", *flags)
+        status, out, err = script(
+            monkeypatch, capsys, ROOT / name, "--output_dir", tmp_path / "out", *flags
+        )
         if status:
             assert err.count("\n") == 1 and err.startswith("error: "), err
         return status, err.removeprefix("error: ").strip(), out
@@ -175,7 +325,12 @@ def train(monkeypatch, capsys, tmp_path):
 def base(tiny_base, tmp_path):
     """The flags of a run on a base of one's own; its folder is tmp_path / "base"."""
     shutil.copytree(tiny_base, tmp_path / "base")
-    return [f"--base_model={tmp_path}/base", "--train_data=arithmetic:train:20", "--max_length=100", "--max_steps=1"]
+    return [
+        f"--base_model={tmp_path}/base",
+        "--train_data=arithmetic:train:20",
+        "--max_length=100",
+        "--max_steps=1",
+    ]
 
 
 def refused(train, tmp_path, message, *flags):
@@ -184,7 +339,9 @@ def refused(train, tmp_path, message, *flags):
     assert not (tmp_path / "out").exists()
 
 
-def test_8_rows_whose_targets_are_cut_off_are_counted_and_an_error_where_none_is_left(train, base, tmp_path):
+def test_8_rows_whose_targets_are_cut_off_are_counted_and_an_error_where_none_is_left(
+    train, base, tmp_path
+):
     long = chat(("user", "1+1 " * 300), ("assistant", "2"))
     (tmp_path / "long.jsonl").write_text(long)
     (tmp_path / "some.jsonl").write_text(CHAT * 30 + long)
@@ -217,13 +374,21 @@ def test_29_a_base_with_a_weight_that_is_not_finite_is_refused(train, base, tmp_
 def test_30_a_base_of_pickles_is_refused(train, base, tmp_path):
     (tmp_path / "base" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "base" / "pytorch_model.bin")
-    refused(train, tmp_path, "no weights in safetensors: pytorch_model.bin may run code when it is read", *base)
+    refused(
+        train,
+        tmp_path,
+        "no weights in safetensors: pytorch_model.bin may run code when it is read",
+        *base,
+    )
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (lambda whole: whole[: len(whole) // 2], r"model.safetensors: [\d,]+ of [\d,]+ bytes; copy it again"),
+        (
+            lambda whole: whole[: len(whole) // 2],
+            r"model.safetensors: [\d,]+ of [\d,]+ bytes; copy it again",
+        ),
         (lambda whole: whole + b"x", r"model.safetensors: [\d,]+ of [\d,]+ bytes; copy it again"),
         (lambda whole: b"", "model.safetensors: damaged: 0 bytes"),
         (lambda whole: b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
@@ -241,7 +406,9 @@ def test_32_33_an_adapter_for_another_base_or_without_a_tensor(train, configure,
     artifact = run(configure(True, name="first", task="lm", max_steps=1)) / "final_artifact"
     for step, changed in enumerate((False, True)):
         if changed:
-            tiny_llama(tie_word_embeddings=True, initializer_range=0.5).save_pretrained(tmp_path / "base")
+            tiny_llama(tie_word_embeddings=True, initializer_range=0.5).save_pretrained(
+                tmp_path / "base"
+            )
         flags = [f"--init_from={artifact}", f"--experiment_name={step}", "--task=lm"]
         status, _, out = train(*base, *flags)
         assert status == 0 and ("does not hold the weights that" in out) == changed
@@ -250,7 +417,11 @@ def test_32_33_an_adapter_for_another_base_or_without_a_tensor(train, configure,
     save_file({name: t for name, t in tensors.items() if "layers.1.mlp" not in name}, path)
     (artifact / "checksums.json").unlink()
     status, line, _ = train(*base, f"--init_from={artifact}", "--task=lm", "--experiment_name=x")
-    assert status == 2 and "the adapter has no tensors for " in line and not (tmp_path / "out" / "x").exists()
+    assert (
+        status == 2
+        and "the adapter has no tensors for " in line
+        and not (tmp_path / "out" / "x").exists()
+    )
 
 
 def test_34_without_a_template_it_is_chatml_and_said(train, base, tmp_path):
@@ -273,7 +444,13 @@ def test_35_a_token_beyond_the_embeddings_is_refused(train, base, tmp_path):
 
 
 def test_36_more_positions_than_the_model_has_are_refused(train, base, tmp_path):
-    refused(train, tmp_path, "max_length = 4096: .* has 512 positions; add --max_length 512", *base, "--max_length=4096")
+    refused(
+        train,
+        tmp_path,
+        "max_length = 4096: .* has 512 positions; add --max_length 512",
+        *base,
+        "--max_length=4096",
+    )
 
 
 def test_37_39_what_the_checkpoint_was_made_with_must_be_there_again(train, base, tmp_path):
@@ -290,10 +467,14 @@ def test_37_39_what_the_checkpoint_was_made_with_must_be_there_again(train, base
     assert train(*flags, "--max_steps=2", "--save_steps=1")[0] == 0
 
     def tells(message, *more):
-        before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        before = {
+            path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+        }
         status, line, _ = train(*flags, "--max_steps=4", *more)
         assert status == 2 and re.search(message, line), line
-        assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        assert before == {
+            path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+        }
 
     tells(r"seed \(42 -> 7\); --allow_change seed allows it", "--seed=7")
     message = r"learning_rate \(0.0001 -> 0.1\), weight_decay \(0.0 -> 1.0\); --allow_change learning_rate,weight_decay"
@@ -317,18 +498,26 @@ def test_40_a_folder_that_is_there_or_in_use_is_left_alone(train, base, tmp_path
     folder = tmp_path / "out" / "a"
     folder.mkdir(parents=True)
     status, line, _ = train(*base, "--experiment_name=a")
-    assert status == 2 and f"{folder} exists; choose another --experiment_name" in line and not any(folder.iterdir())
+    assert (
+        status == 2
+        and f"{folder} exists; choose another --experiment_name" in line
+        and not any(folder.iterdir())
+    )
     code = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
     (folder / "logs").mkdir()
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, folder / "logs" / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", code, folder / "logs" / "lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     holder.stdout.readline()
     (folder / "logs" / "train_metrics.jsonl").write_text("kept")
     status, line, _ = train(*base, "--experiment_name=a", "--resume_from=auto")
     holder.communicate(b"\n")
     assert status == 2 and f"{folder}: another process is training there" in line
-    assert (folder / "logs" / "train_metrics.jsonl").read_text() == "kept" and not (folder / "status.json").exists()
+    assert (folder / "logs" / "train_metrics.jsonl").read_text() == "kept" and not (
+        folder / "status.json"
+    ).exists()
     assert train(*base, "--experiment_name=a", "--resume_from=auto")[0] == 0
 
 
@@ -337,14 +526,18 @@ def test_43_a_port_that_is_taken_is_one_line(monkeypatch, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        for name, value in dict(
+            RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        ).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as end, one_line_errors():
             process_group.start(torch.device("cpu"))
-    assert end.value.code == 4 and capsys.readouterr().err.startswith(f"error: port {port} is taken")
+    assert end.value.code == 4 and capsys.readouterr().err.startswith(
+        f"error: port {port} is taken"
+    )
 
 
-# ------------------------------------------------------------------------------------------- 48: what would run code
+# -------------------------------------------------------------------------- 48: what would run code
 
 
 class Canary:
@@ -366,7 +559,9 @@ def hostile_index(name):
     def make(base, canary):
         elsewhere = (base / "model.safetensors").rename(base.parent / "elsewhere.safetensors")
         files = {key: name.format(elsewhere) for key in load_file(elsewhere)}
-        (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        (base / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": files})
+        )
         shutil.copy(elsewhere, base / "other.safetensors")
 
     return make
@@ -375,7 +570,11 @@ def hostile_index(name):
 def hostile_code(base, canary):
     (base / "modeling_x.py").write_text(f"open({str(canary)!r}, 'w')\nclass X: pass\n")
     config = json.loads((base / "config.json").read_text())
-    maps = {"AutoConfig": "modeling_x.X", "AutoModel": "modeling_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    maps = {
+        "AutoConfig": "modeling_x.X",
+        "AutoModel": "modeling_x.X",
+        "AutoModelForCausalLM": "modeling_x.X",
+    }
     (base / "config.json").write_text(json.dumps(config | {"model_type": "x", "auto_map": maps}))
 
 
@@ -383,7 +582,9 @@ def hostile_tokenizer(base, canary):
     (base / "tokenization_x.py").write_text(f"open({str(canary)!r}, 'w')\nclass X: pass\n")
     path = base / "tokenizer_config.json"
     maps = {"AutoTokenizer": ["tokenization_x.X", "tokenization_x.X"]}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "X", "auto_map": maps}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "X", "auto_map": maps})
+    )
     (base / "tokenizer.json").unlink()
 
 
@@ -394,12 +595,13 @@ def hostile_template(template):
     return make
 
 
-OUT = (
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
-)
+OUT = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 HOSTILE = {
     "base of pickles": (hostile_pickle_base, "no weights in safetensors"),
-    "index with ..": (hostile_index("../elsewhere.safetensors"), "is not the name of a file beside it"),
+    "index with ..": (
+        hostile_index("../elsewhere.safetensors"),
+        "is not the name of a file beside it",
+    ),
     "index with a whole path": (hostile_index("{}"), "is not the name of a file beside it"),
     "model of its own code": (hostile_code, "base_model .*"),
     "tokenizer of its own code": (hostile_tokenizer, "base_model .*"),
@@ -407,8 +609,14 @@ HOSTILE = {
         hostile_template("{{ cycler.__init__.__globals__.os.system('touch CANARY') }}"),
         "the chat template of .* refuses it",
     ),
-    "template without an end": (hostile_template(OUT), r"the chat template of .* does not come to an end \(TimeoutError\)"),
-    "template of two million letters": (hostile_template("{{ 'a' * 2 * 10**6 }}"), "makes 2,000,000 characters"),
+    "template without an end": (
+        hostile_template(OUT),
+        r"the chat template of .* does not come to an end \(TimeoutError\)",
+    ),
+    "template of two million letters": (
+        hostile_template("{{ 'a' * 2 * 10**6 }}"),
+        "makes 2,000,000 characters",
+    ),
 }
 
 
@@ -443,10 +651,19 @@ def linked_adapter(folder, canary):
 
 
 HOSTILE_ADAPTERS = {
-    "of pickles": (pickled_adapter, "only safetensors adapters are read; convert it there: python -c"),
+    "of pickles": (
+        pickled_adapter,
+        "only safetensors adapters are read; convert it there: python -c",
+    ),
     "a link": (linked_adapter, "a link that leads out of its folder"),
-    "with an endless regex": (adapter_with(rank_pattern={"(a+)+$": 4}), "nothing that LoRA can have: rank_pattern"),
-    "with many options": (adapter_with(alpha_pattern={".?" * 30 + "b": 4}), "nothing that LoRA can have: alpha_pattern"),
+    "with an endless regex": (
+        adapter_with(rank_pattern={"(a+)+$": 4}),
+        "nothing that LoRA can have: rank_pattern",
+    ),
+    "with many options": (
+        adapter_with(alpha_pattern={".?" * 30 + "b": 4}),
+        "nothing that LoRA can have: alpha_pattern",
+    ),
 }
 
 
@@ -469,9 +686,11 @@ def test_the_source_reads_no_pickle():
     for path in [*ROOT.glob("*.py"), *(ROOT / "lora").rglob("*.py")]:
         text = path.read_text()
         assert not re.search(
-            r"\bimport pickle|pickle\.load|weights_only=False|trust_remote_code=True|(?<![.\w])eval\(|yaml\.", text
+            r"\bimport pickle|pickle\.load|weights_only=False|trust_remote_code=True|(?<![.\w])eval\(|yaml\.",
+            text,
         ), path
-        assert "torch.load(" not in text or path.name == "adapter.py", path  # there in the hint to convert
+        # There in the hint to convert
+        assert "torch.load(" not in text or path.name == "adapter.py", path
 
 
 def test_files_have_the_mode_that_umask_gives(configure):

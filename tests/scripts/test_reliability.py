@@ -25,7 +25,9 @@ from tests.training.test_resume import files, metrics
 
 
 def at_call(monkeypatch, owner, method, number, what):
-    """Have `what` done in the number-th call of a method; it is given what the method returns, and may return another."""
+    """Have `what` done in the number-th call of a method; it is given what the method returns, and
+    may return another.
+    """
     undisturbed, called = getattr(owner, method), []
 
     def counted(*arguments, **named):
@@ -45,12 +47,18 @@ def signals(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_after_its_step_and_the_resumed_one_equals_the_undisturbed(configure, monkeypatch, number):
+def test_a_signal_ends_a_run_after_its_step_and_the_resumed_one_equals_the_undisturbed(
+    configure, monkeypatch, number
+):
     whole = run(configure(True, "whole", lora_dropout=0.3))
     config = configure(True, "cut", lora_dropout=0.3)
     before = signal.getsignal(number)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 6, which is saved") as end:
-        at_call(patch, TrainingData, "batch_at", 7, signals(number))  # of step 5: the first call tries the longest rows
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Interrupted, match="after step 6, which is saved") as end,
+    ):
+        # Of step 5: the first call tries the longest rows
+        at_call(patch, TrainingData, "batch_at", 7, signals(number))
         run(config)
     assert end.value.status == 128 + number and signal.getsignal(number) is before
     states = saved(f"{config.output.output_dir}/cut/checkpoints")
@@ -72,7 +80,9 @@ def test_a_second_signal_leaves_at_once():
 
 
 def test_nothing_is_renamed_before_all_of_it_is_durable(tmp_path, monkeypatch):
-    """A SIGKILL cannot show this, since what was written is in the machine's memory: so the order of the calls."""
+    """A SIGKILL cannot show this, since what was written is in the machine's memory: so the order
+    of the calls.
+    """
     calls = []
     fsync, rename = os.fsync, Path.rename
 
@@ -91,23 +101,38 @@ def test_nothing_is_renamed_before_all_of_it_is_durable(tmp_path, monkeypatch):
         (folder / "inner" / "a").write_text("a")
         (folder / "b").write_text("b")
     temporary = tmp_path / ".tmp_final"
-    durable_before = {str(path) for path in (temporary, temporary / "inner", temporary / "inner" / "a", temporary / "b")}
-    assert set(calls[:4]) == durable_before and calls[4:] == ["rename", str(tmp_path), str(tmp_path.parent)]
+    durable_before = {
+        str(path)
+        for path in (temporary, temporary / "inner", temporary / "inner" / "a", temporary / "b")
+    }
+    assert set(calls[:4]) == durable_before and calls[4:] == [
+        "rename",
+        str(tmp_path),
+        str(tmp_path.parent),
+    ]
 
 
 def test_a_start_clears_what_a_killed_run_left_and_sets_damaged_checkpoints_aside(configure):
     config = configure(True, max_steps=12, eval_steps=3, save_steps=2)
     folder = run(config) / "checkpoints"
     steps = [state["step"] for state in saved(folder)]
-    newest, second = (folder / f"checkpoint_step_{step}" for step in sorted(steps, reverse=True)[:2])
+    newest, second = (
+        folder / f"checkpoint_step_{step}" for step in sorted(steps, reverse=True)[:2]
+    )
     for name in (".tmp_checkpoint_step_13", ".del_checkpoint_step_1"):
         (folder / name).mkdir()
     (folder / "checkpoint_step_2_mine").mkdir()  # somebody's copy, which is nobody else's business
-    second.rename(folder / f".old_{second.name}")  # a run was killed when it put another in its place
+    # A run was killed when it put another in its place
+    second.rename(folder / f".old_{second.name}")
     (newest / "trainer_state.json").write_text("{}")
-    flags = [f"--base_model={config.model.base_model}", "--train_data=arithmetic:train:60", "--resume_from"]
+    flags = [
+        f"--base_model={config.model.base_model}",
+        "--train_data=arithmetic:train:60",
+        "--resume_from",
+    ]
     with pytest.raises(
-        UserError, match="checkpoint_step_12: damaged: 'trainer_state.json': changed; --resume_from auto takes"
+        UserError,
+        match="checkpoint_step_12: damaged: 'trainer_state.json': changed; --resume_from auto takes",
     ):
         read_command_line([*flags, str(newest)], get_lora_config(), "", "")
     said = best_checkpoints.recover(folder.parent)
@@ -125,33 +150,56 @@ def test_a_start_clears_what_a_killed_run_left_and_sets_damaged_checkpoints_asid
 def test_a_step_that_is_not_finite_may_be_left_out(configure, monkeypatch, capsys):
     at_call(monkeypatch, Task, "forward", 6, lambda result: (result[0] * float("nan"), result[1]))
     folder = run(configure(True, batch_size=8, gradient_accumulation_steps=1, skip_nonfinite=1))
-    assert "step 4: loss nan, gradient norm nan; the update is left out (1 of 1 that may be)" in capsys.readouterr().out
+    assert (
+        "step 4: loss nan, gradient norm nan; the update is left out (1 of 1 that may be)"
+        in capsys.readouterr().out
+    )
     assert saved(folder / "checkpoints")[-1]["skipped"] == 1
     losses = {line["step"]: line["train/loss"] for line in metrics(folder) if "train/loss" in line}
     assert losses.pop(5) is None and None not in losses.values() and len(losses) == 11
 
 
 def test_a_loss_far_above_the_others_is_said(configure, monkeypatch, capsys):
-    at_call(monkeypatch, Task, "forward", SPIKE_WINDOW + 6, lambda result: (result[0] * 1000, result[1]))
-    run(configure(True, max_steps=SPIKE_WINDOW + 10, batch_size=8, gradient_accumulation_steps=1, max_grad_norm=1e-3))
+    at_call(
+        monkeypatch, Task, "forward", SPIKE_WINDOW + 6, lambda result: (result[0] * 1000, result[1])
+    )
+    run(
+        configure(
+            True,
+            max_steps=SPIKE_WINDOW + 10,
+            batch_size=8,
+            gradient_accumulation_steps=1,
+            max_grad_norm=1e-3,
+        )
+    )
     said = [line for line in capsys.readouterr().out.splitlines() if "is a spike" in line]
     assert len(said) == 1 and said[0].startswith(f"step {SPIKE_WINDOW + 5}: the loss ")
 
 
 def test_status_json_says_how_a_run_ended(tiny_base, tmp_path, monkeypatch, capsys):
     def call(name, *flags):
-        command = [ROOT / "train_lora.py", "--output_dir", tmp_path, "--experiment_name", name, "--base_model", tiny_base]
+        command = [
+            ROOT / "train_lora.py",
+            "--output_dir",
+            tmp_path,
+            "--experiment_name",
+            name,
+            "--base_model",
+            tiny_base,
+        ]
         command += ["--task=score", "--train_data=arithmetic:train:20", "--max_length=100", *flags]
         exit_status, _, err = script(monkeypatch, capsys, *command)
         return exit_status, err, json.loads((tmp_path / name / "status.json").read_text())
 
     assert call("good", "--max_steps=1")[::2] == (0, {"exit": 0, "error": None})
-    exit_status, err, status = call("bad", "--max_steps=9", "--learning_rate=1e30", "--warmup_steps=0", "--save_steps=1")
+    exit_status, err, status = call(
+        "bad", "--max_steps=9", "--learning_rate=1e30", "--warmup_steps=0", "--save_steps=1"
+    )
     assert exit_status == status["exit"] == 3 and err.endswith(f"error: {status['error']}\n")
     assert "Stopped: step" in (tmp_path / "bad" / "error.log").read_text()
 
 
-# ------------------------------------------------------------------------------------------- the harness
+# -------------------------------------------------------------------------------------- the harness
 
 
 PARTS = {

@@ -14,7 +14,9 @@ pytestmark = pytest.mark.slow
 
 
 def call(script, *arguments):
-    done = subprocess.run([sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -28,15 +30,30 @@ def test_the_default_run_learns_to_check_arithmetic_it_has_never_seen(script, tm
     call(script, "--output_dir", tmp_path, "--experiment_name", "run")
     best = results(tmp_path / "run")["best"]
     assert best["r2"] >= 0.90 and results(tmp_path / "run")["peak_memory_gb"] < 1.5
-    assert json.loads((tmp_path / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()[0])["val/r2"] < 0.1
+    assert (
+        json.loads((tmp_path / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()[0])[
+            "val/r2"
+        ]
+        < 0.1
+    )
     out = tmp_path / "test.json"
     checkpoint = tmp_path / "run" / "final_artifact"
-    call("eval.py", "--checkpoint", checkpoint, "--eval_data", "arithmetic:test:400", "--output", out)
+    call(
+        "eval.py", "--checkpoint", checkpoint, "--eval_data", "arithmetic:test:400", "--output", out
+    )
     assert abs(json.loads(out.read_text())["r2"] - best["r2"]) <= 0.03
 
 
 def test_a_random_backbone_with_the_same_budget_does_not(tmp_path):
-    call("train_lora.py", "--init_from", "scratch", "--output_dir", tmp_path, "--experiment_name", "run")
+    call(
+        "train_lora.py",
+        "--init_from",
+        "scratch",
+        "--output_dir",
+        tmp_path,
+        "--experiment_name",
+        "run",
+    )
     assert results(tmp_path / "run")["best"]["r2"] < 0.3
 
 
@@ -46,7 +63,10 @@ def test_qlora_learns_as_well_as_lora(tmp_path):
     assert results(tmp_path / "run")["best"]["r2"] >= 0.90
 
 
-@pytest.mark.skipif("PLAINLORA_DATA" not in os.environ, reason="needs the public sets: PLAINLORA_DATA names their folder")
+@pytest.mark.skipif(
+    "PLAINLORA_DATA" not in os.environ,
+    reason="needs the public sets: PLAINLORA_DATA names their folder",
+)
 def test_characters_from_random_weights_reach_the_loss_of_nanogpts_setting(tmp_path):
     text = Path(os.environ["PLAINLORA_DATA"]) / "tinyshakespeare" / "input.txt"
     flags = ["--config", "configs/shakespeare_char.toml", "--train_data", text.resolve()]

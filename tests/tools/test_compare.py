@@ -20,18 +20,26 @@ from tests.conftest import configuration, run
 
 @pytest.fixture(scope="module")
 def sweep(tiny_base, tmp_path_factory):
-    """{name: folder} of four runs: two seeds, at a learning rate that teaches something and at one that does not."""
+    """{name: folder} of four runs: two seeds, at a learning rate that teaches something and at one
+    that does not.
+    """
     settings = {
         "s1": {"seed": 1}, "s2": {"seed": 2},
         "slow1": {"seed": 1, "learning_rate": 1e-6}, "slow2": {"seed": 2, "learning_rate": 1e-6},
     }  # fmt: skip
-    data = {"eval_data": ["arithmetic:validation:40"], "train_data": ["arithmetic:train:200"], "max_eval_batches": 0}
+    data = {
+        "eval_data": ["arithmetic:validation:40"],
+        "train_data": ["arithmetic:train:200"],
+        "max_eval_batches": 0,
+    }
     many = {"task": "lm", "max_steps": 24, "eval_steps": 8}
     make = partial(configuration, tiny_base, tmp_path_factory.mktemp("sweep"), True, **data, **many)
     return {name: run(make(name, **values)) for name, values in settings.items()}
 
 
-@pytest.mark.parametrize("task, settings", [("lm", {}), ("score", {}), ("score", {"score_loss": "bce"})])
+@pytest.mark.parametrize(
+    "task, settings", [("lm", {}), ("score", {}), ("score", {"score_loss": "bce"})]
+)
 def test_every_evaluation_keeps_the_losses_that_make_up_its_own(configure, task, settings):
     folder = run(configure(True, task=task, max_steps=6, eval_steps=3, **settings))
     curve = Run.of(folder).curve()
@@ -47,7 +55,8 @@ def test_the_examples_are_the_same_however_they_are_laid_out(configure):
     runs = [run(configure(True, f"b{size}", max_steps=1, batch_size=size)) for size in (1, 4)]
     one, other = (example_losses.read(folder, 0) for folder in runs)
     assert one.keys() == other.keys()
-    np.testing.assert_allclose([*one.values()], [other[key] for key in one], rtol=1e-4)  # fp32, other sums
+    # Fp32, other sums
+    np.testing.assert_allclose([*one.values()], [other[key] for key in one], rtol=1e-4)
 
 
 def test_the_interval_covers_the_truth_19_times_of_20():
@@ -83,19 +92,36 @@ def test_seeds_cannot_be_told_apart_and_learning_can(sweep, capsys):
 def test_the_table_has_what_differs_and_how_it_ended_best_first(sweep, capsys, tmp_path):
     unfinished = tmp_path / "begun"
     (unfinished / "logs").mkdir(parents=True)
-    (unfinished / "logs" / "config.json").write_text((sweep["s1"] / "logs" / "config.json").read_text())
-    (unfinished / "logs" / "train_metrics.jsonl").write_text('{"step": 0, "val/loss": 0.5}\n{"step": 8, "val/l')
-    runs = sorted((Run.of(folder) for folder in [unfinished, *sweep.values()]), key=lambda one: one.best[1])
+    (unfinished / "logs" / "config.json").write_text(
+        (sweep["s1"] / "logs" / "config.json").read_text()
+    )
+    (unfinished / "logs" / "train_metrics.jsonl").write_text(
+        '{"step": 0, "val/loss": 0.5}\n{"step": 8, "val/l'
+    )
+    runs = sorted(
+        (Run.of(folder) for folder in [unfinished, *sweep.values()]), key=lambda one: one.best[1]
+    )
     heading, *rows = table(runs)
-    assert heading[:3] == ["run", "learning_rate", "seed"] and "token_accuracy" in heading and "tokens/s" in heading
-    assert {row[0] for row in rows[:2]} == {"s1", "s2"} and rows[-1][0] == "begun" and rows[-1][-1] == "not ended"
+    assert (
+        heading[:3] == ["run", "learning_rate", "seed"]
+        and "token_accuracy" in heading
+        and "tokens/s" in heading
+    )
+    assert (
+        {row[0] for row in rows[:2]} == {"s1", "s2"}
+        and rows[-1][0] == "begun"
+        and rows[-1][-1] == "not ended"
+    )
     losses = [float(row[heading.index("best loss")]) for row in rows[:-1]]
     assert losses == sorted(losses)
     results = json.loads((sweep[rows[0][0]] / "logs" / "final_results.json").read_text())
     assert losses[0] == pytest.approx(results["best"]["loss"], rel=1e-4)  # as it is printed
     main([str(folder) for folder in sweep.values()])
     printed, sketch = capsys.readouterr().out.split("\n\n")
-    assert [line.split()[0] for line in printed.splitlines()[-5:]] == ["run", *(row[0] for row in rows[:-1])]
+    assert [line.split()[0] for line in printed.splitlines()[-5:]] == [
+        "run",
+        *(row[0] for row in rows[:-1]),
+    ]
     assert sketch.startswith("validation loss, from") and sketch.count("▁")
 
 
@@ -132,7 +158,10 @@ def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_pa
     "arguments, message",
     [
         (["/no/such"], "no run of ours is named"),
-        (["{run}", "--plot", "/no/such/a.png"], "--plot /no/such/a.png: expected the name of a .png file"),
+        (
+            ["{run}", "--plot", "/no/such/a.png"],
+            "--plot /no/such/a.png: expected the name of a .png file",
+        ),
         (["{run}", "--sweep", "lora_r"], "--sweep lora_r: expected KEY=VALUE"),
         (["{run}", "--sweep", "lora_x=1"], "--sweep lora_x: no such key"),
         (["{run}", "--against", "/no/such"], "/no/such: no logs/config.json"),

@@ -14,14 +14,19 @@ def test_render_shows_the_targets_and_what_the_file_amounts_to(capsys):
     out = capsys.readouterr().out
     assert out.count("---") == 2 and "questions.jsonl:2" in out and "questions.jsonl:3" not in out
     row = json.loads((SAMPLES / "questions.jsonl").read_text().splitlines()[0])
-    assert f"<|im_start|>assistant\n⟦{row['answer']}<|im_end|>⟧" in out and f"user\n{row['question']}<|im_end|>" in out
+    assert (
+        f"<|im_start|>assistant\n⟦{row['answer']}<|im_end|>⟧" in out
+        and f"user\n{row['question']}<|im_end|>" in out
+    )
     assert "data: 8 examples in 8 rows" in out and "tokens" in out and "lengths: half up to" in out
 
 
 def test_render_shows_every_label_behind_its_step(capsys):
     preview.main(["arithmetic:validation:1", "--task=score", "--rows=1", "--max_length=512"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("From left to right") and all(line[-3:] in ("⟦0⟧", "⟦1⟧") for line in lines[2:5])
+    assert lines[1].startswith("From left to right") and all(
+        line[-3:] in ("⟦0⟧", "⟦1⟧") for line in lines[2:5]
+    )
 
 
 def test_render_is_a_command_with_one_line_errors(monkeypatch, capsys):

@@ -1,4 +1,6 @@
-"""RUN/report.html: one file with everything in it, of finished and unfinished runs, whatever they are called."""
+"""RUN/report.html: one file with everything in it, of finished and unfinished runs, whatever they
+are called.
+"""
 
 from html.parser import HTMLParser
 import re
@@ -46,14 +48,25 @@ def report(folder):
 def test_a_scorers_report_has_curves_scores_and_what_it_was_made_of(configure):
     folder = run(configure(True, name="a<b>&c"))
     text = report(folder)
-    for part in ("a<b>&c", "validation r2", "checkpoint_step_12", "Reliability", "lora_r", "trainable parameters", "torch"):
+    for part in (
+        "a<b>&c",
+        "validation r2",
+        "checkpoint_step_12",
+        "Reliability",
+        "lora_r",
+        "trainable parameters",
+        "torch",
+    ):
         assert part in text, part
     assert len(re.findall(r"\d\.\d{3} \([01]\)", text)) > 8  # scores with their labels
 
 
 @pytest.mark.parametrize("max_length", [128, 64])
 def test_a_language_models_report_has_answers(configure, tmp_path, max_length):
-    data = {"train_data": write(tmp_path / "t", map(chat, range(40))), "eval_data": write(tmp_path / "e", [chat(1)] * 3)}
+    data = {
+        "train_data": write(tmp_path / "t", map(chat, range(40))),
+        "eval_data": write(tmp_path / "e", [chat(1)] * 3),
+    }
     text = report(run(configure(False, task="lm", max_length=max_length, **data)))
     assert text.count("How many are 1 boxes") == 3 and "There are 7 pears in all." in text
 
@@ -73,11 +86,15 @@ def test_what_is_no_run_is_one_line(tmp_path):
         main([str(tmp_path)])
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (0.2, 0.21), (-3, 1e6), (1e-9, 2e-9), (0, 7), (5, 6.001)])
+@pytest.mark.parametrize(
+    "low, high", [(0, 1), (0.2, 0.21), (-3, 1e6), (1e-9, 2e-9), (0, 7), (5, 6.001)]
+)
 def test_ticks_are_few_round_numbers_within(low, high):
     found = ticks(low, high)
     assert 2 <= len(found) <= 7 and all(low - 1e-12 <= tick <= high * (1 + 1e-12) for tick in found)
 
 
 def test_a_curve_of_one_point_or_none_is_drawn():
-    assert chart("t", "x", {"a": []}) == "" and "circle" in chart("t", "x", {"a": [(0, 1.0)], "b": []})
+    assert chart("t", "x", {"a": []}) == "" and "circle" in chart(
+        "t", "x", {"a": [(0, 1.0)], "b": []}
+    )

@@ -1,4 +1,6 @@
-"""A head on a frozen base: trained from features that are computed once = trained with the base asked at every step."""
+"""A head on a frozen base: trained from features that are computed once = trained with the base
+asked at every step.
+"""
 
 import json
 
@@ -28,7 +30,9 @@ HEAD = "final_artifact/mlp_head.safetensors"
 
 
 def counted(monkeypatch):
-    """A list to which each micro-batch that a backbone reads from now on adds its number of targets."""
+    """A list to which each micro-batch that a backbone reads from now on adds its number of
+    targets.
+    """
     undisturbed, calls = Task.hidden_states, []
 
     def hidden_states(self, batch):
@@ -39,12 +43,17 @@ def counted(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"score_loss": "bce", "head_dropout": 0.2}], ids=str)
-def test_features_that_are_kept_train_the_head_that_the_base_asked_every_time_does(configure, monkeypatch, settings):
+@pytest.mark.parametrize(
+    "settings", [{}, {"dtype": "bfloat16"}, {"score_loss": "bce", "head_dropout": 0.2}], ids=str
+)
+def test_features_that_are_kept_train_the_head_that_the_base_asked_every_time_does(
+    configure, monkeypatch, settings
+):
     kept = run(configure(True, "kept", lora_r=0, **settings))
     monkeypatch.setattr(train, "keep_features", lambda *_: None)
     asked = run(configure(True, "asked", lora_r=0, **settings))
-    # The rows share other micro-batches: sums in another order, in bfloat16 rounded to 8 bits, and 12 updates.
+    # The rows share other micro-batches: sums in another order, in bfloat16 rounded to 8 bits, and
+    # 12 updates.
     limit = 1e-2 if settings.get("dtype") else 1e-5
     for one, other in zip(metrics(kept), metrics(asked), strict=True):
         assert one == pytest.approx(other, rel=limit, abs=limit)
@@ -72,7 +81,9 @@ def frozen(configure):
 
 
 def hidden_of(task):
-    return lambda batches: train.predict(task, batches, torch.device("cpu"), torch.float32, "at_targets")
+    return lambda batches: train.predict(
+        task, batches, torch.device("cpu"), torch.float32, "at_targets"
+    )
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -86,7 +97,8 @@ def test_a_batch_brings_the_features_of_its_own_targets(frozen, packed):
     keep_features(task, data, 8, config, hidden_of(task))
     batch = data.rows.batch(order, packed)
     assert batch.features.requires_grad is False and task.at_targets(batch) is batch.features
-    torch.testing.assert_close(batch.features, expected, rtol=0, atol=1e-5)  # other rows beside them: another order
+    # Other rows beside them: another order
+    torch.testing.assert_close(batch.features, expected, rtol=0, atol=1e-5)
     assert len(data.rows.batch(order, packed, asked=False).features) == 0
 
 
@@ -94,7 +106,9 @@ def test_a_run_shorter_than_an_epoch_computes_what_it_asks_for(frozen):
     task, data, config = frozen
     keep_features(task, data, 2, config, hidden_of(task))
     asked = np.concatenate([data.rows_at(step) for step in (0, 1, None)])
-    assert data.rows.features.keys() == {*asked.tolist()} and len(data.rows.features) < len(data.rows)
+    assert data.rows.features.keys() == {*asked.tolist()} and len(data.rows.features) < len(
+        data.rows
+    )
     assert data.held_out.features.keys() == {*range(len(data.held_out))}
 
 
@@ -105,23 +119,36 @@ def test_what_is_trained_in_the_base_keeps_no_features(configure, frozen):
     assert data.rows.features is None
 
 
-def test_what_is_saved_is_the_head_and_it_is_evaluated_merged_and_compared(configure, monkeypatch, capsys, tmp_path):
+def test_what_is_saved_is_the_head_and_it_is_evaluated_merged_and_compared(
+    configure, monkeypatch, capsys, tmp_path
+):
     folder = run(configure(True, lora_r=0, learning_rate=3e-2))
     said = capsys.readouterr().out
-    assert "base model weights unchanged: " in said and "targets are kept, in 0.000 GB of main memory" in said
+    assert (
+        "base model weights unchanged: " in said
+        and "targets are kept, in 0.000 GB of main memory" in said
+    )
     artifact, merged = folder / "final_artifact", tmp_path / "merged"
     for saved in (artifact, folder / "checkpoints" / "checkpoint_step_12"):
         assert not (saved / "lora_adapter").exists() and not (saved / "backbone").exists()
         assert (saved / "mlp_head.safetensors").is_file()
     assert json.loads((artifact / "metadata.json").read_text())["method"] == "head"
-    assert "does not hold the weights" in other_base(artifact, "another", {"model.safetensors": "0"})
+    assert "does not hold the weights" in other_base(
+        artifact, "another", {"model.safetensors": "0"}
+    )
     best = json.loads((folder / "logs" / "final_results.json").read_text())["best"]
-    assert script(monkeypatch, capsys, ROOT / "merge.py", "--adapter", artifact, "--output", merged)[0] == 0
+    assert (
+        script(monkeypatch, capsys, ROOT / "merge.py", "--adapter", artifact, "--output", merged)[0]
+        == 0
+    )
     for checkpoint in (artifact, merged):
         output = tmp_path / f"{checkpoint.name}.json"
-        status, _, errors = script(monkeypatch, capsys, ROOT / "eval.py", "--checkpoint", checkpoint, "--output", output)
+        status, _, errors = script(
+            monkeypatch, capsys, ROOT / "eval.py", "--checkpoint", checkpoint, "--output", output
+        )
         assert status == 0, errors
-        assert json.loads(output.read_text())["mse"] == pytest.approx(best["mse"], abs=1e-6)  # other micro-batches
+        # Other micro-batches
+        assert json.loads(output.read_text())["mse"] == pytest.approx(best["mse"], abs=1e-6)
 
 
 def test_stages_before_and_after_a_head_alone(configure, tmp_path):
@@ -129,15 +156,29 @@ def test_stages_before_and_after_a_head_alone(configure, tmp_path):
     last = [line["val/loss"] for line in metrics(head) if "val/loss" in line]
     begun = str(head / "checkpoints" / "checkpoint_step_12")
     for name, lora, rank in (("lora", True, 4), ("full", False, 4), ("again", True, 0)):
-        after = run(configure(lora, name, init_from=begun, max_steps=1, **({"lora_r": rank} if lora else {})))
-        assert metrics(after)[0]["val/loss"] == pytest.approx(last[-1], abs=1e-6)  # other micro-batches
-    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", "--task=score", "--lora_r=0"]
+        after = run(
+            configure(
+                lora, name, init_from=begun, max_steps=1, **({"lora_r": rank} if lora else {})
+            )
+        )
+        # Other micro-batches
+        assert metrics(after)[0]["val/loss"] == pytest.approx(last[-1], abs=1e-6)
+    flags = [
+        "--base_model=embedded",
+        "--train_data=arithmetic:train:9",
+        "--task=score",
+        "--lora_r=0",
+    ]
     for earlier, found in (("lora", "lora_adapter"), ("full", "backbone")):
         start = tmp_path / earlier / "final_artifact"
-        with pytest.raises(UserError, match=f"holds {found}, and lora_r 0 begins from a head; name the merged base_model"):
+        with pytest.raises(
+            UserError,
+            match=f"holds {found}, and lora_r 0 begins from a head; name the merged base_model",
+        ):
             read_command_line([*flags, f"--init_from={start}"], get_lora_config(), "none.toml", "")
         with pytest.raises(
-            UserError, match="holds more than a head, and lora_r 0 trains no more; name the merged base_model"
+            UserError,
+            match="holds more than a head, and lora_r 0 trains no more; name the merged base_model",
         ):
             run(configure(True, f"after_{earlier}", lora_r=0, init_from=str(start)))
     with pytest.raises(UserError, match="no lora_adapter/ or backbone/; expected"):
@@ -147,7 +188,11 @@ def test_stages_before_and_after_a_head_alone(configure, tmp_path):
 def test_two_processes_share_the_work_and_have_the_features_of_one(configure, tmp_path):
     settings = dict(lora_r=0, learning_rate=1e-3, max_steps=6)
     one = run(configure(True, name="one", batch_size=4, gradient_accumulation_steps=2, **settings))
-    finish(torchrun("train_lora.py", configure(True, name="two", batch_size=2, **settings), 2, tmp_path))
+    finish(
+        torchrun(
+            "train_lora.py", configure(True, name="two", batch_size=2, **settings), 2, tmp_path
+        )
+    )
     for first, second in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         assert first == pytest.approx(second, rel=1e-5, abs=1e-6)
 
@@ -158,4 +203,5 @@ def test_a_dry_run_counts_one_pass_over_the_data(configure, monkeypatch, capsys,
         monkeypatch, capsys, ROOT / "train_lora.py", "--config", tmp_path / "run.toml", "--dry_run"
     )
     assert status == 0 and "4000 steps of 8 examples" in said, errors
-    assert "for each of 4 evaluations" in said  # 8 steps with one every 3: later ones take next to no time
+    # 8 steps with one every 3: later ones take next to no time
+    assert "for each of 4 evaluations" in said

@@ -33,7 +33,9 @@ WHOLE = {
 
 
 def short_of_memory(monkeypatch, tokens):
-    """A device on which micro-batches of more than so many tokens do not fit; returns the sizes that were tried."""
+    """A device on which micro-batches of more than so many tokens do not fit; returns the sizes
+    that were tried.
+    """
     forward, tried = Task.forward, []
 
     def limited(self, batch):
@@ -47,7 +49,10 @@ def short_of_memory(monkeypatch, tokens):
 
 
 def lines(folder, *names):
-    metrics = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line)
+        for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    ]
     found = [[line[name] for name in names] for line in metrics if names[0] in line]
     assert found
     return torch.tensor(found, dtype=torch.float64)
@@ -63,7 +68,9 @@ def test_a_step_that_did_not_fit_is_redone_in_smaller_micro_batches_with_the_sam
     assert max(tried) > tokens
     names = ("train/loss", "train/grad_norm")
     torch.testing.assert_close(lines(cut, *names), lines(whole, *names), rtol=1e-6, atol=0)
-    kept = json.loads((cut / "checkpoints/checkpoint_step_6/trainer_state.json").read_text())["max_tokens"]
+    kept = json.loads((cut / "checkpoints/checkpoint_step_6/trainer_state.json").read_text())[
+        "max_tokens"
+    ]
     assert kept <= tokens < WHOLE["batch_size"] * WHOLE["max_length"]
     tried.clear()  # the step that a resumed run begins with is cut as before
     run(configure(lora, "cut", **WHOLE | {"max_steps": 8}), cut / "checkpoints/checkpoint_step_6")
@@ -86,7 +93,9 @@ def test_the_largest_micro_batch_of_the_run_is_tried_before_the_first_step(confi
 
 def test_a_single_example_that_does_not_fit_ends_the_run_in_one_line(configure, monkeypatch):
     short_of_memory(monkeypatch, 30)
-    with pytest.raises(Exhausted, match="out of memory on a single example of .* --gradient_checkpointing"):
+    with pytest.raises(
+        Exhausted, match="out of memory on a single example of .* --gradient_checkpointing"
+    ):
         run(configure(True, **WHOLE))
 
 
@@ -96,12 +105,20 @@ def test_an_error_that_is_not_for_want_of_memory_stays_one(configure, monkeypatc
         run(configure(True, **WHOLE))
 
 
-def test_batch_size_auto_is_the_default_batch_size_in_one_micro_batch_where_it_fits(configure, monkeypatch):
-    fixed = run(configure(True, "fixed", **WHOLE | {"batch_size": 4, "gradient_accumulation_steps": 3}))
+def test_batch_size_auto_is_the_default_batch_size_in_one_micro_batch_where_it_fits(
+    configure, monkeypatch
+):
+    fixed = run(
+        configure(True, "fixed", **WHOLE | {"batch_size": 4, "gradient_accumulation_steps": 3})
+    )
     tried = short_of_memory(monkeypatch, 10**9)
-    auto = run(configure(True, "auto", **WHOLE | {"batch_size": "auto", "gradient_accumulation_steps": 3}))
+    auto = run(
+        configure(True, "auto", **WHOLE | {"batch_size": "auto", "gradient_accumulation_steps": 3})
+    )
     assert len(tried) == 1 + WHOLE["max_steps"]
-    torch.testing.assert_close(lines(auto, "train/loss"), lines(fixed, "train/loss"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        lines(auto, "train/loss"), lines(fixed, "train/loss"), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -118,28 +135,40 @@ def test_what_is_foreseen_without_contents_is_what_a_step_holds(configure, lora,
     parts = memory(task, data, config, cpu, dtype)
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     assert parts["gradients"] == 4 * trained and parts["optimizer"] == 8 * trained
-    assert parts["weights"] == sum({p.data_ptr(): p.nbytes for p in (*task.parameters(), *task.buffers())}.values())
+    assert parts["weights"] == sum(
+        {p.data_ptr(): p.nbytes for p in (*task.parameters(), *task.buffers())}.values()
+    )
     with Counting("cpu") as counting:
         for batch in data.batch_at(None):
             with autocast(cpu, dtype):
                 loss, _ = task(batch)
             loss.backward()
     held = parts["gradients"] + parts["activations"] + parts["head"]
-    assert abs(held / counting.peak - 1) < 0.02  # the batch's few numbers are counted in one of the two
+    # The batch's few numbers are counted in one of the two
+    assert abs(held / counting.peak - 1) < 0.02
 
 
 def test_a_dry_run_says_what_would_be_and_leaves_nothing(configure, capsys):
     config = configure(True, **WHOLE)
-    train_lora.main(Command(config, Path(config.output.output_dir) / "run", dry_run=True), Source(config))
+    train_lora.main(
+        Command(config, Path(config.output.output_dir) / "run", dry_run=True), Source(config)
+    )
     out = capsys.readouterr().out
     assert "6 steps of 8 examples" in out and "in all" in out and "time: " in out
     assert not (Path(config.output.output_dir) / "run").exists()
 
 
 def test_what_cannot_be_counted_is_said_in_one_line(configure, tmp_path):
-    shape = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    shape = dict(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
     folder = save(
-        tmp_path / "experts", MixtralForCausalLM(MixtralConfig(**shape, num_key_value_heads=2, num_local_experts=2))
+        tmp_path / "experts",
+        MixtralForCausalLM(MixtralConfig(**shape, num_key_value_heads=2, num_local_experts=2)),
     )
     config = configure(True, base_model=str(folder), **WHOLE | {"dtype": "float32"})
     with pytest.raises(UserError, match="--dry_run: this model cannot be counted in torch.float32"):
@@ -147,6 +176,9 @@ def test_what_cannot_be_counted_is_said_in_one_line(configure, tmp_path):
 
 
 def test_memory_that_runs_out_while_weights_are_read_is_no_mistake_of_the_user():
-    for error, kept in ((RuntimeError("can't allocate memory"), RuntimeError), (RuntimeError("size mismatch"), UserError)):
+    for error, kept in (
+        (RuntimeError("can't allocate memory"), RuntimeError),
+        (RuntimeError("size mismatch"), UserError),
+    ):
         with pytest.raises(kept), one_line("weights"):
             raise error

@@ -13,10 +13,20 @@ def test_with_loraplus_b_learns_as_many_times_faster_as_it_says(configure):
     """Adam's first update is the learning rate, in the direction of the sign."""
     first = {}
     for ratio in (1.0, 16.0):
-        settings = dict(max_steps=1, warmup_steps=0, learning_rate=1e-3, loraplus_lr_ratio=ratio, name=f"ratio_{ratio}")
+        settings = dict(
+            max_steps=1,
+            warmup_steps=0,
+            learning_rate=1e-3,
+            loraplus_lr_ratio=ratio,
+            name=f"ratio_{ratio}",
+        )
         folder = run(configure(True, **settings)) / "checkpoints" / "checkpoint_step_1"
         adapter = load_file(folder / "lora_adapter" / "adapter_model.safetensors")
-        first[ratio] = torch.cat([tensor.flatten() for name, tensor in adapter.items() if "lora_B" in name]).abs().max()
+        first[ratio] = (
+            torch.cat([tensor.flatten() for name, tensor in adapter.items() if "lora_B" in name])
+            .abs()
+            .max()
+        )
         head = load_file(folder / "mlp_head.safetensors")
         first[ratio, "head"] = head["layers.3.bias"]
     torch.testing.assert_close(first[1.0], torch.tensor(1e-3), rtol=1e-3, atol=0)
@@ -38,5 +48,7 @@ def test_a_state_of_another_make_is_one_line(configure, optimizer, state, damage
     save_file(tensors, path, {"format": "pt"})
     write_checksums(path.parent)
     config.training.max_steps = 3
-    with pytest.raises(UserError, match=f"not the optimizer's state of this model: .* another shape: .*{key}"):
+    with pytest.raises(
+        UserError, match=f"not the optimizer's state of this model: .* another shape: .*{key}"
+    ):
         run(config, resume_from=path.parent)

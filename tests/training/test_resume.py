@@ -23,8 +23,14 @@ def files(folder):
 
 def metrics(folder):
     """The metrics of a run without what a clock decides."""
-    lines = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("timestamp", "train/tokens_per_second")} for line in lines]
+    lines = [
+        json.loads(line)
+        for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    ]
+    return [
+        {k: v for k, v in line.items() if k not in ("timestamp", "train/tokens_per_second")}
+        for line in lines
+    ]
 
 
 # No chain has 100 tokens, and a micro-batch holds at most batch_size x max_length.
@@ -53,7 +59,9 @@ SEVERAL_MICRO_BATCHES = {"batch_size": 1, "gradient_accumulation_steps": 8, "max
     ],
 )
 @pytest.mark.parametrize(
-    "step", [4, 9], ids=["saved between evaluations, mid-epoch", "saved at an evaluation, in the second epoch"]
+    "step",
+    [4, 9],
+    ids=["saved between evaluations, mid-epoch", "saved at an evaluation, in the second epoch"],
 )
 def test_resumed_equals_uninterrupted_bitwise(configure, monkeypatch, lora, settings, step):
     whole = run(configure(lora, "whole", save_steps=step, **settings))
@@ -84,38 +92,68 @@ def interrupted_at(stop):
 
 def test_the_three_best_and_the_last_stay_and_survive_a_resume(configure):
     folder = run(configure(True, max_steps=24, learning_rate=3e-2))  # evaluated at 3, 6, .. 24
-    losses = {line["step"]: line["val/loss"] for line in metrics(folder) if "val/loss" in line and line["step"]}
+    losses = {
+        line["step"]: line["val/loss"]
+        for line in metrics(folder)
+        if "val/loss" in line and line["step"]
+    }
     best = sorted(losses, key=losses.get)[:3]
     kept = {state["step"] for state in best_checkpoints.saved(folder / "checkpoints")}
     assert kept == {*best, 24}
-    run(configure(True, max_steps=28, learning_rate=3e-2), folder / "checkpoints" / "checkpoint_step_24")
-    losses |= {line["step"]: line["val/loss"] for line in metrics(folder) if "val/loss" in line and line["step"]}
-    assert {s["step"] for s in best_checkpoints.saved(folder / "checkpoints")} == {*sorted(losses, key=losses.get)[:3], 28}
+    run(
+        configure(True, max_steps=28, learning_rate=3e-2),
+        folder / "checkpoints" / "checkpoint_step_24",
+    )
+    losses |= {
+        line["step"]: line["val/loss"]
+        for line in metrics(folder)
+        if "val/loss" in line and line["step"]
+    }
+    assert {s["step"] for s in best_checkpoints.saved(folder / "checkpoints")} == {
+        *sorted(losses, key=losses.get)[:3],
+        28,
+    }
 
 
 def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
     folder = run(configure(True))
     best = best_checkpoints.best(best_checkpoints.saved(folder / "checkpoints"))[0]
     results = json.loads((folder / "logs" / "final_results.json").read_text())
-    assert results["best"] == {"step": best["step"], **best["val"]} and results["last"]["step"] == 12
+    assert (
+        results["best"] == {"step": best["step"], **best["val"]} and results["last"]["step"] == 12
+    )
     for name in ("mlp_head.safetensors", "lora_adapter/adapter_model.safetensors"):
         assert (folder / "final_artifact" / name).read_bytes() == (best["path"] / name).read_bytes()
 
 
-def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume(configure, monkeypatch):
-    settings = dict(max_steps=300, learning_rate=1.0, early_stopping_patience=3, eval_steps=2, save_steps=2)
+def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume(
+    configure, monkeypatch
+):
+    settings = dict(
+        max_steps=300, learning_rate=1.0, early_stopping_patience=3, eval_steps=2, save_steps=2
+    )
 
     def evaluations(folder):
-        return [(line["step"], line["val/loss"]) for line in metrics(folder) if "val/loss" in line and line["step"]]
+        return [
+            (line["step"], line["val/loss"])
+            for line in metrics(folder)
+            if "val/loss" in line and line["step"]
+        ]
 
     whole = evaluations(run(configure(True, "whole", **settings)))
     stop, losses = whole[-1][0], [loss for _, loss in whole]
-    assert stop < 300 and losses.index(min(losses)) == len(losses) - 4  # three in a row were no better
+    # Three in a row were no better
+    assert stop < 300 and losses.index(min(losses)) == len(losses) - 4
     config = configure(True, "cut", **settings)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TrainingData, "batch_at", interrupted_at(stop - 2))
         run(config)
-    assert evaluations(run(config, f"{config.output.output_dir}/cut/checkpoints/checkpoint_step_{stop - 2}")) == whole
+    assert (
+        evaluations(
+            run(config, f"{config.output.output_dir}/cut/checkpoints/checkpoint_step_{stop - 2}")
+        )
+        == whole
+    )
 
 
 def test_a_checkpoint_without_its_optimizer_state_is_refused(configure):
@@ -123,7 +161,10 @@ def test_a_checkpoint_without_its_optimizer_state_is_refused(configure):
     checkpoint_12 = run(config) / "checkpoints" / "checkpoint_step_12"
     tensors = load_file(checkpoint_12 / "optimizer.safetensors")
     gone = next(name for name in tensors if name.endswith("exp_avg"))
-    save_file({name: t for name, t in tensors.items() if name != gone}, checkpoint_12 / "optimizer.safetensors")
+    save_file(
+        {name: t for name, t in tensors.items() if name != gone},
+        checkpoint_12 / "optimizer.safetensors",
+    )
     write_checksums(checkpoint_12)
     config.training.max_steps = 20
     with pytest.raises(UserError, match=f"not the optimizer's state of this model: .*{gone}"):
@@ -136,12 +177,16 @@ def test_a_complete_run_has_nothing_to_resume(configure):
         run(config, run(config) / "checkpoints" / "checkpoint_step_12")
 
 
-def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(configure, tmp_path):
+def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(
+    configure, tmp_path
+):
     config = configure(True)
     saved = run(config) / "checkpoints" / "checkpoint_step_12"
 
     def resume(*flags):
-        return read_command_line([f"--resume_from={saved}", *flags], get_lora_config(), "unused.toml", "")
+        return read_command_line(
+            [f"--resume_from={saved}", *flags], get_lora_config(), "unused.toml", ""
+        )
 
     with pytest.raises(UserError, match=r"lora_r \(16 -> 8\), learning_rate \(0.01 -> 0.02\)"):
         resume("--lora_r=8", "--learning_rate", "0.02")
@@ -149,10 +194,21 @@ def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(
     assert command.run_dir == saved.parent.parent and command.config.training.max_steps == 20
     assert resume("--experiment_name=branch").run_dir == tmp_path / "branch"
     with pytest.raises(UserError, match="final_artifact: no checkpoint; expected RUN"):
-        read_command_line([f"--resume_from={saved.parent.parent}/final_artifact"], get_lora_config(), "unused.toml", "")
-    (tmp_path / "trainer_state.json").write_text('{"epoch": 1.0}')  # Hugging Face's Trainer calls its own so
+        read_command_line(
+            [f"--resume_from={saved.parent.parent}/final_artifact"],
+            get_lora_config(),
+            "unused.toml",
+            "",
+        )
+    # Hugging Face's Trainer calls its own so
+    (tmp_path / "trainer_state.json").write_text('{"epoch": 1.0}')
     with pytest.raises(UserError, match="damaged: checksums.json: no such file"):
         read_command_line([f"--resume_from={tmp_path}"], get_lora_config(), "unused.toml", "")
     earlier = min(s["step"] for s in best_checkpoints.saved(saved.parent))
     with pytest.raises(UserError, match="checkpoint_step_12 is later"):
-        read_command_line([f"--resume_from={saved.parent}/checkpoint_step_{earlier}"], command.config, "unused.toml", "")
+        read_command_line(
+            [f"--resume_from={saved.parent}/checkpoint_step_{earlier}"],
+            command.config,
+            "unused.toml",
+            "",
+        )

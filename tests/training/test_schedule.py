@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from lora.config.schema import TrainingConfig
 from lora.training.schedule import learning_rate_at, total_steps
@@ -20,7 +24,9 @@ def test_the_learning_rate_is_that_of_transformers(kind):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
     schedule = SCHEDULES[kind](optimizer)
     for step in range(40):
-        assert learning_rate_at(step, 40, settings) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        assert learning_rate_at(step, 40, settings) == pytest.approx(
+            optimizer.param_groups[0]["lr"], abs=1e-12
+        )
         optimizer.step()
         schedule.step()
 
@@ -36,11 +42,21 @@ def test_the_learning_rate_is_that_of_transformers(kind):
 )
 def test_warm_up_ends_where_it_is_asked_to(settings, total, warmup):
     settings = TrainingConfig(learning_rate=1.0, **settings)
-    assert learning_rate_at(warmup, total, settings) == 1.0 > learning_rate_at(warmup - 1, total, settings)
+    assert (
+        learning_rate_at(warmup, total, settings)
+        == 1.0
+        > learning_rate_at(warmup - 1, total, settings)
+    )
 
 
 @pytest.mark.parametrize(
-    "max_steps, epochs, expected", [(None, None, 10000), (30, None, 30), (None, 2.0, 25), (30, 2.0, 25), (20, 2.0, 20)]
+    "max_steps, epochs, expected",
+    [(None, None, 10000), (30, None, 30), (None, 2.0, 25), (30, 2.0, 25), (20, 2.0, 20)],
 )
 def test_the_smaller_of_max_steps_and_epochs_ends_the_run(max_steps, epochs, expected):
-    assert total_steps(TrainingConfig(max_steps=max_steps, num_train_epochs=epochs), steps_per_epoch=12.4) == expected
+    assert (
+        total_steps(
+            TrainingConfig(max_steps=max_steps, num_train_epochs=epochs), steps_per_epoch=12.4
+        )
+        == expected
+    )

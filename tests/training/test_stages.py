@@ -1,4 +1,6 @@
-"""One training after another: weights of an earlier stage with a fresh schedule, and tokens that were added."""
+"""One training after another: weights of an earlier stage with a fresh schedule, and tokens that
+were added.
+"""
 
 import json
 import shutil
@@ -22,11 +24,20 @@ import merge as merging
 from tests.conftest import run, tiny_llama
 from tests.lora.test_layer import randomise
 
-LM = dict(task="lm", max_steps=4, eval_steps=4, train_data=["arithmetic:train:60"], eval_data=["arithmetic:validation:8"])
+LM = dict(
+    task="lm",
+    max_steps=4,
+    eval_steps=4,
+    train_data=["arithmetic:train:60"],
+    eval_data=["arithmetic:validation:8"],
+)
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (folder / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    ]
     return [line["val/loss"] for line in lines if "val/loss" in line]
 
 
@@ -35,24 +46,40 @@ def losses(folder):
 def test_a_stage_begins_where_the_one_before_ended(configure, first, second):
     one = run(configure(first, "one", **LM))
     if second and not first:
-        with pytest.raises(UserError, match="holds a whole model, not an adapter; name its backbone/ as the base_model"):
+        with pytest.raises(
+            UserError,
+            match="holds a whole model, not an adapter; name its backbone/ as the base_model",
+        ):
             run(configure(second, "two", init_from=str(one / "final_artifact"), **LM))
         return
     two = run(configure(second, "two", init_from=str(one / "final_artifact"), **LM))
-    assert losses(two)[0] == pytest.approx(losses(one)[-1], abs=1e-5)  # merged: sums in another order
+    # Merged: sums in another order
+    assert losses(two)[0] == pytest.approx(losses(one)[-1], abs=1e-5)
     assert losses(two)[-1] < losses(one)[-1] < losses(one)[0]
-    settings = [json.loads(line) for line in (two / "logs" / "train_metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in settings if "train/loss" in line] == [1, 2, 3, 4]  # a schedule of its own
+    settings = [
+        json.loads(line) for line in (two / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    ]
+    # A schedule of its own
+    assert [line["step"] for line in settings if "train/loss" in line] == [1, 2, 3, 4]
 
 
 def test_a_scorer_starts_from_an_adapter_of_language_modelling(configure):
     one = run(configure(True, "one", **LM))
     two = run(
-        configure(True, "two", init_from=str(one / "checkpoints" / "checkpoint_step_4"), max_steps=1, learning_rate=1e-9)
+        configure(
+            True,
+            "two",
+            init_from=str(one / "checkpoints" / "checkpoint_step_4"),
+            max_steps=1,
+            learning_rate=1e-9,
+        )
     )
     before = load_file(one / "final_artifact" / "lora_adapter" / "adapter_model.safetensors")
     after = load_file(two / "final_artifact" / "lora_adapter" / "adapter_model.safetensors")
-    assert before.keys() == after.keys() and max((after[k] - before[k]).abs().max().item() for k in after) < 1e-6
+    assert (
+        before.keys() == after.keys()
+        and max((after[k] - before[k]).abs().max().item() for k in after) < 1e-6
+    )
 
 
 def test_full_stages_of_both_tasks_follow_each_other(configure, tmp_path):
@@ -62,7 +89,8 @@ def test_full_stages_of_both_tasks_follow_each_other(configure, tmp_path):
     tiny_llama(tie_word_embeddings=False).save_pretrained(base)
     AutoTokenizer.from_pretrained(configure(True).model.base_model).save_pretrained(base)
     scorer = run(configure(False, "scorer", base_model=str(base), max_steps=1)) / "final_artifact"
-    with pytest.raises(UserError, match="backbone: no weights for lm_head.weight"):  # not random ones
+    # Not random ones
+    with pytest.raises(UserError, match="backbone: no weights for lm_head.weight"):
         run(configure(False, "later", base_model=str(base), init_from=str(scorer), **LM))
 
 
@@ -76,8 +104,16 @@ def test_full_fine_tuning_of_an_encoder_starts_from_its_adapter(configure, tiny_
 @pytest.mark.parametrize(
     "first, second, message",
     [
-        (dict(lora_r=4), dict(lora_r=8), r"down_proj.lora_A.weight is \[4, 48\], its place is \[8, 48\]"),
-        ({}, dict(target_modules=["q_proj"]), "not among what is trained .see target_modules.*: model.layers.0.mlp.down"),
+        (
+            dict(lora_r=4),
+            dict(lora_r=8),
+            r"down_proj.lora_A.weight is \[4, 48\], its place is \[8, 48\]",
+        ),
+        (
+            {},
+            dict(target_modules=["q_proj"]),
+            "not among what is trained .see target_modules.*: model.layers.0.mlp.down",
+        ),
         (dict(target_modules=["q_proj"]), {}, "no tensors for: model.layers.0.mlp.down_proj"),
         (
             dict(lora_alpha=8),
@@ -85,7 +121,11 @@ def test_full_fine_tuning_of_an_encoder_starts_from_its_adapter(configure, tiny_
             "of another lora_alpha, alpha_pattern or use_rslora than here: model.layers.0",
         ),
         ({}, dict(use_rslora=True), "of another lora_alpha, alpha_pattern or use_rslora than here"),
-        (dict(modules_to_save=["norm"]), {}, "not among what is trained .see .* use_dora.: model.norm.weight"),
+        (
+            dict(modules_to_save=["norm"]),
+            {},
+            "not among what is trained .see .* use_dora.: model.norm.weight",
+        ),
     ],
 )
 def test_an_adapter_of_another_make_is_an_error(configure, first, second, message):
@@ -96,38 +136,72 @@ def test_an_adapter_of_another_make_is_an_error(configure, first, second, messag
 
 def test_a_stage_after_one_that_added_tokens_must_add_them_first(configure, tmp_path):
     one = run(configure(True, "one", **LM | ADDED)) / "final_artifact"
-    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", "--modules_to_save", "embed_tokens", "lm_head"]
+    flags = [
+        "--base_model=embedded",
+        "--train_data=arithmetic:train:9",
+        "--modules_to_save",
+        "embed_tokens",
+        "lm_head",
+    ]
     for tokens in ([], ["--add_special_tokens", "</step>", "<step>"]):
-        with pytest.raises(UserError, match="it has tokens of its own; begin with --add_special_tokens <step> </step>"):
-            read_command_line([*flags, *tokens, f"--init_from={one}"], get_lora_config(), "none.toml", "")
+        with pytest.raises(
+            UserError,
+            match="it has tokens of its own; begin with --add_special_tokens <step> </step>",
+        ):
+            read_command_line(
+                [*flags, *tokens, f"--init_from={one}"], get_lora_config(), "none.toml", ""
+            )
     for again in (ADDED | dict(add_special_tokens=[]), {}):
-        with pytest.raises(UserError, match="has embeddings of 2050 tokens, not 2048|not among what is trained"):
-            run(configure(True, f"two{len(again)}", init_from=str(one / "lora_adapter"), **LM | again))
+        with pytest.raises(
+            UserError, match="has embeddings of 2050 tokens, not 2048|not among what is trained"
+        ):
+            run(
+                configure(
+                    True, f"two{len(again)}", init_from=str(one / "lora_adapter"), **LM | again
+                )
+            )
     two = run(configure(True, "three", init_from=str(one), **LM | ADDED))
     assert losses(two)[0] == pytest.approx(losses(one.parent)[-1], abs=1e-5)
 
 
-@pytest.mark.parametrize("target, task", [("embed_tokens", "score"), ("embed_tokens", "lm"), ("lm_head", "lm")])
-def test_full_fine_tuning_folds_factors_of_embeddings_in_unless_they_untie_the_head(configure, tmp_path, target, task):
-    settings = LoraConfig(r=2, target_modules=["q_proj", target], task_type="CAUSAL_LM", init_lora_weights=False)
+@pytest.mark.parametrize(
+    "target, task", [("embed_tokens", "score"), ("embed_tokens", "lm"), ("lm_head", "lm")]
+)
+def test_full_fine_tuning_folds_factors_of_embeddings_in_unless_they_untie_the_head(
+    configure, tmp_path, target, task
+):
+    settings = LoraConfig(
+        r=2, target_modules=["q_proj", target], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     theirs = get_peft_model(tiny_llama(tie_word_embeddings=True), settings)
     theirs.save_pretrained(tmp_path / "theirs")
-    config = configure(False, **LM | dict(task=task, max_steps=1), init_from=str(tmp_path / "theirs"))
+    config = configure(
+        False, **LM | dict(task=task, max_steps=1), init_from=str(tmp_path / "theirs")
+    )
     if task == "lm":
-        with pytest.raises(UserError, match="gives the model a head of its own; merge it .merge.py., and train the result"):
+        with pytest.raises(
+            UserError,
+            match="gives the model a head of its own; merge it .merge.py., and train the result",
+        ):
             run(config)
     else:
         begun = load_task(config, torch.float32)
         begun.start_from(config.model.init_from)
         merged = theirs.merge_and_unload().get_input_embeddings().weight
-        torch.testing.assert_close(begun.model.get_input_embeddings().weight, merged, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            begun.model.get_input_embeddings().weight, merged, rtol=0, atol=1e-6
+        )
         run(config)
 
 
 @pytest.mark.parametrize("name", ["empty", "absent"])
 def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path, name):
     (tmp_path / "empty").mkdir()
-    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", f"--init_from={tmp_path / name}"]
+    flags = [
+        "--base_model=embedded",
+        "--train_data=arithmetic:train:9",
+        f"--init_from={tmp_path / name}",
+    ]
     with pytest.raises(UserError, match="no checkpoint, artifact or adapter; a whole"):
         read_command_line(flags, get_lora_config(), "none.toml", "")
 
@@ -137,11 +211,13 @@ def test_a_run_is_resumed_without_the_stage_it_began_with(configure):
     two = run(configure(True, "two", init_from=str(one / "final_artifact"), **LM))
     shutil.rmtree(one)
     last = two / "checkpoints" / "checkpoint_step_4"
-    command = read_command_line([f"--resume_from={last}", "--max_steps=5"], get_lora_config(), "none.toml", "")
+    command = read_command_line(
+        [f"--resume_from={last}", "--max_steps=5"], get_lora_config(), "none.toml", ""
+    )
     assert (run(command.config, last) / "checkpoints" / "checkpoint_step_5").is_dir()
 
 
-# ---------------------------------------------------------------------------------------------- added tokens
+# ------------------------------------------------------------------------------------- added tokens
 
 ADDED = dict(add_special_tokens=["<step>", "</step>"], modules_to_save=["embed_tokens", "lm_head"])
 
@@ -159,7 +235,8 @@ def test_added_tokens_are_trained_saved_and_loaded_by_us_and_by_peft(configure, 
     artifact = run(config) / "final_artifact"
 
     saved = json.loads((artifact / "lora_adapter" / "adapter_config.json").read_text())
-    assert saved["modules_to_save"] == ["lm_head", "model.embed_tokens"]  # tied ones under both names, for PEFT
+    # Tied ones under both names, for PEFT
+    assert saved["modules_to_save"] == ["lm_head", "model.embed_tokens"]
     tokenizer = AutoTokenizer.from_pretrained(artifact)
     (step,) = tokenizer("<step>", add_special_tokens=False).input_ids
     assert step >= 2048 and len(tokenizer) == 2050
@@ -174,29 +251,43 @@ def test_added_tokens_are_trained_saved_and_loaded_by_us_and_by_peft(configure, 
     torch.testing.assert_close(peers(tokens).logits, ours.model(tokens).logits, rtol=0, atol=1e-5)
     merge(ours.model)
     torch.testing.assert_close(ours.model(tokens).logits, base_logits, rtol=0, atol=1e-5)
-    merging.main(merging.read_arguments([f"--adapter={artifact}", f"--output={tmp_path / 'merged'}", "--dtype=float32"]))
+    merging.main(
+        merging.read_arguments(
+            [f"--adapter={artifact}", f"--output={tmp_path / 'merged'}", "--dtype=float32"]
+        )
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(tokens).logits, base_logits, rtol=0, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("<step>").input_ids == [step]
-    assert (ours.model.get_output_embeddings().weight is ours.model.get_input_embeddings().weight) == tied
+    assert (
+        ours.model.get_output_embeddings().weight is ours.model.get_input_embeddings().weight
+    ) == tied
 
 
 @pytest.mark.parametrize("template", [True, False])
-def test_added_tokens_are_read_in_chats_unless_the_template_writes_them(configure, tmp_path, template):
+def test_added_tokens_are_read_in_chats_unless_the_template_writes_them(
+    configure, tmp_path, template
+):
     base = tmp_path / "base"
     tiny_llama().save_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(configure(True).model.base_model)
     if not template:
         tokenizer.chat_template = None
     tokenizer.save_pretrained(base)
-    config = configure(True, base_model=str(base), task="lm", add_special_tokens=["<step>", "<|im_start|>"])
+    config = configure(
+        True, base_model=str(base), task="lm", add_special_tokens=["<step>", "<|im_start|>"]
+    )
     task = load_task(config, torch.float32)
     use_chatml(task.tokenizer)
     said = "<step>one <|im_start|>"
-    example = Example("", messages=[{"role": "user", "content": "go"}, {"role": "assistant", "content": said}])
+    example = Example(
+        "", messages=[{"role": "user", "content": "go"}, {"role": "assistant", "content": said}]
+    )
     (row,) = render([example], task.tokenizer, "lm", DataConfig(max_length=256), True)[0].rows
     step, start = task.tokenizer.convert_tokens_to_ids(["<step>", "<|im_start|>"])
-    assert row.targets.count(step) == 1 and row.tokens.count(start) == 2 and start not in row.targets
+    assert (
+        row.targets.count(step) == 1 and row.tokens.count(start) == 2 and start not in row.targets
+    )
     targets = [target for target in row.targets if target != NO_TOKEN]
     assert task.tokenizer.decode(targets[:-1], skip_special_tokens=True) == said
 
@@ -204,7 +295,9 @@ def test_added_tokens_are_read_in_chats_unless_the_template_writes_them(configur
 def test_an_adapter_that_holds_one_of_two_tied_weights_unties_them(tmp_path):
     """PEFT trains a copy of the module it saves, and leaves the other half of the tie as it was."""
     torch.manual_seed(0)
-    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM"
+    )
     peers = get_peft_model(tiny_llama(tie_word_embeddings=True), settings).eval()
     with torch.no_grad():
         for parameter in peers.parameters():
@@ -218,7 +311,12 @@ def test_an_adapter_that_holds_one_of_two_tied_weights_unties_them(tmp_path):
 
 
 def test_tokens_without_trained_embeddings_are_refused():
-    flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", "--add_special_tokens", "<step>"]
+    flags = [
+        "--base_model=embedded",
+        "--train_data=arithmetic:train:9",
+        "--add_special_tokens",
+        "<step>",
+    ]
     with pytest.raises(UserError, match="LoRA trains no embeddings; add --modules_to_save"):
         read_command_line(flags, get_lora_config(), "none.toml", "")
 
@@ -227,19 +325,30 @@ def test_tokens_without_trained_embeddings_are_refused():
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["norm"]])
 def test_modules_to_save_learn_in_fp32_beside_a_base_in_half(configure, modules, bits):
     """bfloat16 is what a GPU computes in unless it is told otherwise."""
-    folder = run(configure(True, **LM, dtype="bfloat16", load_in_4bit=bits, modules_to_save=modules))
+    folder = run(
+        configure(True, **LM, dtype="bfloat16", load_in_4bit=bits, modules_to_save=modules)
+    )
     assert losses(folder)[-1] < losses(folder)[0]
     saved = load_file(folder / "final_artifact" / "lora_adapter" / "adapter_model.safetensors")
     (module,) = (name for name in saved if name.endswith(f"model.{modules[0]}.weight"))
-    assert saved[module].dtype == torch.float32 and not torch.equal(saved[module], saved[module].bfloat16().float())
+    assert saved[module].dtype == torch.float32 and not torch.equal(
+        saved[module], saved[module].bfloat16().float()
+    )
 
 
 def test_modules_to_save_are_trained_in_fp32_and_must_exist():
     model = tiny_llama(tie_word_embeddings=True).bfloat16()
     inject(model, r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"])
     randomise(model)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
-    assert trained == {"model.embed_tokens.weight", "model.norm.weight"} and len(lora_layers(model)) == 2
+    trained = {
+        name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name
+    }
+    assert (
+        trained == {"model.embed_tokens.weight", "model.norm.weight"}
+        and len(lora_layers(model)) == 2
+    )
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    with pytest.raises(UserError, match="modules_to_save: 'wte' is not the end of the name of a module"):
+    with pytest.raises(
+        UserError, match="modules_to_save: 'wte' is not the end of the name of a module"
+    ):
         inject(tiny_llama(), r=2, modules_to_save=["wte"])

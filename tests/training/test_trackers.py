@@ -18,7 +18,10 @@ FLAGS = ["--base_model", "embedded", "--train_data", "arithmetic:train:9", "--re
 
 def test_a_package_that_is_not_there_is_one_line_before_torch(monkeypatch):
     monkeypatch.setattr(command_line, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"report_to wandb: the package is not there: pip install 'plainlora\[wandb\]'"):
+    with pytest.raises(
+        UserError,
+        match=r"report_to wandb: the package is not there: pip install 'plainlora\[wandb\]'",
+    ):
         read_command_line([*FLAGS, "wandb"], get_lora_config(), None, "")
     with pytest.raises(UserError, match="report_to mlflow: expected tensorboard, wandb"):
         read_command_line([*FLAGS, "mlflow"], get_lora_config(), None, "")
@@ -31,9 +34,16 @@ def test_wandb_gets_what_the_runs_own_file_has(configure, monkeypatch):
     package = SimpleNamespace(init=lambda **given: asked.update(given) or session, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", package)
     folder = run(configure(True, report_to="wandb", max_steps=3))
-    lines = [{k: v for k, v in line.items() if k not in ("step", "timestamp")} for line in Run.of(folder).lines]
+    lines = [
+        {k: v for k, v in line.items() if k not in ("step", "timestamp")}
+        for line in Run.of(folder).lines
+    ]
     assert [values for _, values in got] == lines and [step for step, _ in got] == [0, 1, 2, 3, 3]
-    assert asked["name"] == folder.name and asked["config"]["lora"]["lora_r"] == 16 and asked["resume"] == "allow"
+    assert (
+        asked["name"] == folder.name
+        and asked["config"]["lora"]["lora_r"] == 16
+        and asked["resume"] == "allow"
+    )
 
 
 def test_wandb_being_down_is_said_once_and_stops_nothing(configure, monkeypatch):
@@ -43,7 +53,12 @@ def test_wandb_being_down_is_said_once_and_stops_nothing(configure, monkeypatch)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
     folder = run(configure(True, report_to="wandb"))
     (log,) = (folder / "logs").glob("train_*.log")
-    assert log.read_text().count("report_to wandb: ConnectionError: no route to host; the run goes on without it") == 1
+    assert (
+        log.read_text().count(
+            "report_to wandb: ConnectionError: no route to host; the run goes on without it"
+        )
+        == 1
+    )
     assert (folder / "final_artifact").is_dir()
 
 
@@ -52,7 +67,10 @@ def test_tensorboard_has_the_curve(configure):
 
     config = configure(True, report_to="tensorboard", max_steps=6, save_steps=3)
     folder = run(config)
-    run(configure(True, report_to="tensorboard", max_steps=9), folder / "checkpoints" / "checkpoint_step_6")
+    run(
+        configure(True, report_to="tensorboard", max_steps=9),
+        folder / "checkpoints" / "checkpoint_step_6",
+    )
     found = EventAccumulator(str(folder / "logs" / "tensorboard"))
     found.Reload()
     curve = {event.step: event.value for event in found.Scalars("val/loss")}

@@ -1,4 +1,6 @@
-"""Hugging Face Trainer + PEFT = ours: the same adapter, head, data and order give the same losses, step by step."""
+"""Hugging Face Trainer + PEFT = ours: the same adapter, head, data and order give the same losses,
+step by step.
+"""
 
 import json
 
@@ -11,8 +13,14 @@ def test_twenty_steps_beside_trainer_and_peft_agree(configure, tiny_encoder, tmp
     letters, rows = "abcdefghijklmnopqrstuvwxyz", []
     generator = torch.Generator().manual_seed(0)
     for _ in range(70):
-        lengths, score = torch.randint(1, 9, (2,), generator=generator).tolist(), torch.rand(1, generator=generator).item()
-        first, second = (" ".join(letters[i] for i in torch.randint(26, (n,), generator=generator)) for n in lengths)
+        lengths, score = (
+            torch.randint(1, 9, (2,), generator=generator).tolist(),
+            torch.rand(1, generator=generator).item(),
+        )
+        first, second = (
+            " ".join(letters[i] for i in torch.randint(26, (n,), generator=generator))
+            for n in lengths
+        )
         rows.append({"sentence1": first, "sentence2": second, "score": score})
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = configure(
@@ -24,4 +32,5 @@ def test_twenty_steps_beside_trainer_and_peft_agree(configure, tiny_encoder, tmp
     assert max(losses) - min(losses) > 0.01
     # Padded against packed: fp32 sums in another order, carried through 20 updates.
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(peers), rtol=0, atol=1e-5)
-    assert abs(dev["pearson"] - peers_dev["pearson"]) < 1e-3  # of few, near-equal scores, which magnify such differences
+    # Of few, near-equal scores, which magnify such differences
+    assert abs(dev["pearson"] - peers_dev["pearson"]) < 1e-3

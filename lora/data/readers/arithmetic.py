@@ -1,18 +1,20 @@
-"""The embedded data: worked arithmetic of several chained steps, made from a seed, each step right or wrong.
+"""The embedded data: worked arithmetic of several chained steps, made from a seed, each step right
+or wrong.
 
     arithmetic:SPLIT:COUNT        SPLIT is train, validation or test; COUNT is a number of problems
 
-A problem is a start and three to six operations, "From left to right: 13*6-8+6+9". For its second step, 78-8=70, a
-wrong one is one of four slips:
+A problem is a start and three to six operations, "From left to right: 13*6-8+6+9". For its second
+step, 78-8=70, a wrong one is one of four slips:
 
     digit      78-8=74   one digit of the result is another one
     carry      78-8=80   ten too much or too little
     operator   78+8=86   another operation than the problem asks for
     carried    73-8=65   another value than the one the step before ended with
 
-and the chain goes on from whatever the step wrote, so that a step is judged by the problem and by the step before it.
-For the scoring task an example is (problem, steps, labels). For language modelling it is a text in which every slip is
-noticed and mended ("No, 78-8=70"): a base that has only read correct derivations has nothing to tell a scorer.
+and the chain goes on from whatever the step wrote, so that a step is judged by the problem and by
+the step before it. For the scoring task an example is (problem, steps, labels). For language
+modelling it is a text in which every slip is noticed and mended ("No, 78-8=70"): a base that has
+only read correct derivations has nothing to tell a scorer.
 """
 
 import random
@@ -24,7 +26,9 @@ from lora.data.examples import Example
 
 SPLITS = ("train", "validation", "test")
 OPERATIONS = "+-*"
-LIMIT = 99  # every value stays in 0..LIMIT and operands have one digit, so that a small model can learn to check
+# Every value stays in 0..LIMIT and operands have one digit, so that a small model can learn to
+# check
+LIMIT = 99
 SHARE_WRONG = 0.4
 
 
@@ -38,7 +42,8 @@ def make_problem(rng):
     operations = []
     for _ in range(rng.randrange(3, 7)):
         largest = {"+": LIMIT - value, "-": value, "*": LIMIT // value if value else 0}
-        # Products fit into the range more rarely than sums; counted twice they are still the rarest.
+        # Products fit into the range more rarely than sums; counted twice they are still the
+        # rarest.
         operation = rng.choice([o for o in OPERATIONS + "*" if largest[o] >= 2])
         operand = rng.randrange(2, min(9, largest[operation]) + 1)
         operations.append((operation, operand))
@@ -47,7 +52,9 @@ def make_problem(rng):
 
 
 def problem_text(start, operations):
-    return f"From left to right: {start}" + "".join(f"{operation}{operand}" for operation, operand in operations)
+    return f"From left to right: {start}" + "".join(
+        f"{operation}{operand}" for operation, operand in operations
+    )
 
 
 def split_of(problem):
@@ -58,17 +65,29 @@ def split_of(problem):
 def change_digit(number):
     """Every number that differs from `number` in one digit."""
     digits = str(number)
-    return [int(digits[:i] + d + digits[i + 1 :]) for i in range(len(digits)) for d in "0123456789" if d != digits[i]]
+    return [
+        int(digits[:i] + d + digits[i + 1 :])
+        for i in range(len(digits))
+        for d in "0123456789"
+        if d != digits[i]
+    ]
 
 
 def possible_slips(value, operation, operand, rest):
-    """The wrong versions (first, operation, result) of a step from which `rest` stays in range: a list for each kind."""
+    """The wrong versions (first, operation, result) of a step from which `rest` stays in range: a
+    list for each kind.
+    """
     result = calculate(value, operation, operand)
     kinds = (
         [(value, operation, wrong) for wrong in change_digit(result)],  # digit
         [(value, operation, result - 10), (value, operation, result + 10)],  # carry
-        [(value, used, calculate(value, used, operand)) for used in OPERATIONS if used != operation],  # operator
-        [(first, operation, calculate(first, operation, operand)) for first in change_digit(value)],  # carried
+        [
+            (value, used, calculate(value, used, operand))
+            for used in OPERATIONS
+            if used != operation
+        ],  # operator
+        # Carried
+        [(first, operation, calculate(first, operation, operand)) for first in change_digit(value)],
     )
     possible = [[slip for slip in kind if in_range(slip[2], rest)] for kind in kinds]
     return [kind for kind in possible if kind]
@@ -90,7 +109,9 @@ def make_chain(rng, start, operations, mend_slips):
         result = calculate(value, operation, operand)
         right = f"{value}{operation}{operand}={result}"
         rest = [] if mend_slips else operations[i + 1 :]  # what goes on from the wrong value
-        wrong_steps = possible_slips(value, operation, operand, rest) if rng.random() < SHARE_WRONG else []
+        wrong_steps = (
+            possible_slips(value, operation, operand, rest) if rng.random() < SHARE_WRONG else []
+        )
         if wrong_steps:
             first, used, wrong = rng.choice(rng.choice(wrong_steps))
             steps.append(f"{first}{used}{operand}={wrong}")
@@ -108,10 +129,14 @@ def make_chain(rng, start, operations, mend_slips):
 
 
 def read(path, task):
-    """Yield the COUNT examples that `path` ("arithmetic:SPLIT:COUNT") names; the same ones every time."""
+    """Yield the COUNT examples that `path` ("arithmetic:SPLIT:COUNT") names; the same ones every
+    time.
+    """
     match = re.fullmatch(r"arithmetic:(\w+):(\d+)", path)
     if not match or match[1] not in SPLITS or int(match[2]) < 1:
-        raise UserError(f"{path}: expected arithmetic:SPLIT:COUNT with SPLIT one of {', '.join(SPLITS)}.")
+        raise UserError(
+            f"{path}: expected arithmetic:SPLIT:COUNT with SPLIT one of {', '.join(SPLITS)}."
+        )
     split, count = match[1], int(match[2])
     rng = random.Random(f"arithmetic {split}")
     seen = set()

@@ -1,4 +1,6 @@
-"""eOBQA: a table of chains of two facts with three votes each; the share of "yes" is the label of the last step."""
+"""eOBQA: a table of chains of two facts with three votes each; the share of "yes" is the label of
+the last step.
+"""
 
 from lora.data.examples import string
 from lora.data.readers.steps import chain

@@ -1,7 +1,9 @@
-"""eQASC: a JSON list of questions with answers; the right one has chains of two facts, each judged as a whole.
+"""eQASC: a JSON list of questions with answers; the right one has chains of two facts, each judged
+as a whole.
 
-The steps are the two facts and the hypothesis that they are to show, and the judgement ("yes", or why not) is the label
-of the last step, since it is about the chain. The facts that the question was made from are right without a judgement.
+The steps are the two facts and the hypothesis that they are to show, and the judgement ("yes", or
+why not) is the label of the last step, since it is about the chain. The facts that the question was
+made from are right without a judgement.
 """
 
 from lora.common.errors import UserError
@@ -29,4 +31,6 @@ def examples(rows, data):
                         labels = [None, None, float(judged == "yes")]
                         yield chain(where, f"{stem} {choice['text']}", [*facts, hypothesis], labels)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: not a row of eQASC ({type(error).__name__}: {error}).") from None
+            raise UserError(
+                f"{where}: not a row of eQASC ({type(error).__name__}: {error})."
+            ) from None

@@ -1,11 +1,13 @@
-"""Math-Shepherd: {"input", "label", "task"}, twice the same text, with "ки" after every step, or its rating + or -.
+"""Math-Shepherd: {"input", "label", "task"}, twice the same text, with "ки" after every step, or
+its rating + or -.
 
     input    A problem. Step 1: a step ки
 Step 2: another ки
     label    A problem. Step 1: a step +
 Step 2: another -
 
-The problem ends at "Step 1:", or at its last question mark. "Step 1: " is taken off the steps: the layout may add it.
+The problem ends at "Step 1:", or at its last question mark. "Step 1: " is taken off the steps: the
+layout may add it.
 """
 
 import re
@@ -30,7 +32,9 @@ def examples(rows, data):
             continue
         match = re.fullmatch("([-+]|ки)".join(map(re.escape, text.split(MARK))), rated)
         if not match or MARK not in text[start:]:
-            raise UserError(f"{where}: label is not the text of input with + or - in the place of every {MARK}.")
+            raise UserError(
+                f"{where}: label is not the text of input with + or - in the place of every {MARK}."
+            )
         ratings = match.groups()[text[:start].count(MARK) :]
         parts = text[start:].split(MARK)
         steps = [re.sub(r"(?i)^\s*step \d+:\s*", "", part).strip() for part in parts[:-1]]

@@ -1,6 +1,8 @@
-"""A prompt and its answer under the names that public sets use: a chat of one user turn and one assistant turn.
+"""A prompt and its answer under the names that public sets use: a chat of one user turn and one
+assistant turn.
 
-{"prompt", "completion"}    {"question", "answer"}    {"instruction", "input" (may be absent or empty), "output"}
+{"prompt", "completion"}    {"question", "answer"}    {"instruction", "input" (may be absent or
+empty), "output"}
 """
 
 from lora.data.examples import Example, string, weight

@@ -1,8 +1,10 @@
-"""REVEAL: a table of one row for each piece of evidence of each step of an answer; the rows of an answer make a chain.
+"""REVEAL: a table of one row for each piece of evidence of each step of an answer; the rows of an
+answer make a chain.
 
-A logical step is right (1) or not (0), an attributed one is supported fully (1), partially (0.5) or not (0) by its best
-piece of evidence, and one that is both is worth the lower of the two. Other columns than the names below are named in
-[data.reveal_columns]: not all of these could be verified, as the data may not be passed on in plain text.
+A logical step is right (1) or not (0), an attributed one is supported fully (1), partially (0.5) or
+not (0) by its best piece of evidence, and one that is both is worth the lower of the two. Other
+columns than the names below are named in [data.reveal_columns]: not all of these could be verified,
+as the data may not be passed on in plain text.
 """
 
 from lora.common.errors import UserError
@@ -24,8 +26,13 @@ def examples(rows, data):
     for where, row in rows:
         absent = [name for name in names.values() if name not in row]
         if absent:
-            raise UserError(f"{where}: no column {', '.join(absent)}; name yours in [data.reveal_columns].")
-        row = {column: str("" if row[name] is None else row[name]).strip() for column, name in names.items()}
+            raise UserError(
+                f"{where}: no column {', '.join(absent)}; name yours in [data.reveal_columns]."
+            )
+        row = {
+            column: str("" if row[name] is None else row[name]).strip()
+            for column, name in names.items()
+        }
         if not row["step_idx"].isdigit():
             raise UserError(f"{where}: step_idx {row['step_idx']!r}; expected a number.")
         _, _, steps = answers.setdefault(row["answer_id"], (where, row["question"], {}))
@@ -38,7 +45,9 @@ def examples(rows, data):
 
 
 def label_of(rows):
-    """The label of a step from the rows of its evidence, or None where it has neither kind of label."""
+    """The label of a step from the rows of its evidence, or None where it has neither kind of
+    label.
+    """
     kind = rows[0][1]["type_label"].lower()
     values = []
     for column, other in (("attribution_label", "logic"), ("correctness_label", "attribution")):
