@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 import sys
 
-from lora.common.allocator import keep_memory
+from lora.common.allocator import keep_freed_memory
 from lora.common.exit_status import one_line_errors, require_one_process
 from lora.evaluation.arguments import read_arguments, read_examples, whole_model
 from lora.evaluation.text_metrics import passes
@@ -27,7 +27,7 @@ from lora.evaluation.text_metrics import passes
 if __name__ == "__main__":
     # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake
     # in the command line or the data is reported before the seconds that importing torch takes.
-    keep_memory()
+    keep_freed_memory()
     with one_line_errors():
         require_one_process()
         arguments, config = read_arguments(sys.argv[1:])
@@ -41,7 +41,7 @@ from lora.evaluation.generate import answers, prompt_tokens, text_tokens
 from lora.evaluation.measure import answer_rows, judge_steps, loss_numbers, retrieval_numbers
 from lora.model.device import choose_device, choose_dtype
 from lora.model.load import load_task
-from lora.training.base_integrity import file_sums, other_base
+from lora.training.base_integrity import file_sums, warn_other_base
 
 
 def load(arguments, config, device):
@@ -51,7 +51,7 @@ def load(arguments, config, device):
         task.load_head(arguments.checkpoint)
     elif arguments.checkpoint:
         task.load(arguments.checkpoint)
-        if warning := other_base(
+        if warning := warn_other_base(
             arguments.checkpoint, config.model.base_model, file_sums(config.model)
         ):
             print(warning)

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import sys
 
-from lora.common.allocator import keep_memory
+from lora.common.allocator import keep_freed_memory
 from lora.common.errors import UserError
 from lora.common.exit_status import one_line_errors, require_one_process
 from lora.config.flags import Parser, add_flags
@@ -80,7 +80,7 @@ def read_arguments(argv):
 if __name__ == "__main__":
     # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake
     # in the command line or the data is reported before the seconds that importing torch takes.
-    keep_memory()
+    keep_freed_memory()
     with one_line_errors():
         require_one_process()
         arguments = read_arguments(sys.argv[1:])
@@ -89,8 +89,8 @@ import torch
 from transformers import AutoModel
 
 from lora.adapter import load_adapter
-from lora.common.atomic_files import folder_for
-from lora.common.checksums import require_as_written
+from lora.common.atomic_files import atomic_folder
+from lora.common.checksums import verify_checksums
 from lora.export.merging import (
     class_for,
     difference,
@@ -104,13 +104,13 @@ from lora.export.merging import (
 from lora.export.portable_adapter import write_portable
 from lora.layer import merge
 from lora.model.weights import add_tokens, load_shape, load_tokenizer
-from lora.training.base_integrity import file_sums, other_base
+from lora.training.base_integrity import file_sums, warn_other_base
 
 
 def main(arguments):
     if arguments.portable:
         folder = Path(arguments.adapter)
-        with folder_for(Path(arguments.output)) as temporary:
+        with atomic_folder(Path(arguments.output)) as temporary:
             write_portable(
                 folder / "lora_adapter" if (folder / "lora_adapter").is_dir() else folder, temporary
             )
@@ -132,8 +132,8 @@ def main(arguments):
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
     model_class = AutoModel if scorer else class_for(shape)  # of a scorer the bare backbone
     if config is not None:
-        require_as_written(ours)
-        if warning := other_base(
+        verify_checksums(ours)
+        if warning := warn_other_base(
             ours, base_model, file_sums(replace(config.model, base_model=base_model))
         ):
             print(warning)
@@ -183,7 +183,7 @@ def main(arguments):
         del trained
 
     final = Path(arguments.output)
-    with folder_for(final) as temporary:
+    with atomic_folder(final) as temporary:
         model.to(dtype)
         tokenizer.save_pretrained(temporary)
         if scorer:

@@ -1,167 +1,161 @@
-"""Full fine-tuning, and the loop that every way of training here shares.
+"""Full fine-tuning, and the training loop that full fine-tuning, LoRA and QLoRA share.
 
     python train.py --base_model FOLDER --train_data FILE [--config FILE] [--learning_rate 2e-5 ...]
 
-The loop trains what requires grad. LoRA (train_lora.py) makes other tensors require grad, and that
-is all the difference. A task is a module whose `forward(batch)` returns `(loss_sum, num_targets)`;
+The loop trains whatever requires grad; train_lora.py makes other tensors require grad, and that is
+the whole difference. A task is a module whose `forward(batch)` returns `(loss_sum, num_targets)`.
 `data.batch_at(step)` gives the micro-batches of a step, a pure function of (seed, step). So the
 state of a run is weights, optimizer, step.
 """
 
 import sys
 
-from lora.common.allocator import keep_memory
-from lora.common.errors import Stopped, UserError
+from lora.common.allocator import keep_freed_memory
 from lora.common.exit_status import one_line_errors
-from lora.common.paths import ROOT
 from lora.config.command_line import read_command_line
 from lora.config.schema import Config
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 
 if __name__ == "__main__":
     # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake
     # in the command line or the data is reported before the seconds that importing torch takes.
-    keep_memory()
+    keep_freed_memory()
     with one_line_errors():
-        command = read_command_line(
-            sys.argv[1:], Config(), ROOT / "configs" / "tiny_full.toml", "Full fine-tuning."
-        )
-        source = Source(command.config)
-        command.require_same(source.files)
+        command = read_command_line(sys.argv[1:], Config(), "tiny_full.toml", "Full fine-tuning.")
+        raw_data = RawData(command.config)
+        command.require_same(raw_data.files)
 
-from functools import partial
 import math
 import time
 
 import torch
 
-from lora.common import signals
+from lora.common.errors import Stopped, UserError
 from lora.common.serialization import without_nan
+from lora.common.signals import StopSignal, catch_signals
+from lora.config.command_line import Command
 from lora.data.sampler import TrainingData
-from lora.data.token_cache import tokenised
-from lora.distributed import collectives, process_group, sharding
-from lora.evaluation.predict import evaluate, predict
-from lora.export import artifact
+from lora.data.token_cache import load_or_tokenise
+from lora.distributed import process_group
+from lora.distributed.sharding import full_tensor
+from lora.evaluation.predict import evaluate
+from lora.export.artifact import write_final_artifact
 from lora.model.device import choose_device, choose_dtype
 from lora.model.load import load_task
-from lora.model.placement import lay_out, prepare_layers
-from lora.training import base_integrity, best_checkpoints, checkpoint
-from lora.training.cached_features import keep_features
-from lora.training.gradients import backward, sum_gradients
-from lora.training.optimizer import make_optimizer, state_bytes
+from lora.model.placement import place_on_device, prepare_layers
+from lora.model.run import Run
+from lora.model.task import Task
+from lora.training import best_checkpoints, checkpoint
+from lora.training.base_integrity import compare_base, measure_base
+from lora.training.cached_features import cache_features
+from lora.training.gradients import GradientAccumulation
+from lora.training.log import Log
+from lora.training.optimizer import make_optimizer, optimizer_bytes
 from lora.training.schedule import learning_rate_at, total_steps
 from lora.training.startup import begin, describe_run
 
 
-def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
-    """Train what requires grad in `task` on `data` for `total` steps, or from a checkpoint up to
-    that step.
+def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSignal) -> None:
+    """Train what requires grad, from the beginning or from a checkpoint.
 
-    `facts` (JSON) go into the checkpoints: what a run that goes on from one must have in common
-    with this.
+    Args:
+        run: the task, its data and its configuration.
+        log: where metrics and messages go.
+        facts: goes into the checkpoints; a run that resumes one must have the same.
+        resume_from: a checkpoint folder, or "".
+        stop_signal: asks the run to end after a step.
     """
+    task, config, data = run.task, run.config, run.data
     settings = config.training
-    named = checkpoint.trainable(task)
-    parameters = list(named.values())
+    named_parameters = checkpoint.trainable_parameters(task)
+    parameters = list(named_parameters.values())
     assert all(p.dtype == torch.float32 for p in parameters), "trained weights are fp32 masters"
-    optimizer = make_optimizer(named, config, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizer = make_optimizer(named_parameters, config, run.device)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    gradients = GradientAccumulation(run, scaler, stop_signal, log)
+    max_steps = total_steps(settings, data.steps_per_epoch)
     folder = log.run_dir / "checkpoints"
 
-    step, resumed_at, without_best, skipped, stop = 0, None, 0, 0, False
+    step, resumed_at = 0, None
+    evaluations_without_best, skipped_steps = 0, 0
     if resume_from:
-        before = checkpoint.load(resume_from, task, optimizer)
-        step = resumed_at = before["step"]
-        without_best, skipped = before["without_best"], before["skipped"]
-        scaler.load_state_dict(before["scaler"])
-    # Of no checkpoints where a run branches off
-    best_loss = collectives.of_first(best_checkpoints.best_loss, folder)
-
-    def gradients(step):
-        """Add the gradients of a step over all processes, in smaller micro-batches if memory runs
-        out.
-
-        Returns the loss, and whether a signal asks for the end.
-        """
-        while True:
-            totals = backward(task, data, step, scaler, settings.seed, device, dtype)
-            sum_gradients(parameters, totals)
-            loss, out_of_memory, stop = totals.tolist()  # here the host waits for the device
-            if not out_of_memory:
-                return loss, stop > 0
-            optimizer.zero_grad(set_to_none=True)
-            log.say(data.halve(step))
+        state = checkpoint.load(resume_from, task, optimizer)
+        step = resumed_at = state["step"]
+        evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
+        scaler.load_state_dict(state["scaler"])
+    best_loss = best_checkpoints.best_loss(folder)
 
     task.train()
-    # The longest rows first, without an update, beside as much memory as the optimizer will take
-    # from the first update on: what does not fit shows now and not after forty steps.
-    optimizer_bytes = 0 if resume_from else state_bytes(parameters, settings.optimizer)
-    reserved = torch.empty(optimizer_bytes, dtype=torch.int8, device=device)
-    gradients(None)
-    optimizer.zero_grad(set_to_none=True)
-    del reserved
-    log.start(step, total)
+    gradients.try_largest_step(
+        reserved_bytes=0 if resume_from else optimizer_bytes(parameters, settings.optimizer)
+    )
+    log.start(step, max_steps)
+    stop = False
     while True:
         # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never
-        # lost.
-        last, metrics, save = step >= total, None, False
+        # lost. A resumed run has done both at its first step.
+        last = step >= max_steps
+        metrics, is_among_best = None, False
         if step != resumed_at and (last or step % settings.eval_steps == 0):
-            metrics = evaluate(task, data, device, dtype, partial(log.examples, step))
+            metrics, *evaluated = evaluate(run)
+            log.example_losses(step, run, *evaluated)
             log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
         if metrics and step > 0:
-            save = collectives.of_first(best_checkpoints.enters_best, folder, metrics["loss"])
-            without_best += 1
+            is_among_best = best_checkpoints.is_among_best(folder, metrics["loss"])
+            evaluations_without_best += 1
             if metrics["loss"] < best_loss:
-                best_loss, without_best = metrics["loss"], 0
+                best_loss, evaluations_without_best = metrics["loss"], 0
                 log.say(f"New best validation loss: {best_loss:.6f} at step {step}")
-            if 0 < settings.early_stopping_patience <= without_best:
-                log.say(f"Stopping at step {step}: {without_best} evaluations without a new best.")
+            if 0 < settings.early_stopping_patience <= evaluations_without_best:
+                without = f"{evaluations_without_best} evaluations without a new best"
+                log.say(f"Stopping at step {step}: {without}.")
                 last = True
-        if step not in (0, resumed_at) and (
-            save or last or stop or step % config.output.save_steps == 0
-        ):
+        save_now = is_among_best or last or stop or step % config.output.save_steps == 0
+        if save_now and step not in (0, resumed_at):
             state = {
-                "without_best": without_best,
-                "skipped": skipped,
+                "without_best": evaluations_without_best,
+                "skipped": skipped_steps,
                 "scaler": scaler.state_dict(),
-            }
-            state |= data.layout | {
+                **data.layout,
                 "config": config.as_dict(),
                 "facts": facts,
                 "val": metrics and without_nan(metrics),
             }
             checkpoint.save(folder, step, task, optimizer, state)
         if stop:
-            raise signals.stopped(step)
+            raise stop_signal.interrupted(step)
         if last:
             break
 
-        # 2. and 3. The gradients of this step's micro-batches, divided by the number of targets
-        # over all of them.
+        # 2. and 3. Count the targets of this step's micro-batches over all processes, and add the
+        # gradients of (sum of losses) / (number of targets).
         started = time.monotonic()
-        loss, stop = gradients(step)
+        loss, stop = gradients.of_step(step)
 
-        # 4. Clip, stop (or skip the step) before the update if anything is not finite, set the
-        # learning rate, step.
+        # 4. Clip the gradients, set the learning rate, and update the weights. If anything is not
+        # finite, every process stops (or skips the step) before the update.
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
-        grad_norm = sharding.whole(norm).item()
-        learning_rate = learning_rate_at(step, total, settings)
+        grad_norm = full_tensor(norm).item()
+        learning_rate = learning_rate_at(step, max_steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
-        # Fp16: the scaler skips
-        if math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(grad_norm)):
+        # In float16 the scaler itself skips a step whose gradients are not finite.
+        grad_norm_is_fine = scaler.is_enabled() or math.isfinite(grad_norm)
+        if math.isfinite(loss) and grad_norm_is_fine:
             scaler.step(optimizer)
         else:
+            skipped_steps += 1
             found = f"step {step}: loss {loss}, gradient norm {grad_norm}"
-            skipped += 1
-            if skipped > settings.skip_nonfinite:
-                mend = "Lower --learning_rate, look at its rows (in status.json), or allow N such steps: --skip_nonfinite N"
-                rows = data.rows_at(step).tolist()
-                raise Stopped(f"{found}; stopped before the update. {mend}.", step=step, rows=rows)
-            log.say(
-                f"{found}; the update is left out ({skipped} of {settings.skip_nonfinite} that may be)"
-            )
+            if skipped_steps > settings.skip_nonfinite:
+                raise Stopped(
+                    f"{found}; stopped before the update. Lower --learning_rate, look at its rows "
+                    "(in status.json), or allow N such steps: --skip_nonfinite N.",
+                    step=step,
+                    rows=data.rows_at(step).tolist(),
+                )
+            allowed = f"{skipped_steps} of {settings.skip_nonfinite} that may be"
+            log.say(f"{found}; the update is left out ({allowed})")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -173,63 +167,64 @@ def train(task, data, config, log, device, dtype, total, facts, resume_from=""):
             log.metrics(step, {f"train/{name}": value for name, value in values.items()})
 
 
-def run(task, command, source, device, dtype):
-    """A whole run of a task that is ready to be trained: tokenise, train, keep the weights of the
-    best validation loss.
+def run_training(
+    task: Task, command: Command, raw_data: RawData, device: torch.device, dtype: torch.dtype
+) -> dict | None:
+    """Tokenise, train, and write the artifact with the weights of the best validation loss.
+
+    Returns:
+        The results that final_results.json holds; None for --check and --dry_run, and on every
+        rank but the first.
     """
-    config, started = command.config, time.monotonic()
-    if config.model.init_from not in ("", "scratch") and not command.resume_from:
+    started = time.monotonic()
+    config, resume_from = command.config, command.resume_from
+    if config.model.init_from not in ("", "scratch") and not resume_from:
         task.start_from(config.model.init_from)
-    rows, held_out, of_data = tokenised(source, task)
-    before = best_checkpoints.read_state(command.resume_from) if command.resume_from else None
-    data = TrainingData(
-        rows, held_out, config, task.packed, process_group.rank(), process_group.world(), before
-    )
-    total = total_steps(config.training, data.steps_per_epoch)
-    if before and before["step"] >= total and not command.auto:
-        raise UserError(
-            f"--resume_from {command.resume_from}: that run of {total} steps is complete; raise --max_steps."
-        )
+    rows, held_out, data_facts = load_or_tokenise(raw_data, task)
+    state = best_checkpoints.read_state(resume_from) if resume_from else None
+    rank, world_size = process_group.rank(), process_group.world_size()
+    data = TrainingData(rows, held_out, config, task.packed, rank, world_size, layout=state)
+    run = Run(task, config, data, device, dtype)
+    max_steps = total_steps(config.training, data.steps_per_epoch)
+    if state and state["step"] >= max_steps and not command.auto:
+        complete = f"that run of {max_steps} steps is complete"
+        raise UserError(f"--resume_from {resume_from}: {complete}; raise --max_steps.")
     prepare_layers(task.model, config.training)
-    opening = describe_run(task, config, data, of_data, total, device, dtype)
+    description = describe_run(run, data_facts)
     if command.check:
-        from lora.preflight import check
+        from lora.preflight.check import check
 
-        return check.run(opening, task, source, rows, of_data, config, device, backward, evaluate)
-    if command.dry_run:
-        from lora.preflight import dry_run
-
-        return dry_run.dry_run(
-            opening, task, data, config, total, device, dtype, backward, evaluate
-        )
-    lay_out(task, config, device, dtype)
-    log, base, facts = begin(opening, task, command, source, before, device, dtype)
-    keep_features(
-        task,
-        data,
-        total,
-        config,
-        partial(predict, task, device=device, dtype=dtype, method="at_targets"),
-    )
-    with signals.watching():
-        train(task, data, config, log, device, dtype, total, facts, command.resume_from)
-    process_group.stop()
-    if process_group.rank() > 0:
+        print(description)
+        check(run, raw_data, data_facts)
         return None
-    log.say(base_integrity.compare(base, base_integrity.measure(task, config)))
-    results = artifact.conclude(task, config, log, base["files"], source.files, device, started)
+    if command.dry_run:
+        from lora.preflight.dry_run import dry_run
+
+        print(description)
+        dry_run(run)
+        return None
+    place_on_device(task, config, device, dtype)
+    log, base, facts = begin(run, command, raw_data, state, description)
+    cache_features(run, max_steps)
+    with catch_signals() as stop_signal:
+        train(run, log, facts, resume_from, stop_signal)
+    process_group.leave()
+    if rank > 0:
+        return None
+    log.say(compare_base(base, measure_base(task, config)))
+    results = write_final_artifact(run, log, base["files"], raw_data.files, started)
     log.close()
     return results
 
 
-def main(command, source):
+def main(command: Command, raw_data: RawData) -> dict | None:
     device = choose_device(command.config.training.device)
-    process_group.start(device)
+    process_group.join(device)
     dtype = choose_dtype(command.config, device)
     task = load_task(command.config, torch.float32)
-    return run(task, command, source, device, dtype)
+    return run_training(task, command, raw_data, device, dtype)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(command, source)
+    with one_line_errors(command.status):
+        main(command, raw_data)

@@ -22,13 +22,13 @@ def save_base(folder, model_type="llama", seed=0, **shape):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from lora.common.base_files import EMBEDDED
+    from lora.common.base_files import EMBEDDED_BASE
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **shape)
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(folder)
     return model
 
 

@@ -37,7 +37,7 @@ import time
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from lora.common.allocator import keep_memory
+from lora.common.allocator import keep_freed_memory
 
 LEARNING_RATE, RANK, ALPHA, WARMUP = 1e-3, 16, 32, 2  # WARMUP: steps without a time
 FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -213,10 +213,10 @@ def prepare(work, folder):
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from lora.adapter import save_adapter
-    from lora.common.base_files import EMBEDDED
-    from lora.data.raw_data import Source
+    from lora.common.base_files import EMBEDDED_BASE
+    from lora.data.raw_data import RawData
     from lora.data.sampler import TrainingData
-    from lora.data.token_cache import tokenised
+    from lora.data.token_cache import load_or_tokenise
     from lora.layer import inject, lora_layers
     from lora.model.load import load_task
 
@@ -229,7 +229,7 @@ def prepare(work, folder):
     tokenizer = (
         numbered_words(SHAPES[work.shape]["vocab_size"])
         if synthetic
-        else AutoTokenizer.from_pretrained(EMBEDDED)
+        else AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     )
     tokenizer.save_pretrained(folder / "base")
     write_data(work, folder, SHAPES[work.shape]["vocab_size"])
@@ -239,7 +239,7 @@ def prepare(work, folder):
         torch.nn.init.normal_(layer.lora_B.weight, std=0.02)
     save_adapter(model, folder / "adapter")
     config = our_command(work, folder, OURS["ours, fp32"]).config
-    rows, held_out, _ = tokenised(Source(config), load_task(config, torch.float32))
+    rows, held_out, _ = load_or_tokenise(RawData(config), load_task(config, torch.float32))
     data, steps = TrainingData(rows, held_out, config), []
     for step in range(work.steps):
         spans = [slice(rows.offsets[i], rows.offsets[i + 1]) for i in data.rows_at(step)]
@@ -350,10 +350,10 @@ def ours(work, folder, side):
     """(memory before, losses, seconds of the steps) of a run of this project."""
     take_away(side.get("without"))
     script = __import__(work.script)
-    from lora.data.raw_data import Source
+    from lora.data.raw_data import RawData
 
     command = our_command(work, folder, side)
-    source = Source(command.config)
+    source = RawData(command.config)
     before = peak_memory()
     script.main(command, source)
     lines = (Path(command.run_dir) / "logs" / "train_metrics.jsonl").read_text().splitlines()
@@ -378,17 +378,17 @@ def take_away(technique):
     from lora.model import attention, compatibility, heads, load, task
     import train_lora
 
-    tried = compatibility.disagreement
+    tried = compatibility.find_incompatibility
     if technique == "frozen weights kept in bfloat16":  # autocast casts them in every step
         train_lora.load_task = lambda config, dtype: load.load_task(config, torch.float32)
     elif technique == "attention in matrix products":
         attention.SHORT = 0
     elif technique in ("packing", "packing and sorting"):
-        compatibility.disagreement = lambda task: (
+        compatibility.find_incompatibility = lambda task: (
             "it is to be padded" if task.packed else tried(task)
         )
         if technique == "packing and sorting":  # one padded batch
-            batches.MOST_PADDING = 1.0
+            batches.MAX_PADDING = 1.0
     elif technique == "the head in chunks":
         heads.LMHead.chunks = staticmethod(lambda hidden, vocabulary: [slice(0, len(hidden))])
     elif technique == "logits of targets only":
@@ -406,7 +406,7 @@ def theirs(work, folder, library, dtype, settings):
     """
     settings = dict(settings)
     if settings.pop("keeps", False):
-        keep_memory()
+        keep_freed_memory()
     from datasets import Dataset
     from peft import PeftModel
     import torch

@@ -35,13 +35,14 @@ from eval import load
 from lora.config.command_line import Command
 from lora.config.schema import Config, EvaluationConfig, get_lora_config
 from lora.data.batches import Rows
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 from lora.data.readers import read
 from lora.data.split import split_by_prompt
-from lora.data.tokenise import Row, render
+from lora.data.tokenise import Row, tokenise
 from lora.evaluation import best_of_n, step_metrics, trivial_scorers
 from lora.evaluation.arguments import read_arguments
 from lora.evaluation.generate import step_scores
+from lora.evaluation.predict import predict
 from lora.model.load import load_task
 import train  # before torch: it sets the allocator up
 import train_lora
@@ -108,7 +109,7 @@ def trained(arguments, base, folder, training):
     """
     training, validation = split_by_prompt(training, 0.05)
     config = configure(arguments, base, folder, training, validation)
-    results = train_lora.main(Command(config, folder / "run"), Source(config))
+    results = train_lora.main(Command(config, folder / "run"), RawData(config))
     task = load(
         *read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), device=CPU
     )
@@ -179,7 +180,7 @@ def forward(arguments, base, folder):
         e for e in read([str(path)], "score")[:: 3600 // 24] if len("".join(e.steps)) < 3000
     ]
     whole, single = [], []
-    for rendered in render(examples, task.tokenizer, "score", config.data, True):
+    for rendered in tokenise(examples, task.tokenizer, "score", config.data, True):
         for row in rendered.rows:
             whole.append(row)
             ends = [i + 1 for i, target in enumerate(row.targets) if target == target]
@@ -187,10 +188,10 @@ def forward(arguments, base, folder):
     said, seconds = {}, {"one": [], "each": []}
     for _ in range(3):
         for name, rows in (("one", whole), ("each", single)):
-            table = Rows.of(((row, 0) for row in rows), "score")
+            table = Rows.from_rows(((row, 0) for row in rows), "score")
             batches = table.batches(range(len(table)), 4096)
             started = time.monotonic()
-            said[name] = train.predict(task, batches, CPU, torch.float32)[0]
+            said[name] = predict(task, batches, CPU, torch.float32).values
             seconds[name].append(time.monotonic() - started)
     ratios = [b / a for a, b in zip(seconds["one"], seconds["each"])]
     return {
@@ -216,12 +217,12 @@ def features(arguments, base, folder):
     shape.hidden_dropout_prob = 0.0
     shape.save_pretrained(base)
     runs = {}
-    for name, keep in (("kept", train.keep_features), ("asked", lambda *_: None)):
+    for name, keep in (("kept", train.cache_features), ("asked", lambda *_: None)):
         config = configure(arguments, base, folder, training, validation)
         config.lora.lora_r, config.output.experiment_name, config.output.logging_steps = 0, name, 1
         config.training.max_steps, config.training.eval_steps = 3 * arguments.steps, 10**6
-        train.keep_features = keep
-        train_lora.main(Command(config, folder / name), Source(config))
+        train.cache_features = keep
+        train_lora.main(Command(config, folder / name), RawData(config))
         runs[name] = [
             (line["timestamp"], line["train/loss"]) for line in metrics(folder / name, "train/loss")
         ]

@@ -38,12 +38,12 @@ os.environ |= {
 from common import ROOT, metrics, save_base
 import torch
 
-from lora.common.checksums import damage
+from lora.common.checksums import find_damage
 from lora.common.errors import UserError
 from lora.common.exit_status import one_line_errors
 from lora.config.command_line import read_command_line
 from lora.config.schema import Config, get_lora_config
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
 from lora.model.task import Task
 from lora.training import best_checkpoints, checkpoint
@@ -95,7 +95,7 @@ class Bench:
         with one_line_errors():
             config = get_lora_config() if lora else Config()
             command = read_command_line([*self.flags(kind, name), *more], config, "unused.toml", "")
-            source = Source(command.config)
+            source = RawData(command.config)
             command.require_same(source.files)
         with one_line_errors():
             (train_lora if lora else train).main(command, source)
@@ -183,7 +183,7 @@ class Bench:
     def whole(self, name):
         """The steps of the checkpoints of a run, each of which is as it was written, or None."""
         found = list((self.folder / name / "checkpoints").glob("checkpoint_step_*"))
-        if any(damage(path, "trainer_state.json") for path in found):
+        if any(find_damage(path, "trainer_state.json") for path in found):
             return None
         return sorted(int(path.name.rpartition("_")[2]) for path in found)
 
@@ -373,7 +373,7 @@ def damaged_checkpoints(bench, flips=200, truncations=50):
     name = bench.name()
     bench.run("lora", name)
     folder = bench.folder / name / "checkpoints"
-    states = best_checkpoints.saved(folder)
+    states = best_checkpoints.saved_states(folder)
     newest, before = states[-1]["path"], states[-2]["path"]
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     flags = bench.flags("lora", name)
@@ -417,7 +417,7 @@ def limit_files(limit, rank):
 
     def prune(folder):
         undisturbed(folder)
-        if best_checkpoints.saved(folder):
+        if best_checkpoints.saved_states(folder):
             resource.setrlimit(
                 resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
             )
@@ -517,7 +517,9 @@ def not_finite(bench):
     )
     stopped = stopped and bench.whole(name) and max(bench.whole(name)) <= status["step"]
     went_on = bench.run("lora", tolerant, poison, world=2, more=["--skip_nonfinite", "1"]) == [0, 0]
-    skipped = best_checkpoints.saved(bench.folder / tolerant / "checkpoints")[-1]["skipped"] == 1
+    skipped = (
+        best_checkpoints.saved_states(bench.folder / tolerant / "checkpoints")[-1]["skipped"] == 1
+    )
     return (
         2,
         bool(stopped) + (went_on and skipped),
@@ -606,7 +608,7 @@ def overhead(bench):
             report.write_text(json.dumps(took))
 
         checkpoint.save = timed
-        train_lora.main(command, Source(command.config))
+        train_lora.main(command, RawData(command.config))
 
     ended([forked(bench.folder / "overhead_0.txt", timed_run)])
     times = [line["timestamp"] for line in metrics(bench.folder / "overhead", "train/loss")]

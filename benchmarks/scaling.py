@@ -82,7 +82,9 @@ def measure(point, dtype):
             [t if i < point["labelled"] * length else NO_TOKEN for i, t in enumerate(tokens)],
         )
 
-    batch = Rows.of(((row(), 0) for _ in range(point["batch"])), kind).batch(range(point["batch"]))
+    batch = Rows.from_rows(((row(), 0) for _ in range(point["batch"])), kind).batch(
+        range(point["batch"])
+    )
     before, seconds = peak_memory(model.device), []
     for _ in range(REPEATS + 1):
         task.zero_grad(set_to_none=True)

@@ -32,16 +32,17 @@ from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments
 from lora import get_lora_config, inject
 from lora.common.paths import ROOT
 from lora.common.seeds import seed_for
+from lora.common.signals import StopSignal
 from lora.data.sampler import TrainingData, shuffle
 from lora.data.split import read_data
-from lora.data.token_cache import tokenise
+from lora.data.token_cache import tokenise_examples
 from lora.evaluation.predict import predict
 from lora.evaluation.statistics import pearson, spearman
 from lora.layer import lora_layers
 from lora.model.heads import MLPHead
 from lora.model.load import load_task
+from lora.model.run import Run
 from lora.training.log import Log
-from lora.training.schedule import total_steps
 from train import train  # before torch: it sets the allocator up, for both sides
 
 EQUAL_STEPS = 200  # of part 1
@@ -89,7 +90,9 @@ def ours(config, dropout):
     set_dropout(task.model, dropout)  # the base's own; neither side drops anything in LoRA or head
     torch.manual_seed(seed_for(config.training.seed, "lora"))
     inject(task.model, config.lora.lora_r, config.lora.lora_alpha)
-    (rows, _), (held_out, _) = (tokenise(part, task, config, "stsb") for part in read_data(config))
+    (rows, _), (held_out, _) = (
+        tokenise_examples(part, task, config, "stsb") for part in read_data(config)
+    )
     data = TrainingData(rows, held_out, config)
     data.max_eval_rows = 1  # the evaluations of the loop are not what is compared
     start = {
@@ -102,16 +105,21 @@ def ours(config, dropout):
         "held_out": held_out,
     }
     log = Log(config.output.output_dir, config)
-    steps = total_steps(config.training, data.steps_per_epoch)
-    train(task, data, config, log, torch.device("cpu"), torch.float32, steps, facts={})
+    run = Run(task, config, data, torch.device("cpu"), torch.float32)
+    train(run, log, facts={}, resume_from="", stop_signal=StopSignal())
     log.close()
     lines = (log.run_dir / "logs" / "train_metrics.jsonl").read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "train/loss" in line]
-    said, targets, _ = predict(
+    predictions = predict(
         task, held_out.batches(range(len(held_out)), 4096), torch.device("cpu"), torch.float32
     )
     seconds = steps[-1]["timestamp"] - steps[0]["timestamp"]
-    return [step["train/loss"] for step in steps], agreement(said, targets), seconds, start
+    return (
+        [step["train/loss"] for step in steps],
+        agreement(predictions.values, predictions.targets),
+        seconds,
+        start,
+    )
 
 
 class Peer(nn.Module):
@@ -162,7 +170,7 @@ def examples(rows, indices):
         tokens = torch.from_numpy(rows.tokens[span]).long()
         yield {
             "input_ids": tokens,
-            "token_type_ids": torch.from_numpy(rows.segments[span]).long(),
+            "token_type_ids": torch.from_numpy(rows.token_type_ids[span]).long(),
             "labels": rows.targets[span][-1],
         }
 

@@ -14,9 +14,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora.adapter_format import config_of, plain, rank, read_config, read_tensors, trained_whole
-from lora.common.errors import UserError, refuse_any
+from lora.common.errors import UserError, raise_if_any
 from lora.layer import LoRAEmbedding, LoRALinear, lora_layers, wrap
-from lora.target_modules import by_pattern, embeddings_of, ends_with_one, prefix_of, untie
+from lora.target_modules import (
+    by_pattern,
+    causal_lm_prefix,
+    embedding_modules,
+    matches_ending,
+    untie,
+)
 
 KINDS = (nn.Linear, nn.Embedding, Conv1D, LoRALinear, LoRAEmbedding)  # Linear4bit is an nn.Linear
 
@@ -32,14 +38,14 @@ def factors(layer):
 
 def save_adapter(model, folder):
     """Write the adapter of `model` in PEFT's format. Tensors are fp32, as they were trained."""
-    layers, prefix = lora_layers(model), prefix_of(model)
+    layers, prefix = lora_layers(model), causal_lm_prefix(model)
     tensors = {
         f"{name}.{factor}": weight
         for name, layer in layers.items()
         for factor, weight in factors(layer).items()
     }
     for name, layer in layers.items():
-        if layer in embeddings_of(model):  # they may have been given rows that no base has
+        if layer in embedding_modules(model):  # they may have been given rows that no base has
             tensors[f"{name}.base_layer.weight"] = layer.base_layer.weight
     tensors |= dict(trained_whole(model))
     copies = {
@@ -97,12 +103,12 @@ def load_adapter(model, folder):
     names = {plain(name): name for name in ours}
     theirs |= {names[name]: tensor for name, tensor in whole.items()}
     trained = {name for name, weight in ours.items() if weight.requires_grad}
-    refuse_any(trained - theirs.keys(), f"{folder}: the adapter has no tensors for")
+    raise_if_any(trained - theirs.keys(), f"{folder}: the adapter has no tensors for")
     if injected:
         strange = {
             name for name in theirs.keys() - trained if not name.endswith(".base_layer.weight")
         }
-        refuse_any(
+        raise_if_any(
             strange,
             f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora)",
         )
@@ -112,13 +118,13 @@ def load_adapter(model, folder):
         for where, layer in lora_layers(model).items()
         if (layer.alpha, layer.rslora) != scales[where]
     ]
-    refuse_any(other, f"{folder}: of another lora_alpha, alpha_pattern or use_rslora than here")
+    raise_if_any(other, f"{folder}: of another lora_alpha, alpha_pattern or use_rslora than here")
     odd = {
         name: (list(t.shape), list(ours[name].shape))
         for name, t in theirs.items()
         if t.shape != ours[name].shape
     }
-    refuse_any(
+    raise_if_any(
         (f"{name} is {shape}, its place is {room}" for name, (shape, room) in odd.items()),
         str(folder),
     )
@@ -138,7 +144,7 @@ def places(model, folder, names, among):
     the other is not.
     """
     prefix, inner, among = (
-        prefix_of(model),
+        causal_lm_prefix(model),
         f"{getattr(model, 'base_model_prefix', '')}.",
         set(among),
     )
@@ -151,7 +157,7 @@ def places(model, folder, names, among):
         for name, spellings in spelled.items()
     }
     lost = [name for name, where in found.items() if where is None]
-    refuse_any(lost, f"{folder}: no such layer (or module to save) in the model")
+    raise_if_any(lost, f"{folder}: no such layer (or module to save) in the model")
     if len(set(found.values())) < len(found):
         raise UserError(
             f"{folder}: two spellings of one layer of the model: {', '.join(found)[:300]}."
@@ -170,9 +176,9 @@ def require_targets(folder, config, others):
         return
     whole = config.get("modules_to_save") or []
     absent = {
-        name for name in others if ends_with_one(name, targets) and not ends_with_one(name, whole)
+        name for name in others if matches_ending(name, targets) and not matches_ending(name, whole)
     }
-    refuse_any(absent, f"{folder}: the adapter has no tensors for what its target_modules name")
+    raise_if_any(absent, f"{folder}: the adapter has no tensors for what its target_modules name")
 
 
 def layer_for(base_layer, tensors, alpha, config):

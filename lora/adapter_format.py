@@ -13,8 +13,8 @@ import re
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
-from lora.common.base_files import plain_file
-from lora.common.errors import UserError, one_line, refuse_any
+from lora.common.base_files import refuse_outside_link
+from lora.common.errors import UserError, library_errors, raise_if_any
 from lora.common.serialization import read_file
 from lora.layer import LoRALinear
 from lora.target_modules import by_pattern
@@ -109,7 +109,7 @@ def read_config(folder):
     """adapter_config.json, refused where it asks for something that this reader would have to
     ignore.
     """
-    path = plain_file(Path(folder) / "adapter_config.json")
+    path = refuse_outside_link(Path(folder) / "adapter_config.json")
     config = DEFAULTS | read_file(path)
     for key, allowed in HONOURED.items():
         if key in config and config[key] not in allowed:
@@ -130,7 +130,7 @@ def read_config(folder):
         **{key: type(config[key]) is bool for key in ("use_rslora", "use_dora", "lora_bias")},
         **{key: are_patterns(config[key] or {}) for key in ("rank_pattern", "alpha_pattern")},
     }
-    refuse_any(
+    raise_if_any(
         (f"{key} = {config[key]!r:.300}" for key in fine if not fine[key]),
         f"{path}: nothing that LoRA can have",
     )
@@ -160,7 +160,7 @@ def read_tensors(folder, config):
     """({module name: {factor: tensor}}, {parameter name: tensor that stands in the base's place}),
     in fp32.
     """
-    path = plain_file(Path(folder) / "adapter_model.safetensors")
+    path = refuse_outside_link(Path(folder) / "adapter_model.safetensors")
     if not path.is_file():
         old, new = (repr(path.with_suffix(suffix).name) for suffix in (".bin", ".safetensors"))
         convert = f"import torch, safetensors.torch as s; s.save_file(torch.load({old}), {new})"
@@ -170,14 +170,14 @@ def read_tensors(folder, config):
             else ""
         )
         raise UserError(f"{path}: no such file; only safetensors adapters are read{hint}.")
-    with one_line(f"{path}: damaged, copy it again"):
+    with library_errors(f"{path}: damaged, copy it again"):
         tensors = load_file(path)
     odd = [
         key
         for key, tensor in tensors.items()
         if not (tensor.is_floating_point() and tensor.float().isfinite().all())
     ]
-    refuse_any(odd, f"{path}: not finite numbers")
+    raise_if_any(odd, f"{path}: not finite numbers")
     named = {
         key.removeprefix("base_model.model."): tensor.float() for key, tensor in tensors.items()
     }
@@ -196,7 +196,7 @@ def read_tensors(folder, config):
             f"{path}: two tensors of one name, with and without base_model.model. or base_layer."
         )
     odd = [name for name, found in modules.items() if not is_pair(found)]
-    refuse_any(
+    raise_if_any(
         odd if modules else ["there are none in the file"], f"{path}: not a pair of LoRA factors"
     )
     odd = [
@@ -204,11 +204,11 @@ def read_tensors(folder, config):
         for name, found in modules.items()
         if rank(found) != by_pattern(config["rank_pattern"], name, config["r"])
     ]
-    refuse_any(odd, f"{path}: of another rank than r and rank_pattern say")
+    raise_if_any(odd, f"{path}: of another rank than r and rank_pattern say")
     linear = {name: found for name, found in modules.items() if "lora_A.weight" in found}
     for key, factor in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
         odd = [name for name, found in linear.items() if (factor in found) != config[key]]
-        refuse_any(odd, f"{path}: {key} = {config[key]} in the config is not so of these layers")
+        raise_if_any(odd, f"{path}: {key} = {config[key]} in the config is not so of these layers")
     return modules, whole
 
 

@@ -17,11 +17,11 @@ from lora.common.errors import UserError
 from lora.quantization import dense, dense_weight, is_4bit
 from lora.target_modules import (
     by_pattern,
-    embeddings_of,
+    causal_lm_prefix,
+    embedding_modules,
+    layer_sizes,
     matching_names,
     named_modules,
-    prefix_of,
-    sizes,
     untie,
 )
 
@@ -45,7 +45,7 @@ class LoRALinear(nn.Module):
             raise UserError(
                 f"target_modules: a {type(base_layer).__name__}; expected dense layers, or those of bitsandbytes' 4 bits."
             )
-        n_in, n_out = sizes(base_layer)
+        n_in, n_out = layer_sizes(base_layer)
         # Or the first evaluation cuts its gradients on some CPUs, as in lora/quantize.py
         if is_4bit(base_layer):
             base_layer.support_avx512bf16_for_cpu = False
@@ -166,12 +166,12 @@ def inject(
     """
     whole = named_modules(model, modules_to_save)
     names = [name for name in matching_names(model, target_modules) if name not in whole]
-    prefix = prefix_of(model)
+    prefix = causal_lm_prefix(model)
     if not names:
         raise UserError(
             "modules_to_save names all of target_modules, and leaves nothing for LoRA; name other targets."
         )
-    room = max(min(sizes(model.get_submodule(name))) for name in names)
+    room = max(min(layer_sizes(model.get_submodule(name))) for name in names)
     if not 1 <= r <= room:
         raise UserError(f"lora_r = {r}: expected 1..{room}, for which the largest layer has room.")
     for pattern in [*(rank_pattern or {}), *(alpha_pattern or {})]:
@@ -206,7 +206,9 @@ def wrap(model, layers):
         )
     model.requires_grad_(False)
     if any(
-        layer.base_layer is module for layer in layers.values() for module in embeddings_of(model)
+        layer.base_layer is module
+        for layer in layers.values()
+        for module in embedding_modules(model)
     ):
         untie(model)
     for name, layer in layers.items():

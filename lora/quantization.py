@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora.common.errors import UserError
-from lora.target_modules import linear_names, sizes
+from lora.target_modules import layer_sizes, linear_names
 
 
 def bitsandbytes(purpose, device):
@@ -76,7 +76,10 @@ class FourBitQuantizer(HfQuantizer):
         for name in linear_names(model):
             old = model.get_submodule(name)
             new = bnb.nn.Linear4bit(
-                *sizes(old), old.bias is not None, **self.quantization_config.layer, device="meta"
+                *layer_sizes(old),
+                old.bias is not None,
+                **self.quantization_config.layer,
+                device="meta",
             )
             new.was_conv1d = isinstance(old, Conv1D)
             # Else bitsandbytes 0.50.2 repacks the weight at the first evaluation, and gradients are
@@ -125,15 +128,15 @@ def share_4bit(model):
     """What part of the model's weights is in 4 bits: experts that transformers keeps as one tensor
     are not.
     """
-    sizes = {
+    layer_sizes = {
         name: m.in_features * m.out_features for name, m in model.named_modules() if is_4bit(m)
     }
     dense = sum(
         p.numel()
         for name, p in model.named_parameters()
-        if name.removesuffix(".weight") not in sizes
+        if name.removesuffix(".weight") not in layer_sizes
     )
-    return sum(sizes.values()) / (sum(sizes.values()) + dense)
+    return sum(layer_sizes.values()) / (sum(layer_sizes.values()) + dense)
 
 
 def dense_weight(layer):

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lora.common.errors import UserError
 
 
-def sizes(layer):
+def layer_sizes(layer):
     """(in, out) of nn.Linear, Conv1D or Linear4bit, or of the one under a LoRALinear."""
     layer = getattr(layer, "base_layer", layer)
     return (
@@ -25,7 +25,7 @@ def decoder_layers(model):
     return next((module for module in model.modules() if isinstance(module, nn.ModuleList)), [])
 
 
-def prefix_of(model):
+def causal_lm_prefix(model):
     """What stands before a module's name in the causal LM around it: "model." for a bare
     LlamaModel, else "".
 
@@ -42,7 +42,7 @@ def is_causal(model):
     return all(module.is_causal for module in model.modules() if hasattr(module, "is_causal"))
 
 
-def embeddings_of(model):
+def embedding_modules(model):
     """[input embeddings, output head], as far as the model has them."""
     getters = (getattr(model, f"get_{end}_embeddings", lambda: None) for end in ("input", "output"))
     return [module for module in (get() for get in getters) if module is not None]
@@ -50,7 +50,7 @@ def embeddings_of(model):
 
 def is_tied(model):
     """Whether the output head shares its weight with the embeddings."""
-    weights = [getattr(module, "base_layer", module).weight for module in embeddings_of(model)]
+    weights = [getattr(module, "base_layer", module).weight for module in embedding_modules(model)]
     return len(weights) == 2 and weights[0] is weights[1]
 
 
@@ -66,7 +66,7 @@ def linear_names(model):
     """Names of the layers that "all-linear" means: every linear one but the output head, and a
     pooler nobody reads.
     """
-    kept_out = embeddings_of(model)
+    kept_out = embedding_modules(model)
     return [
         name
         for name, module in model.named_modules()
@@ -81,13 +81,13 @@ def is_pooler(name):
     return "pooler" in name.split(".")
 
 
-def train_all(model):
+def require_all_grads(model):
     """Full fine-tuning: every weight requires grad, but for a pooler's; those of 4 bits cannot."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() and not is_pooler(name))
 
 
-def ends_with_one(name, endings):
+def matches_ending(name, endings):
     """Whether a module's name ends with whole parts such as "q_proj" or "self_attn.q_proj"."""
     return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
@@ -100,7 +100,10 @@ def matching_names(model, target_modules):
     must be named.
     """
     chosen = set()
-    prefix, heads = prefix_of(model), [m for m in embeddings_of(model) if isinstance(m, nn.Linear)]
+    prefix, heads = (
+        causal_lm_prefix(model),
+        [m for m in embedding_modules(model) if isinstance(m, nn.Linear)],
+    )
     known = [
         *linear_names(model),
         *(name for name, module in model.named_modules() if any(module is h for h in heads)),
@@ -112,7 +115,7 @@ def matching_names(model, target_modules):
         if target == "all-linear":
             found = linear_names(model)
         elif re.fullmatch(r"[\w.]+", target):
-            found = [n for n in known if ends_with_one(prefix + n, [target])]
+            found = [n for n in known if matches_ending(prefix + n, [target])]
         else:
             try:
                 found = [n for n in known if re.fullmatch(target, prefix + n)]
@@ -152,7 +155,7 @@ def named_modules(model, endings):
         if name and next(module.parameters(recurse=False), None) is not None
     ]
     found = {
-        ending: [name for name in holding if ends_with_one(name, [ending])] for ending in endings
+        ending: [name for name in holding if matches_ending(name, [ending])] for ending in endings
     }
     for ending, names in found.items():
         if not names:

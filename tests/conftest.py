@@ -19,11 +19,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lora.common.base_files import EMBEDDED
+from lora.common.base_files import EMBEDDED_BASE
 from lora.config.command_line import Command
 from lora.config.schema import Config, get_lora_config
-from lora.config.tables import keys_of
-from lora.data.raw_data import Source
+from lora.config.tables import fields_by_key
+from lora.data.raw_data import RawData
 
 os.environ["PLAINLORA_CACHE"] = tempfile.mkdtemp(prefix="plainlora_tests_")
 torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def tiny_base(tmp_path_factory):
     """A folder with a random tiny Llama and the embedded tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(folder)
     return folder
 
 
@@ -96,7 +96,7 @@ def configuration(base, folder, lora, name="run", **values):
         max_steps=12, eval_steps=3, logging_steps=1, save_steps=4, experiment_name=name, output_dir=str(folder),
     )  # fmt: skip
     for key, value in (settings | values).items():
-        table, _ = keys_of(config)[key]
+        table, _ = fields_by_key(config)[key]
         setattr(table, key, value)
     return config
 
@@ -116,7 +116,7 @@ def run(config, resume_from=""):
 
     folder = Path(config.output.output_dir) / config.output.experiment_name
     script = train_lora if config.lora else train
-    script.main(Command(config, folder, str(resume_from)), Source(config))
+    script.main(Command(config, folder, str(resume_from)), RawData(config))
     return folder
 
 

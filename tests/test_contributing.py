@@ -10,7 +10,7 @@ import sys
 import pytest
 from transformers import AutoTokenizer, HeliumConfig, HeliumForCausalLM
 
-from lora.common.base_files import EMBEDDED
+from lora.common.base_files import EMBEDDED_BASE
 from lora.common.paths import ROOT
 from tests.conftest import script
 from tests.model.test_families import GROUPED
@@ -97,7 +97,7 @@ def helium(tmp_path_factory):
     """A folder with a random tiny Helium and the embedded tokenizer."""
     folder = tmp_path_factory.mktemp("bases") / "helium"
     HeliumForCausalLM(HeliumConfig(**GROUPED, head_dim=8)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(folder)
     return folder
 
 

@@ -14,10 +14,10 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from lora.common.base_files import EMBEDDED
+from lora.common.base_files import EMBEDDED_BASE
 from lora.common.paths import ROOT
 from lora.config.schema import get_lora_config
-from lora.config.tables import DTYPE_SWITCHES, keys_of
+from lora.config.tables import DTYPE_SWITCHES, fields_by_key
 from tests.conftest import tiny_llama
 from tests.data.test_step_readers import prm800k_row, prm800k_step, rating
 
@@ -97,7 +97,7 @@ def place(tmp_path, monkeypatch):
     tiny_llama(tie_word_embeddings=True, max_position_embeddings=4096).save_pretrained(
         tmp_path / "M"
     )
-    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "M")
+    AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(tmp_path / "M")
     steps = [
         {"prompt": f"{n}+{n}+1", "steps": [f"{n}+{n}={2 * n}", "wrong"], "labels": [1, 0]}
         for n in range(30)
@@ -196,7 +196,7 @@ def test_every_exception_stands_in_the_readme():
 
 
 def test_every_flag_in_the_readme_is_one_of_ours():
-    known = {*keys_of(get_lora_config())}
+    known = {*fields_by_key(get_lora_config())}
     flags_of = (
         "lora/config/command_line.py",
         "lora/evaluation/arguments.py",

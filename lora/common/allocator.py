@@ -6,7 +6,7 @@ import os
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
-def keep_memory():
+def keep_freed_memory():
     """Set this process's allocators. To be called before torch is imported, which reads the
     environment then.
 

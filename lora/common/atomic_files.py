@@ -2,7 +2,7 @@
 made durable, renamed.
 
 .tmp_NAME is being written, .old_NAME has given way to a new NAME, .del_NAME is being deleted;
-`clear` takes away what a killed process left of them. Standard library only.
+`remove_leftovers` takes away what a killed process left of them. Standard library only.
 """
 
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 import shutil
 
-from lora.common.errors import Exhausted, UserError, is_full
+from lora.common.errors import ResourceExhausted, UserError, is_disk_full
 
 
-def flush(path):
+def fsync_path(path):
     """Make a file or a folder's entries durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -22,7 +22,7 @@ def flush(path):
         os.close(descriptor)
 
 
-def flush_all(folder):
+def fsync_folder(folder):
     """Make a folder and all that is in it durable, its files with the mode that umask gives:
     safetensors' own is 0600.
     """
@@ -30,32 +30,32 @@ def flush_all(folder):
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():
             path.chmod(0o666 & ~umask)
-        flush(path)
+        fsync_path(path)
 
 
 @contextmanager
-def file_for(final):
+def atomic_file(final):
     """A path beside `final` to write to; the file takes its place if nothing goes wrong, and is
     taken away if it does.
     """
     temporary = final.with_name(f".tmp_{final.name}")
     try:
         yield temporary
-        flush(temporary)
+        fsync_path(temporary)
         temporary.replace(final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def write_text(path, text):
+def write_text_atomically(path, text):
     """Put a file in the place of another, or of none, in one step."""
-    with file_for(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def folder_for(final):
+def atomic_folder(final):
     """A folder beside `final` to write to, which takes its place if nothing goes wrong, and is
     taken away if it does.
 
@@ -67,17 +67,17 @@ def folder_for(final):
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        flush_all(temporary)
+        fsync_folder(temporary)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         temporary.rename(final)
-        flush(final.parent)
-        flush(final.parent.parent)  # the folder around it may be new as well
+        fsync_path(final.parent)
+        fsync_path(final.parent.parent)  # the folder around it may be new as well
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if is_full(error):
-            raise Exhausted(
+        if is_disk_full(error):
+            raise ResourceExhausted(
                 f"{final}: no room for it; nothing of it is kept, the rest is as it was."
             ) from None
         if isinstance(error, OSError):
@@ -86,14 +86,14 @@ def folder_for(final):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove(folder):
+def remove_folder(folder):
     """Delete a folder; what is half deleted does not bear its name."""
     doomed = folder.with_name(f".del_{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def clear(folder):
+def remove_leftovers(folder):
     """Take away what a killed process was writing or deleting in `folder`, and put back what it had
     no successor for.
     """

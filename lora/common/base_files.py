@@ -12,14 +12,14 @@ from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.common.serialization import read_file
 
-EMBEDDED = ROOT / "assets" / "tiny_base"
+EMBEDDED_BASE = ROOT / "assets" / "tiny_base"
 
 
-def locate(base_model):
+def locate_base(base_model):
     """(where transformers finds the base, whether that is a folder). What looks like a path is
     never a Hub name.
     """
-    path = EMBEDDED if base_model == "embedded" else Path(base_model).expanduser()
+    path = EMBEDDED_BASE if base_model == "embedded" else Path(base_model).expanduser()
     if path.is_dir():
         return str(path), True
     if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1:
@@ -27,7 +27,7 @@ def locate(base_model):
     return base_model, False
 
 
-def check_weights(folder):
+def check_weight_files(folder):
     """That `folder` holds whole safetensors files, and that its index names files in it alone.
     Raises UserError.
     """
@@ -88,7 +88,7 @@ def check_length(path):
         raise UserError(f"base_model {path}: {found:,} of {expected:,} bytes; copy it again.")
 
 
-def plain_file(path):
+def refuse_outside_link(path):
     """`path`, if it is a file that is no link, or one within its folder or its repository in the
     Hub's cache.
     """

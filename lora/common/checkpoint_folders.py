@@ -1,7 +1,7 @@
 """The names of checkpoint folders: checkpoint_step_<N>."""
 
 
-def by_step(folder):
+def checkpoints_by_step(folder):
     """{step: path} of the checkpoints in `folder`; a copy under any other name is none."""
     found = {
         path.name.removeprefix("checkpoint_step_"): path

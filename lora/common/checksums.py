@@ -14,7 +14,7 @@ from lora.common.errors import UserError
 NAME = "checksums.json"
 
 
-def sha256_of(path):
+def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -38,10 +38,10 @@ def sums_of(folder):
         for p in sorted(folder.rglob("*"))
         if p.is_symlink() or not p.is_dir()
     }
-    return in_threads(of_file, {name: path for name, path in found.items() if name != NAME})
+    return map_in_threads(of_file, {name: path for name, path in found.items() if name != NAME})
 
 
-def in_threads(function, arguments):
+def map_in_threads(function, arguments):
     """{name: what the function gives of its argument}; hashing lets go of the interpreter."""
     # A fifth of the time of a script that only reads its flags
     from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +54,7 @@ def of_file(path):
     if path.is_symlink() or not path.is_file():
         return "a link or no plain file"
     try:
-        return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+        return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
@@ -64,7 +64,7 @@ def as_written(sums):
     return (json.dumps(sums, indent=2) + "\n").encode()
 
 
-def damage(folder, needed):
+def find_damage(folder, needed):
     """What is not as it was written in `folder`, which must hold the file `needed`, in a line; ""
     where all is well.
     """
@@ -89,11 +89,11 @@ def damage(folder, needed):
     return "; ".join(f"{name!r}: {what}" for name, what in sorted(problems.items()))
 
 
-def require_as_written(folder, needed=None):
+def verify_checksums(folder, needed=None):
     """Raises UserError that names what is not as a run wrote it; a folder without checksums.json
     others wrote.
     """
-    found = damage(folder, needed or NAME) if needed or (Path(folder) / NAME).exists() else ""
+    found = find_damage(folder, needed or NAME) if needed or (Path(folder) / NAME).exists() else ""
     if found:
         raise UserError(
             f"{folder}: not as it was written: {found}. Copy the folder again, or take another."
@@ -101,8 +101,8 @@ def require_as_written(folder, needed=None):
 
 
 def verify_artifact(folder):
-    """The metadata of a final artifact. Raises UserError as `require_as_written` does, and where it
+    """The metadata of a final artifact. Raises UserError as `verify_checksums` does, and where it
     is no artifact.
     """
-    require_as_written(folder, "metadata.json")
+    verify_checksums(folder, "metadata.json")
     return json.loads((Path(folder) / "metadata.json").read_bytes())

@@ -28,7 +28,7 @@ class Stopped(UserError):
         self.facts = facts
 
 
-class Exhausted(UserError):
+class ResourceExhausted(UserError):
     """The machine could not go on: its disk or memory is full, a port is taken, another process was
     lost. Exit status 4.
     """
@@ -36,7 +36,7 @@ class Exhausted(UserError):
     status = 4
 
 
-class Lost(Exhausted):
+class ProcessLost(ResourceExhausted):
     """Another process of the run is gone, and may have said why."""
 
 
@@ -48,7 +48,7 @@ class Interrupted(UserError):
         self.status = 128 + number
 
 
-def refuse_any(odd, what):
+def raise_if_any(odd, what):
     """Raises UserError where anything is odd: `what` it is, and the first five names."""
     odd = sorted(odd)
     if odd:
@@ -58,7 +58,7 @@ def refuse_any(odd, what):
 LESS_MEMORY = "Use less: --batch_size 1 (or auto), --gradient_checkpointing, a smaller --max_length, --load_in_4bit."
 
 
-def ran_out_of_memory(error):
+def is_out_of_memory(error):
     """Whether torch says so: on a GPU by a class of its own, on a CPU in words only."""
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
@@ -67,7 +67,7 @@ def ran_out_of_memory(error):
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def is_full(error):
+def is_disk_full(error):
     """Whether a disk (or a quota, or a limit) has no room left, as Python or a library in Rust says
     it.
     """
@@ -77,14 +77,14 @@ def is_full(error):
 
 
 @contextmanager
-def one_line(what):
+def library_errors(what):
     """The first line of what safetensors, transformers or torch say of weights that they cannot
     load.
     """
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if ran_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         first = str(error).strip().partition("\n")[0]
         raise UserError(f"{what}: {first[:300]}") from None

@@ -1,46 +1,50 @@
-"""Ctrl-C and SIGTERM while training: the step is finished and saved before the run ends. A second
-one ends it at once.
+"""Ctrl-C and SIGTERM while training: the step is finished and saved before the run ends.
 
-The processes of a run tell each other in the sum that they make every step anyway, so that all stop
-at the same step.
+A second signal ends the process at once. The processes of a run tell each other in the sum that
+they make at every step anyway, so that all of them stop at the same step.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 import os
 import signal
 import threading
+from types import FrameType
 
 from lora.common.errors import Interrupted
 
-received = 0  # the number of the signal that asks this process to stop
+
+class StopSignal:
+    """Whether a signal has asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.number = 0  # of the first signal that was received
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal; the second one ends the process."""
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+
+    def interrupted(self, step: int) -> Interrupted:
+        """Return the error that ends a run whose processes have agreed to stop after `step`.
+
+        A process that got no signal itself was stopped by another one's.
+        """
+        number = signal.Signals(self.number or signal.SIGTERM)
+        return Interrupted(f"stopped by {number.name} after step {step}, which is saved.", number)
 
 
 @contextmanager
-def watching():
-    """Keep the first SIGINT or SIGTERM in `received`."""
-    global received
-    received, before = 0, {}
+def catch_signals() -> Iterator[StopSignal]:
+    """Keep the first SIGINT or SIGTERM of the block in the StopSignal that it is given."""
+    stop_signal = StopSignal()
+    previous = {}
     if threading.current_thread() is threading.main_thread():  # no other may set a handler
-        before = {
-            number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, stop_signal.receive)
     try:
-        yield
+        yield stop_signal
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def receive(number, frame):
-    global received
-    if received:
-        os._exit(128 + number)
-    received = number
-
-
-def stopped(step):
-    """What ends a run whose processes have agreed to stop; one that got no signal itself was
-    stopped by another's.
-    """
-    number = signal.Signals(received or signal.SIGTERM)
-    return Interrupted(f"stopped by {number.name} after step {step}, which is saved.", number)

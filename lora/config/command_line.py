@@ -4,22 +4,23 @@ Like the rest of config/ it is read before torch is loaded.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import os
 from pathlib import Path
 import time
 
-from lora.common.checksums import damage
+from lora.common.checksums import find_damage
 from lora.common.errors import UserError
-from lora.common.exit_status import require_one_process
+from lora.common.exit_status import RunStatus, require_one_process
+from lora.common.paths import ROOT
 from lora.common.serialization import read_file
 from lora.config.cross_checks import require_model_and_data, require_packages, require_stage
-from lora.config.flags import SWITCH, Parser, add_flags, set_given
+from lora.config.flags import SWITCH, Parser, add_flags, apply_flags
 from lora.config.resume import config_of, refuse, refuse_changes, shown
-from lora.config.run_folder import continued_folder, folder_of, new_folder, newest
+from lora.config.run_folder import continued_folder, new_folder, newest_checkpoint, run_folder
 from lora.config.schema import Config, tables_of
-from lora.config.tables import DTYPE_SWITCHES, keys_of, refuse_two_dtypes, set_key, set_tables
-from lora.config.values import nearest, parsed
+from lora.config.tables import DTYPE_SWITCHES, fields_by_key, refuse_two_dtypes, set_key, set_tables
+from lora.config.values import nearest, parse_text
 
 
 def read_command_line(argv, config, default_file, description):
@@ -44,7 +45,7 @@ def read_command_line(argv, config, default_file, description):
         action="store_true",
         help="prove data, model and equalities before a run; train nothing",
     )
-    keys = [*keys_of(config), *DTYPE_SWITCHES]
+    keys = [*fields_by_key(config), *DTYPE_SWITCHES]
     for title, table in tables_of(config).items():
         add_flags(parser.add_argument_group(f"[{title}]"), table, keys)
     for switch, dtype in DTYPE_SWITCHES.items():
@@ -65,19 +66,19 @@ def read_command_line(argv, config, default_file, description):
     auto = resume_from == "auto"
     allowed = tuple(filter(None, arguments.allow_change.split(",")))
     for name in allowed:
-        if name not in keys_of(config):
+        if name not in fields_by_key(config):
             raise UserError(
-                f"--allow_change {name}: no such key.{nearest(name, [*keys_of(config)])}"
+                f"--allow_change {name}: no such key.{nearest(name, [*fields_by_key(config)])}"
             )
     if config.lora:
         asked = os.environ.get("USE_BNB_QUANT") or "false"
-        set_key(config, "load_in_4bit", parsed(asked, bool), "USE_BNB_QUANT in the environment")
+        set_key(config, "load_in_4bit", parse_text(asked, bool), "USE_BNB_QUANT in the environment")
     if resume_from and not auto:
         if not (Path(resume_from) / "trainer_state.json").is_file():
             raise UserError(
                 f"--resume_from {resume_from}: no checkpoint; expected RUN/checkpoints/checkpoint_step_N."
             )
-        found = damage(resume_from, "trainer_state.json")
+        found = find_damage(resume_from, "trainer_state.json")
         if found:
             hint = "--resume_from auto takes the newest whole one"
             raise UserError(
@@ -85,12 +86,12 @@ def read_command_line(argv, config, default_file, description):
             )
         saved = config_of(resume_from, config)
     elif not file and not {"base_model", "train_data", "eval_data"} & flags.keys():
-        file = str(default_file)
+        file = str(ROOT / "configs" / default_file)
     if file:
         set_tables(config, read_file(file), file)
     elif saved:
         config = copy.deepcopy(saved)
-    set_given(config, arguments, keys)
+    apply_flags(config, arguments, keys)
 
     require_model_and_data(config)
     require_packages(config.output.report_to)
@@ -99,7 +100,7 @@ def read_command_line(argv, config, default_file, description):
     if arguments.dry_run or arguments.check:
         return Command(config, Path(), dry_run=arguments.dry_run, check=arguments.check)
     if auto:
-        resume_from = newest(config)
+        resume_from = newest_checkpoint(config)
         saved = config_of(resume_from, config) if resume_from else None
     if saved:
         config.output.experiment_name = (
@@ -112,7 +113,7 @@ def read_command_line(argv, config, default_file, description):
         stem = Path(file).stem if file else Path(config.model.base_model).name
         config.output.experiment_name = f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
     if auto:
-        run_dir = folder_of(config)
+        run_dir = run_folder(config)
     else:
         run_dir = (
             continued_folder(saved, config, Path(resume_from)) if saved else new_folder(config)
@@ -131,6 +132,7 @@ class Command:
     allowed: tuple[str, ...] = ()  # --allow_change: what may be another than the checkpoint's
     dry_run: bool = False
     check: bool = False
+    status: RunStatus = field(default_factory=RunStatus)
 
     @property
     def continues(self):

@@ -5,8 +5,8 @@ start from.
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora.common.base_files import check_weights, locate
-from lora.common.checksums import require_as_written
+from lora.common.base_files import check_weight_files, locate_base
+from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.config.tables import saved_config
 
@@ -70,9 +70,9 @@ def require_model_and_data(config):
         raise UserError(
             "neither a model nor training data is named: add --base_model FOLDER --train_data FILE."
         )
-    source, local = locate(model)
+    source, local = locate_base(model)
     if local and config.model.init_from != "scratch":
-        check_weights(source)
+        check_weight_files(source)
 
 
 def require_stage(config):
@@ -91,7 +91,7 @@ def require_stage(config):
         raise UserError(
             f"init_from {start}: no checkpoint, artifact or adapter; a whole model is named as base_model."
         )
-    require_as_written(start)
+    verify_checksums(start)
     ours = any((start / name).is_file() for name in ("trainer_state.json", "training_config.toml"))
     tokens = saved_config(start).model.add_special_tokens if ours else []
     if model.add_special_tokens[: len(tokens)] != tokens:

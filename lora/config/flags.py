@@ -6,9 +6,9 @@ from functools import partial
 
 from lora.common.errors import UserError
 from lora.config.tables import ALIASES, set_key
-from lora.config.values import kind_of, parsed
+from lora.config.values import kind_of, parse_text
 
-SWITCH = {"nargs": "?", "const": True, "metavar": "BOOL", "type": partial(parsed, kind=bool)}
+SWITCH = {"nargs": "?", "const": True, "metavar": "BOOL", "type": partial(parse_text, kind=bool)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,11 +57,11 @@ def add_flags(parser, table, names, default=""):
             if kind is bool
             else {}
         )
-        form = {"metavar": "X", "type": partial(parsed, kind=kind)} | form
+        form = {"metavar": "X", "type": partial(parse_text, kind=kind)} | form
         parser.add_argument(*flags, dest=f.name, help=help.replace("%", "%%"), **form)
 
 
-def set_given(config, arguments, names):
+def apply_flags(config, arguments, names):
     """Set those of some keys whose flags were given."""
     for name in names:
         if getattr(arguments, name, None) is not None:

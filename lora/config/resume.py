@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora.common.errors import UserError
 from lora.config.schema import EvaluationConfig
-from lora.config.tables import keys_of, saved_config
+from lora.config.tables import fields_by_key, saved_config
 
 # What may differ between a checkpoint and the run that continues it: how long, how often, where to,
 # and what is asked of the answers afterwards.
@@ -37,7 +37,8 @@ def config_of(checkpoint, config):
 
 def refuse_changes(saved, config, checkpoint, allowed):
     before, now = (
-        {n: getattr(table, n) for n, (table, _) in keys_of(one).items()} for one in (saved, config)
+        {n: getattr(table, n) for n, (table, _) in fields_by_key(one).items()}
+        for one in (saved, config)
     )
     changed = {
         name: (before[name], now[name])

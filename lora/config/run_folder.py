@@ -3,22 +3,24 @@
 import os
 from pathlib import Path
 
-from lora.common.checkpoint_folders import by_step
-from lora.common.checksums import damage
+from lora.common.checkpoint_folders import checkpoints_by_step
+from lora.common.checksums import find_damage
 from lora.common.errors import UserError
 
 
-def newest(config):
+def newest_checkpoint(config):
     """The newest whole checkpoint of the run called experiment_name; "" where that has none yet.
     Raises UserError.
     """
     if not config.output.experiment_name:
         raise UserError("--resume_from auto: which run? Add its --experiment_name.")
-    folder = folder_of(config)
-    found = by_step(folder / "checkpoints")
+    folder = run_folder(config)
+    found = checkpoints_by_step(folder / "checkpoints")
     newest_first = (found[step] for step in sorted(found, reverse=True))
     # The run says which not
-    whole = next((path for path in newest_first if not damage(path, "trainer_state.json")), None)
+    whole = next(
+        (path for path in newest_first if not find_damage(path, "trainer_state.json")), None
+    )
     if found and not whole:
         raise UserError(
             f"--resume_from auto: every checkpoint in {folder} is damaged; choose another --experiment_name."
@@ -26,13 +28,13 @@ def newest(config):
     return str(whole or "")
 
 
-def folder_of(config):
+def run_folder(config):
     return Path(config.output.output_dir) / config.output.experiment_name
 
 
 def new_folder(config):
     """The folder of a new run; one that exists is never written into."""
-    folder = folder_of(config)
+    folder = run_folder(config)
     if folder.exists():
         raise UserError(
             f"{folder} exists; choose another --experiment_name, or continue it with --resume_from."
@@ -55,13 +57,13 @@ def continued_folder(saved, config, checkpoint):
     ):
         return new_folder(config)
     place = checkpoint.resolve()
-    found = by_step(place.parent)
+    found = checkpoints_by_step(place.parent)
     if place.parent.name != "checkpoints" or place not in found.values():
         raise UserError(
             f"--resume_from {checkpoint}: not in a run's checkpoints/; name a new --experiment_name for it."
         )
-    newest = found[max(found)]
-    if place != newest:
+    latest = found[max(found)]
+    if place != latest:
         mend = "resume that, or name a new --experiment_name"
-        raise UserError(f"--resume_from {checkpoint}: {newest.name} is later; {mend}.")
+        raise UserError(f"--resume_from {checkpoint}: {latest.name} is later; {mend}.")
     return place.parent.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 from lora.common.errors import UserError
 from lora.common.serialization import read_file, toml_value
 from lora.config.schema import Config, get_lora_config, key, tables_of
-from lora.config.values import check, nearest
+from lora.config.values import check_value, nearest
 
 ALIASES = {
     "per_device_train_batch_size": "batch_size",
@@ -29,7 +29,7 @@ RETIRED = {"share_prompts": False}
 DTYPE_SWITCHES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-def keys_of(config):
+def fields_by_key(config):
     """Every key's name -> (its table, its dataclass field)."""
     return {
         f.name: (table, f)
@@ -42,23 +42,23 @@ def set_key(config, name, value, where):
     """Set one key by its name or an alias; `where` ("--lora_r", "run.toml: lora.lora_r") begins the
     error messages.
     """
-    keys = keys_of(config)
+    keys = fields_by_key(config)
     if name in DTYPE_SWITCHES:
-        if check(where, value, bool, key(None, "").metadata):
+        if check_value(where, value, bool, key(None, "").metadata):
             config.training.dtype = DTYPE_SWITCHES[name]
         elif config.training.dtype in ("auto", DTYPE_SWITCHES[name]):
             config.training.dtype = "float32"
         return
     name = ALIASES.get(name, name)
     if name not in keys:
-        if config.lora is None and name in keys_of(get_lora_config()):
+        if config.lora is None and name in fields_by_key(get_lora_config()):
             raise UserError(
                 f"{where}: train.py trains all weights and has no such key; use train_lora.py."
             )
         hint = nearest(name, [*keys, *ALIASES, *DTYPE_SWITCHES]) or " See --help."
         raise UserError(f"{where}: no such key.{hint}")
     table, f = keys[name]
-    setattr(table, name, check(where, value, f.type, f.metadata))
+    setattr(table, name, check_value(where, value, f.type, f.metadata))
 
 
 def refuse_two_dtypes(values, where):

@@ -25,12 +25,12 @@ def kind_of(annotation):
     return typing.get_origin(annotation), parts[-1] if parts else annotation
 
 
-def check(where, value, annotation, limits):
+def check_value(where, value, annotation, limits):
     """`value` as the type the key has, or a UserError that says what was expected."""
     container, kind = kind_of(annotation)
     if container is list:
         return [
-            check(where, item, kind, limits)
+            check_value(where, item, kind, limits)
             for item in (value if isinstance(value, list) else [value])
         ]
     if container is dict:
@@ -44,7 +44,9 @@ def check(where, value, annotation, limits):
                 raise UserError(
                     f"{where}.{name}: no such key; expected some of {', '.join(names)}.{nearest(name, names)}"
                 )
-        return {name: check(f"{where}.{name}", item, kind, limits) for name, item in value.items()}
+        return {
+            name: check_value(f"{where}.{name}", item, kind, limits) for name, item in value.items()
+        }
     if limits["word"] and value == limits["word"]:
         return value
     expected = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
@@ -64,8 +66,8 @@ def check(where, value, annotation, limits):
     return value
 
 
-def parsed(text, kind):
-    """A flag's text as what it says, or as it is: `check` then tells what is wrong with it."""
+def parse_text(text, kind):
+    """A flag's text as what it says, or as it is: `check_value` then tells what is wrong with it."""
     truths = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     try:
         return truths.get(text.lower(), text) if kind is bool else kind(text)

@@ -1,177 +1,208 @@
-"""Tokenised rows in flat arrays, and micro-batches made of them: packed end to end, or padded."""
+"""Tokenised rows in flat arrays, and micro-batches made of them: packed end to end, or padded.
+
+A row is one sequence for the model: a chat, a window of a text, or a problem with its steps.
+"""
+
+from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lora.data.tokenise import NO_TOKEN
+from lora.data.tokenise import NO_TOKEN, Row
 
-MOST_PADDING = 0.05  # of the positions of a micro-batch of padded rows
+MAX_PADDING = 0.05  # of the positions of a padded micro-batch
 
 
 @dataclass
 class Batch:
-    """A micro-batch, with n targets: documents end to end in one row, or one under the other.
+    """A micro-batch with n targets.
 
-    b is 1 and t the sum of the lengths where documents are packed; else each has a row of its own,
-    padded on the right.
+    Packed documents lie end to end in one row: b is 1 and t is the sum of their lengths. Otherwise
+    each document has a row of its own, padded on the right.
     """
 
-    tokens: torch.Tensor  # [b, t]
-    positions: torch.Tensor  # [b, t], from 0 again in every document
-    segments: torch.Tensor  # [b, t], token types of an encoder, else 0
-    rows: list[int]  # which of the Rows the documents are
-    lengths: list[int]  # of the documents
-    target_positions: torch.Tensor  # [n], indices into b x t
-    targets: torch.Tensor  # [n], token ids or scores
-    weights: torch.Tensor  # [n], by which their losses are multiplied
-    sources: torch.Tensor  # [n], the data set that each target is of
-    # [n, width]: the hidden states at the targets, where a frozen backbone's are kept
-    features: torch.Tensor | None = None
+    input_ids: Tensor  # [b, t]
+    position_ids: Tensor  # [b, t], starting from 0 in every document
+    token_type_ids: Tensor  # [b, t], of an encoder's pair of texts; otherwise 0
+    rows: list[int]  # indices of the documents in Rows
+    seq_lens: list[int]  # lengths of the documents
+    target_positions: Tensor  # [n], indices into the flattened b x t positions
+    targets: Tensor  # [n], token ids or scores
+    loss_weights: Tensor  # [n], factors of the targets' losses
+    dataset_ids: Tensor  # [n], the data set of each target
+    features: Tensor | None = None  # [n, width], cached hidden states at the targets
 
     @property
-    def num_targets(self):
+    def num_targets(self) -> int:
         return len(self.targets)
 
-    def to(self, device):
-        tensors = {
-            k: v.to(device, non_blocking=True)
-            for k, v in vars(self).items()
-            if isinstance(v, torch.Tensor)
-        }
-        return replace(self, **tensors)
+    def to(self, device: torch.device) -> Batch:
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
 
 
 @dataclass
 class Rows:
-    """The tokenised rows of a data set, in flat arrays over all of them; row i is offsets[i] to
-    offsets[i + 1].
-    """
+    """The tokenised rows of a data set in flat arrays; row i is offsets[i] to offsets[i + 1]."""
 
-    tokens: np.ndarray  # int32
-    targets: np.ndarray  # int32 with NO_TOKEN, or float32 with NaN
-    segments: np.ndarray  # int8
-    offsets: np.ndarray  # int64, one more than rows
-    weights: np.ndarray  # float32: of each row's losses
-    sources: np.ndarray  # int16: of which path each row is
-    # Row -> the hidden states at its targets [n, width], where a frozen backbone's are kept
-    features = None
+    tokens: np.ndarray  # [tokens], int32
+    targets: np.ndarray  # [tokens], int32 with NO_TOKEN, or float32 with NaN
+    token_type_ids: np.ndarray  # [tokens], int8
+    offsets: np.ndarray  # [rows + 1], int64
+    loss_weights: np.ndarray  # [rows], float32
+    dataset_ids: np.ndarray  # [rows], int16
+    features: dict[int, Tensor] | None = None  # row -> cached hidden states [its targets, width]
 
     @classmethod
-    def of(cls, rows, task):
-        """The arrays of (Row, source) pairs, which may be a generator."""
-        tokens, targets = array("i"), array("i" if task == "lm" else "f")
-        segments, offsets, weights, sources = array("b"), array("q", [0]), array("f"), array("h")
-        for row, source in rows:
+    def from_rows(cls, rows: Iterable[tuple[Row, int]], task: str) -> Rows:
+        """Collect pairs of (row, dataset id). `task` is "lm" or "score"."""
+        tokens = array("i")
+        targets = array("i" if task == "lm" else "f")
+        token_type_ids = array("b")
+        offsets = array("q", [0])
+        loss_weights = array("f")
+        dataset_ids = array("h")
+        for row, dataset_id in rows:
             tokens.extend(row.tokens)
             targets.extend(row.targets)
-            segments.extend(row.segments or bytes(len(row.tokens)))
+            token_type_ids.extend(row.token_type_ids or bytes(len(row.tokens)))
             offsets.append(len(tokens))
-            weights.append(row.weight)
-            sources.append(source)
-        return cls(
-            *(np.array(values) for values in (tokens, targets, segments, offsets, weights, sources))
-        )
+            loss_weights.append(row.loss_weight)
+            dataset_ids.append(dataset_id)
+        columns = (tokens, targets, token_type_ids, offsets, loss_weights, dataset_ids)
+        return cls(*(np.array(column) for column in columns))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def lengths(self, indices):
+    def span(self, i: int) -> slice:
+        """Return where row i lies in the flat arrays."""
+        return slice(self.offsets[i], self.offsets[i + 1])
+
+    def seq_lens(self, indices: np.ndarray) -> np.ndarray:
         return self.offsets[indices + 1] - self.offsets[indices]
 
-    def batch(self, indices, packed=True, asked=True):
-        """The micro-batch of these rows, in this order; with their targets, if `asked`."""
-        indices = np.asarray(indices)
-        lengths = self.lengths(indices)
-        where = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices])
-        positions = np.concatenate([np.arange(length) for length in lengths])
-        targets = self.targets[where]
-        has_target = is_target(targets) & asked
+    def num_targets(self, indices: Iterable[int]) -> int:
+        return sum(int(is_target(self.targets[self.span(i)]).sum()) for i in indices)
+
+    def batch(
+        self, indices: Sequence[int], packed: bool = True, with_targets: bool = True
+    ) -> Batch:
+        """Make one micro-batch of these rows, in this order."""
+        rows = np.asarray(indices)
+        seq_lens = self.seq_lens(rows)
+        source = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows])
+        position_ids = np.concatenate([np.arange(seq_len) for seq_len in seq_lens])
+
+        # `place` is where each token goes in the flattened [b, t] table.
         if packed:
-            shape, place = (1, len(where)), np.arange(len(where))
+            shape = (1, len(source))
+            place = np.arange(len(source))
         else:
-            shape = (len(indices), int(lengths.max()))
-            place = np.repeat(np.arange(len(indices)), lengths) * shape[1] + positions
+            shape = (len(rows), int(seq_lens.max()))
+            place = np.repeat(np.arange(len(rows)), seq_lens) * shape[1] + position_ids
 
-        def laid_out(values):
-            table = np.zeros(shape, np.int64)
-            table.flat[place] = values
-            return torch.from_numpy(table)
+        def table(values: np.ndarray) -> Tensor:
+            padded = np.zeros(shape, np.int64)
+            padded.flat[place] = values
+            return torch.from_numpy(padded)
 
+        targets = self.targets[source]
+        has_target = is_target(targets) & with_targets
+        target_dtype = torch.int64 if targets.dtype == np.int32 else torch.float32
+        loss_weights = np.repeat(self.loss_weights[rows], seq_lens)
+        dataset_ids = np.repeat(self.dataset_ids[rows], seq_lens)
+        features = None
+        if self.features is not None:
+            features = torch.cat([self.features[i] for i in rows])[: has_target.sum()]
         return Batch(
-            tokens=laid_out(self.tokens[where]),
-            positions=laid_out(positions),
-            segments=laid_out(self.segments[where]),
-            rows=indices.tolist(),
-            lengths=lengths.tolist(),
+            input_ids=table(self.tokens[source]),
+            position_ids=table(position_ids),
+            token_type_ids=table(self.token_type_ids[source]),
+            rows=rows.tolist(),
+            seq_lens=seq_lens.tolist(),
             target_positions=torch.from_numpy(place[has_target]),
-            targets=torch.from_numpy(targets[has_target]).to(
-                torch.int64 if targets.dtype == np.int32 else torch.float32
-            ),
-            weights=torch.from_numpy(np.repeat(self.weights[indices], lengths)[has_target]),
-            sources=torch.from_numpy(np.repeat(self.sources[indices], lengths)[has_target]),
-            features=self.features
-            and torch.cat([self.features[i] for i in indices])[: has_target.sum()],
+            targets=torch.from_numpy(targets[has_target]).to(target_dtype),
+            loss_weights=torch.from_numpy(loss_weights[has_target]),
+            dataset_ids=torch.from_numpy(dataset_ids[has_target]),
+            features=features,
         )
 
-    def num_targets(self, indices):
-        return sum(
-            int(is_target(self.targets[self.offsets[i] : self.offsets[i + 1]]).sum())
-            for i in indices
-        )
+    def groups(
+        self, indices: Sequence[int], max_tokens: int, packed: bool = True
+    ) -> list[list[int]]:
+        """Divide rows into micro-batches of at most `max_tokens` positions.
 
-    def batches(self, indices, max_tokens, packed=True):
-        """The rows at `indices` in micro-batches of at most `max_tokens` positions."""
-        return [self.batch(group, packed) for group in self.groups(indices, max_tokens, packed)]
-
-    def groups(self, indices, max_tokens, packed=True):
-        """The rows of each micro-batch.
-
-        Packed rows keep the order; others are sorted by length, so that little of a micro-batch is
-        padding.
+        Packed rows keep their order. Padded rows are sorted by length, so that little of a
+        micro-batch is padding.
         """
-        indices = np.asarray(indices, np.int64)
+        rows = np.asarray(indices, np.int64)
         if not packed:
-            indices = indices[np.argsort(self.lengths(indices), kind="stable")]
-        lengths = self.lengths(indices)
-        groups, held = [[]], 0
-        for i, length in zip(indices, lengths):
-            held += length
-            size = held if packed else (len(groups[-1]) + 1) * length
-            if groups[-1] and (size > max_tokens or size - held > MOST_PADDING * size):
+            rows = rows[np.argsort(self.seq_lens(rows), kind="stable")]
+        groups: list[list[int]] = [[]]
+        num_tokens = 0
+        for row, seq_len in zip(rows, self.seq_lens(rows)):
+            num_tokens += seq_len
+            size = num_tokens if packed else (len(groups[-1]) + 1) * seq_len
+            padding = size - num_tokens
+            is_full = size > max_tokens or padding > MAX_PADDING * size
+            if groups[-1] and is_full:
                 groups.append([])
-                held = length
-            groups[-1].append(i)
+                num_tokens = seq_len
+            groups[-1].append(row)
         return groups
 
+    def batches(self, indices: Sequence[int], max_tokens: int, packed: bool = True) -> list[Batch]:
+        """Return the rows at `indices` in micro-batches of at most `max_tokens` positions."""
+        return [self.batch(group, packed) for group in self.groups(indices, max_tokens, packed)]
 
-def is_target(targets):
+
+ARRAYS = ("tokens", "targets", "token_type_ids", "offsets", "loss_weights", "dataset_ids")
+
+
+def is_target(targets: np.ndarray) -> np.ndarray:
+    """Return where a target stands: not NO_TOKEN for token ids, not NaN for scores."""
     return targets != NO_TOKEN if targets.dtype == np.int32 else ~np.isnan(targets)
 
 
-def deal(lengths, world):
-    """[len(lengths)]: which process gets each row; the longest first, each to the one that has the
-    least to do.
+def shard_rows(seq_lens: np.ndarray, world_size: int) -> np.ndarray:
+    """Assign each row to a process so that all processes have about the same number of tokens.
+
+    Longest rows first, each to the process with the least work (LPT scheduling; Graham 1969).
+
+    Args:
+        seq_lens: tokens of each row, [rows].
+        world_size: number of processes.
+
+    Returns:
+        The process of each row, [rows].
     """
-    owner, load = np.zeros(len(lengths), np.int64), np.zeros(world, np.int64)
-    for i in np.argsort(-lengths, kind="stable"):
-        owner[i] = load.argmin()
-        load[owner[i]] += lengths[i]
-    return owner
+    process = np.zeros(len(seq_lens), np.int64)
+    work = np.zeros(world_size, np.int64)
+    for row in np.argsort(-seq_lens, kind="stable"):
+        process[row] = work.argmin()
+        work[process[row]] += seq_lens[row]
+    return process
 
 
-def cut(groups, count):
-    """The groups in `count` parts: the largest are halved, and where there is nothing to halve a
-    part is empty.
-    """
+def split_groups(groups: list[list[int]], count: int) -> list[list[int]]:
+    """Return `count` groups: the largest are halved, and empty ones are added where none can be."""
     groups = [group for group in groups if group]
     while len(groups) < count:
-        largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
-        if largest is None or len(groups[largest]) == 1:
+        sizes = [len(group) for group in groups]
+        if max(sizes, default=0) <= 1:
             groups.append([])
-        else:
-            group = groups[largest]
-            groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+            continue
+        largest = sizes.index(max(sizes))
+        group = groups[largest]
+        middle = len(group) // 2
+        groups[largest : largest + 1] = [group[:middle], group[middle:]]
     return groups

@@ -6,7 +6,7 @@ from lora.common.terminal import printable
 from lora.data.tokenise import NO_TOKEN
 
 
-def shown(row, tokenizer, colour):
+def row_as_text(row, tokenizer, colour):
     """The row as text: target tokens in colour (or brackets), and every label in them after the
     step it is for.
     """

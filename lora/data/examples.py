@@ -23,7 +23,7 @@ class Example:
     outcome: bool | None = None  # whether the solution's answer is right, where that is known
     weight: float = 1.0  # multiplies the loss of its targets
     terms: str = ""  # why it may not be trained on
-    source: int = 0  # which of the paths it was read from
+    dataset_id: int = 0  # which of the paths it was read from
 
     @property
     def subject(self):

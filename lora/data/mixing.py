@@ -7,7 +7,7 @@ from lora.common.errors import UserError
 SCHEDULE = 10_000  # examples over which the shares of a mix come out exactly
 
 
-def names_of(paths):
+def dataset_names(paths):
     """A short name for each path: its file's, with a number where two are alike."""
     stems = [path.rpartition("/")[2].split(".")[0] for path in paths]
     return [stem if stems.count(stem) == 1 else f"{stem}_{i}" for i, stem in enumerate(stems, 1)]

@@ -7,7 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from lora.common.checksums import sha256_of
+from lora.common.checksums import file_sha256
 from lora.data import files
 from lora.data.split import read_data
 
@@ -39,7 +39,7 @@ def digest(*parts):
     """A hash of texts, settings and files (Path: the file's content)."""
     total = hashlib.sha256()
     for part in parts:
-        total.update((sha256_of(part) if isinstance(part, Path) else repr(part)).encode() + b"\n")
+        total.update((file_sha256(part) if isinstance(part, Path) else repr(part)).encode() + b"\n")
     return total.hexdigest()[:32]
 
 
@@ -58,7 +58,7 @@ def cache_key(config, sums):
     return digest(chosen, numbers, suffixes, *(sums[path] or path for path in paths), *CODE)
 
 
-class Source:
+class RawData:
     """The training and the held-out examples of `config`, read (and so checked) at once unless a
     run has tokenised them.
 
@@ -72,7 +72,7 @@ class Source:
         held_out = data.eval_paths if data.eval_data else data.only_evaluated
         paths = (*data.train_paths, *held_out)
         sums = {
-            path: None if path.startswith("arithmetic:") else sha256_of(files.local(path))
+            path: None if path.startswith("arithmetic:") else file_sha256(files.local(path))
             for path in paths
         }
         named = {"train_data": data.train_paths, "eval_data": held_out}

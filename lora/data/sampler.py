@@ -1,140 +1,182 @@
 """`batch_at(step)`: the micro-batches of a step as a pure function of (seed, step).
 
-There is no loader and no state: the examples of a step are a slice of a seeded shuffle, so a run
-continues at any step by asking for that step. How they are laid out in micro-batches changes the
-speed and nothing else.
+There is no data loader and no state. The examples of a step are a slice of a seeded shuffle, so a
+run continues at any step by asking for that step. How these examples are laid out in micro-batches
+changes the speed and nothing else.
 """
 
 from functools import lru_cache
 
 import numpy as np
 
-from lora.common.errors import LESS_MEMORY, Exhausted
+from lora.common.errors import LESS_MEMORY, ResourceExhausted
 from lora.common.seeds import seed_for
-from lora.config.schema import rows_per_batch
-from lora.data.batches import cut, deal
-from lora.data.mixing import Mix, names_of
+from lora.config.schema import Config, DataConfig, rows_per_batch
+from lora.data.batches import Batch, Rows, shard_rows, split_groups
+from lora.data.mixing import Mix, dataset_names
 
 
-def shuffle(seed, epoch, count):
-    """The order in which a pass over `count` rows visits them."""
+def shuffle(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Return the order in which a pass over `count` rows visits them."""
     return np.random.default_rng(seed_for(seed, "order", epoch)).permutation(count)
 
 
 class TrainingData:
-    """What the loop asks for: `batch_at(step)`, and `evaluation()`, for one process of several.
+    """The training rows and the held-out rows of a run, as one process of several reads them."""
 
-    A resumed run keeps the examples of a step and the tokens of a micro-batch of `before`, its
-    checkpoint's state.
-    """
+    def __init__(
+        self,
+        rows: Rows,
+        held_out: Rows,
+        config: Config,
+        packed: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        layout: dict | None = None,
+    ) -> None:
+        """`layout` is the property of that name, as the checkpoint holds it that a run resumes."""
+        training = config.training
+        self.rows = rows
+        self.held_out = held_out
+        self.packed = packed
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = training.seed
 
-    def __init__(self, rows, held_out, config, packed=True, rank=0, world=1, before=None):
-        settings, data = config.training, config.data
-        self.rank, self.world = rank, world
-        self.rows, self.held_out, self.seed, self.packed = rows, held_out, settings.seed, packed
-        batch_size, accumulated = rows_per_batch(settings), settings.gradient_accumulation_steps
-        at_once = accumulated if settings.batch_size == "auto" else 1
-        self.examples_per_step = batch_size * accumulated * world
-        self.max_tokens = batch_size * at_once * data.max_length
-        if before:
-            self.examples_per_step, self.max_tokens = (
-                before["examples_per_step"],
-                before["max_tokens"],
-            )
-        self.max_eval_rows = settings.max_eval_batches * 4 or len(held_out)
+        batch_size = rows_per_batch(training)
+        self.examples_per_step = batch_size * training.gradient_accumulation_steps * world_size
+        self.max_tokens = batch_size * config.data.max_length
+        if training.batch_size == "auto":  # a step in one micro-batch, halved until it fits
+            self.max_tokens *= training.gradient_accumulation_steps
+        if layout:
+            self.examples_per_step = layout["examples_per_step"]
+            self.max_tokens = layout["max_tokens"]
         self.steps_per_epoch = len(rows) / self.examples_per_step
-        self.sets = [np.arange(len(rows))]
-        if data.weights:
-            self.sets = [
-                np.flatnonzero(rows.sources == source) for source in range(len(data.train_paths))
-            ]
-        self.mix = Mix(data.train_paths, data.weights or [1.0], self.sets)
-        # Kept, because it is asked for at every step
+        self.max_eval_rows = training.max_eval_batches * 4 or len(held_out)
+
+        self.sets = [np.arange(len(rows))]  # rows of each data set that is mixed
+        if config.data.weights:
+            ids = range(len(config.data.train_paths))
+            self.sets = [np.flatnonzero(rows.dataset_ids == dataset_id) for dataset_id in ids]
+        self.mix = Mix(config.data.train_paths, config.data.weights or [1.0], self.sets)
+        self.held_out_sets = names_of_held_out_sets(config.data)
+        # An order is asked for once per example of a step.
         self.order = lru_cache(maxsize=64)(self.order_of)
-        mixed = len(data.eval_paths) > 1 and (data.eval_data or data.weights or data.only_evaluated)
-        self.held_out_sets = (
-            {name: source for source, name in enumerate(names_of(data.eval_paths))} if mixed else {}
-        )
 
     @property
-    def layout(self):
-        """What a resumed run keeps of this one."""
+    def layout(self) -> dict:
+        """What a resumed run keeps of this one, whatever its number of processes."""
         return {"examples_per_step": self.examples_per_step, "max_tokens": self.max_tokens}
 
-    def batch_at(self, step):
-        """This process's micro-batches of a step: the same ones for the same (seed, step), whatever
-        came before.
-
-        Every process gets as many, since sharded weights are gathered by all at once.
-        """
+    def batch_at(self, step: int) -> list[Batch]:
+        """Return this process's micro-batches of a step, whatever came before."""
         rows = self.rows_at(step)
-        dealt = self.dealt(rows)
-        mine = cut(dealt[self.rank], max(map(len, dealt)))
-        if step is None:  # the two largest; the second meets the gradients of the first
-            mine = sorted(
-                mine, key=lambda group: -self.rows.lengths(np.array(group, np.int64)).sum()
-            )[:2]
-        shortest = rows[self.rows.lengths(rows).argmin()]
-        return [self.rows.batch(group or [shortest], self.packed, bool(group)) for group in mine]
+        return self.make_batches(self.local_groups(rows), rows)
 
-    def dealt(self, rows):
-        """The rows of each process's micro-batches, dealt by length so that all are done at about
-        the same time.
+    def largest_batches(self) -> list[Batch]:
+        """Return the two largest micro-batches that a step can have on this process.
+
+        The second meets the gradients of the first, as the micro-batches of a step do.
         """
-        owner = deal(self.rows.lengths(rows), self.world)
-        return [
-            self.rows.groups(rows[owner == i], self.max_tokens, self.packed)
-            for i in range(self.world)
-        ]
+        rows = self.longest_rows()
+        groups = sorted(self.local_groups(rows), key=self.num_tokens, reverse=True)
+        return self.make_batches(groups[:2], rows)
 
-    def halve(self, step):
-        """Micro-batches of half as many tokens from now on; returns what is to be said of it.
+    def make_batches(self, groups: list[list[int]], rows: np.ndarray) -> list[Batch]:
+        """Make a micro-batch of each group; an empty group repeats a row without its targets."""
+        shortest = rows[self.rows.seq_lens(rows).argmin()]
+        batches = []
+        for group in groups:
+            if group:
+                batches.append(self.rows.batch(group, self.packed))
+            else:
+                batches.append(self.rows.batch([shortest], self.packed, with_targets=False))
+        return batches
 
-        Raises Exhausted where each of the step's holds a single row already.
+    def local_groups(self, rows: np.ndarray) -> list[list[int]]:
+        """Return the rows of each of this process's micro-batches.
+
+        Every process gets the same number of micro-batches, because sharded weights are gathered
+        by all processes at once.
         """
-        groups = [group for groups in self.dealt(self.rows_at(step)) for group in groups]
-        largest = max(int(self.rows.lengths(np.array(group)).sum()) for group in groups)
+        groups_by_process = self.groups_by_process(rows)
+        most_groups = max(len(groups) for groups in groups_by_process)
+        return split_groups(groups_by_process[self.rank], most_groups)
+
+    def groups_by_process(self, rows: np.ndarray) -> list[list[list[int]]]:
+        """Return the rows of each micro-batch of each process."""
+        process = shard_rows(self.rows.seq_lens(rows), self.world_size)
+        groups_by_process = []
+        for i in range(self.world_size):
+            groups = self.rows.groups(rows[process == i], self.max_tokens, self.packed)
+            groups_by_process.append(groups)
+        return groups_by_process
+
+    def num_tokens(self, group: list[int]) -> int:
+        return int(self.rows.seq_lens(np.array(group, np.int64)).sum())
+
+    def halve_micro_batches(self, rows: np.ndarray) -> str:
+        """Use micro-batches of half as many tokens from now on, after `rows` did not fit.
+
+        Returns:
+            A line for the log.
+
+        Raises:
+            ResourceExhausted: each micro-batch holds a single row already.
+        """
+        groups = [group for groups in self.groups_by_process(rows) for group in groups]
+        largest = max(self.num_tokens(group) for group in groups)
         if all(len(group) == 1 for group in groups):
-            raise Exhausted(f"out of memory on a single example of {largest} tokens. {LESS_MEMORY}")
+            found = f"out of memory on a single example of {largest} tokens"
+            raise ResourceExhausted(f"{found}. {LESS_MEMORY}")
         self.max_tokens = min(self.max_tokens, largest) // 2
-        return f"out of memory on {largest} tokens: micro-batches of at most {self.max_tokens} tokens from now on"
-
-    def num_targets_at(self, step):
-        """The number of targets of a step, over all processes."""
-        return self.rows.num_targets(self.rows_at(step))
-
-    def size_at(self, step):
-        """The number of tokens of a step, over all processes."""
-        return int(self.rows.lengths(self.rows_at(step)).sum())
-
-    def rows_at(self, step):
-        """The rows of a step, over all processes; of no step (None) the longest that one could
-        have.
-        """
-        if step is None:
-            longest = np.argsort(-self.rows.lengths(np.arange(len(self.rows))), kind="stable")
-            return longest[: self.examples_per_step]
-        first = step * self.examples_per_step
-        return np.array(
-            [self.row_at(place) for place in range(first, first + self.examples_per_step)]
+        return (
+            f"out of memory on {largest} tokens: "
+            f"micro-batches of at most {self.max_tokens} tokens from now on"
         )
 
-    def row_at(self, place):
-        """The row that is the run's example number `place`; each set is passed over in an order of
-        its own.
-        """
-        source, before = self.mix.turn(place)
-        members = self.sets[source]
-        epoch, number = divmod(before, len(members))
-        return members[self.order(source, epoch)[number]]
+    def num_targets_at(self, step: int) -> int:
+        """Return the number of targets of a step, over all processes."""
+        return self.rows.num_targets(self.rows_at(step))
 
-    def order_of(self, source, epoch):
-        """The order in which a pass visits the rows of a set."""
-        return shuffle(self.seed, epoch, len(self.sets[source]))
+    def size_at(self, step: int) -> int:
+        """Return the number of tokens of a step, over all processes."""
+        return self.num_tokens(self.rows_at(step))
 
-    def evaluation(self):
-        """The micro-batches, for all processes, of the first so many held-out rows of one order,
-        the same for every run.
+    def rows_at(self, step: int) -> np.ndarray:
+        """Return the rows of a step, over all processes."""
+        first = step * self.examples_per_step
+        examples = range(first, first + self.examples_per_step)
+        return np.array([self.row_of_example(number) for number in examples])
+
+    def longest_rows(self) -> np.ndarray:
+        """Return the longest rows that a step could have, over all processes."""
+        order = np.argsort(-self.rows.seq_lens(np.arange(len(self.rows))), kind="stable")
+        return order[: self.examples_per_step]
+
+    def row_of_example(self, number: int) -> int:
+        """Return the row that is example `number` of the run, counted over all steps."""
+        dataset_id, earlier = self.mix.turn(number)
+        members = self.sets[dataset_id]
+        epoch, place = divmod(earlier, len(members))
+        return members[self.order(dataset_id, epoch)[place]]
+
+    def order_of(self, dataset_id: int, epoch: int) -> np.ndarray:
+        """Return the order in which a pass visits the rows of a data set."""
+        return shuffle(self.seed, epoch, len(self.sets[dataset_id]))
+
+    def evaluation(self) -> list[Batch]:
+        """Return the micro-batches of an evaluation, for all processes together.
+
+        They hold the first rows of one order, which is the same for every run.
         """
         order = np.random.default_rng(0).permutation(len(self.held_out))
         return self.held_out.batches(order[: self.max_eval_rows], self.max_tokens, self.packed)
+
+
+def names_of_held_out_sets(data: DataConfig) -> dict[str, int]:
+    """Return {name: dataset id} of the held-out sets whose metrics are shown one by one."""
+    is_mixed = data.eval_data or data.weights or data.only_evaluated
+    if len(data.eval_paths) <= 1 or not is_mixed:
+        return {}
+    return {name: dataset_id for dataset_id, name in enumerate(dataset_names(data.eval_paths))}

@@ -1,7 +1,7 @@
 """A data set in one line: rows, tokens, targets, lengths, and what was left out."""
 
 
-def describe(name, facts):
+def describe_data(name, facts):
     """The facts about a part of the data, in a line."""
     median, most, longest = facts["lengths"]
     line = f"{name}: {{examples}} examples in {{rows}} rows, {{tokens}} tokens, {{targets}} targets".format_map(

@@ -7,7 +7,6 @@ start at once one tokenises, and the others wait for it.
 """
 
 from contextlib import ExitStack, contextmanager
-import dataclasses
 from dataclasses import replace
 import fcntl
 import json
@@ -17,18 +16,18 @@ import tempfile
 import numpy as np
 from tqdm import tqdm
 
-from lora.common.atomic_files import folder_for
+from lora.common.atomic_files import atomic_folder
 from lora.common.errors import UserError
-from lora.data.batches import Rows, is_target
+from lora.data.batches import ARRAYS, Rows, is_target
 from lora.data.chat_template import use_chatml
 from lora.data.raw_data import digest
-from lora.data.tokenise import render
+from lora.data.tokenise import tokenise
 
 CHUNK = 1000  # examples that the tokenizer's threads share at a time
 
 
-def tokenised(source, task):
-    """(training Rows, held-out Rows, facts) of a Source for a Task. facts: what `tokenise` says of
+def load_or_tokenise(source, task):
+    """(training Rows, held-out Rows, facts) of a Source for a Task. facts: what `tokenise_examples` says of
     each part, and
 
     "overlap", the number of prompts or texts that are in both, "repeated", of training examples
@@ -45,9 +44,8 @@ def tokenised(source, task):
         if not (folder / key).is_dir():
             write(source, task, folder, key)
         facts = json.loads((folder / key / "facts.json").read_text())
-        names = [field.name for field in dataclasses.fields(Rows)]
         parts = [
-            Rows(*(np.load(folder / key / f"{part}_{n}.npy", mmap_mode="r") for n in names))
+            Rows(*(np.load(folder / key / f"{part}_{n}.npy", mmap_mode="r") for n in ARRAYS))
             for part in ("train", "eval")
         ]
     if facts["chats"]:
@@ -90,20 +88,20 @@ def write(source, task, folder, key):
     examples = source.examples()
     facts = {"chats": any(example.messages for part in examples for example in part)}
     facts["repeated"] = len(examples[0]) - len(
-        {str(replace(example, where="", source=0)) for example in examples[0]}
+        {str(replace(example, where="", dataset_id=0)) for example in examples[0]}
     )
     facts["overlap"] = len(
         set.intersection(*({example.subject for example in part} for part in examples))
     )
-    with folder_for(folder / key) as temporary:
+    with atomic_folder(folder / key) as temporary:
         for name, part in zip(("train", "eval"), examples):
-            rows, facts[name] = tokenise(part, task, source.config, name)
-            for field in dataclasses.fields(Rows):
-                np.save(temporary / f"{name}_{field.name}.npy", getattr(rows, field.name))
+            rows, facts[name] = tokenise_examples(part, task, source.config, name)
+            for array in ARRAYS:
+                np.save(temporary / f"{name}_{array}.npy", getattr(rows, array))
         (temporary / "facts.json").write_text(json.dumps(facts))
 
 
-def tokenise(examples, task, config, name):
+def tokenise_examples(examples, task, config, name):
     """(Rows, what is to be said of them) of examples. Raises UserError where no row has a target."""
     max_length, kind, tokenizer = config.data.max_length, config.model.task, task.tokenizer
     if any(example.messages for example in examples):
@@ -121,14 +119,14 @@ def tokenise(examples, task, config, name):
             for start in range(0, len(examples), CHUNK):
                 chunk = examples[start : start + CHUNK]
                 for example, rendered in zip(
-                    chunk, render(chunk, tokenizer, kind, config.data, task.causal)
+                    chunk, tokenise(chunk, tokenizer, kind, config.data, task.causal)
                 ):
                     facts["cut"] += rendered.cut
                     facts["without_target"] += not rendered.rows
-                    yield from ((row, example.source) for row in rendered.rows)
+                    yield from ((row, example.dataset_id) for row in rendered.rows)
                 bar.update(len(chunk))
 
-    table = Rows.of(rows(), kind)
+    table = Rows.from_rows(rows(), kind)
     if not len(table):
         raise UserError(
             f"{examples[0].where}: no {name} example has a target within max_length = {max_length}; raise it, or see what "

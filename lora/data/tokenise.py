@@ -25,19 +25,19 @@ class Row:
 
     tokens: list[int]
     targets: list[int] | list[float]  # as long as tokens
-    segments: list[int] | None = None  # token types of an encoder's pair of texts
-    weight: float = 1.0  # of its losses
+    token_type_ids: list[int] | None = None  # token types of an encoder's pair of texts
+    loss_weight: float = 1.0  # factor of its losses
 
 
 @dataclass(slots=True)
-class Rendered:
+class TokenisedExample:
     """What became of an example: its rows, and whether max_length cut something off."""
 
     rows: list[Row] = field(default_factory=list)
     cut: bool = False
 
 
-def render(examples, tokenizer, task, data, causal):
+def tokenise(examples, tokenizer, task, data, causal):
     """A Rendered for each example, with rows of at most max_length tokens; none where nothing that
     is asked fits.
 
@@ -58,12 +58,12 @@ def render(examples, tokenizer, task, data, causal):
         results = one_way_rows(examples, tokenizer, task, data)
     for example, rendered in zip(examples, results):
         for row in rendered.rows:
-            row.weight = example.weight
+            row.loss_weight = example.weight
     return results
 
 
 def one_way_rows(examples, tokenizer, task, data):
-    """`render` for a model that reads from left to right."""
+    """`tokenise` for a model that reads from left to right."""
     max_length = data.max_length
     pieces = [pieces_of(example, tokenizer, task, data) for example in examples]
     marker = marker_token(data, tokenizer) if task == "score" else []
@@ -166,7 +166,7 @@ def chat_row(tokenised, max_length):
     ] + [NO_TOKEN]
     row = Row(tokens[:max_length], targets)
     has_target = any(target != NO_TOKEN for target in targets)
-    return Rendered([row] if has_target else [], cut=len(tokens) > max_length)
+    return TokenisedExample([row] if has_target else [], cut=len(tokens) > max_length)
 
 
 def text_rows(tokenised, start, end, max_length):
@@ -177,7 +177,7 @@ def text_rows(tokenised, start, end, max_length):
         window = tokens[first : first + max_length]
         targets = tokens[first + 1 : first + max_length + 1]
         rows.append(Row(window, targets + [NO_TOKEN] * (len(window) - len(targets))))
-    return Rendered(rows)
+    return TokenisedExample(rows)
 
 
 def marker_token(data, tokenizer):
@@ -210,14 +210,14 @@ def chain_row(tokenised, start, max_length, marker):
                 NO_SCORE if piece.label is None else piece.label
             ]
     has_target = any(target == target for target in targets)
-    return Rendered([Row(tokens, targets)] if has_target else [], cut)
+    return TokenisedExample([Row(tokens, targets)] if has_target else [], cut)
 
 
 def pair_rows(example, tokenizer, max_length):
     """For each labelled step: the prompt and everything up to that step, as the encoder's pair of
     texts.
     """
-    result = Rendered()
+    result = TokenisedExample()
     for end, label in enumerate(example.labels, 1):
         if label is None:
             continue

@@ -18,18 +18,18 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def world():
+def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def place(i):
+def micro_batch_index(i):
     """The number of this process's i-th part, where the parts are dealt in turn."""
-    return i * world() + rank()
+    return i * world_size() + rank()
 
 
-def start(device):
+def join(device):
     """Join the processes of this run; of what is printed, the first one's is shown."""
-    if world() == 1:
+    if world_size() == 1:
         return
     if device.type == "mps":
         raise UserError(
@@ -48,22 +48,24 @@ def start(device):
     # Torchrun itself then keeps the store
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
-        address, port, world(), is_master=rank() == 0 and not agents, timeout=TIMEOUT
+        address, port, world_size(), is_master=rank() == 0 and not agents, timeout=TIMEOUT
     )
     # A restart by torchrun finds what the attempt before left in the store, and would wait for
     # processes that are gone.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=TIMEOUT)
+    dist.init_process_group(
+        backend, store=store, rank=rank(), world_size=world_size(), timeout=TIMEOUT
+    )
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
 
-def wait():
+def barrier():
     """Until every process has come here."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def stop():
-    if world() > 1:
+def leave():
+    if world_size() > 1:
         dist.destroy_process_group()

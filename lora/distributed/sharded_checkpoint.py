@@ -13,39 +13,39 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 import torch
 
-from lora.common.atomic_files import flush
+from lora.common.atomic_files import fsync_path
 from lora.distributed import process_group, sharding
 
-INDEX = "shards.json"
+INDEX_FILE = "shards.json"
 
 
-def write(folder, tensors):
+def write_shard(folder, tensors):
     """Write this process's part of `tensors` (name -> tensor, sharded or the same on all
     processes).
     """
-    world, rank = process_group.world(), process_group.rank()
+    world, rank = process_group.world_size(), process_group.rank()
     index, mine = {}, {}
     for name, tensor in tensors.items():
         sharded = sharding.is_sharded(tensor)
         index[name] = {"shape": list(tensor.shape)}
         if tensor.ndim:
-            index[name]["rows"] = sharding.rows(len(tensor), world if sharded else 1)
+            index[name]["rows"] = sharding.row_bounds(len(tensor), world if sharded else 1)
         if sharded or rank == 0:
-            mine[name] = sharding.local(tensor).detach().cpu().contiguous()
+            mine[name] = sharding.local_tensor(tensor).detach().cpu().contiguous()
     path = Path(folder) / f"shard_{rank}.safetensors"
     save_file(mine, path, {"format": "pt"})
-    flush(path)  # of several machines each makes durable what it wrote
+    fsync_path(path)  # of several machines each makes durable what it wrote
     if rank == 0:
-        (Path(folder) / INDEX).write_text(json.dumps(index) + "\n")
+        (Path(folder) / INDEX_FILE).write_text(json.dumps(index) + "\n")
 
 
 class Shards:
-    """Tensors of which any rows can be read: what `write` wrote, or a plain safetensors file."""
+    """Tensors of which any rows can be read: what `write_shard` wrote, or a plain safetensors file."""
 
     def __init__(self, path):
         path = Path(path)
         if path.is_dir():
-            self.index = json.loads((path / INDEX).read_text())
+            self.index = json.loads((path / INDEX_FILE).read_text())
             count = max(len(entry.get("rows", (0, 0))) for entry in self.index.values()) - 1
             self.files = [path / f"shard_{process}.safetensors" for process in range(count)]
         else:
@@ -65,7 +65,7 @@ class Shards:
         shape = self.index.get(name, {}).get("shape")
         if shape != list(tensor.shape):
             raise ValueError(f"{name} is {shape or 'absent'}, its place is {list(tensor.shape)}")
-        sharding.local(tensor).copy_(self.get(name, *sharding.my_rows(tensor)))
+        sharding.local_tensor(tensor).copy_(self.get(name, *sharding.local_rows(tensor)))
 
     def get(self, name, first, last):
         """Rows first..last of a tensor; a number is given whole."""

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from lora.common.errors import UserError
-from lora.distributed.process_group import rank, world
+from lora.distributed.process_group import rank, world_size
 from lora.target_modules import decoder_layers
 
 
@@ -34,7 +34,7 @@ def shard(task, dtype, optimizer, device):
     )  # a second
 
     # Fully_shard's own is of GPUs wherever there are some
-    mesh = init_device_mesh(device.type, (world(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
     )
@@ -50,12 +50,12 @@ def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")  # a DTensor
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """A sharded tensor's value, on every process."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def rows(count, processes):
+def row_bounds(count, processes):
     """[processes + 1]: where in `count` rows the part of each process begins, and the end; as
     torch.chunk has it.
     """
@@ -63,36 +63,36 @@ def rows(count, processes):
     return [min(i * size, count) for i in range(processes + 1)]
 
 
-def my_rows(tensor):
+def local_rows(tensor):
     """(first, last + 1) of the rows of `tensor`, and of what an optimizer keeps of it, that this
     process holds.
     """
     if not is_sharded(tensor):
         return 0, sys.maxsize  # the scales of 8-bit states can be more than the tensor's rows
-    return tuple(rows(len(tensor), world())[rank() : rank() + 2])
+    return tuple(row_bounds(len(tensor), world_size())[rank() : rank() + 2])
 
 
-def local(tensor):
+def local_tensor(tensor):
     """The rows that this process holds, as a plain tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
-def fill(tensor, value):
+def copy_into(tensor, value):
     """Copy a whole `value` into a tensor that may be sharded. Raises ValueError where it is of
     another shape.
     """
     if tensor.shape != value.shape:
         raise ValueError(f"a tensor of {list(value.shape)} for a place of {list(tensor.shape)}")
-    local(tensor).copy_(value[slice(*my_rows(tensor))] if value.ndim else value)
+    local_tensor(tensor).copy_(value[slice(*local_rows(tensor))] if value.ndim else value)
 
 
-def like(parameter, local):
+def sharded_like(parameter, local_tensor):
     """This process's rows, as a tensor that is sharded as `parameter` is, if it is."""
-    local = local.to(parameter.device)
-    if not is_sharded(parameter) or local.ndim == 0:
-        return local
+    local_tensor = local_tensor.to(parameter.device)
+    if not is_sharded(parameter) or local_tensor.ndim == 0:
+        return local_tensor
     layout = {"shape": parameter.shape, "stride": parameter.stride()}
     return type(parameter.data).from_local(
-        local, parameter.device_mesh, parameter.placements, **layout
+        local_tensor, parameter.device_mesh, parameter.placements, **layout
     )

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora.common.checksums import require_as_written, verify_artifact
+from lora.common.checksums import verify_artifact, verify_checksums
 from lora.common.errors import UserError
-from lora.config.flags import Parser, add_flags, set_given
+from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, tables_of
 from lora.config.tables import from_file, saved_config
 from lora.data.examples import Example
@@ -98,7 +98,7 @@ def read_arguments(argv):
             "--checkpoint brings its configuration along; leave --config out, and override keys with flags."
         )
     if arguments.checkpoint:
-        require_as_written(arguments.checkpoint)
+        verify_checksums(arguments.checkpoint)
         config = saved_config(arguments.checkpoint)
     else:
         config = from_file(arguments.config) if arguments.config else Config()
@@ -109,7 +109,7 @@ def read_arguments(argv):
         )
     if whole:
         config.model.base_model, config.model.init_from = whole, ""
-    set_given(config, arguments, KEYS)
+    apply_flags(config, arguments, KEYS)
     refuse_what_does_not_go_together(arguments, config)
     check_patterns(config.evaluation)
     return arguments, config

@@ -20,7 +20,7 @@ from lora.common.errors import UserError
 from lora.config.schema import max_batch_tokens
 from lora.data.batches import Rows
 from lora.data.chat_template import chat_pieces, prompt_pieces, use_chatml
-from lora.data.tokenise import Row, encode, first_token, render
+from lora.data.tokenise import Row, encode, first_token, tokenise
 from lora.model.device import autocast
 
 PAD = 0  # any token will do: it is masked
@@ -161,8 +161,8 @@ def step_scores(examples, task, config, dtype):
     numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])  # exact up to 2^24
     # Of each step its number
     asked = [replace(example, labels=of.tolist()) for example, of in zip(examples, numbers)]
-    rendered = render(asked, task.tokenizer, "score", config.data, task.causal)
-    rows = Rows.of(((row, 0) for of in rendered for row in of.rows), "score")
+    rendered = tokenise(asked, task.tokenizer, "score", config.data, task.causal)
+    rows = Rows.from_rows(((row, 0) for of in rendered for row in of.rows), "score")
     batches = (
         rows.batches(range(len(rows)), max_batch_tokens(config), task.packed) if len(rows) else []
     )
@@ -186,13 +186,13 @@ def embed(task, texts, config, dtype):
     ).input_ids
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
     # With every token a target
-    rows = Rows.of(((Row(tokens[i], [0.0] * len(tokens[i])), 0) for i in order), "score")
+    rows = Rows.from_rows(((Row(tokens[i], [0.0] * len(tokens[i])), 0) for i in order), "score")
     task.eval()
     means, batches = [], rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
     with autocast(task.model.device, dtype):
         for batch in tqdm(batches, unit="batch", disable=None):
-            hidden = task.at_targets(batch.to(task.model.device)).float()
-            means += [part.mean(0).cpu() for part in hidden.split(batch.lengths)]
+            hidden = task.target_hidden_states(batch.to(task.model.device)).float()
+            means += [part.mean(0).cpu() for part in hidden.split(batch.seq_lens)]
     embeddings = torch.empty(len(texts), len(means[0]))
     embeddings[order] = torch.nn.functional.normalize(torch.stack(means))
     return embeddings.numpy()

@@ -6,13 +6,12 @@ import sys
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lora.common.terminal import printable
 from lora.config.schema import max_batch_tokens
-from lora.data.mixing import names_of
-from lora.data.summary import describe
-from lora.data.token_cache import tokenise
+from lora.data.mixing import dataset_names
+from lora.data.summary import describe_data
+from lora.data.token_cache import tokenise_examples
 from lora.evaluation import best_of_n, calibration, retrieval, step_metrics, step_report
 from lora.evaluation.generate import answers, embed, prompt_tokens, step_scores
 from lora.evaluation.predict import predict
@@ -20,12 +19,11 @@ from lora.evaluation.text_metrics import means, rouge_scorer, scores
 
 
 def loss_numbers(examples, task, config, dtype):
-    rows, facts = tokenise(examples, task, config, "eval")
+    rows, facts = tokenise_examples(examples, task, config, "eval")
     batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
-    said, targets, _ = predict(
-        task, tqdm(batches, unit="batch", disable=None), task.model.device, dtype
-    )
-    print(describe("eval", facts))
+    predictions = predict(task, batches, task.model.device, dtype)
+    said, targets = predictions.values, predictions.targets
+    print(describe_data("eval", facts))
     numbers = task.head.metrics(said, targets)
     text = task.tokenizer.decode(
         targets, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -115,9 +113,9 @@ def labelled_numbers(arguments, config, examples, scores, task):
         [arguments.test_set] if arguments.test_set else config.data.eval_paths
     )
     measured = {
-        e.source for e, of in zip(examples, scores) if step_metrics.measured([e], [of]).size
+        e.dataset_id for e, of in zip(examples, scores) if step_metrics.measured([e], [of]).size
     }
-    names = {name: source for source, name in enumerate(names_of(paths)) if source in measured}
+    names = {name: source for source, name in enumerate(dataset_names(paths)) if source in measured}
     found = step_metrics.report(
         examples, scores, config.evaluation, names if len(names) > 1 else {}
     )

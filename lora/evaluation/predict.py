@@ -1,57 +1,91 @@
-"""Predictions of a task for every target, gathered over all processes, and the metrics of the
-held-out set.
-"""
+"""Predictions of a task for every target, gathered over all processes, and their metrics."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from lora.distributed import collectives, process_group
+from lora.data.batches import Batch
+from lora.distributed.collectives import gather_in_order
+from lora.distributed.process_group import rank, world_size
 from lora.model.device import autocast
+from lora.model.run import Run
+from lora.model.task import Task
 
 
-@torch.no_grad()
-def predict(task, batches, device, dtype, method="predict"):
-    """Of every target of `batches`, without dropout: (what the task says by `method` [n, ...],
-    targets [n], data sets [n]).
+@dataclass
+class Predictions:
+    """What a task predicts for n targets. All tensors are on the CPU."""
 
-    The batches are dealt over the processes, and what they say is put together again in the order
-    of the batches.
-    """
-    task.eval()
-    said, targets, sources = [], [], []
-    for i, batch in enumerate(batches):
-        if i % process_group.world() == process_group.rank():
-            with autocast(device, dtype):
-                said.append(getattr(task, method)(batch.to(device)).float())
-        targets.append(batch.targets)
-        sources.append(batch.sources)
-    # This process had a batch less than others
-    if 0 < len(targets) % process_group.world() <= process_group.rank():
-        with autocast(device, dtype):
-            # For the others' sake: sharded weights are gathered by all at once
-            getattr(task, method)(batch.to(device))
-    task.train()
-    lengths = [len(one) for one in targets]
-    return (
-        collectives.interleaved(said, lengths, device).cpu(),
-        torch.cat(targets),
-        torch.cat(sources),
+    values: Tensor  # [n, ...], as the head's `predict` returns them
+    targets: Tensor  # [n]
+    dataset_ids: Tensor  # [n], the data set of each target
+
+
+def predict(
+    task: Task, batches: list[Batch], device: torch.device, dtype: torch.dtype
+) -> Predictions:
+    """Return the predictions for all targets of `batches`, without dropout, in their order."""
+    return Predictions(
+        values=outputs_at_targets(task, task.predict, batches, device, dtype),
+        targets=torch.cat([batch.targets for batch in batches]),
+        dataset_ids=torch.cat([batch.dataset_ids for batch in batches]),
     )
 
 
-def evaluate(task, data, device, dtype, keep=None):
-    """The head's metrics over the held-out rows, and under a set's name over that set, where data
-    is mixed.
+@torch.no_grad()
+def outputs_at_targets(
+    task: Task,
+    method: Callable[[Batch], Tensor],
+    batches: list[Batch],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return what a method of the task computes at all targets, [n, ...], in fp32 on the CPU.
+
+    The micro-batches are divided among the processes. Every process gets all outputs, in the order
+    of `batches`.
     """
-    batches = data.evaluation()
-    said, targets, sources = predict(task, batches, device, dtype)
-    if keep:  # what `python -m lora compare` reads
-        keep(task.head, said, targets, data.held_out, batches)
-    metrics = task.head.metrics(said, targets)
-    for name, source in data.held_out_sets.items():
-        mine = sources == source
-        if mine.any():
-            metrics |= {
-                f"{name}/{key}": value
-                for key, value in task.head.metrics(said[mine], targets[mine]).items()
-            }
-    return metrics
+    task.eval()
+
+    def run_model(batch: Batch) -> Tensor:
+        with autocast(device, dtype):
+            return method(batch.to(device)).float()
+
+    local_batches = batches[rank() :: world_size()]
+    quiet = True if rank() > 0 else None  # None: no bar where there is no terminal
+    progress = tqdm(local_batches, desc="predict", unit="batch", disable=quiet, leave=False)
+    local_outputs = [run_model(batch) for batch in progress]
+
+    # Sharded weights are gathered by all processes at once, so every process must run the model
+    # equally often. Where the last round has too few batches, the others repeat one and drop the
+    # result.
+    batches_in_last_round = len(batches) % world_size()
+    process_sits_out = batches_in_last_round > 0 and rank() >= batches_in_last_round
+    if process_sits_out:
+        run_model(batches[-1])
+
+    task.train()
+    counts = [batch.num_targets for batch in batches]
+    return gather_in_order(local_outputs, counts, device).cpu()
+
+
+def evaluate(run: Run) -> tuple[dict[str, float], list[Batch], Predictions]:
+    """Evaluate on the held-out rows.
+
+    Returns:
+        The head's metrics, with those of each data set under its name where several are mixed;
+        the micro-batches, and the predictions that the metrics were computed from.
+    """
+    batches = run.data.evaluation()
+    predictions = predict(run.task, batches, run.device, run.dtype)
+    head = run.task.head
+    metrics = head.metrics(predictions.values, predictions.targets)
+    for name, dataset_id in run.data.held_out_sets.items():
+        in_set = predictions.dataset_ids == dataset_id
+        if in_set.any():
+            of_set = head.metrics(predictions.values[in_set], predictions.targets[in_set])
+            metrics.update({f"{name}/{key}": value for key, value in of_set.items()})
+    return metrics, batches, predictions

@@ -69,7 +69,7 @@ class Judged:
     @classmethod
     def of(cls, examples, scores, threshold, source=None):
         """`scores`: an array [steps] for each example. source: of which set, None: of all."""
-        chosen = [(e, of) for e, of in zip(examples, scores) if source in (None, e.source)]
+        chosen = [(e, of) for e, of in zip(examples, scores) if source in (None, e.dataset_id)]
         chains = [(e.prompt, *measured([e], [of])) for e, of in chosen]
         subjects, labels, scores = zip(*(chain for chain in chains if len(chain[1])))
         ends = np.cumsum([*map(len, labels)])

@@ -22,29 +22,32 @@ import time
 
 import torch
 
-from lora.common.atomic_files import folder_for, write_text
-from lora.common.base_files import locate
-from lora.common.checksums import damage, write_checksums
+from lora.common.atomic_files import atomic_folder, write_text_atomically
+from lora.common.base_files import locate_base
+from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import Stopped
 from lora.common.paths import ROOT
 from lora.distributed.sharding import is_sharded
 from lora.export.model_card import model_card
 from lora.model.load import load_task
-from lora.training.best_checkpoints import best as best_first
-from lora.training.best_checkpoints import saved
-from lora.training.checkpoint import trainable
+from lora.training.best_checkpoints import best_first, saved_states
+from lora.training.checkpoint import trainable_parameters
 from lora.training.log import peak_memory
 
 ARTIFACT_VERSION = 1
 
 
-def conclude(task, config, log, base_files, data_files, device, started):
+def write_final_artifact(run, log, base_files, data_files, started):
     """Write the results and the artifact of a run that has ended: the weights of its best
     checkpoint. Raises Stopped.
     """
-    states = saved(log.run_dir / "checkpoints")
+    task, config, device = run.task, run.config, run.device
+    states = saved_states(log.run_dir / "checkpoints")
     best, last = (
-        next((s for s in best_first(states) if not damage(s["path"], "trainer_state.json")), None),
+        next(
+            (s for s in best_first(states) if not find_damage(s["path"], "trainer_state.json")),
+            None,
+        ),
         states[-1],
     )
     if not best:
@@ -63,7 +66,9 @@ def conclude(task, config, log, base_files, data_files, device, started):
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
     }
-    write_text(log.run_dir / "logs" / "final_results.json", json.dumps(results, indent=2) + "\n")
+    write_text_atomically(
+        log.run_dir / "logs" / "final_results.json", json.dumps(results, indent=2) + "\n"
+    )
     write(log.run_dir / "final_artifact", task, config, results, base_files, data_files)
     shown = ", ".join(
         f"{name} {value:.4f}"
@@ -80,7 +85,7 @@ def write(folder, task, config, results, base_files, data_files):
     """Write the artifact of a run whose base was found unchanged; the hashes are those of before
     its training.
     """
-    with folder_for(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         task.save_artifact(temporary)
         config = with_whole_paths(config)
         config.save(temporary / "training_config.toml")
@@ -94,7 +99,7 @@ def write(folder, task, config, results, base_files, data_files):
 def with_whole_paths(config):
     config = copy.deepcopy(config)
     if config.model.base_model != "embedded":
-        source, local = locate(config.model.base_model)
+        source, local = locate_base(config.model.base_model)
         config.model.base_model = os.path.abspath(source) if local else source
     whole = lambda path: os.path.abspath(path) if Path(path).is_file() else path
     for key in ("train_data", "eval_data"):
@@ -117,7 +122,7 @@ def metadata(task, config, results, base_files, data_files):
         "best": results["best"],
         "seed": config.training.seed,
         "seconds": results["seconds"],
-        "trainable_parameters": sum(p.numel() for p in trainable(task).values()),
+        "trainable_parameters": sum(p.numel() for p in trainable_parameters(task).values()),
         "parameters": sum(p.numel() for p in task.parameters()),
         "versions": versions(),
         "git_commit": git_commit(),

@@ -16,7 +16,7 @@ from safetensors import safe_open
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lora.common.atomic_files import file_for
+from lora.common.atomic_files import atomic_file
 from lora.common.errors import UserError
 from lora.export.gguf_tokenizer import tokenizer_keys
 from lora.model.weights import load_shape
@@ -57,7 +57,7 @@ def write_gguf(folder, path, kind):
         shape = gguf.quant_shape_to_byte_shape(shape, stored)
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), stored)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with file_for(path) as temporary:
+    with atomic_file(path) as temporary:
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -5,7 +5,7 @@ there.
 import json
 import shlex
 
-from lora.common.base_files import locate
+from lora.common.base_files import locate_base
 from lora.common.paths import ROOT
 
 HEAD = "`mlp_head.safetensors` is Linear - ReLU - Linear - sigmoid, on the last hidden state of each step's last token.\n"
@@ -55,7 +55,7 @@ def model_card(task, config, facts):
     """The text of the card. `facts` is the artifact's metadata, `config` the configuration with
     whole paths.
     """
-    base, _ = locate(config.model.base_model)
+    base, _ = locate_base(config.model.base_model)
     figures = {name: value for name, value in facts["best"].items() if name != "step"}
     of_data, lora = {**facts["train_data"], **facts["eval_data"]}, config.lora
     without_adapter = {"head": "A score head on the frozen base", "full": "A full fine-tuning"}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from lora.adapter import write
 from lora.adapter_format import rank, read_config, read_tensors
-from lora.common.errors import UserError, refuse_any
+from lora.common.errors import UserError, raise_if_any
 from lora.target_modules import by_pattern
 
 
@@ -25,7 +25,7 @@ def write_portable(folder, output):
             f"{folder}: DoRA and lora_bias have no portable form; merge the adapter instead."
         )
     lost = [name for name in whole if not name.endswith(".base_layer.weight")]
-    refuse_any(
+    raise_if_any(
         lost,
         f"{folder}: merge the adapter instead: vLLM and llama.cpp read no whole weights, and it has",
     )

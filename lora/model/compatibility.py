@@ -2,13 +2,14 @@
 
 import torch
 
+from lora.common.errors import UserError
 from lora.data.batches import Rows
 from lora.data.tokenise import Row
 from lora.model.heads import LMHead
 
 
 @torch.no_grad()
-def disagreement(task, dtype=None):
+def find_incompatibility(task, dtype=None):
     """What this model does otherwise than the task assumes, measured on two short documents; None
     if all is well.
 
@@ -27,10 +28,12 @@ def disagreement(task, dtype=None):
     changed = [*first[:-1], (first[-1] + 1) % vocabulary]
 
     def hidden(*documents):
-        rows = Rows.of(
+        rows = Rows.from_rows(
             ((Row(document, [0.0] * len(document)), 0) for document in documents), "score"
         )
-        return task.at_targets(rows.batch(range(len(documents)), task.packed).to(device)).float()
+        return task.target_hidden_states(
+            rows.batch(range(len(documents)), task.packed).to(device)
+        ).float()
 
     def differ(one, other, rounding=rounding):
         return bool((one - other).abs().max() > rounding * one.abs().max())
@@ -57,3 +60,13 @@ def disagreement(task, dtype=None):
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
         return f"a short forward pass ends in {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
+
+
+def refuse_incompatible_layers(task, target_modules):
+    """Raise UserError where LoRA in these layers has no effect: some models read a layer's weight
+    past the layer.
+    """
+    problem = find_incompatibility(task)
+    if problem:
+        names = " ".join(target_modules)
+        raise UserError(f"target_modules {names}: with LoRA there {problem}; name other layers.")

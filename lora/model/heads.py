@@ -9,7 +9,7 @@ from torch import nn
 import torch.nn.functional as F
 
 from lora.layer import LoRALinear
-from lora.target_modules import sizes
+from lora.target_modules import layer_sizes
 
 
 class LMHead(nn.Module):
@@ -58,7 +58,7 @@ class LMHead(nn.Module):
     def predict(self, hidden, targets):
         """[n, 2]: the loss at each target, and 1.0 where the target is the likeliest token."""
         said = []
-        for part in self.chunks(hidden, sizes(self.find_output_layer())[1]):
+        for part in self.chunks(hidden, layer_sizes(self.find_output_layer())[1]):
             logits = self.logits(hidden[part])
             losses = F.cross_entropy(logits, targets[part], reduction="none")
             said.append(torch.stack([losses, (logits.argmax(-1) == targets[part]).float()], 1))

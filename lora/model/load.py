@@ -4,15 +4,15 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
-from lora.common.base_files import locate
+from lora.common.base_files import locate_base
 from lora.common.errors import UserError
-from lora.model.compatibility import disagreement
+from lora.model.compatibility import find_incompatibility
 from lora.model.device import choose_device
 from lora.model.heads import MLPHead
-from lora.model.pretrained_heads import take_over
+from lora.model.pretrained_heads import initialise_head
 from lora.model.task import Task
 from lora.model.weights import add_tokens, four_bits, load_shape, load_weights, weight_files
-from lora.target_modules import train_all
+from lora.target_modules import require_all_grads
 
 
 def load_task(config, dtype, packed=None):
@@ -42,7 +42,7 @@ def load_task(config, dtype, packed=None):
                     f"base_model {base_model}: an encoder sees what it would have to predict; use --task score."
                 )
             task.packed = layout
-            problem = disagreement(task)
+            problem = find_incompatibility(task)
         except KeyError as error:  # of a model that knows its own kinds of attention only
             problem = f"it has no attention {error}"
         if not problem:
@@ -53,7 +53,7 @@ def load_task(config, dtype, packed=None):
             f"base_model {base_model}: {shape.model_type} is not supported: {problems[0]}."
         )
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
-        take_over(task, weight_files(config.model), config.model.head_tokens)
+        initialise_head(task, weight_files(config.model), config.model.head_tokens)
     longest = (getattr(shape, "max_position_embeddings", None) or max_length) - task.first_position
     if max_length > longest:
         raise UserError(
@@ -76,14 +76,14 @@ def build(config, shape, tokenizer, dtype, packed):
                 "init_from scratch: random weights are not quantised; leave load_in_4bit out."
             )
         model = auto.from_config(shape, dtype=dtype, attn_implementation=attention)
-        model.config.name_or_path = locate(config.model.base_model)[0]
+        model.config.name_or_path = locate_base(config.model.base_model)[0]
     else:
         model = load_weights(auto, config.model.base_model, dtype, attention, quantization)
         if quantization:
             model.to(quantization.device)  # where its 4-bit weights are already
     if config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
-    train_all(model)
+    require_all_grads(model)
     return model
 
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.common.errors import UserError
 from lora.distributed import process_group, sharding
-from lora.model.compatibility import disagreement
+from lora.model.compatibility import find_incompatibility
 from lora.target_modules import decoder_layers
 
 
@@ -34,16 +34,16 @@ def prepare_layers(model, training):
             layer.forward = partial(offloaded, layer.forward)
 
 
-def lay_out(task, config, device, dtype):
+def place_on_device(task, config, device, dtype):
     """Bring a task to where it is trained: `device`, in parts if several processes train all
     weights. Raises UserError.
     """
-    if process_group.world() > 1 and not config.lora:
+    if process_group.world_size() > 1 and not config.lora:
         sharding.shard(task, dtype, config.training.optimizer, device)
     task.to(device)
     if device.type != "cpu" and not any(map(sharding.is_sharded, task.parameters())):
         # It has been tried on the CPU, but for the device's own kernels
-        problem = disagreement(task, dtype)
+        problem = find_incompatibility(task, dtype)
         if problem:
             raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
 

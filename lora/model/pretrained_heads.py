@@ -66,7 +66,7 @@ def load_linear(head, direction, bias):
     last.bias.copy_(bias)
 
 
-def take_over(task, files, tokens):
+def initialise_head(task, files, tokens):
     """Begin with the score head among the base's weight files, if there is one; with `tokens`, two
     of its output layer.
 

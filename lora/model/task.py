@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from lora.adapter import load_adapter, save_adapter
-from lora.common.errors import UserError, one_line
-from lora.distributed.sharded_checkpoint import INDEX, Shards
-from lora.distributed.sharding import fill
+from lora.common.errors import UserError, library_errors
+from lora.distributed.sharded_checkpoint import INDEX_FILE, Shards
+from lora.distributed.sharding import copy_into
 from lora.layer import lora_layers, merge
 from lora.model.attention import Documents
 from lora.model.heads import LMHead, MLPHead
 from lora.model.pretrained_heads import load_two_rows
-from lora.target_modules import is_causal, is_tied, train_all
+from lora.target_modules import is_causal, is_tied, require_all_grads
 
 
 class Task(nn.Module):
@@ -46,20 +46,22 @@ class Task(nn.Module):
         table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         self.first_position = 0 if padding is None else padding + 1
-        self.has_segments = not self.causal and getattr(model.config, "type_vocab_size", 0) > 1
+        self.uses_token_type_ids = (
+            not self.causal and getattr(model.config, "type_vocab_size", 0) > 1
+        )
 
     def hidden_states(self, batch):
         """What the backbone makes of a micro-batch: [number of its positions, width]."""
         packed = {}
         if self.packed:
             packed = {
-                "position_ids": batch.positions + self.first_position,
-                "documents": Documents(batch.lengths),
+                "position_ids": batch.position_ids + self.first_position,
+                "documents": Documents(batch.seq_lens),
             }
-            if self.has_segments:
-                packed["token_type_ids"] = batch.segments
+            if self.uses_token_type_ids:
+                packed["token_type_ids"] = batch.token_type_ids
         # Padding on the right of a causal model is seen by nobody, so no mask is needed there.
-        out = self.model.base_model(input_ids=batch.tokens, use_cache=False, **packed)
+        out = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **packed)
         return out.last_hidden_state.flatten(0, 1)
 
     @property
@@ -67,7 +69,7 @@ class Task(nn.Module):
         """Whether nothing of the model is trained, and the head alone is."""
         return not any(p.requires_grad for p in self.model.parameters())
 
-    def at_targets(self, batch):
+    def target_hidden_states(self, batch):
         """The hidden states at the targets [n, width]: those that the batch brings along, else the
         backbone's.
         """
@@ -77,10 +79,12 @@ class Task(nn.Module):
 
     def predict(self, batch):
         """What the head says at each target."""
-        return self.head.predict(self.at_targets(batch), batch.targets)
+        return self.head.predict(self.target_hidden_states(batch), batch.targets)
 
     def forward(self, batch):
-        return self.head(self.at_targets(batch), batch.targets, batch.weights), batch.num_targets
+        return self.head(
+            self.target_hidden_states(batch), batch.targets, batch.loss_weights
+        ), batch.num_targets
 
     def save(self, folder):
         """Write what was trained: `lora_adapter/`, or `backbone/` as a plain Hugging Face folder;
@@ -110,14 +114,14 @@ class Task(nn.Module):
     def load(self, folder):
         """The weights that `save` wrote, into this task. Raises UserError where they do not fit."""
         self.load_model(Path(folder))
-        if not (Path(folder) / INDEX).is_file():
+        if not (Path(folder) / INDEX_FILE).is_file():
             self.load_head(folder)
 
     def load_model(self, folder):
         """`load` without the MLP head."""
         adapter, whole = (
             (folder / "lora_adapter").is_dir(),
-            (folder / INDEX).is_file() or (folder / "backbone").is_dir(),
+            (folder / INDEX_FILE).is_file() or (folder / "backbone").is_dir(),
         )
         if self.frozen and (adapter or whole):
             raise UserError(
@@ -139,14 +143,14 @@ class Task(nn.Module):
             raise UserError(
                 f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model."
             )
-        elif (folder / INDEX).is_file():
-            with one_line(folder):
+        elif (folder / INDEX_FILE).is_file():
+            with library_errors(folder):
                 saved = Shards(folder)
                 for name, parameter in self.named_parameters():
                     if parameter.requires_grad:
                         saved.fill(parameter, name)
         else:
-            with one_line(folder / "backbone"):
+            with library_errors(folder / "backbone"):
                 saved, info = type(self.model).from_pretrained(
                     folder / "backbone",
                     dtype=torch.float32,
@@ -157,7 +161,7 @@ class Task(nn.Module):
                     raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys']))}")
                 state = saved.state_dict()
                 for name, tensor in self.model.state_dict().items():
-                    fill(tensor, state[name])
+                    copy_into(tensor, state[name])
 
     def start_from(self, folder):
         """Begin with the weights of an earlier stage: an adapter, a checkpoint or a final artifact.
@@ -173,7 +177,7 @@ class Task(nn.Module):
             load_adapter(self.model, adapter)
             if not trains_lora:
                 merge(self.model)
-                train_all(self.model)
+                require_all_grads(self.model)
             found = self.model.get_input_embeddings().num_embeddings
             if found != tokens:
                 raise UserError(
@@ -196,7 +200,7 @@ class Task(nn.Module):
         if not isinstance(self.head, MLPHead):
             return
         path = Path(folder) / "mlp_head.safetensors"
-        with one_line(path):
+        with library_errors(path):
             if path.is_file():
                 saved, ours = load_file(path), dict(self.head.named_parameters())
                 if saved.keys() != ours.keys():
@@ -204,7 +208,7 @@ class Task(nn.Module):
                         f"other tensors than the head's: {', '.join(sorted(saved.keys() ^ ours.keys()))}"
                     )
                 for name, parameter in ours.items():
-                    fill(parameter, saved[name])
+                    copy_into(parameter, saved[name])
                 return
             if not load_two_rows(self.head, sorted(Path(folder).glob("*.safetensors"))):
                 raise UserError(

@@ -6,8 +6,8 @@ from huggingface_hub import hf_hub_download
 import torch
 from transformers import AddedToken, AutoConfig, AutoTokenizer
 
-from lora.common.base_files import check_weights, locate
-from lora.common.errors import UserError, one_line, refuse_any
+from lora.common.base_files import check_weight_files, locate_base
+from lora.common.errors import UserError, library_errors, raise_if_any
 from lora.quantization import FourBitSettings, bitsandbytes
 from lora.target_modules import is_pooler
 
@@ -16,7 +16,7 @@ def weight_files(model):
     """The base's files of weights, on this disk. `model` is the [model] table of a configuration."""
     if model.init_from == "scratch":
         return []
-    source, local = locate(model.base_model)
+    source, local = locate_base(model.base_model)
     if not local:  # its config.json was read a moment ago; the weights lie beside it
         source = Path(hf_hub_download(source, "config.json", local_files_only=True)).parent
     return sorted(Path(source).glob("*.safetensors"))
@@ -39,10 +39,10 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
     """A model of transformers with the weights of `base_model`, all of them, in `dtype` or
     quantised. Raises UserError.
     """
-    source, local = locate(base_model)
+    source, local = locate_base(base_model)
     if local:
-        check_weights(source)
-    with one_line(f"base_model {base_model}"):
+        check_weight_files(source)
+    with library_errors(f"base_model {base_model}"):
         model, info = model_class.from_pretrained(
             source,
             dtype=dtype,
@@ -56,13 +56,13 @@ def load_weights(model_class, base_model, dtype, attention, quantization=None):
         )
     absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     absent = [name for name in absent if not is_pooler(name)]
-    refuse_any(absent, f"base_model {base_model}: no weights, or of another shape, for")
+    raise_if_any(absent, f"base_model {base_model}: no weights, or of another shape, for")
     odd = [
         name for name, p in model.named_parameters() if p.is_floating_point() and not is_finite(p)
     ]
-    refuse_any(odd, f"base_model {base_model}: not finite (copy it again, or take another base)")
+    raise_if_any(odd, f"base_model {base_model}: not finite (copy it again, or take another base)")
     if quantization:
-        refuse_any(model.hf_quantizer.quantization_config.damaged, f"base_model {base_model}")
+        raise_if_any(model.hf_quantizer.quantization_config.damaged, f"base_model {base_model}")
         # What is saved of it is the base's own config
         model.hf_quantizer.remove_quantization_config(model)
     return model
@@ -75,8 +75,8 @@ def is_finite(tensor):
 
 def read_shape(base_model):
     """config.json as transformers reads it. Raises UserError."""
-    source, local = locate(base_model)
-    with one_line(f"base_model {base_model}"):
+    source, local = locate_base(base_model)
+    with library_errors(f"base_model {base_model}"):
         shape = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     if getattr(shape, "quantization_config", None):
         raise UserError(
@@ -94,8 +94,8 @@ def load_shape(base_model):
 
 
 def load_tokenizer(base_model):
-    source, local = locate(base_model)
-    with one_line(f"base_model {base_model}"):
+    source, local = locate_base(base_model)
+    with library_errors(f"base_model {base_model}"):
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=False, local_files_only=local
         )

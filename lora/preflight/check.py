@@ -10,26 +10,35 @@ where only a fault makes a difference that rounding does not.
 import sys
 
 from lora.common.errors import Stopped
-from lora.data.display import shown
+from lora.data.display import row_as_text
+from lora.data.raw_data import RawData
+from lora.model.run import Run
 from lora.preflight.data_checks import DATA
 from lora.preflight.model_checks import MODEL
-from lora.preflight.trial import FAIL, Trial, cut
+from lora.preflight.trial import FAIL, Trial, keep_first_layers
 
 
-def run(opening, task, source, rows, facts, config, device, backward, evaluate):
-    """Print `opening` and all lines. Raises Stopped where one says FAIL. rows, facts: the training
-    rows, of `tokenised`.
+def check(run: Run, raw_data: RawData, data_facts: dict) -> None:
+    """Print the result of every check.
+
+    Args:
+        run: its task is trained by the checks, and merged by the last of them.
+        raw_data: the examples, some of which are looked at one by one.
+        data_facts: what `load_or_tokenise` returned.
+
+    Raises:
+        Stopped: a check says FAIL.
     """
-    print(opening)
-    note = cut(task)
-    trial = Trial(task, source, rows, facts, config, device, backward, evaluate)
+    task = run.task
+    note = keep_first_layers(task)
+    trial = Trial(run, raw_data, data_facts)
     failed = list(failing(trial, DATA))
     print()
     for example, rendered in trial.sample[:3]:
         print(f"--- {example.where}")
         print(
             "\n".join(
-                shown(row, task.tokenizer, sys.stdout.isatty()).rstrip("\n")
+                row_as_text(row, task.tokenizer, sys.stdout.isatty()).rstrip("\n")
                 for row in rendered.rows[:3]
             )
         )

@@ -38,7 +38,7 @@ def beginnings(trial):
     bos, rows = trial.task.tokenizer.bos_token_id, trial.rows
     if bos is None:
         return PASS, "this tokenizer has no BOS"
-    first = rows.offsets[:-1][rows.lengths(np.arange(len(rows))) > 1]
+    first = rows.offsets[:-1][rows.seq_lens(np.arange(len(rows))) > 1]
     count = int(((rows.tokens[first] == bos) & (rows.tokens[first + 1] == bos)).sum())
     found = f"{count} of {len(rows)} rows begin with two BOS"
     return required(not count, found, "take it out of the texts, or out of the chat template")

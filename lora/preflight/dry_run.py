@@ -1,44 +1,30 @@
 """`--dry_run`: what a run would need, memory by part and time, without training."""
 
-from functools import partial
 import math
 import os
 import time
 
 import torch
 
-from lora.model.placement import lay_out
-from lora.training.memory_plan import memory
+from lora.evaluation.predict import evaluate
+from lora.model.placement import place_on_device
+from lora.model.run import Run
+from lora.training.gradients import backward
+from lora.training.memory_plan import plan_memory
+from lora.training.schedule import total_steps
 
 
-def dry_run(opening, task, data, config, total, device, dtype, backward, evaluate):
-    """Print `opening`, the memory that the run would take and, if that fits, the time. backward,
-    evaluate: train.py's.
-    """
-    table, fits = describe_memory(memory(task, data, config, device, dtype), device)
-    print(f"{opening}\n{table}")
-    if fits:
-        lay_out(task, config, device, dtype)
-        step = partial(
-            backward,
-            task,
-            data,
-            0,
-            torch.amp.GradScaler(enabled=False),
-            config.training.seed,
-            device,
-            dtype,
-        )
-        # A frozen base reads a row once
-        passes = min(total, math.ceil(data.steps_per_epoch)) if task.frozen else total
-        print(
-            describe_time(
-                step,
-                partial(evaluate, task, data, device, dtype),
-                passes,
-                config.training.eval_steps,
-            )
-        )
+def dry_run(run: Run) -> None:
+    """Print the memory that the run would take and, if that fits, the time."""
+    table, fits = describe_memory(plan_memory(run), run.device)
+    print(table)
+    if not fits:
+        return
+    place_on_device(run.task, run.config, run.device, run.dtype)
+    steps = total_steps(run.config.training, run.data.steps_per_epoch)
+    if run.task.frozen:  # a frozen base reads each row only once
+        steps = min(steps, math.ceil(run.data.steps_per_epoch))
+    print(describe_time(run, steps))
 
 
 def describe_memory(parts, device):
@@ -55,16 +41,25 @@ def describe_memory(parts, device):
     return "\n".join(["memory at the peak, with the longest rows:", *lines]), held < there
 
 
-def describe_time(step, evaluate, total, every):
-    """How long `total` steps take, with an evaluation `every` so many: step() and evaluate() are
-    done, by the clock.
-    """
-    step()  # the first is slower
-    times = [time.monotonic()]
-    for function in (step, evaluate):
-        function()
-        times.append(time.monotonic())
-    a_step, an_evaluation = times[1] - times[0], times[2] - times[1]
-    evaluations = 1 + -(-total // every)
-    whole = total * a_step + evaluations * an_evaluation
-    return f"time: {whole:.0f} s, {a_step:.2f} s for a step and {an_evaluation:.2f} s for each of {evaluations} evaluations"
+def describe_time(run: Run, steps: int) -> str:
+    """Time a step and an evaluation, and say how long `steps` steps with their evaluations take."""
+    train_step(run)  # the first one is slower
+    started = time.monotonic()
+    train_step(run)
+    step_seconds = time.monotonic() - started
+    started = time.monotonic()
+    evaluate(run)
+    evaluation_seconds = time.monotonic() - started
+    evaluations = 1 + math.ceil(steps / run.config.training.eval_steps)
+    seconds = steps * step_seconds + evaluations * evaluation_seconds
+    return (
+        f"time: {seconds:.0f} s, {step_seconds:.2f} s for a step "
+        f"and {evaluation_seconds:.2f} s for each of {evaluations} evaluations"
+    )
+
+
+def train_step(run: Run) -> None:
+    """Do the work of a step, but for the update."""
+    batches, num_targets = run.data.batch_at(0), run.data.num_targets_at(0)
+    loss, _ = backward(run, batches, num_targets, 0, torch.amp.GradScaler(enabled=False))
+    loss.item()  # waits for the device

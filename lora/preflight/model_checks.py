@@ -6,13 +6,14 @@ import tempfile
 import torch
 
 from lora.adapter import load_adapter, save_adapter
-from lora.evaluation.example_losses import losses
+from lora.evaluation.example_losses import per_target_losses
+from lora.evaluation.predict import evaluate
 from lora.layer import LoRALinear, lora_layers, merge
-from lora.model.compatibility import disagreement
+from lora.model.compatibility import find_incompatibility
 from lora.model.heads import LMHead
 from lora.model.weights import is_finite
 from lora.preflight.trial import FAIL, OUR_FAULT, PASS, WARN, apart, distance, judged, required
-from lora.target_modules import ends_with_one, is_pooler, is_tied
+from lora.target_modules import is_pooler, is_tied, matches_ending
 from lora.training import checkpoint
 from lora.training.base_integrity import frozen_sums
 from lora.training.optimizer import make_optimizer
@@ -48,7 +49,7 @@ def tied(trial):
 
 
 def behaves(trial):
-    problem = disagreement(trial.task)
+    problem = find_incompatibility(trial.task)
     trial.task.eval()
     return required(
         not problem, problem or "packing, causality and logits are as assumed", OUR_FAULT
@@ -85,7 +86,7 @@ def learns(trial):
 
 
 def optimizer_of(trial):
-    return make_optimizer(checkpoint.trainable(trial.task), trial.config, trial.device)
+    return make_optimizer(checkpoint.trainable_parameters(trial.task), trial.config, trial.device)
 
 
 def update(trial, optimizer):
@@ -123,7 +124,7 @@ def trained_tensors(trial):
         return (
             ".lora_" in name
             or name.startswith("head.")
-            or ends_with_one(name.rpartition(".")[0], lora.modules_to_save)
+            or matches_ending(name.rpartition(".")[0], lora.modules_to_save)
         )
 
     tensors = {name: p for name, p in trial.task.named_parameters() if p.is_floating_point()}
@@ -157,7 +158,9 @@ def loss_of_targets(trial):
     the head says.
     """
     batch = trial.batch.to(trial.device)
-    each = losses(trial.task.head, trial.outputs()[1], batch.targets) * batch.weights
+    each = (
+        per_target_losses(trial.task.head, trial.outputs()[1], batch.targets) * batch.loss_weights
+    )
     expected, found = each.double().mean().item(), trial.gradients()[1]
     difference = abs(found - expected) / max(abs(expected), 1e-12)
     return judged(
@@ -169,7 +172,7 @@ def loss_of_targets(trial):
 
 def accumulated(trial):
     """Every row in a micro-batch of its own, against all in one."""
-    found = apart(trial.gradients(trial.relaid(1))[0], trial.gradients()[0])
+    found = apart(trial.gradients(trial.data_of_few_rows(max_tokens=1))[0], trial.gradients()[0])
     return judged(found, trial.tolerance, "relative difference of the gradients")
 
 
@@ -177,7 +180,7 @@ def ranks(trial):
     """The gradients of two processes' parts, added in the other order, against those of one
     process.
     """
-    parts = [trial.gradients(trial.relaid(rank=rank, world=2))[0] for rank in (1, 0)]
+    parts = [trial.gradients(trial.data_of_few_rows(rank=rank, world_size=2))[0] for rank in (1, 0)]
     summed = {
         n: None if g is None else g if parts[1][n] is None else g + parts[1][n]
         for n, g in parts[0].items()
@@ -196,7 +199,7 @@ def packed(trial):
 def after_evaluation(trial):
     """An evaluation between two steps changes no gradient."""
     before = trial.gradients()[0]
-    trial.evaluate(trial.task, trial.data, trial.device, torch.float32)
+    evaluate(trial.run)
     trial.task.eval()
     # On a GPU sums have no fixed order
     limit = 0.0 if trial.device.type == "cpu" else trial.tolerance
@@ -214,11 +217,14 @@ def resumed(trial):
     with tempfile.TemporaryDirectory(prefix="plainlora_") as folder:
         checkpoint.save(folder, 1, trial.task, optimizer, {"val": None})
         update(trial, optimizer)
-        after = {name: p.detach().clone() for name, p in checkpoint.trainable(trial.task).items()}
+        after = {
+            name: p.detach().clone()
+            for name, p in checkpoint.trainable_parameters(trial.task).items()
+        }
         optimizer = optimizer_of(trial)
         checkpoint.load(Path(folder) / "checkpoint_step_1", trial.task, optimizer)
     update(trial, optimizer)
-    found = distance([*checkpoint.trainable(trial.task).values()], [*after.values()])
+    found = distance([*checkpoint.trainable_parameters(trial.task).values()], [*after.values()])
     limit = 0.0 if trial.device.type == "cpu" else trial.tolerance
     return judged(found, limit, "largest difference of the weights")
 
@@ -250,7 +256,7 @@ def through_peft(trial):
 
 def base_unchanged(trial):
     now = frozen_sums(trial.task.model)
-    changed = sorted(name for name, total in trial.started.items() if now.get(name) != total)
+    changed = sorted(name for name, total in trial.frozen_sums.items() if now.get(name) != total)
     found = (
         f"changed by training: {', '.join(changed[:5])}"
         if changed

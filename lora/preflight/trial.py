@@ -7,16 +7,20 @@ import itertools
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lora.common.errors import Exhausted
+from lora.common.errors import ResourceExhausted
 from lora.config.schema import DataConfig
 from lora.data.batches import Rows, is_target
+from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
-from lora.data.tokenise import render
+from lora.data.tokenise import tokenise
 from lora.layer import lora_layers
+from lora.model.run import Run
 from lora.quantization import is_4bit
 from lora.target_modules import decoder_layers
 from lora.training.base_integrity import frozen_sums
+from lora.training.gradients import backward
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 SAMPLE = 200  # examples that are rendered again and looked at one by one
@@ -31,44 +35,49 @@ class Trial:
     the data of its run.
     """
 
-    def __init__(self, task, source, rows, facts, config, device, backward, evaluate):
-        """rows, facts: of `store.tokenised`. backward, evaluate: train.py's."""
-        self.task, self.config, self.device = task.float().to(device).eval(), config, device
-        # (training, held out)
-        self.rows, self.facts, self.examples = rows, facts, source.examples()
-        self.backward, self.evaluate = backward, evaluate
+    def __init__(self, run: Run, raw_data: RawData, data_facts: dict) -> None:
+        """`data_facts` is what `load_or_tokenise` returned."""
+        task, config = run.task.float().to(run.device).eval(), run.config
+        self.task, self.config, self.device = task, config, run.device
+        self.rows = run.data.rows
+        self.facts = data_facts
+        self.examples = raw_data.examples()  # (training, held out)
         sample = self.examples[0][:SAMPLE]
-        self.sample = list(
-            zip(sample, render(sample, task.tokenizer, config.model.task, config.data, task.causal))
-        )
-        self.few = few(
-            rows, max(16, int(min(TOKENS, WORK / sum(p.numel() for p in task.parameters()))))
-        )
+        tokenised = tokenise(sample, task.tokenizer, config.model.task, config.data, task.causal)
+        self.sample = list(zip(sample, tokenised))
+        num_parameters = sum(p.numel() for p in task.parameters())
+        self.few = few(self.rows, max(16, int(min(TOKENS, WORK / num_parameters))))
         self.batch = self.few.batch(range(len(self.few)), task.packed)
-        self.data = self.relaid()
+        self.run = Run(task, config, self.data_of_few_rows(), run.device, torch.float32)
         in_4bit = any(is_4bit(layer.base_layer) for layer in lora_layers(task.model).values())
-        # Of the largest number: fp32 sums in another order
+        # Relative to the largest number: sums in fp32, in another order.
         self.tolerance = 0.05 if in_4bit else 1e-4
-        self.started = frozen_sums(task.model)
+        self.frozen_sums = frozen_sums(task.model)
 
-    def relaid(self, max_tokens=2**40, rank=0, world=1):
-        """TrainingData whose step is the few rows, in micro-batches of so many tokens; or a
-        process's part of it.
-        """
+    def data_of_few_rows(
+        self, max_tokens: int = 2**40, rank: int = 0, world_size: int = 1
+    ) -> TrainingData:
+        """Return data whose every step has the few rows, as one process of several reads it."""
         data = DataConfig(train_data=["the rows"], max_length=self.config.data.max_length)
-        layout = {"examples_per_step": len(self.few), "max_tokens": max_tokens}
         config = replace(self.config, data=data)
-        return TrainingData(self.few, self.few, config, self.task.packed, rank, world, layout)
+        layout = {"examples_per_step": len(self.few), "max_tokens": max_tokens}
+        packed = self.task.packed
+        return TrainingData(self.few, self.few, config, packed, rank, world_size, layout)
 
-    def gradients(self, data=None):
-        """({trained tensor: gradient or None}, loss) of the step."""
+    def gradients(self, data: TrainingData | None = None) -> tuple[dict[str, Tensor | None], float]:
+        """Return {trained tensor: its gradient or None} and the loss of a step."""
+        run = self.run if data is None else replace(self.run, data=data)
         self.task.zero_grad(set_to_none=True)
-        place = 0, torch.amp.GradScaler(enabled=False), 0, self.device, torch.float32
-        loss, out_of_memory, _ = self.backward(self.task, data or self.data, *place).tolist()
+        batches, num_targets = run.data.batch_at(0), run.data.num_targets_at(0)
+        no_scaler = torch.amp.GradScaler(enabled=False)
+        loss, out_of_memory = backward(run, batches, num_targets, 0, no_scaler)
         if out_of_memory:
-            raise Exhausted("out of memory in a check; add --device cpu.")
-        named = self.task.named_parameters()
-        return {name: p.grad for name, p in named if p.requires_grad or p.grad is not None}, loss
+            raise ResourceExhausted("out of memory in a check; add --device cpu.")
+        gradients = {}
+        for name, parameter in self.task.named_parameters():
+            if parameter.requires_grad or parameter.grad is not None:
+                gradients[name] = parameter.grad
+        return gradients, loss.item()
 
     @torch.no_grad()
     def outputs(self, batch=None):
@@ -76,7 +85,7 @@ class Trial:
         a micro-batch.
         """
         batch = (batch or self.batch).to(self.device)
-        hidden = self.task.at_targets(batch)
+        hidden = self.task.target_hidden_states(batch)
         return hidden.float(), self.task.head.predict(hidden, batch.targets).float()
 
 
@@ -99,12 +108,12 @@ def few(rows, tokens):
     parts = parts[: min(ROWS, max(2, int((total <= tokens).sum())))]
     lengths, chosen, _ = zip(*parts)
     at = np.concatenate([np.arange(begin, begin + length) for length, _, begin in parts])
-    flat = rows.tokens[at], rows.targets[at], rows.segments[at]
-    of_rows = rows.weights[[*chosen]], np.zeros(len(parts), np.int16)
+    flat = rows.tokens[at], rows.targets[at], rows.token_type_ids[at]
+    of_rows = rows.loss_weights[[*chosen]], np.zeros(len(parts), np.int16)
     return Rows(*flat, np.cumsum([0, *lengths]), *of_rows)
 
 
-def cut(task):
+def keep_first_layers(task):
     """Keep so many of a large model's first layers that they have BODY parameters, two at least; a
     note, or "".
     """

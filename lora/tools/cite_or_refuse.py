@@ -18,7 +18,7 @@ from pathlib import Path
 import random
 import re
 
-from lora.common.atomic_files import folder_for
+from lora.common.atomic_files import atomic_folder
 from lora.common.errors import UserError
 from lora.config.flags import Parser
 from lora.data import files
@@ -170,7 +170,7 @@ def main(argv):
     arguments = read_arguments(argv)
     sides = split(read_documents(arguments.corpus), arguments.eval_fraction, arguments.seed)
     final = Path(arguments.output)
-    with folder_for(final) as temporary:
+    with atomic_folder(final) as temporary:
         for name, documents in zip(("train", "test"), sides):
             rng = random.Random(f"cite or refuse {arguments.seed} {name}")
             rows = make_rows(documents, rng)

@@ -25,10 +25,10 @@ import numpy as np
 from lora.common.errors import UserError
 from lora.common.serialization import read_file
 from lora.config.flags import Parser
-from lora.config.tables import from_dict, keys_of, set_key
-from lora.config.values import kind_of, parsed
+from lora.config.tables import fields_by_key, from_dict, set_key
+from lora.config.values import kind_of, parse_text
 from lora.evaluation.statistics import draws_of, quantiles
-from lora.tools.finished_run import Run, flat, shown
+from lora.tools.finished_run import FinishedRun, flat, format_value
 
 BLOCKS, WIDTH = "▁▂▃▄▅▆▇█", 40  # of a curve in the terminal
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
@@ -50,7 +50,7 @@ def table(runs):
     rows = [["run", *keys, *columns, ""]]
     for run, of in zip(runs, values):
         cells = [*(run.config.get(key) for key in keys), *(of.get(column) for column in columns)]
-        rows.append([run.name, *map(shown, cells), "" if run.results else "not ended"])
+        rows.append([run.name, *map(format_value, cells), "" if run.results else "not ended"])
     return rows
 
 
@@ -90,9 +90,9 @@ def spread_of_seeds(runs):
 
 def verdict(run, other, spread):
     """One line: run less other, and what follows of it. spread: `spread_of_seeds`."""
-    from lora.evaluation.example_losses import read
+    from lora.evaluation.example_losses import read_example_losses
 
-    ours, theirs = (read(one.folder, one.best[0]) for one in (run, other))
+    ours, theirs = (read_example_losses(one.folder, one.best[0]) for one in (run, other))
     both = [key for key in ours if key in theirs]
     begin = f"{run.name} less {other.name}: "
     if not both:
@@ -188,9 +188,9 @@ def commands(first, runs, sweep):
     script = "train_lora.py" if "lora_r" in first.config else "train.py"
     for chosen in itertools.product(*axes):
         config = from_dict(read_file(saved), str(saved))
-        keys = keys_of(config)
+        keys = fields_by_key(config)
         for key, value in chosen:
-            value = parsed(value, kind_of(keys[key][1].type)[1]) if key in keys else value
+            value = parse_text(value, kind_of(keys[key][1].type)[1]) if key in keys else value
             set_key(config, key, value, f"--sweep {key}")
         if any(run.results and run.config == flat(config) for run in runs):
             continue
@@ -232,13 +232,15 @@ def main(argv):
     ]
     if others:
         print(f"no runs of ours, left out: {' '.join(others)}")
-    named = [Run.of(folder) for folder in dict.fromkeys(arguments.runs) if folder not in others]
+    named = [
+        FinishedRun.of(folder) for folder in dict.fromkeys(arguments.runs) if folder not in others
+    ]
     if not named:
         raise UserError("no run of ours is named: expected folders like outputs/RUN.")
     runs = sorted(named, key=lambda run: run.best[1])
     print(aligned(table(runs)), sketch(runs), sep="\n\n")
     if arguments.against:
-        other = Run.of(arguments.against)
+        other = FinishedRun.of(arguments.against)
         others = [run for run in runs if run.folder.resolve() != other.folder.resolve()]
         spread = spread_of_seeds([other, *others])
         print("\nvalidation losses, of which less is better:")

@@ -14,7 +14,7 @@ NAMES = ("experiment_name", "output_dir", "report_to")  # that say nothing of ho
 
 
 @dataclass
-class Run:
+class FinishedRun:
     """What a run's folder says of it."""
 
     folder: Path
@@ -93,7 +93,7 @@ def flat(config):
     return {name: value for table in tables for name, value in table.items() if name not in NAMES}
 
 
-def shown(value):
+def format_value(value):
     if isinstance(value, float):
         return f"{value:.5g}"
     return (

@@ -5,19 +5,19 @@ summary of the file.
 import sys
 from types import SimpleNamespace
 
-from lora.data.display import shown
-from lora.data.tokenise import render
+from lora.data.display import row_as_text
 
 
 def main(argv):
     import torch
     from transformers import AutoModel
 
-    from lora.config.flags import Parser, add_flags, set_given
+    from lora.config.flags import Parser, add_flags, apply_flags
     from lora.config.schema import Config, ModelConfig
     from lora.data.readers import read
-    from lora.data.summary import describe
-    from lora.data.token_cache import tokenise
+    from lora.data.summary import describe_data
+    from lora.data.token_cache import tokenise_examples
+    from lora.data.tokenise import tokenise
     from lora.model.weights import load_shape
     from lora.target_modules import is_causal
 
@@ -35,17 +35,17 @@ def main(argv):
     for table in (config.model, config.data):
         add_flags(parser, table, keys)
     arguments = parser.parse_args(argv)
-    set_given(config, arguments, keys)
+    apply_flags(config, arguments, keys)
     examples = read(arguments.files, config.model.task, config.data)
     shape, _, tokenizer = load_shape(config.model.base_model)
     with torch.device("meta"):  # what the model sees of a row is in its code; no weights are needed
         causal = is_causal(AutoModel.from_config(shape))
-    _, facts = tokenise(
+    _, facts = tokenise_examples(
         examples, SimpleNamespace(tokenizer=tokenizer, causal=causal), config, "data"
     )
     for example in examples[: arguments.rows]:
-        (rendered,) = render([example], tokenizer, config.model.task, config.data, causal)
+        (rendered,) = tokenise([example], tokenizer, config.model.task, config.data, causal)
         for row in rendered.rows[: arguments.rows]:
             print(f"--- {example.where}, {len(row.tokens)} tokens")
-            print(shown(row, tokenizer, sys.stdout.isatty()).rstrip("\n"))
-    print(f"\n{describe('data', facts)}")
+            print(row_as_text(row, tokenizer, sys.stdout.isatty()).rstrip("\n"))
+    print(f"\n{describe_data('data', facts)}")

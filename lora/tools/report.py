@@ -25,11 +25,11 @@ from lora.config.flags import Parser
 from lora.config.schema import Config
 from lora.config.tables import saved_config
 from lora.data.examples import Example
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 from lora.evaluation.pages import render_template
 from lora.evaluation.step_report import Chain, Rows, chains
 from lora.tools.charts import Point, chart
-from lora.tools.finished_run import Run, shown
+from lora.tools.finished_run import FinishedRun, format_value
 
 if TYPE_CHECKING:
     from lora.model.task import Task
@@ -68,7 +68,7 @@ class Samples:
     answers: list[Answer] = field(default_factory=list)
 
 
-def page(run: Run, samples: Samples) -> str:
+def page(run: FinishedRun, samples: Samples) -> str:
     """Return the page of a run; without samples it has no section of them."""
     metadata = artifact_metadata(run.folder)
     config = json.loads((run.folder / "logs" / "config.json").read_text())
@@ -101,11 +101,11 @@ def value_rows(values: Mapping[str, object]) -> list[tuple[str, str]]:
     for name, value in values.items():
         is_empty = value in ("", None, [], {})
         if not is_empty:
-            rows.append((name, shown(value)))
+            rows.append((name, format_value(value)))
     return rows
 
 
-def result_rows(run: Run) -> list[tuple[str, str]]:
+def result_rows(run: FinishedRun) -> list[tuple[str, str]]:
     """Return the best validation metrics, the speed and the memory of a run."""
     best_metrics = run.results.get("best", {})
     values = {f"best {name}": value for name, value in best_metrics.items()}
@@ -124,7 +124,7 @@ def environment_rows(metadata: Mapping) -> list[tuple[str, str]]:
     return value_rows(values)
 
 
-def metric_charts(run: Run) -> list[Markup]:
+def metric_charts(run: FinishedRun) -> list[Markup]:
     """Return the charts of the metrics that a run has."""
     losses = {"training": run.curve("train/loss"), "validation": run.curve("val/loss")}
     charts = [
@@ -153,13 +153,13 @@ def startup_log(folder: Path) -> str:
 
 def checkpoint_table(folder: Path) -> Rows:
     """Return the checkpoints and their validation metrics, the best first; empty without any."""
-    from lora.training.best_checkpoints import best, saved  # imports torch
+    from lora.training.best_checkpoints import best_first, saved_states  # imports torch
 
-    states = saved(folder / "checkpoints")
+    states = saved_states(folder / "checkpoints")
     if not states:
         return []
     not_evaluated = [state for state in states if not state["val"]]
-    ordered_states = best(states) + not_evaluated
+    ordered_states = best_first(states) + not_evaluated
 
     metric_names: list[str] = []
     for state in ordered_states:
@@ -170,7 +170,7 @@ def checkpoint_table(folder: Path) -> Rows:
     rows = [["checkpoint", *metric_names]]
     for state in ordered_states:
         metrics = state["val"] or {}
-        cells = [shown(metrics.get(name)) for name in metric_names]
+        cells = [format_value(metrics.get(name)) for name in metric_names]
         rows.append([state["path"].name, *cells])
     return rows
 
@@ -187,7 +187,7 @@ def held_out_samples(folder: Path) -> Samples:
     task.load(folder / "final_artifact")
     task.to(choose_device(config.training.device)).eval()
 
-    _, held_out_examples = Source(config).examples()
+    _, held_out_examples = RawData(config).examples()
     if config.model.task == "score":
         return scored_samples(task, held_out_examples, config)
     return Samples(answers=generated_answers(task, held_out_examples, config))
@@ -281,7 +281,7 @@ def main(argv: Iterable[str]) -> None:
     """Write RUN/report.html and print its path."""
     parser = Parser("A run as one page, RUN/report.html.")
     parser.add_argument("run", metavar="RUN", help="its folder")
-    run = Run.of(parser.parse_args(argv).run)
+    run = FinishedRun.of(parser.parse_args(argv).run)
 
     samples = Samples()
     if (run.folder / "final_artifact").is_dir():

@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 
 from lora.adapter import factors
-from lora.common.atomic_files import write_text
-from lora.common.checksums import in_threads, sha256_of
+from lora.common.atomic_files import write_text_atomically
+from lora.common.checksums import file_sha256, map_in_threads
 from lora.common.errors import Stopped
 from lora.common.serialization import read_file
-from lora.distributed.sharded_checkpoint import INDEX
+from lora.distributed.sharded_checkpoint import INDEX_FILE
 from lora.layer import lora_layers
 from lora.model.heads import MLPHead
 from lora.model.weights import weight_files
 from lora.target_modules import named_modules
-from lora.training.checkpoint import trainable
+from lora.training.checkpoint import trainable_parameters
 
 
-def measure(task, config):
+def measure_base(task, config):
     """{"files": {weight file of the base: sha256}, "frozen": {frozen tensor: sha256, as it lies in
     memory}}.
 
@@ -38,21 +38,21 @@ def measure(task, config):
 def frozen_sums(model):
     """{frozen tensor: sha256}."""
     # From a GPU each thread holds one in main memory
-    return in_threads(sha256_of_tensor, frozen_tensors(model))
+    return map_in_threads(sha256_of_tensor, frozen_tensors(model))
 
 
 def file_sums(model):
     """{weight file of the base: sha256}. `model` is the [model] table of a configuration."""
-    return in_threads(sha256_of, {path.name: path for path in weight_files(model)})
+    return map_in_threads(file_sha256, {path.name: path for path in weight_files(model)})
 
 
-def other_base(folder, base_model, sums):
+def warn_other_base(folder, base_model, sums):
     """A warning, if adapter or head in `folder` were made by a run of ours on other weight files
     than `sums`; else "".
     """
     folder = Path(folder).resolve()
     place = folder.parent if folder.name == "lora_adapter" else folder
-    if (place / "backbone").is_dir() or (place / INDEX).is_file():  # whole models
+    if (place / "backbone").is_dir() or (place / INDEX_FILE).is_file():  # whole models
         return ""
     records = [place / name for name in ("metadata.json", "trainer_state.json")]
     facts = next((read_file(path) for path in records if path.is_file()), {})
@@ -95,17 +95,19 @@ def sha256_over(sums):
     ).hexdigest()
 
 
-def record(run_dir, config, before):
+def record_base(run_dir, config, before):
     """Write baseline_checksums.json."""
     frozen = {
         "frozen_tensors": len(before["frozen"]),
         "frozen_sha256": sha256_over(before["frozen"]),
     }
     sums = {"base_model": config.model.base_model, "files": before["files"], **frozen}
-    write_text(Path(run_dir) / "baseline_checksums.json", json.dumps(sums, indent=2) + "\n")
+    write_text_atomically(
+        Path(run_dir) / "baseline_checksums.json", json.dumps(sums, indent=2) + "\n"
+    )
 
 
-def compare(before, after):
+def compare_base(before, after):
     """A line that says that nothing changed. Raises Stopped with the names of what did."""
     changed = sorted(
         {name for part in before for name, _ in before[part].items() ^ after[part].items()}
@@ -135,7 +137,7 @@ def only_adapters_train(task, modules_to_save):
     ]
     head = list(task.head.parameters()) if isinstance(task.head, MLPHead) else []
     allowed = {id(p) for p in (*lora, *whole, *head)}
-    strange = [name for name, p in trainable(task).items() if id(p) not in allowed]
+    strange = [name for name, p in trainable_parameters(task).items() if id(p) not in allowed]
     if strange:
         mend = "freeze them, or name them in modules_to_save"
         raise Stopped(f"trained beside the adapter: {', '.join(strange[:5])}; {mend}.")

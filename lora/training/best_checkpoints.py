@@ -3,44 +3,58 @@
 import math
 from pathlib import Path
 
-from lora.common.atomic_files import clear, remove
-from lora.common.checkpoint_folders import by_step
-from lora.common.checksums import damage
+from lora.common.atomic_files import remove_folder, remove_leftovers
+from lora.common.checkpoint_folders import checkpoints_by_step
+from lora.common.checksums import find_damage
 from lora.common.serialization import read_file
+from lora.distributed.collectives import broadcast_from_rank_zero
 
 KEPT = 3
 
 
-def saved(folder):
+def saved_states(folder):
     """The states of the checkpoints below `folder`, the oldest first, each with its "path"."""
-    return [{**read_state(path), "path": path} for _, path in sorted(by_step(Path(folder)).items())]
+    return [
+        {**read_state(path), "path": path}
+        for _, path in sorted(checkpoints_by_step(Path(folder)).items())
+    ]
 
 
-def best(states):
+def best_first(states):
     """Those with a (finite) validation loss, the lowest first (of equals, the earlier)."""
     evaluated = [s for s in states if s["val"] and s["val"]["loss"] is not None]
     return sorted(evaluated, key=lambda s: (s["val"]["loss"], s["step"]))
 
 
-def best_loss(folder):
-    """The lowest validation loss among the checkpoints below `folder`; infinite where there is
-    none.
+def best_loss(folder: Path) -> float:
+    """Return the lowest validation loss among the checkpoints; infinite where there is none.
+
+    Rank 0 reads the folder, and every process gets what it found.
     """
-    return min((state["val"]["loss"] for state in best(saved(folder))), default=math.inf)
+    losses = broadcast_from_rank_zero(losses_of_best, folder)
+    return min(losses, default=math.inf)
 
 
-def enters_best(folder, loss):
-    """Whether a checkpoint with this validation loss would be one of those that are kept for it."""
-    losses = [state["val"]["loss"] for state in best(saved(folder))]
+def is_among_best(folder: Path, loss: float) -> bool:
+    """Return whether a checkpoint with this validation loss would be one of the best that are kept.
+
+    Rank 0 reads the folder, and every process gets what it found.
+    """
+    losses = broadcast_from_rank_zero(losses_of_best, folder)
     return math.isfinite(loss) and (len(losses) < KEPT or loss < losses[KEPT - 1])
 
 
+def losses_of_best(folder: Path) -> list[float]:
+    """Return the finite validation losses of the checkpoints, the lowest first."""
+    return [state["val"]["loss"] for state in best_first(saved_states(folder))]
+
+
 def prune(folder):
-    states = saved(folder)
-    keep = {state["step"] for state in [*best(states)[:KEPT], *states[-1:]]}
+    states = saved_states(folder)
+    keep = {state["step"] for state in [*best_first(states)[:KEPT], *states[-1:]]}
     for state in states:
         if state["step"] not in keep:
-            remove(state["path"])
+            remove_folder(state["path"])
 
 
 def recover(run_dir):
@@ -48,14 +62,14 @@ def recover(run_dir):
     stay; lines to say.
     """
     said, folder = [], Path(run_dir) / "checkpoints"
-    clear(Path(run_dir))
-    clear(folder)
-    for path in by_step(folder).values():
-        found = damage(path, "trainer_state.json")
+    remove_leftovers(Path(run_dir))
+    remove_leftovers(folder)
+    for path in checkpoints_by_step(folder).values():
+        found = find_damage(path, "trainer_state.json")
         if found:
             aside = folder / f"damaged_{path.name}"
             if aside.exists():
-                remove(aside)
+                remove_folder(aside)
             path.rename(aside)
             said.append(f"warning: {path}: damaged ({found}); set aside as {aside.name}")
     prune(folder)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from lora.common.atomic_files import folder_for
+from lora.common.atomic_files import atomic_folder
 from lora.common.checksums import write_checksums
-from lora.common.errors import one_line, refuse_any
+from lora.common.errors import library_errors, raise_if_any
 from lora.distributed import process_group, sharding
-from lora.distributed.sharded_checkpoint import INDEX, Shards, write
+from lora.distributed.sharded_checkpoint import INDEX_FILE, Shards, write_shard
 from lora.training.best_checkpoints import prune, read_state
 from lora.training.optimizer import set_state, state_of
 
@@ -31,7 +31,7 @@ def save(folder, step, task, optimizer, state):
     sharded = any(map(sharding.is_sharded, task.parameters()))
     final = Path(folder) / f"checkpoint_step_{step}"
     if process_group.rank() == 0:
-        with folder_for(final) as temporary:
+        with atomic_folder(final) as temporary:
             write_tensors(temporary, task, optimizer, sharded)
             (temporary / "trainer_state.json").write_text(
                 json.dumps({"step": step, **state}, indent=2) + "\n"
@@ -48,9 +48,9 @@ def write_tensors(folder, task, optimizer, sharded):
     """
     tensors = optimizer_tensors(task, optimizer)
     if sharded:
-        process_group.wait()
-        write(folder, trainable(task) | tensors)
-        process_group.wait()
+        process_group.barrier()
+        write_shard(folder, trainable_parameters(task) | tensors)
+        process_group.barrier()
     else:
         task.save(folder)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -64,11 +64,11 @@ def load(path, task, optimizer):
     path = Path(path)
     state = read_state(path)
     task.load(path)
-    parameters = trainable(task)
+    parameters = trainable_parameters(task)
     names = {parameter: name for name, parameter in parameters.items()}
     states, strange = {parameter: {} for parameter in names}, []
-    tensors = path if (path / INDEX).is_file() else path / "optimizer.safetensors"
-    with one_line(tensors):
+    tensors = path if (path / INDEX_FILE).is_file() else path / "optimizer.safetensors"
+    with library_errors(tensors):
         shards = Shards(tensors)
         for key in shards.index.keys() - parameters.keys():  # shards hold the weights as well
             name, _, of_state = key.rpartition("/")
@@ -76,20 +76,20 @@ def load(path, task, optimizer):
             if parameter is None:
                 strange.append(key)
             else:
-                states[parameter][of_state] = shards.get(key, *sharding.my_rows(parameter))
+                states[parameter][of_state] = shards.get(key, *sharding.local_rows(parameter))
     try:
         if not strange:
             set_state(optimizer, states)
     except KeyError as error:
         strange = [f"{names[error.args[0]]}/{key}" for key in error.args[1:]]
-    refuse_any(
+    raise_if_any(
         strange,
         f"{path}: not the optimizer's state of this model: absent, unknown or of another shape",
     )
     return state
 
 
-def trainable(task):
+def trainable_parameters(task):
     """Name -> parameter, for those that are trained."""
     return {
         name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad
@@ -101,6 +101,6 @@ def optimizer_tensors(task, optimizer):
     states = state_of(optimizer)
     return {
         f"{name}/{key}": tensor.detach()
-        for name, parameter in trainable(task).items()
+        for name, parameter in trainable_parameters(task).items()
         for key, tensor in states[parameter].items()
     }

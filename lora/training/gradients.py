@@ -1,55 +1,139 @@
-"""The gradients of a step: backward over this process's micro-batches, summed over all processes."""
+"""The gradients of a step: backward over this process's micro-batches, summed over all processes.
+
+The targets of a step are counted before its first backward, and every micro-batch adds the gradient
+of (sum of its losses) / (number of targets of the whole step). So how a step is divided into
+micro-batches, or over processes, changes nothing but the speed.
+"""
 
 import torch
+from torch import Tensor, nn
 
-from lora.common import signals
-from lora.common.errors import ran_out_of_memory
+from lora.common.errors import is_out_of_memory
 from lora.common.seeds import seed_for
-from lora.distributed import process_group, sharding
+from lora.common.signals import StopSignal
+from lora.data.batches import Batch
 from lora.distributed.collectives import sum_over_all
-from lora.distributed.process_group import world
+from lora.distributed.process_group import micro_batch_index, world_size
 from lora.distributed.sharding import is_sharded
 from lora.model.device import autocast
+from lora.model.run import Run
+from lora.training.log import Log
 
 
-def backward(task, data, step, scaler, seed, device, dtype):
-    """Add the gradients of this process's part of a step; returns [its part of the loss, 1 if
-    memory ran out, 1 to stop].
+def backward(
+    run: Run, batches: list[Batch], num_targets: int, step: int, scaler: torch.amp.GradScaler
+) -> tuple[Tensor, bool]:
+    """Add the gradients of this process's micro-batches of a step to the parameters.
 
-    Every micro-batch adds its part of the gradient of (sum of the losses) / (number of targets,
-    over all processes), so that how a step is cut changes nothing.
+    Args:
+        run: the task and where it is computed.
+        batches: this process's micro-batches.
+        num_targets: targets of the step over all processes.
+        step: seeds the dropout, together with the number of the micro-batch.
+        scaler: scales the loss in float16.
+
+    Returns:
+        This process's part of the loss, a scalar, and whether memory ran out.
     """
-    batches, num_targets = data.batch_at(step), data.num_targets_at(step)
-    totals = torch.zeros(3, device=device)
+    loss = torch.zeros((), device=run.device)
     try:
         for i, batch in enumerate(batches):
-            torch.manual_seed(seed_for(seed, "dropout", step, process_group.place(i)))
-            with autocast(device, dtype):
-                loss_sum, _ = task(batch.to(device))
+            seed = run.config.training.seed
+            torch.manual_seed(seed_for(seed, "dropout", step, micro_batch_index(i)))
+            with autocast(run.device, run.dtype):
+                loss_sum, _ = run.task(batch.to(run.device))
             scaler.scale(loss_sum / num_targets).backward()
-            totals[0] += loss_sum.detach() / num_targets
+            loss += loss_sum.detach() / num_targets
     except RuntimeError as error:
-        # Where weights are sharded the other processes wait in the middle of a layer: this one
-        # cannot go back alone.
-        if not ran_out_of_memory(error) or any(map(sharding.is_sharded, task.parameters())):
+        # Where weights are sharded, the other processes wait in the middle of a layer, so this one
+        # cannot start the step again alone.
+        weights_are_sharded = any(is_sharded(parameter) for parameter in run.task.parameters())
+        if not is_out_of_memory(error) or weights_are_sharded:
             raise
-        totals[1] = 1
-    totals[2] = signals.received > 0
-    return totals
+        return loss, True
+    return loss, False
 
 
-def sum_gradients(parameters, totals):
-    """Give every process the sum of all processes' gradients, and of their `totals`; one call over
-    all, once a step.
-    """
-    if world() == 1:
+def sum_gradients(parameters: list[nn.Parameter], totals: Tensor) -> None:
+    """Replace the gradients, and `totals`, by their sums over all processes, in one call."""
+    if world_size() == 1:
         return
-    if any(map(is_sharded, parameters)):  # these are summed on the way
-        sum_over_all(totals)
+    if any(is_sharded(parameter) for parameter in parameters):
+        sum_over_all(totals)  # FSDP2 has summed the gradients in the backward pass
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = sum_over_all(torch.cat([part.flatten() for part in (*gradients, totals)]))
-    *parts, summed = flat.split([part.numel() for part in (*gradients, totals)])
-    for parameter, part in zip(parameters, parts):
-        parameter.grad = part.view_as(parameter)
-    totals.copy_(summed)
+    parts = []
+    for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parts.append(gradient.flatten())
+    sums = sum_over_all(torch.cat([*parts, totals]))
+    *gradients, summed_totals = sums.split([len(part) for part in (*parts, totals)])
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient.view_as(parameter)
+    totals.copy_(summed_totals)
+
+
+class GradientAccumulation:
+    """Computes the gradients of whole steps, in smaller micro-batches if memory runs out."""
+
+    def __init__(
+        self, run: Run, scaler: torch.amp.GradScaler, stop_signal: StopSignal, log: Log
+    ) -> None:
+        self.run = run
+        self.scaler = scaler
+        self.stop_signal = stop_signal
+        self.log = log
+        self.parameters = [p for p in run.task.parameters() if p.requires_grad]
+
+    def of_step(self, step: int) -> tuple[float, bool]:
+        """Add the gradients of a step over all processes.
+
+        Returns:
+            The loss, the mean over the targets of the step, and whether a signal asks for the end.
+        """
+        data = self.run.data
+        num_targets = data.num_targets_at(step)
+        while True:
+            loss, out_of_memory, stop = self.attempt(data.batch_at(step), num_targets, step)
+            if not out_of_memory:
+                return loss, stop
+            self.log.say(data.halve_micro_batches(data.rows_at(step)))
+
+    def try_largest_step(self, reserved_bytes: int) -> None:
+        """Find micro-batches that fit, without an update: what does not fit shows before step 1.
+
+        Args:
+            reserved_bytes: memory to keep free, which the optimizer takes at its first update.
+        """
+        data = self.run.data
+        rows = data.longest_rows()
+        num_targets = data.rows.num_targets(rows)
+        reserved = torch.empty(reserved_bytes, dtype=torch.int8, device=self.run.device)
+        out_of_memory = True
+        while out_of_memory:
+            _, out_of_memory, _ = self.attempt(data.largest_batches(), num_targets, step=0)
+            if out_of_memory:
+                self.log.say(data.halve_micro_batches(rows))
+        self.zero_grad()
+        del reserved
+
+    def attempt(
+        self, batches: list[Batch], num_targets: int, step: int
+    ) -> tuple[float, bool, bool]:
+        """Return (loss, whether memory ran out, whether a signal asks for the end).
+
+        The processes agree on all three. Where memory ran out there are no gradients.
+        """
+        loss, out_of_memory = backward(self.run, batches, num_targets, step, self.scaler)
+        totals = torch.zeros(3, device=self.run.device)
+        totals[0] = loss
+        totals[1] = out_of_memory
+        totals[2] = self.stop_signal.number > 0
+        sum_gradients(self.parameters, totals)
+        mean_loss, processes_out_of_memory, processes_to_stop = totals.tolist()  # synchronises
+        if processes_out_of_memory > 0:
+            self.zero_grad()
+        return mean_loss, processes_out_of_memory > 0, processes_to_stop > 0
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None

@@ -13,12 +13,14 @@ import time
 import torch
 from tqdm import tqdm
 
-from lora.common import exit_status
-from lora.common.atomic_files import write_text
+from lora.common.atomic_files import write_text_atomically
 from lora.common.errors import UserError
 from lora.common.serialization import without_nan
+from lora.data.batches import Batch
 from lora.distributed import process_group
-from lora.evaluation import example_losses
+from lora.evaluation.example_losses import save_example_losses
+from lora.evaluation.predict import Predictions
+from lora.model.run import Run
 from lora.training.trackers import tracker
 
 SPIKE_WINDOW, SPIKE = 50, 6.0  # steps, standard deviations of their losses
@@ -35,7 +37,6 @@ class Log:
         self.run_dir, self.bar, self.tokens, self.seconds = Path(run_dir), None, 0, 0.0
         self.losses, self.trackers = deque(maxlen=SPIKE_WINDOW), []
         if process_group.rank() > 0:
-            exit_status.run_dir = self.run_dir
             self.metrics_file = self.text_file = open(os.devnull, "w")
             return
         folder = self.run_dir / "logs"
@@ -54,8 +55,6 @@ class Log:
             raise UserError(
                 f"{self.run_dir}: {error.strerror}; name another --experiment_name or --output_dir."
             ) from None
-        exit_status.run_dir = self.run_dir
-        exit_status.record(None)
         config.save(folder / "config.json")
         config.save(folder / "config.toml")
         metrics = folder / "train_metrics.jsonl"
@@ -64,7 +63,7 @@ class Log:
             # A killed run may leave half a line
             whole = [line for line in lines if line.endswith("\n")]
             kept = "".join(line for line in whole if start and json.loads(line)["step"] <= start)
-            write_text(metrics, kept)
+            write_text_atomically(metrics, kept)
         self.metrics_file = open(metrics, "a", buffering=1)
         self.text_file = open(
             folder / f"train_{time.strftime('%Y%m%d-%H%M%S')}.log", "a", buffering=1
@@ -118,12 +117,12 @@ class Log:
         for track in self.trackers:
             track(step, values)
 
-    def examples(self, step, *evaluated):
-        """Keep the losses of the validation examples of an evaluation, as `example_losses.keep` is
-        given it.
-        """
+    def example_losses(
+        self, step: int, run: Run, batches: list[Batch], predictions: Predictions
+    ) -> None:
+        """Keep the losses of the held-out examples, so that two runs can be compared."""
         if process_group.rank() == 0:
-            example_losses.keep(self.run_dir, step, *evaluated)
+            save_example_losses(self.run_dir, step, run, batches, predictions)
 
     def close(self):
         self.bar.close()

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora.common.errors import UserError
 from lora.distributed import process_group
 from lora.model.device import autocast
+from lora.model.run import Run
 from lora.target_modules import decoder_layers
-from lora.training.checkpoint import trainable
+from lora.training.checkpoint import trainable_parameters
 from lora.training.log import peak_memory
-from lora.training.optimizer import state_bytes
+from lora.training.optimizer import optimizer_bytes
 
 
 class Counting(TorchDispatchMode):
@@ -58,7 +59,7 @@ class Counting(TorchDispatchMode):
         self.live -= self.held.pop(key)
 
 
-def memory(task, data, config, device, dtype):
+def plan_memory(run: Run) -> dict[str, int]:
     """What this process holds on `device` at its peak: {"weights", "gradients", "optimizer",
     "activations", "head"}, bytes.
 
@@ -66,8 +67,9 @@ def memory(task, data, config, device, dtype):
 
     task: on the CPU (a 4-bit base: on `device`), not sharded yet; dtype: the type it computes in.
     """
-    parameters = list(trainable(task).values())
-    parts = process_group.world() if process_group.world() > 1 and not config.lora else 1
+    task, data, config, device, dtype = run.task, run.data, run.config, run.device, run.dtype
+    parameters = list(trainable_parameters(task).values())
+    parts = process_group.world_size() if process_group.world_size() > 1 and not config.lora else 1
     storages = {
         t.untyped_storage()._cdata: t.nbytes for t in (*task.state_dict().values(), *task.buffers())
     }
@@ -105,7 +107,7 @@ def memory(task, data, config, device, dtype):
         }
         with Counting(device.type) as counting:
             try:
-                for batch in data.batch_at(None):
+                for batch in data.largest_batches():
                     with autocast(device, dtype):
                         loss, _ = torch.func.functional_call(task, fake, (batch.to(device),))
                     loss.backward()
@@ -121,7 +123,7 @@ def memory(task, data, config, device, dtype):
     return program | {
         "weights": weights,
         "gradients": gradients // parts,
-        "optimizer": state_bytes(parameters, config.training.optimizer) // parts,
+        "optimizer": optimizer_bytes(parameters, config.training.optimizer) // parts,
         "activations": counting.peak - gradients - head,
         "head": head,
     }

@@ -2,7 +2,7 @@
 
 import torch
 
-from lora.distributed.sharding import like, local
+from lora.distributed.sharding import local_tensor, sharded_like
 from lora.quantization import bitsandbytes
 
 
@@ -35,11 +35,11 @@ def make_optimizer(parameters, config, device):
     return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)(groups, **values)
 
 
-def state_bytes(parameters, optimizer):
+def optimizer_bytes(parameters, optimizer):
     """How much memory the optimizer of that name will hold for `parameters`, from the first step
     on.
     """
-    sizes = [local(parameter).numel() for parameter in parameters]
+    sizes = [local_tensor(parameter).numel() for parameter in parameters]
     if optimizer == "adamw":
         return sum(8 * size for size in sizes)
     # A byte for each of two values, and a scale for 256 of them; small tensors are kept in 32 bits.
@@ -64,7 +64,7 @@ def set_state(optimizer, tensors):
     """
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
-            mine = local(parameter)
+            mine = local_tensor(parameter)
             saved, state = tensors[parameter], {"step": 0.0, "exp_avg": mine, "exp_avg_sq": mine}
             if not isinstance(optimizer, torch.optim.AdamW):
                 # Paged memory must be bitsandbytes' own
@@ -80,7 +80,7 @@ def set_state(optimizer, tensors):
                 raise KeyError(parameter, *sorted(wrong))
             if isinstance(optimizer, torch.optim.AdamW):
                 optimizer.state[parameter] = {
-                    key: like(parameter, tensor) for key, tensor in saved.items()
+                    key: sharded_like(parameter, tensor) for key, tensor in saved.items()
                 }
             else:
                 for key, tensor in saved.items():

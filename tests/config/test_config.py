@@ -13,7 +13,7 @@ from lora.common.paths import ROOT
 from lora.common.serialization import to_toml
 from lora.config.command_line import read_command_line
 from lora.config.schema import Config, get_lora_config
-from lora.config.tables import RETIRED, from_dict, from_file, keys_of, saved_config
+from lora.config.tables import RETIRED, fields_by_key, from_dict, from_file, saved_config
 
 NAMED = ["--base_model=m", "--train_data=d"]
 
@@ -23,7 +23,7 @@ def read(*flags, lora=True):
     return read_command_line(list(flags), config, ROOT / "configs" / "tiny_lora.toml", "").config
 
 
-@pytest.mark.parametrize("name", keys_of(get_lora_config()))
+@pytest.mark.parametrize("name", fields_by_key(get_lora_config()))
 def test_each_key_is_read_somewhere(name):
     """A key that no line of the product reads is a dead flag."""
     files = [*ROOT.glob("*.py"), *ROOT.glob("lora/**/*.py")]
@@ -73,12 +73,12 @@ def test_with_nothing_named_the_tiny_config_is_used_and_with_a_model_and_data_th
     ],
 )
 def test_an_alias_is_its_key_as_a_flag_and_in_a_file(alias, name, value, tmp_path):
-    table, _ = keys_of(read(*NAMED, alias, str(value)))[name]
+    table, _ = fields_by_key(read(*NAMED, alias, str(value)))[name]
     assert getattr(table, name) == value
     title = {"max_length": "data"}.get(name, "lora" if name.startswith("lora") else "training")
     file = tmp_path / "c.toml"
     file.write_text(f"[{title}]\n{alias[2:].replace('-', '_')} = {value}\n")
-    table, _ = keys_of(read("--config", str(file), *NAMED))[name]
+    table, _ = fields_by_key(read("--config", str(file), *NAMED))[name]
     assert getattr(table, name) == value
 
 
@@ -264,7 +264,7 @@ def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path):
 
 
 def test_a_retired_key_that_a_user_writes_is_an_unknown_one(tmp_path):
-    assert not RETIRED.keys() & keys_of(get_lora_config()).keys()
+    assert not RETIRED.keys() & fields_by_key(get_lora_config()).keys()
     path = tmp_path / "c.toml"
     path.write_text("[data]\nshare_prompts = false\n")
     for reading in (lambda: read("--config", str(path), *NAMED), lambda: from_file(str(path))):
@@ -310,7 +310,7 @@ def test_every_key_has_a_line_of_help_and_stands_in_one_table():
         f.name for table in vars(get_lora_config()).values() for f in dataclasses.fields(table)
     ]
     assert len(names) == len(set(names)) and all(
-        f.metadata["help"] for _, f in keys_of(get_lora_config()).values()
+        f.metadata["help"] for _, f in fields_by_key(get_lora_config()).values()
     )
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from lora import inject
-from lora.common.base_files import EMBEDDED
+from lora.common.base_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.batches import Rows
@@ -28,25 +28,27 @@ from lora.data.examples import Example
 from lora.data.readers import read
 from lora.data.sampler import TrainingData
 from lora.data.split import read_data, split_by_prompt
-from lora.data.tokenise import NO_TOKEN, Row, render, stretches
+from lora.data.tokenise import NO_TOKEN, Row, stretches, tokenise
+from lora.evaluation.predict import predict
 from lora.model.attention import Documents, packed_attention
 from lora.model.load import load_task
 from lora.model.task import Task
 from tests.conftest import run, tiny_llama
 from tests.lora.test_layer import randomise
-import train
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(EMBEDDED)
+    return AutoTokenizer.from_pretrained(EMBEDDED_BASE)
 
 
 def rows_of(path, task, tokenizer, causal=True):
     return as_rows(
         [
             row
-            for e in render(read([path], task), tokenizer, task, DataConfig(max_length=256), causal)
+            for e in tokenise(
+                read([path], task), tokenizer, task, DataConfig(max_length=256), causal
+            )
             for row in e.rows
         ],
         task,
@@ -54,11 +56,11 @@ def rows_of(path, task, tokenizer, causal=True):
 
 
 def as_rows(rows, task):
-    return Rows.of(((row, 0) for row in rows), task)
+    return Rows.from_rows(((row, 0) for row in rows), task)
 
 
 def rows_for(example, tokenizer, task, max_length=256, causal=True):
-    return render([example], tokenizer, task, DataConfig(max_length=max_length), causal)[0].rows
+    return tokenise([example], tokenizer, task, DataConfig(max_length=max_length), causal)[0].rows
 
 
 def training_data(configure, tokenizer, rank=0, world=1, examples=None, **values):
@@ -68,7 +70,7 @@ def training_data(configure, tokenizer, rank=0, world=1, examples=None, **values
         "examples_per_step": examples,
         "max_tokens": config.training.batch_size * config.data.max_length,
     }
-    return TrainingData(rows, rows, config, rank=rank, world=world, before=before)
+    return TrainingData(rows, rows, config, rank=rank, world_size=world, layout=before)
 
 
 def gradients(task, batches):
@@ -113,14 +115,14 @@ def test_the_gradients_of_all_processes_sum_to_that_of_one(configure, tokenizer,
 
 def test_batch_at_depends_on_seed_and_step_alone(configure, tokenizer):
     one, other = (training_data(configure, tokenizer) for _ in range(2))
-    later = [batch.tokens for batch in one.batch_at(20)]
+    later = [batch.input_ids for batch in one.batch_at(20)]
     for step in (3, 0, 20):
         other_batches = other.batch_at(step)
-    assert all(torch.equal(a, b.tokens) for a, b in zip(later, other_batches, strict=True))
+    assert all(torch.equal(a, b.input_ids) for a, b in zip(later, other_batches, strict=True))
     reseeded = training_data(configure, tokenizer, seed=1)
     assert not torch.equal(
-        torch.cat([b.tokens for b in reseeded.batch_at(0)], 1),
-        torch.cat([b.tokens for b in one.batch_at(0)], 1),
+        torch.cat([b.input_ids for b in reseeded.batch_at(0)], 1),
+        torch.cat([b.input_ids for b in one.batch_at(0)], 1),
     )
 
 
@@ -129,7 +131,9 @@ def test_each_row_is_seen_once_per_pass(configure, tokenizer):
     seen = []
     for step in range(15):
         for batch in data.batch_at(step):
-            seen += [tuple(document.tolist()) for document in batch.tokens[0].split(batch.lengths)]
+            seen += [
+                tuple(document.tolist()) for document in batch.input_ids[0].split(batch.seq_lens)
+            ]
     every = sorted(
         tuple(data.rows.tokens[a:b]) for a, b in zip(data.rows.offsets, data.rows.offsets[1:])
     )
@@ -139,9 +143,9 @@ def test_each_row_is_seen_once_per_pass(configure, tokenizer):
 def test_a_micro_batch_holds_at_most_batch_size_times_max_length_tokens(configure, tokenizer):
     data = training_data(configure, tokenizer, batch_size=1, gradient_accumulation_steps=8)
     batches = data.batch_at(0)
-    assert sum(len(batch.lengths) for batch in batches) == 8 and len(batches) > 1
+    assert sum(len(batch.seq_lens) for batch in batches) == 8 and len(batches) > 1
     assert all(
-        batch.tokens.numel() <= 256 and sum(batch.lengths) == batch.tokens.numel()
+        batch.input_ids.numel() <= 256 and sum(batch.seq_lens) == batch.input_ids.numel()
         for batch in batches
     )
 
@@ -217,10 +221,9 @@ def test_evaluation_is_without_dropout_and_leaves_training_mode_on(configure, to
     task = load_task(config, torch.float32)
     inject(task.model, r=4, dropout=0.5)
     batches = training_data(configure, tokenizer).evaluation()
-    (one, *_), (other, *_) = (
-        train.predict(task.train(), batches, torch.device("cpu"), torch.float32) for _ in range(2)
-    )
-    assert torch.equal(one, other) and task.training
+    cpu = torch.device("cpu")
+    one, other = (predict(task.train(), batches, cpu, torch.float32) for _ in range(2))
+    assert torch.equal(one.values, other.values) and task.training
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -263,7 +266,7 @@ def test_packed_equals_unpacked_and_transformers_own_forward(make, config, token
             together, torch.cat([task.predict(b) for b in apart]), rtol=0, atol=1e-6
         )
         task.model.set_attn_implementation("eager")
-        plain = [task.model(b.tokens).last_hidden_state[0][b.target_positions] for b in apart]
+        plain = [task.model(b.input_ids).last_hidden_state[0][b.target_positions] for b in apart]
         said = [task.head.predict(hidden, b.targets) for hidden, b in zip(plain, apart)]
     torch.testing.assert_close(together, torch.cat(said), rtol=0, atol=1e-6)
 
@@ -383,7 +386,7 @@ def test_an_attention_argument_that_would_change_the_result_is_refused(tokenizer
     task = scorer(lambda c: tiny_llama().model, None)
     batch = rows_of("arithmetic:train:1", "score", tokenizer).batch([0])
     with pytest.raises(ValueError, match="does not know .'bias'."):
-        task.model(batch.tokens, use_cache=False, bias=30.0)
+        task.model(batch.input_ids, use_cache=False, bias=30.0)
 
 
 # ---------------------------------------------------------------------------------------- rendering
@@ -425,7 +428,10 @@ def test_an_encoder_gets_a_row_for_each_labelled_step(tiny_encoder):
         "[CLS] ab [SEP] cd [SEP]",
         "[CLS] ab [SEP] cd ef gh [SEP]",
     ]
-    assert rows[0].segments == [0] * 4 + [1] * 3 and [row.targets[-1] for row in rows] == [1.0, 0.5]
+    assert rows[0].token_type_ids == [0] * 4 + [1] * 3 and [row.targets[-1] for row in rows] == [
+        1.0,
+        0.5,
+    ]
 
 
 @pytest.mark.parametrize("max_length", [7, 64, 1000])
@@ -478,12 +484,12 @@ def test_evaluation_reads_the_first_n_times_4_rows_whatever_the_batch_size(confi
         batches = training_data(
             configure, tokenizer, batch_size=batch_size, max_eval_batches=5
         ).evaluation()
-        assert sum(len(batch.lengths) for batch in batches) == 20
-        sums.add(sum(batch.tokens.sum().item() for batch in batches))
+        assert sum(len(batch.seq_lens) for batch in batches) == 20
+        sums.add(sum(batch.input_ids.sum().item() for batch in batches))
     assert len(sums) == 1
     assert (
         sum(
-            len(b.lengths)
+            len(b.seq_lens)
             for b in training_data(configure, tokenizer, max_eval_batches=0).evaluation()
         )
         == 60
@@ -501,7 +507,7 @@ def test_max_samples_takes_the_first_training_examples(configure):
 def mixed(configure, weights, counts=(60, 25, 40), **values):
     """Training data of three sets, told apart by their rows' sources."""
     paths = [f"arithmetic:train:{count}" for count in counts]
-    rows = Rows.of(
+    rows = Rows.from_rows(
         (
             (Row([source, i, 0], [i, 0, NO_TOKEN]), source)
             for source, n in enumerate(counts)
@@ -518,7 +524,7 @@ def mixed(configure, weights, counts=(60, 25, 40), **values):
 def test_the_shares_of_a_mix_are_its_weights_at_every_point(configure, weights):
     data = mixed(configure, weights)
     # Beyond the schedule's end
-    drawn = [data.rows.sources[data.row_at(place)] for place in range(12_000)]
+    drawn = [data.rows.dataset_ids[data.row_of_example(place)] for place in range(12_000)]
     for end in (100, 1_000, 12_000):
         for source, weight in enumerate(weights):
             share = drawn[:end].count(source) / end
@@ -529,8 +535,8 @@ def test_every_row_of_a_set_is_seen_once_per_pass_whatever_the_weights(configure
     data = mixed(configure, [5.0, 1.0, 2.0])
     seen = {0: [], 1: [], 2: []}
     for place in range(2_000):
-        row = data.row_at(place)
-        seen[int(data.rows.sources[row])].append(int(row))
+        row = data.row_of_example(place)
+        seen[int(data.rows.dataset_ids[row])].append(int(row))
     for source, count in enumerate((60, 25, 40)):
         members, passes = seen[source], len(seen[source]) // count
         assert passes >= 6
@@ -541,7 +547,8 @@ def test_every_row_of_a_set_is_seen_once_per_pass_whatever_the_weights(configure
 
 def test_without_weights_the_sets_are_one(configure):
     one, other = mixed(configure, []), mixed(configure, [], counts=(125,))
-    assert [int(one.row_at(i)) for i in range(300)] == [int(other.row_at(i)) for i in range(300)]
+    drawn = [[int(data.row_of_example(i)) for i in range(300)] for data in (one, other)]
+    assert drawn[0] == drawn[1]
 
 
 def test_a_set_too_small_to_be_reached_or_with_nothing_left_is_an_error(configure):
@@ -576,16 +583,16 @@ def test_padded_rows_are_sorted_and_little_of_them_is_padding(configure, tokeniz
     config = configure(False, task="lm", batch_size=32, gradient_accumulation_steps=4)
     rows = rows_of("arithmetic:train:600", "lm", tokenizer)
     batches = TrainingData(rows, rows, config, packed=False).batch_at(0)
-    assert sum(len(batch.lengths) for batch in batches) == 128
+    assert sum(len(batch.seq_lens) for batch in batches) == 128
     for batch in batches:
-        count, longest = batch.tokens.shape
+        count, longest = batch.input_ids.shape
         assert (
             count * longest <= 32 * 256
-            and longest == max(batch.lengths)
-            and count == len(batch.lengths)
+            and longest == max(batch.seq_lens)
+            and count == len(batch.seq_lens)
         )
-        flat = batch.tokens.flatten()[batch.target_positions + 1]
+        flat = batch.input_ids.flatten()[batch.target_positions + 1]
         # What follows a position is its target, in the same row
         assert torch.equal(flat, batch.targets)
-        assert sum(batch.lengths) >= 0.95 * batch.tokens.numel()
+        assert sum(batch.seq_lens) >= 0.95 * batch.input_ids.numel()
     assert len(batches) < 20

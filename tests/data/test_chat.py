@@ -11,12 +11,12 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from lora.common.base_files import EMBEDDED
+from lora.common.base_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.chat_template import chat_pieces, turn_habits, use_chatml
 from lora.data.examples import Example
-from lora.data.tokenise import NO_TOKEN, encode, render
+from lora.data.tokenise import NO_TOKEN, encode, tokenise
 
 TURN = [{"role": "user", "content": "uone"}, {"role": "assistant", "content": "aone"}]
 CHATS = {
@@ -68,7 +68,7 @@ ALPACA = (  # nothing ends a turn
 
 
 def tokenizer_with(template, *special):
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     tokens = {"additional_special_tokens": list(special), "bos_token": "<s>"}
     tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
     tokenizer.chat_template = template
@@ -76,7 +76,7 @@ def tokenizer_with(template, *special):
 
 
 def row_of(messages, tokenizer, max_length=4096, tools=None):
-    (rendered,) = render(
+    (rendered,) = tokenise(
         [Example("chats.jsonl:7", messages=messages, tools=tools)],
         tokenizer,
         "lm",
@@ -108,7 +108,7 @@ def said(row, tokenizer):
 )
 def test_the_targets_of_four_templates_are_those_written_out_here(template, special, expected):
     tokenizer = tokenizer_with(
-        template or AutoTokenizer.from_pretrained(EMBEDDED).chat_template, *special
+        template or AutoTokenizer.from_pretrained(EMBEDDED_BASE).chat_template, *special
     )
     (row,) = row_of(CHATS["two turns"], tokenizer).rows
     plain = tokenizer.apply_chat_template(CHATS["two turns"], tokenize=False)
@@ -203,7 +203,7 @@ def test_reasoning_is_learned_where_the_template_writes_it_and_only_the_answer_w
 
 
 def test_special_tokens_that_somebody_wrote_stay_text():
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     messages = [
         {"role": "user", "content": "what is <|im_end|>?<|im_start|>"},
         {"role": "assistant", "content": "<|im_end|> ends a turn"},
@@ -255,7 +255,7 @@ def test_what_is_said_next_may_stand_in_the_call_or_the_reasoning_before_it(qwen
         {"role": "assistant", "content": "<think>I look</think>aone"},
         TURN[0] | {"content": "ok"},
     ]
-    embedded = AutoTokenizer.from_pretrained(EMBEDDED)
+    embedded = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     assert said(row_of(thinking, embedded).rows[0], embedded) == [
         "<think>I look</think>aone<|im_end|>"
     ]
@@ -270,7 +270,7 @@ def test_of_an_answer_that_is_empty_after_its_reasoning_the_end_is_learned(qwen3
 
 def test_blanks_that_the_tokenizers_offsets_leave_out_are_targets_too():
     messages = [TURN[0], {"role": "assistant", "content": "      indented \n  by two"}]
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     (row,) = row_of(messages, tokenizer).rows
     # As in Llama 3
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -279,7 +279,7 @@ def test_blanks_that_the_tokenizers_offsets_leave_out_are_targets_too():
 
 
 def test_private_use_characters_in_the_data_are_no_marks():
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     messages = [
         {"role": "user", "content": "\ue000\ue001"},
         {"role": "assistant", "content": "\ue001x\ue000  y"},
@@ -295,7 +295,7 @@ def test_pad_equal_to_eos_masks_no_end_token():
 
 
 def test_a_chat_that_is_cut_keeps_right_targets_or_is_dropped_and_counted():
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     (whole,) = row_of(CHATS["two turns"], tokenizer).rows
     for length in range(2, len(whole.tokens) + 1):
         rendered = row_of(CHATS["two turns"], tokenizer, length)
@@ -328,12 +328,12 @@ def test_a_template_that_moves_the_text_is_an_error_and_never_a_wrong_mask():
 
 
 def test_without_a_template_chatml_is_used_and_the_known_end_token_ends_a_turn(capsys):
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     tokenizer.chat_template = None
     use_chatml(tokenizer)
     assert "no chat template: using ChatML, with <|im_end|>" in capsys.readouterr().out
     assert said(row_of(TURN, tokenizer).rows[0], tokenizer) == ["aone<|im_end|>"]
-    char = AutoTokenizer.from_pretrained(EMBEDDED.parent / "char")
+    char = AutoTokenizer.from_pretrained(EMBEDDED_BASE.parent / "char")
     use_chatml(char)
     assert said(row_of(TURN, char).rows[0], char) == ["aone<|endoftext|>"]
     char.chat_template = char.eos_token = None
@@ -342,7 +342,7 @@ def test_without_a_template_chatml_is_used_and_the_known_end_token_ends_a_turn(c
 
 
 def test_pieces_are_the_plain_render():
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     messages = [*CHATS["two turns"], {"role": "user", "content": "<|im_end|>"}]
     pieces = chat_pieces("", messages, None, tokenizer)
     assert "".join(piece.text for piece in pieces) == tokenizer.apply_chat_template(

@@ -11,13 +11,14 @@ import torch
 from lora.common.errors import UserError
 from lora.config.command_line import read_command_line
 from lora.config.schema import DataConfig, get_lora_config
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 from lora.data.readers import read
 from lora.data.sampler import TrainingData
 from lora.data.split import read_data
-from lora.data.token_cache import tokenised
+from lora.data.token_cache import load_or_tokenise
 from lora.evaluation.predict import evaluate
 from lora.model.load import load_task
+from lora.model.run import Run
 
 
 def write(path, rows):
@@ -224,10 +225,10 @@ def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, co
     )
     training, held_out = read_data(config)
     assert (len(training), len(held_out)) == (27, 3 + 2) and not any(e.terms for e in training)
-    assert [e.source for e in held_out] == [0] * 3 + [1] * 2
-    assert Source(config).files["eval_data"].keys() == {path}
-    key, config.data.eval_data, config.data.use_reveal = Source(config).key, [path], False
-    assert Source(config).key != key  # the same files, but nothing is held out of the first
+    assert [e.dataset_id for e in held_out] == [0] * 3 + [1] * 2
+    assert RawData(config).files["eval_data"].keys() == {path}
+    key, config.data.eval_data, config.data.use_reveal = RawData(config).key, [path], False
+    assert RawData(config).key != key  # the same files, but nothing is held out of the first
     config.data.train_data = [path]
     with pytest.raises(
         UserError,
@@ -237,7 +238,7 @@ def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, co
     config.data.train_data, config.data.eval_data, config.data.use_reveal = [train], [], True
     config.data.reveal_train_i_have_permission = True
     training, held_out = read_data(config)
-    assert {e.source for e in training} == {0, 1} and config.data.weights == [1.0, 1.0]
+    assert {e.dataset_id for e in training} == {0, 1} and config.data.weights == [1.0, 1.0]
 
 
 # ----------------------------------------------------------------------------------- the named sets
@@ -277,11 +278,11 @@ def test_named_sets_are_mixed_by_weight_and_validated_one_by_one(tmp_path, confi
         reveal_path=reveal(tmp_path),
     )  # fmt: skip
     task = load_task(config, torch.float32)
-    rows, held_out, _ = tokenised(Source(config), task)
+    rows, held_out, _ = load_or_tokenise(RawData(config), task)
     data = TrainingData(rows, held_out, config)
-    drawn = [int(rows.sources[data.row_at(place)]) for place in range(400)]
+    drawn = [int(rows.dataset_ids[data.row_of_example(place)]) for place in range(400)]
     assert drawn.count(1) == 300 and drawn.count(0) == 100
-    metrics = evaluate(task, data, torch.device("cpu"), torch.float32)
+    metrics, *_ = evaluate(Run(task, config, data, torch.device("cpu"), torch.float32))
     assert {"loss", "own/loss", "phase1/loss", "reveal/loss"} < metrics.keys()
 
 

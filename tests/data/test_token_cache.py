@@ -15,8 +15,8 @@ import torch
 
 from lora.config.values import kind_of
 from lora.data import summary, token_cache
-from lora.data.batches import Rows
-from lora.data.raw_data import NOT_IN_KEY, Source, cache_folder, cache_key
+from lora.data.batches import ARRAYS
+from lora.data.raw_data import NOT_IN_KEY, RawData, cache_folder, cache_key
 from lora.data.tokenise import NO_TOKEN
 from lora.model.load import load_task
 
@@ -48,20 +48,17 @@ def settings(configure, path, **values):
 
 
 def equal(one, other):
-    return all(
-        np.array_equal(getattr(one, f.name), getattr(other, f.name))
-        for f in dataclasses.fields(Rows)
-    )
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ARRAYS)
 
 
 def test_a_second_run_reads_no_data_and_tokenises_nothing(configure, chats, monkeypatch):
     config = settings(configure, chats)
     task = load_task(config, torch.float32)
-    *first, facts = token_cache.tokenised(Source(config), task)
-    monkeypatch.setattr(token_cache, "render", None)
-    source = Source(config)
+    *first, facts = token_cache.load_or_tokenise(RawData(config), task)
+    monkeypatch.setattr(token_cache, "tokenise", None)
+    source = RawData(config)
     assert source.read is None
-    *second, again = token_cache.tokenised(source, task)
+    *second, again = token_cache.load_or_tokenise(source, task)
     assert facts == again and all(equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(isinstance(rows.tokens, np.memmap) for rows in second)
     assert (
@@ -75,7 +72,7 @@ def test_a_second_run_reads_no_data_and_tokenises_nothing(configure, chats, monk
 def test_a_change_of_data_settings_or_template_is_another_entry(configure, chats, change):
     config = settings(configure, chats)
     task = load_task(config, torch.float32)
-    before, _, _ = token_cache.tokenised(Source(config), task)
+    before, _, _ = token_cache.load_or_tokenise(RawData(config), task)
     if change == "data":
         chats.write_text(chats.read_text().replace("say 7", "say 8"))
     elif change == "template":
@@ -87,9 +84,9 @@ def test_a_change_of_data_settings_or_template_is_another_entry(configure, chats
             "max_length": (20, 0.1),
             "split": (256, 0.5),
         }[change]
-    after, _, facts = token_cache.tokenised(Source(config), task)
+    after, _, facts = token_cache.load_or_tokenise(RawData(config), task)
     assert not equal(before, after)
-    fresh, _ = token_cache.tokenise(Source(config).examples()[0], task, config, "train")
+    fresh, _ = token_cache.tokenise_examples(RawData(config).examples()[0], task, config, "train")
     assert equal(fresh, after) and facts["train"]["rows"] == len(after)
 
 
@@ -132,7 +129,9 @@ def test_the_same_bytes_under_another_suffix_are_another_entry(configure, chats)
     renamed.write_bytes(chats.read_bytes())
     task = load_task(settings(configure, chats), torch.float32)
     counts = [
-        token_cache.tokenised(Source(settings(configure, path)), task)[2]["train"]["examples"]
+        token_cache.load_or_tokenise(RawData(settings(configure, path)), task)[2]["train"][
+            "examples"
+        ]
         for path in (renamed, chats)
     ]
     assert counts == [1, 36]
@@ -146,7 +145,7 @@ def test_processes_that_start_at_once_share_one_entry(configure, chats, own_cach
 
     def tokenise():
         start.wait(60)
-        rows, _, facts = token_cache.tokenised(Source(config), task)
+        rows, _, facts = token_cache.load_or_tokenise(RawData(config), task)
         found.put((len(rows), int(rows.tokens.sum()), facts["train"]["targets"]))
 
     processes = [fork.Process(target=tokenise) for _ in range(3)]
@@ -169,11 +168,11 @@ def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch, own_c
 
     with monkeypatch.context() as patch:
         # With everything written, but for the last
-        patch.setattr("lora.common.atomic_files.flush_all", fail)
+        patch.setattr("lora.common.atomic_files.fsync_folder", fail)
         with pytest.raises(KeyboardInterrupt):
-            token_cache.tokenised(Source(config), task)
+            token_cache.load_or_tokenise(RawData(config), task)
     assert not list(own_cache.glob("*/*/facts.json"))
-    rows, _, _ = token_cache.tokenised(Source(config), task)
+    rows, _, _ = token_cache.load_or_tokenise(RawData(config), task)
     assert len(rows) == 36 and not list(own_cache.glob("*/.tmp_*"))
 
 
@@ -183,7 +182,7 @@ def test_where_the_cache_cannot_be_written_the_run_goes_on(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     own_cache.write_text("a file stands where the folder would be")
     config = settings(configure, chats)
-    rows, _, _ = token_cache.tokenised(Source(config), load_task(config, torch.float32))
+    rows, _, _ = token_cache.load_or_tokenise(RawData(config), load_task(config, torch.float32))
     assert len(rows) == 36 and "tokenised data is not kept" in capsys.readouterr().out
     assert rows.tokens.sum() > 0 and not list(tmp_path.glob("plainlora_*"))  # nor left behind
 
@@ -201,14 +200,18 @@ def test_gz_hub_and_plain_files_give_the_same_rows(configure, chats, tmp_path, m
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     paths = [str(chats), str(packed), "hf://datasets/someone/chats/data/chats.jsonl"]
     task = load_task(settings(configure, chats), torch.float32)
-    tables = [token_cache.tokenised(Source(settings(configure, path)), task)[0] for path in paths]
+    tables = [
+        token_cache.load_or_tokenise(RawData(settings(configure, path)), task)[0] for path in paths
+    ]
     assert equal(tables[0], tables[1]) and equal(tables[0], tables[2])
 
 
 def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chats):
     config = settings(configure, chats, max_length=24)
     task = load_task(config, torch.float32)
-    rows, facts = token_cache.tokenise(Source(config).examples()[0], task, config, "train")
+    rows, facts = token_cache.tokenise_examples(
+        RawData(config).examples()[0], task, config, "train"
+    )
     lengths = np.diff(rows.offsets)
     assert (
         facts["cut"] and facts["rows"] == len(rows) == facts["examples"] - facts["without_target"]
@@ -217,7 +220,7 @@ def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chat
         lengths.max() == facts["lengths"][2] == 24
         and facts["targets"] == (rows.targets != NO_TOKEN).sum()
     )
-    line = summary.describe("train", facts)
+    line = summary.describe_data("train", facts)
     assert f"{facts['cut']} (" in line and "cut off at max_length" in line
 
 

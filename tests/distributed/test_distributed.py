@@ -20,9 +20,9 @@ import torch
 
 from lora.common.errors import UserError
 from lora.common.paths import ROOT
-from lora.data.batches import deal
+from lora.data.batches import shard_rows
 from lora.distributed import process_group
-from lora.distributed.sharded_checkpoint import Shards, write
+from lora.distributed.sharded_checkpoint import Shards, write_shard
 from tests.conftest import run
 
 STEPS = 20
@@ -251,7 +251,7 @@ import torch
 from lora.model.task import Task
 forward = Task.forward
 def limited(self, batch):
-    if os.environ["RANK"] == "1" and batch.tokens.numel() > 150:
+    if os.environ["RANK"] == "1" and batch.input_ids.numel() > 150:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return forward(self, batch)
 Task.forward = limited
@@ -302,14 +302,14 @@ def test_what_is_not_proven_on_sharded_weights_is_refused(
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
     # It is refused before the other one is needed
-    monkeypatch.setattr(process_group, "start", lambda device: None)
+    monkeypatch.setattr(process_group, "join", lambda device: None)
     with pytest.raises(UserError, match=f"{key} {value}: full fine-tuning on several processes"):
         run(configure(False, **{key: value}))
     assert not (tmp_path / "run").exists()
 
 
 def test_shards_of_another_shape_or_without_a_tensor_are_refused(tmp_path):
-    write(tmp_path, {"a": torch.ones(4, 3), "step": torch.tensor(2.0)})
+    write_shard(tmp_path, {"a": torch.ones(4, 3), "step": torch.tensor(2.0)})
     saved, place = Shards(tmp_path), torch.zeros(4, 3)
     saved.fill(place, "a")
     assert place.eq(1).all() and saved.get("step", 0, 0) == 2 and len(saved.get("a", 1, 3)) == 2
@@ -321,6 +321,6 @@ def test_shards_of_another_shape_or_without_a_tensor_are_refused(tmp_path):
 def test_rows_are_dealt_so_that_the_processes_have_as_much_to_do():
     lengths = np.random.default_rng(0).integers(20, 500, 64)
     for world in (1, 2, 3, 8):
-        owner = deal(lengths, world)
+        owner = shard_rows(lengths, world)
         loads = np.bincount(owner, lengths, world)
         assert loads.max() <= 1.05 * loads.mean() and set(owner) == set(range(world))

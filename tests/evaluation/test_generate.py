@@ -10,15 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
-from lora.common.base_files import EMBEDDED
+from lora.common.base_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import Config
-from lora.config.tables import keys_of
+from lora.config.tables import fields_by_key
 from lora.evaluation.generate import answers, prompt_tokens, stop_tokens, text_tokens
 import merge as merging
 from tests.conftest import run, tiny_llama
 
-TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED)
+TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
 TEXTS = [
     "a",
     "the quick brown fox",
@@ -43,7 +43,7 @@ def say(model, prompts, max_tokens=10**6, **settings):
     config = Config()
     config.training.batch_size, config.data.max_length = 1, max_tokens
     for name, value in (dict(max_new_tokens=12) | settings).items():
-        setattr(keys_of(config)[name][0], name, value)
+        setattr(fields_by_key(config)[name][0], name, value)
     return answers(
         SimpleNamespace(model=model, tokenizer=TOKENIZER), prompts, config, torch.float32
     )
@@ -128,7 +128,7 @@ REFUSING = "{{ raise_exception('no chats') }}"
     ],
 )
 def test_an_answer_ends_at_the_tokens_that_template_and_model_name(template, own, expected):
-    tokenizer, model = AutoTokenizer.from_pretrained(EMBEDDED), tiny_llama()
+    tokenizer, model = AutoTokenizer.from_pretrained(EMBEDDED_BASE), tiny_llama()
     tokenizer.chat_template, model.generation_config.eos_token_id = template, own
     assert stop_tokens(model, tokenizer) == expected
 
@@ -163,7 +163,7 @@ def test_a_saved_and_reloaded_model_says_what_it_said_and_so_does_a_merged_one_i
     tasks = []
     original = train.train
     monkeypatch.setattr(
-        train, "train", lambda task, *rest: (tasks.append(task), original(task, *rest))
+        train, "train", lambda run, *rest: (tasks.append(run.task), original(run, *rest))
     )
     values = dict(
         base_model="embedded",

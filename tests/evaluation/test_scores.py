@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
-from lora.common.base_files import EMBEDDED
+from lora.common.base_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.common.serialization import read_file
@@ -19,9 +19,10 @@ from lora.config.schema import DataConfig, get_lora_config
 from lora.config.tables import from_dict
 from lora.data.batches import Rows
 from lora.data.examples import Example
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 from lora.data.readers import read
-from lora.data.tokenise import render
+from lora.data.tokenise import tokenise
+from lora.evaluation.generate import step_scores
 from lora.model.heads import MLPHead
 from lora.model.load import load_task
 import merge as merging
@@ -29,16 +30,16 @@ from tests.conftest import run, tiny_llama
 from tests.data.test_step_readers import prm800k_row, prm800k_step, rating, write
 import train_lora
 
-TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED)
+TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
 
 
 def batch_of(examples, data=None):
     rows = [
         row
-        for e in render(examples, TOKENIZER, "score", data or DataConfig(max_length=256), True)
+        for e in tokenise(examples, TOKENIZER, "score", data or DataConfig(max_length=256), True)
         for row in e.rows
     ]
-    return Rows.of(((row, 0) for row in rows), "score").batch(range(len(rows)))
+    return Rows.from_rows(((row, 0) for row in rows), "score").batch(range(len(rows)))
 
 
 def chain(labels, weight=1.0, prompt="From left to right: 7+8"):
@@ -105,7 +106,7 @@ def test_a_null_label_gives_exactly_no_gradient(task):
     for name, gradient in alone.items():
         # Sums in another order
         torch.testing.assert_close(with_nulls[name], gradient, rtol=0, atol=1e-7)
-    assert render([chain([None, None])], TOKENIZER, "score", DataConfig(), True)[0].rows == []
+    assert tokenise([chain([None, None])], TOKENIZER, "score", DataConfig(), True)[0].rows == []
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])
@@ -137,8 +138,8 @@ def test_a_weight_scales_a_language_models_loss_as_well(configure, tmp_path):
     assert read([write(tmp_path / "c.jsonl", rows[1:2])], "lm")[0].weight == 0.0
 
     def batch(chosen):
-        rendered = render(chosen, TOKENIZER, "lm", DataConfig(max_length=64), True)
-        return Rows.of(((row, 0) for e in rendered for row in e.rows), "lm").batch(
+        rendered = tokenise(chosen, TOKENIZER, "lm", DataConfig(max_length=64), True)
+        return Rows.from_rows(((row, 0) for e in rendered for row in e.rows), "lm").batch(
             range(len(chosen))
         )
 
@@ -160,7 +161,7 @@ def test_a_weight_scales_a_language_models_loss_as_well(configure, tmp_path):
 
 
 def text_and_targets(data, tokenizer=TOKENIZER, labels=(0.25, None, 1.0)):
-    (row,) = render([chain(list(labels), prompt="P")], tokenizer, "score", data, True)[0].rows
+    (row,) = tokenise([chain(list(labels), prompt="P")], tokenizer, "score", data, True)[0].rows
     ends = [i for i, target in enumerate(row.targets) if target == target]
     return tokenizer.decode(row.tokens), [
         (tokenizer.decode(row.tokens[i]), row.targets[i]) for i in ends
@@ -184,7 +185,7 @@ def test_the_plain_layout_is_a_line_each():
 )  # fmt: skip
 def test_the_layouts_of_known_scorers_are_presets(name, marker, expected):
     """The tokenizer's way with blanks is not tested here: Mistral's puts one before ки."""
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<extra_0>"], special_tokens=True)
     tokenizer.add_tokens(["ки"])
     data = from_dict(read_file(ROOT / "configs" / f"{name}.toml"), name).data
@@ -197,12 +198,12 @@ def test_a_marker_is_one_token_or_has_to_be_added():
         UserError,
         match="step_marker '<step>' is . tokens, expected one; add --add_special_tokens '<step>'",
     ):
-        render([chain([1.0])], TOKENIZER, "score", DataConfig(step_marker="<step>"), True)
+        tokenise([chain([1.0])], TOKENIZER, "score", DataConfig(step_marker="<step>"), True)
 
 
 def test_an_encoder_has_no_layout():
     with pytest.raises(UserError, match="an encoder reads a pair of texts; leave them out"):
-        render([chain([1.0])], TOKENIZER, "score", DataConfig(step_marker="."), False)
+        tokenise([chain([1.0])], TOKENIZER, "score", DataConfig(step_marker="."), False)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def other_base(tmp_path, **tensors):
 def scores_and_hidden(configure, base, **values):
     task = load_task(configure(False, base_model=base, **values), torch.float32)
     batch = batch_of([chain([0.0, 0.0, 0.0])])
-    return task.predict(batch).detach(), task.at_targets(batch).detach(), task
+    return task.predict(batch).detach(), task.target_hidden_states(batch).detach(), task
 
 
 def test_a_two_class_head_among_the_bases_weights_is_gone_on_from(configure, tmp_path):
@@ -315,7 +316,7 @@ def test_the_two_phases_of_the_recipe_follow_each_other(tiny_base, tmp_path):
     def phase(name, *flags):
         config = ["--config", str(ROOT / "configs" / f"{name}.toml"), f"--experiment_name={name}"]
         command = read_command_line([*config, *common, *flags], get_lora_config(), "", "")
-        train_lora.main(command, Source(command.config))
+        train_lora.main(command, RawData(command.config))
         lines = [
             json.loads(line)
             for line in (command.run_dir / "logs" / "train_metrics.jsonl").read_text().splitlines()
@@ -379,5 +380,5 @@ def test_who_pools_at_the_marker_gets_our_scores(configure, tmp_path):
     arguments = evaluation.read_arguments(flags)
     task = evaluation.load(*arguments, torch.device("cpu"))
     examples = evaluation.read_examples(*arguments).examples
-    (ours,) = evaluation.step_scores(examples, task, arguments[1], torch.float32)
+    (ours,) = step_scores(examples, task, arguments[1], torch.float32)
     torch.testing.assert_close(torch.from_numpy(ours).float(), served, rtol=0, atol=1e-5)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig, EvaluationConfig
 from lora.data.batches import Rows
 from lora.data.examples import Example
 from lora.data.readers import read
-from lora.data.tokenise import render
+from lora.data.tokenise import tokenise
 from lora.evaluation import best_of_n, calibration, step_metrics, step_report, trivial_scorers
+from lora.evaluation.generate import step_scores
 from lora.model.load import load_task
 from tests.conftest import run
 from tests.data.test_step_readers import write
@@ -29,7 +29,9 @@ from tests.evaluation.test_eval_script import evaluate
 
 def example(labels, prompt="p", outcome=None, steps=None, source=0):
     steps = steps or [f"step {i}" for i in range(len(labels))]
-    return Example("x", prompt=prompt, steps=steps, labels=labels, outcome=outcome, source=source)
+    return Example(
+        "x", prompt=prompt, steps=steps, labels=labels, outcome=outcome, dataset_id=source
+    )
 
 
 def judged(*pairs, threshold=0.5):
@@ -200,7 +202,7 @@ def test_all_steps_in_one_forward_are_scored_as_one_by_one(kind, request, config
     examples = read(["arithmetic:test:7"], "score")
     examples[3].steps *= 40  # too long
     examples[3].labels *= 40
-    together = evaluation.step_scores(examples, task, config, torch.float32)
+    together = step_scores(examples, task, config, torch.float32)
     task.eval()  # the loop goes on training after it has asked
     for e, scores in zip(examples, together, strict=True):
         assert len(scores) == len(e.steps)
@@ -208,12 +210,12 @@ def test_all_steps_in_one_forward_are_scored_as_one_by_one(kind, request, config
             alone = example([None] * (end - 1) + [0.0], e.prompt, steps=e.steps[:end])
             rows = [
                 (row, 0)
-                for row in render([alone], task.tokenizer, "score", config.data, task.causal)[
+                for row in tokenise([alone], task.tokenizer, "score", config.data, task.causal)[
                     0
                 ].rows
             ]
             if score == score:
-                said = task.predict(Rows.of(rows, "score").batch([0], task.packed))
+                said = task.predict(Rows.from_rows(rows, "score").batch([0], task.packed))
                 assert said.item() == pytest.approx(score, abs=1e-5)
             else:
                 assert not rows

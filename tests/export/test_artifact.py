@@ -15,13 +15,13 @@ import torch
 import yaml
 
 from lora import verify_artifact
-from lora.common.checksums import as_written, sha256_of
+from lora.common.checksums import as_written, file_sha256
 from lora.common.errors import Stopped, UserError
 from lora.common.paths import ROOT
 from lora.export import artifact
 from lora.model.task import Task
 from lora.training import base_integrity
-from lora.training.checkpoint import trainable
+from lora.training.checkpoint import trainable_parameters
 from tests.conftest import run, script
 
 
@@ -85,7 +85,7 @@ def test_a_list_that_leads_out_of_the_folder_and_linked_folders_are_refused(made
     sums = json.loads(path.read_text())
     secret = tmp_path / "secret"
     secret.write_text("x")
-    one = {"sha256": sha256_of(secret), "bytes": 1}
+    one = {"sha256": file_sha256(secret), "bytes": 1}
     for name in ("../../secret", str(secret), "./README.md", "a\\b", ""):
         path.write_bytes(as_written(sums | {name: one}))
         with pytest.raises(UserError, match="missing"):
@@ -113,7 +113,7 @@ def test_a_file_that_cannot_be_read_is_named(made, monkeypatch):
     def unreadable(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("lora.common.checksums.sha256_of", unreadable)
+    monkeypatch.setattr("lora.common.checksums.file_sha256", unreadable)
     with pytest.raises(
         UserError, match=r"'mlp_head.safetensors': cannot be read \(Input/output error\)"
     ):
@@ -180,9 +180,11 @@ def test_metadata_says_what_the_run_was_made_of(configure, tiny_base, tmp_path, 
     folder = run(configure(True, max_steps=2, train_data=["steps.jsonl", "arithmetic:train:9"]))
     facts = verify_artifact(folder / "final_artifact")
     assert facts["artifact_version"] == 1 and facts["task"] == "score" and facts["seed"] == 42
-    assert facts["base_files"] == {"model.safetensors": sha256_of(tiny_base / "model.safetensors")}
+    assert facts["base_files"] == {
+        "model.safetensors": file_sha256(tiny_base / "model.safetensors")
+    }
     assert facts["base_unchanged"] is True
-    assert facts["train_data"] == {"steps.jsonl": sha256_of(data), "arithmetic:train:9": None}
+    assert facts["train_data"] == {"steps.jsonl": file_sha256(data), "arithmetic:train:9": None}
     assert facts["best"] == json.loads((folder / "logs" / "final_results.json").read_text())["best"]
     without_build = [
         version.partition("+")[0] for version in (facts["versions"]["torch"], torch.__version__)
@@ -308,7 +310,7 @@ def test_base_unchanged_is_said_and_recorded(configure, capsys, tiny_base, lora)
     folder = run(configure(lora, max_steps=2))
     said = capsys.readouterr().out
     sums = json.loads((folder / "baseline_checksums.json").read_text())
-    assert sums["files"] == {"model.safetensors": sha256_of(tiny_base / "model.safetensors")}
+    assert sums["files"] == {"model.safetensors": file_sha256(tiny_base / "model.safetensors")}
     frozen = (
         rf"{sums['frozen_tensors']} frozen tensors, sha256 {sums['frozen_sha256']}; "
         if lora
@@ -408,7 +410,7 @@ def test_four_bit_weights_are_hashed_with_their_scales():
     ).to("cpu")
     model.requires_grad_(False)
     weight = model[0].weight
-    assert weight.dtype == torch.uint8 and not trainable(model)
+    assert weight.dtype == torch.uint8 and not trainable_parameters(model)
 
     def sums():
         return {

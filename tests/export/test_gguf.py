@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from lora.common.base_files import EMBEDDED
+from lora.common.base_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.export.gguf import write_gguf
 from lora.export.gguf_tokenizer import BYTES, SENTENCE_PIECE
@@ -97,7 +97,7 @@ def folder_of(family, shape, folder):
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(folder)
     return folder
 
 
@@ -163,12 +163,12 @@ def test_the_file_holds_the_model_rounded_to_its_type_and_nothing_else(family, k
 
 @pytest.mark.parametrize("kind", ["f32", "f16"])
 def test_a_trained_model_says_the_same_from_the_file(kind, tmp_path):
-    write_gguf(EMBEDDED, tmp_path / "base.gguf", kind)
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    write_gguf(EMBEDDED_BASE, tmp_path / "base.gguf", kind)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_BASE, dtype=torch.float32)
     read = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="base.gguf", dtype=torch.float32
     )
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     for prompt in (
         "From left to right: 7+8-6*5-9\n",
         "From left to right: 12*3+",

@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import eval as evaluation
 from lora.common.checksums import write_checksums
 from lora.common.errors import UserError
+from lora.evaluation.generate import step_scores
 import merge as merging
 from tests.conftest import run, tiny_llama
 from tests.lora.test_adapter_kinds import KINDS
@@ -99,7 +100,7 @@ def test_a_merged_scorer_is_a_model_of_two_classes_that_others_serve_and_we_read
         device, dtype = torch.device("cpu"), torch.float32
         task = evaluation.load(*arguments, device)
         examples = evaluation.read_examples(*arguments).examples
-        (scores,) = evaluation.step_scores(examples, task, arguments[1], dtype)
+        (scores,) = step_scores(examples, task, arguments[1], dtype)
         ours[checkpoint] = torch.from_numpy(scores).float()
         torch.testing.assert_close(ours[checkpoint], served[ends], rtol=0, atol=1e-5)
 

@@ -111,7 +111,7 @@ def test_an_evaluation_leaves_the_gradients_and_the_base_as_they_are(configure, 
     task = load_task(configure(True, load_in_4bit=True), torch.float32)
     inject(task.model, r=4, dora=dora)
     randomise(task.model)
-    batch = Rows.of(
+    batch = Rows.from_rows(
         [(Row([5, 6, 7, 8, 9], [float("nan"), 0.5, float("nan"), 1.0, 0.0]), 0)], "score"
     ).batch([0])
 

@@ -113,10 +113,10 @@ def packed_differences(family, folder, packed=None):
     folder = base(family, (PACKED | PADDED | ENCODERS)[family], folder)
     task = task_of(folder, kind, packed)
     assert task.packed or family in PADDED
-    rows = Rows.of(documents() if kind == "lm" else scored(), kind)
+    rows = Rows.from_rows(documents() if kind == "lm" else scored(), kind)
     together = rows.batch(range(3), task.packed)
     apart = [rows.batch([i], task.packed) for i in range(3)]
-    assert together.tokens.numel() == (28 if task.packed else 42)
+    assert together.input_ids.numel() == (28 if task.packed else 42)
     ours = gradients(task, [together])
     between = largest_difference(ours, gradients(task, apart))
     if kind == "score":
@@ -125,7 +125,7 @@ def packed_differences(family, folder, packed=None):
     plain = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
     ).train()
-    loss = 0
+    loss = torch.zeros(())
     for row, _ in documents():
         logits = plain(torch.tensor([row.tokens]), use_cache=False).logits[0]
         loss = loss + F.cross_entropy(
@@ -165,7 +165,7 @@ def test_together_equals_apart_equals_transformers_own_forward(family, packed, t
 def test_a_bare_backbone_scores_steps(family, tmp_path):
     packed = family in PACKED
     task = task_of(base(family, (PACKED | PADDED)[family], tmp_path), "score", packed)
-    rows = Rows.of([(Row([5, 6, 7, 8], [float("nan"), 0.5, float("nan"), 1.0]), 0)], "score")
+    rows = Rows.from_rows([(Row([5, 6, 7, 8], [float("nan"), 0.5, float("nan"), 1.0]), 0)], "score")
     loss, count = task(rows.batch([0], task.packed))
     assert count == 2 and loss.isfinite() and task.packed == packed
 
@@ -178,10 +178,10 @@ def lora_differences(family, folder, target_modules="all-linear"):
     kind = "score" if family in ENCODERS else "lm"
     folder = base(family, (PACKED | PADDED | ENCODERS)[family], folder)
     task, other = task_of(folder, kind), task_of(folder, kind)
-    batch = Rows.of(scored(), "score").batch(range(3), task.packed)
+    batch = Rows.from_rows(scored(), "score").batch(range(3), task.packed)
 
     def said(task):
-        hidden = task.at_targets(batch)
+        hidden = task.target_hidden_states(batch)
         return (task.head.logits(hidden) if kind == "lm" else hidden).detach()
 
     task.eval(), other.eval()
@@ -192,7 +192,9 @@ def lora_differences(family, folder, target_modules="all-linear"):
     adapted = said(task)
     assert (adapted - before).abs().max() > 1e-3
     if kind == "lm":
-        loss = task.head(task.at_targets(batch), torch.zeros(len(batch.targets), dtype=torch.int64))
+        loss = task.head(
+            task.target_hidden_states(batch), torch.zeros(len(batch.targets), dtype=torch.int64)
+        )
     else:
         loss = task(batch)[0]
     loss.backward()

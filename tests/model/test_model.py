@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lora import inject
-from lora.common.base_files import EMBEDDED, locate
+from lora.common.base_files import EMBEDDED_BASE, locate_base
 from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.data.batches import Rows
@@ -47,7 +47,7 @@ def save(folder, model):
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(folder)
     return folder
 
 
@@ -114,7 +114,7 @@ def test_a_base_with_a_missing_tensor_is_refused(tiny_base, tmp_path):
 @pytest.mark.parametrize("name", ["/no/such", "./no", "~/no", "no/such/folder"])
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(name):
     with pytest.raises(UserError, match="no such folder"):
-        locate(name)
+        locate_base(name)
 
 
 def test_the_device_is_what_was_asked_for_or_an_error():
@@ -122,7 +122,7 @@ def test_the_device_is_what_was_asked_for_or_an_error():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="device cuda is not available here; there is .*cpu"):
             choose_device("cuda")
-    assert Path(locate("embedded")[0]) == EMBEDDED
+    assert Path(locate_base("embedded")[0]) == EMBEDDED_BASE
 
 
 def test_the_environment_prefers_a_device_and_a_flag_beats_it(monkeypatch):
@@ -168,7 +168,7 @@ def test_checkpointing_and_offloading_give_the_same_gradients_to_the_bit_and_kee
             for layer in lora_layers(task.model).values():
                 torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
         row = Row(list(range(5, 205)), [*range(6, 205), NO_TOKEN])
-        batch, sizes = Rows.of([(row, 0)], "lm").batch([0]), []
+        batch, sizes = Rows.from_rows([(row, 0)], "lm").batch([0]), []
         torch.manual_seed(7)  # the dropout is drawn again as it was
         keep = lambda tensor, sizes=sizes: (sizes.append(tensor.nbytes), tensor)[1]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -199,7 +199,7 @@ def test_compiled_layers_give_the_same_gradients_and_are_compiled_once_for_all_l
         for _ in range(8):
             lengths = [draw.randint(5, 60) for _ in range(draw.randint(2, 6))]
             rows = [(Row(list(range(5, 5 + n)), [*range(6, 5 + n), NO_TOKEN]), 0) for n in lengths]
-            loss, _ = task(Rows.of(rows, "lm").batch(range(len(rows))))
+            loss, _ = task(Rows.from_rows(rows, "lm").batch(range(len(rows))))
             loss.backward()
             graphs.append(counters["stats"]["unique_graphs"])
         gradients.append(

@@ -14,7 +14,7 @@ from lora.common.errors import Stopped
 from lora.common.paths import ROOT
 from lora.config.command_line import Command
 from lora.data import tokenise
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
 from lora.layer import LoRALinear, lora_layers
 from lora.model.attention import Documents
@@ -42,7 +42,7 @@ def lines(capsys, monkeypatch, tmp_path):
         stopped = False
         try:
             (train_lora if config.lora else train).main(
-                Command(config, Path("none"), check=True), Source(config)
+                Command(config, Path("none"), check=True), RawData(config)
             )
         except Stopped as error:
             stopped = error.status == 3
@@ -154,10 +154,10 @@ def test_of_a_large_model_the_first_layers_are_checked(configure, monkeypatch):
     monkeypatch.setattr(trial, "BODY", 1)
     task = lora.model.load.load_task(configure(False, base_model="embedded"), torch.float32)
     layers = len(task.model.layers)
-    assert f"of its {layers} layers the first 2" in trial.cut(task)
+    assert f"of its {layers} layers the first 2" in trial.keep_first_layers(task)
     assert (
         len(task.model.layers) == task.model.config.num_hidden_layers == 2
-        and lora.model.compatibility.disagreement(task) is None
+        and lora.model.compatibility.find_incompatibility(task) is None
     )
 
 
@@ -252,14 +252,14 @@ def in_task(plant):
     """A fault in the loaded task, beyond what loading it refuses."""
 
     def planted(patch):
-        run = check.run
+        undisturbed = check.check
 
-        def with_fault(opening, task, *others):
+        def with_fault(run, *others):
             with torch.no_grad():
-                plant(task)
-            return run(opening, task, *others)
+                plant(run.task)
+            return undisturbed(run, *others)
 
-        patch.setattr(check, "run", with_fault)
+        patch.setattr(check, "check", with_fault)
 
     return planted
 
@@ -294,12 +294,11 @@ def untie(task):
     task.model.lm_head.weight = nn.Parameter(task.model.lm_head.weight.clone(), requires_grad=False)
 
 
-def mean_of_means(task, data, step, scaler, seed, device, dtype):
-    batches = data.batch_at(step)
+def mean_of_means(run, batches, num_targets, step, scaler):
     for batch in batches:
-        loss, count = task(batch)
+        loss, count = run.task(batch)
         (loss / count / len(batches)).backward()
-    return torch.tensor([loss.item() / count, 0.0, 0.0])
+    return torch.tensor(loss.item() / count), False
 
 
 def training_moves_the_base(patch):
@@ -314,13 +313,13 @@ def training_moves_the_base(patch):
 
 
 def evaluation_rounds_the_weights(patch):
-    original = train.evaluate
+    original = model_checks.evaluate
 
-    def evaluate(task, *others):
-        task.bfloat16().float()
-        return original(task, *others)
+    def evaluate(run):
+        run.task.bfloat16().float()
+        return original(run)
 
-    patch.setattr(train, "evaluate", evaluate)
+    patch.setattr(model_checks, "evaluate", evaluate)
 
 
 def own_targets_only(self, step):
@@ -372,7 +371,7 @@ FAULTS = {
         lambda p: p.setattr(LoRALinear, "forward", lambda self, x: self.base_layer(x)),
     ),
     "sum of losses": ("loss = mean over targets", lambda p: p.setattr(TrainingData, "num_targets_at", lambda *_: 1)),
-    "mean of means": ("accumulated = whole", lambda p: p.setattr(train, "backward", mean_of_means)),
+    "mean of means": ("accumulated = whole", lambda p: p.setattr(trial, "backward", mean_of_means)),
     "each process divides by its own targets": (
         "two processes = one",
         lambda p: p.setattr(TrainingData, "num_targets_at", own_targets_only),

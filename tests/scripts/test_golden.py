@@ -13,7 +13,7 @@ import pytest
 from lora.common.paths import ROOT
 from lora.config.command_line import read_command_line
 from lora.config.schema import Config, get_lora_config
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 import train
 import train_lora
 
@@ -36,7 +36,7 @@ def losses(name, folder):
         "--experiment_name=run",
     ]
     command = read_command_line(flags, config, "", "")
-    script.main(command, Source(command.config))
+    script.main(command, RawData(command.config))
     lines = map(
         json.loads, (Path(folder) / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()
     )

@@ -531,7 +531,7 @@ def test_43_a_port_that_is_taken_is_one_line(monkeypatch, capsys):
         ).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as end, one_line_errors():
-            process_group.start(torch.device("cpu"))
+            process_group.join(torch.device("cpu"))
     assert end.value.code == 4 and capsys.readouterr().err.startswith(
         f"error: port {port} is taken"
     )
@@ -690,7 +690,7 @@ def test_the_source_reads_no_pickle():
             text,
         ), path
         # There in the hint to convert
-        assert "torch.load(" not in text or path.name == "adapter.py", path
+        assert "torch.load(" not in text or path.name == "adapter_format.py", path
 
 
 def test_files_have_the_mode_that_umask_gives(configure):

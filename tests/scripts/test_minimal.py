@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora.common.base_files import EMBEDDED
+from lora.common.base_files import EMBEDDED_BASE
 from lora.common.paths import ROOT
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
-from lora.data.token_cache import tokenised
+from lora.data.token_cache import load_or_tokenise
 from lora.model.load import load_task
 from tests.conftest import run, script
 import train
@@ -31,7 +31,7 @@ spec.loader.exec_module(minimal)
 
 
 def load_base():
-    return AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED_BASE, dtype=torch.float32)
 
 
 def fresh_model():
@@ -43,7 +43,7 @@ def fresh_model():
 
 
 def read_examples():
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     lines = CHATS.read_text(encoding="utf-8").splitlines()
     chats = [json.loads(line)["messages"] for line in lines]
     return [minimal.tokenize_chat(messages, tokenizer) for messages in chats]
@@ -75,7 +75,7 @@ def config(configure):
 @pytest.fixture
 def data(config):
     """The package's rows and their order."""
-    rows, held_out, _ = tokenised(Source(config), load_task(config, torch.float32))
+    rows, held_out, _ = load_or_tokenise(RawData(config), load_task(config, torch.float32))
     return TrainingData(rows, held_out, config)
 
 

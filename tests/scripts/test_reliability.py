@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from lora.common import atomic_files
-from lora.common.checksums import damage
+from lora.common.checksums import find_damage
 from lora.common.errors import Interrupted, UserError
 from lora.common.paths import ROOT
 from lora.config.command_line import read_command_line
@@ -18,7 +18,7 @@ from lora.config.schema import get_lora_config
 from lora.data.sampler import TrainingData
 from lora.model.task import Task
 from lora.training import best_checkpoints
-from lora.training.best_checkpoints import saved
+from lora.training.best_checkpoints import saved_states
 from lora.training.log import SPIKE_WINDOW
 from tests.conftest import run, script
 from tests.training.test_resume import files, metrics
@@ -61,7 +61,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_resumed_one_equals_the_undis
         at_call(patch, TrainingData, "batch_at", 7, signals(number))
         run(config)
     assert end.value.status == 128 + number and signal.getsignal(number) is before
-    states = saved(f"{config.output.output_dir}/cut/checkpoints")
+    states = saved_states(f"{config.output.output_dir}/cut/checkpoints")
     assert states[-1]["step"] == 6 and states[-1]["val"]  # an evaluation that is due is made
     cut = run(config, states[-1]["path"])
     last = "checkpoints/checkpoint_step_12"
@@ -69,7 +69,10 @@ def test_a_signal_ends_a_run_after_its_step_and_the_resumed_one_equals_the_undis
 
 
 def test_a_second_signal_leaves_at_once():
-    code = "import os, signal, time; from lora import guard\nwith guard.watching():\n    print(flush=True); time.sleep(60)"
+    code = (
+        "import time; from lora.common.signals import catch_signals\n"
+        "with catch_signals():\n    print(flush=True); time.sleep(60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
@@ -96,7 +99,7 @@ def test_nothing_is_renamed_before_all_of_it_is_durable(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
-    with atomic_files.folder_for(tmp_path / "final") as folder:
+    with atomic_files.atomic_folder(tmp_path / "final") as folder:
         (folder / "inner").mkdir()
         (folder / "inner" / "a").write_text("a")
         (folder / "b").write_text("b")
@@ -115,7 +118,7 @@ def test_nothing_is_renamed_before_all_of_it_is_durable(tmp_path, monkeypatch):
 def test_a_start_clears_what_a_killed_run_left_and_sets_damaged_checkpoints_aside(configure):
     config = configure(True, max_steps=12, eval_steps=3, save_steps=2)
     folder = run(config) / "checkpoints"
-    steps = [state["step"] for state in saved(folder)]
+    steps = [state["step"] for state in saved_states(folder)]
     newest, second = (
         folder / f"checkpoint_step_{step}" for step in sorted(steps, reverse=True)[:2]
     )
@@ -144,7 +147,7 @@ def test_a_start_clears_what_a_killed_run_left_and_sets_damaged_checkpoints_asid
         "damaged_checkpoint_step_12",
         "checkpoint_step_2_mine",
     }
-    assert not damage(second, "trainer_state.json")
+    assert not find_damage(second, "trainer_state.json")
 
 
 def test_a_step_that_is_not_finite_may_be_left_out(configure, monkeypatch, capsys):
@@ -154,7 +157,7 @@ def test_a_step_that_is_not_finite_may_be_left_out(configure, monkeypatch, capsy
         "step 4: loss nan, gradient norm nan; the update is left out (1 of 1 that may be)"
         in capsys.readouterr().out
     )
-    assert saved(folder / "checkpoints")[-1]["skipped"] == 1
+    assert saved_states(folder / "checkpoints")[-1]["skipped"] == 1
     losses = {line["step"]: line["train/loss"] for line in metrics(folder) if "train/loss" in line}
     assert losses.pop(5) is None and None not in losses.values() and len(losses) == 11
 

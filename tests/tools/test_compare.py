@@ -14,7 +14,7 @@ from lora.evaluation import example_losses
 from lora.evaluation.statistics import draws_of
 from lora.tools import compare
 from lora.tools.compare import interval, main, spread_of_seeds, table, verdict
-from lora.tools.finished_run import Run
+from lora.tools.finished_run import FinishedRun
 from tests.conftest import configuration, run
 
 
@@ -42,10 +42,10 @@ def sweep(tiny_base, tmp_path_factory):
 )
 def test_every_evaluation_keeps_the_losses_that_make_up_its_own(configure, task, settings):
     folder = run(configure(True, task=task, max_steps=6, eval_steps=3, **settings))
-    curve = Run.of(folder).curve()
+    curve = FinishedRun.of(folder).curve()
     assert [step for step, _ in curve] == [0, 3, 6]
     for step, loss in curve:
-        kept = example_losses.read(folder, step).values()
+        kept = example_losses.read_example_losses(folder, step).values()
         assert len(kept) == 8
         total, targets = map(sum, zip(*kept))
         assert total / targets == pytest.approx(loss, rel=1e-6)  # they are kept in fp32
@@ -53,7 +53,7 @@ def test_every_evaluation_keeps_the_losses_that_make_up_its_own(configure, task,
 
 def test_the_examples_are_the_same_however_they_are_laid_out(configure):
     runs = [run(configure(True, f"b{size}", max_steps=1, batch_size=size)) for size in (1, 4)]
-    one, other = (example_losses.read(folder, 0) for folder in runs)
+    one, other = (example_losses.read_example_losses(folder, 0) for folder in runs)
     assert one.keys() == other.keys()
     # Fp32, other sums
     np.testing.assert_allclose([*one.values()], [other[key] for key in one], rtol=1e-4)
@@ -77,7 +77,7 @@ def test_the_draws_are_the_same_for_the_same_seed():
 
 
 def test_seeds_cannot_be_told_apart_and_learning_can(sweep, capsys):
-    runs = {name: Run.of(folder) for name, folder in sweep.items()}
+    runs = {name: FinishedRun.of(folder) for name, folder in sweep.items()}
     spread = spread_of_seeds(runs.values())
     assert spread[1] == 2 and spread[0] > 0
     assert ": cannot tell" in verdict(runs["s2"], runs["s1"], spread)
@@ -99,7 +99,8 @@ def test_the_table_has_what_differs_and_how_it_ended_best_first(sweep, capsys, t
         '{"step": 0, "val/loss": 0.5}\n{"step": 8, "val/l'
     )
     runs = sorted(
-        (Run.of(folder) for folder in [unfinished, *sweep.values()]), key=lambda one: one.best[1]
+        (FinishedRun.of(folder) for folder in [unfinished, *sweep.values()]),
+        key=lambda one: one.best[1],
     )
     heading, *rows = table(runs)
     assert (
@@ -142,7 +143,7 @@ def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
 def test_the_picture_of_the_runs_is_written(sweep, tmp_path):
     main([*map(str, sweep.values()), "--plot", str(tmp_path / "sweep.png")])
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
-    assert compare.swept([Run.of(folder) for folder in sweep.values()]) == "learning_rate"
+    assert compare.swept([FinishedRun.of(folder) for folder in sweep.values()]) == "learning_rate"
 
 
 def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_path, capsys):

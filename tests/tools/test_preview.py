@@ -30,5 +30,7 @@ def test_render_shows_every_label_behind_its_step(capsys):
 
 
 def test_render_is_a_command_with_one_line_errors(monkeypatch, capsys):
-    status, _, err = script(monkeypatch, capsys, ROOT / "lora" / "render.py", "/no.jsonl")
+    status, _, err = script(
+        monkeypatch, capsys, ROOT / "lora" / "__main__.py", "render", "/no.jsonl"
+    )
     assert status == 2 and err == "error: /no.jsonl: No such file or directory.\n"

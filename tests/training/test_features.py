@@ -13,14 +13,15 @@ from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.config.command_line import read_command_line
 from lora.config.schema import get_lora_config
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
-from lora.data.token_cache import tokenised
+from lora.data.token_cache import load_or_tokenise
 from lora.layer import inject
 from lora.model.load import load_task
+from lora.model.run import Run
 from lora.model.task import Task
-from lora.training.base_integrity import other_base
-from lora.training.cached_features import keep_features
+from lora.training.base_integrity import warn_other_base
+from lora.training.cached_features import cache_features
 from tests.conftest import run, script
 from tests.distributed.test_distributed import finish, torchrun
 from tests.training.test_resume import metrics
@@ -50,7 +51,7 @@ def test_features_that_are_kept_train_the_head_that_the_base_asked_every_time_do
     configure, monkeypatch, settings
 ):
     kept = run(configure(True, "kept", lora_r=0, **settings))
-    monkeypatch.setattr(train, "keep_features", lambda *_: None)
+    monkeypatch.setattr(train, "cache_features", lambda *_: None)
     asked = run(configure(True, "asked", lora_r=0, **settings))
     # The rows share other micro-batches: sums in another order, in bfloat16 rounded to 8 bits, and
     # 12 updates.
@@ -76,14 +77,12 @@ def frozen(configure):
     config = configure(True, lora_r=0)
     task = load_task(config, torch.float32)
     task.model.requires_grad_(False)
-    rows, held_out, _ = tokenised(Source(config), task)
+    rows, held_out, _ = load_or_tokenise(RawData(config), task)
     return task, TrainingData(rows, held_out, config), config
 
 
-def hidden_of(task):
-    return lambda batches: train.predict(
-        task, batches, torch.device("cpu"), torch.float32, "at_targets"
-    )
+def cache(task, data, config, steps):
+    cache_features(Run(task, config, data, torch.device("cpu"), torch.float32), steps)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -93,19 +92,21 @@ def test_a_batch_brings_the_features_of_its_own_targets(frozen, packed):
     task.model.set_attn_implementation("packed" if packed else "sdpa")
     task.eval()
     order = np.random.default_rng(0).permutation(len(data.rows))[:9]
-    expected = task.at_targets(data.rows.batch(order, packed))
-    keep_features(task, data, 8, config, hidden_of(task))
+    expected = task.target_hidden_states(data.rows.batch(order, packed))
+    cache(task, data, config, 8)
     batch = data.rows.batch(order, packed)
-    assert batch.features.requires_grad is False and task.at_targets(batch) is batch.features
+    assert (
+        batch.features.requires_grad is False and task.target_hidden_states(batch) is batch.features
+    )
     # Other rows beside them: another order
     torch.testing.assert_close(batch.features, expected, rtol=0, atol=1e-5)
-    assert len(data.rows.batch(order, packed, asked=False).features) == 0
+    assert len(data.rows.batch(order, packed, with_targets=False).features) == 0
 
 
 def test_a_run_shorter_than_an_epoch_computes_what_it_asks_for(frozen):
     task, data, config = frozen
-    keep_features(task, data, 2, config, hidden_of(task))
-    asked = np.concatenate([data.rows_at(step) for step in (0, 1, None)])
+    cache(task, data, config, 2)
+    asked = np.concatenate([data.rows_at(0), data.rows_at(1), data.longest_rows()])
     assert data.rows.features.keys() == {*asked.tolist()} and len(data.rows.features) < len(
         data.rows
     )
@@ -115,7 +116,7 @@ def test_a_run_shorter_than_an_epoch_computes_what_it_asks_for(frozen):
 def test_what_is_trained_in_the_base_keeps_no_features(configure, frozen):
     task, data, config = frozen
     inject(task.model)
-    keep_features(task, data, 2, config, hidden_of(task))
+    cache(task, data, config, 2)
     assert data.rows.features is None
 
 
@@ -133,7 +134,7 @@ def test_what_is_saved_is_the_head_and_it_is_evaluated_merged_and_compared(
         assert not (saved / "lora_adapter").exists() and not (saved / "backbone").exists()
         assert (saved / "mlp_head.safetensors").is_file()
     assert json.loads((artifact / "metadata.json").read_text())["method"] == "head"
-    assert "does not hold the weights" in other_base(
+    assert "does not hold the weights" in warn_other_base(
         artifact, "another", {"model.safetensors": "0"}
     )
     best = json.loads((folder / "logs" / "final_results.json").read_text())["best"]

@@ -8,16 +8,17 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora import inject
-from lora.common.errors import Exhausted, UserError, one_line
+from lora.common.errors import ResourceExhausted, UserError, library_errors
 from lora.config.command_line import Command
-from lora.data.raw_data import Source
+from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
-from lora.data.token_cache import tokenised
+from lora.data.token_cache import load_or_tokenise
 from lora.model.device import autocast, choose_dtype
 from lora.model.load import load_task
 from lora.model.placement import prepare_layers
+from lora.model.run import Run
 from lora.model.task import Task
-from lora.training.memory_plan import Counting, memory
+from lora.training.memory_plan import Counting, plan_memory
 from tests.conftest import run
 from tests.model.test_model import save
 import train_lora
@@ -39,8 +40,8 @@ def short_of_memory(monkeypatch, tokens):
     forward, tried = Task.forward, []
 
     def limited(self, batch):
-        tried.append(batch.tokens.numel())
-        if batch.tokens.numel() > tokens:
+        tried.append(batch.input_ids.numel())
+        if batch.input_ids.numel() > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(self, batch)
 
@@ -78,15 +79,21 @@ def test_a_step_that_did_not_fit_is_redone_in_smaller_micro_batches_with_the_sam
 
 
 def test_the_largest_micro_batch_of_the_run_is_tried_before_the_first_step(configure, monkeypatch):
-    tried, sizes, batch_at = [], [], TrainingData.batch_at
+    tried, sizes = [], []
 
-    def recorded(self, step):
-        batches = batch_at(self, step)
-        tried.append(step)
-        sizes.append(max(sum(batch.lengths) for batch in batches))
-        return batches
+    def record(name, step_of):
+        original = getattr(TrainingData, name)
 
-    monkeypatch.setattr(TrainingData, "batch_at", recorded)
+        def recorded(self, *arguments):
+            batches = original(self, *arguments)
+            tried.append(step_of(*arguments))
+            sizes.append(max(sum(batch.seq_lens) for batch in batches))
+            return batches
+
+        monkeypatch.setattr(TrainingData, name, recorded)
+
+    record("largest_batches", lambda: None)
+    record("batch_at", lambda step: step)
     run(configure(True, **WHOLE))
     assert tried == [None, 0, 1, 2, 3, 4, 5] and sizes[0] == max(sizes)
 
@@ -94,7 +101,7 @@ def test_the_largest_micro_batch_of_the_run_is_tried_before_the_first_step(confi
 def test_a_single_example_that_does_not_fit_ends_the_run_in_one_line(configure, monkeypatch):
     short_of_memory(monkeypatch, 30)
     with pytest.raises(
-        Exhausted, match="out of memory on a single example of .* --gradient_checkpointing"
+        ResourceExhausted, match="out of memory on a single example of .* --gradient_checkpointing"
     ):
         run(configure(True, **WHOLE))
 
@@ -130,16 +137,16 @@ def test_what_is_foreseen_without_contents_is_what_a_step_holds(configure, lora,
     if lora:
         inject(task.model, r=4)
     prepare_layers(task.model, config.training)
-    rows, held_out, _ = tokenised(Source(config), task)
+    rows, held_out, _ = load_or_tokenise(RawData(config), task)
     data = TrainingData(rows, held_out, config)
-    parts = memory(task, data, config, cpu, dtype)
+    parts = plan_memory(Run(task, config, data, cpu, dtype))
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     assert parts["gradients"] == 4 * trained and parts["optimizer"] == 8 * trained
     assert parts["weights"] == sum(
         {p.data_ptr(): p.nbytes for p in (*task.parameters(), *task.buffers())}.values()
     )
     with Counting("cpu") as counting:
-        for batch in data.batch_at(None):
+        for batch in data.largest_batches():
             with autocast(cpu, dtype):
                 loss, _ = task(batch)
             loss.backward()
@@ -151,7 +158,7 @@ def test_what_is_foreseen_without_contents_is_what_a_step_holds(configure, lora,
 def test_a_dry_run_says_what_would_be_and_leaves_nothing(configure, capsys):
     config = configure(True, **WHOLE)
     train_lora.main(
-        Command(config, Path(config.output.output_dir) / "run", dry_run=True), Source(config)
+        Command(config, Path(config.output.output_dir) / "run", dry_run=True), RawData(config)
     )
     out = capsys.readouterr().out
     assert "6 steps of 8 examples" in out and "in all" in out and "time: " in out
@@ -172,7 +179,7 @@ def test_what_cannot_be_counted_is_said_in_one_line(configure, tmp_path):
     )
     config = configure(True, base_model=str(folder), **WHOLE | {"dtype": "float32"})
     with pytest.raises(UserError, match="--dry_run: this model cannot be counted in torch.float32"):
-        train_lora.main(Command(config, tmp_path / "run", dry_run=True), Source(config))
+        train_lora.main(Command(config, tmp_path / "run", dry_run=True), RawData(config))
 
 
 def test_memory_that_runs_out_while_weights_are_read_is_no_mistake_of_the_user():
@@ -180,5 +187,5 @@ def test_memory_that_runs_out_while_weights_are_read_is_no_mistake_of_the_user()
         (RuntimeError("can't allocate memory"), RuntimeError),
         (RuntimeError("size mismatch"), UserError),
     ):
-        with pytest.raises(kept), one_line("weights"):
+        with pytest.raises(kept), library_errors("weights"):
             raise error

@@ -98,7 +98,7 @@ def test_the_three_best_and_the_last_stay_and_survive_a_resume(configure):
         if "val/loss" in line and line["step"]
     }
     best = sorted(losses, key=losses.get)[:3]
-    kept = {state["step"] for state in best_checkpoints.saved(folder / "checkpoints")}
+    kept = {state["step"] for state in best_checkpoints.saved_states(folder / "checkpoints")}
     assert kept == {*best, 24}
     run(
         configure(True, max_steps=28, learning_rate=3e-2),
@@ -109,7 +109,7 @@ def test_the_three_best_and_the_last_stay_and_survive_a_resume(configure):
         for line in metrics(folder)
         if "val/loss" in line and line["step"]
     }
-    assert {s["step"] for s in best_checkpoints.saved(folder / "checkpoints")} == {
+    assert {s["step"] for s in best_checkpoints.saved_states(folder / "checkpoints")} == {
         *sorted(losses, key=losses.get)[:3],
         28,
     }
@@ -117,7 +117,7 @@ def test_the_three_best_and_the_last_stay_and_survive_a_resume(configure):
 
 def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
     folder = run(configure(True))
-    best = best_checkpoints.best(best_checkpoints.saved(folder / "checkpoints"))[0]
+    best = best_checkpoints.best_first(best_checkpoints.saved_states(folder / "checkpoints"))[0]
     results = json.loads((folder / "logs" / "final_results.json").read_text())
     assert (
         results["best"] == {"step": best["step"], **best["val"]} and results["last"]["step"] == 12
@@ -204,7 +204,7 @@ def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(
     (tmp_path / "trainer_state.json").write_text('{"epoch": 1.0}')
     with pytest.raises(UserError, match="damaged: checksums.json: no such file"):
         read_command_line([f"--resume_from={tmp_path}"], get_lora_config(), "unused.toml", "")
-    earlier = min(s["step"] for s in best_checkpoints.saved(saved.parent))
+    earlier = min(s["step"] for s in best_checkpoints.saved_states(saved.parent))
     with pytest.raises(UserError, match="checkpoint_step_12 is later"):
         read_command_line(
             [f"--resume_from={saved.parent}/checkpoint_step_{earlier}"],

@@ -17,7 +17,7 @@ from lora.config.command_line import read_command_line
 from lora.config.schema import DataConfig, get_lora_config
 from lora.data.chat_template import use_chatml
 from lora.data.examples import Example
-from lora.data.tokenise import NO_TOKEN, render
+from lora.data.tokenise import NO_TOKEN, tokenise
 from lora.layer import inject, lora_layers, merge
 from lora.model.load import load_task
 import merge as merging
@@ -283,7 +283,7 @@ def test_added_tokens_are_read_in_chats_unless_the_template_writes_them(
     example = Example(
         "", messages=[{"role": "user", "content": "go"}, {"role": "assistant", "content": said}]
     )
-    (row,) = render([example], task.tokenizer, "lm", DataConfig(max_length=256), True)[0].rows
+    (row,) = tokenise([example], task.tokenizer, "lm", DataConfig(max_length=256), True)[0].rows
     step, start = task.tokenizer.convert_tokens_to_ids(["<step>", "<|im_start|>"])
     assert (
         row.targets.count(step) == 1 and row.tokens.count(start) == 2 and start not in row.targets

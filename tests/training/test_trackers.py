@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from lora.common.errors import UserError
-from lora.config import command_line
+from lora.config import cross_checks
 from lora.config.command_line import read_command_line
 from lora.config.schema import get_lora_config
-from lora.tools.finished_run import Run
+from lora.tools.finished_run import FinishedRun
 from lora.training import trackers
 from tests.conftest import run
 
@@ -17,7 +17,7 @@ FLAGS = ["--base_model", "embedded", "--train_data", "arithmetic:train:9", "--re
 
 
 def test_a_package_that_is_not_there_is_one_line_before_torch(monkeypatch):
-    monkeypatch.setattr(command_line, "find_spec", lambda name: None)
+    monkeypatch.setattr(cross_checks, "find_spec", lambda name: None)
     with pytest.raises(
         UserError,
         match=r"report_to wandb: the package is not there: pip install 'plainlora\[wandb\]'",
@@ -36,7 +36,7 @@ def test_wandb_gets_what_the_runs_own_file_has(configure, monkeypatch):
     folder = run(configure(True, report_to="wandb", max_steps=3))
     lines = [
         {k: v for k, v in line.items() if k not in ("step", "timestamp")}
-        for line in Run.of(folder).lines
+        for line in FinishedRun.of(folder).lines
     ]
     assert [values for _, values in got] == lines and [step for step, _ in got] == [0, 1, 2, 3, 3]
     assert (
@@ -74,7 +74,9 @@ def test_tensorboard_has_the_curve(configure):
     found = EventAccumulator(str(folder / "logs" / "tensorboard"))
     found.Reload()
     curve = {event.step: event.value for event in found.Scalars("val/loss")}
-    assert curve == pytest.approx(dict(Run.of(folder).curve()), rel=1e-6)  # they are kept in fp32
+    assert curve == pytest.approx(
+        dict(FinishedRun.of(folder).curve()), rel=1e-6
+    )  # they are kept in fp32
 
 
 def test_a_tracker_that_breaks_midway_is_left(tmp_path, monkeypatch):

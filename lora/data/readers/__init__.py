@@ -45,17 +45,17 @@ READERS = (
 )
 
 
-def read(paths, task, data=None, first_source=0):
+def read(paths, task, data=None, first_dataset_id=0):
     """The examples of several files for `task` ("lm": texts and chats, "score": steps with labels).
     Raises UserError.
 
     `data` is the [data] table of a configuration, which says how some files are read.
     """
     data, examples = data or DataConfig(), []
-    for source, path in enumerate(paths, first_source):
+    for dataset_id, path in enumerate(paths, first_dataset_id):
         before = len(examples)
         for example in examples_of(path, task, data):
-            example.source = source
+            example.dataset_id = dataset_id
             examples.append(example)
         if len(examples) == before:
             raise UserError(f"{path}: 0 examples; expected one at least.")
