@@ -1,0 +1,138 @@
+"""An installed package works: all of its modules can be imported, and importing changes nothing."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from lora.common.paths import ROOT
+
+IMPORT_ALL = """
+import importlib, json, sys
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+import lora
+print(lora.__file__)
+"""
+
+# The libraries are imported first, so that what they change in the process is not put down to us.
+# Each module is then imported in a child of its own.
+STATE_AFTER_IMPORT = """
+import csv, importlib, json, logging, os, signal, sys, traceback
+import bitsandbytes, gguf, huggingface_hub, jinja2, numpy, safetensors.torch, tokenizers, tomli
+import torch
+import torch.distributed, torch.nn.attention.varlen, tqdm, transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import logging as transformers_logging
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "threads": torch.get_num_threads(),
+        "signal handlers": [str(signal.getsignal(number)) for number in signal.valid_signals()],
+        "level of the root logger": logging.root.level,
+        "verbosity of transformers": transformers_logging.get_verbosity(),
+        "progress bars of transformers": transformers_logging.is_progress_bar_enabled(),
+        "longest csv field": csv.field_size_limit(),
+    }
+
+failures = {}
+for name in json.loads(sys.argv[1]):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before = state()
+        try:
+            importlib.import_module(name)
+            after = state()
+            changed = [key for key in before if before[key] != after[key]]
+            message = ", ".join(changed)
+        except BaseException:
+            message = traceback.format_exc()
+        os.write(writer, message.encode()[:60_000])
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        message = pipe.read()
+    os.waitpid(child, 0)
+    if message:
+        failures[name] = message
+print(json.dumps(failures))
+"""
+
+
+def modules() -> list[str]:
+    names = []
+    for path in sorted((ROOT / "lora").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        if parts[-1] != "__main__":
+            names.append(".".join(parts))
+    return names
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-q", "-w", folder, ROOT], check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_every_module_of_an_installed_package_can_be_imported(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, json.dumps(modules())],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[-1]).is_relative_to(tmp_path / "site")
+
+
+def test_the_wheel_holds_every_file_below_lora(wheel):
+    """Also templates, which are no modules."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "lora"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        assert set(tracked.stdout.split()) <= set(archive.namelist())
+
+
+def test_importing_a_module_changes_nothing_in_the_process():
+    done = subprocess.run(
+        [sys.executable, "-c", STATE_AFTER_IMPORT, json.dumps(modules())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {}
+
+
+def test_the_public_names_are_listed_and_imported_when_they_are_used():
+    code = "import sys, lora; print(dir(lora)); assert 'torch' not in sys.modules; lora.inject"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in (
+        "inject",
+        "merge",
+        "save_adapter",
+        "load_adapter",
+        "verify_artifact",
+        "Config",
+        "get_lora_config",
+    ):
+        assert repr(name) in done.stdout
