@@ -1,10 +1,10 @@
-"""Save an adapter in PEFT's format, and load one into a model: every tensor finds its place, or an
-error lists the others.
+"""Save an adapter in PEFT's format, and load one into a model.
 
-PEFT itself only warns about tensors without a place, and an adapter of another prefix then has no
-effect.
+Every tensor of an adapter must have a place in the model. PEFT only warns about the others, and an
+adapter of another prefix then has no effect.
 """
 
+from collections.abc import Collection, Iterable
 import json
 from pathlib import Path
 
@@ -13,49 +13,56 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora.adapter_format import config_of, plain, rank, read_config, read_tensors, trained_whole
+from lora.adapter_format import (
+    Tensors,
+    adapter_config,
+    base_name,
+    fully_trained,
+    lora_rank,
+    read_config,
+    read_tensors,
+)
 from lora.common.errors import UserError, raise_if_any
-from lora.layer import LoRAEmbedding, LoRALinear, lora_layers, wrap
+from lora.layer import LoRAEmbedding, LoRALayer, LoRALinear, LoRAOptions, lora_layers, wrap
 from lora.target_modules import (
-    by_pattern,
     causal_lm_prefix,
     embedding_modules,
     matches_ending,
+    pattern_value,
     untie,
+    unwrapped,
 )
 
-KINDS = (nn.Linear, nn.Embedding, Conv1D, LoRALinear, LoRAEmbedding)  # Linear4bit is an nn.Linear
+ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D, LoRALayer)  # Linear4bit is an nn.Linear
 
 
-def factors(layer):
-    """The trained tensors of a LoRA layer, under PEFT's names."""
-    return {
-        name: weight
-        for name, weight in layer.named_parameters()
-        if not name.startswith("base_layer.")
-    }
+def factors(layer: LoRALayer) -> Tensors:
+    """Return the trained tensors of a LoRA layer, under PEFT's names."""
+    named = layer.named_parameters()
+    return {name: weight for name, weight in named if not name.startswith("base_layer.")}
 
 
-def save_adapter(model, folder):
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the adapter of `model` in PEFT's format. Tensors are fp32, as they were trained."""
-    layers, prefix = lora_layers(model), causal_lm_prefix(model)
-    tensors = {
-        f"{name}.{factor}": weight
-        for name, layer in layers.items()
-        for factor, weight in factors(layer).items()
-    }
+    layers = lora_layers(model)
+    prefix = causal_lm_prefix(model)
+    embeddings = embedding_modules(model)
+    weights = {}
     for name, layer in layers.items():
-        if layer in embedding_modules(model):  # they may have been given rows that no base has
-            tensors[f"{name}.base_layer.weight"] = layer.base_layer.weight
-    tensors |= dict(trained_whole(model))
-    copies = {
-        f"{prefix}{name}": weight.detach().float().cpu().clone() for name, weight in tensors.items()
-    }  # untied
-    write(folder, config_of(model, layers, prefix), copies)
+        for factor, weight in factors(layer).items():
+            weights[f"{name}.{factor}"] = weight
+        if layer in embeddings:  # they may have been given rows that no base has
+            weights[f"{name}.base_layer.weight"] = layer.base_layer.weight
+    weights.update(fully_trained(model))
+    tensors = {}
+    for name, weight in weights.items():
+        # A copy, because safetensors writes no tensors that share memory, such as tied ones.
+        tensors[prefix + name] = weight.detach().float().cpu().clone()
+    write_adapter(folder, adapter_config(model, layers, prefix), tensors)
 
 
-def write(folder, config, tensors):
-    """Write the two files; the names of the `tensors` are those in the model with its head."""
+def write_adapter(folder: str | Path, config: dict, tensors: Tensors) -> None:
+    """Write both files of an adapter; `tensors` have their names in the model with its head."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -64,169 +71,166 @@ def write(folder, config, tensors):
 
 
 @torch.no_grad()
-def load_adapter(model, folder):
-    """Put the adapter in `folder` (ours or PEFT's) onto `model`; on layers already injected,
-    replace their factors.
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Put the adapter in `folder`, ours or PEFT's, onto `model`.
 
-    Whole weights that come along (modules_to_save, biases, embeddings with more rows) take the
-    place of the base's. Raises UserError if a tensor finds no place, has another shape than its
-    place, or if what is trained gets none.
+    A model without LoRA layers gets them; in one that has them, their factors are replaced. Full
+    weights that come along (modules to save, biases, embeddings with more rows) replace the base's.
+
+    Raises:
+        UserError: a tensor has no place in the model or another shape than its place, or something
+            that is trained gets no tensor.
     """
+    folder = Path(folder)
     config = read_config(folder)
-    modules, whole = read_tensors(folder, config)
-    layers = [name for name, module in model.named_modules() if isinstance(module, KINDS)]
-    place_of = places(model, folder, modules, layers)
-    require_targets(folder, config, set(layers) - set(place_of.values()))
-    at = places(model, folder, map(plain, whole), map(plain, parameters_of(model)))
-    whole = {at[plain(name)]: tensor for name, tensor in whole.items()}
-    fit_embeddings(model, whole, place_of.values())
-    alphas = {
-        where: by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
-        for name, where in place_of.items()
-    }
-    injected = bool(lora_layers(model))
-    if not injected:
-        wrap(
-            model,
-            {
-                w: layer_for(model.get_submodule(w), modules[n], alphas[w], config)
-                for n, w in place_of.items()
-            },
-        )
+    modules, full_weights = read_tensors(folder, config)
 
-    theirs = {
-        f"{place_of[name]}.{factor}": tensor
-        for name, found in modules.items()
-        for factor, tensor in found.items()
-    }
-    ours = parameters_of(model)
-    names = {plain(name): name for name in ours}
-    theirs |= {names[name]: tensor for name, tensor in whole.items()}
-    trained = {name for name, weight in ours.items() if weight.requires_grad}
-    raise_if_any(trained - theirs.keys(), f"{folder}: the adapter has no tensors for")
-    if injected:
-        strange = {
-            name for name in theirs.keys() - trained if not name.endswith(".base_layer.weight")
-        }
-        raise_if_any(
-            strange,
-            f"{folder}: not among what is trained (see target_modules, modules_to_save, use_dora)",
-        )
-    scales = {where: (alpha, config["use_rslora"]) for where, alpha in alphas.items()}
-    other = [
-        where
-        for where, layer in lora_layers(model).items()
-        if (layer.alpha, layer.rslora) != scales[where]
-    ]
-    raise_if_any(other, f"{folder}: of another lora_alpha, alpha_pattern or use_rslora than here")
-    odd = {
-        name: (list(t.shape), list(ours[name].shape))
-        for name, t in theirs.items()
-        if t.shape != ours[name].shape
-    }
-    raise_if_any(
-        (f"{name} is {shape}, its place is {room}" for name, (shape, room) in odd.items()),
-        str(folder),
-    )
-    for name, tensor in theirs.items():
-        ours[name].copy_(tensor)
-        if not name.endswith(".base_layer.weight"):
-            ours[name].requires_grad_(True)
+    # 1. Find the place of every tensor, and make room for added rows of the embeddings.
+    adaptable = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)]
+    place_of = find_places(model, folder, modules, adaptable)
+    require_targets(folder, config, set(adaptable) - set(place_of.values()))
+    full_weights = {base_name(name): tensor for name, tensor in full_weights.items()}
+    parameter_names = [base_name(name) for name in all_parameters(model)]
+    full_place_of = find_places(model, folder, full_weights, parameter_names)
+    full_weights = {full_place_of[name]: tensor for name, tensor in full_weights.items()}
+    fit_embeddings(model, full_weights, place_of.values())
+
+    # 2. Wrap the layers that have factors.
+    alphas = {}
+    for name, place in place_of.items():
+        alphas[place] = pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
+    was_injected = len(lora_layers(model)) > 0
+    if not was_injected:
+        layers = {}
+        for name, place in place_of.items():
+            base_layer = model.get_submodule(place)
+            layers[place] = layer_for(base_layer, modules[name], alphas[place], config)
+        wrap(model, layers)
+
+    # 3. Give every tensor the name of its parameter.
+    parameters = all_parameters(model)
+    name_of = {base_name(name): name for name in parameters}
+    tensors = {}
+    for name, module_factors in modules.items():
+        for factor, tensor in module_factors.items():
+            tensors[f"{place_of[name]}.{factor}"] = tensor
+    for name, tensor in full_weights.items():
+        tensors[name_of[name]] = tensor
+
+    # 4. Check that they are what the model needs, and copy them.
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    raise_if_any(trained - tensors.keys(), f"{folder}: the adapter has no tensors for")
+    frozen = {name for name in tensors if name.endswith(".base_layer.weight")}
+    if was_injected:
+        unexpected = tensors.keys() - trained - frozen
+        see = "see target_modules, modules_to_save, use_dora"
+        raise_if_any(unexpected, f"{folder}: not among what is trained ({see})")
+    require_scales(model, folder, alphas, config["use_rslora"])
+    require_shapes(folder, tensors, parameters)
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+        if name not in frozen:
+            parameters[name].requires_grad_(True)
 
 
-def parameters_of(model):
-    """Name -> parameter; tied ones under each of their names."""
+def all_parameters(model: nn.Module) -> Tensors:
+    """Return the parameters by name; tied ones under each of their names."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def places(model, folder, names, among):
-    """Name in an adapter's file -> name in the model, which may be with or without its head where
-    the other is not.
-    """
-    prefix, inner, among = (
-        causal_lm_prefix(model),
-        f"{getattr(model, 'base_model_prefix', '')}.",
-        set(among),
-    )
-    spelled = {
-        name: (name.removeprefix(prefix), name, inner + name, name.removeprefix(inner))
-        for name in names
-    }
-    found = {
-        name: next((s for s in spellings if s in among), None)
-        for name, spellings in spelled.items()
-    }
-    lost = [name for name, where in found.items() if where is None]
-    raise_if_any(lost, f"{folder}: no such layer (or module to save) in the model")
-    if len(set(found.values())) < len(found):
-        raise UserError(
-            f"{folder}: two spellings of one layer of the model: {', '.join(found)[:300]}."
-        )
-    return found
+def find_places(
+    model: nn.Module, folder: Path, names: Iterable[str], candidates: Iterable[str]
+) -> dict[str, str]:
+    """Return the name in the model, which may be with or without its head, for each of `names`."""
+    prefix = causal_lm_prefix(model)
+    backbone = f"{getattr(model, 'base_model_prefix', '')}."
+    candidates = set(candidates)
+    place_of, missing = {}, []
+    for name in names:
+        spellings = (name.removeprefix(prefix), name, backbone + name, name.removeprefix(backbone))
+        places = [spelling for spelling in spellings if spelling in candidates]
+        if places:
+            place_of[name] = places[0]
+        else:
+            missing.append(name)
+    raise_if_any(missing, f"{folder}: no such layer (or module to save) in the model")
+    if len(set(place_of.values())) < len(place_of):
+        listed = ", ".join(place_of)[:300]
+        raise UserError(f"{folder}: two spellings of one layer of the model: {listed}.")
+    return place_of
 
 
-def require_targets(folder, config, others):
-    """That none of the `others`, layers without factors in the file, is one that the adapter was
-    trained on.
-    """
+def require_targets(folder: Path, config: dict, without_factors: set[str]) -> None:
+    """Raise UserError if the adapter was trained on a layer that has no factors in its file."""
     targets = config.get("target_modules")
-    if not isinstance(targets, list) or any(
-        config.get(key) for key in ("layers_to_transform", "exclude_modules")
-    ):
+    narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
+    if not isinstance(targets, list) or narrowed:
         return
-    whole = config.get("modules_to_save") or []
-    absent = {
-        name for name in others if matches_ending(name, targets) and not matches_ending(name, whole)
-    }
-    raise_if_any(absent, f"{folder}: the adapter has no tensors for what its target_modules name")
+    modules_to_save = config.get("modules_to_save") or []
+    targeted = [name for name in without_factors if matches_ending(name, targets)]
+    missing = [name for name in targeted if not matches_ending(name, modules_to_save)]
+    raise_if_any(missing, f"{folder}: the adapter has no tensors for what its target_modules name")
 
 
-def layer_for(base_layer, tensors, alpha, config):
-    """A LoRA layer over `base_layer` with room for these tensors."""
-    rslora = config["use_rslora"]
-    if ("lora_embedding_A" in tensors) != isinstance(base_layer, nn.Embedding):
-        raise UserError(
-            f"factors {', '.join(tensors)} do not belong on a {type(base_layer).__name__}."
-        )
-    if "lora_embedding_A" in tensors:
-        return LoRAEmbedding(base_layer, rank(tensors), alpha, rslora)
-    dora, bias = "lora_magnitude_vector" in tensors, "lora_B.bias" in tensors
-    return LoRALinear(base_layer, rank(tensors), alpha, config["lora_dropout"], rslora, dora, bias)
+def require_scales(model: nn.Module, folder: Path, alphas: dict[str, float], rslora: bool) -> None:
+    """Raise UserError if a LoRA layer of the model scales its update otherwise than the adapter."""
+    differing = []
+    for name, layer in lora_layers(model).items():
+        if layer.alpha != alphas[name] or layer.rslora != rslora:
+            differing.append(name)
+    settings = "lora_alpha, alpha_pattern or use_rslora"
+    raise_if_any(differing, f"{folder}: of another {settings} than here")
 
 
-def fit_embeddings(model, whole, adapted):
-    """Make room for embeddings that came with an adapter (parameter name -> tensor): rows for added
-    tokens, and a head of its own where the base ties it and the adapter does not. `adapted` are the
-    names of the layers with factors.
+def require_shapes(folder: Path, tensors: Tensors, parameters: Tensors) -> None:
+    """Raise UserError if a tensor has another shape than its parameter."""
+    mismatches = []
+    for name, tensor in tensors.items():
+        shape, expected = list(tensor.shape), list(parameters[name].shape)
+        if shape != expected:
+            mismatches.append(f"{name} is {shape}, its place is {expected}")
+    raise_if_any(mismatches, str(folder))
 
-    PEFT trains a copy of each module it saves: of tied weights, a lone one or two that differ are
-    tied no more. What it saves of an embedding with factors is the base's own weight, which the
-    head shares.
+
+def layer_for(base_layer: nn.Module, tensors: Tensors, alpha: float, config: dict) -> LoRALayer:
+    """Make a LoRA layer over `base_layer` with room for these tensors."""
+    is_embedding = "lora_embedding_A" in tensors
+    if is_embedding != isinstance(base_layer, nn.Embedding):
+        kind = type(base_layer).__name__
+        raise UserError(f"factors {', '.join(tensors)} do not belong on a {kind}.")
+    flags = (config["use_rslora"], config["use_dora"], config["lora_bias"])
+    options = LoRAOptions(lora_rank(tensors), alpha, config["lora_dropout"], *flags)
+    layer_class = LoRAEmbedding if is_embedding else LoRALinear
+    return layer_class(base_layer, options)
+
+
+def fit_embeddings(model: nn.Module, full_weights: Tensors, adapted: Collection[str]) -> None:
+    """Make room for embeddings that come with an adapter: rows for added tokens, an untied head.
+
+    PEFT trains a copy of each module it saves. So tied weights are no longer tied if it saves only
+    one of them, or two that differ. But what it saves of an embedding with factors (of the layers
+    named in `adapted`) is the base's own weight, which the head shares.
     """
     if not hasattr(model, "get_input_embeddings"):
         return
-    shared = shared_embeddings(model)
-    rows = max((len(whole[name]) for name in shared if name in whole), default=0)
-    if rows > len(next(iter(shared.values()))):
+    embeddings = shared_embeddings(model)
+    given = {name: full_weights[name] for name in embeddings if name in full_weights}
+    rows = max((len(weight) for weight in given.values()), default=0)
+    if rows > len(next(iter(embeddings.values()))):
         model.resize_token_embeddings(rows, mean_resizing=False)
-        shared = shared_embeddings(model)
-    theirs = {name: whole[name] for name in shared if name in whole}
-    of_base = [name for name in theirs if name.removesuffix(".weight") in adapted]
+        embeddings = shared_embeddings(model)
+    of_base = [name for name in given if name.removesuffix(".weight") in adapted]
     for name in of_base:
-        if theirs[name].shape == shared[name].shape:
-            shared[name].copy_(theirs[name])
-    if len(theirs) > len(of_base) and not (
-        len(theirs) > 1 and torch.equal(*list(theirs.values())[:2])
-    ):
+        if given[name].shape == embeddings[name].shape:
+            embeddings[name].copy_(given[name])
+    are_trained = len(given) > len(of_base)
+    are_equal = len(given) > 1 and torch.equal(*list(given.values())[:2])
+    if are_trained and not are_equal:
         untie(model)
 
 
-def shared_embeddings(model):
-    """Plain name -> parameter: the input embeddings, under each of their names where they are tied."""
-    embeddings = model.get_input_embeddings()
-    weight = getattr(embeddings, "base_layer", embeddings).weight
-    return {
-        plain(name): parameter
-        for name, parameter in parameters_of(model).items()
-        if parameter is weight
-    }
+def shared_embeddings(model: nn.Module) -> Tensors:
+    """Return the weight of the input embeddings under each of its names; tied, it has two."""
+    weight = unwrapped(model.get_input_embeddings()).weight
+    parameters = all_parameters(model).items()
+    return {base_name(name): parameter for name, parameter in parameters if parameter is weight}

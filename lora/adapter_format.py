@@ -1,6 +1,6 @@
 """PEFT's adapter files: what adapter_config.json may hold, and the names and shapes of the tensors.
 
-A folder has `adapter_config.json` and `adapter_model.safetensors`. Tensors are called
+A folder has `adapter_config.json` and `adapter_model.safetensors`. Tensors are named
 `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], where <module> is
 the name in the model *with* its head.
 """
@@ -9,227 +9,235 @@ from collections import Counter
 import math
 from pathlib import Path
 import re
+from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora.common.base_files import refuse_outside_link
 from lora.common.errors import UserError, library_errors, raise_if_any
 from lora.common.serialization import read_file
-from lora.layer import LoRALinear
-from lora.target_modules import by_pattern
+from lora.layer import LoRALayer, LoRALinear
+from lora.target_modules import pattern_value
 
-# Keys of adapter_config.json that change what the tensors mean, with the values that this reader
-# can honour. What only says which layers were chosen (target_modules, layers_to_transform, ...) the
-# tensors' names say as well.
-HONOURED = {
+Tensors = dict[str, Tensor]  # by name; the factors of one layer have PEFT's names
+
+# Keys of adapter_config.json that change what the tensors mean, and the values that are supported.
+# The keys that only say which layers were chosen (target_modules, layers_to_transform, ...) are not
+# needed, because the names of the tensors say the same.
+SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "use_qalora": (False,),
     "use_bdlora": (False, None),
     "target_parameters": (None, []),
-    **dict.fromkeys(
-        ("layer_replication", "trainable_token_indices", "alora_invocation_tokens"), (None,)
-    ),
-    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config"), (None,)),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
-DEFAULTS = {
-    **dict.fromkeys(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), None),
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), False),
-    **{"lora_dropout": 0.0, "init_lora_weights": True},
-}
-# Whether A and B began at zero product on the base as it is. PiSSA and its like begin by taking B A
-# out of the base.
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-LINEAR, EMBEDDING = {"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}
+# Where B A starts at zero, or is trained on the base as it is. PiSSA and its like start by taking
+# B A out of the base.
+SUPPORTED_INITS = (True, False, "gaussian", "eva", "orthogonal")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+FLAGS = ("use_rslora", "use_dora", "lora_bias")
+
+LINEAR = {"lora_A.weight", "lora_B.weight"}
+OPTIONAL = {"lora_B.bias", "lora_magnitude_vector"}
+EMBEDDING = {"lora_embedding_A", "lora_embedding_B"}
 FACTOR = r"(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
 
 
-def trained_whole(model):
-    """(name, parameter) of what is trained beside the LoRA factors; tied weights under each of
-    their names.
-    """
-    every = model.named_parameters(remove_duplicate=False)
-    return [
-        (name, p) for name, p in every if p.requires_grad and not re.search(rf"\.{FACTOR}$", name)
-    ]
+def fully_trained(model: nn.Module) -> Tensors:
+    """Return what is trained beside the LoRA factors; tied weights under each of their names."""
+    named = model.named_parameters(remove_duplicate=False)
+    trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+    return {name: p for name, p in trained.items() if not re.search(rf"\.{FACTOR}$", name)}
 
 
-def config_of(model, layers, prefix):
-    """adapter_config.json of these LoRA layers; r and lora_alpha are those that most of them have."""
-    r, alpha = (
-        Counter(getattr(layer, key) for layer in layers.values()).most_common(1)[0][0]
-        for key in ("r", "alpha")
-    )
+def adapter_config(model: nn.Module, layers: dict[str, LoRALayer], prefix: str) -> dict:
+    """Make the adapter_config.json of these layers; r and lora_alpha are what most of them have."""
+    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    escaped = {re.escape(prefix + name): layer for name, layer in layers.items()}
     linear = [layer for layer in layers.values() if isinstance(layer, LoRALinear)]
-    endings = {name.rpartition(".")[2] for name in layers}
+
     # Endings alone say which layers are meant, unless a layer with such an ending is not wrapped.
-    ambiguous = any(
-        n.rpartition(".")[2] in endings and hasattr(m, "weight") for n, m in model.named_modules()
-    )
-    whole = [name for name, _ in trained_whole(model)]
-    saved = {name.removesuffix(".weight") for name in whole if name.endswith(".weight")}
-    biases = [
-        name for name in whole if name.endswith(".bias") and name.removesuffix(".bias") not in saved
-    ]
+    target_modules = {name.rpartition(".")[2] for name in layers}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in target_modules and hasattr(module, "weight"):
+            target_modules = {prefix + name for name in layers}
+            break
+
+    full_names = fully_trained(model).keys()
+    saved = {name.removesuffix(".weight") for name in full_names if name.endswith(".weight")}
+    biased = {name.removesuffix(".bias") for name in full_names if name.endswith(".bias")} - saved
+    bias = "none"
+    if biased:
+        bias = "lora_only" if all(name.endswith(".base_layer") for name in biased) else "all"
+
+    is_causal_lm = prefix or hasattr(model, "prepare_inputs_for_generation")
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM"
-        if prefix or hasattr(model, "prepare_inputs_for_generation")
-        else None,
+        "task_type": "CAUSAL_LM" if is_causal_lm else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {
-            re.escape(prefix + n): layer.r for n, layer in layers.items() if layer.r != r
-        },
-        "alpha_pattern": {
-            re.escape(prefix + n): layer.alpha
-            for n, layer in layers.items()
-            if layer.alpha != alpha
-        },
+        "rank_pattern": {name: layer.r for name, layer in escaped.items() if layer.r != r},
+        "alpha_pattern": {key: at.alpha for key, at in escaped.items() if at.alpha != alpha},
         "use_rslora": any(layer.rslora for layer in layers.values()),
         "use_dora": any(layer.lora_magnitude_vector is not None for layer in linear),
         "lora_bias": any(layer.lora_B.bias is not None for layer in linear),
         "lora_dropout": linear[0].dropout.p if linear else 0.0,
-        "target_modules": sorted(prefix + name for name in layers)
-        if ambiguous
-        else sorted(endings),
+        "target_modules": sorted(target_modules),
         "modules_to_save": sorted(prefix + name for name in saved) or None,
-        "bias": "none"
-        if not biases
-        else "lora_only"
-        if all(".base_layer." in name for name in biases)
-        else "all",
+        "bias": bias,
         "fan_in_fan_out": bool(linear) and isinstance(linear[0].base_layer, Conv1D),
         "inference_mode": True,
     }
 
 
-def read_config(folder):
-    """adapter_config.json, refused where it asks for something that this reader would have to
-    ignore.
-    """
+def read_config(folder: str | Path) -> dict:
+    """Read adapter_config.json. Raises UserError if a value is impossible or not supported."""
     path = refuse_outside_link(Path(folder) / "adapter_config.json")
-    config = DEFAULTS | read_file(path)
-    for key, allowed in HONOURED.items():
-        if key in config and config[key] not in allowed:
-            raise UserError(
-                f"{path}: {key} = {config[key]!r} is not supported; only {allowed[0]!r} is."
-            )
-    if config["init_lora_weights"] not in PLAIN_STARTS:
-        why = "such an adapter belongs on a base from which a part was taken out, and is wrong on any other"
-        mend = "PEFT can convert it: save_pretrained(path_initial_model_for_weight_conversion=...)"
-        raise UserError(
-            f"{path}: init_lora_weights = {config['init_lora_weights']!r}: {why}. {mend}."
-        )
-    dropout = config["lora_dropout"]
-    fine = {
-        "r": type(config["r"]) is int and config["r"] >= 1,
-        "lora_alpha": is_scale(config["lora_alpha"]),
-        "lora_dropout": dropout == 0 or is_scale(dropout) and dropout < 1,
-        **{key: type(config[key]) is bool for key in ("use_rslora", "use_dora", "lora_bias")},
-        **{key: are_patterns(config[key] or {}) for key in ("rank_pattern", "alpha_pattern")},
+    config = {
+        **dict.fromkeys(("r", "lora_alpha", *PATTERNS)),
+        **dict.fromkeys(FLAGS, False),
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        **read_file(path),
     }
-    raise_if_any(
-        (f"{key} = {config[key]!r:.300}" for key in fine if not fine[key]),
-        f"{path}: nothing that LoRA can have",
-    )
+    for key, supported in SUPPORTED.items():
+        if key in config and config[key] not in supported:
+            found = f"{key} = {config[key]!r}"
+            raise UserError(f"{path}: {found} is not supported; only {supported[0]!r} is.")
+    init = config["init_lora_weights"]
+    if init not in SUPPORTED_INITS:
+        base = "such an adapter belongs on a base from which a part was taken out"
+        mend = "PEFT can convert it: save_pretrained(path_initial_model_for_weight_conversion=...)"
+        why = f"{base}, and is wrong on any other"
+        raise UserError(f"{path}: init_lora_weights = {init!r}: {why}. {mend}.")
+    dropout = config["lora_dropout"]
+    is_valid = {
+        "r": type(config["r"]) is int and config["r"] >= 1,
+        "lora_alpha": is_positive(config["lora_alpha"]),
+        "lora_dropout": dropout == 0 or (is_positive(dropout) and dropout < 1),
+    }
+    for key in FLAGS:
+        is_valid[key] = type(config[key]) is bool
+    for key in PATTERNS:
+        is_valid[key] = are_patterns(config[key] or {})
+    invalid = [f"{key} = {config[key]!r:.300}" for key, valid in is_valid.items() if not valid]
+    raise_if_any(invalid, f"{path}: nothing that LoRA can have")
     return config
 
 
-def is_scale(value):
+def is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
-def are_patterns(patterns):
-    """Whether these are regular expressions -> numbers, and none of which matching could take for
-    ever.
+def are_patterns(patterns: Any) -> bool:
+    """Return whether these are regular expressions -> numbers, and safe to match.
 
-    That is a repeated group, or many repetitions and options in a row; they come with files that
-    others wrote.
+    They come with files that others wrote. Matching a repeated group, or many repetitions and
+    options in a row, could take for ever.
     """
-    if not (isinstance(patterns, dict) and all(map(is_scale, patterns.values()))):
+    if not isinstance(patterns, dict) or not all(is_positive(v) for v in patterns.values()):
         return False
-    return not any(
-        re.search(r"\)[*+{?]", pattern) or len(re.findall(r"[*+{?]", pattern)) > 4
-        for pattern in patterns
-    )
+    for pattern in patterns:
+        if re.search(r"\)[*+{?]", pattern) or len(re.findall(r"[*+{?]", pattern)) > 4:
+            return False
+    return True
 
 
-def read_tensors(folder, config):
-    """({module name: {factor: tensor}}, {parameter name: tensor that stands in the base's place}),
-    in fp32.
+def read_tensors(folder: str | Path, config: dict) -> tuple[dict[str, Tensors], Tensors]:
+    """Read adapter_model.safetensors, in fp32. Raises UserError if it is not what `config` says.
+
+    Returns:
+        The factors of each module, and the full weights that replace parameters of the base.
     """
     path = refuse_outside_link(Path(folder) / "adapter_model.safetensors")
+    tensors = load_tensors(path)
+    named = {}
+    for key, tensor in tensors.items():
+        named[key.removeprefix("base_model.model.")] = tensor.float()
+    if len(tensors) > len({base_name(name) for name in named}):
+        spellings = "with and without base_model.model. or base_layer"
+        raise UserError(f"{path}: two tensors of one name, {spellings}.")
+    modules: dict[str, Tensors] = {}
+    full_weights = {}
+    for name, tensor in named.items():
+        # PEFT may write the modules to save three times over, and reads those of the short names.
+        short_name = re.sub(r"\.(modules_to_save|original_module)\.", ".", name)
+        match = re.fullmatch(rf"(.*)\.{FACTOR}", name)
+        if match:
+            module, factor = match.groups()
+            modules.setdefault(module, {})[factor] = tensor
+        elif short_name == name or short_name not in named:
+            full_weights[name] = tensor
+    check_factors(path, modules, config)
+    return modules, full_weights
+
+
+def load_tensors(path: Path) -> Tensors:
+    """Load a safetensors file. Raises UserError if it is damaged or a number is not finite."""
     if not path.is_file():
-        old, new = (repr(path.with_suffix(suffix).name) for suffix in (".bin", ".safetensors"))
-        convert = f"import torch, safetensors.torch as s; s.save_file(torch.load({old}), {new})"
-        hint = (
-            f'; convert it there: python -c "{convert}"'
-            if path.with_suffix(".bin").exists()
-            else ""
-        )
+        hint = ""
+        pickle = path.with_suffix(".bin")
+        if pickle.exists():
+            load = f"torch.load({pickle.name!r})"
+            convert = f"import torch, safetensors.torch as s; s.save_file({load}, {path.name!r})"
+            hint = f'; convert it there: python -c "{convert}"'
         raise UserError(f"{path}: no such file; only safetensors adapters are read{hint}.")
     with library_errors(f"{path}: damaged, copy it again"):
         tensors = load_file(path)
-    odd = [
-        key
-        for key, tensor in tensors.items()
-        if not (tensor.is_floating_point() and tensor.float().isfinite().all())
-    ]
-    raise_if_any(odd, f"{path}: not finite numbers")
-    named = {
-        key.removeprefix("base_model.model."): tensor.float() for key, tensor in tensors.items()
-    }
-    # PEFT may write the modules to save three times over; the plain names are those that it reads.
-    short = {name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name) for name in named}
-    copies = {name for name in named if short[name] != name and short[name] in named}
-    modules, whole = {}, {}
-    for name, tensor in named.items():
-        found = re.fullmatch(rf"(.*)\.{FACTOR}", name)
-        if found:
-            modules.setdefault(found[1], {})[found[2]] = tensor
-        elif name not in copies:
-            whole[name] = tensor
-    if len(tensors) > len({plain(name) for name in named}):
-        raise UserError(
-            f"{path}: two tensors of one name, with and without base_model.model. or base_layer."
-        )
-    odd = [name for name, found in modules.items() if not is_pair(found)]
-    raise_if_any(
-        odd if modules else ["there are none in the file"], f"{path}: not a pair of LoRA factors"
-    )
-    odd = [
-        name
-        for name, found in modules.items()
-        if rank(found) != by_pattern(config["rank_pattern"], name, config["r"])
-    ]
-    raise_if_any(odd, f"{path}: of another rank than r and rank_pattern say")
-    linear = {name: found for name, found in modules.items() if "lora_A.weight" in found}
-    for key, factor in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
-        odd = [name for name, found in linear.items() if (factor in found) != config[key]]
-        raise_if_any(odd, f"{path}: {key} = {config[key]} in the config is not so of these layers")
-    return modules, whole
+    invalid = []
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            invalid.append(name)
+    raise_if_any(invalid, f"{path}: not finite numbers")
+    return tensors
 
 
-def is_pair(found):
-    """Whether {factor: tensor} are a layer's A [r, in] and B [out, r], with what else a linear
-    layer may have.
-    """
-    if found.keys() != EMBEDDING and not LINEAR <= found.keys() <= LINEAR | {
-        "lora_B.bias",
-        "lora_magnitude_vector",
-    }:
+def check_factors(path: Path, modules: dict[str, Tensors], config: dict) -> None:
+    """Raise UserError unless each module has a pair of factors, as `config` says."""
+    unpaired = [name for name, factors in modules.items() if not is_pair(factors)]
+    if not modules:
+        unpaired = ["there are none in the file"]
+    raise_if_any(unpaired, f"{path}: not a pair of LoRA factors")
+    ranks = {name: pattern_value(config["rank_pattern"], name, config["r"]) for name in modules}
+    mismatched = [name for name, factors in modules.items() if lora_rank(factors) != ranks[name]]
+    raise_if_any(mismatched, f"{path}: of another rank than r and rank_pattern say")
+    linear = {name: factors for name, factors in modules.items() if "lora_A.weight" in factors}
+    for key, extra in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        belied = [name for name, factors in linear.items() if (extra in factors) != config[key]]
+        setting = f"{key} = {config[key]} in the config"
+        raise_if_any(belied, f"{path}: {setting} is not so of these layers")
+
+
+def is_pair(factors: Tensors) -> bool:
+    """Return whether these are A [r, in] and B [out, r], with a linear layer's optional factors."""
+    names = factors.keys()
+    is_linear = names >= LINEAR and names <= LINEAR | OPTIONAL
+    if not is_linear and names != EMBEDDING:
         return False
-    a, b = (found[name] for name in sorted(found.keys() & (LINEAR | EMBEDDING)))
-    return a.dim() == b.dim() == 2 and len(a) == b.shape[1]
+    A, B = factor_pair(factors)
+    return A.dim() == 2 and B.dim() == 2 and len(A) == B.shape[1]
 
 
-def rank(found):
-    """The rows of A in {factor: tensor}."""
-    return next(len(tensor) for name, tensor in found.items() if "_A" in name)
+def factor_pair(factors: Tensors) -> tuple[Tensor, Tensor]:
+    """Return A and B."""
+    if "lora_A.weight" in factors:
+        return factors["lora_A.weight"], factors["lora_B.weight"]
+    return factors["lora_embedding_A"], factors["lora_embedding_B"]
 
 
-def plain(name):
-    """A parameter's name as it is without LoRA layers in the model."""
+def lora_rank(factors: Tensors) -> int:
+    return len(factor_pair(factors)[0])
+
+
+def base_name(name: str) -> str:
+    """Return a parameter's name in the model without LoRA layers."""
     return name.replace(".base_layer.", ".")

@@ -1,231 +1,248 @@
-"""LoRA on one page: y = W x + b + (alpha / r) B A x, with W and b frozen (Hu et al. 2021, equation
-3).
+"""LoRA on one page: y = W x + b + (alpha / r) B A x (Hu et al. 2021, equation 3).
 
-Names are PEFT's (`base_layer`, `lora_A`, `lora_B`), so that exporting an adapter is a rename. Works
-on any model: `inject` puts `LoRALinear` over its linear layers, `merge` folds the update into them
-and takes the wrappers away.
+W and b are frozen, and only A [r, in] and B [out, r] are trained. The names are PEFT's
+(`base_layer`, `lora_A`, `lora_B`), so exporting an adapter is a rename. This works on any model:
+`inject` wraps its linear layers, and `merge` folds the updates into them and removes the wrappers.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lora.common.errors import UserError
 from lora.quantization import dense, dense_weight, is_4bit
 from lora.target_modules import (
-    by_pattern,
     causal_lm_prefix,
     embedding_modules,
+    find_modules_to_save,
+    find_target_modules,
     layer_sizes,
-    matching_names,
-    named_modules,
+    matches_pattern,
+    pattern_value,
     untie,
 )
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer [in -> out] with a trainable update of rank r, kept in fp32.
+@dataclass(frozen=True)
+class LoRAOptions:
+    """How a layer is adapted."""
 
-    `base_layer` is nn.Linear (weight [out, in]), transformers' Conv1D (weight [in, out]) or
-    bitsandbytes' Linear4bit. A is drawn as PEFT draws it (kaiming uniform, a = sqrt(5)), B is zero:
-    a fresh layer computes what its base computes.
+    r: int
+    alpha: float
+    dropout: float = 0.0  # of the input of A, in training
+    rslora: bool = False  # scale by alpha / sqrt(r) (rsLoRA; Kalajdzievski 2023)
+    dora: bool = False  # train the lengths of the rows of the weight too (DoRA; Liu et al. 2024)
+    bias: bool = False  # give B a bias, PEFT's `lora_bias`
 
-    rslora: the update is scaled by alpha / sqrt(r) (Kalajdzievski 2023). dora: of W + update the
-    rows keep lengths of their own, which are trained (Liu et al. 2024, equation 5; the norm is a
-    constant to the gradient, as in section 4.3 there).
-    """
 
-    def __init__(self, base_layer, r, alpha, dropout=0.0, rslora=False, dora=False, bias=False):
+class LoRALayer(nn.Module):
+    """A frozen layer with a trainable update of rank r, kept in fp32."""
+
+    def __init__(self, base_layer: nn.Module, options: LoRAOptions) -> None:
         super().__init__()
-        weight = base_layer.weight
-        if not (weight.is_floating_point() or is_4bit(base_layer)):
-            raise UserError(
-                f"target_modules: a {type(base_layer).__name__}; expected dense layers, or those of bitsandbytes' 4 bits."
-            )
-        n_in, n_out = layer_sizes(base_layer)
-        # Or the first evaluation cuts its gradients on some CPUs, as in lora/quantize.py
-        if is_4bit(base_layer):
-            base_layer.support_avx512bf16_for_cpu = False
         self.base_layer = base_layer
-        self.r, self.alpha, self.rslora = r, alpha, rslora
-        # Drawn by nn.Linear's own init
-        self.lora_A = nn.Linear(n_in, r, bias=False, device=weight.device)
-        self.lora_B = nn.Linear(r, n_out, bias=bias, device=weight.device)
-        nn.init.zeros_(self.lora_B.weight)
-        if bias:
-            nn.init.zeros_(self.lora_B.bias)
-        self.lora_magnitude_vector = (
-            nn.Parameter(dense_weight(base_layer).norm(dim=1)) if dora else None
-        )
-        self.dropout = nn.Dropout(dropout)
+        self.r = options.r
+        self.alpha = options.alpha
+        self.rslora = options.rslora
 
     @property
-    def scaling(self):
+    def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def forward(self, x):
-        """x [..., in] -> [..., out]. The factors are cast to x's type, whatever autocast does then."""
-        factors = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-        update = F.linear(F.linear(self.dropout(x), factors[0]) * self.scaling, factors[1])
+
+class LoRALinear(LoRALayer):
+    """A frozen linear layer [in -> out] with an update B A.
+
+    The base layer is nn.Linear (weight [out, in]), transformers' Conv1D (weight [in, out]) or
+    bitsandbytes' Linear4bit. B starts at zero, so a fresh layer computes what its base computes.
+
+    With DoRA, each row of W + update is rescaled to a trained length (Liu et al. 2024, equation 5).
+    The row's own length is a constant to the gradient, as in section 4.3 there.
+    """
+
+    def __init__(self, base_layer: nn.Module, options: LoRAOptions) -> None:
+        super().__init__(base_layer, options)
+        if is_4bit(base_layer):
+            # bitsandbytes 0.50.2 would repack the weight at the first evaluation on some CPUs, and
+            # cut the gradients from then on.
+            base_layer.support_avx512bf16_for_cpu = False
+        elif not base_layer.weight.is_floating_point():
+            kind = type(base_layer).__name__
+            expected = "dense layers, or those of bitsandbytes' 4 bits"
+            raise UserError(f"target_modules: a {kind}; expected {expected}.")
+        n_in, n_out = layer_sizes(base_layer)
+        device = base_layer.weight.device
+        # nn.Linear draws A as PEFT does: kaiming uniform, a = sqrt(5).
+        self.lora_A = nn.Linear(n_in, options.r, bias=False, device=device)
+        self.lora_B = nn.Linear(options.r, n_out, bias=options.bias, device=device)
+        for parameter in self.lora_B.parameters():
+            nn.init.zeros_(parameter)
+        self.lora_magnitude_vector = None
+        if options.dora:
+            self.lora_magnitude_vector = nn.Parameter(dense_weight(base_layer).norm(dim=1))
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer's output [..., out] for x [..., in]."""
+        # The factors are cast to x's dtype, whether autocast is on or not.
+        A = self.lora_A.weight.to(x.dtype)
+        B = self.lora_B.weight.to(x.dtype)
+        update = F.linear(F.linear(self.dropout(x), A) * self.scaling, B)
         y = self.base_layer(x)
-        if self.lora_magnitude_vector is not None:
-            stretch = self.stretch().to(x.dtype)
-            bias = 0 if self.base_layer.bias is None else self.base_layer.bias
-            y = (y - bias + update) * stretch + bias
-        else:
+        if self.lora_magnitude_vector is None:
             y = y + update
-        return y if self.lora_B.bias is None else y + (self.lora_B.bias * self.scaling).to(x.dtype)
+        else:
+            # DoRA rescales the rows of W + update, but not the bias.
+            bias = 0 if self.base_layer.bias is None else self.base_layer.bias
+            y = (y - bias + update) * self.dora_scale().to(x.dtype) + bias
+        if self.lora_B.bias is not None:
+            y = y + (self.lora_B.bias * self.scaling).to(x.dtype)
+        return y
 
-    def updated_weight(self):
-        """[out, in], fp32: W + update; has a gradient to the factors."""
-        return (
-            dense_weight(self.base_layer) + self.lora_B.weight @ self.lora_A.weight * self.scaling
-        )
+    def updated_weight(self) -> Tensor:
+        """Return W + update, [out, in], fp32, differentiable."""
+        update = self.lora_B.weight @ self.lora_A.weight * self.scaling
+        return dense_weight(self.base_layer) + update
 
-    def stretch(self):
-        """[out]: what DoRA multiplies the rows of W + update by: the lengths that it trains, over
-        those that they have.
-        """
+    def dora_scale(self) -> Tensor:
+        """Return the trained lengths of the rows of W + update over their own lengths, [out]."""
         with torch.no_grad():
-            lengths = self.updated_weight().norm(dim=1)
-        return self.lora_magnitude_vector / lengths
+            row_lengths = self.updated_weight().norm(dim=1)
+        return self.lora_magnitude_vector / row_lengths
 
-    def merged_weight(self):
-        """[out, in], fp32: W + update, with DoRA's lengths; has a gradient to what is trained."""
+    def merged_weight(self) -> Tensor:
+        """Return the weight with the update and DoRA's lengths, [out, in], fp32, differentiable."""
         weight = self.updated_weight()
-        return weight if self.lora_magnitude_vector is None else weight * self.stretch()[:, None]
+        if self.lora_magnitude_vector is None:
+            return weight
+        return weight * self.dora_scale()[:, None]
 
-    def merged_bias(self):
-        """[out], fp32, or None; with a gradient to lora_B's bias."""
-        ours, base = self.lora_B.bias, self.base_layer.bias
-        if ours is None:
-            return base
-        return ours * self.scaling + (0 if base is None else base.float())
+    def merged_bias(self) -> Tensor | None:
+        """Return the base's bias with B's added, [out], or None if neither has one."""
+        base_bias = self.base_layer.bias
+        if self.lora_B.bias is None:
+            return base_bias
+        bias = self.lora_B.bias * self.scaling
+        return bias if base_bias is None else bias + base_bias.float()
 
     @torch.no_grad()
-    def merged(self):
-        """The base layer with the update folded in: summed in fp32, rounded once to its type; 4
-        bits become dense.
-        """
-        weight, bias, layer = self.merged_weight(), self.merged_bias(), dense(self.base_layer)
+    def merged(self) -> nn.Module:
+        """Return the base layer with the update folded in, as a dense layer if it was in 4 bits."""
+        layer = dense(self.base_layer)
+        weight = self.merged_weight()
+        # The weight was summed in fp32; it is rounded once, here, to the dtype of the layer.
         layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight)
+        bias = self.merged_bias()
         if bias is not None:
             if layer.bias is None:
-                raise UserError(
-                    "lora_bias: the base has no bias to fold the adapter's into; use the adapter unmerged."
-                )
+                why = "the base has no bias to fold the adapter's into"
+                raise UserError(f"lora_bias: {why}; use the adapter unmerged.")
             layer.bias.copy_(bias)
         return layer
 
 
-class LoRAEmbedding(nn.Module):
-    """A frozen embedding [vocabulary, width] with a trainable update of rank r; PEFT's
-    `lora_embedding_A` and `_B`.
-    """
+class LoRAEmbedding(LoRALayer):
+    """A frozen embedding [vocabulary, width] with an update; as in PEFT, A starts at zero here."""
 
-    def __init__(self, base_layer, r, alpha, rslora=False):
-        super().__init__()
-        self.base_layer = base_layer
-        self.r, self.alpha, self.rslora = r, alpha, rslora
+    def __init__(self, base_layer: nn.Embedding, options: LoRAOptions) -> None:
+        super().__init__(base_layer, options)
         device = base_layer.weight.device
-        self.lora_embedding_A = nn.Parameter(
-            torch.zeros(r, base_layer.num_embeddings, device=device)
-        )
-        self.lora_embedding_B = nn.Parameter(
-            torch.randn(base_layer.embedding_dim, r, device=device)
-        )
+        A = torch.zeros(options.r, base_layer.num_embeddings, device=device)
+        B = torch.randn(base_layer.embedding_dim, options.r, device=device)
+        self.lora_embedding_A = nn.Parameter(A)
+        self.lora_embedding_B = nn.Parameter(B)
 
-    scaling = LoRALinear.scaling
-
-    def forward(self, ids):
-        """ids [...] -> [..., width]. Gemma scales its embeddings, and what is added to them."""
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the embeddings [..., width] of ids [...]."""
         update = F.embedding(ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T * self.scaling
+        # Gemma scales its embeddings, and so what is added to them.
+        update = update * getattr(self.base_layer, "embed_scale", 1.0)
         y = self.base_layer(ids)
-        return y + (update * getattr(self.base_layer, "embed_scale", 1.0)).to(y.dtype)
+        return y + update.to(y.dtype)
 
     @torch.no_grad()
-    def merged(self):
+    def merged(self) -> nn.Embedding:
+        """Return the base layer with the update folded in."""
         update = (self.lora_embedding_B @ self.lora_embedding_A).T * self.scaling
         self.base_layer.weight.copy_(self.base_layer.weight.float() + update)
         return self.base_layer
 
 
 def inject(
-    model, r=16, alpha=32, dropout=0.0, target_modules="all-linear", modules_to_save=(), *,
-    rslora=False, dora=False, rank_pattern=None, alpha_pattern=None,
-):  # fmt: skip
-    """Freeze `model` and put a LoRALinear over each target, in place. Returns their names. Seed
-    before: A is drawn.
+    model: nn.Module, r: int = 16, alpha: float = 32, dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear", modules_to_save: Sequence[str] = (), *,
+    rslora: bool = False, dora: bool = False,
+    rank_pattern: dict[str, int] | None = None, alpha_pattern: dict[str, float] | None = None,
+) -> list[str]:  # fmt: skip
+    """Freeze `model`, wrap its target layers in LoRALinear, in place, and return their names.
 
-    `modules_to_save` (ends of names, such as "embed_tokens") are trained whole, and never targets.
-    The patterns (regular expressions for the end of a name -> value) give layers a rank or an alpha
-    of their own, as PEFT has it.
+    A is drawn at random, so set the seed before. Names are matched as in PEFT.
+
+    Args:
+        model: any model.
+        r, alpha, dropout, rslora, dora: see LoRAOptions.
+        target_modules: "all-linear", the end of a name, a regular expression, or a list of these.
+        modules_to_save: ends of names ("embed_tokens"); these modules are trained in full instead.
+        rank_pattern, alpha_pattern: regular expression for the end of a name -> r or alpha of it.
     """
-    whole = named_modules(model, modules_to_save)
-    names = [name for name in matching_names(model, target_modules) if name not in whole]
+    fully_trained = find_modules_to_save(model, modules_to_save)
+    matched = find_target_modules(model, target_modules)
+    targets = [name for name in matched if name not in fully_trained]
+    if not targets:
+        why = "modules_to_save names all of target_modules, and leaves nothing for LoRA"
+        raise UserError(f"{why}; name other targets.")
+    largest_rank = max(min(layer_sizes(model.get_submodule(name))) for name in targets)
+    if not 1 <= r <= largest_rank:
+        room = "for which the largest layer has room"
+        raise UserError(f"lora_r = {r}: expected 1..{largest_rank}, {room}.")
     prefix = causal_lm_prefix(model)
-    if not names:
-        raise UserError(
-            "modules_to_save names all of target_modules, and leaves nothing for LoRA; name other targets."
-        )
-    room = max(min(layer_sizes(model.get_submodule(name))) for name in names)
-    if not 1 <= r <= room:
-        raise UserError(f"lora_r = {r}: expected 1..{room}, for which the largest layer has room.")
     for pattern in [*(rank_pattern or {}), *(alpha_pattern or {})]:
-        if not any(by_pattern({pattern: True}, prefix + name, False) for name in names):
-            raise UserError(
-                f"rank_pattern, alpha_pattern: {pattern!r} matches none of the layers, such as {names[0]}."
-            )
+        if not any(matches_pattern(pattern, prefix + name) for name in targets):
+            found = f"{pattern!r} matches none of the layers, such as {targets[0]}"
+            raise UserError(f"rank_pattern, alpha_pattern: {found}.")
+
     layers = {}
-    for name in names:
-        own_r, own_alpha = (
-            by_pattern(rank_pattern, prefix + name, r),
-            by_pattern(alpha_pattern, prefix + name, alpha),
-        )
-        layers[name] = LoRALinear(
-            model.get_submodule(name), own_r, own_alpha, dropout, rslora, dora
-        )
+    for name in targets:
+        layer_r = pattern_value(rank_pattern, prefix + name, r)
+        layer_alpha = pattern_value(alpha_pattern, prefix + name, alpha)
+        options = LoRAOptions(layer_r, layer_alpha, dropout, rslora, dora)
+        layers[name] = LoRALinear(model.get_submodule(name), options)
     wrap(model, layers)
-    for name in whole:
-        if is_4bit(model.get_submodule(name)):
-            raise UserError(
-                f"modules_to_save: {name} is in 4 bits, which cannot be trained whole; name it in target_modules."
-            )
-        model.get_submodule(name).float().requires_grad_(True)  # trained weights are fp32 masters
-    return names
+    for name in fully_trained:
+        module = model.get_submodule(name)
+        if is_4bit(module):
+            why = f"{name} is in 4 bits, which cannot be trained whole"
+            raise UserError(f"modules_to_save: {why}; name it in target_modules.")
+        module.float().requires_grad_(True)  # trained weights are fp32 masters
+    return targets
 
 
-def wrap(model, layers):
-    """Freeze `model` and put these layers (name -> LoRALinear or LoRAEmbedding) in their places."""
+def wrap(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
+    """Freeze `model` and put `layers` (name -> layer) in the places of their base layers."""
     if lora_layers(model):
-        raise ValueError(
-            "the model has LoRA layers already; merge them, or load the adapter into them"
-        )
+        mend = "merge them, or load the adapter into them"
+        raise ValueError(f"the model has LoRA layers already; {mend}")
     model.requires_grad_(False)
-    if any(
-        layer.base_layer is module
-        for layer in layers.values()
-        for module in embedding_modules(model)
-    ):
+    embeddings = embedding_modules(model)
+    if any(layer.base_layer in embeddings for layer in layers.values()):
         untie(model)
     for name, layer in layers.items():
-        # In eval mode nothing may be dropped
-        model.set_submodule(name, layer.train(model.training))
+        layer.train(model.training)  # a model in eval mode must not drop anything
+        model.set_submodule(name, layer)
 
 
-def lora_layers(model):
-    """Name -> LoRALinear or LoRAEmbedding, for every one in the model."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (LoRALinear, LoRAEmbedding))
-    }
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return the model's LoRA layers by name."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoRALayer)}
 
 
-def merge(model):
-    """Fold every update into its base layer and take the wrappers away, in place."""
+def merge(model: nn.Module) -> None:
+    """Fold every update into its base layer and remove the wrappers, in place."""
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.merged())

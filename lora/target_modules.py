@@ -1,8 +1,8 @@
-"""Which modules of a model are meant: targets and modules to save by name as PEFT has it,
-embeddings, head, pooler.
-"""
+"""Finds modules of a model: by PEFT's rules for names, and by their part in the model."""
 
+from collections.abc import Iterable, Sequence
 import re
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -10,156 +10,158 @@ from transformers.pytorch_utils import Conv1D
 from lora.common.errors import UserError
 
 
-def layer_sizes(layer):
-    """(in, out) of nn.Linear, Conv1D or Linear4bit, or of the one under a LoRALinear."""
-    layer = getattr(layer, "base_layer", layer)
-    return (
-        (layer.nx, layer.nf)
-        if isinstance(layer, Conv1D)
-        else (layer.in_features, layer.out_features)
-    )
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """Return the layer under a LoRA layer, or the layer itself."""
+    return getattr(layer, "base_layer", layer)
 
 
-def decoder_layers(model):
-    """The model's first list of modules, which are its layers; empty where it has none."""
-    return next((module for module in model.modules() if isinstance(module, nn.ModuleList)), [])
+def layer_sizes(layer: nn.Module) -> tuple[int, int]:
+    """Return (in, out) of nn.Linear, Conv1D or Linear4bit, or of the one under a LoRALinear."""
+    layer = unwrapped(layer)
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return layer.in_features, layer.out_features
 
 
-def causal_lm_prefix(model):
-    """What stands before a module's name in the causal LM around it: "model." for a bare
-    LlamaModel, else "".
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the model's layers, which are its first list of modules; empty where it has none."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next(lists, nn.ModuleList())
 
-    An encoder is used without a head of its own, so its names stay as they are.
+
+def causal_lm_prefix(model: nn.Module) -> str:
+    """Return what precedes a module's name in the causal LM around a bare backbone, as "model.".
+
+    It is "" for a model with its head, and for an encoder, which is used without its own head.
     """
-    inner = getattr(model, "base_model_prefix", "")
-    return f"{inner}." if inner and not hasattr(model, inner) and is_causal(model) else ""
+    backbone = getattr(model, "base_model_prefix", "")
+    is_bare = bool(backbone) and not hasattr(model, backbone)
+    return f"{backbone}." if is_bare and is_causal(model) else ""
 
 
-def is_causal(model):
-    """Whether no position sees a later one, as the attention modules of transformers say of
-    themselves.
-    """
+def is_causal(model: nn.Module) -> bool:
+    """Return whether no position sees a later one, according to the model's attention modules."""
     return all(module.is_causal for module in model.modules() if hasattr(module, "is_causal"))
 
 
-def embedding_modules(model):
-    """[input embeddings, output head], as far as the model has them."""
-    getters = (getattr(model, f"get_{end}_embeddings", lambda: None) for end in ("input", "output"))
-    return [module for module in (get() for get in getters) if module is not None]
+def embedding_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the input embeddings and the output head, as far as the model has them."""
+    if not hasattr(model, "get_output_embeddings"):
+        return []  # not a model of transformers
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [module for module in modules if module is not None]
 
 
-def is_tied(model):
-    """Whether the output head shares its weight with the embeddings."""
-    weights = [getattr(module, "base_layer", module).weight for module in embedding_modules(model)]
+def is_tied(model: nn.Module) -> bool:
+    """Return whether the output head shares its weight with the input embeddings."""
+    weights = [unwrapped(module).weight for module in embedding_modules(model)]
     return len(weights) == 2 and weights[0] is weights[1]
 
 
-def untie(model):
-    """Give a head that shares its weight with the embeddings a copy of its own."""
+def untie(model: nn.Module) -> None:
+    """Give an output head that shares its weight with the input embeddings a copy of its own."""
     if is_tied(model):
-        head = getattr(model.get_output_embeddings(), "base_layer", model.get_output_embeddings())
+        head = unwrapped(model.get_output_embeddings())
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
 
 
-def linear_names(model):
-    """Names of the layers that "all-linear" means: every linear one but the output head, and a
-    pooler nobody reads.
-    """
-    kept_out = embedding_modules(model)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-        and not is_pooler(name)
-        and not any(module is m for m in kept_out)
-    ]
-
-
-def is_pooler(name):
-    """A pooler's weights are read by no head here: they may be absent, and are not trained."""
+def is_pooler(name: str) -> bool:
+    """Return whether a module is in a pooler, which no head here reads, and a base may lack."""
     return "pooler" in name.split(".")
 
 
-def require_all_grads(model):
-    """Full fine-tuning: every weight requires grad, but for a pooler's; those of 4 bits cannot."""
+def require_all_grads(model: nn.Module) -> None:
+    """Make every weight trainable, except a pooler's and those in 4 bits, which cannot be."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() and not is_pooler(name))
 
 
-def matches_ending(name, endings):
-    """Whether a module's name ends with whole parts such as "q_proj" or "self_attn.q_proj"."""
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the layers "all-linear" means: all linear layers but the output head and a pooler."""
+    embeddings = embedding_modules(model)
+    names = []
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, (nn.Linear, Conv1D))
+        if is_linear and module not in embeddings and not is_pooler(name):
+            names.append(name)
+    return names
+
+
+def matches_ending(name: str, endings: Iterable[str]) -> bool:
+    """Return whether a name ends with whole parts such as "q_proj" or "self_attn.q_proj"."""
     return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
 
-def matching_names(model, target_modules):
-    """The linear layers that `target_modules` names.
+def matches_target(name: str, target: str) -> bool:
+    """Return whether a name ends with `target`, or matches it in full as a regular expression."""
+    if re.fullmatch(r"[\w.]+", target):
+        return matches_ending(name, [target])
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error as error:
+        found = f"{target!r} is no regular expression ({error})"
+        raise UserError(f"target_modules: {found}.") from None
+
+
+def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    """Return the names of the linear layers that `target_modules` means, in the model's order.
 
     Each target is "all-linear", the end of a name ("q_proj", "self_attn.q_proj"), or a regular
-    expression for the whole name, as PEFT has it. Every one of them must match something; the head
-    must be named.
+    expression for the full name, as in PEFT. The output head must be named. Raises UserError if a
+    target matches nothing.
     """
-    chosen = set()
-    prefix, heads = (
-        causal_lm_prefix(model),
-        [m for m in embedding_modules(model) if isinstance(m, nn.Linear)],
-    )
-    known = [
-        *linear_names(model),
-        *(name for name, module in model.named_modules() if any(module is h for h in heads)),
-    ]
+    prefix = causal_lm_prefix(model)
+    all_linear = linear_names(model)
+    heads = [module for module in embedding_modules(model) if isinstance(module, nn.Linear)]
+    candidates = all_linear + [name for name, module in model.named_modules() if module in heads]
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
     if not targets:
         raise UserError("target_modules is empty; name layers, or leave it out for all-linear.")
+    chosen: set[str] = set()
     for target in targets:
-        if target == "all-linear":
-            found = linear_names(model)
-        elif re.fullmatch(r"[\w.]+", target):
-            found = [n for n in known if matches_ending(prefix + n, [target])]
-        else:
-            try:
-                found = [n for n in known if re.fullmatch(target, prefix + n)]
-            except re.error as error:
-                raise UserError(
-                    f"target_modules: {target!r} is no regular expression ({error})."
-                ) from None
-        if not found:
-            endings = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
-            raise UserError(
-                f"target_modules: {target!r} matches no linear layer; there are {endings}."
-            )
-        chosen.update(found)
-    return [name for name in known if name in chosen]
+        matches = all_linear
+        if target != "all-linear":
+            matches = [name for name in candidates if matches_target(prefix + name, target)]
+        if not matches:
+            endings = sorted({name.rpartition(".")[2] for name in candidates})
+            found = f"{target!r} matches no linear layer; there are {', '.join(endings)}"
+            raise UserError(f"target_modules: {found}.")
+        chosen.update(matches)
+    return [name for name in candidates if name in chosen]
 
 
-def by_pattern(patterns, name, default):
-    """The value of the first of PEFT's patterns that matches the end of `name`, else `default`."""
+def find_modules_to_save(model: nn.Module, endings: Iterable[str]) -> list[str]:
+    """Return the names, with one of these endings, of modules with weights of their own.
+
+    Raises UserError if an ending matches nothing.
+    """
+    candidates = []
+    for name, module in model.named_modules():
+        if name and list(module.parameters(recurse=False)):
+            candidates.append(name)
+    names: list[str] = []
+    for ending in endings:
+        matches = [name for name in candidates if matches_ending(name, [ending])]
+        if not matches:
+            expected = "the end of the name of a module with weights, as embed_tokens is"
+            raise UserError(f"modules_to_save: {ending!r} is not {expected}.")
+        names += [name for name in matches if name not in names]
+    return names
+
+
+def matches_pattern(pattern: str, name: str) -> bool:
+    """Return whether a key of PEFT's rank_pattern or alpha_pattern matches the end of a name."""
     try:
-        found = (
-            value
-            for pattern, value in (patterns or {}).items()
-            if re.match(rf"(.*\.)?({pattern})$", name)
-        )
-        return next(found, default)
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error as error:
-        raise UserError(
-            f"rank_pattern, alpha_pattern: {error.pattern!r} is no regular expression ({error})."
-        ) from None
+        found = f"{error.pattern!r} is no regular expression ({error})"
+        raise UserError(f"rank_pattern, alpha_pattern: {found}.") from None
 
 
-def named_modules(model, endings):
-    """Names of the modules that end so and hold weights; each of the endings must match one."""
-    holding = [
-        name
-        for name, module in model.named_modules()
-        if name and next(module.parameters(recurse=False), None) is not None
-    ]
-    found = {
-        ending: [name for name in holding if matches_ending(name, [ending])] for ending in endings
-    }
-    for ending, names in found.items():
-        if not names:
-            raise UserError(
-                f"modules_to_save: {ending!r} is not the end of the name of a module with weights, as embed_tokens is."
-            )
-    return [name for names in found.values() for name in names]
+def pattern_value(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """Return the value of the first of PEFT's patterns that matches `name`, or `default`."""
+    for pattern, value in (patterns or {}).items():
+        if matches_pattern(pattern, name):
+            return value
+    return default

@@ -9,7 +9,7 @@ from lora.common.errors import UserError
 from lora.config.flags import apply_flags
 from lora.config.schema import FOUR_BITS, get_lora_config
 from lora.config.tables import saved_config
-from lora.model.pretrained_heads import two_rows
+from lora.model.pretrained_heads import two_class_state
 from lora.model.task import Task
 from lora.model.weights import four_bits, load_weights
 from lora.quantization import dequantize
@@ -111,7 +111,7 @@ def save_scorer(model, tokenizer, folder, output):
         f"{model.base_model_prefix}.{name}": tensor for name, tensor in model.state_dict().items()
     }
     # Fp32, as it was trained
-    state |= {name: tensor.detach() for name, tensor in two_rows(task.head).items()}
+    state |= {name: tensor.detach() for name, tensor in two_class_state(task.head).items()}
     family = type(model).__name__.removesuffix("Model")
     model.save_pretrained(output, state_dict=state)
     shape = json.loads((output / "config.json").read_text())

@@ -4,10 +4,10 @@ import math
 
 import torch.nn.functional as F
 
-from lora.adapter import write
-from lora.adapter_format import rank, read_config, read_tensors
+from lora.adapter import write_adapter
+from lora.adapter_format import lora_rank, read_config, read_tensors
 from lora.common.errors import UserError, raise_if_any
-from lora.target_modules import by_pattern
+from lora.target_modules import pattern_value
 
 
 def write_portable(folder, output):
@@ -29,11 +29,14 @@ def write_portable(folder, output):
         lost,
         f"{folder}: merge the adapter instead: vLLM and llama.cpp read no whole weights, and it has",
     )
-    largest = max(map(rank, modules.values()))
+    largest = max(map(lora_rank, modules.values()))
     tensors = {}
     for module, found in modules.items():
         a_name, b_name = sorted(found)
-        r, alpha = rank(found), by_pattern(config["alpha_pattern"], module, config["lora_alpha"])
+        r, alpha = (
+            lora_rank(found),
+            pattern_value(config["alpha_pattern"], module, config["lora_alpha"]),
+        )
         scaling = alpha / (math.sqrt(r) if config["use_rslora"] else r)
         tensors[f"{module}.{a_name}"] = F.pad(found[a_name], (0, 0, 0, largest - r))
         tensors[f"{module}.{b_name}"] = F.pad(found[b_name] * scaling, (0, largest - r))
@@ -44,4 +47,4 @@ def write_portable(folder, output):
         "alpha_pattern": {},
         "use_rslora": False,
     }
-    write(output, config, tensors)
+    write_adapter(output, config, tensors)

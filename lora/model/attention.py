@@ -1,166 +1,193 @@
 """Attention over packed documents, for the unmodified models of transformers.
 
-A micro-batch is one row with documents end to end. `packed_attention` runs one attention call per
-document, or on a GPU FlashAttention over all of them, so no document sees another and no mask over
-the whole row is built. It is registered under the name "packed" and gets the keyword `documents`,
-which transformers hands through from `model(...)`.
+A micro-batch is one row with documents end to end. `packed_attention` computes the attention of
+each document separately, or on a GPU of all of them with FlashAttention. So no document sees
+another, and no mask over the whole row is built. It is registered in transformers under the name
+"packed", and gets the keyword `documents`, which transformers passes on from `model(...)`.
 """
 
-from itertools import groupby
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-# What models pass along that has no bearing on the result here.
+# Arguments that models pass and that change nothing here.
 IGNORED = {
-    "position_ids",
-    "use_cache",
-    "output_attentions",
-    "output_router_logits",
-    "cache_position",
-    "layer_idx",
-}
+    "position_ids", "use_cache", "output_attentions", "output_router_logits",
+    "cache_position", "layer_idx",
+}  # fmt: skip
 SHORT = 512  # positions up to which plain matrix products beat SDPA in bfloat16 on a CPU
 
 
 class Documents:
-    """The lengths of a row's documents; in an object, as torch.compile looks into a list and
-    compiles for each anew.
+    """The lengths of a row's documents, and the masks that all layers share.
+
+    An object, because torch.compile looks into a list and compiles anew for every list.
     """
 
-    def __init__(self, lengths):
-        self.lengths = lengths
-        # N neighbours of one length
-        self.runs = [(len(list(alike)), length) for length, alike in groupby(lengths)]
-        self.sizes = [n * length for n, length in self.runs]
-        self.masks = {}
+    def __init__(self, seq_lens: list[int]) -> None:
+        self.seq_lens = seq_lens
+        # Neighbours of the same length are a group, which is computed together.
+        lengths, counts = torch.unique_consecutive(torch.tensor(seq_lens), return_counts=True)
+        self.group_counts = counts.tolist()  # documents of each group
+        self.group_sizes = (counts * lengths).tolist()  # positions of each group
+        self.masks: dict[tuple, Tensor] = {}
 
-    def unseen(self, length, window, like):
-        """[length, length] of the type of `like`, to be added to scores: -inf where a position is
-        not seen.
+    def causal_mask(self, seq_len: int, window: int | None, like: Tensor) -> Tensor:
+        """Return what is added to scores [seq_len, seq_len]: -inf where a position is not seen.
 
-        It is not by those before it and, with a window, by those so many places after it. Every
-        layer gets the same mask.
+        A position sees none of the later ones. With a sliding window, it sees itself and the
+        `window` - 1 before it. Type and device are those of `like`.
         """
-        key = length, window, like.dtype
+        key = (seq_len, window, like.dtype)
         if key not in self.masks:
-            never = like.new_full((length, length), -torch.inf)
-            self.masks[key] = never.triu(1) + never.tril(-window) if window else never.triu(1)
+            unseen = like.new_full((seq_len, seq_len), -torch.inf)
+            mask = unseen.triu(1)
+            if window:
+                mask = mask + unseen.tril(-window)
+            self.masks[key] = mask
         return self.masks[key]
+
+
+@dataclass
+class Settings:
+    """How a model wants its attention computed."""
+
+    scaling: float
+    causal: bool
+    window: int | None  # sliding window of a causal model, which counts the position itself
+    dropout: float
+    softcap: float | None
+    sinks: Tensor | None  # [heads]
 
 
 @torch.compiler.disable
 def packed_attention(
-    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, is_causal=None, documents=None,
-    sliding_window=None, softcap=None, s_aux=None, **others,
-):  # fmt: skip
-    """query [1, heads, T, width], key and value [1, key heads, T, width] -> ([1, T, heads, width],
-    None).
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *,
+    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+    documents: Documents | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, **others: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Compute the attention of `module`; the parameters are those that transformers passes.
 
-    Causality, scaling, sliding window, soft-capping, sinks (s_aux [heads]) and dropout are those
-    the model asks for; an argument that would change the result and is not known here is an error.
+    query is [1, heads, t, width]; key and value are [1, key heads, t, width]; s_aux [heads] are
+    attention sinks. An argument that may change the result and is not known here is an error.
+
+    Returns:
+        The output [1, t, heads, width], and None for the attention weights.
     """
-    unknown = [name for name, value in others.items() if value is not None and name not in IGNORED]
+    given = [name for name, argument in others.items() if argument is not None]
+    unknown = [name for name in given if name not in IGNORED]
     if unknown or attention_mask is not None:
-        raise ValueError(
-            f"packed attention does not know {unknown or 'an attention mask'} of {type(module).__name__}"
-        )
+        what = unknown or "an attention mask"
+        raise ValueError(f"packed attention does not know {what} of {type(module).__name__}")
     causal = module.is_causal if is_causal is None else is_causal
     if sliding_window and not causal:
         raise ValueError("packed attention knows sliding windows of causal models only")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    device = query.device.type
-    # Where weights are fp32, rotary embeddings have made queries and keys so
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    settings = Settings(scaling, causal, sliding_window, dropout, softcap, s_aux)
     documents = documents or Documents([query.shape[2]])
-    if has_flash(query, value) and not (dropout or softcap or s_aux is not None):
-        return flash(query, key, value, documents.lengths, scaling, causal, sliding_window)[
-            None
-        ], None
+
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # Rotary embeddings have made queries and keys fp32 if the weights are.
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    # varlen_attn has no dropout, no soft cap and no sinks.
+    is_plain = not dropout and not softcap and s_aux is None
+    if is_plain and has_flash(query, value):
+        return flash(query, key, value, documents.seq_lens, settings)[None], None
+
     outputs = []
-    split = (x.split(documents.sizes, 2) for x in (query, key, value))
-    for (n, length), *parts in zip(documents.runs, *split):
-        q, k, v = (unpacked(x, n) for x in parts)
-        windowed = bool(sliding_window) and length > sliding_window
-        quick_by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= SHORT
-        if softcap or s_aux is not None or quick_by_hand:
-            mask = documents.unseen(length, sliding_window, q) if causal else None
-            out = attention_by_hand(q, k, v, mask, scaling, dropout, softcap, s_aux)
-        else:
-            mask = documents.unseen(length, sliding_window, q) if windowed else None
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and length > 1,
-                scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
-            )  # fmt: skip
+    queries = query.split(documents.group_sizes, 2)
+    keys = key.split(documents.group_sizes, 2)
+    values = value.split(documents.group_sizes, 2)
+    for count, *parts in zip(documents.group_counts, queries, keys, values):
+        q, k, v = (stack_documents(part, count) for part in parts)
+        out = attend(q, k, v, documents, settings)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
 
 
-def has_flash(query, value):
-    """Whether torch has FlashAttention-2 for these: NVIDIA GPUs from Ampere on, 16 bits, heads of
-    one width up to 256.
-    """
-    if not (
-        query.is_cuda
-        and torch.version.cuda
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    ):
+def has_flash(query: Tensor, value: Tensor) -> bool:
+    """Return whether torch has FlashAttention-2 here: Ampere or newer, 16 bits, width <= 256."""
+    if not (query.is_cuda and torch.version.cuda):
         return False
-    return (
-        query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] <= 256
-    )
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False
+    width = query.shape[-1]
+    is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and width == value.shape[-1] and width <= 256
 
 
-def flash(query, key, value, lengths, scaling, causal, window):
-    """All documents in one call: query [1, heads, T, width], key, value [1, key heads, T, width] ->
-    [T, heads, width].
-    """
-    ends = F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0)).to(
-        query.device, non_blocking=True
-    )
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, seq_lens: list[int], settings: Settings
+) -> Tensor:
+    """Compute all documents in one call: [1, heads, t, width] -> [t, heads, width]."""
+    ends = torch.tensor(seq_lens).cumsum(0, dtype=torch.int32)
+    cu_seq_lens = F.pad(ends, (1, 0)).to(query.device, non_blocking=True)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    # A window counts the position itself, FlashAttention those before it
-    behind = window - 1 if window else -1
+    # FlashAttention counts the positions before a position, and -1 means all of them.
+    before = settings.window - 1 if settings.window else -1
+    after = 0 if settings.causal else -1
     return varlen_attn(
-        q, k, v, ends, ends, max(lengths), max(lengths), scale=scaling, window_size=(behind, 0 if causal else -1),
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, cu_seq_lens, cu_seq_lens, max(seq_lens), max(seq_lens),
+        scale=settings.scaling, window_size=(before, after), enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
 
 
-def unpacked(x, n):
-    """[1, heads, n x t, width] -> [n, heads, t, width]"""
+def stack_documents(x: Tensor, count: int) -> Tensor:
+    """Stack documents: [1, heads, count x t, width] -> [count, heads, t, width]."""
     _, heads, positions, width = x.shape
-    return x.reshape(heads, n, positions // n, width).transpose(0, 1)
+    return x.reshape(heads, count, positions // count, width).transpose(0, 1)
 
 
-def attention_by_hand(q, k, v, mask, scaling, dropout, softcap, sinks):
-    """The formula in matrix products. q [n, heads, t, width], k and v [n, key heads, s, width] ->
-    [n, heads, t, v's width].
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, settings: Settings) -> Tensor:
+    """Compute n documents of one length; q is [n, heads, t, width], k [n, key heads, t, width]."""
+    seq_len, causal, window = q.shape[2], settings.causal, settings.window
+    is_short_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and seq_len <= SHORT
+    if settings.softcap or settings.sinks is not None or is_short_bf16:
+        mask = documents.causal_mask(seq_len, window, q) if causal else None
+        return attention_by_hand(q, k, v, mask, settings)
+    mask = None
+    if window and seq_len > window:
+        mask = documents.causal_mask(seq_len, window, q)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=settings.dropout,
+        is_causal=causal and mask is None and seq_len > 1,
+        scale=settings.scaling, enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
 
-    Of grouped queries the group is laid beside the positions, so that keys are not repeated. Sinks
-    take part in the softmax of every position and in nothing else (gpt-oss).
+
+def attention_by_hand(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: Settings
+) -> Tensor:
+    """Compute attention as matrix products; `mask` [t, s] is added to the scores.
+
+    q is [n, heads, t, width], k and v are [n, key heads, s, ...]. Query heads that share a key head
+    are laid out as further positions, so that keys are not repeated. Sinks take part in the softmax
+    of every position and in nothing else (gpt-oss).
     """
-    (n, heads, t, width), s = q.shape, k.shape[2]
-    grouped = (n, k.shape[1], heads // k.shape[1] * t)
-    scores = ((q.reshape(*grouped, width) * scaling) @ k.mT).view(n, heads, t, s)
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
+    n, heads, t, width = q.shape
+    _, key_heads, s, _ = k.shape
+    grouped = (n, key_heads, heads // key_heads * t)
+    scores = (q.reshape(*grouped, width) * settings.scaling) @ k.mT
+    scores = scores.view(n, heads, t, s)
+    if settings.softcap:
+        scores = torch.tanh(scores / settings.softcap) * settings.softcap
     if mask is not None:
         scores += mask
-    if sinks is not None:
-        scores = torch.cat(
-            [scores, sinks.to(scores.dtype).view(1, heads, 1, 1).expand(n, heads, t, 1)], -1
-        )
-    # It would keep the weights in fp32; inside, softmax has fp32 sums
+    if settings.sinks is not None:
+        sinks = settings.sinks.to(scores.dtype).view(1, heads, 1, 1)
+        scores = torch.cat([scores, sinks.expand(n, heads, t, 1)], -1)
+    # Under autocast the softmax would return fp32. It sums in fp32 inside in any case.
     with torch.autocast(q.device.type, enabled=False):
-        weights = F.dropout(scores.softmax(-1)[..., :s], dropout)
+        weights = F.dropout(scores.softmax(-1)[..., :s], settings.dropout)
     return (weights.view(*grouped, s) @ v).view(n, heads, t, -1)
 
 
 AttentionInterface.register("packed", packed_attention)
-
-
 AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)

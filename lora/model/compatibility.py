@@ -1,71 +1,79 @@
 """Whether a model behaves as the task assumes, tried on two short documents."""
 
 import torch
+from torch import Tensor
 
 from lora.common.errors import UserError
 from lora.data.batches import Rows
 from lora.data.tokenise import Row
 from lora.model.heads import LMHead
+from lora.model.task import Task
 
 
 @torch.no_grad()
-def find_incompatibility(task, dtype=None):
-    """What this model does otherwise than the task assumes, measured on two short documents; None
-    if all is well.
+def find_incompatibility(task: Task, dtype: torch.dtype | None = None) -> str | None:
+    """Return how the model behaves otherwise than the task assumes; None if it does not.
 
     A model whose attention does not go through transformers' AttentionInterface would let packed
-    documents see each other and train all the same.
+    documents see each other, and would train all the same.
+
+    Args:
+        task: what is tried.
+        dtype: of the computation, if it is another one than that of the weights.
     """
     task.eval()
-    # Of a frozen base, of what is trained, of 4 bits
-    types = {weight.dtype for weight in task.model.parameters()}
-    half = next(iter((types | {dtype}) & {torch.bfloat16, torch.float16}), None)
-    # Of the largest output; with room to spare
-    rounding = 0.05 if half or types - {torch.float32} else 1e-4
-    vocabulary, device = task.model.get_input_embeddings().num_embeddings, task.model.device
-    draws = torch.randint(vocabulary, (14,), generator=torch.Generator().manual_seed(0)).tolist()
-    first, second = draws[:8], draws[8:]
+    # A frozen base may be in 16 bits, the trained weights in fp32, and quantised ones in 4 bits.
+    dtypes = {weight.dtype for weight in task.model.parameters()}
+    half = None
+    for half_dtype in (torch.float16, torch.bfloat16):
+        if half_dtype in dtypes or half_dtype == dtype:
+            half = half_dtype
+    # Of the largest output, with room to spare.
+    tolerance = 1e-4 if half is None and dtypes == {torch.float32} else 0.05
+    vocabulary = task.model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (14,), generator=generator).tolist()
+    first, second = tokens[:8], tokens[8:]
     changed = [*first[:-1], (first[-1] + 1) % vocabulary]
-
-    def hidden(*documents):
-        rows = Rows.from_rows(
-            ((Row(document, [0.0] * len(document)), 0) for document in documents), "score"
-        )
-        return task.target_hidden_states(
-            rows.batch(range(len(documents)), task.packed).to(device)
-        ).float()
-
-    def differ(one, other, rounding=rounding):
-        return bool((one - other).abs().max() > rounding * one.abs().max())
-
+    device = task.model.device
     try:
-        # What is trained is fp32 beside a frozen half
+        # Autocast, because trained fp32 weights meet frozen 16-bit ones.
         with torch.autocast(device.type, half, enabled=half is not None):
-            alone = hidden(first)
-            if differ(torch.cat([alone, hidden(second)]), hidden(first, second)):
+            alone = hidden_states(task, first)
+            separate = torch.cat([alone, hidden_states(task, second)])
+            if differ(separate, hidden_states(task, first, second), tolerance):
                 return "documents that are packed into one row see each other"
-            # The same sums: equal in every type
-            if differ(alone[:-1], hidden(changed)[:-1], 1e-6) == task.causal:
+            # These are the same sums, so they are equal in every type.
+            sees_later = differ(alone[:-1], hidden_states(task, changed)[:-1], 1e-6)
+            if sees_later == task.causal:
                 return "whether a position sees later ones is not what its attention modules say"
             if isinstance(task.head, LMHead):
-                logits = (
-                    task.model(torch.tensor([first], device=device), use_cache=False)
-                    .logits[0]
-                    .float()
-                )
-                if differ(logits, task.head.logits(alone)):
+                input_ids = torch.tensor([first], device=device)
+                logits = task.model(input_ids, use_cache=False).logits[0].float()
+                if differ(logits, task.head.logits(alone), tolerance):
                     return "its logits are not those of its output layer on the hidden states"
             task.train()
-            hidden(first)  # some take another way in training
+            hidden_states(task, first)  # some models compute differently in training
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-        return f"a short forward pass ends in {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        message = " ".join(str(error).split())[:200]
+        return f"a short forward pass ends in {type(error).__name__}: {message}"
     return None
 
 
-def refuse_incompatible_layers(task, target_modules):
-    """Raise UserError where LoRA in these layers has no effect: some models read a layer's weight
-    past the layer.
-    """
+def hidden_states(task: Task, *documents: list[int]) -> Tensor:
+    """Return the hidden states at all positions of documents in one micro-batch, in fp32."""
+    rows = [(Row(tokens, [0.0] * len(tokens)), 0) for tokens in documents]
+    batch = Rows.from_rows(rows, "score").batch(range(len(rows)), task.packed)
+    return task.target_hidden_states(batch.to(task.model.device)).float()
+
+
+def differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Return whether a and b differ by more than `tolerance` times the largest value of a."""
+    return bool((a - b).abs().max() > tolerance * a.abs().max())
+
+
+def refuse_incompatible_layers(task: Task, target_modules: list[str]) -> None:
+    """Raise UserError where LoRA has no effect, as some models read a weight without its layer."""
     problem = find_incompatibility(task)
     if problem:
         names = " ".join(target_modules)

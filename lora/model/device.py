@@ -5,54 +5,54 @@ import os
 import torch
 
 from lora.common.errors import UserError
+from lora.config.schema import Config
 from lora.model.weights import read_shape
 
-# On a CPU: 2.4 times as fast from there on, in a base of 128 between 0.7 and 1.6 times (LOG.md)
+# Width of a base from which on a CPU computes in bfloat16: it was 2.4 times as fast there, and
+# between 0.7 and 1.6 times as fast at a width of 128 (LOG.md).
 BFLOAT16_WIDTH = 512
 
 
-def choose_device(name):
-    """The device called `name`; "auto" is what DEVICE_PREFERENCE says, else the first of cuda, mps
-    and cpu.
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`.
+
+    "auto" is the one that DEVICE_PREFERENCE names, else the first available of cuda, mps and cpu.
     """
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    available = [device for device in present if present[device]]
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
     preferred = os.environ.get("DEVICE_PREFERENCE") or "auto"
-    for wanted, where in ((name, "device"), (preferred, "DEVICE_PREFERENCE")):
-        if wanted not in ("auto", *available):
-            raise UserError(
-                f"{where} {wanted} is not available here; there is {', '.join(available)}."
-            )
-    name = preferred if name == "auto" else name
-    return torch.device(available[0] if name == "auto" else name)
+    for requested, where in ((name, "device"), (preferred, "DEVICE_PREFERENCE")):
+        if requested not in ("auto", *available):
+            listed = ", ".join(available)
+            raise UserError(f"{where} {requested} is not available here; there is {listed}.")
+    for requested in (name, preferred):
+        if requested != "auto":
+            return torch.device(requested)
+    return torch.device(available[0])
 
 
-def choose_dtype(config, device):
-    """The type to compute in. "auto": bfloat16 where the hardware multiplies it faster, else
-    float32.
+def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Return the type to compute in; "auto" is bfloat16 where the hardware is faster with it.
 
-    That is on CUDA (where older cards have float16), and on CPUs with AVX512_BF16 or AMX if the
-    base is wide enough: in a small one the casts can cost more than the products save. MPS has
-    float32: no such machine was at hand to measure.
+    That is on CUDA, where older cards get float16, and on CPUs with AVX512_BF16 or AMX if the base
+    is wide enough: in a small one the casts can cost more than the products save. MPS gets float32,
+    because there was no such machine to measure on.
     """
     if config.training.dtype != "auto":
         return getattr(torch, config.training.dtype)
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    able = torch.cpu.get_capabilities()
-    if device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")):
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    if device.type == "cpu" and has_bfloat16:
         width = read_shape(config.model.base_model).get_text_config().hidden_size
         return torch.bfloat16 if width >= BFLOAT16_WIDTH else torch.float32
     return torch.float32
 
 
-def autocast(device, dtype):
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,12 +1,15 @@
-"""The two heads: sums of losses from the hidden states at target positions. Language modelling and
-step scoring differ in nothing but the head.
+"""The two heads: each turns the hidden states at the targets into the sum of their losses.
+
+Language modelling and step scoring differ in nothing but the head.
 """
 
+from collections.abc import Callable
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 import torch.nn.functional as F
+from transformers import PreTrainedConfig
 
 from lora.layer import LoRALinear
 from lora.target_modules import layer_sizes
@@ -15,181 +18,203 @@ from lora.target_modules import layer_sizes
 class LMHead(nn.Module):
     """The model's own output layer, with cross entropy on the next token.
 
-    The logits of all targets would be the largest thing in memory by far. They are made, used and
-    dropped a chunk of targets at a time, and in training the gradient is taken there and then, so
-    that nothing is computed twice.
+    The logits of all targets would be by far the largest tensor in memory. So they are computed,
+    used and dropped for one chunk of targets at a time. In training, the gradient is computed right
+    after the logits, so that nothing is computed twice.
     """
 
-    def __init__(self, find_output_layer, shape):
-        """find_output_layer() -> nn.Linear or LoRALinear: asked each time, as LoRA may be put over
-        it.
-        """
+    def __init__(self, get_output_layer: Callable[[], nn.Module], config: PreTrainedConfig) -> None:
+        """`get_output_layer` is called every time, because LoRA may replace the layer."""
         super().__init__()
-        self.find_output_layer = find_output_layer
-        # Granite divides its logits, Cohere multiplies them, Gemma 2 caps them.
-        self.scale = getattr(shape, "logit_scale", None) or 1 / (
-            getattr(shape, "logits_scaling", None) or 1.0
-        )
-        self.cap = getattr(shape, "final_logit_softcapping", None)
+        self.get_output_layer = get_output_layer
+        # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        self.scale = getattr(config, "logit_scale", None) or 1 / divisor
+        self.softcap = getattr(config, "final_logit_softcapping", None)
 
-    def logits(self, hidden):
-        """hidden [n, width] -> [n, vocabulary], fp32."""
-        return self.shaped(self.find_output_layer()(hidden).float())
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [n, vocabulary] of the hidden states [n, width], in fp32."""
+        return self.scale_and_cap(self.get_output_layer()(hidden).float())
 
-    def shaped(self, logits):
-        """What the family makes of its output layer's logits [n, vocabulary] (fp32), in place."""
+    def scale_and_cap(self, logits: Tensor) -> Tensor:
+        """Scale and cap the output layer's logits (fp32) in place, as the model's family does."""
         if self.scale != 1:
             logits *= self.scale
-        return logits.div_(self.cap).tanh_().mul_(self.cap) if self.cap else logits
+        if self.softcap:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
 
-    def forward(self, hidden, targets, weights=None):
-        """hidden [n, width], targets [n] token ids, weights [n] of their losses (None: 1 each) ->
-        sum of the losses.
+    def forward(
+        self, hidden: Tensor, targets: Tensor, loss_weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the sum of the losses, a scalar.
+
+        Args:
+            hidden: hidden states at the targets, [n, width].
+            targets: token ids, [n].
+            loss_weights: factors of the losses, [n]; 1 by default.
         """
-        layer = self.find_output_layer()
-        weights = torch.ones(len(targets), device=hidden.device) if weights is None else weights
+        if loss_weights is None:
+            loss_weights = torch.ones(len(targets), device=hidden.device)
+        layer = self.get_output_layer()
         if isinstance(layer, LoRALinear):
-            return ChunkedLoss.apply(
-                self, hidden, targets, weights, layer.merged_weight(), layer.merged_bias()
-            )
-        return ChunkedLoss.apply(self, hidden, targets, weights, layer.weight, layer.bias)
+            weight, bias = layer.merged_weight(), layer.merged_bias()
+        else:
+            weight, bias = layer.weight, layer.bias
+        return ChunkedLoss.apply(self, hidden, targets, loss_weights, weight, bias)
 
     @torch.no_grad()
-    def predict(self, hidden, targets):
-        """[n, 2]: the loss at each target, and 1.0 where the target is the likeliest token."""
-        said = []
-        for part in self.chunks(hidden, layer_sizes(self.find_output_layer())[1]):
-            logits = self.logits(hidden[part])
-            losses = F.cross_entropy(logits, targets[part], reduction="none")
-            said.append(torch.stack([losses, (logits.argmax(-1) == targets[part]).float()], 1))
-        return torch.cat(said)
+    def predict(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return [n, 2]: the loss of each target, and 1.0 where it is the most likely token."""
+        vocabulary = layer_sizes(self.get_output_layer())[1]
+        predictions = []
+        for chunk in self.chunks(hidden, vocabulary):
+            logits = self.logits(hidden[chunk])
+            losses = F.cross_entropy(logits, targets[chunk], reduction="none")
+            correct = logits.argmax(-1) == targets[chunk]
+            predictions.append(torch.stack([losses, correct.float()], 1))
+        return torch.cat(predictions)
 
     @staticmethod
-    def chunks(hidden, vocabulary):
-        """Slices of the targets, so many at a time that their logits are of a size the device is
-        quick with.
-        """
-        logits = 2**28 if hidden.is_cuda else 2**23
-        size = max(16, logits // vocabulary)
+    def chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
+        """Divide the targets into chunks whose logits have a size that the device is fast with."""
+        num_logits = 2**28 if hidden.is_cuda else 2**23
+        size = max(16, num_logits // vocabulary)
         return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
     @staticmethod
-    def metrics(said, targets):
-        """loss (nats per target), perplexity, and the share of targets that were the likeliest
-        token.
-        """
-        loss, accuracy = said.double().mean(0).tolist()
+    def metrics(predictions: Tensor, targets: Tensor) -> dict[str, float]:
+        """Return the loss (nats per target), the perplexity, and the accuracy of the tokens."""
+        loss, accuracy = predictions.double().mean(0).tolist()
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The sum of an LMHead's losses. Its forward makes the gradients as well: of the hidden states,
-    and of the output layer's weights if these are trained.
+    """The sum of an LMHead's losses.
 
-    Of z = cap tanh(scale h W / cap), or scale h W, the gradient is (softmax(z) - one-hot) (1 - z^2
-    / cap^2) scale.
+    The forward pass also computes the gradients of the hidden states, and those of the output
+    layer's weight and bias if they are trained.
     """
 
     @staticmethod
     def forward(ctx, head, hidden, targets, loss_weights, weight, bias):
-        """hidden [n, width]; targets, loss_weights [n]; the layer's weight [vocabulary, width] and
-        bias -> scalar.
-        """
+        """Return the loss as LMHead.forward does; weight and bias are the output layer's."""
         device = hidden.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        )
-        layer_weight, layer_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        total = torch.zeros((), device=hidden.device)
-        of_hidden = torch.empty_like(hidden)
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
-        of_bias = (
-            torch.zeros_like(bias, dtype=torch.float32)
-            if bias is not None and bias.requires_grad
-            else None
-        )
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        cast_weight = weight.to(dtype)
+        cast_bias = None if bias is None else bias.to(dtype)
+
+        loss_sum = torch.zeros((), device=hidden.device)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = bias_grad = None
+        if weight.requires_grad:
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        if bias is not None and bias.requires_grad:
+            bias_grad = torch.zeros_like(bias, dtype=torch.float32)
+
         with torch.autocast(device, enabled=False):
-            for part in head.chunks(hidden, len(weight)):
-                states, wanted, counts = (
-                    hidden[part].to(dtype),
-                    targets[part, None],
-                    loss_weights[part, None],
-                )
-                logits = head.shaped(F.linear(states, layer_weight, layer_bias).float())
-                slope = 1 - (logits / head.cap).square_() if head.cap else None
-                largest, of_wanted = logits.amax(1, keepdim=True), logits.gather(1, wanted)
-                # Of the probability, in place of the logits from here on
-                share = logits.sub_(largest).exp_()
-                sums = share.sum(1, keepdim=True)
-                # In this order: large logits would swallow the logarithm.
-                total += ((largest - of_wanted + sums.log()) * counts).sum()
-                share.mul_(counts * head.scale / sums).scatter_add_(1, wanted, -counts * head.scale)
-                gradient = (share if slope is None else share.mul_(slope)).to(dtype)
-                of_hidden[part] = gradient @ layer_weight
-                if of_weight is not None:
-                    of_weight += gradient.T @ states
-                if of_bias is not None:
-                    of_bias += gradient.sum(0)
-        ctx.save_for_backward(of_hidden, of_weight, of_bias)
-        return total
+            for chunk in head.chunks(hidden, len(weight)):
+                states = hidden[chunk].to(dtype)
+                logits = F.linear(states, cast_weight, cast_bias).float()
+                labels, factors = targets[chunk, None], loss_weights[chunk, None]
+                loss, logits_grad = loss_and_gradient(head, logits, labels, factors)
+                loss_sum += loss
+                logits_grad = logits_grad.to(dtype)
+                hidden_grad[chunk] = logits_grad @ cast_weight
+                if weight_grad is not None:
+                    weight_grad += logits_grad.T @ states
+                if bias_grad is not None:
+                    bias_grad += logits_grad.sum(0)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+        return loss_sum
 
     @staticmethod
-    def backward(ctx, of_loss):
-        gradients = [
-            None if gradient is None else gradient.mul_(of_loss) for gradient in ctx.saved_tensors
-        ]
-        return None, gradients[0], None, None, *gradients[1:]
+    def backward(ctx, loss_grad):
+        gradients = [None if grad is None else grad.mul_(loss_grad) for grad in ctx.saved_tensors]
+        hidden_grad, weight_grad, bias_grad = gradients
+        return None, hidden_grad, None, None, weight_grad, bias_grad
+
+
+def loss_and_gradient(
+    head: LMHead, logits: Tensor, targets: Tensor, loss_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the losses of a chunk, and its gradient at the output layer's logits.
+
+    With x the output layer's logits, z = cap tanh(scale x / cap), or z = scale x without a cap. The
+    gradient of a loss is (softmax(z) - one-hot) (1 - z^2 / cap^2) scale.
+
+    Args:
+        head: has the scale and the cap.
+        logits: x, [n, vocabulary], fp32; the gradient takes their memory.
+        targets: token ids, [n, 1].
+        loss_weights: factors of the losses, [n, 1].
+    """
+    logits = head.scale_and_cap(logits)
+    slope = 1 - (logits / head.softcap).square_() if head.softcap else None
+    largest = logits.amax(1, keepdim=True)
+    target_logits = logits.gather(1, targets)
+    exponentials = logits.sub_(largest).exp_()
+    sums = exponentials.sum(1, keepdim=True)
+    # The logarithm is added last: added to a large logit, it would lose its digits.
+    losses = largest - target_logits + sums.log()
+    gradient = exponentials.mul_(loss_weights * head.scale / sums)
+    gradient.scatter_add_(1, targets, -loss_weights * head.scale)
+    if slope is not None:
+        gradient.mul_(slope)
+    return (losses * loss_weights).sum(), gradient
 
 
 class MLPHead(nn.Module):
-    """Linear(h, h) - ReLU - Dropout - Linear(h, 1) - sigmoid, and a loss against a label in 0..1.
+    """Linear(h, h) - ReLU - Dropout - Linear(h, 1) - sigmoid, with a loss against labels in 0..1.
 
-    `loss` is "mse", the squared error, or "bce", the binary cross entropy. Both are least where the
-    score is the label.
+    `loss` is "mse", the squared error, or "bce", the binary cross entropy. Both are smallest where
+    the score equals the label.
     """
 
-    def __init__(self, width, dropout=0.0, loss="mse"):
+    def __init__(self, width: int, dropout: float = 0.0, loss: str = "mse") -> None:
         super().__init__()
         self.loss = loss
         self.layers = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1)
         )
 
-    def logits(self, hidden):
-        """hidden [n, width] -> [n]; the score is their sigmoid."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [n] of the hidden states [n, width]; a score is the sigmoid of one."""
         return self.layers(hidden.float()).float().squeeze(-1)
 
-    def predict(self, hidden, targets):
-        """hidden [n, width] -> scores [n]."""
+    def predict(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the scores [n] of the hidden states [n, width]."""
         return torch.sigmoid(self.logits(hidden))
 
-    def losses(self, scores, targets):
-        """[n]: the loss of each score."""
+    def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each score, [n]."""
         if self.loss == "bce":
             return F.binary_cross_entropy(scores, targets, reduction="none")
         return (scores - targets).square()
 
-    def forward(self, hidden, targets, weights=None):
-        """hidden [n, width], targets [n] in 0..1, weights [n] of their losses (None: 1 each) -> sum
-        of the losses.
-        """
+    def forward(
+        self, hidden: Tensor, targets: Tensor, loss_weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the sum of the losses, a scalar; as in LMHead, with labels in 0..1 as targets."""
         logits = self.logits(hidden)
-        if self.loss == "bce":  # of the logits: the sigmoid rounds large ones to 1
+        if self.loss == "bce":  # of the logits, because the sigmoid rounds large ones to 1
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         else:
             losses = self.losses(torch.sigmoid(logits), targets)
-        return (losses if weights is None else losses * weights).sum()
+        return (losses if loss_weights is None else losses * loss_weights).sum()
 
-    def metrics(self, scores, targets):
-        """mse, mae and r2 = 1 - mse / variance (0: no better than always saying the mean; NaN
-        without variance).
+    def metrics(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
+        """Return loss, mse, mae, and r2 = 1 - mse / variance of the targets.
+
+        An r2 of 0 is no better than always predicting the mean. Without variance r2 is NaN.
         """
-        error = (scores - targets).double()
-        mse, variance = error.square().mean().item(), targets.double().var(correction=0).item()
+        errors = (predictions - targets).double()
+        mse = errors.square().mean().item()
+        variance = targets.double().var(correction=0).item()
         r2 = 1 - mse / variance if variance else math.nan
-        loss = (
-            self.losses(scores.double(), targets.double()).mean().item()
-            if self.loss == "bce"
-            else mse
-        )
-        return {"loss": loss, "mse": mse, "mae": error.abs().mean().item(), "r2": r2}
+        loss = mse
+        if self.loss == "bce":
+            loss = self.losses(predictions.double(), targets.double()).mean().item()
+        return {"loss": loss, "mse": mse, "mae": errors.abs().mean().item(), "r2": r2}

@@ -3,30 +3,35 @@
 from functools import partial
 
 import torch
+from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from lora.common.errors import UserError
+from lora.config.schema import Config, TrainingConfig
 from lora.distributed import process_group, sharding
 from lora.model.compatibility import find_incompatibility
+from lora.model.task import Task
 from lora.target_modules import decoder_layers
 
 
-def prepare_layers(model, training):
-    """Wrap the forward of every decoder layer as `training` asks: compiled; computed again when its
-    gradient is asked for, so that only its input is kept; what is kept moved to main memory. The
-    gradients stay what they are. Raises UserError.
+def prepare_layers(model: nn.Module, training: TrainingConfig) -> None:
+    """Wrap the forward of every decoder layer, without changing its gradients.
+
+    compile: it is compiled. gradient_checkpointing: it keeps only its input, and is computed again
+    in the backward pass. offload_activations: what it keeps is moved to main memory.
+
+    Raises:
+        UserError: the model has no list of layers.
     """
-    asked = [
-        key
-        for key in ("compile", "gradient_checkpointing", "offload_activations")
-        if getattr(training, key)
-    ]
+    keys = ("compile", "gradient_checkpointing", "offload_activations")
+    requested = [key for key in keys if getattr(training, key)]
     layers = decoder_layers(model)
-    if asked and not layers:
-        raise UserError(f"{asked[0]}: this model has no list of layers to do it to; leave it out.")
+    if requested and not layers:
+        problem = "this model has no list of layers to do it to"
+        raise UserError(f"{requested[0]}: {problem}; leave it out.")
     for layer in layers:
-        if training.compile:  # for any length: else every new one would be compiled
+        if training.compile:  # for any length, or every new length would be compiled
             layer.forward = torch.compile(layer.forward, dynamic=True)
         if training.gradient_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -34,20 +39,23 @@ def prepare_layers(model, training):
             layer.forward = partial(offloaded, layer.forward)
 
 
-def place_on_device(task, config, device, dtype):
-    """Bring a task to where it is trained: `device`, in parts if several processes train all
-    weights. Raises UserError.
+def offloaded(forward, *args, **kwargs):
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return forward(*args, **kwargs)
+
+
+def place_on_device(task: Task, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a task to its device, sharded if several processes train all weights.
+
+    Raises:
+        UserError: the model does not work there.
     """
     if process_group.world_size() > 1 and not config.lora:
         sharding.shard(task, dtype, config.training.optimizer, device)
     task.to(device)
-    if device.type != "cpu" and not any(map(sharding.is_sharded, task.parameters())):
-        # It has been tried on the CPU, but for the device's own kernels
+    weights_are_sharded = any(sharding.is_sharded(weight) for weight in task.parameters())
+    if device.type != "cpu" and not weights_are_sharded:
+        # load_task has tried it on the CPU, which says nothing of the device's own kernels.
         problem = find_incompatibility(task, dtype)
         if problem:
             raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")
-
-
-def offloaded(forward, *args, **kwargs):
-    with save_on_cpu(pin_memory=torch.cuda.is_available()):
-        return forward(*args, **kwargs)

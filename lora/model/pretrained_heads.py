@@ -1,93 +1,107 @@
-"""The forms in which others keep a score head, written and gone on from: an MLPHead that says
-exactly the same.
+"""Score heads in the forms of other projects, as an MLPHead that predicts exactly the same.
 
-score.0, score.2    Linear - ReLU - Linear to two classes, whose softmax's second is the score
-(Qwen2.5-Math-PRM, vLLM)
+score.0, score.2    Linear - ReLU - Linear to two classes; the score is the probability of the
+                    second (Qwen2.5-Math-PRM, vLLM)
 score               one linear layer to two classes (TRL's PRMTrainer)
 v_head.summary      one linear layer under a sigmoid (Skywork-o1-Open-PRM)
-two tokens          how much likelier a language model finds the first than the second
-(Math-Shepherd's + and -)
+two tokens          two tokens as the classes of a language model; the score is the probability of
+                    the first (Math-Shepherd's + and -)
 """
+
+from pathlib import Path
 
 from safetensors import safe_open
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lora.common.errors import UserError
+from lora.model.heads import MLPHead
 
 
-def tensors_of(files, prefix):
-    """{name: tensor in fp32} of the tensors in safetensors files whose names begin with `prefix`."""
-    found = {}
+def read_tensors(files: list[Path], prefix: str) -> dict[str, Tensor]:
+    """Read the tensors of safetensors files whose names begin with `prefix`, in fp32."""
+    tensors = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            found |= {
-                name: file.get_tensor(name).float()
-                for name in file.keys()
-                if name.startswith(prefix)
-            }
-    return found
+            names = [name for name in file.keys() if name.startswith(prefix)]
+            tensors.update({name: file.get_tensor(name).float() for name in names})
+    return tensors
 
 
-def two_rows(head):
-    """The MLPHead as two classes: softmax([0, z])[1] = sigmoid(z)."""
+def two_class_state(head: MLPHead) -> dict[str, Tensor]:
+    """Return the head with two classes: softmax([0, z])[1] = sigmoid(z)."""
     first, last = head.layers[0], head.layers[3]
-    rows = {name: torch.cat([torch.zeros_like(p), p]) for name, p in last.named_parameters()}
-    return {f"score.0.{name}": p for name, p in first.named_parameters()} | {
-        f"score.2.{n}": p for n, p in rows.items()
-    }
+    state = {f"score.0.{name}": tensor for name, tensor in first.named_parameters()}
+    for name, tensor in last.named_parameters():
+        state[f"score.2.{name}"] = torch.cat([torch.zeros_like(tensor), tensor])
+    return state
 
 
-def load_two_rows(head, files):
-    """Take over score.0 and score.2, of which only the rows' difference counts. False where the
-    files have none.
+def load_two_class_head(head: MLPHead, files: list[Path]) -> bool:
+    """Load score.0 and score.2; return False where the files have none.
+
+    The softmax depends only on the difference of the two rows of score.2.
     """
-    score = tensors_of(files, "score.")
+    score = read_tensors(files, "score.")
     if len(score) != 4 or len(score.get("score.2.weight", ())) != 2:
         return False
-    state = {f"0.{name}": score[f"score.0.{name}"] for name in ("weight", "bias")}
-    last = {name: score[f"score.2.{name}"] for name in ("weight", "bias")}
-    head.layers.load_state_dict(
-        state | {f"3.{name}": rows[1:] - rows[:1] for name, rows in last.items()}
-    )
+    state = {}
+    for name in ("weight", "bias"):
+        rows = score[f"score.2.{name}"]
+        state[f"0.{name}"] = score[f"score.0.{name}"]
+        state[f"3.{name}"] = rows[1:] - rows[:1]
+    head.layers.load_state_dict(state)
     return True
 
 
 @torch.no_grad()
-def load_linear(head, direction, bias):
-    """Take over z = direction [width] . h + bias [1], as z = relu(z) - relu(-z).
+def load_linear(head: MLPHead, direction: Tensor, bias: Tensor) -> None:
+    """Load z = direction [width] . h + bias [1], as z = relu(z) - relu(-z).
 
-    The other hidden units keep their first layer and start without a say, so that they can learn
-    one.
+    The other hidden units keep their first layer, and begin with weights of zero in the last, which
+    can be learned.
     """
     first, last = head.layers[0], head.layers[3]
-    first.weight[:2], first.bias[:2] = torch.stack([direction, -direction]), 0.0
+    first.weight[:2] = torch.stack([direction, -direction])
+    first.bias[:2] = 0.0
     last.weight.zero_()
     last.weight[0, :2] = torch.tensor([1.0, -1.0])
     last.bias.copy_(bias)
 
 
-def initialise_head(task, files, tokens):
-    """Begin with the score head among the base's weight files, if there is one; with `tokens`, two
-    of its output layer.
+def initialise_head(
+    head: MLPHead,
+    files: list[Path],
+    tokens: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    embeddings: Tensor,
+) -> None:
+    """Initialise a score head from the base.
 
-    Raises UserError.
+    Args:
+        head: the score head; it stays random if there are no tokens and no known tensors.
+        files: the base's weight files, which may hold a score head.
+        tokens: a good and a bad token, whose rows of the output layer are taken; or none.
+        tokenizer: reads them.
+        embeddings: the input embeddings, which are the output layer where the files have none.
+
+    Raises:
+        UserError: `tokens` are not two tokens.
     """
-    value, score = tensors_of(files, "v_head.summary."), tensors_of(files, "score.")
+    value, score = read_tensors(files, "v_head.summary."), read_tensors(files, "score.")
     if tokens:
-        rows = tensors_of(files, "lm_head.weight") or {
-            "": task.model.get_input_embeddings().weight.detach().float()
-        }
-        ids = [task.tokenizer(token, add_special_tokens=False).input_ids for token in tokens]
-        if [len(one) for one in ids] != [1, 1]:
-            raise UserError(
-                f"head_tokens {' '.join(tokens)}: expected two, each of them one token of the base's."
-            )
-        good, bad = next(iter(rows.values()))[[ids[0][0], ids[1][0]]]
-        load_linear(task.head, good - bad, torch.zeros(1))
+        ids = [tokenizer(token, add_special_tokens=False).input_ids for token in tokens]
+        if [len(token_ids) for token_ids in ids] != [1, 1]:
+            expected = "expected two, each of them one token of the base's"
+            raise UserError(f"head_tokens {' '.join(tokens)}: {expected}.")
+        tied = embeddings.detach().float()
+        rows = read_tensors(files, "lm_head.weight").get("lm_head.weight", tied)
+        load_linear(head, rows[ids[0][0]] - rows[ids[1][0]], torch.zeros(1))
     elif len(value) == 2:
-        load_linear(task.head, value["v_head.summary.weight"][0], value["v_head.summary.bias"])
+        load_linear(head, value["v_head.summary.weight"][0], value["v_head.summary.bias"])
     elif len(score.get("score.weight", ())) == 2:
         weight, bias = score["score.weight"], score.get("score.bias", torch.zeros(2))
-        load_linear(task.head, weight[1] - weight[0], bias[1:] - bias[:1])
+        load_linear(head, weight[1] - weight[0], bias[1:] - bias[:1])
     else:
-        load_two_rows(task.head, files)
+        load_two_class_head(head, files)

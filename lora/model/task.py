@@ -1,96 +1,100 @@
-"""The task: a backbone and a head as one module, whose `forward(batch)` returns `(loss_sum,
-num_targets)`.
+"""The task: a model and a head as one module, whose forward returns `(loss_sum, num_targets)`.
 
-The backbone reads the packed documents, the hidden states at the target positions are picked out,
-and the head turns them into a sum of losses.
+The model reads the packed documents, the hidden states at the target positions are picked out, and
+the head turns them into the sum of their losses.
 """
 
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora.adapter import load_adapter, save_adapter
 from lora.common.errors import UserError, library_errors
+from lora.data.batches import Batch
 from lora.distributed.sharded_checkpoint import INDEX_FILE, Shards
 from lora.distributed.sharding import copy_into
 from lora.layer import lora_layers, merge
 from lora.model.attention import Documents
 from lora.model.heads import LMHead, MLPHead
-from lora.model.pretrained_heads import load_two_rows
+from lora.model.pretrained_heads import load_two_class_head
 from lora.target_modules import is_causal, is_tied, require_all_grads
 
 
 class Task(nn.Module):
     """A model of transformers and a head, saved and loaded as one: `save(folder)`, `load(folder)`.
 
-    `model` is a causal LM (its own output layer is then the head), or a bare backbone under an
+    The model is a causal LM, whose own output layer is the head, or a bare backbone under an
     MLPHead.
     """
 
     def __init__(
-        self, model, tokenizer, base_dtype=torch.float32, head_dropout=0.0, score_loss="mse"
-    ):
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        base_dtype: torch.dtype = torch.float32,
+        head_dropout: float = 0.0,
+        score_loss: str = "mse",
+    ) -> None:
+        """`base_dtype` is the type of the base's files, and so of the final artifact."""
         super().__init__()
-        self.base_dtype = base_dtype  # of the base's files, and of the final artifact
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
+        self.base_dtype = base_dtype
         if model.get_output_embeddings() is not None:
             self.head = LMHead(model.get_output_embeddings, model.config.get_text_config())
         else:
             self.head = MLPHead(model.config.hidden_size, head_dropout, score_loss)
         self.causal = is_causal(model)
-        # False for a model whose attention cannot be told where documents end: its rows are padded
+        # Whether rows are packed. They are padded where the attention of the model cannot be told
+        # where documents end.
         self.packed = True
-        # RoBERTa counts positions from its padding index on; the others from 0.
-        table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)
-        self.first_position = 0 if padding is None else padding + 1
-        self.uses_token_type_ids = (
-            not self.causal and getattr(model.config, "type_vocab_size", 0) > 1
-        )
-
-    def hidden_states(self, batch):
-        """What the backbone makes of a micro-batch: [number of its positions, width]."""
-        packed = {}
-        if self.packed:
-            packed = {
-                "position_ids": batch.position_ids + self.first_position,
-                "documents": Documents(batch.seq_lens),
-            }
-            if self.uses_token_type_ids:
-                packed["token_type_ids"] = batch.token_type_ids
-        # Padding on the right of a causal model is seen by nobody, so no mask is needed there.
-        out = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **packed)
-        return out.last_hidden_state.flatten(0, 1)
+        # RoBERTa counts positions from its padding index + 1, the others from 0.
+        embeddings = getattr(model.base_model, "embeddings", None)
+        table = getattr(embeddings, "position_embeddings", None)
+        padding_idx = getattr(table, "padding_idx", None)
+        self.first_position = 0 if padding_idx is None else padding_idx + 1
+        num_token_types = getattr(model.config, "type_vocab_size", 0)
+        self.uses_token_type_ids = not self.causal and num_token_types > 1
 
     @property
-    def frozen(self):
-        """Whether nothing of the model is trained, and the head alone is."""
-        return not any(p.requires_grad for p in self.model.parameters())
+    def frozen(self) -> bool:
+        """Whether only the head is trained."""
+        return not any(parameter.requires_grad for parameter in self.model.parameters())
 
-    def target_hidden_states(self, batch):
-        """The hidden states at the targets [n, width]: those that the batch brings along, else the
-        backbone's.
-        """
+    def forward(self, batch: Batch) -> tuple[Tensor, int]:
+        """Return the sum of the losses of a micro-batch, and its number of targets."""
+        hidden = self.target_hidden_states(batch)
+        return self.head(hidden, batch.targets, batch.loss_weights), batch.num_targets
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Return what the head predicts at each target, [n, ...]."""
+        return self.head.predict(self.target_hidden_states(batch), batch.targets)
+
+    def target_hidden_states(self, batch: Batch) -> Tensor:
+        """Return the hidden states at the targets, [n, width]: cached in the batch, or computed."""
         if batch.features is not None:
             return batch.features
         return self.hidden_states(batch).index_select(0, batch.target_positions)
 
-    def predict(self, batch):
-        """What the head says at each target."""
-        return self.head.predict(self.target_hidden_states(batch), batch.targets)
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Return the backbone's hidden states at all positions of a micro-batch, [b x t, width]."""
+        # A causal model needs no mask for padding on the right, because no token sees it.
+        inputs = {"input_ids": batch.input_ids, "use_cache": False}
+        if self.packed:
+            inputs["position_ids"] = batch.position_ids + self.first_position
+            inputs["documents"] = Documents(batch.seq_lens)
+            if self.uses_token_type_ids:
+                inputs["token_type_ids"] = batch.token_type_ids
+        return self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
 
-    def forward(self, batch):
-        return self.head(
-            self.target_hidden_states(batch), batch.targets, batch.loss_weights
-        ), batch.num_targets
+    def save(self, folder: Path | str) -> None:
+        """Write what was trained.
 
-    def save(self, folder):
-        """Write what was trained: `lora_adapter/`, or `backbone/` as a plain Hugging Face folder;
-        and the MLP head.
-
-        Of a head on a frozen base that is `mlp_head.safetensors` alone.
+        That is `lora_adapter/`, or `backbone/` as a plain Hugging Face folder, or neither if the
+        base is frozen; and `mlp_head.safetensors`, if the head is an MLPHead.
         """
         folder = Path(folder)
         if lora_layers(self.model):
@@ -101,9 +105,10 @@ class Task(nn.Module):
         if isinstance(self.head, MLPHead):
             save_file(self.head.state_dict(), folder / "mlp_head.safetensors", {"format": "pt"})
 
-    def save_artifact(self, folder):
-        """`save`, with the backbone in the base's own type from now on (adapters stay fp32), and
-        the tokenizer.
+    def save_artifact(self, folder: Path | str) -> None:
+        """Write what was trained, and the tokenizer.
+
+        A backbone is converted to the base's own type, in place. Adapters stay fp32.
         """
         if not (lora_layers(self.model) or self.frozen):
             self.model.to(self.base_dtype)
@@ -111,106 +116,109 @@ class Task(nn.Module):
         self.save(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def load(self, folder):
-        """The weights that `save` wrote, into this task. Raises UserError where they do not fit."""
-        self.load_model(Path(folder))
-        if not (Path(folder) / INDEX_FILE).is_file():
+    def load(self, folder: Path | str) -> None:
+        """Load what `save` wrote, or a sharded checkpoint. Raises UserError if it does not fit."""
+        folder = Path(folder)
+        self.load_model(folder)
+        if not (folder / INDEX_FILE).is_file():  # the shards hold the head's weights as well
             self.load_head(folder)
 
-    def load_model(self, folder):
-        """`load` without the MLP head."""
-        adapter, whole = (
-            (folder / "lora_adapter").is_dir(),
-            (folder / INDEX_FILE).is_file() or (folder / "backbone").is_dir(),
-        )
-        if self.frozen and (adapter or whole):
-            raise UserError(
-                f"{folder}: holds more than a head, and lora_r 0 trains no more; name the merged base_model."
-            )
-        if adapter:
+    def load_model(self, folder: Path) -> None:
+        """Load what `save` wrote, without the MLP head."""
+        has_adapter = (folder / "lora_adapter").is_dir()
+        has_shards = (folder / INDEX_FILE).is_file()
+        has_backbone = (folder / "backbone").is_dir()
+        if not (has_adapter or has_shards or has_backbone):
+            has_head = (folder / "mlp_head.safetensors").is_file()
+            if has_head and isinstance(self.head, MLPHead):
+                return  # only the head was trained
+            expected = "expected a checkpoint or an artifact"
+            raise UserError(f"{folder}: no lora_adapter/ or backbone/; {expected}.")
+        if self.frozen:
+            problem = "holds more than a head, and lora_r 0 trains no more"
+            raise UserError(f"{folder}: {problem}; name the merged base_model.")
+        if has_adapter:
             load_adapter(self.model, folder / "lora_adapter")
-        elif (
-            not whole
-            and isinstance(self.head, MLPHead)
-            and (folder / "mlp_head.safetensors").is_file()
-        ):
-            pass  # the head of a frozen base
-        elif not whole:
-            raise UserError(
-                f"{folder}: no lora_adapter/ or backbone/; expected a checkpoint or an artifact."
-            )
-        elif lora_layers(self.model):
-            raise UserError(
-                f"{folder}: holds a whole model, not an adapter; name its backbone/ as the base_model."
-            )
-        elif (folder / INDEX_FILE).is_file():
-            with library_errors(folder):
-                saved = Shards(folder)
-                for name, parameter in self.named_parameters():
-                    if parameter.requires_grad:
-                        saved.fill(parameter, name)
+            return
+        if lora_layers(self.model):
+            problem = "holds a whole model, not an adapter"
+            raise UserError(f"{folder}: {problem}; name its backbone/ as the base_model.")
+        if has_shards:
+            self.load_shards(folder)
         else:
-            with library_errors(folder / "backbone"):
-                saved, info = type(self.model).from_pretrained(
-                    folder / "backbone",
-                    dtype=torch.float32,
-                    local_files_only=True,
-                    output_loading_info=True,
-                )
-                if info["missing_keys"]:  # a scorer's backbone has no output layer
-                    raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys']))}")
-                state = saved.state_dict()
-                for name, tensor in self.model.state_dict().items():
-                    copy_into(tensor, state[name])
+            self.load_backbone(folder / "backbone")
 
-    def start_from(self, folder):
-        """Begin with the weights of an earlier stage: an adapter, a checkpoint or a final artifact.
-        Raises UserError.
+    def load_shards(self, folder: Path) -> None:
+        """Load the trained weights of a checkpoint that several processes wrote."""
+        with library_errors(folder):
+            shards = Shards(folder)
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad:
+                    shards.fill(parameter, name)
 
-        LoRA goes on with the adapter; full fine-tuning folds it into the weights. A scorer's head
-        comes along, or alone.
+    def load_backbone(self, folder: Path) -> None:
+        """Load all weights of the model from a plain Hugging Face folder."""
+        with library_errors(folder):
+            saved, info = type(self.model).from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+            if info["missing_keys"]:  # a scorer's backbone has no output layer
+                raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys']))}")
+            state = saved.state_dict()
+            for name, tensor in self.model.state_dict().items():
+                copy_into(tensor, state[name])
+
+    def start_from(self, folder: Path | str) -> None:
+        """Begin with the weights of an earlier stage: an adapter, a checkpoint or an artifact.
+
+        LoRA continues the adapter; full fine-tuning merges it into the weights. A score head is
+        loaded as well, or alone. Raises UserError.
         """
-        folder, trains_lora = Path(folder), bool(lora_layers(self.model))
-        adapter = folder if (folder / "adapter_config.json").is_file() else folder / "lora_adapter"
+        folder = Path(folder)
+        is_adapter = (folder / "adapter_config.json").is_file()
+        adapter = folder if is_adapter else folder / "lora_adapter"
         if adapter.is_dir() and not self.frozen:
-            was_tied, tokens = is_tied(self.model), self.model.get_input_embeddings().num_embeddings
-            load_adapter(self.model, adapter)
-            if not trains_lora:
-                merge(self.model)
-                require_all_grads(self.model)
-            found = self.model.get_input_embeddings().num_embeddings
-            if found != tokens:
-                raise UserError(
-                    f"{adapter}: has embeddings of {found} tokens, not {tokens}; add its --add_special_tokens."
-                )
-            # A resumed run would begin with the base's tied ones
-            if was_tied and not is_tied(self.model):
-                raise UserError(
-                    f"{adapter}: gives the model a head of its own; merge it (merge.py), and train the result."
-                )
+            self.start_from_adapter(adapter)
         else:
             self.load_model(folder)
         if (folder / "mlp_head.safetensors").is_file():
             self.load_head(folder)
 
-    def load_head(self, folder):
-        """The MLP head in `folder`, where the task has one: a file of its own, or among the weights
-        of a merged scorer.
-        """
+    def start_from_adapter(self, adapter: Path) -> None:
+        """Continue an adapter, or merge it if all weights are trained."""
+        trains_lora = bool(lora_layers(self.model))
+        was_tied = is_tied(self.model)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        load_adapter(self.model, adapter)
+        if not trains_lora:
+            merge(self.model)
+            require_all_grads(self.model)
+        loaded = self.model.get_input_embeddings().num_embeddings
+        if loaded != vocabulary:
+            problem = f"has embeddings of {loaded} tokens, not {vocabulary}"
+            raise UserError(f"{adapter}: {problem}; add its --add_special_tokens.")
+        # A resumed run would begin with the base's embeddings and head, which are tied.
+        if was_tied and not is_tied(self.model):
+            problem = "gives the model a head of its own"
+            raise UserError(f"{adapter}: {problem}; merge it (merge.py), and train the result.")
+
+    def load_head(self, folder: Path | str) -> None:
+        """Load the MLP head, if the task has one, from its file or a merged scorer's weights."""
         if not isinstance(self.head, MLPHead):
             return
         path = Path(folder) / "mlp_head.safetensors"
         with library_errors(path):
             if path.is_file():
-                saved, ours = load_file(path), dict(self.head.named_parameters())
-                if saved.keys() != ours.keys():
-                    raise ValueError(
-                        f"other tensors than the head's: {', '.join(sorted(saved.keys() ^ ours.keys()))}"
-                    )
-                for name, parameter in ours.items():
-                    copy_into(parameter, saved[name])
-                return
-            if not load_two_rows(self.head, sorted(Path(folder).glob("*.safetensors"))):
-                raise UserError(
-                    f"{folder}: no mlp_head.safetensors, no score.0 and score.2 (of two rows); expected a scorer's."
-                )
+                self.load_head_file(path)
+            elif not load_two_class_head(self.head, sorted(Path(folder).glob("*.safetensors"))):
+                absent = "no mlp_head.safetensors, no score.0 and score.2 (of two rows)"
+                raise UserError(f"{folder}: {absent}; expected a scorer's.")
+
+    def load_head_file(self, path: Path) -> None:
+        saved = load_file(path)
+        parameters = dict(self.head.named_parameters())
+        unexpected = saved.keys() ^ parameters.keys()
+        if unexpected:
+            raise ValueError(f"other tensors than the head's: {', '.join(sorted(unexpected))}")
+        for name, parameter in parameters.items():
+            copy_into(parameter, saved[name])

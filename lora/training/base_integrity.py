@@ -19,7 +19,7 @@ from lora.distributed.sharded_checkpoint import INDEX_FILE
 from lora.layer import lora_layers
 from lora.model.heads import MLPHead
 from lora.model.weights import weight_files
-from lora.target_modules import named_modules
+from lora.target_modules import find_modules_to_save
 from lora.training.checkpoint import trainable_parameters
 
 
@@ -132,7 +132,7 @@ def only_adapters_train(task, modules_to_save):
     lora = [p for layer in lora_layers(task.model).values() for p in factors(layer).values()]
     whole = [
         p
-        for name in named_modules(task.model, modules_to_save)
+        for name in find_modules_to_save(task.model, modules_to_save)
         for p in task.model.get_submodule(name).parameters()
     ]
     head = list(task.head.parameters()) if isinstance(task.head, MLPHead) else []

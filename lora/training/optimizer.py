@@ -3,7 +3,7 @@
 import torch
 
 from lora.distributed.sharding import local_tensor, sharded_like
-from lora.quantization import bitsandbytes
+from lora.quantization import import_bitsandbytes
 
 
 def make_optimizer(parameters, config, device):
@@ -25,7 +25,7 @@ def make_optimizer(parameters, config, device):
     values = {"lr": 0.0, "betas": (0.9, settings.adam_beta2), "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, **values)
-    bnb = bitsandbytes(f"optimizer {settings.optimizer}", device)
+    bnb = import_bitsandbytes(f"optimizer {settings.optimizer}", device)
     paged = settings.optimizer == "paged_adamw_8bit"
     if paged and device.type == "cpu":
         print(

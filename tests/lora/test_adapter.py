@@ -298,7 +298,7 @@ def test_a_config_that_no_lora_can_have_is_one_line(ours, values):
 
 
 def test_modules_to_save_that_peft_writes_three_times_are_read(tmp_path):
-    """As it does where the embeddings were given rows, and of biases where all of them are trained."""
+    """PEFT does so for embeddings that were given rows, and for biases if all are trained."""
     settings = {
         "target_modules": ["c_attn"],
         "modules_to_save": ["lm_head", "ln_f"],

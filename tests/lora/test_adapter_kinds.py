@@ -16,6 +16,9 @@ from tests.conftest import tiny_llama
 from tests.lora.test_layer import TOKENS, randomise, tiny_gpt2
 
 ATTENTION = ["q_proj", "v_proj", "down_proj"]
+Q_V = ["q_proj", "v_proj"]
+BIASES = {"attention_bias": True}
+TIED = {"tie_word_embeddings": True}
 PATTERNS = {
     "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6},
     "alpha_pattern": {"v_proj": 5},
@@ -28,21 +31,25 @@ KINDS = {  # name -> (LoraConfig settings, changes to the Llama, or None for GPT
     "layers_to_transform": ({"target_modules": ATTENTION, "layers_to_transform": [1]}, {}),
     "DoRA": ({"target_modules": "all-linear", "use_dora": True}, {}),
     "DoRA with rsLoRA": ({"target_modules": ATTENTION, "use_dora": True, "use_rslora": True}, {}),
-    "lora_bias": ({"target_modules": ["q_proj", "v_proj"], "lora_bias": True}, {"attention_bias": True}),
-    "bias lora_only": ({"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}, {"attention_bias": True}),
-    "bias all": ({"target_modules": ["q_proj", "v_proj"], "bias": "all"}, {"attention_bias": True, "mlp_bias": True}),
+    "lora_bias": ({"target_modules": Q_V, "lora_bias": True}, BIASES),
+    "bias lora_only": ({"target_modules": Q_V, "bias": "lora_only"}, BIASES),
+    "bias all": ({"target_modules": Q_V, "bias": "all"}, {**BIASES, "mlp_bias": True}),
     "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, {}),
-    "embeddings, tied": ({"target_modules": ["q_proj", "embed_tokens"]}, {"tie_word_embeddings": True}),
+    "embeddings, tied": ({"target_modules": ["q_proj", "embed_tokens"]}, TIED),
     "head": ({"target_modules": ["q_proj", "lm_head"]}, {}),
-    "head, tied": ({"target_modules": ["q_proj", "lm_head"]}, {"tie_word_embeddings": True}),
-    "modules_to_save": ({"target_modules": ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]}, {}),
-    "norms saved": ({"target_modules": ATTENTION, "modules_to_save": ["norm"]}, {}),
-    "one of two tied saved": (
-        {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}, {"tie_word_embeddings": True},
+    "head, tied": ({"target_modules": ["q_proj", "lm_head"]}, TIED),
+    "modules_to_save": (
+        {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]},
+        {},
     ),
+    "norms saved": ({"target_modules": ATTENTION, "modules_to_save": ["norm"]}, {}),
+    "one of two tied saved": ({"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}, TIED),
     "GPT-2's Conv1D": ({"target_modules": "all-linear", "fan_in_fan_out": True}, None),
-    "GPT-2's Conv1D, DoRA": ({"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}, None),
-}  # fmt: skip
+    "GPT-2's Conv1D, DoRA": (
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True},
+        None,
+    ),
+}
 
 
 def base(changes):

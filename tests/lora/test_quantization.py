@@ -28,7 +28,7 @@ from lora.data.batches import Rows
 from lora.data.tokenise import Row
 from lora.model.load import load_task
 from lora.model.weights import four_bits, load_weights
-from lora.quantization import bitsandbytes, dense_weight, dequantize, is_4bit, share_4bit
+from lora.quantization import dense_weight, dequantize, import_bitsandbytes, is_4bit, share_4bit
 from lora.target_modules import linear_names
 import merge as merging
 from tests.conftest import run
@@ -136,9 +136,13 @@ def test_an_evaluation_leaves_the_gradients_and_the_base_as_they_are(configure, 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 def test_a_resumed_qlora_run_equals_the_undisturbed_one_to_the_bit(configure, optimizer):
     settings = dict(
-        load_in_4bit=True, optimizer=optimizer, lora_dropout=0.1, lr_scheduler_type="constant", warmup_steps=0,
+        load_in_4bit=True,
+        optimizer=optimizer,
+        lora_dropout=0.1,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
         modules_to_save=["embed_tokens"],  # large enough for 8 bits
-    )  # fmt: skip
+    )
     first = run(configure(True, name="first", max_steps=6, **settings))
     run(
         configure(True, name="first", **settings),
@@ -235,10 +239,10 @@ def test_where_4_bits_cannot_be_had_one_line_says_so(monkeypatch):
     with pytest.raises(
         UserError, match="load_in_4bit: not on mps, where bitsandbytes cannot train; .*--device cpu"
     ):
-        bitsandbytes("load_in_4bit", torch.device("mps"))
+        import_bitsandbytes("load_in_4bit", torch.device("mps"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="optimizer adamw_8bit: bitsandbytes cannot be loaded"):
-        bitsandbytes("optimizer adamw_8bit", CPU)
+        import_bitsandbytes("optimizer adamw_8bit", CPU)
 
 
 def test_a_weight_that_is_not_finite_is_refused(tiny_base, tmp_path):
@@ -307,7 +311,7 @@ def test_how_much_is_in_4_bits_is_measured(tiny_base, tmp_path):
 def test_a_layer_of_8_bits_is_refused():
     """Its bytes would be taken for weights when the update is folded in."""
     model = torch.nn.Sequential(
-        bitsandbytes("", CPU).nn.Linear8bitLt(32, 32, has_fp16_weights=False)
+        import_bitsandbytes("", CPU).nn.Linear8bitLt(32, 32, has_fp16_weights=False)
     )
     with pytest.raises(UserError, match="target_modules: a Linear8bitLt; expected dense layers"):
         inject(model.to("cpu"), r=4)
@@ -352,7 +356,8 @@ def test_bitsandbytes_paged_memory_is_not_asked_for_on_a_cpu(configure, capsys):
 
 
 def test_a_qlora_step_needs_neither_accelerate_nor_peft(tmp_path):
-    hidden = "import runpy, sys; sys.modules |= dict.fromkeys(['accelerate', 'peft', 'trl']); sys.argv = sys.argv[1:]; "
+    hidden = "import runpy, sys; sys.modules |= dict.fromkeys(['accelerate', 'peft', 'trl']); "
+    hidden += "sys.argv = sys.argv[1:]; "
     flags = [
         "--config",
         "configs/steps_qlora.toml",

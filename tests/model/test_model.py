@@ -150,7 +150,7 @@ def test_a_cpu_computes_in_bfloat16_where_it_is_quick_at_it_and_the_base_is_wide
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_checkpointing_and_offloading_give_the_same_gradients_to_the_bit_and_keep_less_on_the_device(
+def test_checkpointing_and_offloading_give_the_same_gradients_to_the_bit_and_keep_less(
     configure, lora
 ):
     gradients, kept = [], []
