@@ -1,28 +1,32 @@
-"""Evaluate a checkpoint, a final artifact or a base: its loss, its answers, its embeddings; or try
-it by hand.
+"""Evaluate a checkpoint, a final artifact or a base: loss, answers, embeddings; or try it by hand.
 
-    python eval.py --checkpoint outputs/RUN/final_artifact [--eval_data FILE ...] [--output results.json]
-    python eval.py --checkpoint outputs/RUN/final_artifact --test_set FILE [--critical_questions FILE]
-    python eval.py --checkpoint outputs/RUN/final_artifact --test_queries FILE --corpus FILE
-    python eval.py --checkpoint outputs/RUN/final_artifact --prompt 'Start with 12, add 9.
+    python eval.py --checkpoint RUN/final_artifact [--eval_data FILE ...] [--output results.json]
+    python eval.py --checkpoint RUN/final_artifact --test_set FILE [--critical_questions FILE]
+    python eval.py --checkpoint RUN/final_artifact --test_queries FILE --corpus FILE
+    python eval.py --checkpoint RUN/final_artifact --prompt 'Start with 12, add 9.
     12+9=21'
-    python eval.py --checkpoint SCORER --test_set FILE [--html page.html] [--reliability picture.png]
+    python eval.py --checkpoint SCORER --test_set FILE [--html new.html] [--reliability new.png]
     python eval.py --base_model FOLDER --task lm --eval_data FILE
-    python eval.py --verify_only --artifact_dir outputs/RUN/final_artifact
+    python eval.py --verify_only --artifact_dir RUN/final_artifact
 
-A checkpoint brings its configuration along: where nothing else is asked for, it is evaluated on
-what its run held out, all of it. Answers are measured by lora/evaluation/text_metrics.py, scores of
-steps by lora/evaluation/step_metrics.py.
+A checkpoint brings its configuration along. Where no data is named, it is evaluated on all examples
+that its run held out. Answers are measured by lora/evaluation/text_metrics.py, scores of steps by
+lora/evaluation/step_metrics.py.
 """
 
-import json
+from argparse import Namespace
 from pathlib import Path
 import sys
 
 from lora.common.allocator import keep_freed_memory
 from lora.common.exit_status import one_line_errors, require_one_process
-from lora.evaluation.arguments import read_arguments, read_examples, whole_model
-from lora.evaluation.text_metrics import passes
+from lora.config.schema import Config
+from lora.evaluation.arguments import (
+    EvaluationRequest,
+    full_model_folder,
+    read_arguments,
+    read_request,
+)
 
 if __name__ == "__main__":
     # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake
@@ -31,100 +35,71 @@ if __name__ == "__main__":
     with one_line_errors():
         require_one_process()
         arguments, config = read_arguments(sys.argv[1:])
-        asked = read_examples(arguments, config)
+        request = read_request(arguments, config)
 
 import torch
 
-from lora.common.serialization import without_nan
 from lora.common.terminal import printable
-from lora.evaluation.generate import answers, prompt_tokens, text_tokens
-from lora.evaluation.measure import answer_rows, judge_steps, loss_numbers, retrieval_numbers
+from lora.evaluation.generate import generate_answers, prompt_tokens, text_tokens
+from lora.evaluation.measure import Results, measure_language, measure_retrieval, measure_steps
 from lora.model.device import choose_device, choose_dtype
 from lora.model.load import load_task
+from lora.model.task import Task
 from lora.training.base_integrity import file_sums, warn_other_base
 
 
-def load(arguments, config, device):
-    """The task with its trained weights, on `device`."""
-    task = load_task(config, torch.float32)
-    if whole_model(arguments.checkpoint):
-        task.load_head(arguments.checkpoint)
-    elif arguments.checkpoint:
-        task.load(arguments.checkpoint)
-        if warning := warn_other_base(
-            arguments.checkpoint, config.model.base_model, file_sums(config.model)
-        ):
+def load(arguments: Namespace, config: Config, device: torch.device) -> Task:
+    """Return the task with its trained weights, on `device`."""
+    task, checkpoint = load_task(config, torch.float32), arguments.checkpoint
+    if full_model_folder(checkpoint):
+        task.load_head(checkpoint)
+    elif checkpoint:
+        task.load(checkpoint)
+        base_model = config.model.base_model
+        warning = warn_other_base(checkpoint, base_model, file_sums(config.model))
+        if warning:
             print(warning)
     elif config.model.task == "score":
         print("note: a base has no score head; this one is untrained")
     return task.to(device)
 
 
-def measure_language(config, asked, task, dtype):
-    """(numbers, the rows of the answers, the verdicts on critical questions) of a language model."""
-    numbers, rows, verdicts = {}, [], []
-    if asked.examples:
-        numbers |= loss_numbers(asked.examples, task, config, dtype)
-    if asked.test_set:
-        rows, of_set = answer_rows(asked.test_set, task, config, dtype)
-        numbers |= of_set
-    if asked.critical:
-        of_critical, of_set = answer_rows(asked.critical, task, config, dtype)
-        for question, row in zip(asked.critical, of_critical):
-            row["passed"] = passes(row["answer"], row["reference"], config.evaluation)
-            asked_last = question.messages[-1]["content"]
-            verdicts.append(
-                {"where": question.where, "question": asked_last, "passed": row["passed"]}
-            )
-            last_line = printable(asked_last).strip().rpartition("\n")[2]
-            print(f"{'PASS' if row['passed'] else 'FAIL'}  {question.where}  {last_line}")
-        rows += of_critical
-        of_set |= {"passed": sum(row["passed"] for row in of_critical) / len(of_critical)}
-        numbers |= {f"critical/{name}": value for name, value in of_set.items()}
-    return numbers, rows, verdicts
-
-
-def answer_prompt(arguments, config, task, dtype):
+def answer_prompt(arguments: Namespace, config: Config, task: Task, dtype: torch.dtype) -> str:
     if arguments.ignore_chat_template:
         tokens = text_tokens(arguments.prompt, task.tokenizer)
     else:
-        tokens = prompt_tokens(
-            "--prompt", [{"role": "user", "content": arguments.prompt}], None, task.tokenizer
-        )
-    print(printable(answers(task, [("--prompt", tokens)], config, dtype)[0]))
+        messages = [{"role": "user", "content": arguments.prompt}]
+        tokens = prompt_tokens("--prompt", messages, None, task.tokenizer)
+    (answer,) = generate_answers(task, [("--prompt", tokens)], config, dtype)
+    return answer
 
 
-def show(numbers):
-    width = max(12, *map(len, numbers), 0)
+def print_numbers(numbers: dict[str, float]) -> None:
+    width = max([12, *(len(name) for name in numbers)])
     for name, value in numbers.items():
         print(f"{name:>{width}} {value:.6f}")
-    return numbers
 
 
-def main(arguments, config, asked):
+def main(arguments: Namespace, config: Config, request: EvaluationRequest) -> None:
     device = choose_device(config.training.device)
     dtype = choose_dtype(config, device)
     task = load(arguments, config, device)
-    numbers, rows, verdicts = {}, [], []
-    if config.model.task == "score" and asked.examples:
-        numbers = judge_steps(arguments, config, asked, task, dtype)
+    results = Results()
+    if config.model.task == "score" and request.examples:
+        results.numbers = measure_steps(request, arguments, task, config, dtype)
     elif arguments.prompt is not None:
-        answer_prompt(arguments, config, task, dtype)
+        print(printable(answer_prompt(arguments, config, task, dtype)))
     else:
-        numbers, rows, verdicts = measure_language(config, asked, task, dtype)
-        show(numbers)
-    if asked.queries:
-        numbers |= show(retrieval_numbers(asked, task, config, dtype))
+        results = measure_language(request, task, config, dtype)
+        print_numbers(results.numbers)
+    if request.queries:
+        numbers = measure_retrieval(request, task, config, dtype)
+        print_numbers(numbers)
+        results.numbers.update(numbers)
     if arguments.output:
-        results = without_nan(numbers) | ({"critical_questions": verdicts} if verdicts else {})
-        Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")
-        if rows:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            Path(arguments.output).with_suffix(".generations.jsonl").write_text(
-                "".join(lines), encoding="utf-8"
-            )
+        results.save(Path(arguments.output))
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(arguments, config, asked)
+        main(arguments, config, request)

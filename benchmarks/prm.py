@@ -39,7 +39,7 @@ from lora.data.raw_data import RawData
 from lora.data.readers import read
 from lora.data.split import split_by_prompt
 from lora.data.tokenise import Row, tokenise
-from lora.evaluation import best_of_n, step_metrics, trivial_scorers
+from lora.evaluation import best_of_n, step_metrics
 from lora.evaluation.arguments import read_arguments
 from lora.evaluation.generate import step_scores
 from lora.evaluation.predict import predict
@@ -134,15 +134,12 @@ def scorer(arguments, base, folder):
         "test_steps": sum(map(len, scores)),
         "unread_steps": unread,
     }
-    found["at_0.5"] = step_metrics.report(test, scores, EvaluationConfig(), {}, training)
+    scored = step_metrics.with_baselines(test, scores, training)
+    found["at_0.5"] = step_metrics.report(test, scored, EvaluationConfig(), {})
     found["at_best_threshold_on_the_test_set_itself"] = {}
-    scored = {"scores": scores}
-    for name, features in trivial_scorers.BASELINES.items():
-        scored[name] = trivial_scorers.baseline_scores(features, test, training)
     for name, of_name in scored.items():
-        of_name = [np.where(np.isnan(own), np.nan, of) for own, of in zip(scores, of_name)]
         best = step_metrics.best_threshold(test, of_name)
-        value = step_metrics.Judged.of(test, of_name, best).measures()["processbench_f1"]
+        value = step_metrics.ScoredChains(test, of_name, best).measures()["processbench_f1"]
         found["at_best_threshold_on_the_test_set_itself"][name] = {
             "threshold": best,
             "processbench_f1": value,

@@ -91,7 +91,8 @@ def ours(config, dropout):
     torch.manual_seed(seed_for(config.training.seed, "lora"))
     inject(task.model, config.lora.lora_r, config.lora.lora_alpha)
     (rows, _), (held_out, _) = (
-        tokenise_examples(part, task, config, "stsb") for part in read_data(config)
+        tokenise_examples(part, task.tokenizer, task.causal, config, "stsb")
+        for part in read_data(config)
     )
     data = TrainingData(rows, held_out, config)
     data.max_eval_rows = 1  # the evaluations of the loop are not what is compared

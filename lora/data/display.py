@@ -1,27 +1,35 @@
 """A row as text, its targets marked."""
 
-from itertools import groupby
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora.common.terminal import printable
-from lora.data.tokenise import NO_TOKEN
+from lora.data.tokenise import NO_TOKEN, Row
 
 
-def row_as_text(row, tokenizer, colour):
-    """The row as text: target tokens in colour (or brackets), and every label in them after the
-    step it is for.
+def row_as_text(row: Row, tokenizer: Tokenizer, colour: bool) -> str:
+    """Return the row as text: target tokens, or the labels after their steps, are marked.
+
+    They are green where there is `colour`, and otherwise in brackets.
     """
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
-    scores = [target for target in row.targets if isinstance(target, float)]
-    asked = [target == target and target != NO_TOKEN for target in row.targets]
-    if scores:
-        runs, ends = [], [place + 1 for place, flag in enumerate(asked) if flag]
-        for first, last in zip([0, *ends], ends):
-            text = printable(tokenizer.decode(row.tokens[first:last])).rstrip("\n")
-            runs.append(f"{text} {begin}{row.targets[last - 1]:g}{end}\n")
-        return "".join(runs) + printable(tokenizer.decode(row.tokens[ends[-1] :]))
-    is_target = [False, *asked[:-1]]  # the token that is predicted, not the place that predicts it
-    runs = []
-    for flag, places in groupby(range(len(row.tokens)), key=is_target.__getitem__):
-        text = printable(tokenizer.decode([row.tokens[place] for place in places]))
-        runs.append(f"{begin}{text}{end}" if flag else text)
-    return "".join(runs)
+    has_labels = any(isinstance(target, float) for target in row.targets)
+    parts = []
+    start = 0
+    if has_labels:
+        for i, label in enumerate(row.targets):
+            if label == label:  # not NaN
+                text = printable(tokenizer.decode(row.tokens[start : i + 1])).rstrip("\n")
+                parts.append(f"{text} {begin}{label:g}{end}\n")
+                start = i + 1
+        return "".join(parts) + printable(tokenizer.decode(row.tokens[start:]))
+
+    # A target stands at the position that predicts it, one before its token.
+    is_target = [False]
+    is_target.extend(target != NO_TOKEN for target in row.targets[:-1])
+    for i in range(1, len(row.tokens) + 1):
+        is_end = i == len(row.tokens) or is_target[i] != is_target[start]
+        if is_end:
+            text = printable(tokenizer.decode(row.tokens[start:i]))
+            parts.append(f"{begin}{text}{end}" if is_target[start] else text)
+            start = i
+    return "".join(parts)

@@ -1,77 +1,78 @@
 """One example of a data set, and the checks of its parts that all readers share."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 import json
+from typing import Any
 
 from lora.common.errors import UserError
 
 
 @dataclass(slots=True)
 class Example:
-    """One row of somebody's data: a text, a chat, or a prompt with steps and a label for each of
-    them.
-    """
+    """One row of a data set: a text, a chat, or a prompt with steps and a label for each step."""
 
-    where: str  # file:line, for messages
+    where: str  # file:line, for messages to the user
     text: str = ""
     messages: list[dict] = field(default_factory=list)  # {"role", "content", ...}
-    tools: list[dict] | None = None  # what the chat's template is told of tools
+    tools: list[dict] | None = None  # what the chat template is given about tools
     prompt: str = ""
     steps: list[str] = field(default_factory=list)
-    # 0..1, or None: no label for this step
-    labels: list[float | None] = field(default_factory=list)
+    labels: list[float | None] = field(default_factory=list)  # 0..1, or None without a label
     outcome: bool | None = None  # whether the solution's answer is right, where that is known
-    weight: float = 1.0  # multiplies the loss of its targets
+    weight: float = 1.0  # factor of the losses of its targets
     terms: str = ""  # why it may not be trained on
-    dataset_id: int = 0  # which of the paths it was read from
+    dataset_id: int = 0  # number of the path that it was read from
 
     @property
-    def subject(self):
-        """What rows must share to belong to the same side of a split: a document, or all before a
-        user is answered.
+    def subject(self) -> str:
+        """What examples share that must be on the same side of a split.
+
+        A document, or a chat up to the first answer to a user.
         """
-        if self.messages:
-            roles = [message["role"] for message in self.messages]
-            asked = roles.index("user") if "user" in roles else len(roles)
-            return json.dumps(
-                self.messages[
-                    : roles.index("assistant", asked) if "assistant" in roles[asked:] else None
-                ]
-            )
-        return self.prompt or self.text
+        if not self.messages:
+            return self.prompt or self.text
+        after_user = False
+        for i, message in enumerate(self.messages):
+            if after_user and message["role"] == "assistant":
+                return json.dumps(self.messages[:i])
+            after_user = after_user or message["role"] == "user"
+        return json.dumps(self.messages)
 
 
-def string(where, name, value):
-    """`value` if it is a text that a tokenizer can read."""
+SourceRows = Iterable[tuple[str, dict[str, Any]]]  # file:line, and the row
+Examples = Iterator[Example | str]  # a text says why a row is left out
+
+
+def string(where: str, name: str, value: Any) -> str:
+    """Return `value` if it is a text that a tokenizer can read. Raises UserError."""
     if not isinstance(value, str) or not value.strip():
-        raise UserError(
-            f"{where}: {name} is {str(value)[:40]!r}; expected a text that is not empty."
-        )
+        found = f"{name} is {str(value)[:40]!r}"
+        raise UserError(f"{where}: {found}; expected a text that is not empty.")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise UserError(
-            f"{where}: {name} holds half of a surrogate pair, which is no character; take it out."
-        )
+        problem = "holds half of a surrogate pair, which is no character; take it out"
+        raise UserError(f"{where}: {name} {problem}.")
     return value
 
 
-def weight(where, row):
-    """What the row's "weight" says, by which its loss is multiplied; 1 where it has none."""
+def weight(where: str, row: dict[str, Any]) -> float:
+    """Return the row's "weight", the factor of its loss; 1 where it has none. Raises UserError."""
     value = row.get("weight", 1.0)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not 0 <= value < float("inf")
-    ):
+    is_valid = is_number(value) and not isinstance(value, bool) and 0 <= value < float("inf")
+    if not is_valid:
         raise UserError(f"{where}: weight {value!r}; expected a number from 0 on.")
     return float(value)
 
 
-def label(where, value, label_max):
-    """A label as a share of `label_max`, or None for null."""
+def label(where: str, value: Any, label_max: float) -> float | None:
+    """Return a label as a share of `label_max`, or None for null. Raises UserError."""
     if value is None:
         return None
-    if not isinstance(value, (bool, int, float)) or not 0 <= value <= label_max:
-        raise UserError(
-            f"{where}: label {value!r}; expected 0..{label_max:g}, true, false or null (see --label_max)."
-        )
+    if not is_number(value) or not 0 <= value <= label_max:
+        expected = f"expected 0..{label_max:g}, true, false or null (see --label_max)"
+        raise UserError(f"{where}: label {value!r}; {expected}.")
     return float(value) / (1.0 if isinstance(value, bool) else label_max)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))

@@ -1,114 +1,112 @@
-"""Rows of JSONL, JSON (a list), CSV or TSV files and whole text files, each also .gz, each row with
-its file:line.
-"""
+"""Rows of JSONL, JSON (a list), CSV, TSV and text files, also as .gz, each with its file:line."""
 
 import csv
 import gzip
 import json
 from pathlib import Path
 import re
+from typing import Any, BinaryIO, TextIO
 import zlib
 
 from lora.common.errors import UserError
+from lora.data.examples import SourceRows
 
 HUB = "hf://datasets/"
-LISTED = 10  # of the bad rows of a file
+LISTED = 10  # bad rows of a file that an error names
+NUMERIC_COLUMNS = ("score", "label", "weight")  # of a table
+PAIR_COLUMNS = ["sentence1", "sentence2", "score"]  # of a table without a header
 
 
-def rows(path, bad=None):
-    """Yield (file:line, row as a dict). Raises UserError for what cannot be read: after the last
-    row, of all bad rows.
+def read_rows(path: str, bad_rows: list[UserError] | None = None) -> SourceRows:
+    """Yield the rows of a file with their file:line.
 
-    A caller that finds faults of its own in the rows gives a list, `bad`, to which theirs are
-    added, and calls `refuse`. `path` is a local file, or a file of a data set on the Hub:
-    hf://datasets/OWNER/NAME[@REVISION]/PATH.
+    Args:
+        path: a local file, or one of the Hub: hf://datasets/OWNER/NAME[@REVISION]/PATH.
+        bad_rows: what cannot be read is added here. The caller adds the bad rows that it finds
+            itself, and calls `raise_bad_rows` after the last row. Without a list that is done here.
     """
-    readers = {"jsonl": jsonl_rows, "json": json_rows, **dict.fromkeys(("csv", "tsv"), csv_rows)}
-    readers |= dict.fromkeys(("txt", "text", "md"), text_rows)
-    collected = [] if bad is None else bad
-    suffix = path.lower().removesuffix(".gz").rpartition(".")[2]
+    readers = {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "tsv": csv_rows}
+    readers.update({"txt": text_rows, "text": text_rows, "md": text_rows})
+    name = path.lower().removesuffix(".gz")
+    suffix = name.rpartition(".")[2]
     if suffix not in readers:
         raise UserError(
             f"{path}: expected a file named .{', .'.join(readers)} (or one of these with .gz)."
         )
+    collected = [] if bad_rows is None else bad_rows
+    opener = gzip.open if name != path.lower() else open
     try:
-        opened = gzip.open if path.lower().endswith(".gz") else open
-        with opened(local(path), "rt", encoding="utf-8-sig", newline="") as file:
+        with opener(local_path(path), "rt", encoding="utf-8-sig", newline="") as file:
             yield from readers[suffix](path, file, collected)
+    except UserError as error:
+        collected.append(error)
     except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}.") from None
+        problem = getattr(error, "strerror", None) or error
+        collected.append(UserError(f"{path}: {problem}."))
     except UnicodeDecodeError as error:
-        line, byte = undecodable(opened(local(path), "rb")) or ("", error.object[error.start])
-        mend = "convert it: iconv -f ITS_ENCODING -t utf-8"
-        raise UserError(f"{path}:{line}: byte {byte:#04x} is not UTF-8; {mend}.") from None
-    if bad is None:
-        refuse(path, collected)
+        line, byte = first_undecodable(opener(local_path(path), "rb"), error)
+        advice = "convert it: iconv -f ITS_ENCODING -t utf-8"
+        collected.append(UserError(f"{path}:{line}: byte {byte:#04x} is not UTF-8; {advice}."))
+    if bad_rows is None:
+        raise_bad_rows(path, collected)
 
 
-def undecodable(file):
-    """(number of the first line that is not UTF-8, its first byte that is not)."""
+def first_undecodable(file: BinaryIO, error: UnicodeDecodeError) -> tuple[int | str, int]:
+    """Return the first line that is not UTF-8, and its first byte that is not."""
     with file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
-            except UnicodeDecodeError as error:
-                return number, line[error.start]
+            except UnicodeDecodeError as error_in_line:
+                return number, line[error_in_line.start]
+    return "", error.object[error.start]
 
 
-def good(bad, function, *arguments):
-    """[what `function` gives], or [] where it raises a UserError, which is then added to `bad`."""
-    try:
-        return [function(*arguments)]
-    except UserError as error:
-        bad.append(error)
-        return []
+def raise_bad_rows(path: str, bad_rows: list[UserError]) -> None:
+    """Raise one UserError for all bad rows, which names the first ten, if there are any."""
+    if len(bad_rows) == 1:
+        raise bad_rows[0]
+    if bad_rows:
+        problems = [str(error).removeprefix(f"{path}:") for error in bad_rows[:LISTED]]
+        listed = "; ".join(problem.strip(" .") for problem in problems)
+        end = "; ..." if len(bad_rows) > LISTED else "."
+        raise UserError(f"{path}: {len(bad_rows)} bad rows: {listed}{end}")
 
 
-def refuse(path, bad):
-    """Raises UserError with the number of all bad rows, and the first ten of them."""
-    if len(bad) > 1:
-        listed = "; ".join(
-            str(error).removeprefix(f"{path}:").strip(" .") for error in bad[:LISTED]
-        )
-        raise UserError(
-            f"{path}: {len(bad)} bad rows: {listed}{'; ...' if len(bad) > LISTED else '.'}"
-        )
-    if bad:
-        raise bad[0]
-
-
-def local(path):
-    """Where the file lies; a Hub file is downloaded once, by huggingface_hub. Raises UserError."""
+def local_path(path: str) -> Path:
+    """Return where a file lies; a file of the Hub is downloaded once. Raises UserError."""
     if not path.startswith(HUB):
+        if Path(path).is_dir():
+            raise UserError(f"{path}: a folder; name its files.")
         if not Path(path).is_file():
-            found = (
-                "a folder; name its files" if Path(path).is_dir() else "No such file or directory"
-            )
-            raise UserError(f"{path}: {found}.")
+            raise UserError(f"{path}: No such file or directory.")
         return Path(path)
     match = re.fullmatch(HUB + r"([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
     if not match:
         raise UserError(f"{path}: expected {HUB}OWNER/NAME/PATH (or OWNER/NAME@REVISION/PATH).")
-    from huggingface_hub import hf_hub_download  # half a second, for those who ask for it
+    # Imported here because it takes half a second, which only a file of the Hub is worth.
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    repository, revision, name = match.groups()
     try:
-        return Path(hf_hub_download(match[1], match[3], repo_type="dataset", revision=match[2]))
+        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
     except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
         raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from None
 
 
-def parse(where, text):
+def parse_json(where: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=with_different_keys)
+        return json.loads(text, object_pairs_hook=dict_of_different_keys)
     except json.JSONDecodeError as error:
-        place = f"{where}:{error.lineno}" if "\n" in text.strip() else where
-        raise UserError(f"{place}: not JSON ({error.msg}, column {error.colno}).") from None
+        if "\n" in text.strip():
+            where = f"{where}:{error.lineno}"
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON that can be read ({error}).") from None
 
 
-def with_different_keys(pairs):
+def dict_of_different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -117,76 +115,80 @@ def with_different_keys(pairs):
     return row
 
 
-def as_row(where, value):
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}.")
-    return where, value
+def no_object(where: str, value: Any) -> UserError:
+    return UserError(f"{where}: expected a JSON object, found {type(value).__name__}.")
 
 
-def jsonl_rows(path, file, bad):
+def jsonl_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
     for number, line in enumerate(file, 1):
-        if line.strip():
-            yield from good(
-                bad, lambda where, line: as_row(where, parse(where, line)), f"{path}:{number}", line
-            )
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = parse_json(where, line)
+        except UserError as error:
+            bad_rows.append(error)
+            continue
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            bad_rows.append(no_object(where, row))
 
 
-def json_rows(path, file, bad):
-    values = parse(path, file.read())
+def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
+    values = parse_json(path, file.read())
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a JSON list of objects, found {type(values).__name__}.")
-    for number, value in enumerate(values, 1):
-        yield from good(bad, as_row, f"{path}: row {number}", value)
+    for number, row in enumerate(values, 1):
+        where = f"{path}: row {number}"
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            bad_rows.append(no_object(where, row))
 
 
-def csv_rows(path, file, bad):
-    """Rows under the names in the first line; three columns that end in a number are a pair without
-    a header.
+def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
+    """Yield rows under the names in the first line.
+
+    Where the first line is two texts and a number there is no header, and the rows are pairs.
     """
-    table = csv.reader(
-        file, delimiter="\t" if path.lower().removesuffix(".gz").endswith("tsv") else ","
-    )
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a document; csv's own limit is 128 KiB
+    is_tsv = path.lower().removesuffix(".gz").endswith("tsv")
+    table = csv.reader(file, delimiter="\t" if is_tsv else ",")
     names = None
-    for values in filter(None, table):  # a blank line is no row
+    for values in table:
+        if not values:  # a blank line
+            continue
         where = f"{path}:{table.line_num}"
         if names is None:
-            names = (
-                ["sentence1", "sentence2", "score"]
-                if len(values) == 3 and is_number(values[2])
-                else values
-            )
-            twice = next((name for name in names if name and names.count(name) > 1), None)
-            if twice:
-                raise UserError(f"{where}: the column {twice!r} is there twice; rename one.")
-            if names is values:
+            has_header = len(values) != 3 or not is_number(values[2])
+            names = values if has_header else PAIR_COLUMNS
+            for name in names:
+                if name and names.count(name) > 1:
+                    raise UserError(f"{where}: the column {name!r} is there twice; rename one.")
+            if has_header:
                 continue
         if len(values) != len(names):
-            bad.append(
-                UserError(
-                    f"{where}: {len(values)} columns, expected {len(names)} ({', '.join(names)})."
-                )
-            )
+            expected = f"expected {len(names)} ({', '.join(names)})"
+            bad_rows.append(UserError(f"{where}: {len(values)} columns, {expected}."))
             continue
-        numbers = ("score", "label", "weight")
-        yield (
-            where,
-            {n: float(v) if n in numbers and is_number(v) else v for n, v in zip(names, values)},
-        )
+        row: dict[str, Any] = dict(zip(names, values))
+        for name in NUMERIC_COLUMNS:
+            if name in row and is_number(row[name]):
+                row[name] = float(row[name])
+        yield where, row
 
 
-def text_rows(path, file, bad):
-    """A text file is one document; line ends are read as "\\n"."""
+def text_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
+    """Yield a text file as one document, with line ends read as "\\n"."""
     text = file.read().replace("\r\n", "\n")
     if text.strip():
         yield path, {"text": text}
 
 
-def is_number(text):
+def is_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
         return False
     return True
-
-
-csv.field_size_limit(2**31 - 1)  # a cell may hold a document; csv's own limit is 128 KiB

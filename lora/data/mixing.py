@@ -1,4 +1,4 @@
-"""Several data sets in one run: their names, and whose turn it is at each example."""
+"""Several data sets in one run: their names, and which of them each example comes from."""
 
 import numpy as np
 
@@ -7,42 +7,40 @@ from lora.common.errors import UserError
 SCHEDULE = 10_000  # examples over which the shares of a mix come out exactly
 
 
-def dataset_names(paths):
-    """A short name for each path: its file's, with a number where two are alike."""
+def dataset_names(paths: list[str]) -> list[str]:
+    """Return a short name for each path: its file's, with a number where two are alike."""
     stems = [path.rpartition("/")[2].split(".")[0] for path in paths]
-    return [stem if stems.count(stem) == 1 else f"{stem}_{i}" for i, stem in enumerate(stems, 1)]
+    names = []
+    for number, stem in enumerate(stems, 1):
+        names.append(stem if stems.count(stem) == 1 else f"{stem}_{number}")
+    return names
 
 
 class Mix:
-    """Which set each example of a run comes from: at every point the shares are as near to the
-    weights as can be.
+    """Decides which data set each example of a run comes from.
+
+    At every point of the run the shares are as near to the weights as they can be.
     """
 
-    def __init__(self, paths, weights, sets):
-        """sets: of each path the rows. Raises UserError where one is empty, or would never have its
-        turn.
-        """
-        empty = [path for path, members in zip(paths, sets) if not len(members)]
-        if empty:
-            raise UserError(
-                f"{empty[0]}: none of its rows is left to train on; leave it out, and its weight."
-            )
+    def __init__(self, paths: list[str], weights: list[float], sets: list[np.ndarray]) -> None:
+        """`sets` holds the rows of each path. Raises UserError where one would never be read."""
+        for path, rows in zip(paths, sets):
+            if len(rows) == 0:
+                advice = "leave it out, and its weight"
+                raise UserError(f"{path}: none of its rows is left to train on; {advice}.")
         self.quotas = np.round(np.array(weights) / sum(weights) * SCHEDULE).astype(int)
         if not self.quotas.all():
-            raise UserError(
-                f"data_weights = {weights}: a share below {1 / SCHEDULE} is never reached; leave that set out."
-            )
+            problem = f"a share below {1 / SCHEDULE} is never reached; leave that set out"
+            raise UserError(f"data_weights = {weights}: {problem}.")
+        # An example of a set is due each time that the set's share of the schedule has passed.
         due = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in self.quotas])
         order = np.argsort(due, kind="stable")
-        # [the quotas' sum]: whose turn it is
-        self.sources = np.repeat(np.arange(len(self.quotas)), self.quotas)[order]
-        # How often it was, in this round
-        self.before = np.concatenate([np.arange(quota) for quota in self.quotas])[order]
+        counts = np.concatenate([np.arange(quota) for quota in self.quotas])
+        self.dataset_ids = np.repeat(np.arange(len(self.quotas)), self.quotas)[order]  # [schedule]
+        self.earlier = counts[order]  # [schedule], examples of the same set before
 
-    def turn(self, place):
-        """Of the run's example number `place`: (the number of its set, how many came from that set
-        before).
-        """
-        rounds, i = divmod(place, len(self.sources))
-        source = self.sources[i]
-        return source, int(rounds * self.quotas[source] + self.before[i])
+    def turn(self, number: int) -> tuple[int, int]:
+        """Return the data set of example `number` of the run, and how many came from it before."""
+        rounds, i = divmod(number, len(self.dataset_ids))
+        dataset_id = self.dataset_ids[i]
+        return dataset_id, int(rounds * self.quotas[dataset_id] + self.earlier[i])

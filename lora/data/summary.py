@@ -1,25 +1,25 @@
 """A data set in one line: rows, tokens, targets, lengths, and what was left out."""
 
 
-def describe_data(name, facts):
-    """The facts about a part of the data, in a line."""
+def describe_data(name: str, facts: dict) -> str:
+    """Return a line about a part of the data. `facts` is what `tokenise_examples` returns."""
+    counts = f"{facts['examples']} examples in {facts['rows']} rows"
     median, most, longest = facts["lengths"]
-    line = f"{name}: {{examples}} examples in {{rows}} rows, {{tokens}} tokens, {{targets}} targets".format_map(
-        facts
-    )
-    line += f"; lengths: half up to {median}, 95 % up to {most}, all up to {longest}"
+    parts = [
+        f"{name}: {counts}, {facts['tokens']} tokens, {facts['targets']} targets",
+        f"lengths: half up to {median}, 95 % up to {most}, all up to {longest}",
+    ]
     if "label_mean" in facts:
-        line += "; label mean {:.3f} ({:.1%} are 0, {:.1%} are 1)".format(
-            facts["label_mean"], *facts["label_shares"]
-        )
-    for key, what in (
-        ("cut", "cut off at max_length"),
-        ("without_target", "without a target, left out"),
-    ):
-        if facts[key]:
-            line += f"; {facts[key]} ({facts[key] / facts['examples']:.1%}) {what}"
+        zeros, ones = facts["label_shares"]
+        mean = facts["label_mean"]
+        parts.append(f"label mean {mean:.3f} ({zeros:.1%} are 0, {ones:.1%} are 1)")
+    if facts["cut"]:
+        share = facts["cut"] / facts["examples"]
+        parts.append(f"{facts['cut']} ({share:.1%}) cut off at max_length")
+    if facts["without_target"]:
+        share = facts["without_target"] / facts["examples"]
+        parts.append(f"{facts['without_target']} ({share:.1%}) without a target, left out")
     if facts.get("labels_left_out"):
-        line += (
-            f"; {facts['labels_left_out']} labelled steps do not fit max_length and are left out"
-        )
-    return line
+        left_out = facts["labels_left_out"]
+        parts.append(f"{left_out} labelled steps do not fit max_length and are left out")
+    return "; ".join(parts)

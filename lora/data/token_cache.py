@@ -1,11 +1,12 @@
-"""Token store: a data set is tokenised once, and every later run maps the arrays from disk.
+"""Token cache: a data set is tokenised once, and every later run maps the arrays from disk.
 
-    <cache>/<hash of the data, the settings and the code of lora/data/>/<hash of the tokenizer and its template>/
+    <cache>/<hash of the data, the settings and the code of lora/data/>/<hash of the tokenizer>/
 
 So an entry is never stale, and any of them may be deleted at any time. Of several processes that
 start at once one tokenises, and the others wait for it.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 import fcntl
@@ -15,58 +16,58 @@ import tempfile
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora.common.atomic_files import atomic_folder
 from lora.common.errors import UserError
+from lora.config.schema import Config
 from lora.data.batches import ARRAYS, Rows, is_target
 from lora.data.chat_template import use_chatml
-from lora.data.raw_data import digest
-from lora.data.tokenise import tokenise
+from lora.data.examples import Example
+from lora.data.raw_data import RawData, digest
+from lora.data.tokenise import Row, TokenisedExample, tokenise
 
 CHUNK = 1000  # examples that the tokenizer's threads share at a time
 
 
-def load_or_tokenise(source, task):
-    """(training Rows, held-out Rows, facts) of a Source for a Task. facts: what `tokenise_examples` says of
-    each part, and
+def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
+    """Return the training rows, the held-out rows and facts about them, for a Task.
 
-    "overlap", the number of prompts or texts that are in both, "repeated", of training examples
-    that are there before, and "chats", whether there are any.
+    The facts hold what `tokenise_examples` returns for "train" and "eval"; "chats", whether there
+    are any; "overlap", the number of prompts or texts in both parts; and "repeated", the number of
+    training examples that are the same as an earlier one.
     """
-    config, tokenizer = source.config, task.tokenizer
-    settings = (
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.chat_template,
-        tokenizer.special_tokens_map,
-    )
+    tokenizer = task.tokenizer
+    written = tokenizer.backend_tokenizer.to_str()
+    settings = (written, tokenizer.chat_template, tokenizer.special_tokens_map)
     key = digest(settings, task.causal)
     with locked(source.folder) as folder:
-        if not (folder / key).is_dir():
-            write(source, task, folder, key)
-        facts = json.loads((folder / key / "facts.json").read_text())
-        parts = [
-            Rows(*(np.load(folder / key / f"{part}_{n}.npy", mmap_mode="r") for n in ARRAYS))
-            for part in ("train", "eval")
-        ]
+        entry = folder / key
+        if not entry.is_dir():
+            write_entry(entry, source, tokenizer, task.causal)
+        facts = json.loads((entry / "facts.json").read_text())
+        train, held_out = load_rows(entry, "train"), load_rows(entry, "eval")
     if facts["chats"]:
         use_chatml(tokenizer)
-    largest, room = (
-        max(facts[part]["largest_token"] for part in ("train", "eval")),
-        task.model.get_input_embeddings(),
-    )
-    if largest >= room.num_embeddings:
-        token = tokenizer.convert_ids_to_tokens(largest)
+    largest_token = max(facts["train"]["largest_token"], facts["eval"]["largest_token"])
+    num_embeddings = task.model.get_input_embeddings().num_embeddings
+    if largest_token >= num_embeddings:
+        token = tokenizer.convert_ids_to_tokens(largest_token)
         raise UserError(
-            f"base_model {config.model.base_model}: its tokenizer writes {token!r} as {largest}, and its embeddings have "
-            f"{room.num_embeddings} rows; they do not belong together, or tokens were added without their rows."
+            f"base_model {source.config.model.base_model}: its tokenizer writes {token!r} as "
+            f"{largest_token}, and its embeddings have {num_embeddings} rows; they do not belong "
+            "together, or tokens were added without their rows."
         )
-    return *parts, facts
+    return train, held_out, facts
+
+
+def load_rows(entry: Path, part: str) -> Rows:
+    return Rows(*(np.load(entry / f"{part}_{name}.npy", mmap_mode="r") for name in ARRAYS))
 
 
 @contextmanager
-def locked(folder):
-    """`folder`, made if need be, while no other process has it; a temporary one where it cannot be
-    made.
+def locked(folder: Path) -> Iterator[Path]:
+    """Make `folder`, or a temporary one where that is not possible, and lock it for this process.
 
     What is mapped from a temporary folder stays readable when the folder is gone.
     """
@@ -75,73 +76,86 @@ def locked(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(folder / "lock", "w"))
         except OSError as error:
-            print(
-                f"note: {folder}: {error.strerror}; tokenised data is not kept (set PLAINLORA_CACHE)"
-            )
+            problem = f"{folder}: {error.strerror}"
+            print(f"note: {problem}; tokenised data is not kept (set PLAINLORA_CACHE)")
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plainlora_")))
             lock = stack.enter_context(open(folder / "lock", "w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
 
 
-def write(source, task, folder, key):
-    examples = source.examples()
-    facts = {"chats": any(example.messages for part in examples for example in part)}
-    facts["repeated"] = len(examples[0]) - len(
-        {str(replace(example, where="", dataset_id=0)) for example in examples[0]}
-    )
-    facts["overlap"] = len(
-        set.intersection(*({example.subject for example in part} for part in examples))
-    )
-    with atomic_folder(folder / key) as temporary:
-        for name, part in zip(("train", "eval"), examples):
-            rows, facts[name] = tokenise_examples(part, task, source.config, name)
-            for array in ARRAYS:
-                np.save(temporary / f"{name}_{array}.npy", getattr(rows, array))
+def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool) -> None:
+    """Tokenise the data of a run and write it to the folder `entry`."""
+    training, held_out = source.examples()
+    distinct = {str(replace(example, where="", dataset_id=0)) for example in training}
+    subjects = {example.subject for example in training}
+    facts = {
+        "chats": any(example.messages for example in [*training, *held_out]),
+        "repeated": len(training) - len(distinct),
+        "overlap": len(subjects & {example.subject for example in held_out}),
+    }
+    with atomic_folder(entry) as temporary:
+        for part, examples in (("train", training), ("eval", held_out)):
+            rows, facts[part] = tokenise_examples(examples, tokenizer, causal, source.config, part)
+            for name in ARRAYS:
+                np.save(temporary / f"{part}_{name}.npy", getattr(rows, name))
         (temporary / "facts.json").write_text(json.dumps(facts))
 
 
-def tokenise_examples(examples, task, config, name):
-    """(Rows, what is to be said of them) of examples. Raises UserError where no row has a target."""
-    max_length, kind, tokenizer = config.data.max_length, config.model.task, task.tokenizer
+def tokenise_examples(
+    examples: list[Example], tokenizer: Tokenizer, causal: bool, config: Config, part: str
+) -> tuple[Rows, dict]:
+    """Return the rows of examples, and the facts for `describe_data`. Raises UserError."""
     if any(example.messages for example in examples):
         use_chatml(tokenizer)
-    facts = {"examples": len(examples), "cut": 0, "without_target": 0}
+    counts = {"examples": len(examples), "cut": 0, "without_target": 0}
 
-    def rows():
-        with tqdm(
-            total=len(examples),
-            desc=f"tokenising {name}",
-            unit="example",
-            disable=None,
-            leave=False,
-        ) as bar:
-            for start in range(0, len(examples), CHUNK):
-                chunk = examples[start : start + CHUNK]
-                for example, rendered in zip(
-                    chunk, tokenise(chunk, tokenizer, kind, config.data, task.causal)
-                ):
-                    facts["cut"] += rendered.cut
-                    facts["without_target"] += not rendered.rows
-                    yield from ((row, example.dataset_id) for row in rendered.rows)
-                bar.update(len(chunk))
+    def rows() -> Iterator[tuple[Row, int]]:
+        for example, result in tokenise_in_chunks(examples, tokenizer, causal, config, part):
+            counts["cut"] += result.cut
+            counts["without_target"] += not result.rows
+            for row in result.rows:
+                yield row, example.dataset_id
 
-    table = Rows.from_rows(rows(), kind)
-    if not len(table):
+    table = Rows.from_rows(rows(), config.model.task)
+    if len(table) == 0:
         raise UserError(
-            f"{examples[0].where}: no {name} example has a target within max_length = {max_length}; raise it, or see what "
-            "becomes of the rows: python -m lora render FILE."
+            f"{examples[0].where}: no {part} example has a target within max_length = "
+            f"{config.data.max_length}; raise it, or see what becomes of the rows: "
+            "python -m lora render FILE."
         )
+    return table, {**counts, **facts_of_rows(table, examples, config.model.task)}
+
+
+def tokenise_in_chunks(
+    examples: list[Example], tokenizer: Tokenizer, causal: bool, config: Config, part: str
+) -> Iterator[tuple[Example, TokenisedExample]]:
+    """Tokenise examples a chunk at a time, so that only the flat arrays hold all of them."""
+    description = f"tokenising {part}"
+    count = len(examples)
+    with tqdm(total=count, desc=description, unit="example", disable=None, leave=False) as bar:
+        for start in range(0, count, CHUNK):
+            chunk = examples[start : start + CHUNK]
+            yield from zip(
+                chunk, tokenise(chunk, tokenizer, config.model.task, config.data, causal)
+            )
+            bar.update(len(chunk))
+
+
+def facts_of_rows(table: Rows, examples: list[Example], task: str) -> dict:
+    """Return the facts about tokenised rows that are counted in the arrays."""
     targets = table.targets[is_target(table.targets)]
-    facts |= {"rows": len(table), "tokens": len(table.tokens), "targets": len(targets)}
-    facts["largest_token"] = int(table.tokens.max())
-    facts["lengths"] = np.quantile(
-        np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher"
-    ).tolist()
-    if kind == "score":
+    lengths = np.quantile(np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher")
+    facts = {
+        "rows": len(table),
+        "tokens": len(table.tokens),
+        "targets": len(targets),
+        "largest_token": int(table.tokens.max()),
+        "lengths": lengths.tolist(),
+    }
+    if task == "score":
         facts["label_mean"] = targets.mean().item()
         facts["label_shares"] = [(targets == 0).mean().item(), (targets == 1).mean().item()]
-        facts["labels_left_out"] = sum(
-            label is not None for e in examples for label in e.labels
-        ) - len(targets)
-    return table, facts
+        num_labels = sum(len(e.labels) - e.labels.count(None) for e in examples)
+        facts["labels_left_out"] = num_labels - len(targets)
+    return facts

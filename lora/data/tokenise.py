@@ -1,22 +1,30 @@
-"""Example -> tokens and targets: what the model reads, and at which positions it is asked for what.
+"""Example -> tokens and targets: what the model reads, and what it learns at which position.
 
-    python -m lora render FILE --base_model M        shows rows with their targets coloured, and what the file amounts to
+    python -m lora render FILE --base_model M        shows rows with their targets, and statistics
 
-`targets[i]` is what the head must say from the hidden state at position i: the next token (language
-modelling), or the label of the step that ends there (scores). Where nothing is asked it is NO_TOKEN
-or NaN.
+`targets[i]` is what the head must predict from the hidden state at position i: the next token
+(language modelling), or the label of the step that ends there (scores). A position without a target
+has NO_TOKEN or NaN.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+import math
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.chat_template import Piece, chat_pieces
+from lora.data.assistant_mask import chat_pieces
+from lora.data.chat_template import Piece, Span
+from lora.data.examples import Example
 
 NO_TOKEN = -100
 NO_SCORE = float("nan")
-# Characters of a text that are tokenised at once: memory stays small, and the threads have work
+# Characters of a text that are tokenised at once: few enough that memory stays small, and enough
+# that the tokenizer's threads have work.
 LONGEST_PIECE = 2**20
+Encoded = tuple[list[int], list[bool]]  # the tokens of a piece, and which of them lie in its spans
 
 
 @dataclass(slots=True)
@@ -31,200 +39,256 @@ class Row:
 
 @dataclass(slots=True)
 class TokenisedExample:
-    """What became of an example: its rows, and whether max_length cut something off."""
+    """The rows of an example, and whether max_length cut something off."""
 
     rows: list[Row] = field(default_factory=list)
     cut: bool = False
 
 
-def tokenise(examples, tokenizer, task, data, causal):
-    """A Rendered for each example, with rows of at most max_length tokens; none where nothing that
-    is asked fits.
+def tokenise(
+    examples: list[Example], tokenizer: Tokenizer, task: str, data: DataConfig, causal: bool
+) -> list[TokenisedExample]:
+    """Turn examples into rows of at most max_length tokens. Raises UserError.
 
-    A text longer than that becomes several windows, in which every token but the first is a target
-    exactly once. A chat is cut at its end. Of a chain, the steps that do not fit are left out. A
-    causal model reads a chain in one row; an encoder sees what follows a step as well, so there
-    each step is the end of a row of its own. `data` is the [data] table of the configuration:
-    max_length, and how a chain is written. Raises UserError.
+    A longer text becomes several windows, in which every token but the first is a target exactly
+    once. A chat is cut off at its end. The steps of a chain that do not fit are left out. A causal
+    model reads a chain in one row. An encoder sees what follows a step as well, so each step is
+    the end of a row of its own.
+
+    Args:
+        task: "lm" or "score".
+        data: the [data] table of the configuration: max_length, and how a chain is written.
+        causal: whether the model reads from left to right.
+
+    Returns:
+        A result for each example. It has no rows where no target fits.
     """
-    if task == "score" and not causal:
-        plain = DataConfig.prompt_format, DataConfig.step_format, DataConfig.step_marker
-        if (data.prompt_format, data.step_format, data.step_marker) != plain:
-            raise UserError(
-                "prompt_format, step_format, step_marker: an encoder reads a pair of texts; leave them out."
-            )
-        results = [pair_rows(example, tokenizer, data.max_length) for example in examples]
+    if task == "lm":
+        results = tokenise_texts(examples, tokenizer, data.max_length)
+    elif causal:
+        results = tokenise_chains(examples, tokenizer, data)
     else:
-        results = one_way_rows(examples, tokenizer, task, data)
-    for example, rendered in zip(examples, results):
-        for row in rendered.rows:
+        refuse_chain_format(data)
+        results = [tokenise_pairs(example, tokenizer, data.max_length) for example in examples]
+    for example, result in zip(examples, results):
+        for row in result.rows:
             row.loss_weight = example.weight
     return results
 
 
-def one_way_rows(examples, tokenizer, task, data):
-    """`tokenise` for a model that reads from left to right."""
-    max_length = data.max_length
-    pieces = [pieces_of(example, tokenizer, task, data) for example in examples]
-    marker = marker_token(data, tokenizer) if task == "score" else []
-    encoded = iter(encode([piece for parts in pieces for piece in parts], tokenizer))
-    start, end = (
-        first_token(tokenizer),
-        [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
-    )
-    results = []
-    for example, parts in zip(examples, pieces):
-        # (piece, tokens, which of them are targets)
-        tokenised = [(piece, *next(encoded)) for piece in parts]
-        if task == "score":
-            results.append(chain_row(tokenised, start, max_length, marker))
-        elif example.messages:
-            results.append(chat_row(tokenised, max_length))
+def tokenise_texts(
+    examples: list[Example], tokenizer: Tokenizer, max_length: int
+) -> list[TokenisedExample]:
+    """Tokenise chats and texts, to learn to predict the next token."""
+    pieces = []
+    for example in examples:
+        if example.messages:
+            pieces.append(chat_pieces(example.where, example.messages, example.tools, tokenizer))
         else:
-            results.append(text_rows(tokenised, start, end, max_length))
+            pieces.append([Piece(text) for text in split_text(example.text)])
+    bos = bos_tokens(tokenizer)
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    results = []
+    for example, encoded in zip(examples, encode_groups(pieces, tokenizer)):
+        if example.messages:
+            results.append(chat_row(encoded, max_length))
+        else:
+            results.append(text_rows(encoded, bos, eos, max_length))
     return results
 
 
-def pieces_of(example, tokenizer, task, data):
-    """The stretches of an example that are tokenised by themselves."""
-    if task == "score":  # a line each, so that a step's last token is its own
-        before, _, after = data.step_format.partition("{marker}")
-        lines, rest = [Piece(data.prompt_format.replace("{prompt}", example.prompt))], ""
-        for number, (step, label) in enumerate(zip(example.steps, example.labels), 1):
-            lines.append(
-                Piece(rest + before.replace("{number}", str(number)).replace("{step}", step))
-            )
-            lines[-1].label, rest = label, after
-        return lines
-    if example.messages:
-        return chat_pieces(example.where, example.messages, example.tools, tokenizer)
-    return [Piece(text) for text in stretches(example.text)]
+def tokenise_chains(
+    examples: list[Example], tokenizer: Tokenizer, data: DataConfig
+) -> list[TokenisedExample]:
+    """Tokenise chains of labelled steps for a causal model."""
+    bos = bos_tokens(tokenizer)
+    marker = marker_tokens(data, tokenizer)
+    pieces = [chain_pieces(example, data) for example in examples]
+    results = []
+    for example, encoded in zip(examples, encode_groups(pieces, tokenizer)):
+        prompt, *steps = [tokens for tokens, _ in encoded]
+        steps = [step + marker for step in steps]
+        results.append(chain_row(bos + prompt, steps, example.labels, data.max_length))
+    return results
 
 
-def stretches(text):
-    """`text` in parts of about LONGEST_PIECE characters that begin after a line's end, where there
-    is one.
+def chain_pieces(example: Example, data: DataConfig) -> list[Piece]:
+    """Return the prompt and the steps, each as a piece so that a step's last token is its own.
+
+    A step's piece ends at the marker, so what step_format has after it begins the next piece.
     """
+    before_marker, _, after_marker = data.step_format.partition("{marker}")
+    pieces = [Piece(data.prompt_format.replace("{prompt}", example.prompt))]
+    for number, step in enumerate(example.steps, 1):
+        line = before_marker.replace("{number}", str(number)).replace("{step}", step)
+        pieces.append(Piece(line if number == 1 else after_marker + line))
+    return pieces
+
+
+def split_text(text: str) -> Iterator[str]:
+    """Split a text into parts of at most LONGEST_PIECE characters, at ends of lines if possible."""
     start = 0
     while len(text) - start > LONGEST_PIECE:
-        end = text.rfind("\n", start, start + LONGEST_PIECE) + 1 or start + LONGEST_PIECE
+        line_end = text.rfind("\n", start, start + LONGEST_PIECE)
+        end = start + LONGEST_PIECE if line_end < 0 else line_end + 1
         yield text[start:end]
         start = end
     yield text[start:]
 
 
-def first_token(tokenizer):
-    """[BOS] where the tokenizer begins its texts with one, else []."""
-    ids = tokenizer("").input_ids
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+def bos_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Return [BOS] where the tokenizer begins its texts with one, else []."""
+    tokens = tokenizer("").input_ids
+    return tokens[:1] if tokens and tokens[0] == tokenizer.bos_token_id else []
 
 
-def encode(pieces, tokenizer):
-    """[(tokens, which of them are targets)] of pieces: a token is one if it lies in a span, or
-    shares a letter with it.
-    """
-    results = []
-    for literal in (False, True):
-        chosen = [(i, piece) for i, piece in enumerate(pieces) if piece.literal == literal]
-        if not chosen:
-            continue
-        texts = [piece.text for _, piece in chosen]
-        spanned = any(piece.spans for _, piece in chosen)
-        out = tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=literal,
-            return_offsets_mapping=spanned,
-            verbose=False,
-        )
-        for row, (i, piece) in enumerate(chosen):
-            tokens, mask = out.input_ids[row], [False] * len(out.input_ids[row])
-            offsets = out.offset_mapping[row] if piece.spans else []
-            # Llama 3 has blanks end where they begin: such a token reaches back to the one before
-            # it.
-            starts = [
-                start if start < end else before
-                for (start, end), (_, before) in zip(offsets, [(0, 0), *offsets])
-            ]
-            for first, last in piece.spans:
-                inside = [
-                    k for k, (_, end) in enumerate(offsets) if starts[k] < last and end > first
-                ]
-                if inside:  # all between the ends: the offsets of some tokenizers leave blanks out
-                    mask[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
-            results.append((i, tokens, mask))
-    return [(tokens, mask) for _, tokens, mask in sorted(results)]
-
-
-def chat_row(tokenised, max_length):
-    """The chat in one row, cut at its end; the targets are the assistant's tokens."""
-    tokens = [token for _, part, _ in tokenised for token in part]
-    asked = [flag for _, _, mask in tokenised for flag in mask]
-    targets = [
-        token if flag else NO_TOKEN
-        for token, flag in zip(tokens[1:max_length], asked[1:max_length])
-    ] + [NO_TOKEN]
-    row = Row(tokens[:max_length], targets)
-    has_target = any(target != NO_TOKEN for target in targets)
-    return TokenisedExample([row] if has_target else [], cut=len(tokens) > max_length)
-
-
-def text_rows(tokenised, start, end, max_length):
-    tokens = [token for _, part, _ in tokenised for token in part]
-    tokens = (start if tokens[:1] != start else []) + tokens + (end if tokens[-1:] != end else [])
-    rows = []
-    for first in range(0, len(tokens) - 1, max_length):
-        window = tokens[first : first + max_length]
-        targets = tokens[first + 1 : first + max_length + 1]
-        rows.append(Row(window, targets + [NO_TOKEN] * (len(window) - len(targets))))
-    return TokenisedExample(rows)
-
-
-def marker_token(data, tokenizer):
-    """[the token that follows every step], or [] where there is no step_marker. Raises UserError."""
-    tokens = (
-        tokenizer(data.step_marker, add_special_tokens=False).input_ids if data.step_marker else []
-    )
+def marker_tokens(data: DataConfig, tokenizer: Tokenizer) -> list[int]:
+    """Return [the token that follows every step], or [] where there is no step_marker."""
+    marker = data.step_marker
+    if not marker:
+        return []
+    tokens = tokenizer(marker, add_special_tokens=False).input_ids
     if len(tokens) > 1:
-        name = data.step_marker
-        raise UserError(
-            f"step_marker {name!r} is {len(tokens)} tokens, expected one; add --add_special_tokens {name!r}."
-        )
+        expected = f"expected one; add --add_special_tokens {marker!r}"
+        raise UserError(f"step_marker {marker!r} is {len(tokens)} tokens, {expected}.")
     return tokens
 
 
-def chain_row(tokenised, start, max_length, marker):
-    """Prompt and steps in one row, with the labels at the last tokens of the steps, or at the
-    marker after each.
+def encode_groups(groups: list[list[Piece]], tokenizer: Tokenizer) -> list[list[Encoded]]:
+    """Tokenise the pieces of many examples in one call, which the tokenizer's threads share."""
+    pieces = []
+    for group in groups:
+        pieces.extend(group)
+    encoded = encode(pieces, tokenizer)
+    results = []
+    start = 0
+    for group in groups:
+        results.append(encoded[start : start + len(group)])
+        start += len(group)
+    return results
+
+
+def encode(pieces: list[Piece], tokenizer: Tokenizer) -> list[Encoded]:
+    """Tokenise each piece by itself."""
+    results: list[Encoded] = [([], [])] * len(pieces)
+    for literal in (False, True):
+        indices = [i for i, piece in enumerate(pieces) if piece.literal == literal]
+        if not indices:
+            continue
+        batch = tokenizer(
+            [pieces[i].text for i in indices],
+            add_special_tokens=False,
+            split_special_tokens=literal,
+            return_offsets_mapping=any(pieces[i].spans for i in indices),
+            verbose=False,
+        )
+        for row, i in enumerate(indices):
+            tokens = batch.input_ids[row]
+            mask = [False] * len(tokens)
+            if pieces[i].spans:
+                mask = span_mask(batch.offset_mapping[row], pieces[i].spans)
+            results[i] = (tokens, mask)
+    return results
+
+
+def span_mask(offsets: list[Span], spans: list[Span]) -> list[bool]:
+    """Return which tokens share a character with one of the spans.
+
+    Args:
+        offsets: the characters of each token, from its first to the one after its last.
+        spans: characters, likewise.
     """
-    tokens = start + tokenised[0][1]
+    starts = []
+    previous_end = 0
+    for start, end in offsets:
+        # In Llama 3 the offsets of blanks are empty; such a token begins where the last one ended.
+        starts.append(start if start < end else previous_end)
+        previous_end = end
+
+    mask = [False] * len(offsets)
+    for span_start, span_end in spans:
+        inside = []
+        for i, (_, end) in enumerate(offsets):
+            if starts[i] < span_end and end > span_start:
+                inside.append(i)
+        if inside:
+            # The offsets of some tokenizers leave blanks out, so all tokens in between count.
+            for i in range(inside[0], inside[-1] + 1):
+                mask[i] = True
+    return mask
+
+
+def chat_row(encoded: list[Encoded], max_length: int) -> TokenisedExample:
+    """Write a chat in one row, cut off at its end; the targets are the assistant's tokens."""
+    tokens, mask = [], []
+    for piece_tokens, piece_mask in encoded:
+        tokens.extend(piece_tokens)
+        mask.extend(piece_mask)
+    targets = []
+    for next_token, is_assistant in zip(tokens[1:max_length], mask[1:max_length]):
+        targets.append(next_token if is_assistant else NO_TOKEN)
+    targets.append(NO_TOKEN)
+    has_target = any(target != NO_TOKEN for target in targets)
+    rows = [Row(tokens[:max_length], targets)] if has_target else []
+    return TokenisedExample(rows, cut=len(tokens) > max_length)
+
+
+def text_rows(
+    encoded: list[Encoded], bos: list[int], eos: list[int], max_length: int
+) -> TokenisedExample:
+    """Write a text in windows; the first target of a window is its second token."""
+    tokens = []
+    for piece_tokens, _ in encoded:
+        tokens.extend(piece_tokens)
+    prefix = [] if tokens[:1] == bos else bos
+    suffix = [] if tokens[-1:] == eos else eos
+    tokens = prefix + tokens + suffix
+    result = TokenisedExample()
+    for start in range(0, len(tokens) - 1, max_length):
+        window = tokens[start : start + max_length]
+        targets = tokens[start + 1 : start + max_length + 1]
+        targets += [NO_TOKEN] * (len(window) - len(targets))
+        result.rows.append(Row(window, targets))
+    return result
+
+
+def chain_row(
+    prompt: list[int], steps: list[list[int]], labels: list[float | None], max_length: int
+) -> TokenisedExample:
+    """Write a chain in one row, with each label at the last token of its step."""
+    tokens = list(prompt)
     targets = [NO_SCORE] * len(tokens)
     cut = False
-    for piece, line, _ in tokenised[1:]:
-        line = line + marker
-        # Some tokenizers have no token for some steps
-        cut = cut or not line or len(tokens) + len(line) > max_length
-        if not cut:
-            tokens += line
-            targets += [NO_SCORE] * (len(line) - 1) + [
-                NO_SCORE if piece.label is None else piece.label
-            ]
-    has_target = any(target == target for target in targets)
+    for step, label in zip(steps, labels):
+        # Some tokenizers have no token for some steps.
+        if not step or len(tokens) + len(step) > max_length:
+            cut = True
+            break
+        tokens += step
+        targets += [NO_SCORE] * (len(step) - 1)
+        targets.append(NO_SCORE if label is None else label)
+    has_target = any(not math.isnan(target) for target in targets)
     return TokenisedExample([Row(tokens, targets)] if has_target else [], cut)
 
 
-def pair_rows(example, tokenizer, max_length):
-    """For each labelled step: the prompt and everything up to that step, as the encoder's pair of
-    texts.
-    """
+def refuse_chain_format(data: DataConfig) -> None:
+    """Raise a UserError if the configuration says how an encoder should read a chain."""
+    chosen = (data.prompt_format, data.step_format, data.step_marker)
+    if chosen != (DataConfig.prompt_format, DataConfig.step_format, DataConfig.step_marker):
+        keys = "prompt_format, step_format, step_marker"
+        raise UserError(f"{keys}: an encoder reads a pair of texts; leave them out.")
+
+
+def tokenise_pairs(example: Example, tokenizer: Tokenizer, max_length: int) -> TokenisedExample:
+    """Write a row for each labelled step: the prompt, and the steps up to this one."""
     result = TokenisedExample()
-    for end, label in enumerate(example.labels, 1):
+    for count, label in enumerate(example.labels, 1):
         if label is None:
             continue
-        pair = tokenizer(example.prompt, "\n".join(example.steps[:end]))
-        if len(pair.input_ids) <= max_length:
-            targets = [NO_SCORE] * (len(pair.input_ids) - 1) + [label]
-            result.rows.append(Row(pair.input_ids, targets, pair.get("token_type_ids")))
-        else:
+        pair = tokenizer(example.prompt, "\n".join(example.steps[:count]))
+        if len(pair.input_ids) > max_length:
             result.cut = True
+            continue
+        targets = [NO_SCORE] * (len(pair.input_ids) - 1) + [label]
+        result.rows.append(Row(pair.input_ids, targets, pair.get("token_type_ids")))
     return result

@@ -1,49 +1,58 @@
 """Best-of-N: choosing one of several solutions by the scores of their steps."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 import re
 
 import numpy as np
 
-from lora.evaluation.statistics import draws_of, quantiles
+from lora.data.examples import Example
+from lora.evaluation.statistics import bootstrap_samples, interval_95
 
 AGGREGATES = {"min": np.min, "product": np.prod, "last": lambda scores: scores[-1], "mean": np.mean}
 
 
-def final_answer(example):
-    """The last number of the last step, or its text: what a majority is of."""
+def final_answer(example: Example) -> float | str:
+    """Return what a majority is counted of: the last number of the last step, or its text."""
     numbers = re.findall(r"-?\d+(?:\.\d+)?", example.steps[-1].replace(",", ""))
     return float(numbers[-1]) if numbers else example.steps[-1].strip().lower()
 
 
-def best_of_n(examples, scores):
-    """{"min", "product", "last", "mean", "random", "majority", "oracle": (share of right answers,
-    [low, high])}.
+def best_of_n(
+    examples: Sequence[Example], scores: Sequence[np.ndarray]
+) -> dict[str, tuple[float, list[float]]]:
+    """Return the share of right answers and its 95 % interval [low, high] for each way to choose.
 
-    Of the solutions of each problem the one with the best score is taken; problems with one
-    solution are left out, and steps that did not fit are, too. Ties share what they are worth.
+    The ways are AGGREGATES of the scores of steps, "majority", "random" and "oracle". Problems with
+    one solution and steps without a score are left out. Solutions that share the best value count
+    with their mean outcome.
     """
-    groups = defaultdict(list)
-    for example, of_steps in zip(examples, scores):
+    solutions = defaultdict(list)
+    for example, example_scores in zip(examples, scores):
         if example.outcome is not None:
-            groups[example.prompt].append((example, of_steps[of_steps == of_steps]))
-    worth = defaultdict(list)
-    for candidates in groups.values():
+            known = example_scores[~np.isnan(example_scores)]
+            solutions[example.prompt].append((example, known))
+
+    accuracies = defaultdict(list)
+    for candidates in solutions.values():
         if len(candidates) < 2:
             continue
         right = np.array([example.outcome for example, _ in candidates])
-        votes = Counter(final_answer(example) for example, _ in candidates)
-        rankings = {
-            name: [of(s) if len(s) else -1.0 for _, s in candidates]
-            for name, of in AGGREGATES.items()
-        }
-        rankings["majority"] = [votes[final_answer(example)] for example, _ in candidates]
-        for name, values in rankings.items():
-            worth[name].append(right[np.array(values) == max(values)].mean())
-        worth["random"].append(right.mean())
-        worth["oracle"].append(right.max())
+        values = {}
+        for name, aggregate in AGGREGATES.items():
+            values[name] = [aggregate(known) if len(known) else -1.0 for _, known in candidates]
+        answers = [final_answer(example) for example, _ in candidates]
+        votes = Counter(answers)
+        values["majority"] = [votes[answer] for answer in answers]
+        for name, of_candidates in values.items():
+            is_best = np.array(of_candidates) == max(of_candidates)
+            accuracies[name].append(right[is_best].mean())
+        accuracies["random"].append(right.mean())
+        accuracies["oracle"].append(right.max())
+
     result = {}
-    for name, values in worth.items():
-        drawn = [np.array(values)[indices].mean() for indices in draws_of(len(values))]
-        result[name] = (float(np.mean(values)), quantiles(drawn))
+    for name, of_problems in accuracies.items():
+        of_problems = np.array(of_problems)
+        drawn = [of_problems[sample].mean() for sample in bootstrap_samples(len(of_problems))]
+        result[name] = (float(of_problems.mean()), interval_95(drawn))
     return result

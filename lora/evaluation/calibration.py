@@ -5,40 +5,37 @@ import numpy as np
 BINS = 10
 
 
-def calibration(scores, labels):
-    """[(mean score, mean label, count)] of the steps in each of BINS equal stretches of 0..1 that
-    has any.
-    """
-    place = np.minimum((scores * BINS).astype(int), BINS - 1)
-    chosen = [place == i for i in range(BINS) if (place == i).any()]
-    return [(float(scores[c].mean()), float(labels[c].mean()), int(c.sum())) for c in chosen]
+def calibration(scores: np.ndarray, labels: np.ndarray) -> list[tuple[float, float, int]]:
+    """Return (mean score, mean label, count) of each of BINS equal parts of 0..1 that has steps."""
+    bins = np.minimum((scores * BINS).astype(int), BINS - 1)
+    points = []
+    for i in range(BINS):
+        in_bin = bins == i
+        if in_bin.any():
+            mean_score, mean_label = float(scores[in_bin].mean()), float(labels[in_bin].mean())
+            points.append((mean_score, mean_label, int(in_bin.sum())))
+    return points
 
 
-def expected_calibration_error(scores, labels):
-    """The mean distance of the two means of `calibration`, weighted by the counts."""
-    return sum(abs(said - true) * count for said, true, count in calibration(scores, labels)) / len(
-        scores
-    )
+def expected_calibration_error(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean distance of the two means of `calibration`, weighted by the counts."""
+    points = calibration(scores, labels)
+    total = sum(abs(mean_score - mean_label) * count for mean_score, mean_label, count in points)
+    return total / len(scores)
 
 
-def reliability_picture(path, scores, labels):
-    """Write a picture of how the labels [n] of steps were, against what the scores [n] said; the
-    bars are the counts.
-    """
+def save_reliability_diagram(path: str, scores: np.ndarray, labels: np.ndarray) -> None:
+    """Draw mean labels over mean scores, and bars for the share of the steps in each bin."""
     from matplotlib.figure import Figure
 
-    said, true, counts = zip(*calibration(scores, labels))
+    mean_scores, mean_labels, counts = zip(*calibration(scores, labels))
+    shares = [count / len(scores) for count in counts]
+    error = expected_calibration_error(scores, labels)
     figure = Figure(figsize=(5, 5))
     axes = figure.subplots()
-    axes.bar(
-        said,
-        [count / len(scores) for count in counts],
-        width=0.04,
-        color="0.85",
-        label="share of the steps",
-    )
+    axes.bar(mean_scores, shares, width=0.04, color="0.85", label="share of the steps")
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-    axes.plot(said, true, marker="o", label=f"ECE {expected_calibration_error(scores, labels):.3f}")
+    axes.plot(mean_scores, mean_labels, marker="o", label=f"ECE {error:.3f}")
     axes.set(xlabel="mean score", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -48,7 +48,7 @@ def save_example_losses(
 
 
 def read_example_losses(run_dir: Path, step: int) -> dict[int, tuple[float, int]]:
-    """Return {id: (sum of losses, number of targets)} of an evaluation; empty where none were kept."""
+    """Return {id: (sum of losses, number of targets)} of an evaluation; {} where none were kept."""
     path = run_dir / SUBFOLDER / f"step_{step}.npz"
     if not path.is_file():
         return {}

@@ -1,198 +1,237 @@
-"""What a model says: answers to many prompts, scores of the steps of many chains, embeddings of
-many texts.
+"""What a model returns outside training: answers to prompts, scores of steps, embeddings of texts.
 
-Generation needs a cache of keys and values, which the "packed" attention does not know, so it is
-the one place where the model runs as its authors wrote it: `model.generate` of transformers on a
-padded batch. A causal model reads from the left, so the padding stands on the left and every prompt
-ends where its answer begins.
+Generation needs a cache of keys and values, and the "packed" attention cannot use one. So this is
+the only place where the model runs as its authors wrote it: `model.generate` of transformers on a
+padded batch. The padding stands on the left, so that every prompt ends where its answer begins.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 import math
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora.common.errors import UserError
-from lora.config.schema import max_batch_tokens
+from lora.config.schema import Config, max_batch_tokens
+from lora.data.assistant_mask import chat_pieces
 from lora.data.batches import Rows
-from lora.data.chat_template import chat_pieces, prompt_pieces, use_chatml
-from lora.data.tokenise import Row, encode, first_token, tokenise
+from lora.data.chat_template import prompt_pieces, use_chatml
+from lora.data.examples import Example
+from lora.data.tokenise import Row, bos_tokens, encode, tokenise
+from lora.evaluation.predict import predict
 from lora.model.device import autocast
+from lora.model.task import Task
 
-PAD = 0  # any token will do: it is masked
+PAD = 0  # any token will do, because it is masked
+Prompt = tuple[str, list[int]]  # (file:line for messages, tokens)
 
 
-def prompt_tokens(where, messages, tools, tokenizer):
-    """The chat up to where the assistant is to speak, as tokens. Raises UserError where the
-    template refuses it.
-    """
+def prompt_tokens(
+    where: str, messages: list[dict], tools: list[dict] | None, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Return the tokens of a chat up to where the assistant's answer begins. Raises UserError."""
     use_chatml(tokenizer)
-    pieces = prompt_pieces(where, messages, tools, tokenizer)
-    return [token for tokens, _ in encode(pieces, tokenizer) for token in tokens]
+    tokens = []
+    for piece_tokens, _ in encode(prompt_pieces(where, messages, tools, tokenizer), tokenizer):
+        tokens += piece_tokens
+    return tokens
 
 
-def text_tokens(text, tokenizer):
-    """A text that is to be continued, as tokens."""
-    return (
-        first_token(tokenizer) + tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    )
+def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a text that is to be continued."""
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return bos_tokens(tokenizer) + tokens
 
 
-def stop_tokens(model, tokenizer):
-    """The tokens that end an answer: the end tokens of tokenizer and model, and what the template
-    ends a turn with.
-    """
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer: those of tokenizer, model and chat template."""
+    stops = {tokenizer.eos_token_id}
     of_model = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {
-        None
-    }
+    stops.update(of_model if isinstance(of_model, list) else [of_model])
     if tokenizer.chat_template:
-        stops |= turn_end(tokenizer)
-    return sorted(stops)
+        stops.update(turn_end(tokenizer))
+    return sorted(stops - {None})
 
 
-def turn_end(tokenizer):
-    """{the special token that a chat is trained to end an answer with}, or the empty set."""
-    say = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the special token that a chat is trained to end an answer with, or nothing."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        encoded = encode(chat_pieces("a chat of one turn", say, None, tokenizer), tokenizer)
+        encoded = encode(chat_pieces("a chat of one turn", chat, None, tokenizer), tokenizer)
     except UserError:  # the template refuses such a chat
         return set()
-    last = [token for tokens, asked in encoded for token, flag in zip(tokens, asked) if flag][-1]
-    token = tokenizer.added_tokens_decoder.get(last)
-    return {last} if token and token.special else set()
+    targets = []
+    for tokens, is_target in encoded:
+        targets += [token for token, flag in zip(tokens, is_target) if flag]
+    token = tokenizer.added_tokens_decoder.get(targets[-1])
+    return {targets[-1]} if token and token.special else set()
 
 
 @contextmanager
-def generating(model, settings):
-    """`model` ready to generate as `settings` say and nothing else, and afterwards as it was.
+def generation_mode(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Make `model` ready to generate according to `settings` alone, and restore it afterwards.
 
-    The model's own generation_config is set aside: it may hold penalties and sampling that nobody
-    asked for here.
+    The model's own generation_config is set aside, because it may hold penalties and sampling that
+    were not requested here.
     """
-    before = model.training, model.config._attn_implementation, model.generation_config
+    training = model.training
+    attention = model.config._attn_implementation
+    generation_config = model.generation_config
     model.eval()
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     model.generation_config = settings
     try:
         yield
     finally:
-        model.train(before[0])
-        model.set_attn_implementation(before[1])
-        model.generation_config = before[2]
+        model.train(training)
+        model.set_attn_implementation(attention)
+        model.generation_config = generation_config
 
 
-def batches(prompts, max_new_tokens, longest, max_tokens):
-    """[(room for an answer, indices of the prompts)]: at most `max_tokens` positions each, long
-    prompts first.
+def group_prompts(
+    prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int | None, max_tokens: int
+) -> list[tuple[int, list[int]]]:
+    """Group prompts into batches of at most `max_tokens` positions, the longest prompts first.
 
-    Prompts that share a batch have the same room, so what is said to one does not depend on the
-    others.
+    All prompts of a batch may have the same number of new tokens, so that an answer does not depend
+    on the other prompts of its batch. An empty prompt is an error, and so is one that leaves none
+    of the model's `max_positions` (None: no limit) to the answer.
+
+    Returns:
+        For each batch the number of new tokens and the indices of its prompts, at least one.
     """
     groups, width = [], 0
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i][1])):
         where, tokens = prompts[i]
-        room = min(max_new_tokens, longest - len(tokens)) if longest else max_new_tokens
-        if not tokens or room < 1:
-            expected = f"1 to {longest - 1}" if longest else "1 at least"
-            raise UserError(
-                f"{where}: a prompt of {len(tokens)} tokens; this model takes {expected}."
-            )
-        if not groups or groups[-1][0] != room or (len(groups[-1][1]) + 1) * width > max_tokens:
-            groups.append((room, []))
-            width = len(tokens) + room
-        groups[-1][1].append(i)
+        new_tokens, expected = max_new_tokens, "1 at least"
+        if max_positions:
+            new_tokens = min(max_new_tokens, max_positions - len(tokens))
+            expected = f"1 to {max_positions - 1}"
+        if not tokens or new_tokens < 1:
+            length = f"a prompt of {len(tokens)} tokens"
+            raise UserError(f"{where}: {length}; this model takes {expected}.")
+        same_length = bool(groups) and groups[-1][0] == new_tokens
+        if same_length and (len(groups[-1][1]) + 1) * width <= max_tokens:
+            groups[-1][1].append(i)
+        else:
+            groups.append((new_tokens, [i]))
+            width = len(tokens) + new_tokens
     return groups
 
 
 @torch.no_grad()
-def answers(task, prompts, config, dtype):
-    """The texts that the model says after `prompts`, a list of (where, tokens), in their order.
-    Raises UserError.
+def generate_answers(
+    task: Task, prompts: Sequence[Prompt], config: Config, dtype: torch.dtype
+) -> list[str]:
+    """Return the texts with which the model answers prompts, in their order.
 
     An answer ends before the first of the `stop_tokens`, after max_new_tokens, or where the model
-    has no more positions. At temperature 0 each token is the likeliest; above it is drawn, the same
-    for the same seed and batches. A batch holds as many positions as in training (and one prompt at
-    least).
+    has no more positions. At temperature 0 each token is the likeliest one. Above it tokens are
+    sampled, and the same seed and batches give the same answers. A batch holds as many positions as
+    in training. Raises UserError where a prompt is empty, or leaves no position for an answer.
     """
-    model, tokenizer, asked = task.model, task.tokenizer, config.evaluation
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    texts, stop = [""] * len(prompts), stop_tokens(model, tokenizer)
-    settings = GenerationConfig(eos_token_id=stop or None, pad_token_id=PAD)
-    if asked.temperature:
-        settings.update(do_sample=True, temperature=asked.temperature, top_k=0)
+    model, tokenizer = task.model, task.tokenizer
+    max_new_tokens, temperature = config.evaluation.max_new_tokens, config.evaluation.temperature
+    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    stops = stop_tokens(model, tokenizer)
+    settings = GenerationConfig(eos_token_id=stops or None, pad_token_id=PAD)
+    if temperature:
+        settings.update(do_sample=True, temperature=temperature, top_k=0)
         torch.manual_seed(config.training.seed)
-    groups = batches(prompts, asked.max_new_tokens, longest, max_batch_tokens(config))
-    bar = tqdm(total=len(prompts), unit="answer", disable=None)
-    with generating(model, settings), autocast(model.device, dtype):
-        for room, indices in groups:
-            rows = [prompts[i][1] for i in indices]
-            width = max(map(len, rows))
-            tokens = torch.tensor(
-                [[PAD] * (width - len(row)) + row for row in rows], device=model.device
-            )
-            mask = torch.tensor(
-                [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device
-            )
-            settings.max_new_tokens = room
-            said = model.generate(input_ids=tokens, attention_mask=mask)[:, width:].tolist()
-            for i, answer in zip(indices, said):
-                end = next(
-                    (place for place, token in enumerate(answer) if token in stop), len(answer)
-                )
+    groups = group_prompts(prompts, max_new_tokens, max_positions, max_batch_tokens(config))
+    texts = [""] * len(prompts)
+    progress = tqdm(total=len(prompts), unit="answer", disable=None)
+    with generation_mode(model, settings), autocast(model.device, dtype):
+        for new_tokens, indices in groups:
+            tokens, mask = pad_left([prompts[i][1] for i in indices], model.device)
+            settings.max_new_tokens = new_tokens
+            generated = model.generate(input_ids=tokens, attention_mask=mask)
+            for i, answer in zip(indices, generated[:, tokens.shape[1] :].tolist()):
                 texts[i] = tokenizer.decode(
-                    answer[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+                    before_stop(answer, stops),
+                    skip_special_tokens=True,
+                    clean_up_tokenization_spaces=False,
                 )
-            bar.update(len(indices))
-    bar.close()
+            progress.update(len(indices))
+    progress.close()
     return texts
 
 
-@torch.no_grad()
-def step_scores(examples, task, config, dtype):
-    """An array [steps] for each example: what a scorer says of its steps, NaN from the first on
-    that does not fit.
+def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the tokens and their mask, both [prompts, longest]."""
+    width = max(len(tokens) for tokens in prompts)
+    padded, masks = [], []
+    for tokens in prompts:
+        padding = width - len(tokens)
+        padded.append([PAD] * padding + tokens)
+        masks.append([0] * padding + [1] * len(tokens))
+    return torch.tensor(padded, device=device), torch.tensor(masks, device=device)
+
+
+def before_stop(tokens: list[int], stops: list[int]) -> list[int]:
+    for i, token in enumerate(tokens):
+        if token in stops:
+            return tokens[:i]
+    return tokens
+
+
+def step_scores(
+    examples: Sequence[Example], task: Task, config: Config, dtype: torch.dtype
+) -> list[np.ndarray]:
+    """Return a scorer's scores for the steps of each example, [steps].
+
+    The scores are NaN from the first step on that does not fit into max_length.
     """
+    # With a label at every step, every step that fits becomes a target. The targets of an example
+    # are in the order of its steps, in one row (causal model) or in a row for each step (encoder).
+    all_labelled = [replace(e, labels=[0.0] * len(e.steps)) for e in examples]
+    tokenised = tokenise(all_labelled, task.tokenizer, "score", config.data, task.causal)
+    pairs, steps_of_rows = [], []  # the steps are numbered through all examples
+    num_steps = 0
+    for example, fitting in zip(examples, tokenised):
+        next_step = num_steps
+        for row in fitting.rows:
+            num_targets = sum(not math.isnan(target) for target in row.targets)
+            pairs.append((row, 0))
+            steps_of_rows.append(np.arange(next_step, next_step + num_targets))
+            next_step += num_targets
+        num_steps += len(example.steps)
+    scores = np.full(num_steps, math.nan)
+    if pairs:
+        rows = Rows.from_rows(pairs, "score")
+        group_prompts = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
+        predictions = predict(task, group_prompts, task.model.device, dtype).values.numpy()
+        order = np.concatenate([batch.rows for batch in group_prompts])
+        scores[np.concatenate([steps_of_rows[row] for row in order])] = predictions
     ends = np.cumsum([len(example.steps) for example in examples])
-    numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])  # exact up to 2^24
-    # Of each step its number
-    asked = [replace(example, labels=of.tolist()) for example, of in zip(examples, numbers)]
-    rendered = tokenise(asked, task.tokenizer, "score", config.data, task.causal)
-    rows = Rows.from_rows(((row, 0) for of in rendered for row in of.rows), "score")
-    batches = (
-        rows.batches(range(len(rows)), max_batch_tokens(config), task.packed) if len(rows) else []
-    )
-    scores = np.full(ends[-1], math.nan)
-    task.eval()
-    with autocast(task.model.device, dtype):
-        for batch in tqdm(batches, unit="batch", disable=None):
-            scores[batch.targets.long().numpy()] = (
-                task.predict(batch.to(task.model.device)).float().cpu().numpy()
-            )
     return np.split(scores, ends[:-1])
 
 
 @torch.no_grad()
-def embed(task, texts, config, dtype):
-    """[n, width], fp32, of length 1: the mean of the backbone's hidden states over a text's first
-    `max_length` tokens.
+def embed(task: Task, texts: list[str], config: Config, dtype: torch.dtype) -> np.ndarray:
+    """Return an embedding of each text, [texts, width], fp32, of length 1.
+
+    It is the mean of the backbone's hidden states over the first `max_length` tokens.
     """
-    tokens = task.tokenizer(
-        texts, truncation=True, max_length=config.data.max_length, verbose=False
-    ).input_ids
+    max_length = config.data.max_length
+    tokens = task.tokenizer(texts, truncation=True, max_length=max_length, verbose=False).input_ids
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-    # With every token a target
-    rows = Rows.from_rows(((Row(tokens[i], [0.0] * len(tokens[i])), 0) for i in order), "score")
+    # Every token is a target, so that the task returns the hidden state at every position.
+    pairs = [(Row(tokens[i], [0.0] * len(tokens[i])), 0) for i in order]
+    rows = Rows.from_rows(pairs, "score")
+    group_prompts = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
     task.eval()
-    means, batches = [], rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
+    means = []
     with autocast(task.model.device, dtype):
-        for batch in tqdm(batches, unit="batch", disable=None):
+        for batch in tqdm(group_prompts, unit="batch", disable=None):
             hidden = task.target_hidden_states(batch.to(task.model.device)).float()
             means += [part.mean(0).cpu() for part in hidden.split(batch.seq_lens)]
     embeddings = torch.empty(len(texts), len(means[0]))
-    embeddings[order] = torch.nn.functional.normalize(torch.stack(means))
+    embeddings[order] = normalize(torch.stack(means))
     return embeddings.numpy()

@@ -1,5 +1,9 @@
 """What eval.py measures: loss, answers, retrieval, scores of steps."""
 
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+import json
 import math
 from pathlib import Path
 import sys
@@ -7,126 +11,177 @@ import sys
 import numpy as np
 import torch
 
+from lora.common.serialization import without_nan
 from lora.common.terminal import printable
-from lora.config.schema import max_batch_tokens
+from lora.config.schema import Config, max_batch_tokens
+from lora.data.examples import Example
 from lora.data.mixing import dataset_names
 from lora.data.summary import describe_data
 from lora.data.token_cache import tokenise_examples
-from lora.evaluation import best_of_n, calibration, retrieval, step_metrics, step_report
-from lora.evaluation.generate import answers, embed, prompt_tokens, step_scores
+from lora.evaluation import retrieval, step_metrics, step_report
+from lora.evaluation.arguments import EvaluationRequest
+from lora.evaluation.best_of_n import best_of_n
+from lora.evaluation.calibration import save_reliability_diagram
+from lora.evaluation.generate import embed, generate_answers, prompt_tokens, step_scores
 from lora.evaluation.predict import predict
-from lora.evaluation.text_metrics import means, rouge_scorer, scores
+from lora.evaluation.text_metrics import Question, mean_scores, passes, rouge_scorer, score_answer
+from lora.model.task import Task
 
 
-def loss_numbers(examples, task, config, dtype):
-    rows, facts = tokenise_examples(examples, task, config, "eval")
+@dataclass
+class Results:
+    """What an evaluation found out."""
+
+    numbers: dict = field(default_factory=dict)
+    answers: list[dict] = field(default_factory=list)  # one for each question, with its measures
+    critical_questions: list[dict] = field(default_factory=list)  # whether each was passed
+
+    def save(self, path: Path) -> None:
+        """Write the numbers as JSON, and the answers to a file beside it."""
+        values = without_nan(self.numbers)
+        if self.critical_questions:
+            values["critical_questions"] = self.critical_questions
+        path.write_text(json.dumps(values, indent=2) + "\n")
+        if self.answers:
+            lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
+            path.with_suffix(".generations.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def measure_language(
+    request: EvaluationRequest, task: Task, config: Config, dtype: torch.dtype
+) -> Results:
+    """Measure the loss and the answers of a language model."""
+    results = Results()
+    if request.examples:
+        results.numbers.update(measure_loss(request.examples, task, config, dtype))
+    if request.test_set:
+        results.answers, mean_scores = measure_answers(request.test_set, task, config, dtype)
+        results.numbers.update(mean_scores)
+    if request.critical:
+        answers, mean_scores = measure_answers(request.critical, task, config, dtype)
+        for question, answer in zip(request.critical, answers):
+            passed = passes(answer["answer"], answer["reference"], config.evaluation)
+            answer["passed"] = passed
+            where, text = question.where, question.messages[-1]["content"]
+            verdict = {"where": where, "question": text, "passed": passed}
+            results.critical_questions.append(verdict)
+            _, _, last_line = printable(text).strip().rpartition("\n")
+            print(f"{'PASS' if passed else 'FAIL'}  {where}  {last_line}")
+        results.answers += answers
+        mean_scores["passed"] = sum(answer["passed"] for answer in answers) / len(answers)
+        results.numbers.update({f"critical/{name}": mean for name, mean in mean_scores.items()})
+    return results
+
+
+def measure_loss(
+    examples: Sequence[Example], task: Task, config: Config, dtype: torch.dtype
+) -> dict[str, float]:
+    rows, facts = tokenise_examples(examples, task.tokenizer, task.causal, config, "eval")
     batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
     predictions = predict(task, batches, task.model.device, dtype)
-    said, targets = predictions.values, predictions.targets
     print(describe_data("eval", facts))
-    numbers = task.head.metrics(said, targets)
+    targets = predictions.targets
+    numbers = task.head.metrics(predictions.values, targets)
     text = task.tokenizer.decode(
         targets, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    size = len(text.encode()) or math.nan
-    return numbers | {"bits_per_byte": numbers["loss"] * len(targets) / math.log(2) / size}
-
-
-def answer_rows(questions, task, config, dtype):
-    """(a dict for each question: where, prompt, reference, answer and its scores; the means of the
-    scores).
-    """
-    prompts = [
-        (q.where, prompt_tokens(q.where, q.messages, q.tools, task.tokenizer)) for q in questions
-    ]
-    texts = answers(task, prompts, config, dtype)
-    rouge = rouge_scorer()
-    measured = [
-        scores(text, q.reference, config.evaluation, rouge) for q, text in zip(questions, texts)
-    ]
-    rows = [
-        {
-            "where": q.where,
-            "prompt": task.tokenizer.decode(tokens),
-            "reference": q.reference,
-            "answer": text,
-            **of_row,
-        }
-        for q, (_, tokens), text, of_row in zip(questions, prompts, texts, measured)
-    ]
-    return rows, means(measured)
-
-
-def retrieval_numbers(asked, task, config, dtype):
-    texts = [*asked.corpus.values(), *(query for query, _ in asked.queries)]
-    embeddings = embed(task, texts, config, dtype)
-    corpus, queries = embeddings[: len(asked.corpus)], embeddings[len(asked.corpus) :]
-    return retrieval.metrics(
-        retrieval.ranks_of(queries, corpus, [relevant for _, relevant in asked.queries])
-    )
-
-
-def judge_steps(arguments, config, asked, task, dtype):
-    """Score the steps that are asked for; show them where that is asked for; the numbers, where
-    they have labels.
-    """
-    examples, settings = asked.examples, config.evaluation
-    scores = step_scores(examples, task, config, dtype)
-    unread = sum(int(np.isnan(of).sum()) for of in scores)
-    if unread:
-        total = sum(map(len, scores))
-        print(
-            f"note: {unread} of {total} steps do not fit max_length {config.data.max_length} and have no score"
-        )
-    if arguments.prompt is not None or arguments.test_set:
-        for example, of_steps in zip(examples, scores):
-            print(
-                ""
-                if arguments.prompt is not None
-                else f"\n{example.where}\n{printable(example.prompt)}\n",
-                end="",
-            )
-            print(
-                "\n".join(
-                    step_report.lines(example, of_steps, settings.threshold, sys.stdout.isatty())
-                )
-            )
-    numbers, table = {}, []
-    if step_metrics.measured(examples, scores).size:
-        numbers, table = labelled_numbers(arguments, config, examples, scores, task)
-    for name, (value, ends) in best_of_n.best_of_n(examples, scores).items():
-        numbers[f"best_of_n/{name}"] = value
-        numbers.setdefault("intervals", {}).setdefault("best_of_n", {})[name] = ends
-        table.append([f"best of n, {name}", step_report.number(value, ends)])
-    if arguments.html:
-        title = f"{arguments.checkpoint or config.model.base_model}: scores of steps"
-        text = step_report.page(title, examples, scores, settings.threshold, table)
-        Path(arguments.html).write_text(text, encoding="utf-8")
-    for name, *cells in table:
-        print(f"{name:>24}  " + "  ".join(f"{cell:24}" for cell in cells).rstrip())
+    num_bytes = len(text.encode()) or math.nan
+    numbers["bits_per_byte"] = numbers["loss"] * len(targets) / math.log(2) / num_bytes
     return numbers
 
 
-def labelled_numbers(arguments, config, examples, scores, task):
-    """(numbers, the table that shows them) of scored steps with labels."""
-    paths = arguments.eval_data or (
-        [arguments.test_set] if arguments.test_set else config.data.eval_paths
-    )
-    measured = {
-        e.dataset_id for e, of in zip(examples, scores) if step_metrics.measured([e], [of]).size
-    }
-    names = {name: source for source, name in enumerate(dataset_names(paths)) if source in measured}
-    found = step_metrics.report(
-        examples, scores, config.evaluation, names if len(names) > 1 else {}
-    )
-    labels, said = step_metrics.measured(examples, scores)
-    loss = task.head.metrics(torch.from_numpy(said), torch.from_numpy(labels))["loss"]
-    print(
-        f"{len(labels)} labelled steps, {(labels >= 0.5).mean():.1%} of them right; loss {loss:.6f}"
-    )
-    if config.evaluation.tune_threshold_on:
-        at = ", ".join(f"{value:g} ({name})" for name, value in found["thresholds"].items())
-        print(f"thresholds tuned on {config.evaluation.tune_threshold_on}: {at}")
-    if arguments.reliability:
-        calibration.reliability_picture(arguments.reliability, said, labels)
-    return {"loss": loss} | found["measures"]["scores"] | found, step_report.table(found)
+def measure_answers(
+    questions: Sequence[Question], task: Task, config: Config, dtype: torch.dtype
+) -> tuple[list[dict], dict[str, float]]:
+    """Return the answer to each question with its measures, and the means of the measures."""
+    tokenizer = task.tokenizer
+    tokens_of = [prompt_tokens(q.where, q.messages, q.tools, tokenizer) for q in questions]
+    prompts = [(q.where, tokens) for q, tokens in zip(questions, tokens_of)]
+    texts = generate_answers(task, prompts, config, dtype)
+    rouge = rouge_scorer()
+    answers, measures = [], []
+    for q, tokens, text in zip(questions, tokens_of, texts):
+        measures.append(score_answer(text, q.reference, config.evaluation, rouge))
+        answer = {"where": q.where, "prompt": tokenizer.decode(tokens)}
+        answer.update(reference=q.reference, answer=text, **measures[-1])
+        answers.append(answer)
+    return answers, mean_scores(measures)
+
+
+def measure_retrieval(
+    request: EvaluationRequest, task: Task, config: Config, dtype: torch.dtype
+) -> dict[str, float]:
+    queries, relevant = zip(*request.queries)
+    embeddings = embed(task, [*request.corpus.values(), *queries], config, dtype)
+    of_corpus, of_queries = np.split(embeddings, [len(request.corpus)])
+    return retrieval.metrics(retrieval.relevant_ranks(of_queries, of_corpus, relevant))
+
+
+def measure_steps(
+    request: EvaluationRequest, arguments: Namespace, task: Task, config: Config, dtype: torch.dtype
+) -> dict:
+    """Score the steps, show them where this was requested, and measure those with labels."""
+    examples, threshold = request.examples, config.evaluation.threshold
+    score_answer = step_scores(examples, task, config, dtype)
+    num_steps = sum(len(of_chain) for of_chain in score_answer)
+    num_without_score = sum(int(np.isnan(of_chain).sum()) for of_chain in score_answer)
+    if num_without_score:
+        too_long = f"do not fit max_length {config.data.max_length} and have no score"
+        print(f"note: {num_without_score} of {num_steps} steps {too_long}")
+    if arguments.prompt is not None or arguments.test_set:
+        for example, of_chain in zip(examples, score_answer):
+            if arguments.prompt is None:
+                print(f"\n{example.where}\n{printable(example.prompt)}")
+            for line in step_report.lines(example, of_chain, threshold, sys.stdout.isatty()):
+                print(line)
+
+    numbers, table = {}, []
+    labels, labelled_scores = step_metrics.labelled_steps(examples, score_answer)
+    if len(labels):
+        paths = arguments.eval_data or config.data.eval_paths
+        if arguments.test_set:
+            paths = [arguments.test_set]
+        report = compare_with_baselines(paths, examples, score_answer, config)
+        values, targets = torch.from_numpy(labelled_scores), torch.from_numpy(labels)
+        loss, right = task.head.metrics(values, targets)["loss"], (labels >= 0.5).mean()
+        print(f"{len(labels)} labelled steps, {right:.1%} of them right; loss {loss:.6f}")
+        tuned_on = config.evaluation.tune_threshold_on
+        if tuned_on:
+            thresholds = [f"{value:g} ({name})" for name, value in report["thresholds"].items()]
+            print(f"thresholds tuned on {tuned_on}: {', '.join(thresholds)}")
+        if arguments.reliability:
+            save_reliability_diagram(arguments.reliability, labelled_scores, labels)
+        numbers = {"loss": loss, **report["measures"]["scores"], **report}
+        table = step_report.table(report)
+
+    for name, (value, interval) in best_of_n(examples, score_answer).items():
+        numbers[f"best_of_n/{name}"] = value
+        numbers.setdefault("intervals", {}).setdefault("best_of_n", {})[name] = interval
+        table.append([f"best of n, {name}", step_report.number(value, interval)])
+    if arguments.html:
+        title = f"{arguments.checkpoint or config.model.base_model}: scores of steps"
+        page = step_report.page(title, examples, score_answer, threshold, table)
+        Path(arguments.html).write_text(page, encoding="utf-8")
+    for name, *cells in table:
+        columns = "  ".join(f"{cell:24}" for cell in cells)
+        print(f"{name:>24}  {columns.rstrip()}")
+    return numbers
+
+
+def compare_with_baselines(
+    paths: Sequence[str],
+    examples: Sequence[Example],
+    score_answer: step_metrics.Scores,
+    config: Config,
+) -> dict[str, dict]:
+    """Measure scores of chains that were read from `paths`, see `step_metrics.report`."""
+    measured_ids = set()
+    for example, of_chain in zip(examples, score_answer):
+        labels, _ = step_metrics.labelled_steps([example], [of_chain])
+        if len(labels):
+            measured_ids.add(example.dataset_id)
+    dataset_ids = {name: i for i, name in enumerate(dataset_names(paths)) if i in measured_ids}
+    if len(dataset_ids) == 1:
+        dataset_ids = {}
+    scorers = step_metrics.with_baselines(examples, score_answer)
+    return step_metrics.report(examples, scorers, config.evaluation, dataset_ids)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 # Every value is escaped, whatever the template's file is called; a missing name is an error.
 ENVIRONMENT = Environment(
@@ -15,11 +16,8 @@ ENVIRONMENT = Environment(
 )
 
 
-def render_template(name: str, **values: object) -> str:
-    """Fill in a template with `values`, which are escaped.
-
-    Args:
-        name: file of the template in lora/evaluation/templates/.
-        **values: what the template refers to.
+def render_template(name: str, values: dict[str, object]) -> Markup:
+    """Fill in a template of lora/evaluation/templates/. Its values are escaped, it itself is not:
+    a page may include a drawing as it is.
     """
-    return ENVIRONMENT.get_template(name).render(**values)
+    return Markup(ENVIRONMENT.get_template(name).render(values))

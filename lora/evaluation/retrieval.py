@@ -1,12 +1,12 @@
-"""How well the backbone's embeddings find what belongs together: recall@k, MRR and nDCG of queries
-over a corpus.
+"""Retrieval with the backbone's embeddings: recall@k, MRR and nDCG of queries over a corpus.
 
     corpus    {"id", "text"}
-    queries   {"query", "relevant": [ids]}    (in CSV: ids with blanks between them)
+    queries   {"query", "relevant": [ids]}    (in CSV: ids separated by blanks)
 
-The embedding of a text is the mean of the hidden states over its tokens, of length 1, so that a
-product is a cosine.
+Embeddings have length 1, so that their product is the cosine similarity.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,74 +15,77 @@ from lora.data import files
 from lora.data.examples import string
 
 CUTOFFS = (1, 5, 10)
+Query = tuple[str, set[int]]  # the text, and the indices of its relevant documents in the corpus
 
 
-def read_corpus(path):
-    """{id: text}. Raises UserError."""
+def read_corpus(path: str) -> dict[str, str]:
+    """Return {id: text}. Raises UserError."""
     corpus = {}
-    for where, row in files.rows(path):
-        name = identifier(where, row.get("id"))
-        if name in corpus:
-            raise UserError(f"{where}: id {name} is there a second time; each needs its own.")
-        corpus[name] = string(where, "text", row.get("text"))
+    for where, row in files.read_rows(path):
+        document_id = read_id(where, row.get("id"))
+        if document_id in corpus:
+            second = f"id {document_id} is there a second time"
+            raise UserError(f"{where}: {second}; each needs its own.")
+        corpus[document_id] = string(where, "text", row.get("text"))
     if not corpus:
         raise UserError(f"{path}: 0 documents; expected one at least.")
     return corpus
 
 
-def read_queries(path, corpus):
-    """[(query, the set of the places in the corpus that are relevant to it)]. Raises UserError."""
-    places = {name: place for place, name in enumerate(corpus)}
+def read_queries(path: str, corpus: dict[str, str]) -> list[Query]:
+    """Read queries about the documents of `corpus`. Raises UserError."""
+    indices = {document_id: i for i, document_id in enumerate(corpus)}
     queries = []
-    for where, row in files.rows(path):
+    for where, row in files.read_rows(path):
         relevant = row.get("relevant")
-        relevant = relevant.split() if isinstance(relevant, str) else relevant
+        if isinstance(relevant, str):
+            relevant = relevant.split()
         if not isinstance(relevant, list) or not relevant:
             raise UserError(f"{where}: relevant is {relevant!r}; expected a list of ids.")
-        names = {identifier(where, name) for name in relevant}
-        unknown = sorted(names - places.keys())
+        ids = {read_id(where, value) for value in relevant}
+        unknown = sorted(ids - indices.keys())
         if unknown:
             raise UserError(f"{where}: relevant names {unknown[0]}, which is no id of the corpus.")
-        queries.append((string(where, "query", row.get("query")), {places[name] for name in names}))
+        text = string(where, "query", row.get("query"))
+        queries.append((text, {indices[document_id] for document_id in ids}))
     if not queries:
         raise UserError(f"{path}: 0 queries; expected one at least.")
     return queries
 
 
-def identifier(where, value):
-    """An id as text: CSV knows no numbers."""
+def read_id(where: str, value: object) -> str:
+    """Return an id as text, because CSV has no numbers."""
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise UserError(f"{where}: id {value!r}; expected a text or an integer.")
     return str(value)
 
 
-def ranks_of(queries, corpus, relevant):
-    """For each query the places, from 1 on and in order, of its relevant documents among all, the
-    most similar first.
+def relevant_ranks(
+    queries: np.ndarray, corpus: np.ndarray, relevant: Sequence[set[int]]
+) -> list[list[int]]:
+    """Return for each query the ranks of its relevant documents, from 1 on, in order.
 
-    queries [q, width] and corpus [c, width] of length 1, relevant: q sets of places in the corpus.
+    `queries` [q, width] and `corpus` [c, width] are embeddings.
     """
     ranks = []
-    for query, wanted in zip(queries, relevant):
+    for query, of_query in zip(queries, relevant):
         order = np.argsort(-(corpus @ query), kind="stable")
-        ranks.append((np.flatnonzero(np.isin(order, list(wanted))) + 1).tolist())
+        is_relevant = np.isin(order, list(of_query))
+        ranks.append((np.flatnonzero(is_relevant) + 1).tolist())
     return ranks
 
 
-def metrics(ranks):
-    """Means over the queries of `ranks_of`: recall@k, MRR (1 / the first rank), nDCG@10 with
-    relevance 0 or 1.
-    """
-    recall = {
-        k: [sum(rank <= k for rank in found) / len(found) for found in ranks] for k in CUTOFFS
-    }
-    result = {f"recall@{k}": float(np.mean(of_queries)) for k, of_queries in recall.items()}
-    gain = 1 / np.log2(np.arange(2, 12))  # at ranks 1 to 10
-    ndcg = [
-        sum(gain[rank - 1] for rank in found if rank <= 10) / gain[: len(found)].sum()
-        for found in ranks
-    ]
-    return result | {
-        "mrr": float(np.mean([1 / found[0] for found in ranks])),
-        "ndcg@10": float(np.mean(ndcg)),
-    }
+def metrics(ranks: list[list[int]]) -> dict[str, float]:
+    """Return means over the queries: recall@k, MRR (1 / the first rank), nDCG@10 (binary)."""
+    values = {}
+    for k in CUTOFFS:
+        recalls = [np.mean([rank <= k for rank in of_query]) for of_query in ranks]
+        values[f"recall@{k}"] = float(np.mean(recalls))
+    values["mrr"] = float(np.mean([1 / of_query[0] for of_query in ranks]))
+    gains = 1 / np.log2(np.arange(2, 12))  # of a relevant document at ranks 1 to 10
+    ndcgs = []
+    for of_query in ranks:
+        gain = sum(gains[rank - 1] for rank in of_query if rank <= 10)
+        ndcgs.append(gain / gains[: len(of_query)].sum())
+    values["ndcg@10"] = float(np.mean(ndcgs))
+    return values

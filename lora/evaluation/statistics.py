@@ -1,42 +1,40 @@
-"""Measures of agreement between scores and labels, beside those that every evaluation of the loop
-prints.
-"""
+"""Statistics that the evaluation of scores and the comparison of runs share."""
 
+from collections.abc import Iterator, Sequence
 import math
 
 import numpy as np
 
 
-def pearson(a, b):
-    """Linear correlation of two arrays [n]; NaN where one of them does not vary."""
-    a, b = (x - x.mean() for x in (np.asarray(a, np.float64), np.asarray(b, np.float64)))
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the linear correlation of two arrays [n]; NaN where one of them does not vary."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a, b = a - a.mean(), b - b.mean()
     norm = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / norm) if norm else float("nan")
+    return float((a * b).sum() / norm) if norm else math.nan
 
 
-def spearman(a, b):
-    """Correlation of the ranks of two arrays [n]; equal values share the mean of their ranks."""
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the correlation of the ranks of two arrays [n]."""
     return pearson(ranks(a), ranks(b))
 
 
-def ranks(values):
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return the ranks of values, from 1 on; equal values share the mean of their ranks."""
     _, group, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
-def draws_of(count, draws=1000, seed=0):
-    """Yields, so many times, the indices [count] of a sample drawn with replacement: the
-    bootstrap's.
-    """
+def bootstrap_samples(count: int, draws: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
+    """Yield the indices of samples of the bootstrap, drawn with replacement, each [count]."""
     rng = np.random.default_rng(seed)
     for _ in range(draws):
         yield rng.integers(count, size=count)
 
 
-def quantiles(values):
-    """[low, high] between which 95 % of the values lie; NaN where none is finite."""
-    return (
-        [float(end) for end in np.nanquantile(values, (0.025, 0.975))]
-        if np.isfinite(values).any()
-        else [math.nan] * 2
-    )
+def interval_95(values: Sequence[float]) -> list[float]:
+    """Return [low, high], between which 95 % of the values lie; NaN where none is finite."""
+    if not np.isfinite(values).any():
+        return [math.nan, math.nan]
+    low, high = np.nanquantile(values, (0.025, 0.975))
+    return [float(low), float(high)]

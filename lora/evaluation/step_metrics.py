@@ -1,102 +1,106 @@
-"""How well steps are judged, beside two scorers that understand nothing.
+"""How well step scores agree with labels, beside two baselines that do not understand the steps.
 
-AUC, mse and accuracy look good already for a scorer that knows where in a chain errors tend to be,
-so every figure stands next to that of one that knows each step's position and length only, and of
-one that knows its words as well; and with an interval, from drawing the problems again.
+AUC, mse and accuracy already look good for a scorer that knows where in a chain errors tend to be.
+So every number stands next to that of a baseline that knows only the position and length of a step,
+and of one that also knows its words. Each has a 95 % interval: the bootstrap over problems.
 
-A step is right where its label is at least 0.5, and judged right where its score is at least the
-threshold. Steps without a label, or that did not fit into max_length (score NaN), are not measured,
-by any of the three.
+A step is right where its label is at least 0.5, and predicted right where its score is at least the
+threshold. Steps that have no label, or no score (NaN), are left out for all three scorers.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
 import math
 
 import numpy as np
 
 from lora.common.errors import UserError
+from lora.config.schema import EvaluationConfig
+from lora.data.examples import Example
 from lora.evaluation.calibration import expected_calibration_error
-from lora.evaluation.statistics import draws_of, pearson, quantiles, ranks, spearman
+from lora.evaluation.statistics import bootstrap_samples, interval_95, pearson, ranks, spearman
 from lora.evaluation.trivial_scorers import BASELINES, baseline_scores
 
+Chains = Sequence[Example]
+Scores = Sequence[np.ndarray]  # for each example the scores of its steps, [steps]
+Measures = dict[str, float]
+Intervals = dict[str, dict[str, list[float]]]  # {scorer: {measure: [low, high]}}
 
-def auc(scores, right):
-    """How often a right step scores above a wrong one, [n] and [n] of bool; ties are half. NaN
-    without one of each.
+
+def auc(scores: np.ndarray, right: np.ndarray) -> float:
+    """Return how often a right step has a higher score than a wrong one; ties count half.
+
+    It is NaN where all or none are right. `scores` is [n], `right` is [n] of bool.
     """
-    wins = ranks(scores)[right].sum() - right.sum() * (right.sum() + 1) / 2
-    return (
-        float(wins / (right.sum() * (~right).sum()))
-        if right.any() and not right.all()
-        else math.nan
-    )
+    num_right, num_wrong = right.sum(), (~right).sum()
+    if num_right == 0 or num_wrong == 0:
+        return math.nan
+    wins = ranks(scores)[right].sum() - num_right * (num_right + 1) / 2
+    return float(wins / (num_right * num_wrong))
 
 
-def f1(hits, false, missed):
-    return 2 * hits / (2 * hits + false + missed) if hits else 0.0
+def f1(true_positives: int, num_errors: int) -> float:
+    return 2 * true_positives / (2 * true_positives + num_errors) if true_positives else 0.0
 
 
-def harmonic_mean(a, b):
+def harmonic_mean(a: float, b: float) -> float:
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
-def measured(examples, scores):
-    """(labels [n], scores [n]) of the steps that have both. scores: an array [steps] for each
-    example.
-    """
-    pairs = [
-        (la, s)
-        for e, of in zip(examples, scores)
-        for la, s in zip(e.labels, of)
-        if la is not None and s == s
-    ]
-    return np.array(pairs, np.float64).reshape(-1, 2).T
+def first_below(values: Sequence[float], threshold: float) -> int:
+    """Return the index of the first value below the threshold, or -1."""
+    for i, value in enumerate(values):
+        if value < threshold:
+            return i
+    return -1
 
 
-@dataclass
-class Judged:
-    """The scores of one scorer on labelled chains."""
+def labelled_steps(examples: Chains, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels [n] and the scores [n] of the steps that have both."""
+    labels, scores_of_labelled = [], []
+    for example, example_scores in zip(examples, scores):
+        for label, score in zip(example.labels, example_scores):
+            if label is not None and not math.isnan(score):
+                labels.append(label)
+                scores_of_labelled.append(score)
+    return np.array(labels, np.float64), np.array(scores_of_labelled, np.float64)
 
-    threshold: float
-    labels: np.ndarray  # [n] of all measured steps
-    scores: np.ndarray  # [n]
-    spans: list[np.ndarray]  # of each chain: its places among these
-    wrong: np.ndarray  # [chains]: number of the first wrong step among the measured ones, -1: none
-    said: np.ndarray  # [chains]: the same by the scores
-    subjects: tuple[str]  # of each chain: its problem
 
-    @classmethod
-    def of(cls, examples, scores, threshold, source=None):
-        """`scores`: an array [steps] for each example. source: of which set, None: of all."""
-        chosen = [(e, of) for e, of in zip(examples, scores) if source in (None, e.dataset_id)]
-        chains = [(e.prompt, *measured([e], [of])) for e, of in chosen]
-        subjects, labels, scores = zip(*(chain for chain in chains if len(chain[1])))
-        ends = np.cumsum([*map(len, labels)])
-        return cls(
-            threshold, np.concatenate(labels), np.concatenate(scores), np.split(np.arange(ends[-1]), ends[:-1]),
-            np.array([first_below(of_chain, 0.5) for of_chain in labels]),
-            np.array([first_below(of_chain, threshold) for of_chain in scores]), subjects,
-        )  # fmt: skip
+class ScoredChains:
+    """The scores of one scorer for the chains that have labelled steps."""
 
-    def measures(self, chains=None):
-        """All measures over the steps of some of the chains, by their places; None: of all."""
-        chains = np.arange(len(self.spans)) if chains is None else chains
-        steps = np.concatenate([self.spans[i] for i in chains])
-        labels, scores, wrong, said = (
-            self.labels[steps],
-            self.scores[steps],
-            self.wrong[chains],
-            self.said[chains],
-        )
-        right, passed = labels >= 0.5, scores >= self.threshold
-        hits, false, missed = (
-            (right & passed).sum(),
-            (~right & passed).sum(),
-            (right & ~passed).sum(),
-        )
-        of_wrong = (said == wrong)[wrong >= 0].mean() if (wrong >= 0).any() else math.nan
-        of_right = (said == wrong)[wrong < 0].mean() if (wrong < 0).any() else math.nan
+    def __init__(
+        self, examples: Chains, scores: Scores, threshold: float, dataset_id: int | None = None
+    ) -> None:
+        """Collect the chains of one data set, or (None) of all."""
+        self.threshold = threshold
+        self.problems: list[str] = []  # of each chain
+        self.labels: list[np.ndarray] = []  # of each chain, [steps]
+        self.scores: list[np.ndarray] = []
+        for example, of_chain in zip(examples, scores):
+            labels, labelled_scores = labelled_steps([example], [of_chain])
+            if len(labels) and dataset_id in (None, example.dataset_id):
+                self.problems.append(example.prompt)
+                self.labels.append(labels)
+                self.scores.append(labelled_scores)
+        # The index of each chain's first wrong step, or -1: by the labels, and by the scores.
+        self.first_errors = np.array([first_below(labels, 0.5) for labels in self.labels])
+        self.predicted_errors = np.array([first_below(s, threshold) for s in self.scores])
+
+    def measures(self, chains: np.ndarray | None = None) -> Measures:
+        """Compute all measures over the steps of some chains, by their indices; None: of all."""
+        if chains is None:
+            chains = np.arange(len(self.labels))
+        labels = np.concatenate([self.labels[i] for i in chains])
+        scores = np.concatenate([self.scores[i] for i in chains])
+        right = labels >= 0.5
+        predicted_right = scores >= self.threshold
+        num_errors = (right != predicted_right).sum()
+        has_error = self.first_errors[chains] >= 0
+        located = self.predicted_errors[chains] == self.first_errors[chains]
+        first_error_accuracy = located[has_error].mean() if has_error.any() else math.nan
+        no_error_accuracy = located[~has_error].mean() if (~has_error).any() else math.nan
+
         mse, variance = ((scores - labels) ** 2).mean(), labels.var()
         values = {
             "mse": mse,
@@ -106,99 +110,115 @@ class Judged:
             "spearman": spearman(scores, labels),
             "auc": auc(scores, right),
             "ece": expected_calibration_error(scores, labels),
-            "f1": f1(hits, false, missed),
-            "negative_f1": f1((~right & ~passed).sum(), missed, false),
-            "first_error_accuracy": of_wrong,
-            "no_error_accuracy": of_right,
-            "processbench_f1": harmonic_mean(of_wrong, of_right),
+            "f1": f1((right & predicted_right).sum(), num_errors),
+            "negative_f1": f1((~right & ~predicted_right).sum(), num_errors),
+            "first_error_accuracy": first_error_accuracy,
+            "no_error_accuracy": no_error_accuracy,
+            "processbench_f1": harmonic_mean(first_error_accuracy, no_error_accuracy),
         }
         return {name: float(value) for name, value in values.items()}
 
 
-def best_threshold(examples, scores, source=None):
-    """The threshold of 0.02 to 0.98 with the best ProcessBench F1; the arguments are those of
-    Judged.of.
-    """
-    thresholds = [i / 50 for i in range(1, 50)]
-    return max(
-        thresholds,
-        key=lambda t: Judged.of(examples, scores, t, source).measures()["processbench_f1"],
-    )
+def best_threshold(examples: Chains, scores: Scores, dataset_id: int | None = None) -> float:
+    """Return the threshold from 0.02 to 0.98 with the best ProcessBench F1."""
+
+    def processbench_f1(threshold: float) -> float:
+        chains = ScoredChains(examples, scores, threshold, dataset_id)
+        return chains.measures()["processbench_f1"]
+
+    return max((i / 50 for i in range(1, 50)), key=processbench_f1)
 
 
-def intervals(scorers, draws):
-    """({name: {measure: [low, high]}}, the same of the first scorer less each other one): 95 %,
-    problems drawn anew.
+def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, Intervals]:
+    """Bootstrap the measures over problems: chains of one problem are drawn together.
 
-    scorers: {name: Judged} on the same chains. The draws are the same for all, so the differences
-    are paired.
+    The scorers have the same chains and are measured on the same draws, so differences are paired.
+
+    Returns:
+        The 95 % intervals of each scorer; those of the first scorer's measures less each other's.
     """
     first, *others = scorers
-    of_subject = defaultdict(list)
-    for i, subject in enumerate(scorers[first].subjects):
-        of_subject[subject].append(i)
-    groups, found = list(of_subject.values()), defaultdict(list)
-    for drawn in draws_of(len(groups), draws):
+    chains_of_problem = defaultdict(list)
+    for i, problem in enumerate(scorers[first].problems):
+        chains_of_problem[problem].append(i)
+    groups = list(chains_of_problem.values())
+
+    samples: dict[str, list[Measures]] = {name: [] for name in scorers}
+    for drawn in bootstrap_samples(len(groups), draws):
         chains = np.concatenate([groups[i] for i in drawn])
-        for name, judged in scorers.items():
-            found[name].append(judged.measures(chains))
-    ends = {
-        name: {m: quantiles([draw[m] for draw in of_name]) for m in of_name[0]}
-        for name, of_name in found.items()
-    }
-    differences = {
-        other: {
-            m: quantiles([a[m] - b[m] for a, b in zip(found[first], found[other])])
-            for m in found[first][0]
-        }
-        for other in others
-    }
-    return ends, differences
+        for name, scored in scorers.items():
+            samples[name].append(scored.measures(chains))
+
+    of_scorers: Intervals = {name: {} for name in scorers}
+    of_differences: Intervals = {name: {} for name in others}
+    for measure in samples[first][0]:
+        values_of_first = [sample[measure] for sample in samples[first]]
+        for name in scorers:
+            values = [sample[measure] for sample in samples[name]]
+            of_scorers[name][measure] = interval_95(values)
+            if name in others:
+                differences = [a - b for a, b in zip(values_of_first, values)]
+                of_differences[name][measure] = interval_95(differences)
+    return of_scorers, of_differences
 
 
-def report(examples, scores, settings, names, fitted_on=None, draws=1000):
-    """What is to be said of scores (an array [steps] for each example), with the two baselines
-    beside them.
-
-    {"thresholds": {scorer: number}, "measures": {scorer: {measure: value}}, "intervals": the same
-    with [low, high], "differences": {baseline: {measure: [low, high]}}}, which are the scores' less
-    the baseline's. settings: the [evaluation] table. names: {name of a set: its source}, where
-    there are several: then each has a "NAME/processbench_f1", and their mean is the
-    "mean_processbench_f1". Raises UserError.
-    """
-    tuned = settings.tune_threshold_on
-    if tuned and tuned not in names:
-        raise UserError(
-            f"tune_threshold_on {tuned}: no such set; there is {', '.join(names) or 'one set only'}."
-        )
-    scored = {"scores": scores} | {
-        name: baseline_scores(of, examples, fitted_on) for name, of in BASELINES.items()
-    }
-    result, judged = {"thresholds": {}, "measures": {}}, {}
-    for name, of_name in scored.items():
-        of_name = [
-            np.where(np.isnan(ours), math.nan, of_chain) for ours, of_chain in zip(scores, of_name)
+def with_baselines(
+    examples: Chains, scores: Scores, fitted_on: Chains | None = None
+) -> dict[str, Scores]:
+    """Return the scores, and the baselines' scores for the same steps, see `baseline_scores`."""
+    scores_of_scorer = {"scores": scores}
+    for name, features in BASELINES.items():
+        baseline = baseline_scores(features, examples, fitted_on)
+        scores_of_scorer[name] = [
+            np.where(np.isnan(own), np.nan, other) for own, other in zip(scores, baseline)
         ]
-        threshold = best_threshold(examples, of_name, names[tuned]) if tuned else settings.threshold
-        judged[name], result["thresholds"][name] = (
-            Judged.of(examples, of_name, threshold),
-            threshold,
-        )
-        measures = judged[name].measures()
-        if len(names) > 1:
-            of_sets = {
-                of: Judged.of(examples, of_name, threshold, source) for of, source in names.items()
-            }
-            parts = {
-                f"{of}/processbench_f1": one.measures()["processbench_f1"]
-                for of, one in of_sets.items()
-            }
-            measures |= parts | {"mean_processbench_f1": float(np.mean(list(parts.values())))}
-        result["measures"][name] = measures
-    result["intervals"], result["differences"] = intervals(judged, draws)
+    return scores_of_scorer
+
+
+def report(
+    examples: Chains,
+    scores_of_scorer: dict[str, Scores],
+    settings: EvaluationConfig,
+    dataset_ids: dict[str, int],
+    draws: int = 1000,
+) -> dict[str, dict]:
+    """Measure scorers on the same steps, and the first one against the others.
+
+    Args:
+        examples: the chains.
+        scores_of_scorer: what `with_baselines` returned.
+        settings: the threshold, or the set on which it is tuned.
+        dataset_ids: {name of a set: its id} where there are several sets, otherwise empty. Each
+            set gets a "NAME/processbench_f1"; their mean is "mean_processbench_f1".
+        draws: number of bootstrap samples.
+
+    Returns:
+        "thresholds": {scorer: number}, "measures": {scorer: {measure: value}}, "intervals": the
+        same with [low, high], and "differences": {baseline: {measure: [low, high]}}, the interval
+        of the first scorer's measure less the baseline's.
+
+    Raises:
+        UserError: the threshold is to be tuned on a set that is not there.
+    """
+    tuned_on = settings.tune_threshold_on
+    if tuned_on and tuned_on not in dataset_ids:
+        available = ", ".join(dataset_ids) or "one set only"
+        raise UserError(f"tune_threshold_on {tuned_on}: no such set; there is {available}.")
+    thresholds, measures, scorers = {}, {}, {}
+    for name, scores in scores_of_scorer.items():
+        threshold = settings.threshold
+        if tuned_on:
+            threshold = best_threshold(examples, scores, dataset_ids[tuned_on])
+        thresholds[name] = threshold
+        scorers[name] = ScoredChains(examples, scores, threshold)
+        measures[name] = scorers[name].measures()
+        if len(dataset_ids) > 1:
+            f1_of_sets = []
+            for set_name, dataset_id in dataset_ids.items():
+                of_set = ScoredChains(examples, scores, threshold, dataset_id).measures()
+                f1_of_sets.append(of_set["processbench_f1"])
+                measures[name][f"{set_name}/processbench_f1"] = of_set["processbench_f1"]
+            measures[name]["mean_processbench_f1"] = float(np.mean(f1_of_sets))
+    result: dict[str, dict] = {"thresholds": thresholds, "measures": measures}
+    result["intervals"], result["differences"] = intervals(scorers, draws)
     return result
-
-
-def first_below(values, threshold):
-    """The index of the first value under the threshold, or -1."""
-    return next((i for i, value in enumerate(values) if value < threshold), -1)

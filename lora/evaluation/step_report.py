@@ -10,13 +10,11 @@ from lora.data.examples import Example
 from lora.evaluation.pages import render_template
 from lora.evaluation.step_metrics import first_below
 
-Rows = list[list[str]]  # cells of a table, the first row a heading
+Table = list[list[str]]  # cells of a table, the first row a heading
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step as the page shows it."""
-
+class Step:  # as the page shows it
     text: str
     score: str  # with its label, where there is one
     css_colour: str
@@ -25,8 +23,6 @@ class Step:
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain of steps as the page shows it."""
-
     where: str  # file:line
     problem: str
     steps: list[Step]
@@ -58,17 +54,11 @@ def number(value: float | None, ends: Sequence[float] | None) -> str:
     return " ".join(parts)
 
 
-def table(report: dict) -> Rows:
-    """Return what `prm_metrics.report` measured: a column for each scorer and each difference."""
-    measures, intervals, differences = (
-        report["measures"],
-        report["intervals"],
-        report["differences"],
-    )
-    heading = ["measure", *measures]
-    heading += [f"less {scorer}" for scorer in differences]
-
-    rows = [heading]
+def table(report: dict) -> Table:
+    """Return what `step_metrics.report` measured: a column for each scorer and each difference."""
+    measures, intervals = report["measures"], report["intervals"]
+    differences = report["differences"]
+    rows = [["measure", *measures, *(f"less {scorer}" for scorer in differences)]]
     for measure in measures["scores"]:
         row = [measure]
         for scorer, values in measures.items():
@@ -78,19 +68,10 @@ def table(report: dict) -> Rows:
     return rows
 
 
-def lines(
-    example: Example,
-    scores: np.ndarray,
-    threshold: float,
-    colours: bool,
-) -> Iterator[str]:
+def lines(example: Example, scores: np.ndarray, threshold: float, colours: bool) -> Iterator[str]:
     """Yield a line for each step of a chain: its score, its label, and a mark at the first error.
 
-    Args:
-        example: the chain.
-        scores: scores of its steps, [steps].
-        threshold: the first step with a score below it is the first error.
-        colours: whether the terminal shows colours.
+    The first error is the first step with a score below the threshold.
     """
     first_error = first_below(scores, threshold)
     for i, (step, label, score) in enumerate(zip(example.steps, example.labels, scores)):
@@ -108,32 +89,18 @@ def page(
     examples: Sequence[Example],
     scores: Sequence[np.ndarray],
     threshold: float,
-    numbers: Rows,
+    numbers: Table,
 ) -> str:
-    """Return the page of scored steps.
-
-    Args:
-        title: heading of the page.
-        examples: the chains.
-        scores: scores of each chain's steps, [steps].
-        threshold: the first step with a score below it is framed.
-        numbers: a table shown above the chains; may be empty.
-    """
-    return render_template(
-        "steps.html",
-        title=title,
-        numbers=numbers,
-        threshold=threshold,
-        chains=chains(examples, scores, threshold),
-    )
+    """Return the page of scored chains, under a table of numbers that may be empty."""
+    shown = chains(examples, scores, threshold)
+    values = {"title": title, "numbers": numbers, "threshold": threshold, "chains": shown}
+    return render_template("steps.html", values)
 
 
 def chains(
-    examples: Sequence[Example],
-    scores: Sequence[np.ndarray],
-    threshold: float,
+    examples: Sequence[Example], scores: Sequence[np.ndarray], threshold: float
 ) -> list[Chain]:
-    """Return the chains as lora/templates/macros.html draws them."""
+    """Return the chains as templates/macros.html draws them."""
     shown = []
     for example, step_scores in zip(examples, scores):
         steps = coloured_steps(example, step_scores, threshold)
@@ -143,7 +110,8 @@ def chains(
 
 def coloured_steps(example: Example, scores: np.ndarray, threshold: float) -> list[Step]:
     predicted_error = first_below(scores, threshold)
-    labelled_error = first_labelled_wrong(example.labels)
+    labels = [np.nan if label is None else label for label in example.labels]
+    labelled_error = first_below(labels, 0.5)
     steps = []
     for i, (text, label, score) in enumerate(zip(example.steps, example.labels, scores)):
         css_classes = []
@@ -155,11 +123,3 @@ def coloured_steps(example: Example, scores: np.ndarray, threshold: float) -> li
         css_colour = f"rgb({red}, {green}, {blue})"
         steps.append(Step(text, score_with_label(score, label), css_colour, " ".join(css_classes)))
     return steps
-
-
-def first_labelled_wrong(labels: Sequence[float | None]) -> int:
-    """Return the index of the first step whose label is below 0.5, or -1."""
-    for i, label in enumerate(labels):
-        if label is not None and label < 0.5:
-            return i
-    return -1

@@ -1,79 +1,84 @@
-"""Questions with the answers that were hoped for, and how well generated answers agree with them.
+"""How well generated answers agree with reference answers.
 
 Every measure is a number 0..1 for each answer it applies to; the result for a file is their mean.
 
-    exact_answer       the answer is the reference, blanks around it aside
-    exact_match        the number after the last "####" is the reference's (where the reference has one)
-    rouge1, 2, L       F1 of shared words, pairs of words, longest common subsequence (rouge_score; letters a-z only)
+    exact_answer       the answer is the reference, ignoring leading and trailing blanks
+    exact_match        the number after the last "####" is that of the reference, where it has one
+    rouge1, 2, L       F1 of shared words, of pairs of words, of the longest common subsequence
+                       (rouge_score; it knows the letters a-z only)
     refusal_rate       the answer matches `refusal_pattern`
     refusal_accuracy   ... exactly if the reference does
-    citation_rate      the answer holds a match of `citation_pattern` (where the reference does)
+    citation_rate      the answer holds a match of `citation_pattern`, where the reference does
     citation_accuracy  ... and the same set of them as the reference
     json_validity      the answer is a JSON object with all of `json_keys`
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 import json
 import re
+from typing import Any
 
 from lora.common.errors import UserError
+from lora.config.schema import EvaluationConfig
+from lora.data.examples import Example
 from lora.data.readers import read
+
+Measures = dict[str, float]
 
 
 @dataclass(slots=True)
 class Question:
-    """A chat up to where the assistant is to speak, and what it said there in the data."""
+    """A chat up to the assistant's last answer, and that answer."""
 
-    where: str
+    where: str  # file:line, for messages
     messages: list[dict]
     tools: list[dict] | None
     reference: str
 
 
-def last_question(example):
-    """The Question for the last answer of a chat."""
-    last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-    return Question(
-        example.where, example.messages[:last], example.tools, example.messages[last]["content"]
-    )
+def last_question(example: Example) -> Question:
+    messages = example.messages
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return Question(example.where, messages[:last], example.tools, messages[last]["content"])
 
 
-def read_questions(path):
-    """The Questions of a file of chats in any form that training knows; each asks for its last
-    answer. Raises UserError.
+def read_questions(path: str) -> list[Question]:
+    """Read a file of chats in any form that training knows; each asks for its last answer.
+
+    Raises:
+        UserError: a row has no question or no answer.
     """
     questions = []
     for example in read([path], "lm"):
+        where = example.where
         if not example.messages:
-            raise UserError(
-                f"{example.where}: a text has no question and no answer; expected a chat."
-            )
-        questions.append(last_question(example))
-        if not questions[-1].messages:
-            raise UserError(
-                f"{example.where}: the chat begins with its only answer; expected a question before it."
-            )
-        if not questions[-1].reference.strip():
-            raise UserError(
-                f"{example.where}: the last answer is a tool call without text, which nothing here can score."
-            )
+            raise UserError(f"{where}: a text has no question and no answer; expected a chat.")
+        question = last_question(example)
+        if not question.messages:
+            only_answer = "the chat begins with its only answer"
+            raise UserError(f"{where}: {only_answer}; expected a question before it.")
+        if not question.reference.strip():
+            tool_call = "the last answer is a tool call without text"
+            raise UserError(f"{where}: {tool_call}, which nothing here can score.")
+        questions.append(question)
     return questions
 
 
-def check_patterns(settings):
-    """Raise UserError for a pattern of the [evaluation] table that is no regular expression."""
-    for name in ("refusal_pattern", "citation_pattern"):
+def check_patterns(settings: EvaluationConfig) -> None:
+    """Raise UserError for a pattern of the [evaluation] table that is not a regular expression."""
+    refusal, citation = settings.refusal_pattern, settings.citation_pattern
+    for name, pattern in {"refusal_pattern": refusal, "citation_pattern": citation}.items():
         try:
-            re.compile(getattr(settings, name))
+            re.compile(pattern)
         except re.error as error:
-            raise UserError(
-                f"{name} = {getattr(settings, name)!r}: not a regular expression ({error})."
-            ) from None
+            invalid = f"not a regular expression ({error})"
+            raise UserError(f"{name} = {pattern!r}: {invalid}.") from None
 
 
-def rouge_scorer():
-    """rouge_score's scorer, or None, and a note, where it is not installed."""
+def rouge_scorer() -> Any:
+    """Return the scorer of rouge_score; None, and print a note, where it is not installed."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -82,72 +87,77 @@ def rouge_scorer():
     return RougeScorer(["rouge1", "rouge2", "rougeL"])
 
 
-def scores(answer, reference, settings, rouge):
-    """{measure: 0..1} of one answer, for the measures that apply to it. `rouge`: `rouge_scorer()`."""
-    result = {"exact_answer": answer.strip() == reference.strip()}
+def score_answer(answer: str, reference: str, settings: EvaluationConfig, rouge: Any) -> Measures:
+    """Return the measures that apply to an answer. `rouge` is what `rouge_scorer` returned."""
+    measures: Measures = {"exact_answer": answer.strip() == reference.strip()}
     number = final_number(reference)
     if number is not None:
-        result["exact_match"] = final_number(answer) == number
+        measures["exact_match"] = final_number(answer) == number
     if rouge:
-        result |= {name: score.fmeasure for name, score in rouge.score(reference, answer).items()}
+        for name, score in rouge.score(reference, answer).items():
+            measures[name] = score.fmeasure
     if settings.refusal_pattern:
-        result["refusal_rate"] = refuses(answer, settings)
-        result["refusal_accuracy"] = refuses(answer, settings) == refuses(reference, settings)
-    expected = citations(reference, settings) if settings.citation_pattern else set()
-    if expected:
-        result["citation_rate"] = bool(citations(answer, settings))
-        result["citation_accuracy"] = citations(answer, settings) == expected
+        refused = refuses(answer, settings)
+        measures["refusal_rate"] = refused
+        measures["refusal_accuracy"] = refused == refuses(reference, settings)
+    if settings.citation_pattern:
+        expected, cited = citations(reference, settings), citations(answer, settings)
+        if expected:
+            measures["citation_rate"] = bool(cited)
+            measures["citation_accuracy"] = cited == expected
     if settings.json_keys:
-        result["json_validity"] = holds_keys(answer, settings.json_keys)
-    return {name: float(value) for name, value in result.items()}
+        measures["json_validity"] = has_json_keys(answer, settings.json_keys)
+    return {name: float(value) for name, value in measures.items()}
 
 
-def passes(answer, reference, settings):
-    """Whether an answer to a critical question will do: the same number; else a refusal where the
-    reference refuses;
+def passes(answer: str, reference: str, settings: EvaluationConfig) -> bool:
+    """Return whether an answer to a critical question is acceptable.
 
-    else the reference's text stands in it, whatever its case and blanks, and not within a longer
-    word or number.
+    It must have the reference's number, or refuse where the reference refuses, or else contain the
+    reference (ignoring case and blanks), and not as a part of a longer word or number.
     """
     number = final_number(reference)
     if number is not None:
         return final_number(answer) == number
     if refuses(reference, settings):
         return refuses(answer, settings)
-    plain_answer, plain_reference = (
-        " ".join(text.casefold().split()) for text in (answer, reference)
-    )
-    return bool(re.search(rf"(?<![a-z0-9]){re.escape(plain_reference)}(?![a-z0-9])", plain_answer))
+    plain_reference = re.escape(" ".join(reference.casefold().split()))
+    pattern = rf"(?<![a-z0-9]){plain_reference}(?![a-z0-9])"
+    return bool(re.search(pattern, " ".join(answer.casefold().split())))
 
 
-def means(rows):
-    """The mean of each measure over the rows that have it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: [row[name] for row in rows if name in row] for name in names}
+def mean_scores(rows: Sequence[Measures]) -> Measures:
+    """Return the mean of each measure over the rows that have it."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
     return {name: sum(of_name) / len(of_name) for name, of_name in values.items()}
 
 
-def final_number(text):
-    """The number after the last "####", without "$", commas and blanks; None if there is none."""
+def final_number(text: str) -> Decimal | None:
+    """Return the number after the last "####", without "$", commas and blanks; None without one."""
     _, mark, after = text.rpartition("####")
-    match = re.match(r"[-+$0-9., \t]*[0-9]", after) if mark else None
+    match = re.match(r"[-+$0-9., \t]*[0-9]", after)
+    if not mark or not match:
+        return None
     try:
-        return Decimal(re.sub(r"[$, \t]", "", match[0])) if match else None
+        return Decimal(re.sub(r"[$, \t]", "", match[0]))
     except InvalidOperation:  # "1.2.3"
         return None
 
 
-def refuses(text, settings):
+def refuses(text: str, settings: EvaluationConfig) -> bool:
     return bool(settings.refusal_pattern and re.search(settings.refusal_pattern, text))
 
 
-def citations(text, settings):
+def citations(text: str, settings: EvaluationConfig) -> set[str]:
     return {match[0] for match in re.finditer(settings.citation_pattern, text)}
 
 
-def holds_keys(text, keys):
+def has_json_keys(text: str, keys: list[str]) -> bool:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and value.keys() >= set(keys)
+    return isinstance(value, dict) and set(keys) <= value.keys()

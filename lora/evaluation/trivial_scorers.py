@@ -1,5 +1,6 @@
-"""Scorers that understand nothing: what position and length, or a bag of words, tell about a step."""
+"""Baselines of step scorers: logistic regressions on position and length, or on a bag of words."""
 
+from collections.abc import Callable, Iterator, Sequence
 import hashlib
 import math
 import re
@@ -7,69 +8,71 @@ import zlib
 
 import numpy as np
 import torch
+from torch import Tensor
 import torch.nn.functional as F
 
+from lora.data.examples import Example
+
 FOLDS = 5
+NUM_WEIGHTS = 2**18  # features are hashed into this many weights
+Features = Callable[[Example], Iterator[list[str]]]  # for each step the names of its features
 
 
-def place_features(example):
-    """For each step, names of what is known of its place and length."""
+def position_features(example: Example) -> Iterator[list[str]]:
     count = len(example.steps)
     for i, step in enumerate(example.steps):
-        yield [f"at {min(i, 40)}", f"of {min(count, 40)}", f"share {10 * i // count}", f"to end {min(count - i, 10)}",
-               f"length {int(2 * math.log2(len(step)))}"]  # fmt: skip
-
-
-def word_features(example):
-    """The same, with the step's words, numbers and signs, and the pairs of neighbours."""
-    for step, place in zip(example.steps, place_features(example)):
-        words = re.findall(r"[a-z]+|\d+|\S", step.lower())
-        yield [*place, *{*words, *map(" ".join, zip(words, words[1:]))}]
-
-
-BASELINES = {"position and length": place_features, "bag of words": word_features}
-SIZE = 2**18  # features are hashed into so many weights
-
-
-def bags_of(features, examples):
-    """The hashed features of each step: a list of tensors for each example."""
-    return [
-        [
-            torch.tensor([zlib.crc32(name.encode()) % SIZE for name in names])
-            for names in features(e)
+        yield [
+            f"at {min(i, 40)}",
+            f"of {min(count, 40)}",
+            f"share {10 * i // count}",
+            f"to end {min(count - i, 10)}",
+            f"length {int(2 * math.log2(len(step)))}",
         ]
-        for e in examples
-    ]
 
 
-def fit(chains):
-    """Weights [SIZE, 1] of a logistic regression of the labels on the features of the steps: (bags,
-    example) pairs.
-    """
-    pairs = [
-        (bag, label)
-        for bags, e in chains
-        for bag, label in zip(bags, e.labels)
-        if label is not None
-    ]
-    weights = torch.zeros(SIZE, 1)
-    if not pairs:
+def word_features(example: Example) -> Iterator[list[str]]:
+    """Yield the position features, and the words, numbers, signs and pairs of neighbours."""
+    for step, of_position in zip(example.steps, position_features(example)):
+        words = re.findall(r"[a-z]+|\d+|\S", step.lower())
+        pairs = [" ".join(pair) for pair in zip(words, words[1:])]
+        # Sorted, because the order of a set of strings differs between two processes, and the order
+        # of the features decides the last bits of their sums.
+        yield of_position + sorted({*words, *pairs})
+
+
+BASELINES = {"position and length": position_features, "bag of words": word_features}
+
+
+def hash_features(features: Features, example: Example) -> list[Tensor]:
+    """Return for each step the indices of the weights of its features."""
+    of_steps = []
+    for names in features(example):
+        indices = [zlib.crc32(name.encode()) % NUM_WEIGHTS for name in names]
+        of_steps.append(torch.tensor(indices))
+    return of_steps
+
+
+def fit_weights(hashed: Sequence[list[Tensor]], examples: Sequence[Example]) -> Tensor:
+    """Return the weights, [NUM_WEIGHTS, 1], of a logistic regression of the steps' labels."""
+    bags, labels = [], []
+    for of_steps, example in zip(hashed, examples):
+        for bag, label in zip(of_steps, example.labels):
+            if label is not None:
+                bags.append(bag)
+                labels.append(label)
+    weights = torch.zeros(NUM_WEIGHTS, 1)
+    if not bags:
         return weights
-    flat, targets = (
-        torch.cat([bag for bag, _ in pairs]),
-        torch.tensor([label for _, label in pairs]),
-    )
-    offsets = torch.tensor([0, *(len(bag) for bag, _ in pairs[:-1])]).cumsum(0)
-    optimizer = torch.optim.LBFGS(
-        [weights.requires_grad_()], max_iter=60, line_search_fn="strong_wolfe"
-    )
+    flat, targets = torch.cat(bags), torch.tensor(labels)
+    offsets = torch.tensor([0, *(len(bag) for bag in bags[:-1])]).cumsum(0)
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
 
-    def loss():
+    def loss() -> Tensor:
         optimizer.zero_grad()
         logits = F.embedding_bag(flat, weights, offsets, mode="sum")[:, 0]
-        total = F.binary_cross_entropy_with_logits(
-            logits, targets
-        ) + 2 * weights.square().sum() / len(targets)
+        penalty = 2 * weights.square().sum() / len(targets)
+        total = F.binary_cross_entropy_with_logits(logits, targets) + penalty
         total.backward()
         return total
 
@@ -77,20 +80,27 @@ def fit(chains):
     return weights.detach()
 
 
-def baseline_scores(features, examples, fitted_on=None):
-    """An array [steps] for each example: of a regression on the examples `fitted_on`.
+def baseline_scores(
+    features: Features, examples: Sequence[Example], fitted_on: Sequence[Example] | None = None
+) -> list[np.ndarray]:
+    """Score the steps of each example by a regression on the examples `fitted_on`.
 
     By default it is fitted on the examples themselves, for each fifth of the problems on the other
-    four.
+    four (cross-validation).
     """
-    chains = list(zip(bags_of(features, examples), examples))
+    hashed = [hash_features(features, example) for example in examples]
     if fitted_on:
-        folds, weights = [0] * len(chains), {0: fit(zip(bags_of(features, fitted_on), fitted_on))}
-    else:
-        folds = [hashlib.sha256(e.prompt.encode()).digest()[0] % FOLDS for e in examples]
-        weights = {
-            fold: fit([chain for chain, own in zip(chains, folds) if own != fold])
-            for fold in {*folds}
-        }
-    said = lambda bags, of: np.array([torch.sigmoid(of[bag].sum()).item() for bag in bags])
-    return [said(bags, weights[fold]) for (bags, _), fold in zip(chains, folds)]
+        hashed_for_fit = [hash_features(features, example) for example in fitted_on]
+        weights = fit_weights(hashed_for_fit, fitted_on)
+        return [predict_steps(of_steps, weights) for of_steps in hashed]
+    folds = [hashlib.sha256(e.prompt.encode()).digest()[0] % FOLDS for e in examples]
+    weights_of_fold = {}
+    for fold in set(folds):
+        others = [i for i, fold_of_example in enumerate(folds) if fold_of_example != fold]
+        other_examples = [examples[i] for i in others]
+        weights_of_fold[fold] = fit_weights([hashed[i] for i in others], other_examples)
+    return [predict_steps(of_steps, weights_of_fold[fold]) for of_steps, fold in zip(hashed, folds)]
+
+
+def predict_steps(of_steps: list[Tensor], weights: Tensor) -> np.ndarray:
+    return np.array([torch.sigmoid(weights[bag].sum()).item() for bag in of_steps])

@@ -1,12 +1,12 @@
-"""`--check`: the user's own data and model, proved before a run: one line each, PASS, WARN or FAIL,
-and how to mend it.
+"""`--check`: what a run takes for granted, tested on the user's own data and model before it.
 
-A check is a function of a Trial that gives (PASS, WARN or FAIL, what was found), or None where it
-has no bearing. They run in the order of DATA and MODEL, and train the task they are given; the last
-of them merges it. The equalities are measured on a few training rows in fp32 and without dropout,
-where only a fault makes a difference that rounding does not.
+A check is a function of a Trial that returns a Result, or None where it does not apply. The checks
+run in the order of DATA and MODEL. They train the task they are given, and the last one merges it.
+The equalities are measured on a few training rows in fp32 and without dropout, where what rounding
+does not explain is a fault.
 """
 
+from collections.abc import Callable, Mapping
 import sys
 
 from lora.common.errors import Stopped
@@ -15,49 +15,44 @@ from lora.data.raw_data import RawData
 from lora.model.run import Run
 from lora.preflight.data_checks import DATA
 from lora.preflight.model_checks import MODEL
-from lora.preflight.trial import FAIL, Trial, keep_first_layers
+from lora.preflight.results import FAIL, Result
+from lora.preflight.trial import Trial, keep_first_layers
 
 
 def check(run: Run, raw_data: RawData, data_facts: dict) -> None:
-    """Print the result of every check.
+    """Print the result of every check. Raises Stopped where one says FAIL.
 
-    Args:
-        run: its task is trained by the checks, and merged by the last of them.
-        raw_data: the examples, some of which are looked at one by one.
-        data_facts: what `load_or_tokenise` returned.
-
-    Raises:
-        Stopped: a check says FAIL.
+    The checks train the run's task. `data_facts` is what `load_or_tokenise` returned.
     """
-    task = run.task
-    note = keep_first_layers(task)
+    note = keep_first_layers(run.task)
     trial = Trial(run, raw_data, data_facts)
-    failed = list(failing(trial, DATA))
+    failed = run_checks(DATA, trial)
     print()
-    for example, rendered in trial.sample[:3]:
+    for example, tokenised in trial.tokenised_examples[:3]:
         print(f"--- {example.where}")
-        print(
-            "\n".join(
-                row_as_text(row, task.tokenizer, sys.stdout.isatty()).rstrip("\n")
-                for row in rendered.rows[:3]
-            )
-        )
-    used = f"{len(trial.few)} training rows of {len(trial.few.tokens)} tokens"
-    print(f"\n{note + '; ' if note else ''}equalities on {used}, in fp32:")
-    failed += failing(trial, MODEL)
+        for row in tokenised.rows[:3]:
+            print(row_as_text(row, run.task.tokenizer, sys.stdout.isatty()).rstrip("\n"))
+    if note:
+        note += "; "
+    sample = f"{len(trial.sample)} training rows of {len(trial.sample.tokens)} tokens"
+    print(f"\n{note}equalities on {sample}, in fp32:")
+    failed += run_checks(MODEL, trial)
     if failed:
         raise Stopped(f"--check: {len(failed)} failed: {', '.join(failed)}.")
     print("nothing failed")
 
 
-def failing(trial, checks):
-    """Print the lines of some checks; yields the names of those that failed, or ended in an error."""
+def run_checks(checks: Mapping[str, Callable[[Trial], Result | None]], trial: Trial) -> list[str]:
+    """Print a line for each check; return the names of those that failed or ended in an error."""
+    failed = []
     for name, check in checks.items():
         try:
             result = check(trial)
         except Exception as error:
-            result = FAIL, f"ends in {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if result:
-            print(f"{result[0]}  {name}: {result[1]}", flush=True)
-        if result and result[0] == FAIL:
-            yield name
+            message = " ".join(str(error).split())[:200]
+            result = Result(FAIL, f"ends in {type(error).__name__}: {message}")
+        if result is not None:
+            print(f"{result.status}  {name}: {result.text}", flush=True)
+            if result.status == FAIL:
+                failed.append(name)
+    return failed

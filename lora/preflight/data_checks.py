@@ -1,185 +1,198 @@
 """The checks of the data: targets, rows cut off, duplicates, overlap, masks, labels."""
 
-from functools import partial
 import json
+import math
 import re
 
 import numpy as np
 
 from lora.data.batches import is_target
-from lora.data.tokenise import NO_TOKEN
+from lora.data.examples import Example
+from lora.data.tokenise import NO_TOKEN, Row
 from lora.evaluation.generate import stop_tokens
-from lora.preflight.trial import FAIL, OUR_FAULT, PASS, WARN, counted, required
+from lora.preflight.results import FAIL, OUR_FAULT, PASS, WARN, Result, require, require_no_faults
+from lora.preflight.trial import Trial
+
+MIN_QUOTE = 12  # characters; a shorter message may be in an answer by chance
 
 
-def amount(trial):
+def share_of_targets(trial: Trial) -> Result:
     facts = trial.facts["train"]
     share = facts["targets"] / facts["tokens"]
-    found = f"{facts['rows']} rows, {facts['targets']} targets, {share:.1%} of the tokens are trained on"
-    little = share < 0.01 and trial.config.model.task == "lm"
-    return required(not little, found, "are the answers really so short?", WARN)
+    counts = f"{facts['rows']} rows, {facts['targets']} targets"
+    too_few = share < 0.01 and trial.config.model.task == "lm"
+    measured = f"{counts}, {share:.1%} of the tokens are trained on"
+    return require(not too_few, measured, "are the answers really so short?", WARN)
 
 
-def share_of(key, what, mend, trial):
-    facts = trial.facts | trial.facts["train"]
-    return counted(
-        facts[key], facts["examples"], f"{facts[key]} of {facts['examples']} examples {what}", mend
-    )
+def without_target(trial: Trial) -> Result:
+    count, total = trial.facts["train"]["without_target"], len(trial.train_examples)
+    measured = f"{count} of {total} examples have no target and are left out"
+    return require_no_faults(count, total, measured, "raise --max_length")
 
 
-def overlap(trial):
-    count, of = trial.facts["overlap"], len({example.subject for example in trial.examples[1]})
-    found = f"{count} of {of} held-out prompts or texts are in the training data"
-    mend = "the validation loss flatters: split by prompt, or leave --eval_data out"
-    return required(not count, found, mend, FAIL if 100 * count > of else WARN)
+def cut_off(trial: Trial) -> Result:
+    count, total = trial.facts["train"]["cut"], len(trial.train_examples)
+    measured = f"{count} of {total} examples are cut off at max_length"
+    return require_no_faults(count, total, measured, "raise --max_length, or split them")
 
 
-def beginnings(trial):
+def duplicates(trial: Trial) -> Result:
+    count, total = trial.facts["repeated"], len(trial.train_examples)
+    measured = f"{count} of {total} examples repeat an earlier one word for word"
+    return require_no_faults(count, total, measured, "take them out, or give them a weight")
+
+
+def overlap(trial: Trial) -> Result:
+    count, total = trial.facts["overlap"], len({e.subject for e in trial.eval_examples})
+    measured = f"{count} of {total} held-out prompts or texts are in the training data"
+    advice = "the validation loss looks too good: split by prompt, or leave --eval_data out"
+    return require(count == 0, measured, advice, FAIL if 100 * count > total else WARN)
+
+
+def doubled_bos(trial: Trial) -> Result:
     bos, rows = trial.task.tokenizer.bos_token_id, trial.rows
     if bos is None:
-        return PASS, "this tokenizer has no BOS"
-    first = rows.offsets[:-1][rows.seq_lens(np.arange(len(rows))) > 1]
+        return Result(PASS, "this tokenizer has no BOS")
+    has_two_tokens = rows.seq_lens(np.arange(len(rows))) > 1
+    first = rows.offsets[:-1][has_two_tokens]
     count = int(((rows.tokens[first] == bos) & (rows.tokens[first + 1] == bos)).sum())
-    found = f"{count} of {len(rows)} rows begin with two BOS"
-    return required(not count, found, "take it out of the texts, or out of the chat template")
+    measured = f"{count} of {len(rows)} rows begin with two BOS"
+    return require(count == 0, measured, "take it out of the texts, or out of the chat template")
 
 
-def ends(trial):
-    """Whether the last thing that is learned of an answer or a text is to stop there."""
+def end_tokens(trial: Trial) -> Result | None:
+    """The last thing that is learned of an answer or a text is to stop there."""
     if trial.config.model.task == "score":
         return None
     stops = set(stop_tokens(trial.task.model, trial.task.tokenizer))
-    rows = [rendered.rows[-1] for _, rendered in trial.sample if rendered.rows and not rendered.cut]
-    # A line end may follow it
-    asked = [[target for target in row.targets if target != NO_TOKEN][-2:] for row in rows]
-    count = sum(not stops & set(last) for last in asked)
-    found = f"{len(rows) - count} of {len(rows)} looked at end with a trained end token"
-    mend = "the model would not learn to stop; mend eos_token or the chat template of the tokenizer"
-    return counted(count, len(rows), found, mend)
+    total, without_end = 0, 0
+    for _, tokenised in trial.tokenised_examples:
+        if tokenised.rows and not tokenised.cut:
+            total += 1
+            last_two = targets_of(tokenised.rows[-1:])[-2:]  # a line end may follow the end token
+            without_end += stops.isdisjoint(last_two)
+    measured = f"{total - without_end} of {total} examined examples end with a trained end token"
+    advice = "the model would not learn to stop; correct the tokenizer's eos_token or chat template"
+    return require_no_faults(without_end, total, measured, advice)
 
 
-def special_tokens(trial):
-    """Chats take them as mere text, texts and steps as the tokens they are."""
+def targets_of(rows: list[Row]) -> list[int] | list[float]:
+    """Return the targets of some rows, in their order."""
+    targets = []
+    for row in rows:
+        targets += [t for t in row.targets if t != NO_TOKEN and not math.isnan(t)]
+    return targets
+
+
+def special_tokens(trial: Trial) -> Result:
+    """Texts that contain special tokens: chats read them as mere text, texts and steps do not."""
     tokenizer = trial.task.tokenizer
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = [re.escape(token) for token in sorted(added | {*tokenizer.all_special_tokens}) if token]
-    if not names:
-        return PASS, "this tokenizer has no special tokens"
-    pattern = re.compile("|".join(names))
-    written = [(example, " ".join([*texts_of(example)])) for example in trial.examples[0]]
-    odd = [example for example, text in written if pattern.search(text)]
-    found = f"{len(odd)} of {len(written)} examples have special tokens written in them"
-    if not odd:
-        return PASS, found
-    read = (
-        "in a chat they are read as mere text"
-        if odd[0].messages
-        else "they are read as the control tokens they name"
-    )
-    return WARN, f"{found}, {odd[0].where} first: {read}"
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens.update(tokenizer.all_special_tokens)
+    tokens.discard("")
+    if not tokens:
+        return Result(PASS, "this tokenizer has no special tokens")
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens)))
+    examples = trial.train_examples
+    with_tokens = [example for example in examples if pattern.search(text_of(example))]
+    measured = f"{len(with_tokens)} of {len(examples)} examples have special tokens written in them"
+    if not with_tokens:
+        return Result(PASS, measured)
+    reading = "they are read as the control tokens they name"
+    if with_tokens[0].messages:
+        reading = "in a chat they are read as mere text"
+    return Result(WARN, f"{measured}, {with_tokens[0].where} first: {reading}")
 
 
-def texts_of(example):
-    """What somebody wrote of an example."""
-    yield from (example.text, example.prompt, *example.steps)
-    yield from (
-        message["content"]
-        for message in example.messages
-        if isinstance(message.get("content"), str)
-    )
+def text_of(example: Example) -> str:
+    """Return all that somebody wrote of an example."""
+    contents = [message.get("content") for message in example.messages]
+    contents = [content for content in contents if isinstance(content, str)]
+    return " ".join([example.text, example.prompt, *example.steps, *contents])
 
 
-def mask(trial):
-    """Every target is the token that comes next, all that the assistant says is one, and nothing
-    that others say.
-    """
+def target_mask(trial: Trial) -> Result | None:
+    """The targets are next tokens: in a chat all that the assistant says, and nothing else."""
     if trial.config.model.task == "score":
         return None
-    rows = [row for _, rendered in trial.sample for row in rendered.rows]
-    wrong = sum(
-        target not in (NO_TOKEN, after)
-        for row in rows
-        for target, after in zip(row.targets, row.tokens[1:])
-    )
+    wrong, num_chats = 0, 0
+    not_learned, learned_from_others = [], []  # where these chats stand
+    for example, tokenised in trial.tokenised_examples:
+        for row in tokenised.rows:
+            next_tokens = zip(row.targets, row.tokens[1:])
+            wrong += sum(target not in (NO_TOKEN, token) for target, token in next_tokens)
+        num_chats += bool(example.messages)
+        if example.messages and tokenised.rows and not tokenised.cut:
+            learned = letters(trial.task.tokenizer.decode(targets_of(tokenised.rows)))
+            answers = [m.get("content") for m in example.messages if m["role"] == "assistant"]
+            if not all(letters(answer) in learned for answer in answers):
+                not_learned.append(example.where)
+            if learns_from_others(example.messages, learned):
+                learned_from_others.append(example.where)
     if wrong:
-        return FAIL, f"{wrong} targets are not the token that follows; {OUR_FAULT}"
-    lost, strange = [], []
-    for example, rendered in trial.sample:
-        if not example.messages or rendered.cut or not rendered.rows:
-            continue
-        learned = [target for row in rendered.rows for target in row.targets if target != NO_TOKEN]
-        text = letters(trial.task.tokenizer.decode(learned))
-        mine = [message for message in example.messages if message["role"] == "assistant"]
-        others = [
-            letters(message.get("content"))
-            for message in example.messages
-            if message["role"] != "assistant"
-        ]
-        if not all(letters(message.get("content")) in text for message in mine):
-            lost.append(example.where)
-        if any(
-            len(other) >= 12 and other in text and other not in letters(mine) for other in others
-        ):
-            strange.append(example.where)
-    if strange:
-        return (
-            FAIL,
-            f"{len(strange)} chats train on what the user or the system says, {strange[0]} first; {OUR_FAULT}",
-        )
-    chats = sum(bool(example.messages) for example, _ in trial.sample)
-    if lost:
-        found = f"of {len(lost)} of {chats} chats an answer is not learned word for word, {lost[0]} first"
-        mend = "the chat template changes or drops it: look with python -m lora render"
-        return counted(len(lost), chats, found, mend)
-    return (
-        PASS,
-        f"of {len(trial.sample)} looked at, all that is to be learned is a target, and nothing else",
-    )
+        return Result(FAIL, f"{wrong} targets are not the token that follows; {OUR_FAULT}")
+    if learned_from_others:
+        chats = f"{len(learned_from_others)} chats, {learned_from_others[0]} first,"
+        return Result(FAIL, f"{chats} train on what the user or the system says; {OUR_FAULT}")
+    if not_learned:
+        chats = f"in {len(not_learned)} of {num_chats} chats, {not_learned[0]} first,"
+        measured = f"{chats} an answer is not learned word for word"
+        advice = "the chat template changes or drops it: look with python -m lora render"
+        return require_no_faults(len(not_learned), num_chats, measured, advice)
+    total = len(trial.tokenised_examples)
+    return Result(PASS, f"in {total} examined, all that is to be learned is a target, and no more")
 
 
-def letters(content):
-    """A message's content without blanks and what JSON escapes; tool calls may quote what a user
-    said.
-    """
-    return re.sub(r'\\[nt]|[\s"\\]', "", json.dumps(content, ensure_ascii=False)) if content else ""
+def learns_from_others(messages: list[dict], learned: str) -> bool:
+    """Say whether `learned` has a message in it that only the user or the system wrote."""
+    # Whole messages, because their tool calls may quote what a user wrote.
+    by_assistant = letters([m for m in messages if m["role"] == "assistant"])
+    for message in messages:
+        text = letters(message.get("content"))
+        is_others = message["role"] != "assistant" and text not in by_assistant
+        if is_others and len(text) >= MIN_QUOTE and text in learned:
+            return True
+    return False
 
 
-def labels(trial):
-    """The targets are the labels, in their order; and there is something to tell apart."""
+def letters(content: object) -> str:
+    """Return the content of messages without white space and the characters that JSON escapes."""
+    if not content:
+        return ""
+    return re.sub(r'\\[nt]|[\s"\\]', "", json.dumps(content, ensure_ascii=False))
+
+
+def labels(trial: Trial) -> Result | None:
+    """The targets are the labels, in their order, and the labels differ."""
     if trial.config.model.task == "lm":
         return None
-    for example, rendered in trial.sample:
-        kept = [label for label in example.labels if label is not None]
-        asked = [target for row in rendered.rows for target in row.targets if target == target]
-        if asked != kept[: len(asked)] or (len(asked) < len(kept) and not rendered.cut):
-            return FAIL, f"{example.where}: targets {asked[:5]}, labels {kept[:5]}; {OUR_FAULT}"
+    for example, tokenised in trial.tokenised_examples:
+        expected = [label for label in example.labels if label is not None]
+        found = targets_of(tokenised.rows)
+        incomplete = len(found) < len(expected) and not tokenised.cut
+        if incomplete or found != expected[: len(found)]:
+            lists = f"targets {found[:5]}, labels {expected[:5]}"
+            return Result(FAIL, f"{example.where}: {lists}; {OUR_FAULT}")
     targets = trial.rows.targets[is_target(trial.rows.targets)]
     values, counts = np.unique(targets, return_counts=True)
-    most = counts.max() / counts.sum()
-    found = f"mean {targets.mean():.3f}; the commonest label, {values[counts.argmax()]:g}, is {most:.1%} of them"
+    share = counts.max() / counts.sum()
+    commonest = f"the commonest label, {values[counts.argmax()]:g}, is {share:.1%} of them"
+    measured = f"mean {targets.mean():.3f}; {commonest}"
     if len(values) == 1:
-        return FAIL, f"{found}: there is nothing to tell apart; add steps of the other kind"
-    return required(most <= 0.95, found, "a scorer that always says so looks good", WARN)
+        return Result(FAIL, f"{measured}: nothing to tell apart; add steps of the other kind")
+    return require(share <= 0.95, measured, "a scorer that always says so looks good", WARN)
 
 
 DATA = {
-    "targets": amount,
-    "rows without a target": partial(
-        share_of, "without_target", "have no target and are left out", "raise --max_length"
-    ),
-    "rows cut off": partial(
-        share_of, "cut", "are cut off at max_length", "raise --max_length, or split them"
-    ),
-    "duplicates": partial(
-        share_of,
-        "repeated",
-        "are there before, word for word",
-        "take them out, or give them a weight",
-    ),
+    "targets": share_of_targets,
+    "rows without a target": without_target,
+    "rows cut off": cut_off,
+    "duplicates": duplicates,
     "train and eval apart": overlap,
-    "doubled BOS": beginnings,
-    "trained end token": ends,
+    "doubled BOS": doubled_bos,
+    "trained end token": end_tokens,
     "special tokens in texts": special_tokens,
-    "target mask": mask,
+    "target mask": target_mask,
     "labels": labels,
 }

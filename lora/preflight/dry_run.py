@@ -1,4 +1,4 @@
-"""`--dry_run`: what a run would need, memory by part and time, without training."""
+"""`--dry_run`: the memory of a run by part, and its time, without training."""
 
 import math
 import os
@@ -16,29 +16,26 @@ from lora.training.schedule import total_steps
 
 def dry_run(run: Run) -> None:
     """Print the memory that the run would take and, if that fits, the time."""
-    table, fits = describe_memory(plan_memory(run), run.device)
-    print(table)
-    if not fits:
+    parts = plan_memory(run)
+    needed = sum(parts.values())
+    if run.device.type == "cuda":
+        available = torch.cuda.get_device_properties(run.device).total_memory
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print("memory at the peak, with the longest rows:")
+    for name, size in parts.items():
+        print(f"  {name:12}{size / 1e9:9.3f} GB")
+    total = f"  {'in all':12}{needed / 1e9:9.3f} GB"
+    place = f"of {available / 1e9:.0f} on this {run.device.type}"
+    if needed >= available:
+        print(f"{total} {place}: it does not fit")
         return
+    print(f"{total} {place}")
     place_on_device(run.task, run.config, run.device, run.dtype)
     steps = total_steps(run.config.training, run.data.steps_per_epoch)
     if run.task.frozen:  # a frozen base reads each row only once
         steps = min(steps, math.ceil(run.data.steps_per_epoch))
     print(describe_time(run, steps))
-
-
-def describe_memory(parts, device):
-    """(what `memory` gave as a table, whether it fits on the device)."""
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    held = sum(parts.values())
-    lines = [f"  {name:12}{size / 1e9:9.3f} GB" for name, size in {**parts, "in all": held}.items()]
-    lines[-1] += f" of {there / 1e9:.0f} on this {device.type}" + (
-        "" if held < there else ": it does not fit"
-    )
-    return "\n".join(["memory at the peak, with the longest rows:", *lines]), held < there
 
 
 def describe_time(run: Run, steps: int) -> str:
@@ -52,14 +49,12 @@ def describe_time(run: Run, steps: int) -> str:
     evaluation_seconds = time.monotonic() - started
     evaluations = 1 + math.ceil(steps / run.config.training.eval_steps)
     seconds = steps * step_seconds + evaluations * evaluation_seconds
-    return (
-        f"time: {seconds:.0f} s, {step_seconds:.2f} s for a step "
-        f"and {evaluation_seconds:.2f} s for each of {evaluations} evaluations"
-    )
+    of_each = f"{step_seconds:.2f} s for a step and {evaluation_seconds:.2f} s for each of"
+    return f"time: {seconds:.0f} s, {of_each} {evaluations} evaluations"
 
 
 def train_step(run: Run) -> None:
-    """Do the work of a step, but for the update."""
+    """Compute a step without its update."""
     batches, num_targets = run.data.batch_at(0), run.data.num_targets_at(0)
     loss, _ = backward(run, batches, num_targets, 0, torch.amp.GradScaler(enabled=False))
     loss.item()  # waits for the device

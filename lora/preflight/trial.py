@@ -1,9 +1,7 @@
-"""What `--check` works on: a task in fp32, a few rows of its data, and the comparisons that the
-checks share.
-"""
+"""What `--check` works on: a task in fp32, and a few rows of its data."""
 
-from dataclasses import replace
-import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,29 +9,36 @@ from torch import Tensor
 
 from lora.common.errors import ResourceExhausted
 from lora.config.schema import DataConfig
-from lora.data.batches import Rows, is_target
+from lora.data.batches import Batch, Rows, is_target
 from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
 from lora.data.tokenise import tokenise
 from lora.layer import lora_layers
 from lora.model.run import Run
+from lora.model.task import Task
+from lora.preflight.results import Result, require_at_most
 from lora.quantization import is_4bit
 from lora.target_modules import decoder_layers
 from lora.training.base_integrity import frozen_sums
 from lora.training.gradients import backward
 
-PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
-SAMPLE = 200  # examples that are rendered again and looked at one by one
-ROWS, TOKENS = 8, 1024  # that the equalities are measured on, at most
-WORK = 25e9  # parameters times tokens: of a large model there are fewer tokens
-BODY = 30_000_000  # parameters of the layers that are kept of a larger model
-OUR_FAULT = "a fault of the program or of this model's code: do not train with it, report it"
+MAX_EXAMPLES = 200  # that are tokenised again and looked at one by one
+MAX_ROWS = 8  # on which the equalities are measured
+MAX_TOKENS = 1024  # of these rows together
+MAX_WORK = 25e9  # parameters times tokens: a large model is measured on fewer tokens
+MAX_PARAMETERS = 30_000_000  # of the layers that are kept of a larger model
+
+
+@dataclass(frozen=True)
+class Step:
+    """The gradients and the loss of a training step."""
+
+    gradients: dict[str, Tensor | None]  # of each trained tensor
+    loss: float
 
 
 class Trial:
-    """What is checked: a task in fp32 (4-bit weights stay), on `device`, ready to be trained, and
-    the data of its run.
-    """
+    """A task in fp32 (4-bit weights stay in 4 bits) on its device, ready to be trained."""
 
     def __init__(self, run: Run, raw_data: RawData, data_facts: dict) -> None:
         """`data_facts` is what `load_or_tokenise` returned."""
@@ -41,31 +46,35 @@ class Trial:
         self.task, self.config, self.device = task, config, run.device
         self.rows = run.data.rows
         self.facts = data_facts
-        self.examples = raw_data.examples()  # (training, held out)
-        sample = self.examples[0][:SAMPLE]
-        tokenised = tokenise(sample, task.tokenizer, config.model.task, config.data, task.causal)
-        self.sample = list(zip(sample, tokenised))
+        self.train_examples, self.eval_examples = raw_data.examples()
+        examples = self.train_examples[:MAX_EXAMPLES]
+        tokenised = tokenise(examples, task.tokenizer, config.model.task, config.data, task.causal)
+        self.tokenised_examples = list(zip(examples, tokenised))
+
         num_parameters = sum(p.numel() for p in task.parameters())
-        self.few = few(self.rows, max(16, int(min(TOKENS, WORK / num_parameters))))
-        self.batch = self.few.batch(range(len(self.few)), task.packed)
-        self.run = Run(task, config, self.data_of_few_rows(), run.device, torch.float32)
+        max_tokens = max(16, int(min(MAX_TOKENS, MAX_WORK / num_parameters)))
+        self.sample = sample_rows(run.data.rows, max_tokens)
+        self.batch = self.sample.batch(range(len(self.sample)), task.packed)
+        self.run = Run(task, config, self.data(), run.device, torch.float32)
+
+        # Relative to the largest number. In fp32 the order of a sum changes the result by less
+        # than 1e-4.
         in_4bit = any(is_4bit(layer.base_layer) for layer in lora_layers(task.model).values())
-        # Relative to the largest number: sums in fp32, in another order.
         self.tolerance = 0.05 if in_4bit else 1e-4
+        # On a GPU, sums have no fixed order, and the same computation gives other bits.
+        self.repetition_tolerance = 0.0 if run.device.type == "cpu" else self.tolerance
         self.frozen_sums = frozen_sums(task.model)
 
-    def data_of_few_rows(
-        self, max_tokens: int = 2**40, rank: int = 0, world_size: int = 1
-    ) -> TrainingData:
-        """Return data whose every step has the few rows, as one process of several reads it."""
-        data = DataConfig(train_data=["the rows"], max_length=self.config.data.max_length)
-        config = replace(self.config, data=data)
-        layout = {"examples_per_step": len(self.few), "max_tokens": max_tokens}
+    def data(self, max_tokens: int = 2**40, rank: int = 0, world_size: int = 1) -> TrainingData:
+        """Return data whose every step has all rows of the sample, as one process reads it."""
+        data_config = DataConfig(train_data=["sample"], max_length=self.config.data.max_length)
+        config = replace(self.config, data=data_config)
+        layout = {"examples_per_step": len(self.sample), "max_tokens": max_tokens}
         packed = self.task.packed
-        return TrainingData(self.few, self.few, config, packed, rank, world_size, layout)
+        return TrainingData(self.sample, self.sample, config, packed, rank, world_size, layout)
 
-    def gradients(self, data: TrainingData | None = None) -> tuple[dict[str, Tensor | None], float]:
-        """Return {trained tensor: its gradient or None} and the loss of a step."""
+    def step(self, data: TrainingData | None = None) -> Step:
+        """Compute a training step on the sample, without an update."""
         run = self.run if data is None else replace(self.run, data=data)
         self.task.zero_grad(set_to_none=True)
         batches, num_targets = run.data.batch_at(0), run.data.num_targets_at(0)
@@ -77,94 +86,99 @@ class Trial:
         for name, parameter in self.task.named_parameters():
             if parameter.requires_grad or parameter.grad is not None:
                 gradients[name] = parameter.grad
-        return gradients, loss.item()
+        return Step(gradients, loss.item())
 
     @torch.no_grad()
-    def outputs(self, batch=None):
-        """(hidden states at the targets [n, width], what the head says [n, ...]) of all rows, or of
-        a micro-batch.
+    def outputs(self, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
+        """Return hidden states [n, width] and predictions [n, ...] at the targets of the sample.
+
+        Where a micro-batch is given, they are those at its targets.
         """
         batch = (batch or self.batch).to(self.device)
         hidden = self.task.target_hidden_states(batch)
         return hidden.float(), self.task.head.predict(hidden, batch.targets).float()
 
 
-def few(rows, tokens):
-    """The shortest of the first rows, so many that they have at most so many tokens; two at least.
+def sample_rows(rows: Rows, max_tokens: int) -> Rows:
+    """Return the shortest of the first rows: at most `max_tokens` tokens in all, two rows at least.
 
-    Of a row with more than half of the tokens a part of so many, with its first target in the
-    middle.
+    A row with more than half of them is cut to half, with its first target in the middle.
     """
-    parts = []
-    for i in range(min(len(rows), 4 * ROWS)):
-        begin, end = rows.offsets[i : i + 2]
-        if end - begin > tokens // 2:
-            begin = max(
-                begin, begin + np.flatnonzero(is_target(rows.targets[begin:end]))[0] - tokens // 4
-            )
-        parts.append((min(end - begin, tokens // 2), i, begin))
-    parts.sort()
-    total = np.cumsum([length for length, *_ in parts])
-    parts = parts[: min(ROWS, max(2, int((total <= tokens).sum())))]
-    lengths, chosen, _ = zip(*parts)
-    at = np.concatenate([np.arange(begin, begin + length) for length, _, begin in parts])
-    flat = rows.tokens[at], rows.targets[at], rows.token_type_ids[at]
-    of_rows = rows.loss_weights[[*chosen]], np.zeros(len(parts), np.int16)
-    return Rows(*flat, np.cumsum([0, *lengths]), *of_rows)
+    max_length = max_tokens // 2
+    parts = []  # (row, positions of its tokens in the flat arrays)
+    for i in range(min(len(rows), 4 * MAX_ROWS)):
+        span = rows.span(i)
+        start = span.start
+        if span.stop - span.start > max_length:
+            first_target = np.flatnonzero(is_target(rows.targets[span]))[0]
+            start += max(0, first_target - max_length // 2)
+        parts.append((i, np.arange(start, min(span.stop, start + max_length))))
+    parts.sort(key=lambda part: len(part[1]))
+
+    indices, positions = [], []
+    num_tokens = 0
+    for i, part in parts[:MAX_ROWS]:
+        num_tokens += len(part)
+        if len(indices) >= 2 and num_tokens > max_tokens:
+            break
+        indices.append(i)
+        positions.append(part)
+    tokens = np.concatenate(positions)
+    return Rows(
+        tokens=rows.tokens[tokens],
+        targets=rows.targets[tokens],
+        token_type_ids=rows.token_type_ids[tokens],
+        offsets=np.cumsum([0, *(len(part) for part in positions)]),
+        loss_weights=rows.loss_weights[indices],
+        dataset_ids=np.zeros(len(indices), np.int16),
+    )
 
 
-def keep_first_layers(task):
-    """Keep so many of a large model's first layers that they have BODY parameters, two at least; a
-    note, or "".
-    """
+def keep_first_layers(task: Task) -> str:
+    """Keep the first layers of a large model, two at least; return a note, "" if all are kept."""
     layers = decoder_layers(task.model)
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    kept = max(2, sum(size <= BODY for size in itertools.accumulate(sizes)))
-    if kept >= len(sizes):
+    kept, num_parameters = 0, 0
+    for layer in layers:
+        num_parameters += sum(p.numel() for p in layer.parameters())
+        if num_parameters <= MAX_PARAMETERS:
+            kept += 1
+    kept = max(2, kept)
+    total = len(layers)
+    if kept >= total:
         return ""
-    shape = task.model.config.get_text_config()
     del layers[kept:]
+    shape = task.model.config.get_text_config()
     shape.num_hidden_layers = kept
     for key in ("layer_types", "mlp_layer_types"):
         if getattr(shape, key, None):
             setattr(shape, key, getattr(shape, key)[:kept])
-    return f"the model is large: of its {len(sizes)} layers the first {kept} are checked"
+    return f"the model is large: of its {total} layers the first {kept} are checked"
 
 
-def distance(ones, others):
-    """The largest difference of two lists of tensors, each relative to the largest number of the
-    second.
-    """
-    pairs = [(a, b) for a, b in zip(ones, others, strict=True) if b.numel()]
-    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item() for a, b in pairs)
+def largest_difference(values: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    """Return the largest difference, relative to the largest number of its reference tensor."""
+    differences = []
+    for value, reference in zip(values, references, strict=True):
+        if reference.numel():
+            scale = reference.abs().max().clamp_min(1e-12)
+            differences.append(((value - reference).abs().max() / scale).item())
+    return max(differences)
 
 
-def apart(ones, others):
-    """The distance of two sets of gradients: the norm of the difference, relative to that of the
-    second.
-    """
-    pairs = [
-        (a, others[name]) for name, a in ones.items() if a is not None and others[name] is not None
-    ]
-    norms = [
-        torch.stack([x.norm() for x in xs]).norm()
-        for xs in ([a - b for a, b in pairs], [b for _, b in pairs])
-    ]
-    return (norms[0] / norms[1]).item()
+def same_tensors(
+    values: Sequence[Tensor], references: Sequence[Tensor], limit: float, what: str
+) -> Result:
+    """Return PASS where the largest difference of the tensors is at most `limit`."""
+    return require_at_most(largest_difference(values, references), limit, what)
 
 
-def required(fine, found, mend, otherwise=FAIL):
-    """PASS, or another verdict with how to mend it."""
-    return (PASS, found) if fine else (otherwise, f"{found}; {mend}")
-
-
-def judged(found, limit, what):
-    """PASS where `found` is at most `limit`; a NaN is not."""
-    return required(
-        found <= limit, f"{what} {found:.2g}", f"expected at most {limit:g}; {OUR_FAULT}"
-    )
-
-
-def counted(count, of, found, mend):
-    """WARN from the first of so many on, FAIL from half of them on."""
-    return required(not count, found, mend, FAIL if 2 * count >= of else WARN)
+def same_gradients(step: Step, reference: Step, limit: float) -> Result:
+    """Return PASS where the gradients are equal up to `limit`, relative to the reference's norm."""
+    difference_norms, reference_norms = [], []
+    for name, gradient in step.gradients.items():
+        expected = reference.gradients[name]
+        if gradient is not None and expected is not None:
+            difference_norms.append((gradient - expected).norm())
+            reference_norms.append(expected.norm())
+    difference = torch.stack(difference_norms).norm() / torch.stack(reference_norms).norm()
+    return require_at_most(difference.item(), limit, "relative difference of the gradients")

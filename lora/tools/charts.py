@@ -1,7 +1,10 @@
-"""Line and bubble charts as SVG: positions are computed here, lora/templates/chart.svg draws."""
+"""Line and bubble charts as SVG: positions are computed here, and templates/chart.svg draws."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+import itertools
 import math
 
 from markupsafe import Markup
@@ -10,16 +13,12 @@ from lora.evaluation.pages import render_template
 
 Point = tuple[float, ...]  # (x, y), or (x, y, share): a circle of that share of an area
 
-
-WIDTH, HEIGHT = 440, 260  # of the drawing
-LEFT, RIGHT, TOP, BOTTOM = 56, 428, 36, 220  # edges of the plotting area in the drawing
+# Edges of the plotting area; the drawing is 440 wide and 260 high.
+LEFT, RIGHT, TOP, BOTTOM = 56, 428, 36, 220
 MAX_POINTS_PER_CURVE = 400
 MAX_POINTS_WITH_CIRCLES = 30  # a curve with as many points or more is drawn as a line only
 MAX_TICKS = 7
-COLOURS = (
-    "--a",
-    "--b",
-)  # variables of the page's style: of the last curve, and of the one before it
+COLOURS = ("--a", "--b")  # variables of the page's style, the last curve's first
 LEGEND_WIDTH_PER_CHARACTER = 8
 LEGEND_GAP = 14
 
@@ -34,7 +33,7 @@ class Scale:
     end: float  # position of `high`
 
     @classmethod
-    def around(cls, values: Sequence[float], start: float, end: float) -> "Scale":
+    def around(cls, values: Sequence[float], start: float, end: float) -> Scale:
         """Return the scale on which `values` fill the space between two positions."""
         low, high = min(values), max(values)
         if low == high:
@@ -45,13 +44,9 @@ class Scale:
         fraction = (value - self.low) / (self.high - self.low)
         return round(self.start + fraction * (self.end - self.start), 1)
 
-
-@dataclass(frozen=True)
-class Tick:
-    """A round number on an axis."""
-
-    label: str
-    position: float
+    def ticks(self) -> list[tuple[str, float]]:
+        """Return the label and the position of each tick."""
+        return [(f"{value:.4g}", self.position(value)) for value in ticks(self.low, self.high)]
 
 
 @dataclass(frozen=True)
@@ -84,85 +79,42 @@ def chart(title: str, x_label: str, curves: Mapping[str, Sequence[Point]]) -> Ma
     Returns:
         The SVG, which templates do not escape again; empty where no curve has a point.
     """
-    thinned_curves = {name: thinned(points) for name, points in curves.items() if points}
-    if not thinned_curves:
+    thinned = {}
+    for name, points in curves.items():
+        if points:
+            stride = max(1, len(points) // MAX_POINTS_PER_CURVE)
+            thinned[name] = points[::stride]
+    if not thinned:
         return Markup("")
-
-    all_points: list[Point] = []
-    for points in thinned_curves.values():
-        all_points += points
+    all_points = list(itertools.chain(*thinned.values()))
     x_scale = Scale.around([point[0] for point in all_points], LEFT, RIGHT)
     y_scale = Scale.around([point[1] for point in all_points], BOTTOM, TOP)
 
-    svg = render_template(
-        "chart.svg",
-        title=title,
-        x_label=x_label,
-        x_ticks=axis_ticks(x_scale),
-        y_ticks=axis_ticks(y_scale),
-        curves=drawn_curves(thinned_curves, x_scale, y_scale),
-        width=WIDTH,
-        height=HEIGHT,
-        left=LEFT,
-        right=RIGHT,
-    )
-    return Markup(svg)  # the template has escaped the texts; a page includes the SVG as it is
-
-
-def thinned(points: Sequence[Point]) -> Sequence[Point]:
-    """Return every n-th point, so that about MAX_POINTS_PER_CURVE remain."""
-    stride = max(1, len(points) // MAX_POINTS_PER_CURVE)
-    return points[::stride]
-
-
-def drawn_curves(
-    curves: Mapping[str, Sequence[Point]],
-    x_scale: Scale,
-    y_scale: Scale,
-) -> list[Curve]:
-    """Lay out curves and their legend, the last curve first: its name is at the right."""
+    # The last curve is first: its name is at the right end of the legend.
     drawn = []
     name_x = RIGHT
-    for name, colour in zip(reversed(curves), COLOURS):
-        points = curves[name]
-        circles = [circle(point, x_scale, y_scale) for point in points]
-        has_line = len(points[0]) == 2
-        line = path_through(circles) if has_line else ""
+    for name, colour in zip(reversed(thinned), COLOURS):
+        circles = []
+        for x, y, *share in thinned[name]:
+            radius = round(2 + 14 * math.sqrt(share[0]), 1) if share else 2.5
+            circles.append(Circle(x_scale.position(x), y_scale.position(y), radius))
+        is_line = len(thinned[name][0]) == 2
+        path = "M" + "L".join(f"{c.x} {c.y}" for c in circles) if is_line else ""
         if len(circles) >= MAX_POINTS_WITH_CIRCLES:
             circles = []
-        drawn.append(Curve(name, colour, name_x, line, circles))
+        drawn.append(Curve(name, colour, name_x, path, circles))
         name_x -= LEGEND_WIDTH_PER_CHARACTER * len(name) + LEGEND_GAP
-    return drawn
 
-
-def circle(point: Point, x_scale: Scale, y_scale: Scale) -> Circle:
-    """Return the circle at a point: a small one, or one of the point's share of an area."""
-    x, y, *share = point
-    radius = 2.5
-    if share:
-        radius = round(2 + 14 * math.sqrt(share[0]), 1)
-    return Circle(x_scale.position(x), y_scale.position(y), radius)
-
-
-def path_through(circles: Sequence[Circle]) -> str:
-    """Return an SVG path of straight lines through the centres of circles."""
-    centres = [f"{circle.x} {circle.y}" for circle in circles]
-    return "M" + "L".join(centres)
-
-
-def axis_ticks(scale: Scale) -> list[Tick]:
-    """Return the ticks of an axis."""
-    values = ticks(scale.low, scale.high)
-    return [Tick(f"{value:.4g}", scale.position(value)) for value in values]
+    scales = {"x": x_scale, "y": y_scale}
+    values = {"title": title, "x_label": x_label, "scales": scales, "curves": drawn}
+    return render_template("chart.svg", values)
 
 
 def ticks(low: float, high: float) -> list[float]:
     """Return two to seven multiples of a round number from `low` to `high`."""
     magnitude = 10 ** math.floor(math.log10((high - low) / 2))
-    candidates = [magnitude * factor for factor in (0.2, 0.5, 1, 2, 5)]
-    fitting = [step for step in candidates if (high - low) / step <= MAX_TICKS - 1]
-    step = fitting[0]
-
+    round_numbers = [magnitude * factor for factor in (0.2, 0.5, 1, 2, 5)]
+    step = next(number for number in round_numbers if (high - low) / number <= MAX_TICKS - 1)
     # A multiple that rounding puts just outside of the range still counts.
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)

@@ -1,5 +1,4 @@
-"""Your documents as questions whose answers quote and cite a passage, or refuse: chats to train and
-to test on.
+"""Chats from your documents, whose answers quote and cite a passage, or refuse.
 
     python -m lora cite_or_refuse CORPUS... --output DIR [--seed 42] [--eval_fraction 0.1]
 
@@ -11,6 +10,8 @@ language model writes anything here, so every answer is right; it teaches to loo
 refuse, not to paraphrase. Writes DIR/train.jsonl and DIR/test.jsonl.
 """
 
+import argparse
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 import hashlib
 import json
@@ -24,164 +25,177 @@ from lora.config.flags import Parser
 from lora.data import files
 from lora.data.examples import string
 
-INSTRUCTION = "Answer from the numbered sources only. Quote them and cite the number. If they do not say it, say so."
+INSTRUCTION = (
+    "Answer from the numbered sources only. Quote them and cite the number. "
+    "If they do not say it, say so."
+)
 REFUSAL = "The sources do not say."
 QUESTION = 'What follows "{opening}" in the sources?'
-SHOWN = 3  # passages, at most
+MAX_PASSAGES = 3  # of a question
 SHARE_REFUSED = 0.3  # of the questions
-PASSAGE = 300  # characters a passage may have
-WORDS = 8  # that a sentence must have to be asked for
-TRIED = 100  # passages, drawn for a question, of which those of other documents may be shown
+MAX_PASSAGE_LENGTH = 300  # characters
+MIN_WORDS = 8  # of a sentence that is asked for
+MAX_CANDIDATES = 100  # passages drawn for a question, of which it shows some
+
+Document = tuple[str, ...]  # its sentences
 
 
 @dataclass(slots=True)
-class Sentence:
+class Passage:
+    """Neighbouring sentences of a document."""
+
+    document: int  # index of the document
+    sentences: list[str]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+
+@dataclass(slots=True)
+class Question:
     """A sentence that can be asked for."""
 
-    # The words shown in the question; on its side of the split they stand in this sentence only
+    # The words that the question shows. No other sentence on this side of the split has them.
     opening: str
     rest: str
-    document: int
-    passage: str
+    passage: Passage
 
 
-def read_arguments(argv):
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "corpus", nargs="+", metavar="CORPUS", help="text files, or JSONL/JSON/CSV rows with text"
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="folder to write, which must not exist"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=42, help="of the split and of what is drawn (default: 42)"
-    )
-    parser.add_argument(
-        "--eval_fraction",
-        type=float,
-        default=0.1,
-        help="share of the documents in test.jsonl (0.1)",
-    )
+    corpus = "text files, or JSONL/JSON/CSV rows with text"
+    parser.add_argument("corpus", nargs="+", metavar="CORPUS", help=corpus)
+    output = "folder to write, which must not exist"
+    parser.add_argument("--output", metavar="DIR", required=True, help=output)
+    seed = "of the split and of what is drawn (default: 42)"
+    parser.add_argument("--seed", type=int, default=42, help=seed)
+    fraction = "share of the documents in test.jsonl (0.1)"
+    parser.add_argument("--eval_fraction", type=float, default=0.1, help=fraction)
     arguments = parser.parse_args(argv)
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
-    if not 0 < arguments.eval_fraction < 1:
-        raise UserError(
-            f"--eval_fraction {arguments.eval_fraction}: expected a share between 0 and 1."
-        )
+    share = arguments.eval_fraction
+    if share <= 0 or share >= 1:
+        raise UserError(f"--eval_fraction {share}: expected a share between 0 and 1.")
     return arguments
 
 
-def read_documents(paths):
-    """Every file or row as its sentences, each document once. Raises UserError."""
-    texts = [
-        string(where, "text", row.get("text")) for path in paths for where, row in files.rows(path)
-    ]
-    return list(dict.fromkeys(map(sentences_of, texts)))
+def read_documents(paths: Iterable[str]) -> list[Document]:
+    """Read every file or row as a document, each document once. Raises UserError."""
+    documents = {}  # a set that keeps the order
+    for path in paths:
+        for where, row in files.read_rows(path):
+            documents[sentences_of(string(where, "text", row.get("text")))] = None
+    return list(documents)
 
 
-def sentences_of(text):
-    """The sentences of a text with single blanks; a blank line ends one too, so that a heading
-    stands alone.
-    """
-    paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
-    return tuple(
-        sentence
-        for paragraph in paragraphs
-        for sentence in re.split(r"(?<=[.!?]) ", paragraph)
-        if sentence
-    )
+def sentences_of(text: str) -> Document:
+    """Return the sentences of a text, with single blanks."""
+    sentences = []
+    # A blank line ends a sentence too, so that a heading stands alone.
+    for paragraph in re.split(r"\n\s*\n", text):
+        joined = " ".join(paragraph.split())
+        sentences += re.split(r"(?<=[.!?]) ", joined)
+    return tuple(sentence for sentence in sentences if sentence)
 
 
-def split(documents, fraction, seed):
-    """(training documents, test documents), two of each at least: the passages beside the right one
-    are of another.
-    """
-    if len(documents) < 4:
-        raise UserError(
-            f"{len(documents)} documents; expected 4 at least, two for training and two for the test."
-        )
-    ordered = sorted(
-        documents, key=lambda sentences: hashlib.sha256(repr((seed, sentences)).encode()).digest()
-    )
-    held_out = min(max(2, round(fraction * len(ordered))), len(ordered) - 2)
-    return ordered[held_out:], ordered[:held_out]
+def split(
+    documents: list[Document], fraction: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    """Return the training documents and the test documents, at least two of each."""
+    if len(documents) < 4:  # a question shows passages of other documents beside the right one
+        expected = "expected 4 at least, two for training and two for the test"
+        raise UserError(f"{len(documents)} documents; {expected}.")
+
+    def order(document: Document) -> bytes:
+        return hashlib.sha256(repr((seed, document)).encode()).digest()
+
+    ordered = sorted(documents, key=order)
+    num_test = min(max(2, round(fraction * len(ordered))), len(ordered) - 2)
+    return ordered[num_test:], ordered[:num_test]
 
 
-def passages_of(document):
-    """A document as passages [[sentence, ...], ...] of at most PASSAGE characters; a longer
-    sentence is left out.
-    """
+def passages_of(documents: list[Document]) -> list[Passage]:
+    """Divide documents into passages; a sentence too long for a passage is left out."""
     passages = []
-    for sentence in document:
-        if len(sentence) > PASSAGE:
-            continue
-        if not passages or len(" ".join([*passages[-1], sentence])) > PASSAGE:
-            passages.append([])
-        passages[-1].append(sentence)
+    for i, document in enumerate(documents):
+        passage = Passage(i, [])
+        for sentence in document:
+            if len(sentence) > MAX_PASSAGE_LENGTH:
+                continue
+            if len(" ".join([*passage.sentences, sentence])) > MAX_PASSAGE_LENGTH:
+                passages.append(passage)
+                passage = Passage(i, [])
+            passage.sentences.append(sentence)
+        if passage.sentences:
+            passages.append(passage)
     return passages
 
 
-def askable(documents):
-    """([(number of its document, passage)], [the Sentences that can be asked for])."""
+def questions_of(passages: list[Passage], documents: list[Document]) -> list[Question]:
+    """Return the sentences of the passages that can be asked for."""
     everything = "\n".join(" ".join(document) for document in documents)
-    passages, sentences = [], []
-    for number, document in enumerate(documents):
-        for passage in passages_of(document):
-            passages.append((number, " ".join(passage)))
-            for sentence in passage:
-                words = sentence.split(" ")
-                half = len(words) // 2
-                opening, rest = " ".join(words[:half]), " ".join(words[half:])
-                # The question quotes it, and brackets cite
-                plain = not re.search(r'["“”\[\]]', sentence)
-                if len(words) >= WORDS and plain and everything.count(opening) == 1:
-                    sentences.append(Sentence(opening, rest, *passages[-1]))
-    return passages, sentences
+    questions = []
+    for passage in passages:
+        for sentence in passage.sentences:
+            words = sentence.split(" ")
+            half = len(words) // 2
+            opening, rest = " ".join(words[:half]), " ".join(words[half:])
+            # The question puts it into quotation marks, and brackets are for citations.
+            has_marks = re.search(r'["“”\[\]]', sentence)
+            if len(words) >= MIN_WORDS and not has_marks and everything.count(opening) == 1:
+                questions.append(Question(opening, rest, passage))
+    return questions
 
 
-def make_rows(documents, rng):
-    """A chat for every sentence that can be asked for, in random order."""
-    passages, sentences = askable(documents)
-    rng.shuffle(sentences)
-    refused = round(SHARE_REFUSED * len(sentences))
-    rows = []
-    for place, sentence in enumerate(sentences):
-        refuses = place < refused
-        tried = rng.sample(passages, min(len(passages), TRIED))
-        others = [
-            passage
-            for number, passage in tried
-            if number != sentence.document and sentence.rest not in passage
+def make_chats(documents: list[Document], rng: random.Random) -> list[dict]:
+    """Return a chat for every sentence that can be asked for, in random order."""
+    passages = passages_of(documents)
+    questions = questions_of(passages, documents)
+    rng.shuffle(questions)
+    num_refused = round(SHARE_REFUSED * len(questions))
+    chats = []
+    for i, question in enumerate(questions):
+        candidates = rng.sample(passages, min(len(passages), MAX_CANDIDATES))
+        sources = []
+        for passage in candidates:
+            is_other = passage.document != question.passage.document
+            if is_other and question.rest not in passage.text:
+                sources.append(passage.text)
+        if i < num_refused:
+            sources = sources[:MAX_PASSAGES]
+            answer = REFUSAL
+        else:
+            sources = sources[: MAX_PASSAGES - 1]
+            place = rng.randrange(len(sources) + 1)
+            sources.insert(place, question.passage.text)
+            answer = f"{question.rest} [{place + 1}]"
+        lines = [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
+        lines += ["", QUESTION.format(opening=question.opening)]
+        messages = [
+            {"role": "system", "content": INSTRUCTION},
+            {"role": "user", "content": "\n".join(lines)},
+            {"role": "assistant", "content": answer},
         ]
-        sources = others[: SHOWN if refuses else SHOWN - 1]
-        if not refuses:
-            sources.insert(rng.randrange(len(sources) + 1), sentence.passage)
-        numbered = "\n".join(f"[{number}] {source}" for number, source in enumerate(sources, 1))
-        answer = REFUSAL if refuses else f"{sentence.rest} [{sources.index(sentence.passage) + 1}]"
-        question = f"{numbered}\n\n{QUESTION.format(opening=sentence.opening)}"
-        turns = (("system", INSTRUCTION), ("user", question), ("assistant", answer))
-        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
-    rng.shuffle(rows)
-    return rows
+        chats.append({"messages": messages})
+    rng.shuffle(chats)
+    return chats
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     arguments = read_arguments(argv)
-    sides = split(read_documents(arguments.corpus), arguments.eval_fraction, arguments.seed)
+    documents = read_documents(arguments.corpus)
+    train, test = split(documents, arguments.eval_fraction, arguments.seed)
     final = Path(arguments.output)
     with atomic_folder(final) as temporary:
-        for name, documents in zip(("train", "test"), sides):
-            rng = random.Random(f"cite or refuse {arguments.seed} {name}")
-            rows = make_rows(documents, rng)
-            if not rows:
-                raise UserError(
-                    f"{arguments.corpus[0]}: no sentence of {WORDS} words or more for {name}.jsonl."
-                )
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        for name, documents in (("train", train), ("test", test)):
+            chats = make_chats(documents, random.Random(f"cite or refuse {arguments.seed} {name}"))
+            if not chats:
+                missing = f"no sentence of {MIN_WORDS} words or more for {name}.jsonl"
+                raise UserError(f"{arguments.corpus[0]}: {missing}.")
+            lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats]
             (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-            refused = sum(row["messages"][-1]["content"] == REFUSAL for row in rows)
-            count = (
-                f"{len(documents)} documents, {len(rows)} questions, {refused} without their answer"
-            )
-            print(f"{final / name}.jsonl: {count}")
+            refused = sum(chat["messages"][-1]["content"] == REFUSAL for chat in chats)
+            counts = f"{len(documents)} documents, {len(chats)} questions"
+            print(f"{final / name}.jsonl: {counts}, {refused} without their answer")

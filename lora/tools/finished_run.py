@@ -1,6 +1,8 @@
 """The folder of a run as `compare` and `report` read it."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 import json
 import math
 from pathlib import Path
@@ -8,98 +10,97 @@ import statistics
 
 from lora.common.errors import UserError
 from lora.common.serialization import read_file
+from lora.config.schema import Config
 from lora.config.tables import from_dict
 
-NAMES = ("experiment_name", "output_dir", "report_to")  # that say nothing of how a run trains
+IGNORED_KEYS = ("experiment_name", "output_dir", "report_to")  # they do not change the training
 
 
 @dataclass
 class FinishedRun:
-    """What a run's folder says of it."""
+    """What the folder of a run says about it; the run may also be going on, or have failed."""
 
     folder: Path
-    config: dict  # key -> value, as `flat` gives it
-    lines: list  # of logs/train_metrics.jsonl
-    results: dict  # logs/final_results.json; empty where the run has not ended well
+    config: dict  # as `flat_config` returns it
+    lines: list[dict] = field(default_factory=list)  # of logs/train_metrics.jsonl
+    results: dict = field(default_factory=dict)  # logs/final_results.json, if it has ended well
 
     @classmethod
-    def of(cls, folder):
+    def of(cls, folder: str) -> FinishedRun:
+        """Read the folder of a run. Raises UserError where it is none."""
         logs = Path(folder) / "logs"
-        if not (logs / "config.json").is_file():
-            raise UserError(
-                f"{folder}: no logs/config.json there; expected the folder of a run, as outputs/RUN."
-            )
-        metrics, results = logs / "train_metrics.jsonl", logs / "final_results.json"
-        text = metrics.read_text().splitlines(True) if metrics.is_file() else []
-        # The last one may be being written
-        whole = [json.loads(line) for line in text if line.endswith("\n")]
-        found = read_file(results) if results.is_file() else {}
-        # With the defaults of newer keys
-        config = from_dict(read_file(logs / "config.json"), str(logs / "config.json"))
-        return cls(Path(folder), flat(config), whole, found)
+        config_file, metrics = logs / "config.json", logs / "train_metrics.jsonl"
+        results = logs / "final_results.json"
+        if not config_file.is_file():
+            expected = "expected the folder of a run, as outputs/RUN"
+            raise UserError(f"{folder}: no logs/config.json there; {expected}.")
+        # Keys that are newer than the run get their defaults.
+        run = cls(Path(folder), flat_config(from_dict(read_file(config_file), str(config_file))))
+        if metrics.is_file():
+            lines = metrics.read_text().splitlines(keepends=True)
+            # The last line may be being written.
+            run.lines = [json.loads(line) for line in lines if line.endswith("\n")]
+        if results.is_file():
+            run.results = read_file(results)
+        return run
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.folder.name
 
-    def curve(self, name="val/loss"):
-        """[(step, value)] of a metric, where it is finite."""
+    def curve(self, name: str = "val/loss") -> list[tuple[int, float]]:
+        """Return (step, value) of a metric, where it is finite."""
         return [(line["step"], line[name]) for line in self.lines if line.get(name) is not None]
 
     @property
-    def best(self):
-        """(step, validation loss) of the lowest after the first step; (None, inf) where there is
-        none.
-        """
-        return min(
-            ((s, v) for s, v in self.curve() if s),
-            key=lambda pair: (pair[1], pair[0]),
-            default=(None, math.inf),
-        )
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss, step 0 aside; None where there is none."""
+        losses = {step: loss for step, loss in self.curve() if step > 0}
+        return min(losses, key=lambda step: (losses[step], step), default=None)
 
     @property
-    def setting(self):
-        """The configuration without the seed, as something that can be compared."""
+    def best_loss(self) -> float:
+        """The validation loss at `best_step`; infinite where there is none."""
+        return dict(self.curve()).get(self.best_step, math.inf)
+
+    @property
+    def setting(self) -> str:
+        """The configuration without the seed, as a text that can be compared."""
         return json.dumps({**self.config, "seed": None}, sort_keys=True)
 
-    @property
-    def values(self):
-        """{column: text} of the table."""
-        step, best = self.best
-        at_best = next(
-            (line for line in self.lines if line["step"] == step and "val/loss" in line), {}
-        )
-        extra = {
-            k.removeprefix("val/"): v
-            for k, v in at_best.items()
-            if k in ("val/r2", "val/token_accuracy")
-        }
+    def columns(self) -> dict:
+        """Return the results in a table of runs, by the column's name; None if not known."""
+        step, curve = self.best_step, self.curve()
+        columns = {"best loss": None, "at step": step, "last loss": None}
+        if step is not None:
+            columns["best loss"] = self.best_loss
+        if curve:
+            columns["last loss"] = curve[-1][1]
+        evaluations = {line["step"]: line for line in self.lines if "val/loss" in line}
+        for name, value in evaluations.get(step, {}).items():
+            if name in ("val/r2", "val/token_accuracy"):
+                columns[name.removeprefix("val/")] = value
         speeds = [value for _, value in self.curve("train/tokens_per_second")]
-        columns = {
-            "best loss": best if step else None,
-            "at step": step,
-            "last loss": (self.curve() or [(0, None)])[-1][1],
-        }
-        columns |= extra | {"tokens/s": statistics.median(speeds) if speeds else None}
-        return columns | {
-            "GB": self.results.get("peak_memory_gb"),
-            "seconds": self.results.get("seconds"),
-        }
+        columns["tokens/s"] = statistics.median(speeds) if speeds else None
+        columns["GB"] = self.results.get("peak_memory_gb")
+        columns["seconds"] = self.results.get("seconds")
+        return columns
 
 
-def flat(config):
-    """The keys of all tables in one, but for NAMES."""
-    tables = config.as_dict().values()
-    return {name: value for table in tables for name, value in table.items() if name not in NAMES}
+def flat_config(config: Config) -> dict:
+    """Return the keys of all tables in one, without IGNORED_KEYS."""
+    keys = {}
+    for table in config.as_dict().values():
+        keys.update(table)
+    return {name: value for name, value in keys.items() if name not in IGNORED_KEYS}
 
 
-def format_value(value):
+def format_value(value: object) -> str:
+    """Return a value as a cell of a table shows it."""
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.5g}"
-    return (
-        "-"
-        if value is None
-        else " ".join(map(str, value))
-        if isinstance(value, list)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)

@@ -28,7 +28,7 @@ from lora.data.examples import Example
 from lora.data.readers import read
 from lora.data.sampler import TrainingData
 from lora.data.split import read_data, split_by_prompt
-from lora.data.tokenise import NO_TOKEN, Row, stretches, tokenise
+from lora.data.tokenise import NO_TOKEN, Row, split_text, tokenise
 from lora.evaluation.predict import predict
 from lora.model.attention import Documents, packed_attention
 from lora.model.load import load_task
@@ -353,7 +353,7 @@ def test_all_documents_in_one_call_of_flash_attention_are_each_document_in_one_o
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_attention_in_bfloat16_is_that_in_fp32_but_for_rounding(window):
-    """Under autocast, where the rotary embeddings of fp32 weights have made queries and keys fp32."""
+    """Under autocast, the rotary embeddings of fp32 weights have made queries and keys fp32."""
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, 12, 8).requires_grad_() for heads in (4, 2, 2)]
 
@@ -450,7 +450,12 @@ def test_a_long_text_is_tokenised_in_stretches_that_are_the_text_and_end_with_a_
     monkeypatch,
 ):
     monkeypatch.setattr("lora.data.tokenise.LONGEST_PIECE", 10)
-    assert [*stretches("one\ntwo\nthree\n" + "x" * 12)] == ["one\ntwo\n", "three\n", "x" * 10, "xx"]
+    assert [*split_text("one\ntwo\nthree\n" + "x" * 12)] == [
+        "one\ntwo\n",
+        "three\n",
+        "x" * 10,
+        "xx",
+    ]
 
 
 # ---------------------------------------------------------------------------------------- splitting

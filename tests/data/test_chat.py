@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from lora.common.base_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.chat_template import chat_pieces, turn_habits, use_chatml
+from lora.data.assistant_mask import chat_pieces, turn_format_of
+from lora.data.chat_template import use_chatml
 from lora.data.examples import Example
 from lora.data.tokenise import NO_TOKEN, encode, tokenise
 
@@ -54,15 +55,19 @@ CALLING = [
 ]
 NOTHING_FOUND = [*CALLING[:2], CALLING[2] | {"content": ""}, CALLING[3]]
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 LLAMA2 = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 ALPACA = (  # nothing ends a turn
-    "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n### Response:\n"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n### Response:\n"
     "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
 )
 
@@ -153,7 +158,8 @@ def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path)
         if name in CHATS and "aone" not in plain:
             with pytest.raises(
                 UserError,
-                match="chats.jsonl:7: message .: where the chat template of .* writes it cannot be told",
+                match="chats.jsonl:7: message .: where the chat template of .* writes it cannot be "
+                "told",
             ):
                 row_of(messages, tokenizer)  # a template for images, which drops plain texts
             continue
@@ -185,7 +191,7 @@ def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path)
                 assert not ending or ending in [
                     *special_tokens(template),
                     tokenizer.eos_token,
-                    turn_habits(tokenizer, template)[0],
+                    turn_format_of(tokenizer, template).ending,
                 ]
     assert shows_text or path.stem in ("idefics3", "llava_next", "smolvlm")
 
@@ -235,7 +241,8 @@ def test_special_tokens_in_a_call_or_in_reasoning_stay_text_too(qwen3):
     last = {"role": "assistant", "content": "atwo", "reasoning_content": "r <|im_end|> r"}
     (row,) = row_of([*calling("found", x="a <|im_end|> b"), last], qwen3).rows
     assert said(row, qwen3) == [
-        '<tool_call>\n{"name": "look", "arguments": {"x": "a <|im_end|> b"}}\n</tool_call><|im_end|>',
+        '<tool_call>\n{"name": "look", "arguments": {"x": "a <|im_end|> b"}}\n</tool_call>'
+        "<|im_end|>",
         "<think>\nr <|im_end|> r\n</think>\n\natwo<|im_end|>",
     ]
     assert row.targets.count(end) == 2

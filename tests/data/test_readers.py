@@ -10,7 +10,7 @@ import pytest
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.readers import arithmetic, read
+from lora.data.readers import READERS, arithmetic, read, reader_for
 
 
 def write(tmp_path, name, text):
@@ -207,3 +207,62 @@ def test_a_damaged_gz_file_is_an_error(tmp_path):
         (tmp_path / f"{name}.jsonl.gz").write_bytes(damage)
         with pytest.raises(UserError, match=f"{name}.jsonl.gz: "):
             read([str(tmp_path / f"{name}.jsonl.gz")], "lm")
+
+
+# ------------------------------------------------------------------------------------------- forms
+
+CODES = {
+    "c": "chat",
+    "q": "questions",
+    "s": "steps",
+    "p": "pairs",
+    "t": "text",
+    "8": "prm800k",
+    "m": "math_shepherd",
+    "f": "first_error",
+    "b": "prmbench",
+    "e": "eqasc",
+    "o": "eobqa",
+    "r": "reveal",
+    "u": "outcomes",
+    "-": "none: the row belongs to the other task",
+}
+# The keys of a form; then, for a row that has them and those of each form from this one on, the
+# reader in a run of --task lm, and in one of --task score.
+PAIRS_OF_FORMS = [
+    ("messages", "ccccccccccccccccccc", "----sspp-8mffbeoruu"),
+    ("completion prompt", "qqqqqqqqqqqqqqqqqq", "---sspp-8mffbeoruu"),
+    ("answer question", "qqqqqqqqqqqqqqqqq", "--sspp-8mffbeoruu"),
+    ("instruction output", "qqqqqqqqqqqqqqqq", "-sspp-8mffbeoruu"),
+    ("labels prompt steps", "----t----------", "sssssssssssssss"),
+    ("completions labels prompt", "---t----------", "ssssssssssssss"),
+    ("score sentence1 sentence2", "--t----------", "ppppppppppppp"),
+    ("label sentence1 sentence2", "-t----------", "pppppppppppp"),
+    ("text", "ttttttttttt", "-8mffbeoruu"),
+    ("label labeler question", "----------", "8888888888"),
+    ("input label task", "---------", "mmmmmmmmm"),
+    ("input mistake_index steps", "--------", "ffffffff"),
+    ("label problem steps", "-------", "fffffff"),
+    ("error_steps modified_process modified_question", "------", "bbbbbb"),
+    ("answerKey fact1 fact2 question", "-----", "eeeee"),
+    ("Answer DF Fact1 Fact2 QID Question Turks", "----", "oooo"),
+    ("answer_id full_answer", "---", "rrr"),
+    ("is_correct prompt steps", "--", "uu"),
+    ("ground_truth question", "-", "u"),
+]
+
+
+@pytest.mark.parametrize("task", ["lm", "score"])
+def test_of_two_forms_that_a_row_has_the_order_of_the_readers_decides(task):
+    forms = [set(keys.split()) for keys, _, _ in PAIRS_OF_FORMS]
+    assert forms == [form for reader in READERS for form in reader.FORMS]
+    for i, (_, *codes_of_tasks) in enumerate(PAIRS_OF_FORMS):
+        codes = dict(zip(("lm", "score"), codes_of_tasks))[task]
+        for other, code in zip(forms[i:], codes, strict=True):
+            row = dict.fromkeys(sorted(forms[i] | other))
+            if code == "-":
+                with pytest.raises(UserError, match=f"in a run of --task {task}; add --task"):
+                    reader_for("a.jsonl:1", row, task)
+            else:
+                reader = reader_for("a.jsonl:1", row, task)
+                assert reader.__name__ == f"lora.data.readers.{CODES[code]}", row

@@ -35,11 +35,24 @@ def rating(text, value, flagged=False):
 
 
 def prm800k_row(steps, problem="p", finish="solution", **flags):
-    question = {"problem": problem, "ground_truth_solution": None, "ground_truth_answer": "4", "pre_generated_steps": ["x"],
-                "pre_generated_answer": "4", "pre_generated_verifier_score": 0.5}  # fmt: skip
+    question = {
+        "problem": problem,
+        "ground_truth_solution": None,
+        "ground_truth_answer": "4",
+        "pre_generated_steps": ["x"],
+        "pre_generated_answer": "4",
+        "pre_generated_verifier_score": 0.5,
+    }
     label = {"steps": steps, "total_time": 1000, "finish_reason": finish}
-    row = {"labeler": "a", "timestamp": "t", "generation": None, "is_quality_control_question": False,
-           "is_initial_screening_question": False, "question": question, "label": label}  # fmt: skip
+    row = {
+        "labeler": "a",
+        "timestamp": "t",
+        "generation": None,
+        "is_quality_control_question": False,
+        "is_initial_screening_question": False,
+        "question": question,
+        "label": label,
+    }
     return row | flags
 
 
@@ -51,19 +64,33 @@ def test_prm800k_is_the_chosen_path_and_every_other_completion_with_its_prefix(t
     path = write(
         tmp_path / "prm.jsonl",
         [
-            prm800k_row([
-                prm800k_step([rating("a0", -1), rating("a1", 1), rating("a2", 0), rating("a3", None)], chosen=1),
-                prm800k_step([rating("b0", -1)], human="h"),
-                prm800k_step(None, human={"text": "i", "corrected_rating": None}),
-                prm800k_step([rating("c0", 0), rating("c1", 1)], chosen=0),
-            ]),
-            prm800k_row([prm800k_step([rating("d", 1)], chosen=0), prm800k_step([rating("e", -1)])], finish="found_error"),
-            prm800k_row([prm800k_step([rating("q", 1)], chosen=0)], is_quality_control_question=True),
-            prm800k_row([prm800k_step([rating("q", 1)], chosen=0)], is_initial_screening_question=True, generation=-1),
+            prm800k_row(
+                [
+                    prm800k_step(
+                        [rating("a0", -1), rating("a1", 1), rating("a2", 0), rating("a3", None)],
+                        chosen=1,
+                    ),
+                    prm800k_step([rating("b0", -1)], human="h"),
+                    prm800k_step(None, human={"text": "i", "corrected_rating": None}),
+                    prm800k_step([rating("c0", 0), rating("c1", 1)], chosen=0),
+                ]
+            ),
+            prm800k_row(
+                [prm800k_step([rating("d", 1)], chosen=0), prm800k_step([rating("e", -1)])],
+                finish="found_error",
+            ),
+            prm800k_row(
+                [prm800k_step([rating("q", 1)], chosen=0)], is_quality_control_question=True
+            ),
+            prm800k_row(
+                [prm800k_step([rating("q", 1)], chosen=0)],
+                is_initial_screening_question=True,
+                generation=-1,
+            ),
             prm800k_row([prm800k_step([rating("q", 1)], chosen=0)], finish="bad_problem"),
             prm800k_row([prm800k_step([rating("q", 1)], chosen=0)], finish="give_up"),
         ],
-    )  # fmt: skip
+    )
     prefix = ["a1", "h", "i"]
     for neutral in (1.0, 0.5, 0.0):
         assert chains(path, neutral_label=neutral) == [
@@ -118,16 +145,24 @@ def test_the_first_wrong_step_is_counted_from_0_in_two_sets_and_from_1_in_the_th
     )
     assert [labels for _, _, labels in chains(processbench)] == expected
     prmbench = {
-        "original_question": "o", "original_process": ["x", "y"], "modified_question": "p", "modified_process": steps,
-        "modified_steps": [1, 3], "error_steps": [1, 3], "reason": "r", "idx": "1",
-    }  # fmt: skip
+        "original_question": "o",
+        "original_process": ["x", "y"],
+        "modified_question": "p",
+        "modified_process": steps,
+        "modified_steps": [1, 3],
+        "error_steps": [1, 3],
+        "reason": "r",
+        "idx": "1",
+    }
     rows = [
         prmbench | {"classification": "redundency"},
         prmbench | {"classification": "circular", "error_steps": []},
     ]
     assert chains(write(tmp_path / "pb.jsonl", rows)) == [
-        ("p", steps, [0.0, 1.0, 0.0]), ("o", ["x", "y"], [1.0, 1.0]), ("p", steps, [1.0, 1.0, 1.0])
-    ]  # fmt: skip
+        ("p", steps, [0.0, 1.0, 0.0]),
+        ("o", ["x", "y"], [1.0, 1.0]),
+        ("p", steps, [1.0, 1.0, 1.0]),
+    ]
 
 
 def test_a_chain_of_eqasc_is_judged_as_a_whole_at_its_last_step(tmp_path, capsys):
@@ -141,18 +176,31 @@ def test_a_chain_of_eqasc_is_judged_as_a_whole_at_its_last_step(tmp_path, capsys
         }
         return [{"text": first, "score": 1.5}, {"text": second, "score": 2.0}, about]
 
-    right = {"label": "A", "text": "wind", "df": None, "chains": [
-        chain("f", "g", {"label": "yes"}), chain("f", "h", {"label": "not-quite"}), chain("g2", "g1", None),
-        chain("i", "j", None), chain("i", "k", {"label": None}),
-    ]}  # fmt: skip
+    right = {
+        "label": "A",
+        "text": "wind",
+        "df": None,
+        "chains": [
+            chain("f", "g", {"label": "yes"}),
+            chain("f", "h", {"label": "not-quite"}),
+            chain("g2", "g1", None),
+            chain("i", "j", None),
+            chain("i", "k", {"label": None}),
+        ],
+    }
     wrong = {
         "label": "B",
         "text": "coal",
         "df": "coal is",
         "chains": [chain("f", "g", {"label": "yes"})],
     }
-    row = {"id": "1", "fact1": "g1", "fact2": "g2", "answerKey": "A",
-           "question": {"stem": "What renews?", "choices": [right, wrong]}}  # fmt: skip
+    row = {
+        "id": "1",
+        "fact1": "g1",
+        "fact2": "g2",
+        "answerKey": "A",
+        "question": {"stem": "What renews?", "choices": [right, wrong]},
+    }
     (tmp_path / "eqasc.json").write_text(json.dumps([row]))
     last = "What renews? wind"
     assert chains(str(tmp_path / "eqasc.json")) == [
@@ -167,7 +215,10 @@ def test_the_share_of_yes_votes_is_the_label_of_eobqa(tmp_path):
     names = (
         "QID\tChain#\tTag\tQuestion\tAnswer\tFact1\tFact2\tWOL score\tTurk\tTurks\tExtra Facts\tDF"
     )
-    row = "1003\t1\ttest\tA thing is\twind\tIt turns.\twind renews\t49.81\tyes\tyes fact1 yes\tNIL\tA thing is wind"
+    row = (
+        "1003\t1\ttest\tA thing is\twind\tIt turns.\twind renews\t49.81\tyes\tyes fact1 yes\tNIL\t"
+        "A thing is wind"
+    )
     (tmp_path / "e.tsv").write_text(f"{names}\n{row}\n")
     (chain,) = chains(str(tmp_path / "e.tsv"))
     assert chain == (
@@ -273,10 +324,16 @@ def test_named_sets_are_mixed_by_weight_and_validated_one_by_one(tmp_path, confi
         prm800k_row([prm800k_step([rating("a", 1)], chosen=0)], problem=f"q{i}") for i in range(20)
     ]
     config = configure(
-        True, train_data=[write(tmp_path / "own.jsonl", own)], eval_data=[], eval_fraction=0.5, use_prm800k=True,
-        prm800k_path=write(tmp_path / "phase1.jsonl", rated), prm800k_weight=3.0, use_reveal=True,
+        True,
+        train_data=[write(tmp_path / "own.jsonl", own)],
+        eval_data=[],
+        eval_fraction=0.5,
+        use_prm800k=True,
+        prm800k_path=write(tmp_path / "phase1.jsonl", rated),
+        prm800k_weight=3.0,
+        use_reveal=True,
         reveal_path=reveal(tmp_path),
-    )  # fmt: skip
+    )
     task = load_task(config, torch.float32)
     rows, held_out, _ = load_or_tokenise(RawData(config), task)
     data = TrainingData(rows, held_out, config)
@@ -297,22 +354,55 @@ def test_long_chains_are_cut_and_empty_steps_leave_a_chain_out(tmp_path, capsys)
 
 
 BAD = [
-    ({"input": "p", "steps": ["a"], "mistake_index": 1}, "mistake_index 1; expected null, or 0 to 0"),
+    (
+        {"input": "p", "steps": ["a"], "mistake_index": 1},
+        "mistake_index 1; expected null, or 0 to 0",
+    ),
     ({"input": "p", "steps": ["a"], "mistake_index": True}, "mistake_index True; expected null"),
     ({"problem": "p", "steps": ["a"], "label": None}, "label None; expected -1, or 0 to 0"),
-    ({"modified_question": "p", "modified_process": ["a"], "error_steps": [0]}, r"error_steps \[0\]"),
-    ({"input": "A? b ки", "label": "A? c +", "task": "MATH"}, "label is not the text of input with"),
-    ({"input": "A? b ки", "label": "A? b *", "task": "MATH"}, "label is not the text of input with"),
-    (prm800k_row([prm800k_step([rating("a", 2)], chosen=0)]), r"not a row of PRM800K \(KeyError: 2\)"),
+    (
+        {"modified_question": "p", "modified_process": ["a"], "error_steps": [0]},
+        r"error_steps \[0\]",
+    ),
+    (
+        {"input": "A? b ки", "label": "A? c +", "task": "MATH"},
+        "label is not the text of input with",
+    ),
+    (
+        {"input": "A? b ки", "label": "A? b *", "task": "MATH"},
+        "label is not the text of input with",
+    ),
+    (
+        prm800k_row([prm800k_step([rating("a", 2)], chosen=0)]),
+        r"not a row of PRM800K \(KeyError: 2\)",
+    ),
     (prm800k_row([prm800k_step([rating("a", 1)], chosen=4)]), r"not a row of PRM800K \(IndexError"),
-    (prm800k_row([prm800k_step([rating("a", 1)], chosen=-1)]), r"not a row of PRM800K \(IndexError"),
-    ({"prompt": "p", "steps": None, "is_correct": True}, "is_correct True; expected true or false, and steps in a list"),
-    ({"question": "p", "ground_truth": "g", "m": {"is_correct": True}}, "solution is 'None'; expected a text"),
+    (
+        prm800k_row([prm800k_step([rating("a", 1)], chosen=-1)]),
+        r"not a row of PRM800K \(IndexError",
+    ),
+    (
+        {"prompt": "p", "steps": None, "is_correct": True},
+        "is_correct True; expected true or false, and steps in a list",
+    ),
+    (
+        {"question": "p", "ground_truth": "g", "m": {"is_correct": True}},
+        "solution is 'None'; expected a text",
+    ),
     ({"labeler": "a", "question": None, "label": {}}, r"not a row of PRM800K \(TypeError"),
-    ({"question": [], "answerKey": "A", "fact1": "", "fact2": ""}, r"not a row of eQASC \(TypeError"),
-    ({"prompt": "p", "steps": ["a"], "labels": [1], "weight": -1}, "weight -1; expected a number from 0 on"),
-    ({"prompt": "p", "steps": ["a"], "labels": [1], "weight": True}, "weight True; expected a number from 0 on"),
-]  # fmt: skip
+    (
+        {"question": [], "answerKey": "A", "fact1": "", "fact2": ""},
+        r"not a row of eQASC \(TypeError",
+    ),
+    (
+        {"prompt": "p", "steps": ["a"], "labels": [1], "weight": -1},
+        "weight -1; expected a number from 0 on",
+    ),
+    (
+        {"prompt": "p", "steps": ["a"], "labels": [1], "weight": True},
+        "weight True; expected a number from 0 on",
+    ),
+]
 
 
 @pytest.mark.parametrize("row, message", BAD, ids=[message for _, message in BAD])

@@ -86,7 +86,8 @@ def test_a_change_of_data_settings_or_template_is_another_entry(configure, chats
         }[change]
     after, _, facts = token_cache.load_or_tokenise(RawData(config), task)
     assert not equal(before, after)
-    fresh, _ = token_cache.tokenise_examples(RawData(config).examples()[0], task, config, "train")
+    examples, _ = RawData(config).examples()
+    fresh, _ = token_cache.tokenise_examples(examples, task.tokenizer, task.causal, config, "train")
     assert equal(fresh, after) and facts["train"]["rows"] == len(after)
 
 
@@ -209,8 +210,9 @@ def test_gz_hub_and_plain_files_give_the_same_rows(configure, chats, tmp_path, m
 def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chats):
     config = settings(configure, chats, max_length=24)
     task = load_task(config, torch.float32)
+    examples, _ = RawData(config).examples()
     rows, facts = token_cache.tokenise_examples(
-        RawData(config).examples()[0], task, config, "train"
+        examples, task.tokenizer, task.causal, config, "train"
     )
     lengths = np.diff(rows.offsets)
     assert (

@@ -36,7 +36,7 @@ def write(path, rows):
 
 def evaluate(*flags):
     arguments = evaluation.read_arguments([str(flag) for flag in flags])
-    evaluation.main(*arguments, evaluation.read_examples(*arguments))
+    evaluation.main(*arguments, evaluation.read_request(*arguments))
 
 
 # -------------------------------------------------------------------------------- measures of texts
@@ -83,21 +83,21 @@ def test_the_number_after_the_last_hashes_is_the_answer(text, number):
     ],
 )
 def test_the_measures_of_an_answer_are_those_counted_by_hand(answer, reference, expected):
-    measured = text_metrics.scores(answer, reference, SETTINGS, None)
+    measured = text_metrics.score_answer(answer, reference, SETTINGS, None)
     assert {name: measured[name] for name in expected} == expected
 
 
 def test_a_measure_is_taken_only_where_it_is_configured_and_applies():
-    assert text_metrics.scores("a", "b", EvaluationConfig(), None).keys() == {"exact_answer"}
+    assert text_metrics.score_answer("a", "b", EvaluationConfig(), None).keys() == {"exact_answer"}
     assert (
         not {"citation_rate", "exact_match"}
-        & text_metrics.scores("a", "I cannot", SETTINGS, None).keys()
+        & text_metrics.score_answer("a", "I cannot", SETTINGS, None).keys()
     )
-    assert text_metrics.means([{"x": 1.0}, {"x": 0.0, "y": 1.0}]) == {"x": 0.5, "y": 1.0}
+    assert text_metrics.mean_scores([{"x": 1.0}, {"x": 0.0, "y": 1.0}]) == {"x": 0.5, "y": 1.0}
 
 
 def test_rouge_is_f1_of_words_pairs_and_subsequences():
-    measured = text_metrics.scores(
+    measured = text_metrics.score_answer(
         "The cat sat down", "the cat ran", EvaluationConfig(), text_metrics.rouge_scorer()
     )
     assert measured["rouge1"] == pytest.approx(2 * 2 / (4 + 3)) == measured["rougeL"]
@@ -162,7 +162,7 @@ def test_retrieval_measures_are_those_counted_by_hand():
     # Of twelve documents; the query looks along the first
     angles = np.radians(np.arange(0, 120, 10))
     corpus = np.stack([np.cos(angles), np.sin(angles)], 1)
-    ranks = retrieval.ranks_of(corpus[[0, 0]], corpus, [{1, 11}, {0}])
+    ranks = retrieval.relevant_ranks(corpus[[0, 0]], corpus, [{1, 11}, {0}])
     assert ranks == [[2, 12], [1]]
     numbers = retrieval.metrics(ranks)
     assert numbers["recall@1"] == 0.5 and numbers["recall@5"] == numbers["recall@10"] == 0.75
@@ -390,7 +390,7 @@ MISTAKES = [
 @pytest.mark.parametrize("flags, message", MISTAKES, ids=[message for _, message in MISTAKES])
 def test_a_mistake_is_one_line(flags, message):
     with pytest.raises(UserError, match=message) as error:
-        evaluation.read_examples(*evaluation.read_arguments(flags))
+        evaluation.read_request(*evaluation.read_arguments(flags))
     assert "\n" not in str(error.value)
 
 
@@ -408,7 +408,7 @@ def recipe(tmp_path_factory):
 
 
 def parts(row):
-    """(the shown passages, the opening asked for, the answer) of a row, read from its text alone."""
+    """(the shown passages, the requested opening, the answer) of a row, read from its text."""
     system, user, assistant = (message["content"] for message in row["messages"])
     *sources, blank, question = user.split("\n")
     passages = [re.fullmatch(rf"\[{i}\] (.*)", source)[1] for i, source in enumerate(sources, 1)]
@@ -462,8 +462,8 @@ def test_the_references_as_answers_are_perfect_under_the_patterns_of_the_config(
     settings = from_dict(read_file(ROOT / "configs" / "cite_or_refuse.toml"), "").evaluation
     questions = text_metrics.read_questions(str(recipe[0] / "test.jsonl"))
     rouge = text_metrics.rouge_scorer()
-    numbers = text_metrics.means(
-        [text_metrics.scores(q.reference, q.reference, settings, rouge) for q in questions]
+    numbers = text_metrics.mean_scores(
+        [text_metrics.score_answer(q.reference, q.reference, settings, rouge) for q in questions]
     )
     assert numbers.pop("refusal_rate") == pytest.approx(0.3, abs=0.05)
     assert (

@@ -14,7 +14,7 @@ from lora.common.base_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.config.tables import fields_by_key
-from lora.evaluation.generate import answers, prompt_tokens, stop_tokens, text_tokens
+from lora.evaluation.generate import generate_answers, prompt_tokens, stop_tokens, text_tokens
 import merge as merging
 from tests.conftest import run, tiny_llama
 
@@ -44,7 +44,7 @@ def say(model, prompts, max_tokens=10**6, **settings):
     config.training.batch_size, config.data.max_length = 1, max_tokens
     for name, value in (dict(max_new_tokens=12) | settings).items():
         setattr(fields_by_key(config)[name][0], name, value)
-    return answers(
+    return generate_answers(
         SimpleNamespace(model=model, tokenizer=TOKENIZER), prompts, config, torch.float32
     )
 
@@ -155,7 +155,7 @@ def chats(tmp_path):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_a_saved_and_reloaded_model_says_what_it_said_and_so_does_a_merged_one_in_plain_transformers(
+def test_a_reloaded_model_says_what_it_said_and_so_does_a_merged_one_in_plain_transformers(
     lora, configure, chats, tmp_path, monkeypatch
 ):
     import train
@@ -212,5 +212,5 @@ def test_a_chat_that_was_learned_by_heart_is_answered_word_by_word_and_stops_at_
     capsys.readouterr()
     for question, answer in CHATS:
         arguments = evaluation.read_arguments(["--checkpoint", str(artifact), "--prompt", question])
-        evaluation.main(*arguments, evaluation.read_examples(*arguments))
+        evaluation.main(*arguments, evaluation.read_request(*arguments))
         assert capsys.readouterr().out == answer + "\n"

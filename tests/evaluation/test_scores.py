@@ -176,9 +176,10 @@ def test_the_plain_layout_is_a_line_each():
 @pytest.mark.parametrize(
     "name, marker, expected",
     [
-        ("qwen_math_prm", "<extra_0>", "<|im_start|>system\nPlease reason step by step, and put your final answer within "
-         "\\boxed{}.<|im_end|>\n<|im_start|>user\nP<|im_end|>\n<|im_start|>assistant\n7+8=15<extra_0>15-6=9<extra_0>9+1=10"
-         "<extra_0>"),
+        ("qwen_math_prm", "<extra_0>",
+         "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+         "\\boxed{}.<|im_end|>\n<|im_start|>user\nP<|im_end|>\n<|im_start|>assistant\n"
+         "7+8=15<extra_0>15-6=9<extra_0>9+1=10<extra_0>"),
         ("skywork_prm", "\n", "P\n7+8=15\n15-6=9\n9+1=10\n"),
         ("math_shepherd_prm", "ки", "P Step 1: 7+8=15ки\nStep 2: 15-6=9ки\nStep 3: 9+1=10ки"),
     ],
@@ -227,7 +228,7 @@ def test_a_format_without_its_place_is_an_error(flags, message):
 
 
 def other_base(tmp_path, **tensors):
-    """A folder with the tiny model's weights, the embedded tokenizer, and more tensors beside them."""
+    """A folder with the tiny model's weights, the embedded tokenizer, and some more tensors."""
     model = tiny_llama(tie_word_embeddings=False)
     torch.manual_seed(7)
     model.save_pretrained(tmp_path, state_dict=model.state_dict() | tensors)
@@ -302,8 +303,10 @@ def test_the_two_phases_of_the_recipe_follow_each_other(tiny_base, tmp_path):
         )
         for i in range(20)
     ]
-    row = "1\t1\tt\tA thing {}\twind\tIt turns.\twind renews\t49.8\tyes\tyes fact1 yes\tNIL\tso it is\n"
-    table = "QID\tChain#\tTag\tQuestion\tAnswer\tFact1\tFact2\tWOL score\tTurk\tTurks\tExtra Facts\tDF\n"
+    row = "1\t1\tt\tA thing {}\twind\tIt turns.\twind renews\t49.8\tyes\tyes fact1 yes\tNIL\t"
+    row += "so it is\n"
+    table = "QID\tChain#\tTag\tQuestion\tAnswer\tFact1\tFact2\tWOL score\tTurk\tTurks\t"
+    table += "Extra Facts\tDF\n"
     (tmp_path / "e.tsv").write_text(table + "".join(row.format(i) for i in range(20)))
     common = [
         "--base_model",
@@ -379,6 +382,6 @@ def test_who_pools_at_the_marker_gets_our_scores(configure, tmp_path):
     flags = ["--checkpoint", str(merged), "--prompt", "From left to right: 3+4-2\n3+4=7\n7-2=6"]
     arguments = evaluation.read_arguments(flags)
     task = evaluation.load(*arguments, torch.device("cpu"))
-    examples = evaluation.read_examples(*arguments).examples
+    examples = evaluation.read_request(*arguments).examples
     (ours,) = step_scores(examples, task, arguments[1], torch.float32)
     torch.testing.assert_close(torch.from_numpy(ours).float(), served, rtol=0, atol=1e-5)

@@ -36,7 +36,7 @@ def example(labels, prompt="p", outcome=None, steps=None, source=0):
 
 def judged(*pairs, threshold=0.5):
     """pairs: (labels, scores) of each chain."""
-    return step_metrics.Judged.of(*chains(pairs), threshold)
+    return step_metrics.ScoredChains(*chains(pairs), threshold)
 
 
 def chains(pairs):
@@ -76,7 +76,8 @@ def test_first_errors_processbench_and_prmbench_are_those_counted_by_hand():
         ([0.5, 0.4], [0.6, math.nan]),  # a soft label; the step that was not read is not measured
     )
     numbers = of.measures()
-    assert list(of.wrong) == [1, 2, 1, -1, -1, -1] and list(of.said) == [1, 1, -1, -1, -1, -1]
+    assert list(of.first_errors) == [1, 2, 1, -1, -1, -1]
+    assert list(of.predicted_errors) == [1, 1, -1, -1, -1, -1]
     assert (
         numbers["first_error_accuracy"] == pytest.approx(1 / 3)
         and numbers["no_error_accuracy"] == 1.0
@@ -159,37 +160,36 @@ def test_a_baseline_learns_its_own_cue_on_other_problems_and_no_more():
     for kind, examples in {"place": by_place, "word": by_word, "chance": by_chance}.items():
         for name, features in trivial_scorers.BASELINES.items():
             scores = trivial_scorers.baseline_scores(features, examples)
-            found[kind, name] = step_metrics.Judged.of(examples, scores, 0.5).measures()["auc"]
+            found[kind, name] = step_metrics.ScoredChains(examples, scores, 0.5).measures()["auc"]
     place, words = trivial_scorers.BASELINES
     assert found["place", place] == found["place", words] == found["word", words] == 1.0
     assert 0.4 < found["word", place] < 0.6 and 0.4 < found["chance", words] < 0.6
     fitted = trivial_scorers.baseline_scores(
         trivial_scorers.word_features, by_word[:10], by_word[10:]
     )
-    assert step_metrics.Judged.of(by_word[:10], fitted, 0.5).measures()["auc"] == 1.0
+    assert step_metrics.ScoredChains(by_word[:10], fitted, 0.5).measures()["auc"] == 1.0
 
 
 def test_a_report_has_a_number_for_every_set_and_may_tune_the_threshold_on_one():
     rng = np.random.default_rng(0)
     examples = [example([1.0, float(i % 3 > 0)], str(i), source=i % 2) for i in range(60)]
     scores = [np.array([0.3, 0.28 + 0.04 * e.labels[1]]) + 0.01 * rng.random() for e in examples]
-    fixed = step_metrics.report(examples, scores, EvaluationConfig(), {"a": 0, "b": 1}, draws=10)
+    scorers, ids = step_metrics.with_baselines(examples, scores), {"a": 0, "b": 1}
+    fixed = step_metrics.report(examples, scorers, EvaluationConfig(), ids, draws=10)
     assert (
         fixed["thresholds"]["scores"] == 0.5
         and fixed["measures"]["scores"]["processbench_f1"] == 0.0
     )
     settings = EvaluationConfig(tune_threshold_on="a")
-    tuned = step_metrics.report(examples, scores, settings, {"a": 0, "b": 1}, draws=10)["measures"][
-        "scores"
-    ]
+    report = step_metrics.report(examples, scorers, settings, ids, draws=10)
+    tuned = report["measures"]["scores"]
     assert tuned["a/processbench_f1"] > 0.9
     assert tuned["mean_processbench_f1"] == pytest.approx(
         (tuned["a/processbench_f1"] + tuned["b/processbench_f1"]) / 2
     )
     with pytest.raises(UserError, match="tune_threshold_on c: no such set; there is a, b"):
-        step_metrics.report(
-            examples, scores, EvaluationConfig(tune_threshold_on="c"), {"a": 0, "b": 1}, draws=10
-        )
+        settings = EvaluationConfig(tune_threshold_on="c")
+        step_metrics.report(examples, scorers, settings, ids, draws=10)
 
 
 # -------------------------------------------------------------------------------------- one forward
@@ -402,7 +402,8 @@ def test_a_browser_shows_the_page_and_runs_nothing_of_the_data(tmp_path):
     )
     # What the browser made of the colours is asked of the browser itself, by a script of this
     # test's own.
-    asking = "<script>document.body.append([...document.querySelectorAll('li')].map(li => getComputedStyle(li)."
+    asking = "<script>document.body.append([...document.querySelectorAll('li')].map("
+    asking += "li => getComputedStyle(li)."
     asking += (
         "backgroundColor + li.className + getComputedStyle(li).outlineStyle).join('|'))</script>"
     )

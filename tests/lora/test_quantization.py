@@ -196,7 +196,7 @@ def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys):
         arguments = evaluation.read_arguments(
             ["--checkpoint", str(checkpoint), "--output", str(out)]
         )
-        evaluation.main(*arguments, evaluation.read_examples(*arguments))
+        evaluation.main(*arguments, evaluation.read_request(*arguments))
         numbers[name] = json.loads(out.read_text())["mse"]
     assert numbers["trained"] == pytest.approx(results["mse"], abs=1e-6)
     # 4-bit layers compute in bfloat16

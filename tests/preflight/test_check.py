@@ -151,7 +151,7 @@ def test_other_families_pass(configure, lines, tmp_path, family):
 
 
 def test_of_a_large_model_the_first_layers_are_checked(configure, monkeypatch):
-    monkeypatch.setattr(trial, "BODY", 1)
+    monkeypatch.setattr(trial, "MAX_PARAMETERS", 1)
     task = lora.model.load.load_task(configure(False, base_model="embedded"), torch.float32)
     layers = len(task.model.layers)
     assert f"of its {layers} layers the first 2" in trial.keep_first_layers(task)
@@ -245,7 +245,8 @@ def test_what_may_be_meant_is_a_warning(configure, lines, tmp_path):
 
 
 # ----------------------------------------------------------------------- faults in what is computed
-# Each takes the monkeypatch, and plants its fault for all that is called after it, or in the task that is checked.
+# Each takes the monkeypatch, and plants its fault for all that is called after it, or in the task
+# that is checked.
 
 
 def in_task(plant):
@@ -270,6 +271,14 @@ def halved(tensors):
 
 def first_lora(task):
     return next(iter(lora_layers(task.model).values()))
+
+
+def all_but_first_lora(model):
+    return dict(list(lora_layers(model).items())[1:])
+
+
+def one_document(lengths):
+    return Documents([sum(lengths)])
 
 
 def wrapped(owner, name, change):
@@ -336,41 +345,62 @@ def fresh_state(optimizer, tensors):
 
 
 FAULTS = {
-    "the user's words are targets": ("target mask", lambda p: change_row(p, lambda row: [*row.tokens[1:], -100])),
+    "the user's words are targets": (
+        "target mask",
+        lambda p: change_row(p, lambda row: [*row.tokens[1:], -100]),
+    ),
     "targets are not shifted": ("target mask", lambda p: change_row(p, lambda row: row.tokens)),
     "answers are not targets": (
         "target mask",
-        lambda p: change_row(p, lambda row: [t if i > len(row.tokens) - 5 else -100 for i, t in enumerate(row.targets)]),
+        lambda p: change_row(p, lambda row: [-100] * (len(row.targets) - 4) + row.targets[-4:]),
     ),
     "the end of a turn is not a target": (
         "trained end token",
-        lambda p: change_row(p, lambda row: [-100 if token < 20 else token for token in row.targets]),
+        lambda p: change_row(p, lambda row: [-100 if t < 20 else t for t in row.targets]),
     ),
-    "a NaN among the weights": ("finite weights", in_task(lambda t: first_lora(t).lora_A.weight[0, :1].fill_(torch.nan))),
+    "a NaN among the weights": (
+        "finite weights",
+        in_task(lambda t: first_lora(t).lora_A.weight[0, :1].fill_(torch.nan)),
+    ),
     "an untied head": ("tied as declared", in_task(untie)),
     "attention leaks across documents": (
         "packed = alone",
-        in_task(lambda t: setattr(lora.model.task, "Documents", lambda lengths: Documents([sum(lengths)]))),
+        in_task(lambda t: setattr(lora.model.task, "Documents", one_document)),
     ),
     "attention to what is to come": (
         "model as assumed",
         in_task(lambda t: setattr(t.model.model.layers[0].self_attn, "is_causal", False)),
     ),
-    "logits at another scale": ("model as assumed", in_task(lambda t: setattr(t.head, "scale", 1.5))),
-    "B is not drawn as zero": ("injected = base", in_task(lambda t: first_lora(t).lora_B.weight.fill_(0.1))),
+    "logits at another scale": (
+        "model as assumed",
+        in_task(lambda t: setattr(t.head, "scale", 1.5)),
+    ),
+    "B is not drawn as zero": (
+        "injected = base",
+        in_task(lambda t: first_lora(t).lora_B.weight.fill_(0.1)),
+    ),
     "the learning rate is absurd": ("loss on a repeated batch", {"learning_rate": 1e3}),
     "nothing is updated": (
         "loss on a repeated batch",
         lambda p: p.setattr(torch.optim.AdamW, "step", lambda self: None),
     ),
     "an adapter with no effect": ("adapter acts", lambda p: p.setattr(LoRALinear, "scaling", 0.0)),
-    "a frozen factor": ("trained tensors", in_task(lambda t: first_lora(t).lora_A.weight.requires_grad_(False))),
-    "a trained base": ("trained tensors", in_task(lambda t: first_lora(t).base_layer.weight.requires_grad_(True))),
+    "a frozen factor": (
+        "trained tensors",
+        in_task(lambda t: first_lora(t).lora_A.weight.requires_grad_(False)),
+    ),
+    "a trained base": (
+        "trained tensors",
+        in_task(lambda t: first_lora(t).base_layer.weight.requires_grad_(True)),
+    ),
     "a detached adapter": (
         "trained tensors",
         lambda p: p.setattr(LoRALinear, "forward", lambda self, x: self.base_layer(x)),
     ),
-    "sum of losses": ("loss = mean over targets", lambda p: p.setattr(TrainingData, "num_targets_at", lambda *_: 1)),
+    "sum of losses": (
+        "loss = mean over targets",
+        lambda p: p.setattr(TrainingData, "num_targets_at", lambda *_: 1),
+    ),
     "mean of means": ("accumulated = whole", lambda p: p.setattr(trial, "backward", mean_of_means)),
     "each process divides by its own targets": (
         "two processes = one",
@@ -381,11 +411,12 @@ FAULTS = {
         "save, load, next step", lambda p: p.setattr(checkpoint, "set_state", fresh_state)
     ),
     "weights are not restored": (
-        "save, load, next step", lambda p: p.setattr(lora.model.task.Task, "load", lambda self, folder: None)
+        "save, load, next step",
+        lambda p: p.setattr(lora.model.task.Task, "load", lambda self, folder: None),
     ),
     "the export forgets a layer": (
         "PEFT format and back",
-        lambda p: p.setattr(adapter, "lora_layers", lambda model: dict(list(lora_layers(model).items())[1:])),
+        lambda p: p.setattr(adapter, "lora_layers", all_but_first_lora),
     ),
     "the export rounds": ("PEFT format and back", wrapped(adapter, "factors", halved)),
     "training moves the base": ("base unchanged", training_moves_the_base),

@@ -170,7 +170,7 @@ def test_eval_repeats_the_validation_of_the_best_step_and_scores_a_prompt(
     arguments = evaluation.read_arguments(
         ["--checkpoint", str(folder / "final_artifact"), "--output", str(out)]
     )
-    evaluation.main(*arguments, evaluation.read_examples(*arguments))
+    evaluation.main(*arguments, evaluation.read_request(*arguments))
     numbers = json.loads(out.read_text())
     assert numbers["mse"] == pytest.approx(results["best"]["mse"], abs=1e-6)
     assert {"mae", "r2", "pearson", "spearman"} < numbers.keys()
@@ -179,7 +179,7 @@ def test_eval_repeats_the_validation_of_the_best_step_and_scores_a_prompt(
     arguments = evaluation.read_arguments(
         ["--checkpoint", str(folder / "final_artifact"), "--prompt", prompt]
     )
-    evaluation.main(*arguments, evaluation.read_examples(*arguments))
+    evaluation.main(*arguments, evaluation.read_request(*arguments))
     shown = capsys.readouterr().out.strip().split("\n")
     assert [re.fullmatch(r"[01]\.\d{3}  (.*)", line)[1] for line in shown] == ["1+2=3", "3+1=5"]
 
@@ -226,7 +226,7 @@ def test_merge_writes_a_plain_folder_that_says_what_base_and_adapter_say(
         arguments = evaluation.read_arguments(
             ["--checkpoint", str(moved), "--output", str(tmp_path / "n.json")]
         )
-        evaluation.main(*arguments, evaluation.read_examples(*arguments))
+        evaluation.main(*arguments, evaluation.read_request(*arguments))
         assert json.loads((tmp_path / "n.json").read_text())["mse"] == pytest.approx(best, abs=1e-6)
 
 

@@ -11,7 +11,7 @@ from lora.common.errors import UserError
 from lora.config.command_line import read_command_line
 from lora.config.schema import get_lora_config
 from lora.evaluation import example_losses
-from lora.evaluation.statistics import draws_of
+from lora.evaluation.statistics import bootstrap_samples
 from lora.tools import compare
 from lora.tools.compare import interval, main, spread_of_seeds, table, verdict
 from lora.tools.finished_run import FinishedRun
@@ -72,7 +72,7 @@ def test_the_interval_covers_the_truth_19_times_of_20():
 
 
 def test_the_draws_are_the_same_for_the_same_seed():
-    one, other, third = ([*map(list, draws_of(5, 3, seed))] for seed in (1, 1, 2))
+    one, other, third = ([*map(list, bootstrap_samples(5, 3, seed))] for seed in (1, 1, 2))
     assert one == other != third and all(len(drawn) == 5 for drawn in one)
 
 
@@ -100,7 +100,7 @@ def test_the_table_has_what_differs_and_how_it_ended_best_first(sweep, capsys, t
     )
     runs = sorted(
         (FinishedRun.of(folder) for folder in [unfinished, *sweep.values()]),
-        key=lambda one: one.best[1],
+        key=lambda one: one.best_loss,
     )
     heading, *rows = table(runs)
     assert (
@@ -143,7 +143,9 @@ def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
 def test_the_picture_of_the_runs_is_written(sweep, tmp_path):
     main([*map(str, sweep.values()), "--plot", str(tmp_path / "sweep.png")])
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
-    assert compare.swept([FinishedRun.of(folder) for folder in sweep.values()]) == "learning_rate"
+    assert (
+        compare.swept_key([FinishedRun.of(folder) for folder in sweep.values()]) == "learning_rate"
+    )
 
 
 def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_path, capsys):

@@ -1,15 +1,17 @@
-"""Readers turn files into examples: one small file per format, standard library only (they run
-before torch loads).
+"""Readers turn the rows of files into examples: one small file per format.
 
-A row of our own formats may have a "weight", a number from 0 on, by which its loss is multiplied.
+They use the standard library only, because they run before torch is loaded. A reader yields
+examples, or a text that says why a row is left out. A row of our own formats may have a "weight", a
+number from 0 on, by which its loss is multiplied.
 """
 
 from collections import Counter
-from itertools import groupby
+from types import ModuleType
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data import files
+from lora.data.examples import Example
 from lora.data.readers import (
     arithmetic,
     chat,
@@ -45,71 +47,74 @@ READERS = (
 )
 
 
-def read(paths, task, data=None, first_dataset_id=0):
-    """The examples of several files for `task` ("lm": texts and chats, "score": steps with labels).
-    Raises UserError.
+def read(
+    paths: list[str], task: str, data: DataConfig | None = None, first_dataset_id: int = 0
+) -> list[Example]:
+    """Read the examples of files and of arithmetic:SPLIT:COUNT. Raises UserError.
 
-    `data` is the [data] table of a configuration, which says how some files are read.
+    Args:
+        task: "lm" for texts and chats, "score" for steps with labels.
+        data: the [data] table of the configuration, which says how some files are read.
+        first_dataset_id: the dataset_id of the first path's examples; the next path has the next.
     """
-    data, examples = data or DataConfig(), []
+    data = data or DataConfig()
+    examples = []
     for dataset_id, path in enumerate(paths, first_dataset_id):
-        before = len(examples)
-        for example in examples_of(path, task, data):
-            example.dataset_id = dataset_id
-            examples.append(example)
-        if len(examples) == before:
+        if path.startswith("arithmetic:"):
+            examples_of_path = list(arithmetic.read(path, task))
+        else:
+            examples_of_path = read_file(path, task, data)
+        if not examples_of_path:
             raise UserError(f"{path}: 0 examples; expected one at least.")
+        for example in examples_of_path:
+            example.dataset_id = dataset_id
+        examples.extend(examples_of_path)
     return examples
 
 
-def examples_of(path, task, data):
-    """Yield the examples of one path, and say how many of its rows are left out, and why."""
-    if path.startswith("arithmetic:"):
-        yield from arithmetic.read(path, task)
-        return
-    bad, left_out, longest = [], Counter(), data.max_steps_per_example
-    for reader, rows in groupby(
-        files.rows(path, bad), lambda pair: reader_for(*pair, task=task, readers=READERS, bad=bad)
-    ):
-        more = reader is not None
-        while more:
-            try:
-                for example in reader.examples(rows, data):
-                    if isinstance(example, str):  # why a row is left out
-                        left_out[example] += 1
-                    else:
-                        example.steps, example.labels = (
-                            example.steps[:longest],
-                            example.labels[:longest],
-                        )
-                        yield example
-                more = False
-            # Of one row; the rows after it are read as well, so that all bad ones are named
-            except UserError as error:
-                bad.append(error)
-    files.refuse(path, bad)
+def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
+    """Read the examples of a file, and print how many rows are left out, and why."""
+    results: list[Example | str] = []
+    evidence = []  # rows of REVEAL, of which several make an example
+    bad_rows: list[UserError] = []
+    for where, row in files.read_rows(path, bad_rows):
+        try:
+            reader = reader_for(where, row, task)
+            if reader is reveal:
+                evidence.append(reveal.read_evidence(where, row, data))
+            else:
+                results.extend(reader.examples([(where, row)], data))
+        except UserError as error:
+            bad_rows.append(error)
+    files.raise_bad_rows(path, bad_rows)
+    results.extend(reveal.chains(evidence, data))
+
+    examples = [result for result in results if isinstance(result, Example)]
+    for example in examples:
+        example.steps = example.steps[: data.max_steps_per_example]
+        example.labels = example.labels[: data.max_steps_per_example]
+    left_out = Counter(result for result in results if isinstance(result, str))
     if left_out:
-        print(
-            f"note: {path}: left out: {', '.join(f'{count} rows ({why})' for why, count in left_out.most_common())}"
-        )
+        reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
+        print(f"note: {path}: left out: {', '.join(reasons)}")
+    return examples
 
 
-def reader_for(where, row, task, readers, bad):
-    """The one of `readers` whose form has the keys of the row; None, and the reason added to `bad`,
-    where there is none.
-    """
-    fitting = [r for r in readers if any(form <= row.keys() for form in r.FORMS)]
-    reader = next((r for r in fitting if r.TASK == task), None)
-    if reader is None and fitting:
-        found = f"keys {', '.join(row)} in a run of --task {task}"
-        bad.append(
-            UserError(f"{where}: {found}; add --task {fitting[0].TASK}, or take other rows.")
-        )
-    elif reader is None:
-        known = "; ".join(
-            ", ".join(sorted(form)) for r in readers for form in r.FORMS if r.TASK == task
-        )
-        bad.append(
-            UserError(f"{where}: keys found: {', '.join(map(str, row))}; expected one of: {known}.")
-        )
-    return reader
+def reader_for(where: str, row: dict, task: str) -> ModuleType:
+    """Return the first reader of `task` with a form whose keys the row has. Raises UserError."""
+    other_task = None
+    for reader in READERS:
+        fits = any(form <= row.keys() for form in reader.FORMS)
+        if fits and reader.TASK == task:
+            return reader
+        if fits:
+            other_task = reader.TASK
+    if other_task:
+        keys = f"keys {', '.join(row)} in a run of --task {task}"
+        raise UserError(f"{where}: {keys}; add --task {other_task}, or take other rows.")
+    forms = []
+    for reader in READERS:
+        if reader.TASK == task:
+            forms.extend(", ".join(sorted(form)) for form in reader.FORMS)
+    keys = ", ".join(str(key) for key in row)
+    raise UserError(f"{where}: keys found: {keys}; expected one of: {'; '.join(forms)}.")

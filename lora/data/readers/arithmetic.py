@@ -1,22 +1,22 @@
-"""The embedded data: worked arithmetic of several chained steps, made from a seed, each step right
-or wrong.
+"""The embedded data: worked arithmetic made from a seed, in which some steps are wrong.
 
     arithmetic:SPLIT:COUNT        SPLIT is train, validation or test; COUNT is a number of problems
 
-A problem is a start and three to six operations, "From left to right: 13*6-8+6+9". For its second
-step, 78-8=70, a wrong one is one of four slips:
+A problem is a start and three to six operations, "From left to right: 13*6-8+6+9". A wrong version
+of its second step, 78-8=70, has one of four slips:
 
     digit      78-8=74   one digit of the result is another one
     carry      78-8=80   ten too much or too little
     operator   78+8=86   another operation than the problem asks for
-    carried    73-8=65   another value than the one the step before ended with
+    carried    73-8=65   another value than the result of the step before
 
-and the chain goes on from whatever the step wrote, so that a step is judged by the problem and by
-the step before it. For the scoring task an example is (problem, steps, labels). For language
-modelling it is a text in which every slip is noticed and mended ("No, 78-8=70"): a base that has
-only read correct derivations has nothing to tell a scorer.
+The chain goes on from the result that the step wrote, so a step is judged by the problem and by the
+step before it. For the scoring task an example is (problem, steps, labels). For language modelling
+it is a text in which every slip is corrected ("No, 78-8=70"), because a base that has only read
+correct derivations has nothing to tell a scorer.
 """
 
+from collections.abc import Iterator
 import random
 import re
 import zlib
@@ -26,117 +26,119 @@ from lora.data.examples import Example
 
 SPLITS = ("train", "validation", "test")
 OPERATIONS = "+-*"
-# Every value stays in 0..LIMIT and operands have one digit, so that a small model can learn to
-# check
+# Values stay in 0..LIMIT and operands have one digit, so that a small model can learn to check.
 LIMIT = 99
 SHARE_WRONG = 0.4
 
+Operation = tuple[str, int]  # operator and operand
+Slip = tuple[int, str, int]  # first value, operator and result of a wrong step
 
-def calculate(value, operation, operand):
-    return {"+": value + operand, "-": value - operand, "*": value * operand}[operation]
+
+def calculate(value: int, operator: str, operand: int) -> int:
+    return {"+": value + operand, "-": value - operand, "*": value * operand}[operator]
 
 
-def make_problem(rng):
-    """(start, [(operation, operand), ...]): a chain whose every value stays within 0..LIMIT."""
+def make_problem(rng: random.Random) -> tuple[int, list[Operation]]:
+    """Return the start and the operations of a chain whose values all stay within 0..LIMIT."""
     start = value = rng.randrange(2, LIMIT + 1)
     operations = []
     for _ in range(rng.randrange(3, 7)):
         largest = {"+": LIMIT - value, "-": value, "*": LIMIT // value if value else 0}
-        # Products fit into the range more rarely than sums; counted twice they are still the
-        # rarest.
-        operation = rng.choice([o for o in OPERATIONS + "*" if largest[o] >= 2])
-        operand = rng.randrange(2, min(9, largest[operation]) + 1)
-        operations.append((operation, operand))
-        value = calculate(value, operation, operand)
+        # Products fit into the range less often than sums; counted twice they are still rarest.
+        possible = [operator for operator in OPERATIONS + "*" if largest[operator] >= 2]
+        operator = rng.choice(possible)
+        operand = rng.randrange(2, min(9, largest[operator]) + 1)
+        operations.append((operator, operand))
+        value = calculate(value, operator, operand)
     return start, operations
 
 
-def problem_text(start, operations):
-    return f"From left to right: {start}" + "".join(
-        f"{operation}{operand}" for operation, operand in operations
-    )
+def problem_text(start: int, operations: list[Operation]) -> str:
+    return f"From left to right: {start}" + "".join(f"{sign}{n}" for sign, n in operations)
 
 
-def split_of(problem):
-    """The split a problem belongs to, by its text alone: no problem is in two of them."""
+def split_of(problem: str) -> str:
+    """Return the split of a problem, which depends on its text alone: none is in two splits."""
     return {0: "test", 1: "validation"}.get(zlib.crc32(problem.encode()) % 10, "train")
 
 
-def change_digit(number):
-    """Every number that differs from `number` in one digit."""
+def change_digit(number: int) -> list[int]:
+    """Return every number that differs from `number` in one digit."""
     digits = str(number)
-    return [
-        int(digits[:i] + d + digits[i + 1 :])
-        for i in range(len(digits))
-        for d in "0123456789"
-        if d != digits[i]
-    ]
+    changed = []
+    for i, old in enumerate(digits):
+        others = "0123456789".replace(old, "")
+        changed.extend(int(digits[:i] + new + digits[i + 1 :]) for new in others)
+    return changed
 
 
-def possible_slips(value, operation, operand, rest):
-    """The wrong versions (first, operation, result) of a step from which `rest` stays in range: a
-    list for each kind.
+def possible_slips(
+    value: int, operator: str, operand: int, rest: list[Operation]
+) -> list[list[Slip]]:
+    """Return a list for each kind of slip that keeps the `rest` of the chain within 0..LIMIT."""
+    result = calculate(value, operator, operand)
+    digit = [(value, operator, wrong) for wrong in change_digit(result)]
+    carry = [(value, operator, result - 10), (value, operator, result + 10)]
+    operators = OPERATIONS.replace(operator, "")
+    other_operator = [(value, used, calculate(value, used, operand)) for used in operators]
+    firsts = change_digit(value)
+    carried = [(first, operator, calculate(first, operator, operand)) for first in firsts]
+    kinds = []
+    for slips in (digit, carry, other_operator, carried):
+        possible = [slip for slip in slips if stays_in_range(slip[2], rest)]
+        if possible:
+            kinds.append(possible)
+    return kinds
+
+
+def stays_in_range(value: int, operations: list[Operation]) -> bool:
+    """Return whether a chain that goes on from `value` stays within 0..LIMIT."""
+    values = [value]
+    for operator, operand in operations:
+        values.append(calculate(values[-1], operator, operand))
+    return min(values) >= 0 and max(values) <= LIMIT
+
+
+def make_chain(
+    rng: random.Random, start: int, operations: list[Operation], correct_slips: bool
+) -> tuple[list[str], list[float]]:
+    """Return steps and labels.
+
+    With `correct_slips` each wrong step is followed by "No, " and the right one, and the chain goes
+    on from there.
     """
-    result = calculate(value, operation, operand)
-    kinds = (
-        [(value, operation, wrong) for wrong in change_digit(result)],  # digit
-        [(value, operation, result - 10), (value, operation, result + 10)],  # carry
-        [
-            (value, used, calculate(value, used, operand))
-            for used in OPERATIONS
-            if used != operation
-        ],  # operator
-        # Carried
-        [(first, operation, calculate(first, operation, operand)) for first in change_digit(value)],
-    )
-    possible = [[slip for slip in kind if in_range(slip[2], rest)] for kind in kinds]
-    return [kind for kind in possible if kind]
-
-
-def in_range(value, operations):
-    """Whether a chain that goes on from `value` stays within 0..LIMIT."""
-    for operation, operand in [*operations, ("+", 0)]:
-        if not 0 <= value <= LIMIT:
-            return False
-        value = calculate(value, operation, operand)
-    return True
-
-
-def make_chain(rng, start, operations, mend_slips):
-    """(steps, labels). With `mend_slips` each wrong step is followed by "No, " and the right one."""
-    steps, labels, value = [], [], start
-    for i, (operation, operand) in enumerate(operations):
-        result = calculate(value, operation, operand)
-        right = f"{value}{operation}{operand}={result}"
-        rest = [] if mend_slips else operations[i + 1 :]  # what goes on from the wrong value
-        wrong_steps = (
-            possible_slips(value, operation, operand, rest) if rng.random() < SHARE_WRONG else []
-        )
-        if wrong_steps:
-            first, used, wrong = rng.choice(rng.choice(wrong_steps))
-            steps.append(f"{first}{used}{operand}={wrong}")
-            labels.append(0.0)
-            if mend_slips:
-                steps.append(f"No, {right}")
-                labels.append(1.0)
-            else:
-                result = wrong
-        else:
-            steps.append(right)
+    steps = []
+    labels = []
+    value = start
+    for i, (operator, operand) in enumerate(operations):
+        result = calculate(value, operator, operand)
+        right_step = f"{value}{operator}{operand}={result}"
+        continues_with = [] if correct_slips else operations[i + 1 :]
+        slips = []
+        if rng.random() < SHARE_WRONG:
+            slips = possible_slips(value, operator, operand, continues_with)
+        if not slips:
+            steps.append(right_step)
             labels.append(1.0)
-        value = result
+            value = result
+            continue
+        first, used, wrong = rng.choice(rng.choice(slips))
+        steps.append(f"{first}{used}{operand}={wrong}")
+        labels.append(0.0)
+        value = wrong
+        if correct_slips:
+            steps.append(f"No, {right_step}")
+            labels.append(1.0)
+            value = result
     return steps, labels
 
 
-def read(path, task):
-    """Yield the COUNT examples that `path` ("arithmetic:SPLIT:COUNT") names; the same ones every
-    time.
-    """
+def read(path: str, task: str) -> Iterator[Example]:
+    """Yield the examples that `path` ("arithmetic:SPLIT:COUNT") names, the same ones every time."""
     match = re.fullmatch(r"arithmetic:(\w+):(\d+)", path)
     if not match or match[1] not in SPLITS or int(match[2]) < 1:
-        raise UserError(
-            f"{path}: expected arithmetic:SPLIT:COUNT with SPLIT one of {', '.join(SPLITS)}."
-        )
+        expected = f"arithmetic:SPLIT:COUNT with SPLIT one of {', '.join(SPLITS)}"
+        raise UserError(f"{path}: expected {expected}.")
     split, count = match[1], int(match[2])
     rng = random.Random(f"arithmetic {split}")
     seen = set()
@@ -146,8 +148,8 @@ def read(path, task):
         if split_of(prompt) != split or prompt in seen:
             continue
         seen.add(prompt)
-        steps, labels = make_chain(rng, start, operations, mend_slips=task == "lm")
         where = f"{path}#{len(seen)}"
+        steps, labels = make_chain(rng, start, operations, correct_slips=task == "lm")
         if task == "lm":
             yield Example(where, text="\n".join([prompt, *steps]) + "\n")
         else:

@@ -1,36 +1,41 @@
-"""eQASC: a JSON list of questions with answers; the right one has chains of two facts, each judged
-as a whole.
+"""eQASC: a JSON list of questions with answers. The right answer has chains of two facts.
 
-The steps are the two facts and the hypothesis that they are to show, and the judgement ("yes", or
-why not) is the label of the last step, since it is about the chain. The facts that the question was
-made from are right without a judgement.
+The steps are the two facts and the hypothesis that they should show. The judgement ("yes", or why
+not) is about the chain, so it is the label of the last step. The facts that the question was made
+from are right without a judgement.
 """
 
 from lora.common.errors import UserError
+from lora.config.schema import DataConfig
+from lora.data.examples import Examples, SourceRows
 from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"question", "answerKey", "fact1", "fact2"},)
 
 
-def examples(rows, data):
+def examples(rows: SourceRows, data: DataConfig) -> Examples:
     for where, row in rows:
         try:
-            stem, gold = row["question"]["stem"], {row["fact1"], row["fact2"]}
-            for choice in row["question"]["choices"]:
-                if choice["label"] != row["answerKey"]:
-                    continue
-                hypothesis = choice.get("df") or f"{stem} {choice['text']}"
-                for first, second, about in choice.get("chains") or []:
-                    facts = [first["text"], second["text"]]
-                    judged = ((about or {}).get("turk_label") or {}).get("label")
-                    judged = "yes" if {*facts} == gold else judged
-                    if judged is None:
-                        yield "a chain that nobody judged"
-                    else:
-                        labels = [None, None, float(judged == "yes")]
-                        yield chain(where, f"{stem} {choice['text']}", [*facts, hypothesis], labels)
+            stem, choices = row["question"]["stem"], row["question"]["choices"]
+            known_facts = {row["fact1"], row["fact2"]}
+            for choice in choices:
+                if choice["label"] == row["answerKey"]:
+                    yield from chains(where, f"{stem} {choice['text']}", choice, known_facts)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{where}: not a row of eQASC ({type(error).__name__}: {error})."
-            ) from None
+            problem = f"not a row of eQASC ({type(error).__name__}: {error})"
+            raise UserError(f"{where}: {problem}.") from None
+
+
+def chains(where: str, question: str, choice: dict, known_facts: set) -> Examples:
+    hypothesis = choice.get("df") or question
+    for first, second, about in choice.get("chains") or []:
+        facts = [first["text"], second["text"]]
+        judgement = ((about or {}).get("turk_label") or {}).get("label")
+        if set(facts) == known_facts:
+            judgement = "yes"
+        if judgement is None:
+            yield "a chain that nobody judged"
+        else:
+            labels = [None, None, float(judgement == "yes")]
+            yield chain(where, question, [*facts, hypothesis], labels)

@@ -1,21 +1,16 @@
-"""{"sentence1", "sentence2", "score" (or "label")}: a pair of sentences and a number; a chain of
-one step.
-"""
+"""{"sentence1", "sentence2", "score" (or "label")}: a chain of one step with its label."""
 
-from lora.data.examples import Example, label, string, weight
+from lora.config.schema import DataConfig
+from lora.data.examples import Example, Examples, SourceRows, label, string, weight
 
 TASK = "score"
 FORMS = ({"sentence1", "sentence2", "score"}, {"sentence1", "sentence2", "label"})
 
 
-def examples(rows, data):
+def examples(rows: SourceRows, data: DataConfig) -> Examples:
     for where, row in rows:
-        score = label(
-            where,
-            row["score"] if row.get("score") is not None else row.get("label"),
-            data.label_max,
-        )
-        first, second = (string(where, name, row[name]) for name in ("sentence1", "sentence2"))
-        yield Example(
-            where, prompt=first, steps=[second], labels=[score], weight=weight(where, row)
-        )
+        value = row.get("label") if row.get("score") is None else row["score"]
+        labels = [label(where, value, data.label_max)]
+        prompt = string(where, "sentence1", row["sentence1"])
+        steps = [string(where, "sentence2", row["sentence2"])]
+        yield Example(where, prompt=prompt, steps=steps, labels=labels, weight=weight(where, row))

@@ -1,0 +1,113 @@
+"""What a final artifact's model outputs for held-out examples, as a report shows it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from markupsafe import Markup
+import numpy as np
+import torch
+
+from lora.common.terminal import printable
+from lora.config.schema import Config
+from lora.config.tables import saved_config
+from lora.data.examples import Example
+from lora.data.raw_data import RawData
+from lora.evaluation.calibration import calibration, expected_calibration_error
+from lora.evaluation.generate import generate_answers, prompt_tokens, step_scores, text_tokens
+from lora.evaluation.step_metrics import labelled_steps
+from lora.evaluation.step_report import Chain, chains
+from lora.evaluation.text_metrics import last_question
+from lora.model.device import choose_device
+from lora.model.load import load_task
+from lora.model.task import Task
+from lora.tools.charts import Point, chart
+
+MAX_SHOWN_EXAMPLES = 5
+MAX_SCORED_EXAMPLES = 200  # for the reliability chart
+MAX_TEXT_TOKENS = 80  # of a generated answer, and of the beginning of a text to be continued
+
+
+@dataclass
+class Answer:
+    """The beginning of a held-out example, and two texts that follow it."""
+
+    where: str  # file:line
+    prompt_tokens: list[int]
+    prompt: str
+    reference: str  # as the example goes on
+    generated: str = ""  # as the model goes on
+
+
+@dataclass
+class Samples:
+    """Scored chains and how well their scores agree with the labels, or answers."""
+
+    answers: list[Answer] = field(default_factory=list)
+    chains: list[Chain] = field(default_factory=list)
+    threshold: float = 0.5
+    labelled_steps: int = 0
+    calibration_error: float = 0.0
+    reliability_chart: Markup = Markup("")
+
+
+def held_out_samples(artifact: Path) -> Samples:
+    """Run the model of a final artifact on held-out examples."""
+    config = saved_config(artifact)
+    task = load_task(config, torch.float32)
+    task.load(artifact)
+    task.to(choose_device(config.training.device)).eval()
+    _, examples = RawData(config).examples()
+    if config.model.task == "score":
+        return score_chains(task, examples[:MAX_SCORED_EXAMPLES], config)
+    return Samples(answers_to(task, examples[:MAX_SHOWN_EXAMPLES], config))
+
+
+def score_chains(task: Task, examples: Sequence[Example], config: Config) -> Samples:
+    """Score the steps of chains: all for the reliability, a few to show."""
+    scores = step_scores(examples, task, config, torch.float32)
+    shown, shown_scores = examples[:MAX_SHOWN_EXAMPLES], scores[:MAX_SHOWN_EXAMPLES]
+    samples = Samples(threshold=config.evaluation.threshold)
+    samples.chains = chains(shown, shown_scores, samples.threshold)
+    labels, labelled_scores = labelled_steps(examples, scores)
+    samples.labelled_steps = len(labels)
+    if len(labels):
+        samples.calibration_error = expected_calibration_error(labelled_scores, labels)
+        samples.reliability_chart = reliability_chart(labelled_scores, labels)
+    return samples
+
+
+def reliability_chart(scores: np.ndarray, labels: np.ndarray) -> Markup:
+    """Draw the mean label of the steps [n] with about the same score, and the diagonal."""
+    bubbles: list[Point] = []
+    for mean_score, mean_label, count in calibration(scores, labels):
+        bubbles.append((mean_score, mean_label, count / len(scores)))
+    diagonal = [(0, 0), (1, 1)]
+    return chart("mean label", "mean score", {"as it should be": diagonal, "": bubbles})
+
+
+def answers_to(task: Task, examples: Sequence[Example], config: Config) -> list[Answer]:
+    """Answer the last question of chats; continue texts after their beginning."""
+    config.evaluation.max_new_tokens = min(MAX_TEXT_TOKENS, config.data.max_length // 2)
+    shown = [without_generated(example, task, config) for example in examples]
+    prompts = [(answer.where, answer.prompt_tokens) for answer in shown]
+    for answer, text in zip(shown, generate_answers(task, prompts, config, torch.float32)):
+        answer.generated = printable(text)
+    return shown
+
+
+def without_generated(example: Example, task: Task, config: Config) -> Answer:
+    """Divide a chat before its last answer, or a text in its first half."""
+    max_new_tokens = config.evaluation.max_new_tokens
+    if example.messages:
+        chat = last_question(example)
+        tokens = prompt_tokens(chat.where, chat.messages, chat.tools, task.tokenizer)
+        tokens = tokens[-(config.data.max_length - max_new_tokens) :]
+        reference = chat.reference
+    else:
+        text = text_tokens(example.text, task.tokenizer)
+        length = max(1, min(len(text) // 2, max_new_tokens))
+        tokens = text[:length]
+        reference = task.tokenizer.decode(text[length : length + max_new_tokens])
+    prompt = printable(task.tokenizer.decode(tokens))
+    return Answer(example.where, tokens, prompt, printable(reference))
