@@ -19,7 +19,7 @@ from lora.common.allocator import keep_freed_memory
 from lora.common.errors import UserError
 from lora.common.exit_status import one_line_errors, require_one_process
 from lora.config.flags import Parser, add_flags
-from lora.config.schema import FOUR_BITS, LoraConfig
+from lora.config.schema import QUANTIZATION_KEYS, LoraConfig
 
 
 def read_arguments(argv):
@@ -47,7 +47,7 @@ def read_arguments(argv):
     parser.add_argument(
         "--merge_into", choices=("16bit", "dequantized"), default="16bit", help=into
     )
-    add_flags(parser, LoraConfig(), FOUR_BITS, "our checkpoint's, else nf4 and true")
+    add_flags(parser, LoraConfig(), QUANTIZATION_KEYS, "our checkpoint's, else nf4 and true")
     portable = "write an adapter instead: one rank, the scale in B, so that PEFT, vLLM and llama.cpp do the same with it"
     parser.add_argument("--portable", action="store_true", help=portable)
     parser.add_argument(
@@ -65,7 +65,7 @@ def read_arguments(argv):
         raise UserError(f"--gguf {arguments.gguf} exists; choose another file.")
     if arguments.gguf and find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
-    others = (vars(arguments)[name] for name in ("gguf", "dtype", "base_model", *FOUR_BITS))
+    others = (vars(arguments)[name] for name in ("gguf", "dtype", "base_model", *QUANTIZATION_KEYS))
     if arguments.portable and (
         any(value is not None for value in others) or arguments.merge_into != "16bit"
     ):

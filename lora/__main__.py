@@ -7,20 +7,11 @@ import sys
 from lora.common.exit_status import one_line_errors
 from lora.config.flags import Parser
 
-COMMANDS = {
-    "render": (
-        "lora.tools.preview",
-        "rows of data files as the model will read them, targets marked",
-    ),
-    "compare": (
-        "lora.tools.compare",
-        "finished runs side by side, and whether one is better than another",
-    ),
-    "report": ("lora.tools.report", "a run as one HTML page"),
-    "cite_or_refuse": (
-        "lora.tools.cite_or_refuse",
-        "make questions from documents, to be answered with citations",
-    ),
+COMMANDS = {  # {command: (its module in lora/tools/, its line of help)}
+    "render": ("preview", "rows of data files as the model will read them, targets marked"),
+    "compare": ("compare", "finished runs side by side, and whether one is better than another"),
+    "report": ("report", "a run as one HTML page"),
+    "cite_or_refuse": ("cite_or_refuse", "questions from documents, to be answered with citations"),
 }
 
 
@@ -31,9 +22,10 @@ def main(argv: list[str]) -> None:
     parser.prog = "python -m lora"
     parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the above")
-    module, _ = COMMANDS[parser.parse_args(argv[:1]).command]
-    sys.argv[0] = f"{parser.prog} {argv[0]}"
-    importlib.import_module(module).main(argv[1:])
+    command = parser.parse_args(argv[:1]).command
+    sys.argv[0] = f"{parser.prog} {command}"
+    module, _ = COMMANDS[command]
+    importlib.import_module(f"lora.tools.{module}").main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
-"""The C library's memory on a CPU: pages of 2 MB, and what is freed is kept for the next tensor."""
+"""The C library's allocator: pages of 2 MB, and freed memory is kept for the next tensor."""
 
 import ctypes
 import os
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+# Parameters of mallopt(3).
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
 
 
-def keep_freed_memory():
-    """Set this process's allocators. To be called before torch is imported, which reads the
-    environment then.
+def keep_freed_memory() -> None:
+    """Set this process's allocators. Call it before torch is imported and reads the environment.
 
     glibc gives blocks above 32 MB, and the end of its heap, back to the system when they are freed,
-    and gets them again page by page: up to half of a step's time. Other C libraries have no
-    mallopt, and MALLOC_... in the environment is the user's word.
+    and gets them again page by page: that is up to half of a step's time. Other C libraries have no
+    mallopt. Whoever sets MALLOC_... or GLIBC_TUNABLES in the environment has chosen otherwise.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        # And not M_MMAP_THRESHOLD, which older versions do not let above 32 MB
+    user_settings = ("MALLOC_", "GLIBC_TUNABLES")
+    if mallopt and not any(name.startswith(user_settings) for name in os.environ):
+        # M_MMAP_THRESHOLD would not do: older versions of glibc do not let it above 32 MB.
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

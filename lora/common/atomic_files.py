@@ -1,10 +1,11 @@
-"""Folders and files that are whole or absent whenever a process ends: written beside their place,
-made durable, renamed.
+"""Files and folders that are complete or absent, whenever the process ends.
 
-.tmp_NAME is being written, .old_NAME has given way to a new NAME, .del_NAME is being deleted;
-`remove_leftovers` takes away what a killed process left of them. Standard library only.
+They are written under a temporary name beside their place, made durable and renamed. A killed
+process may leave .tmp_NAME (being written), .old_NAME (replaced by a new NAME) and .del_NAME (being
+deleted); `remove_leftovers` clears them away. Standard library only.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 import os
 from pathlib import Path
@@ -13,8 +14,8 @@ import shutil
 from lora.common.errors import ResourceExhausted, UserError, is_disk_full
 
 
-def fsync_path(path):
-    """Make a file or a folder's entries durable."""
+def fsync_path(path: Path) -> None:
+    """Make a file, or the entries of a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,22 +23,19 @@ def fsync_path(path):
         os.close(descriptor)
 
 
-def fsync_folder(folder):
-    """Make a folder and all that is in it durable, its files with the mode that umask gives:
-    safetensors' own is 0600.
-    """
-    os.umask(umask := os.umask(0))
+def fsync_folder(folder: Path) -> None:
+    """Make a folder and everything in it durable, and give its files the mode of the umask."""
+    umask = os.umask(0)  # reading it means setting it
+    os.umask(umask)
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():
-            path.chmod(0o666 & ~umask)
+            path.chmod(0o666 & ~umask)  # safetensors writes files of mode 0600
         fsync_path(path)
 
 
 @contextmanager
-def atomic_file(final):
-    """A path beside `final` to write to; the file takes its place if nothing goes wrong, and is
-    taken away if it does.
-    """
+def atomic_file(final: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, which becomes `final` unless an error is raised."""
     temporary = final.with_name(f".tmp_{final.name}")
     try:
         yield temporary
@@ -48,21 +46,21 @@ def atomic_file(final):
         raise
 
 
-def write_text_atomically(path, text):
-    """Put a file in the place of another, or of none, in one step."""
+def write_text_atomically(path: Path, text: str) -> None:
+    """Create or replace a text file in one step."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def atomic_folder(final):
-    """A folder beside `final` to write to, which takes its place if nothing goes wrong, and is
-    taken away if it does.
+def atomic_folder(final: str | Path) -> Iterator[Path]:
+    """Give a temporary folder to write to, which becomes `final` unless an error is raised.
 
-    Raises UserError where it cannot be written, Exhausted where the disk is full.
+    Raises ResourceExhausted where the disk is full, UserError where the folder cannot be written.
     """
     final = Path(final)
-    temporary, old = (final.with_name(f"{mark}{final.name}") for mark in (".tmp_", ".old_"))
+    temporary = final.with_name(f".tmp_{final.name}")
+    old = final.with_name(f".old_{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -73,34 +71,34 @@ def atomic_folder(final):
             final.rename(old)
         temporary.rename(final)
         fsync_path(final.parent)
-        fsync_path(final.parent.parent)  # the folder around it may be new as well
+        fsync_path(final.parent.parent)  # the parent folder may be new as well
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):
-            raise ResourceExhausted(
-                f"{final}: no room for it; nothing of it is kept, the rest is as it was."
-            ) from None
+            no_room = "no room for it; nothing of it is kept, the rest is as it was"
+            raise ResourceExhausted(f"{final}: {no_room}.") from None
         if isinstance(error, OSError):
             raise UserError(f"{final}: {error.strerror or error}.") from None
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_folder(folder):
-    """Delete a folder; what is half deleted does not bear its name."""
-    doomed = folder.with_name(f".del_{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def remove_folder(folder: Path) -> None:
+    """Delete a folder. It is renamed first, so that a half deleted folder never has its name."""
+    renamed = folder.with_name(f".del_{folder.name}")
+    folder.rename(renamed)
+    shutil.rmtree(renamed)
 
 
-def remove_leftovers(folder):
-    """Take away what a killed process was writing or deleting in `folder`, and put back what it had
-    no successor for.
-    """
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left in `folder`; restore what it had not yet replaced."""
     for old in folder.glob(".old_*"):
         final = old.with_name(old.name.removeprefix(".old_"))
         if not final.exists():
             old.rename(final)
-    for mark in (".tmp_*", ".old_*", ".del_*"):
-        for path in folder.glob(mark):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for pattern in (".tmp_*", ".old_*", ".del_*"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

@@ -1,8 +1,7 @@
-"""Folders that others wrote, looked at before any library reads them: nothing leads out of them,
-nothing is cut short.
+"""Checks of base folders, which others wrote, before any library reads them.
 
-Neither torch nor transformers is imported here, so that a base that is not there or not whole is
-answered before they are.
+Neither torch nor transformers is imported here, so that a missing or incomplete base is reported
+before they are loaded.
 """
 
 import json
@@ -15,10 +14,8 @@ from lora.common.serialization import read_file
 EMBEDDED_BASE = ROOT / "assets" / "tiny_base"
 
 
-def locate_base(base_model):
-    """(where transformers finds the base, whether that is a folder). What looks like a path is
-    never a Hub name.
-    """
+def locate_base(base_model: str) -> tuple[str, bool]:
+    """Return where transformers finds the base, and whether that is a folder (else a Hub name)."""
     path = EMBEDDED_BASE if base_model == "embedded" else Path(base_model).expanduser()
     if path.is_dir():
         return str(path), True
@@ -27,73 +24,67 @@ def locate_base(base_model):
     return base_model, False
 
 
-def check_weight_files(folder):
-    """That `folder` holds whole safetensors files, and that its index names files in it alone.
-    Raises UserError.
-    """
+def check_weight_files(folder: str | Path) -> None:
+    """Check that a base has complete safetensors files and no other in its index, or raise."""
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        listed, here = read_file(index).get("weight_map"), {path.name for path in files}
-        if not isinstance(listed, dict):
-            raise UserError(
-                f"base_model {index}: no weight_map; expected an index of weight files."
-            )
-        absent = [name for name in listed.values() if not isinstance(name, str) or name not in here]
-        if absent:
-            raise UserError(
-                f"base_model {index}: {absent[0]!r} is not the name of a file beside it; copy the base again."
-            )
+        weight_map = read_file(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            problem = "no weight_map; expected an index of weight files"
+            raise UserError(f"base_model {index}: {problem}.")
+        names = [path.name for path in files]
+        for name in weight_map.values():
+            if name not in names:
+                problem = f"{name!r} is not the name of a file beside it"
+                raise UserError(f"base_model {index}: {problem}; copy the base again.")
     if not files:
-        old = sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
-        )
-        hint = (
-            f"{old[0]} may run code when it is read, and is not; convert it: "
-            if old
-            else "expected *.safetensors; "
-        )
-        hint += (
-            "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
-            if old
-            else "name the base's folder"
-        )
+        hint = "expected *.safetensors; name the base's folder"
+        pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        if pickled:
+            unread = f"{min(pickled)} may run code when it is read, and is not"
+            call = "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
+            hint = f"{unread}; convert it: {call}"
         raise UserError(f"base_model {folder}: no weights in safetensors: {hint}.")
     for path in files:
         check_length(path)
 
 
-def check_length(path):
-    """That a safetensors file is as long as its header says. Raises UserError."""
-    found = path.stat().st_size
+def check_length(path: Path) -> None:
+    """Check that a safetensors file is as long as its header says. Raises UserError."""
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        begin = file.read(8)
-        if begin.startswith(b"version "):
-            raise UserError(
-                f"base_model {path}: a pointer of Git LFS, not the file itself; fetch it: git lfs pull."
-            )
-        length = int.from_bytes(begin, "little")
+        length_field = file.read(8)
+        if length_field.startswith(b"version "):
+            pointer = "a pointer of Git LFS, not the file itself"
+            raise UserError(f"base_model {path}: {pointer}; fetch it: git lfs pull.")
+        header_length = int.from_bytes(length_field, "little")
         try:
-            header = json.loads(file.read(length)) if length < found else None
-            ends = [
-                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-            ]
-            expected = 8 + length + max(ends, default=0)
+            if header_length >= size:
+                raise ValueError
+            expected = 8 + header_length + data_length(json.loads(file.read(header_length)))
         except (AttributeError, ValueError, KeyError, TypeError, IndexError, RecursionError):
-            raise UserError(
-                f"base_model {path}: damaged: {found:,} bytes that are no safetensors; copy it again."
-            ) from None
-    if found != expected:
-        raise UserError(f"base_model {path}: {found:,} of {expected:,} bytes; copy it again.")
+            damaged = f"damaged: {size:,} bytes that are no safetensors"
+            raise UserError(f"base_model {path}: {damaged}; copy it again.") from None
+    if size != expected:
+        raise UserError(f"base_model {path}: {size:,} of {expected:,} bytes; copy it again.")
 
 
-def refuse_outside_link(path):
-    """`path`, if it is a file that is no link, or one within its folder or its repository in the
-    Hub's cache.
+def data_length(header: dict) -> int:
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    return max([entry["data_offsets"][1] for entry in tensors], default=0)
+
+
+def refuse_outside_link(path: Path) -> Path:
+    """Return `path`. Raises UserError where it is a link that leads out of its folder.
+
+    A link within the folder's repository in the Hub's cache is allowed.
     """
     folder = path.parent.resolve()
-    homes = [folder, *(parent for parent in folder.parents if parent.name.startswith("models--"))]
-    if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+    allowed = [folder]
+    allowed += [parent for parent in folder.parents if parent.name.startswith("models--")]
+    target = path.resolve()
+    if path.is_symlink() and not any(target.is_relative_to(home) for home in allowed):
         raise UserError(f"{path}: a link that leads out of its folder; put the file itself there.")
     return path

@@ -1,10 +1,13 @@
 """The names of checkpoint folders: checkpoint_step_<N>."""
 
+from pathlib import Path
 
-def checkpoints_by_step(folder):
-    """{step: path} of the checkpoints in `folder`; a copy under any other name is none."""
-    found = {
-        path.name.removeprefix("checkpoint_step_"): path
-        for path in folder.glob("checkpoint_step_*")
-    }
-    return {int(step): path for step, path in found.items() if step.isdecimal()}
+
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
+    """Return {step: path} of the checkpoints in `folder`. Copies under other names do not count."""
+    checkpoints = {}
+    for path in folder.glob("checkpoint_step_*"):
+        step = path.name.removeprefix("checkpoint_step_")
+        if step.isdecimal():
+            checkpoints[int(step)] = path
+    return checkpoints

@@ -1,56 +1,54 @@
-"""checksums.json: the sha256 and the size of every other file in a folder, and the proof that they
-are still so.
+"""checksums.json: the sha256 and the size of every other file in a folder, and their verification.
 
 `python eval.py --verify_only` runs this before torch is loaded, so it imports the standard library
 only.
 """
 
+from collections.abc import Callable
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from lora.common.errors import UserError
 
-NAME = "checksums.json"
+CHECKSUMS_FILE = "checksums.json"
 
 
-def file_sha256(path):
+def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checksums(folder):
-    """Write checksums.json, the last file of `folder`: {"relative/path": {"sha256", "bytes"}} of
-    every other one.
-    """
-    (Path(folder) / NAME).write_bytes(as_written(sums_of(Path(folder))))
+def write_checksums(folder: Path) -> None:
+    """Write checksums.json, which must be the last file of `folder`."""
+    (folder / CHECKSUMS_FILE).write_bytes(checksums_to_bytes(checksums_of(folder)))
 
 
-def sums_of(folder):
-    """{"relative/path": {"sha256", "bytes"}, or why it has none} of every file in `folder` but
-    checksums.json.
+def checksums_of(folder: Path) -> dict[str, Any]:
+    """Return {"relative/path": {"sha256", "bytes"}, or why it has none} of a folder's other files.
 
     Files are found by walking through the folder, never by following what checksums.json or a link
     says. So a name that is listed there and leads out of the folder counts as missing.
     """
-    found = {
-        p.relative_to(folder).as_posix(): p
-        for p in sorted(folder.rglob("*"))
-        if p.is_symlink() or not p.is_dir()
-    }
-    return map_in_threads(of_file, {name: path for name, path in found.items() if name != NAME})
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            files[path.relative_to(folder).as_posix()] = path
+    files.pop(CHECKSUMS_FILE, None)
+    return map_in_threads(checksum_of_file, files)
 
 
-def map_in_threads(function, arguments):
-    """{name: what the function gives of its argument}; hashing lets go of the interpreter."""
-    # A fifth of the time of a script that only reads its flags
+def map_in_threads(function: Callable, arguments: dict) -> dict:
+    """Return {name: function(argument)}. Threads help because hashing releases the GIL."""
+    # Importing this takes a fifth of the time of a script that only reads its flags.
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(arguments, pool.map(function, arguments.values())))
 
 
-def of_file(path):
+def checksum_of_file(path: Path) -> dict[str, str | int] | str:
     if path.is_symlink() or not path.is_file():
         return "a link or no plain file"
     try:
@@ -59,50 +57,59 @@ def of_file(path):
         return f"cannot be read ({error.strerror})"
 
 
-def as_written(sums):
-    """The only bytes that checksums.json may consist of: so no byte of it can change unseen either."""
-    return (json.dumps(sums, indent=2) + "\n").encode()
+def checksums_to_bytes(checksums: dict) -> bytes:
+    return (json.dumps(checksums, indent=2) + "\n").encode()
 
 
-def find_damage(folder, needed):
-    """What is not as it was written in `folder`, which must hold the file `needed`, in a line; ""
-    where all is well.
-    """
-    folder = Path(folder)
-    if (folder / NAME).is_symlink() or not (folder / NAME).is_file():
-        return f"{NAME}: no such file (or a link); only a final_artifact/ or a checkpoint has one"
-    content = (folder / NAME).read_bytes()
+def read_checksums(path: Path) -> dict | None:
+    """Return what checksums.json holds; None where any of its bytes has changed."""
+    content = path.read_bytes()
     try:
-        sums = json.loads(content)
-        whole = isinstance(sums, dict) and as_written(sums) == content
+        checksums = json.loads(content)
+        unchanged = isinstance(checksums, dict) and checksums_to_bytes(checksums) == content
     except (ValueError, RecursionError):
-        whole = False
-    if not whole:
-        return f"{NAME}: damaged: not the bytes that were written"
-    now = sums_of(folder)
-    problems = {name: "missing" for name in {*sums, needed} - {*now, NAME}}
-    odd = {name: one for name, one in now.items() if one != sums.get(name)}
-    problems |= {
-        n: one if isinstance(one, str) else "changed" if n in sums else "extra"
-        for n, one in odd.items()
-    }
-    return "; ".join(f"{name!r}: {what}" for name, what in sorted(problems.items()))
+        return None
+    return checksums if unchanged else None
 
 
-def verify_checksums(folder, needed=None):
-    """Raises UserError that names what is not as a run wrote it; a folder without checksums.json
-    others wrote.
+def find_damage(folder: str | Path, needed: str) -> str:
+    """Return in one line what is not as it was written in a folder; "" where all is well.
+
+    `needed` is a file that the folder must hold.
     """
-    found = find_damage(folder, needed or NAME) if needed or (Path(folder) / NAME).exists() else ""
-    if found:
-        raise UserError(
-            f"{folder}: not as it was written: {found}. Copy the folder again, or take another."
-        )
+    path = Path(folder) / CHECKSUMS_FILE
+    if path.is_symlink() or not path.is_file():
+        absent = "no such file (or a link); only a final_artifact/ or a checkpoint has one"
+        return f"{CHECKSUMS_FILE}: {absent}"
+    written = read_checksums(path)
+    if written is None:
+        return f"{CHECKSUMS_FILE}: damaged: not the bytes that were written"
+    current = checksums_of(Path(folder))
+    problems = {}
+    for name in {*written, needed} - {*current, CHECKSUMS_FILE}:
+        problems[name] = "missing"
+    for name, checksum in current.items():
+        if checksum != written.get(name):
+            problems[name] = "changed" if name in written else "extra"
+            if isinstance(checksum, str):
+                problems[name] = checksum
+    return "; ".join(f"{name!r}: {problem}" for name, problem in sorted(problems.items()))
 
 
-def verify_artifact(folder):
-    """The metadata of a final artifact. Raises UserError as `verify_checksums` does, and where it
-    is no artifact.
+def verify_checksums(folder: str | Path, needed: str | None = None) -> None:
+    """Raise UserError where a folder is not as a run wrote it, as `find_damage` reports.
+
+    Without `needed`, a folder that has no checksums.json passes: others wrote it.
     """
+    if needed is None and not (Path(folder) / CHECKSUMS_FILE).exists():
+        return
+    damage = find_damage(folder, needed or CHECKSUMS_FILE)
+    if damage:
+        mend = "Copy the folder again, or take another"
+        raise UserError(f"{folder}: not as it was written: {damage}. {mend}.")
+
+
+def verify_artifact(folder: str | Path) -> dict:
+    """Return an artifact's metadata. Raises UserError where it is damaged or no artifact."""
     verify_checksums(folder, "metadata.json")
     return json.loads((Path(folder) / "metadata.json").read_bytes())

@@ -3,30 +3,33 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import tomli
 
 from lora.common.errors import UserError
 
 
-def to_toml(tables):
-    """TOML for tables of strings, numbers, booleans, lists and tables; JSON writes all but the last
-    as TOML reads them.
-    """
+def to_toml(tables: dict[str, dict[str, Any]]) -> str:
+    """Return tables of strings, numbers, booleans, lists and inline tables as TOML."""
     lines = []
     for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{k} = {toml_value(v)}" for k, v in table.items()), ""]
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {toml_value(value)}" for key, value in table.items()]
+        lines.append("")
     return "\n".join(lines)
 
 
-def toml_value(value):
+def toml_value(value: Any) -> str:
+    """Return a value as TOML, which reads JSON's values except tables and the DEL character."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
+        pairs = [f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items()]
+        return "{" + ", ".join(pairs) + "}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def read_file(path):
-    """The tables of a TOML file, or of a JSON file with the same keys. Raises UserError."""
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Return the tables of a TOML file, or of a JSON file with the same keys. Raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         tables = json.loads(text) if str(path).endswith(".json") else tomli.loads(text)
@@ -39,10 +42,8 @@ def read_file(path):
     return tables
 
 
-def without_nan(values):
-    """`values` (numbers, pairs of them, and tables) with None for what is not finite: JSON has no
-    NaN.
-    """
+def without_nan(values: Any) -> Any:
+    """Return numbers, or lists and tables of them, with None for NaN and infinity."""
     if isinstance(values, dict):
         return {name: without_nan(value) for name, value in values.items()}
     if isinstance(values, list):

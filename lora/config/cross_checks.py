@@ -1,6 +1,4 @@
-"""Checks of keys that only make sense together: model and data, optional packages, the stage to
-start from.
-"""
+"""Checks of keys that only make sense together. Every function raises UserError."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,93 +6,90 @@ from pathlib import Path
 from lora.common.base_files import check_weight_files, locate_base
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
-from lora.config.tables import saved_config
+from lora.config.schema import Config, DataConfig
+from lora.config.tables import key_values, saved_config
 
 
-def require_packages(report_to):
-    """That each of "tensorboard,wandb" is one of the two and there."""
-    for name in filter(None, report_to.split(",")):
+def require_packages(report_to: str) -> None:
+    """Check that each of "tensorboard,wandb" is one of the two and installed."""
+    for name in [name for name in report_to.split(",") if name]:
         if name not in ("tensorboard", "wandb"):
-            raise UserError(
-                f"report_to {name}: expected tensorboard, wandb, or both with a comma between them."
-            )
+            expected = "tensorboard, wandb, or both with a comma between them"
+            raise UserError(f"report_to {name}: expected {expected}.")
         if find_spec(name) is None:
-            raise UserError(
-                f"report_to {name}: the package is not there: pip install 'plainlora[{name}]'."
-            )
+            install = f"pip install 'plainlora[{name}]'"
+            raise UserError(f"report_to {name}: the package is not there: {install}.")
 
 
-def require_model_and_data(config):
+def require_model_and_data(config: Config) -> None:
+    """Check that a model and training data are named, and that they fit the other keys."""
+    model, data = config.model.base_model, config.data
     for name in ("prm800k", "eqasc", "reveal"):
-        if getattr(config.data, f"use_{name}") and not getattr(config.data, f"{name}_path"):
+        if getattr(data, f"use_{name}") and not getattr(data, f"{name}_path"):
             raise UserError(f"use_{name}: no file is named; add --{name}_path FILE.")
-    model, data = config.model.base_model, config.data.train_paths
-    if model and not data:
+    if model and not data.train_paths:
         raise UserError(f"base_model {model} is named, but no data: add --train_data FILE.")
-    if data and not model:
-        raise UserError(
-            f"train_data {data[0]} is named, but no model: add --base_model FOLDER (or 'embedded')."
-        )
+    if data.train_paths and not model:
+        missing = "is named, but no model: add --base_model FOLDER (or 'embedded')"
+        raise UserError(f"train_data {data.train_paths[0]} {missing}.")
     if config.method == "head":
-        if config.model.task == "lm":
-            raise UserError(
-                "lora_r = 0: nothing would be trained of a language model; give a rank, or add --task score."
-            )
-        tables = vars(config.lora) | vars(config.model)
-        odd = [
-            name
-            for name in ("modules_to_save", "use_dora", "rank_pattern", "add_special_tokens")
-            if tables[name]
-        ]
-        if odd:
-            raise UserError(
-                f"lora_r = 0: the score head alone is trained; leave {', '.join(odd)} out."
-            )
+        require_head_only(config)
     if config.lora and config.model.add_special_tokens and not config.lora.modules_to_save:
-        raise UserError(
-            "add_special_tokens: LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head."
-        )
-    weights, paths = config.data.data_weights, config.data.train_data
-    if weights and len(weights) != len(paths):
-        raise UserError(
-            f"data_weights has {len(weights)} numbers, train_data {len(paths)} paths; give one for each."
-        )
-    for name, part in (("prompt_format", "{prompt}"), ("step_format", "{step}")):
-        if part not in getattr(config.data, name):
-            raise UserError(f"{name} {getattr(config.data, name)!r}: expected {part} in it.")
-    if "{marker}" in config.data.step_format and not config.data.step_marker:
-        raise UserError(
-            f"step_format {config.data.step_format!r} has a {{marker}}; add --step_marker TOKEN."
-        )
+        hint = "LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head"
+        raise UserError(f"add_special_tokens: {hint}.")
+    require_formats(data)
     if not model:
-        raise UserError(
-            "neither a model nor training data is named: add --base_model FOLDER --train_data FILE."
-        )
-    source, local = locate_base(model)
-    if local and config.model.init_from != "scratch":
+        named = "neither a model nor training data is named"
+        raise UserError(f"{named}: add --base_model FOLDER --train_data FILE.")
+    source, is_folder = locate_base(model)
+    if is_folder and config.model.init_from != "scratch":
         check_weight_files(source)
 
 
-def require_stage(config):
-    """That `init_from` names an earlier stage which this one can go on from."""
-    model, start = config.model, Path(config.model.init_from)
-    found = [
-        name
-        for name in ("lora_adapter", "backbone", "adapter_config.json", "shards.json")
-        if (start / name).exists()
-    ]
-    if found and config.method == "head":
-        raise UserError(
-            f"init_from {start}: holds {found[0]}, and lora_r 0 begins from a head; name the merged base_model."
-        )
-    if not found and not (start / "mlp_head.safetensors").exists():
-        raise UserError(
-            f"init_from {start}: no checkpoint, artifact or adapter; a whole model is named as base_model."
-        )
+def require_head_only(config: Config) -> None:
+    """Check that lora_r = 0, which trains the score head alone, asks for nothing else."""
+    if config.model.task == "lm":
+        hint = "give a rank, or add --task score"
+        raise UserError(f"lora_r = 0: nothing would be trained of a language model; {hint}.")
+    values = key_values(config)
+    trains_more = ("modules_to_save", "use_dora", "rank_pattern", "add_special_tokens")
+    given = [name for name in trains_more if values[name]]
+    if given:
+        hint = f"leave {', '.join(given)} out"
+        raise UserError(f"lora_r = 0: the score head alone is trained; {hint}.")
+
+
+def require_formats(data: DataConfig) -> None:
+    """Check the number of data_weights, and the placeholders of prompt_format and step_format."""
+    weights, files = len(data.data_weights), len(data.train_data)
+    if weights and weights != files:
+        counts = f"{weights} numbers, train_data {files} paths"
+        raise UserError(f"data_weights has {counts}; give one for each.")
+    if "{prompt}" not in data.prompt_format:
+        raise UserError(f"prompt_format {data.prompt_format!r}: expected {{prompt}} in it.")
+    if "{step}" not in data.step_format:
+        raise UserError(f"step_format {data.step_format!r}: expected {{step}} in it.")
+    if "{marker}" in data.step_format and not data.step_marker:
+        hint = "has a {marker}; add --step_marker TOKEN"
+        raise UserError(f"step_format {data.step_format!r} {hint}.")
+
+
+def require_stage(config: Config) -> None:
+    """Check that `init_from` names an earlier stage that this run can start from."""
+    start = Path(config.model.init_from)
+    weights = ("lora_adapter", "backbone", "adapter_config.json", "shards.json")
+    present = [name for name in weights if (start / name).exists()]
+    if present and config.method == "head":
+        problem = f"holds {present[0]}, and lora_r 0 begins from a head"
+        raise UserError(f"init_from {start}: {problem}; name the merged base_model.")
+    if not present and not (start / "mlp_head.safetensors").exists():
+        expected = "a whole model is named as base_model"
+        raise UserError(f"init_from {start}: no checkpoint, artifact or adapter; {expected}.")
     verify_checksums(start)
-    ours = any((start / name).is_file() for name in ("trainer_state.json", "training_config.toml"))
-    tokens = saved_config(start).model.add_special_tokens if ours else []
-    if model.add_special_tokens[: len(tokens)] != tokens:
-        raise UserError(
-            f"init_from {start}: it has tokens of its own; begin with --add_special_tokens {' '.join(tokens)}."
-        )
+    config_files = ("trainer_state.json", "training_config.toml")  # PEFT's adapters have neither
+    if not any((start / name).is_file() for name in config_files):
+        return
+    tokens = saved_config(start).model.add_special_tokens
+    if config.model.add_special_tokens[: len(tokens)] != tokens:
+        hint = f"begin with --add_special_tokens {' '.join(tokens)}"
+        raise UserError(f"init_from {start}: it has tokens of its own; {hint}.")

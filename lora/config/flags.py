@@ -1,68 +1,80 @@
 """Command-line flags made from the keys of the configuration."""
 
 import argparse
+from collections.abc import Collection
 import dataclasses
 from functools import partial
+from typing import Any, NoReturn
 
 from lora.common.errors import UserError
+from lora.config.schema import Config
 from lora.config.tables import ALIASES, set_key
 from lora.config.values import kind_of, parse_text
 
-SWITCH = {"nargs": "?", "const": True, "metavar": "BOOL", "type": partial(parse_text, kind=bool)}
-
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, `-` read as `_` in flags, and no guessing of abbreviated ones."""
+    """argparse with one-line errors, `-` read as `_` in flags, and no abbreviated flags."""
 
-    def __init__(self, description):
+    def __init__(self, description: str) -> None:
         super().__init__(description=description, allow_abbrev=False)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args([underscored(a) for a in args], namespace)
+        return super().parse_known_args([with_underscores(a) for a in args], namespace)
 
 
-def underscored(argument):
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+def with_underscores(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.removeprefix("--").partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def add_flags(parser, table, names, default=""):
-    """Flags for some keys of a table, and for their aliases. default: what their help says of it,
-    where it is no value.
+def add_flags(parser: Any, table: Any, names: Collection[str], default: str = "") -> None:
+    """Add the flags of those keys of a table that are in `names`, and of their aliases.
+
+    --help gives the table's values as the defaults, or the words `default` for all of them.
     """
-    for f in dataclasses.fields(table):
-        value, choices, (container, kind) = (
-            getattr(table, f.name),
-            f.metadata["choices"],
-            kind_of(f.type),
-        )
-        if f.name not in names or container is dict:
+    for field in dataclasses.fields(table):
+        container, kind = kind_of(field.type)
+        if field.name not in names or container is dict:
             continue  # a dict is given as a table in the file
-        notes = [", ".join(choices)] if choices else []
-        if default or value not in (None, "", []):
-            said = default or (" ".join(value) if isinstance(value, list) else str(value))
-            notes.append("default: " + said.replace("\n", "\\n"))
-        help = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
-        flags = [
-            f"--{f.name}",
-            *(f"--{alias}" for alias, real in ALIASES.items() if real == f.name),
-        ]
-        form = (
-            {"nargs": "+", "action": "extend"}
-            if container is list
-            else SWITCH
-            if kind is bool
-            else {}
-        )
-        form = {"metavar": "X", "type": partial(parse_text, kind=kind)} | form
-        parser.add_argument(*flags, dest=f.name, help=help.replace("%", "%%"), **form)
+        flags = [f"--{field.name}"]
+        flags += [f"--{alias}" for alias, name in ALIASES.items() if name == field.name]
+        help = help_line(field, getattr(table, field.name), default)
+        if container is not list and kind is bool:
+            add_switch(parser, flags, help)
+            continue
+        many = {"nargs": "+", "action": "extend"} if container is list else {}
+        parse = partial(parse_text, kind=kind)
+        parser.add_argument(*flags, help=help, metavar="X", type=parse, **many)
 
 
-def apply_flags(config, arguments, names):
+def add_switch(parser: Any, flags: list[str], help: str) -> None:
+    """Add a flag for true or false; without a value it means true."""
+    parse = partial(parse_text, kind=bool)
+    parser.add_argument(*flags, help=help, metavar="BOOL", type=parse, nargs="?", const=True)
+
+
+def help_line(field: dataclasses.Field, value: Any, default: str) -> str:
+    notes = []
+    if field.metadata["choices"]:
+        notes.append(", ".join(field.metadata["choices"]))
+    if not default and value not in (None, "", []):
+        default = " ".join(value) if isinstance(value, list) else str(value)
+    if default:
+        notes.append("default: " + default.replace("\n", "\\n"))
+    text = field.metadata["help"]
+    if notes:
+        text += f" ({'; '.join(notes)})"
+    return text.replace("%", "%%")  # argparse formats it
+
+
+def apply_flags(config: Config, arguments: argparse.Namespace, names: Collection[str]) -> None:
     """Set those of some keys whose flags were given."""
     for name in names:
-        if getattr(arguments, name, None) is not None:
-            set_key(config, name, getattr(arguments, name), f"--{name}")
+        value = getattr(arguments, name, None)
+        if value is not None:
+            set_key(config, name, value, f"--{name}")

@@ -1,66 +1,58 @@
 """What may change between a checkpoint and the run that resumes it."""
 
+from collections.abc import Collection
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from lora.common.errors import UserError
-from lora.config.schema import EvaluationConfig
-from lora.config.tables import fields_by_key, saved_config
+from lora.config.schema import Config, EvaluationConfig
+from lora.config.tables import key_values, saved_config
 
-# What may differ between a checkpoint and the run that continues it: how long, how often, where to,
-# and what is asked of the answers afterwards.
-FREE_ON_RESUME = {
-    *(
-        "max_steps",
-        "num_train_epochs",
-        "early_stopping_patience",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-    ),
-    *("max_eval_batches", "skip_nonfinite", "experiment_name", "output_dir", "report_to", "device"),
-    *(f.name for f in dataclasses.fields(EvaluationConfig)),
-}
+LENGTH_KEYS = ("max_steps", "num_train_epochs", "early_stopping_patience", "skip_nonfinite")
+INTERVAL_KEYS = ("logging_steps", "eval_steps", "save_steps", "max_eval_batches")
+PLACE_KEYS = ("experiment_name", "output_dir", "report_to", "device")
+EVALUATION_KEYS = [field.name for field in dataclasses.fields(EvaluationConfig)]  # of eval.py
+# The keys that may differ between a checkpoint and the run that continues it.
+FREE_ON_RESUME = {*LENGTH_KEYS, *INTERVAL_KEYS, *PLACE_KEYS, *EVALUATION_KEYS}
 
 
-def config_of(checkpoint, config):
-    """The configuration that a checkpoint was made with. Raises UserError where the other script
-    made it.
-    """
+def checkpoint_config(checkpoint: str, config: Config) -> Config:
+    """Return a checkpoint's configuration. Raises UserError where the other script made it."""
     saved = saved_config(checkpoint)
     if (saved.lora is None) != (config.lora is None):
-        raise UserError(
-            f"--resume_from {checkpoint}: {'train_lora' if saved.lora else 'train'}.py made it; call that."
-        )
+        script = "train.py" if saved.lora is None else "train_lora.py"
+        raise UserError(f"--resume_from {checkpoint}: {script} made it; call that.")
     return saved
 
 
-def refuse_changes(saved, config, checkpoint, allowed):
-    before, now = (
-        {n: getattr(table, n) for n, (table, _) in fields_by_key(one).items()}
-        for one in (saved, config)
-    )
-    changed = {
-        name: (before[name], now[name])
-        for name in now
-        if now[name] != before[name] and name not in FREE_ON_RESUME
-    }
-    refuse(checkpoint, changed, allowed)
+def refuse_changed_keys(
+    saved: Config, config: Config, checkpoint: str, allowed: Collection[str]
+) -> None:
+    """Raise UserError where keys differ from the checkpoint's and may not."""
+    before, now = key_values(saved), key_values(config)
+    changed = {}
+    for name in now:
+        if now[name] != before[name] and name not in FREE_ON_RESUME:
+            changed[name] = (before[name], now[name])
+    refuse_changes(checkpoint, changed, allowed)
 
 
-def refuse(checkpoint, changed, allowed):
-    """Raises UserError that names what is `changed`, {name: (before, now)}, and not allowed to be."""
-    changed = {name: pair for name, pair in changed.items() if name not in allowed}
-    if changed:
-        listed = ", ".join(f"{name} ({before} -> {now})" for name, (before, now) in changed.items())
-        hint = f"--allow_change {','.join(changed)} allows it"
-        raise UserError(f"--resume_from {checkpoint}: not what it was made with: {listed}; {hint}.")
+def refuse_changes(checkpoint: str, changed: dict[str, tuple], allowed: Collection[str]) -> None:
+    """Raise UserError that lists `changed`, {name: (before, now)}, except what is allowed to be."""
+    refused = [name for name in changed if name not in allowed]
+    if refused:
+        pairs = [f"{name} ({changed[name][0]} -> {changed[name][1]})" for name in refused]
+        problem = f"not what it was made with: {', '.join(pairs)}"
+        hint = f"--allow_change {','.join(refused)} allows it"
+        raise UserError(f"--resume_from {checkpoint}: {problem}; {hint}.")
 
 
-def shown(fact):
-    """A fact in a few characters; of hashed files their names and the beginnings of their hashes."""
+def describe_fact(fact: Any) -> Any:
+    """Return a fact for a message: of hashed files, their names and the first digits of each."""
     if not isinstance(fact, dict):
         return fact
-    return " ".join(
-        f"{Path(path).name} {(sha256 or '')[:8]}".strip() for path, sha256 in fact.items()
-    )
+    files = []
+    for path, sha256 in fact.items():
+        files.append(f"{Path(path).name} {(sha256 or '')[:8]}".strip())
+    return " ".join(files)

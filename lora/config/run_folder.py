@@ -6,64 +6,59 @@ from pathlib import Path
 from lora.common.checkpoint_folders import checkpoints_by_step
 from lora.common.checksums import find_damage
 from lora.common.errors import UserError
+from lora.config.schema import Config
 
 
-def newest_checkpoint(config):
-    """The newest whole checkpoint of the run called experiment_name; "" where that has none yet.
-    Raises UserError.
+def newest_checkpoint(config: Config) -> str:
+    """Return the newest undamaged checkpoint of the run experiment_name; "" where it has none yet.
+
+    Raises UserError where all are damaged. The run itself reports the damaged ones it skips.
     """
     if not config.output.experiment_name:
         raise UserError("--resume_from auto: which run? Add its --experiment_name.")
     folder = run_folder(config)
-    found = checkpoints_by_step(folder / "checkpoints")
-    newest_first = (found[step] for step in sorted(found, reverse=True))
-    # The run says which not
-    whole = next(
-        (path for path in newest_first if not find_damage(path, "trainer_state.json")), None
-    )
-    if found and not whole:
-        raise UserError(
-            f"--resume_from auto: every checkpoint in {folder} is damaged; choose another --experiment_name."
-        )
-    return str(whole or "")
+    checkpoints = checkpoints_by_step(folder / "checkpoints")
+    for step in sorted(checkpoints, reverse=True):
+        if not find_damage(checkpoints[step], "trainer_state.json"):
+            return str(checkpoints[step])
+    if checkpoints:
+        damaged = f"every checkpoint in {folder} is damaged"
+        raise UserError(f"--resume_from auto: {damaged}; choose another --experiment_name.")
+    return ""
 
 
-def run_folder(config):
+def run_folder(config: Config) -> Path:
     return Path(config.output.output_dir) / config.output.experiment_name
 
 
-def new_folder(config):
-    """The folder of a new run; one that exists is never written into."""
+def new_folder(config: Config) -> Path:
+    """Return the folder of a new run. Raises UserError where it exists or cannot be created."""
     folder = run_folder(config)
     if folder.exists():
-        raise UserError(
-            f"{folder} exists; choose another --experiment_name, or continue it with --resume_from."
-        )
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(
-            f"output_dir {config.output.output_dir}: {above} cannot be written to; name another folder."
-        )
+        hint = "choose another --experiment_name, or continue it with --resume_from"
+        raise UserError(f"{folder} exists; {hint}.")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        problem = f"{parent} cannot be written to; name another folder"
+        raise UserError(f"output_dir {config.output.output_dir}: {problem}.")
     return folder
 
 
-def continued_folder(saved, config, checkpoint):
-    """The folder of the run that `checkpoint` belongs to, or a new one where the output options
-    name another.
+def continued_folder(saved: Config, config: Config, checkpoint: Path) -> Path:
+    """Return the folder of the checkpoint's run, or a new one where output options name another.
+
+    Raises UserError where the checkpoint is not the last one of a run's folder.
     """
-    if (config.output.output_dir, config.output.experiment_name) != (
-        saved.output.output_dir,
-        saved.output.experiment_name,
-    ):
+    same_directory = config.output.output_dir == saved.output.output_dir
+    if not same_directory or config.output.experiment_name != saved.output.experiment_name:
         return new_folder(config)
-    place = checkpoint.resolve()
-    found = checkpoints_by_step(place.parent)
-    if place.parent.name != "checkpoints" or place not in found.values():
-        raise UserError(
-            f"--resume_from {checkpoint}: not in a run's checkpoints/; name a new --experiment_name for it."
-        )
-    latest = found[max(found)]
-    if place != latest:
-        mend = "resume that, or name a new --experiment_name"
-        raise UserError(f"--resume_from {checkpoint}: {latest.name} is later; {mend}.")
-    return place.parent.parent
+    path = checkpoint.resolve()
+    checkpoints = checkpoints_by_step(path.parent)
+    if path.parent.name != "checkpoints" or path not in checkpoints.values():
+        hint = "not in a run's checkpoints/; name a new --experiment_name for it"
+        raise UserError(f"--resume_from {checkpoint}: {hint}.")
+    latest = checkpoints[max(checkpoints)]
+    if path != latest:
+        hint = "resume that, or name a new --experiment_name"
+        raise UserError(f"--resume_from {checkpoint}: {latest.name} is later; {hint}.")
+    return path.parent.parent

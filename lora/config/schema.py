@@ -1,16 +1,16 @@
-"""The configuration: one set of dataclasses is the tables of the TOML file, the flags, and what is
-saved with a run.
+"""The configuration. These dataclasses are the TOML file, the flags, and what is saved with a run.
 
-Only light packages are imported here, so that a wrong flag is reported before torch has begun to
-load.
+Only light packages are imported here, so that a wrong flag is reported before torch is loaded.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
 import json
 from pathlib import Path
+from typing import Any
 
 from lora.common.serialization import to_toml
+from lora.config.values import key
 
 REVEAL_COLUMNS = (
     "answer_id",
@@ -22,47 +22,22 @@ REVEAL_COLUMNS = (
     "correctness_label",
 )
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def key(default, help, *, low=None, above=None, high=None, choices=None, word=None):
-    """A configuration key: its default, its help line, and what its value may be (low and high are
-    allowed, above not).
-
-    word: a text that may stand in the place of a number.
-    """
-    checks = {
-        "help": help,
-        "low": low,
-        "above": above,
-        "high": high,
-        "choices": choices,
-        "word": word,
-    }
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=checks)
-    return field(default=default, metadata=checks)
+QUANTIZATION_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
 @dataclass
 class ModelConfig:
     base_model: str = key("", "folder or Hub name of the base; 'embedded' is the one in assets/")
-    task: str = key(
-        "lm", "what is learned: the next token, or a score for every step", choices=("lm", "score")
-    )
+    task: str = key("lm", "the next token, or a score for every step", choices=("lm", "score"))
     init_from: str = key(
-        "",
-        "checkpoint, artifact or adapter to start from; 'scratch': random weights in the base's shape",
+        "", "checkpoint, artifact or adapter to load; 'scratch': random weights in the base's shape"
     )
-    add_special_tokens: list[str] = key(
-        [], "tokens to add to the vocabulary (LoRA: with modules_to_save)"
-    )
+    add_special_tokens: list[str] = key([], "tokens to add; with LoRA also set modules_to_save")
     head_dropout: float = key(0.0, "dropout inside the score head", low=0.0, high=0.9)
     head_tokens: list[str] = key(
         [], "start the score head from the output layer's rows of two tokens, good and bad"
     )
-    score_loss: str = key(
-        "mse", "of a score: squared error, or binary cross entropy", choices=("mse", "bce")
-    )
+    score_loss: str = key("mse", "squared error, or binary cross entropy", choices=("mse", "bce"))
 
 
 @dataclass
@@ -70,88 +45,65 @@ class DataConfig:
     train_data: list[str] = key(
         [], "training files, hf://datasets/OWNER/NAME/PATH, or arithmetic:SPLIT:COUNT"
     )
-    data_weights: list[float] = key(
-        [], "a weight for each of train_data: its share of the examples of a step", above=0
-    )
-    eval_data: list[str] = key(
-        [], "held-out files; without them eval_fraction of the training data is held out"
-    )
-    eval_fraction: float = key(
-        0.1, "share of the prompts held out where there is no eval_data", above=0, high=0.9
-    )
+    data_weights: list[float] = key([], "each train_data's share of a step's examples", above=0)
+    eval_data: list[str] = key([], "held-out files; default: eval_fraction of the training data")
+    eval_fraction: float = key(0.1, "share of prompts held out, if no eval_data", above=0, high=0.9)
     max_length: int = key(2048, "tokens an example may have", low=2)
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
-    label_max: float = key(
-        1.0, "labels are 0..label_max in the files and are divided by it", above=0
-    )
-    prompt_format: str = key(
-        "{prompt}\n", "how a chain's problem is written, for models that read from left to right"
-    )
-    step_format: str = key(
-        "{step}\n", "how a step is; {number} counts them, {marker} is where the step_marker stands"
-    )
+    label_max: float = key(1.0, "the files' labels are 0..label_max, and divided by it", above=0)
+    prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for causal models")
+    step_format: str = key("{step}\n", "how a step is written, with {step}, {number} and {marker}")
     step_marker: str = key(
         "", "one token after every step, where its score is read; default: the step's last token"
     )
-    max_steps_per_example: int | None = key(
-        None, "steps of a chain that are read; the later ones are left out", low=1
-    )
-    neutral_label: float = key(
-        0.5, "the label of PRM800K's rating 0: not wrong, no progress", low=0.0, high=1.0
-    )
+    max_steps_per_example: int | None = key(None, "read at most N steps of a chain", low=1)
+    neutral_label: float = key(0.5, "label of PRM800K's rating 0 (no progress)", low=0.0, high=1.0)
     use_prm800k: bool = key(False, "train on the file of PRM800K in prm800k_path")
     prm800k_path: str = key("", "phase1_train.jsonl or phase2_train.jsonl")
-    prm800k_weight: float = key(
-        1.0, "its weight, beside data_weights (1 each where there are none)", above=0
-    )
+    prm800k_weight: float = key(1.0, "its weight beside data_weights (1 each by default)", above=0)
     use_eqasc: bool = key(False, "train on the file of eQASC (or eOBQA) in eqasc_path")
     eqasc_path: str = key("", "eqasc_train_grc.json, or eOBQA's table")
     eqasc_weight: float = key(1.0, "its weight", above=0)
-    use_reveal: bool = key(
-        False, "evaluate on the file of REVEAL in reveal_path; its owners permit no training"
-    )
+    use_reveal: bool = key(False, "evaluate on REVEAL (reveal_path); its owners permit no training")
     reveal_path: str = key("", "reveal_eval.csv or reveal_open.csv")
     reveal_weight: float = key(1.0, "its weight, where it may be trained on", above=0)
     reveal_columns: dict[str, str] = key(
         {}, "REVEAL's columns that have other names in your file", choices=REVEAL_COLUMNS
     )
-    reveal_train_i_have_permission: bool = key(
-        False, "train on REVEAL: its owners have permitted it to you"
-    )
+    reveal_train_i_have_permission: bool = key(False, "train on REVEAL with its owners' permission")
 
     @property
-    def named_sets(self):
-        """{path: weight} of the sets that a use_* key adds to train_data."""
-        sets = {self.prm800k_path: self.prm800k_weight} if self.use_prm800k else {}
-        sets |= {self.eqasc_path: self.eqasc_weight} if self.use_eqasc else {}
-        permitted = self.use_reveal and self.reveal_train_i_have_permission
-        return sets | ({self.reveal_path: self.reveal_weight} if permitted else {})
+    def named_sets(self) -> dict[str, float]:
+        """{path: weight} of the data sets that use_* keys add to train_data."""
+        sets = {}
+        if self.use_prm800k:
+            sets[self.prm800k_path] = self.prm800k_weight
+        if self.use_eqasc:
+            sets[self.eqasc_path] = self.eqasc_weight
+        if self.use_reveal and self.reveal_train_i_have_permission:
+            sets[self.reveal_path] = self.reveal_weight
+        return sets
 
     @property
-    def train_paths(self):
+    def train_paths(self) -> list[str]:
         return [*self.train_data, *self.named_sets]
 
     @property
-    def weights(self):
-        """A weight for each of train_paths, or [] where the rows of all make one set."""
-        named = [*self.named_sets.values()]
-        return (
-            [*(self.data_weights or [1.0] * len(self.train_data)), *named]
-            if named
-            else self.data_weights
-        )
+    def weights(self) -> list[float]:
+        """A weight for each of train_paths; [] where the rows of all files form one set."""
+        if not self.named_sets:
+            return self.data_weights
+        file_weights = self.data_weights or [1.0] * len(self.train_data)
+        return [*file_weights, *self.named_sets.values()]
 
     @property
-    def only_evaluated(self):
-        return (
-            [self.reveal_path]
-            if self.use_reveal and not self.reveal_train_i_have_permission
-            else []
-        )
+    def only_evaluated(self) -> list[str]:
+        may_not_train = self.use_reveal and not self.reveal_train_i_have_permission
+        return [self.reveal_path] if may_not_train else []
 
     @property
-    def eval_paths(self):
-        """What is evaluated on, by the number that its examples have as their source."""
+    def eval_paths(self) -> list[str]:
+        """What is evaluated on; the dataset_id of an example is a position in this list."""
         return [*(self.eval_data or self.train_paths), *self.only_evaluated]
 
 
@@ -165,24 +117,16 @@ class LoraConfig:
     target_modules: list[str] = key(
         ["all-linear"], "name endings, regular expressions, or all-linear (all but the head)"
     )
-    modules_to_save: list[str] = key(
-        [], "modules trained whole and saved with the adapter: embed_tokens lm_head"
-    )
+    modules_to_save: list[str] = key([], "modules trained in full, such as embed_tokens lm_head")
     use_rslora: bool = key(False, "scale the update by lora_alpha / sqrt(lora_r)")
     use_dora: bool = key(False, "train the lengths of the weights' rows as well (DoRA)")
-    rank_pattern: dict[str, int] = key(
-        {}, "ends of names -> a rank of their own, as PEFT has it", low=1
-    )
-    alpha_pattern: dict[str, float] = key({}, "ends of names -> an alpha of their own", above=0)
-    loraplus_lr_ratio: float = key(
-        1.0, "B learns at this many times the learning rate (LoRA+: 16)", above=0
-    )
+    rank_pattern: dict[str, int] = key({}, "name endings -> a rank of their own, as in PEFT", low=1)
+    alpha_pattern: dict[str, float] = key({}, "name endings -> an alpha of their own", above=0)
+    loraplus_lr_ratio: float = key(1.0, "learning rate of B over that of A (LoRA+: 16)", above=0)
     load_in_4bit: bool = key(
         False, "QLoRA: the base in 4 bits, by bitsandbytes; USE_BNB_QUANT in the environment too"
     )
-    bnb_4bit_quant_type: str = key(
-        "nf4", "the sixteen values a weight can have", choices=("nf4", "fp4")
-    )
+    bnb_4bit_quant_type: str = key("nf4", "the 16 values a weight can have", choices=("nf4", "fp4"))
     bnb_4bit_use_double_quant: bool = key(True, "quantise the scales of the blocks as well")
     bnb_4bit_compute_dtype: str = key("bfloat16", "of the 4-bit layers' products", choices=DTYPES)
 
@@ -191,53 +135,28 @@ class LoraConfig:
 class TrainingConfig:
     learning_rate: float = key(2e-5, "peak learning rate", above=0)
     batch_size: int = key(
-        4,
-        "at most N x max_length tokens in a micro-batch; auto: 4, laid out to fit",
-        low=1,
-        word="auto",
+        4, "at most N x max_length tokens a micro-batch; auto: 4 or fewer", low=1, word="auto"
     )
     gradient_accumulation_steps: int = key(4, "a step is batch_size x this many examples", low=1)
-    max_steps: int | None = key(
-        None, "optimizer steps; default: 10000, or what num_train_epochs needs", low=1
-    )
-    num_train_epochs: float | None = key(
-        None, "passes over the data; with max_steps the smaller ends the run", above=0
-    )
+    max_steps: int | None = key(None, "optimizer steps; default: num_train_epochs, or 10000", low=1)
+    num_train_epochs: float | None = key(None, "passes over the data, at most max_steps", above=0)
     warmup_steps: int | None = key(None, "default: the smaller of 500 and 5 % of the run", low=0)
-    warmup_ratio: float | None = key(
-        None, "warm-up as a share of the run, without warmup_steps", low=0.0, high=1.0
-    )
-    lr_scheduler_type: str = key(
-        "cosine", "after the warm-up", choices=("cosine", "linear", "constant")
-    )
+    warmup_ratio: float | None = key(None, "share of the run (or warmup_steps)", low=0.0, high=1.0)
+    lr_scheduler_type: str = key("cosine", "after warmup", choices=("cosine", "linear", "constant"))
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", low=0.0)
-    skip_nonfinite: int = key(
-        0, "leave out up to N steps whose loss or gradient is not finite; one more stops", low=0
-    )
+    skip_nonfinite: int = key(0, "skip up to N steps with non-finite loss or gradient", low=0)
     weight_decay: float = key(0.0, "AdamW's", low=0.0)
     optimizer: str = key(
         "adamw", "8 bits: bitsandbytes' AdamW", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")
     )
-    adam_beta2: float = key(
-        0.999, "AdamW's; smaller for training from random weights", low=0.0, high=0.9999
-    )
-    seed: int = key(
-        42, "of the weights, the order of the data and the dropout", low=0, high=2**63 - 1
-    )
+    adam_beta2: float = key(0.999, "smaller when training from scratch", low=0.0, high=0.9999)
+    seed: int = key(42, "of initial weights, data order and dropout", low=0, high=2**63 - 1)
     eval_steps: int = key(100, "evaluate every N steps", low=1)
     max_eval_batches: int = key(100, "evaluate on the first N x 4 rows; 0: all", low=0)
-    early_stopping_patience: int = key(
-        0, "stop after N evaluations without a new best; 0: never", low=0
-    )
-    gradient_checkpointing: bool = key(
-        False, "keep one state per layer and compute the rest again: a third slower"
-    )
-    offload_activations: bool = key(
-        False, "keep what the backward pass needs of the layers in main memory, not on the GPU"
-    )
-    compile: bool = key(
-        False, "torch.compile each layer: faster on a GPU after the first steps, which take longer"
-    )
+    early_stopping_patience: int = key(0, "evaluations without a new best; 0: never stop", low=0)
+    gradient_checkpointing: bool = key(False, "keep one state per layer, recompute: a third slower")
+    offload_activations: bool = key(False, "keep activations in main memory instead of on the GPU")
+    compile: bool = key(False, "torch.compile each layer: faster on a GPU after slow first steps")
     device: str = key(
         "auto", "where to run (or DEVICE_PREFERENCE)", choices=("auto", "cuda", "mps", "cpu")
     )
@@ -250,9 +169,7 @@ class OutputConfig:
     output_dir: str = key("outputs", "where runs are kept")
     logging_steps: int = key(10, "a line of metrics every N steps", low=1)
     save_steps: int = key(500, "save a checkpoint every N steps", low=1)
-    report_to: str = key(
-        "", "send the metrics to these as well: tensorboard,wandb (WANDB_PROJECT, WANDB_ENTITY)"
-    )
+    report_to: str = key("", "also log to tensorboard,wandb (with WANDB_PROJECT, WANDB_ENTITY)")
 
 
 @dataclass
@@ -260,23 +177,17 @@ class EvaluationConfig:
     """What eval.py asks of generated answers and of scored steps; training does not read it."""
 
     max_new_tokens: int = key(256, "tokens an answer may have", low=1)
-    temperature: float = key(
-        0.0, "answers are drawn at this temperature; 0: the likeliest token each time", low=0.0
-    )
+    temperature: float = key(0.0, "sampling temperature; 0: always the likeliest token", low=0.0)
     refusal_pattern: str = key("", "regular expression: an answer that matches it refuses")
     citation_pattern: str = key("", "regular expression: its matches in an answer are citations")
-    json_keys: list[str] = key([], "answers are to be JSON objects that have these keys")
+    json_keys: list[str] = key([], "answers are to be JSON objects with these keys")
     threshold: float = key(0.5, "a step is judged right from this score on", above=0, high=1.0)
-    tune_threshold_on: str = key(
-        "", "set (its file's name) on which the best threshold is looked for, for all of them"
-    )
+    tune_threshold_on: str = key("", "set (its file's name) whose best threshold is used for all")
 
 
 @dataclass
 class Config:
-    """Full fine-tuning's configuration; `get_lora_config()` is LoRA's. `config.save(path)` writes
-    TOML or JSON.
-    """
+    """The configuration of full fine-tuning; `get_lora_config()` is that of LoRA."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -286,49 +197,43 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @property
-    def method(self):
-        """What is trained: "full", "lora", or with lora_r 0 the "head" alone."""
-        return "full" if not self.lora else "lora" if self.lora.lora_r else "head"
+    def method(self) -> str:
+        """What is trained: "full", "lora", or with lora_r 0 the score "head" alone."""
+        if self.lora is None:
+            return "full"
+        return "lora" if self.lora.lora_r else "head"
 
-    def as_dict(self):
-        """Tables of the keys that have a value; `from_dict` reads it back."""
-        tables = {name: dataclasses.asdict(table) for name, table in tables_of(self).items()}
-        return {
-            name: {k: v for k, v in table.items() if v is not None}
-            for name, table in tables.items()
-        }
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the tables of the keys that have a value; `from_dict` reads them back."""
+        tables = {}
+        for title, table in tables_of(self).items():
+            values = dataclasses.asdict(table)
+            tables[title] = {name: value for name, value in values.items() if value is not None}
+        return tables
 
-    def save(self, path):
-        path = Path(path)
-        text = (
-            json.dumps(self.as_dict(), indent=2) + "\n"
-            if path.suffix == ".json"
-            else to_toml(self.as_dict())
-        )
-        path.write_text(text, encoding="utf-8")
+    def save(self, path: str | Path) -> None:
+        """Write TOML, or JSON where the path ends in .json."""
+        text = to_toml(self.as_dict())
+        if Path(path).suffix == ".json":
+            text = json.dumps(self.as_dict(), indent=2) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
 
 
-def get_lora_config():
-    """LoRA's defaults: a [lora] table, and a learning rate that suits adapters."""
+def get_lora_config() -> Config:
+    """Return LoRA's defaults: a [lora] table, and a learning rate that suits adapters."""
     return Config(lora=LoraConfig(), training=TrainingConfig(learning_rate=1e-4))
 
 
-def rows_per_batch(training):
-    """batch_size as a number; "auto" is the default's."""
+def rows_per_batch(training: TrainingConfig) -> int:
+    """Return batch_size as a number; "auto" begins with the default."""
     return TrainingConfig.batch_size if training.batch_size == "auto" else training.batch_size
 
 
-def max_batch_tokens(config):
-    """Positions of a micro-batch, at most."""
+def max_batch_tokens(config: Config) -> int:
+    """Return how many tokens a micro-batch has at most, padding included."""
     return rows_per_batch(config.training) * config.data.max_length
 
 
-def tables_of(config):
-    return {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if getattr(config, f.name) is not None
-    }
-
-
-FOUR_BITS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+def tables_of(config: Config) -> dict[str, Any]:
+    """Return {"model": the ModelConfig, ...} of the tables that the configuration has."""
+    return {title: table for title, table in vars(config).items() if table is not None}

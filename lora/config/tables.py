@@ -1,14 +1,13 @@
-"""Setting keys of a configuration from the tables of a file, or one by one; reading the
-configuration of a saved run.
-"""
+"""Setting the keys of a configuration, from the tables of a file or one by one."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from lora.common.errors import UserError
 from lora.common.serialization import read_file, toml_value
-from lora.config.schema import Config, get_lora_config, key, tables_of
-from lora.config.values import check_value, nearest
+from lora.config.schema import Config, get_lora_config, tables_of
+from lora.config.values import check_value, key, nearest
 
 ALIASES = {
     "per_device_train_batch_size": "batch_size",
@@ -21,126 +20,130 @@ ALIASES = {
     "model_name": "base_model",
     "optim": "optimizer",
 }
-# Keys that are no more -> the default they had. A run saved with that default is read as if they
-# had never been.
+# Former keys -> the default they had. A run saved with that default is read as if they had never
+# existed.
 RETIRED = {"share_prompts": False}
 # HfArgumentParser's habit: `bf16 = true` chooses the dtype, `bf16 = false` (alone) asks for full
 # precision.
 DTYPE_SWITCHES = {"bf16": "bfloat16", "fp16": "float16"}
+NO_LORA = "train.py trains all weights and has no such"
 
 
-def fields_by_key(config):
-    """Every key's name -> (its table, its dataclass field)."""
-    return {
-        f.name: (table, f)
-        for table in tables_of(config).values()
-        for f in dataclasses.fields(table)
-    }
+def fields_by_key(config: Config) -> dict[str, tuple[Any, dataclasses.Field]]:
+    """Return {key: (its table, its dataclass field)}."""
+    fields = {}
+    for table in tables_of(config).values():
+        for field in dataclasses.fields(table):
+            fields[field.name] = (table, field)
+    return fields
 
 
-def set_key(config, name, value, where):
-    """Set one key by its name or an alias; `where` ("--lora_r", "run.toml: lora.lora_r") begins the
-    error messages.
+def key_values(config: Config) -> dict[str, Any]:
+    return {name: getattr(table, name) for name, (table, _) in fields_by_key(config).items()}
+
+
+def set_key(config: Config, name: str, value: Any, where: str) -> None:
+    """Set one key by its name or an alias. Raises UserError.
+
+    `where` ("--lora_r", "run.toml: lora.lora_r") begins the error messages.
     """
-    keys = fields_by_key(config)
+    fields = fields_by_key(config)
     if name in DTYPE_SWITCHES:
-        if check_value(where, value, bool, key(None, "").metadata):
-            config.training.dtype = DTYPE_SWITCHES[name]
-        elif config.training.dtype in ("auto", DTYPE_SWITCHES[name]):
-            config.training.dtype = "float32"
+        set_dtype_switch(config, name, value, where)
         return
     name = ALIASES.get(name, name)
-    if name not in keys:
+    if name not in fields:
         if config.lora is None and name in fields_by_key(get_lora_config()):
-            raise UserError(
-                f"{where}: train.py trains all weights and has no such key; use train_lora.py."
-            )
-        hint = nearest(name, [*keys, *ALIASES, *DTYPE_SWITCHES]) or " See --help."
+            raise UserError(f"{where}: {NO_LORA} key; use train_lora.py.")
+        hint = nearest(name, [*fields, *ALIASES, *DTYPE_SWITCHES]) or " See --help."
         raise UserError(f"{where}: no such key.{hint}")
-    table, f = keys[name]
-    setattr(table, name, check_value(where, value, f.type, f.metadata))
+    table, field = fields[name]
+    setattr(table, name, check_value(where, value, field.type, field.metadata))
 
 
-def refuse_two_dtypes(values, where):
-    """dtype, bf16 = true and fp16 = true each choose the dtype: one of them may be given in one
-    place.
-    """
+def set_dtype_switch(config: Config, name: str, value: Any, where: str) -> None:
+    dtype = DTYPE_SWITCHES[name]
+    is_on = check_value(where, value, bool, key(None, "").metadata)
+    if is_on:
+        config.training.dtype = dtype
+    elif config.training.dtype in ("auto", dtype):
+        config.training.dtype = "float32"
+
+
+def refuse_two_dtypes(values: dict[str, Any], where: str) -> None:
+    """Raise UserError where two of dtype, bf16 = true and fp16 = true are given in one place."""
     chosen = [n for n in ("dtype", *DTYPE_SWITCHES) if values.get(n, False) is not False]
     if len(chosen) > 1:
         raise UserError(f"{where}: {' and '.join(chosen)} both choose the dtype; give one of them.")
 
 
-def set_tables(config, tables, where):
-    """Set what a config file says, table by table. Each key must stand in its own table."""
-    tables_known = tables_of(config)
-    home = {
-        name: title
-        for title, table in tables_known.items()
-        for name in (f.name for f in dataclasses.fields(table))
-    }
+def set_tables(config: Config, tables: dict[str, Any], where: str) -> None:
+    """Set the keys of a config file, each of which must stand in its own table.
+
+    Raises UserError; `where`, the file, begins its message.
+    """
+    known_tables = tables_of(config)
+    title_of = {}
+    for title, table in known_tables.items():
+        title_of.update({field.name: title for field in dataclasses.fields(table)})
     given = set()
     for title, table in tables.items():
         if title == "lora" and config.lora is None:
-            raise UserError(
-                f"{where}: [lora]: train.py trains all weights and has no such table; use train_lora.py."
-            )
-        if title not in tables_known or not isinstance(table, dict):
-            belongs = home.get(ALIASES.get(title, title))
-            hint = f" It belongs in [{belongs}]." if belongs else nearest(title, list(tables_known))
-            raise UserError(
-                f"{where}: {title}: no such table.{hint or ' Expected: ' + ', '.join(tables_known) + '.'}"
-            )
+            raise UserError(f"{where}: [lora]: {NO_LORA} table; use train_lora.py.")
+        if title not in known_tables or not isinstance(table, dict):
+            hint = nearest(title, known_tables) or f" Expected: {', '.join(known_tables)}."
+            own_title = title_of.get(ALIASES.get(title, title))
+            if own_title:
+                hint = f" It belongs in [{own_title}]."
+            raise UserError(f"{where}: {title}: no such table.{hint}")
         refuse_two_dtypes(table, f"{where}: {title}")
         for name, value in table.items():
             name = name.replace("-", "_")
-            real = "dtype" if name in DTYPE_SWITCHES else ALIASES.get(name, name)
-            if home.get(real, title) != title:
-                raise UserError(f"{where}: {title}.{name}: it belongs in [{home[real]}].")
-            if real in given and name not in DTYPE_SWITCHES:
-                raise UserError(f"{where}: {title}.{name}: {real} is given twice.")
+            full_name = "dtype" if name in DTYPE_SWITCHES else ALIASES.get(name, name)
+            own_title = title_of.get(full_name, title)
+            if own_title != title:
+                raise UserError(f"{where}: {title}.{name}: it belongs in [{own_title}].")
+            if full_name in given and name not in DTYPE_SWITCHES:
+                raise UserError(f"{where}: {title}.{name}: {full_name} is given twice.")
             set_key(config, name, value, f"{where}: {title}.{name}")
-            given.add(real)
+            given.add(full_name)
 
 
-def from_file(path):
-    """The configuration in a file that a user wrote."""
-    tables = read_file(path)
+def from_file(path: str) -> Config:
+    """Return the configuration in a file that a user wrote."""
+    return from_tables(read_file(path), path)
+
+
+def from_tables(tables: dict[str, Any], where: str) -> Config:
     config = get_lora_config() if "lora" in tables else Config()
-    set_tables(config, tables, path)
+    set_tables(config, tables, where)
     return config
 
 
-def from_dict(tables, where):
-    """The configuration saved with a run, maybe by an older version, from its tables."""
-    config = get_lora_config() if "lora" in tables else Config()
-    set_tables(config, without_retired(tables, where), where)
-    return config
+def from_dict(tables: dict[str, Any], where: str) -> Config:
+    """Return the configuration saved with a run, perhaps by an older version, from its tables."""
+    return from_tables(without_retired(tables, where), where)
 
 
-def without_retired(tables, where):
-    """`tables` without the RETIRED keys. Raises UserError where one has another value than its old
-    default.
-    """
+def without_retired(tables: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return `tables` without the RETIRED keys. Raises UserError where one has no default value."""
     kept = {}
     for title, table in tables.items():
-        if not isinstance(table, dict):  # `set_tables` refuses it
-            kept[title] = table
-            continue
-        for name in RETIRED.keys() & table.keys():
-            if table[name] != RETIRED[name]:
-                value = toml_value(table[name])
-                raise UserError(
-                    f"{where}: {title}.{name} = {value} was retired; plainlora 0.1.0 reads it."
-                )
+        kept[title] = table
+        if not isinstance(table, dict):
+            continue  # `set_tables` refuses it
+        for name, default in RETIRED.items():
+            if table.get(name, default) != default:
+                retired = f"{title}.{name} = {toml_value(table[name])} was retired"
+                raise UserError(f"{where}: {retired}; plainlora 0.1.0 reads it.")
         kept[title] = {name: value for name, value in table.items() if name not in RETIRED}
     return kept
 
 
-def saved_config(folder):
-    """The configuration that a checkpoint (trainer_state.json) or an artifact
-    (training_config.toml) was made with.
-    """
-    state, toml = Path(folder) / "trainer_state.json", Path(folder) / "training_config.toml"
+def saved_config(folder: str | Path) -> Config:
+    """Return the configuration that a checkpoint or an artifact was made with."""
+    state = Path(folder) / "trainer_state.json"
+    toml = Path(folder) / "training_config.toml"
     if state.is_file():
         tables = read_file(state).get("config")
         if not isinstance(tables, dict):
@@ -148,6 +151,5 @@ def saved_config(folder):
         return from_dict(tables, str(state))
     if toml.is_file():
         return from_dict(read_file(toml), str(toml))
-    raise UserError(
-        f"{folder}: no {state.name} and no {toml.name}; expected a checkpoint or a final_artifact of ours."
-    )
+    absent = f"no {state.name} and no {toml.name}"
+    raise UserError(f"{folder}: {absent}; expected a checkpoint or a final_artifact of ours.")

@@ -1,75 +1,112 @@
-"""One value of the configuration: from the text of a flag to its type, and within its limits."""
+"""One value of the configuration: what it may be, and how it is read from text and checked."""
 
+from collections.abc import Iterable, Mapping
+import dataclasses
 import difflib
 import math
-import operator
 import types
 import typing
+from typing import Any
 
 from lora.common.errors import UserError
 
-
-def nearest(name, known):
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-BOUNDS = (("low", ">=", operator.ge), ("above", ">", operator.gt), ("high", "<=", operator.le))
+def key(
+    default: Any, help: str, *, low=None, above=None, high=None, choices=None, word=None
+) -> Any:
+    """Return the dataclass field of a configuration key.
 
-
-def kind_of(annotation):
-    """(list, dict or another, the type of the value or of those in it) of a key's type:
-    `list[str]`, `int | None`.
+    Args:
+        default: the value of the key where none is given.
+        help: its line in --help.
+        low, above, high: bounds; a value may equal low and high, but not above.
+        choices: the values it may have; of a table, the keys that it may have.
+        word: a text that may take the place of a number.
     """
-    parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
-    return typing.get_origin(annotation), parts[-1] if parts else annotation
+    limits = {"low": low, "above": above, "high": high, "choices": choices, "word": word}
+    metadata = {"help": help, **limits}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_value(where, value, annotation, limits):
-    """`value` as the type the key has, or a UserError that says what was expected."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question that names the most similar of the known names, or ""."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def kind_of(annotation: Any) -> tuple[Any, type]:
+    """Split list[str], dict[str, int] or int | None into its container and its values' type."""
+    arguments = typing.get_args(annotation)
+    kinds = [argument for argument in arguments if argument is not types.NoneType]
+    return typing.get_origin(annotation), kinds[-1] if kinds else annotation
+
+
+def check_value(where: str, value: Any, annotation: Any, limits: Mapping[str, Any]) -> Any:
+    """Return `value` as the type that its key has. Raises UserError with what was expected.
+
+    `where` begins the messages ("--lora_r", "run.toml: lora.lora_r"); `limits` are from `key`.
+    """
     container, kind = kind_of(annotation)
     if container is list:
-        return [
-            check_value(where, item, kind, limits)
-            for item in (value if isinstance(value, list) else [value])
-        ]
-    if container is dict:
-        if not isinstance(value, dict):
-            raise UserError(
-                f"{where} = {value!r}: expected a table, which only a config file can hold."
-            )
-        names, limits = limits["choices"], {**limits, "choices": None}
-        for name in value:
-            if names and name not in names:
-                raise UserError(
-                    f"{where}.{name}: no such key; expected some of {', '.join(names)}.{nearest(name, names)}"
-                )
-        return {
-            name: check_value(f"{where}.{name}", item, kind, limits) for name, item in value.items()
-        }
-    if limits["word"] and value == limits["word"]:
+        items = value if isinstance(value, list) else [value]
+        return [check_item(where, item, kind, limits) for item in items]
+    if container is not dict:
+        return check_item(where, value, kind, limits)
+    if not isinstance(value, dict):
+        expected = "expected a table, which only a config file can hold"
+        raise UserError(f"{where} = {value!r}: {expected}.")
+    known = limits["choices"]
+    table = {}
+    for name, item in value.items():
+        if known and name not in known:
+            expected = f"expected some of {', '.join(known)}"
+            raise UserError(f"{where}.{name}: no such key; {expected}.{nearest(name, known)}")
+        table[name] = check_item(f"{where}.{name}", item, kind, {**limits, "choices": None})
+    return table
+
+
+def check_item(where: str, value: Any, kind: type, limits: Mapping[str, Any]) -> Any:
+    """Return a single value of a kind and within the limits. Raises UserError."""
+    word, choices = limits["word"], limits["choices"]
+    if word and value == word:
         return value
-    expected = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
+    expected = KINDS[kind]
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        word = f" or {limits['word']}" if limits["word"] else ""
-        raise UserError(f"{where} = {value!r}: expected {expected}{word}.")
-    if limits["choices"] and value not in limits["choices"]:
-        hint = nearest(value, limits["choices"])
-        raise UserError(
-            f"{where} = {value!r}: expected one of {', '.join(limits['choices'])}.{hint}"
-        )
-    for name, sign, holds in BOUNDS:
-        if limits[name] is not None and not holds(value, limits[name]):
-            raise UserError(f"{where} = {value}: expected {expected} {sign} {limits[name]}.")
+        or_word = f" or {word}" if word else ""
+        raise UserError(f"{where} = {value!r}: expected {expected}{or_word}.")
+    if choices and value not in choices:
+        listed = ", ".join(choices)
+        raise UserError(f"{where} = {value!r}: expected one of {listed}.{nearest(value, choices)}")
+    bound = broken_bound(value, limits)
+    if bound:
+        raise UserError(f"{where} = {value}: expected {expected} {bound}.")
     return value
 
 
-def parse_text(text, kind):
-    """A flag's text as what it says, or as it is: `check_value` then tells what is wrong with it."""
-    truths = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+def broken_bound(value: Any, limits: Mapping[str, Any]) -> str:
+    """Return the bound that a value breaks, such as ">= 1", or ""."""
+    low, above, high = limits["low"], limits["above"], limits["high"]
+    if low is not None and value < low:
+        return f">= {low}"
+    if above is not None and value <= above:
+        return f"> {above}"
+    if high is not None and value > high:
+        return f"<= {high}"
+    return ""
+
+
+def parse_text(text: str, kind: type) -> Any:
+    """Return the value that a flag's text stands for; `check_value` refuses text that is none."""
+    if kind is bool:
+        return TRUTHS.get(text.lower(), text)
     try:
-        return truths.get(text.lower(), text) if kind is bool else kind(text)
+        return kind(text)
     except ValueError:
         return text

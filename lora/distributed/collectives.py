@@ -1,37 +1,45 @@
-"""Sums over all processes, and values that one process gives to the others."""
+"""Sums over all processes, and values that one process sends to the others."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 import torch.distributed as dist
 
 from lora.distributed.process_group import micro_batch_index, rank, world_size
 
 
-def sum_over_all(tensor):
-    """The sum of every process's `tensor`, in its place."""
+def sum_over_all(tensor: Tensor) -> Tensor:
+    """Replace `tensor` by its sum over all processes, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def broadcast_from_rank_zero(function, *arguments):
-    """What `function` gives in the first process, for all; no other calls it."""
+def broadcast_from_rank_zero(function: Callable, *arguments: Any) -> Any:
+    """Call `function` in the first process only, and return its result in all of them."""
     values = [function(*arguments) if rank() == 0 else None]
     if world_size() > 1:
         dist.broadcast_object_list(values, 0)
     return values[0]
 
 
-def gather_in_order(mine, lengths, device):
-    """What the processes made of parts 0, world, 2 world, ... (the first one), 1, world + 1, ...,
-    in the parts' order.
+def gather_in_order(local_parts: list[Tensor], lengths: list[int], device: torch.device) -> Tensor:
+    """Concatenate parts that were dealt to the processes in turn, in order and on every process.
 
-    mine: tensors [n, ...]; lengths: of all the parts.
+    Args:
+        local_parts: the parts number rank, rank + world_size, ..., [length, ...] each.
+        lengths: the lengths of all parts, over all processes.
+        device: where the processes' tensors are summed.
     """
     if world_size() == 1:
-        return torch.cat(mine)
-    shape = broadcast_from_rank_zero(lambda: list(mine[0].shape[1:]))
-    whole = torch.zeros(sum(lengths), *shape, device=device)
-    for i, part in enumerate(mine):
-        begin = sum(lengths[: micro_batch_index(i)])
-        whole[begin : begin + len(part)] = part
-    return sum_over_all(whole)  # every place is filled by one process, and the others add zero
+        return torch.cat(local_parts)
+    # The first process always has a part; the others may have none.
+    shape = broadcast_from_rank_zero(lambda: list(local_parts[0].shape[1:]))
+    gathered = torch.zeros(sum(lengths), *shape, device=device)
+    for i, part in enumerate(local_parts):
+        start = sum(lengths[: micro_batch_index(i)])
+        gathered[start : start + len(part)] = part
+    # Each row was written by one process, and the others add zero.
+    return sum_over_all(gathered)

@@ -1,5 +1,6 @@
-"""The processes of a run under torchrun: joining, leaving, rank and world size. Without torchrun
-there is one process.
+"""The processes of a run under torchrun: joining, leaving, rank and world size.
+
+Without torchrun there is one process.
 """
 
 from datetime import timedelta
@@ -14,45 +15,41 @@ from lora.common.errors import UserError
 TIMEOUT = timedelta(minutes=10)  # of a process that waits for the others
 
 
-def rank():
+def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def world_size():
+def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def micro_batch_index(i):
-    """The number of this process's i-th part, where the parts are dealt in turn."""
+def micro_batch_index(i: int) -> int:
+    """Return the index of this process's micro-batch i among those of all, dealt in turn."""
     return i * world_size() + rank()
 
 
-def join(device):
-    """Join the processes of this run; of what is printed, the first one's is shown."""
+def join(device: torch.device) -> None:
+    """Join the processes of this run, and silence standard output in all but the first.
+
+    Raises UserError where the device cannot be used by this many processes.
+    """
     if world_size() == 1:
         return
     if device.type == "mps":
-        raise UserError(
-            "device mps: one process only; call the script without torchrun, or add --device cpu."
-        )
-    backend = "nccl" if device.type == "cuda" else "gloo"
+        hint = "call the script without torchrun, or add --device cpu"
+        raise UserError(f"device mps: one process only; {hint}.")
     if device.type == "cuda":
-        mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if mine >= there:
-            asked = os.environ["LOCAL_WORLD_SIZE"]
-            raise UserError(
-                f"--nproc_per_node={asked}: this machine has {there} GPUs; expected that at most."
-            )
-        torch.cuda.set_device(mine)
+        choose_gpu()
+    # Where torchrun's agent keeps the store itself, no process of the run is its master.
+    agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = rank() == 0 and not agent_keeps_store
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # Torchrun itself then keeps the store
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        address, port, world_size(), is_master=rank() == 0 and not agents, timeout=TIMEOUT
-    )
-    # A restart by torchrun finds what the attempt before left in the store, and would wait for
-    # processes that are gone.
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.TCPStore(address, port, world_size(), is_master=is_master, timeout=TIMEOUT)
+    # After a restart by torchrun the store still holds entries of the previous attempt. Without a
+    # prefix of its own, an attempt would wait for processes that are gone.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank(), world_size=world_size(), timeout=TIMEOUT
     )
@@ -60,12 +57,21 @@ def join(device):
         sys.stdout = open(os.devnull, "w")
 
 
-def barrier():
-    """Until every process has come here."""
+def choose_gpu() -> None:
+    """Make the GPU of this process, by its number on this machine, the current one."""
+    local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        problem = f"this machine has {num_gpus} GPUs; expected that at most"
+        raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: {problem}.")
+    torch.cuda.set_device(local_rank)
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
     if world_size() > 1:
         dist.barrier()
 
 
-def leave():
+def leave() -> None:
     if world_size() > 1:
         dist.destroy_process_group()

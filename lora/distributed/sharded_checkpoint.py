@@ -1,9 +1,7 @@
-"""Checkpoints of weights that are laid out over several processes: each writes its rows, any number
-read what they need.
+"""Checkpoints of sharded weights: each process writes its rows, any number of processes read them.
 
-shard_0.safetensors, shard_1.safetensors, ...   "name" and "name/exp_avg" -> the rows of that
-process
-shards.json                                     {name: {"shape", "rows": where each process's part begins, and the end}}
+shard_<rank>.safetensors   "name" and "name/exp_avg" -> the rows that this process holds
+shards.json                {name: {"shape", "rows": the first row of each process, and the end}}
 """
 
 import json
@@ -12,72 +10,71 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 import torch
+from torch import Tensor
 
 from lora.common.atomic_files import fsync_path
-from lora.distributed import process_group, sharding
+from lora.distributed.process_group import rank, world_size
+from lora.distributed.sharding import is_sharded, local_rows, local_tensor, row_bounds
 
 INDEX_FILE = "shards.json"
 
 
-def write_shard(folder, tensors):
-    """Write this process's part of `tensors` (name -> tensor, sharded or the same on all
-    processes).
-    """
-    world, rank = process_group.world_size(), process_group.rank()
-    index, mine = {}, {}
+def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write this process's rows of named tensors; the first one also writes what is not sharded."""
+    index: dict[str, dict] = {}
+    local_tensors = {}
     for name, tensor in tensors.items():
-        sharded = sharding.is_sharded(tensor)
+        num_parts = world_size() if is_sharded(tensor) else 1
         index[name] = {"shape": list(tensor.shape)}
-        if tensor.ndim:
-            index[name]["rows"] = sharding.row_bounds(len(tensor), world if sharded else 1)
-        if sharded or rank == 0:
-            mine[name] = sharding.local_tensor(tensor).detach().cpu().contiguous()
-    path = Path(folder) / f"shard_{rank}.safetensors"
-    save_file(mine, path, {"format": "pt"})
-    fsync_path(path)  # of several machines each makes durable what it wrote
-    if rank == 0:
-        (Path(folder) / INDEX_FILE).write_text(json.dumps(index) + "\n")
+        if tensor.ndim > 0:
+            index[name]["rows"] = row_bounds(len(tensor), num_parts)
+        if is_sharded(tensor) or rank() == 0:
+            local_tensors[name] = local_tensor(tensor).detach().cpu().contiguous()
+    path = folder / f"shard_{rank()}.safetensors"
+    save_file(local_tensors, path, {"format": "pt"})
+    fsync_path(path)  # on several machines, only this one can make its own shard durable
+    if rank() == 0:
+        (folder / INDEX_FILE).write_text(json.dumps(index) + "\n")
 
 
 class Shards:
-    """Tensors of which any rows can be read: what `write_shard` wrote, or a plain safetensors file."""
+    """Tensors of which any rows can be read: the folder of `write_shard`, or a safetensors file."""
 
-    def __init__(self, path):
-        path = Path(path)
+    def __init__(self, path: Path) -> None:
+        self.index: dict[str, dict] = {}
+        self.files = [path]
         if path.is_dir():
             self.index = json.loads((path / INDEX_FILE).read_text())
-            count = max(len(entry.get("rows", (0, 0))) for entry in self.index.values()) - 1
-            self.files = [path / f"shard_{process}.safetensors" for process in range(count)]
-        else:
-            self.files = [path]
-            with safe_open(path, "pt") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-            self.index = {
-                name: {"shape": s, **({"rows": [0, s[0]]} if s else {})}
-                for name, s in shapes.items()
-            }
+            num_bounds = max(len(entry.get("rows", (0, 0))) for entry in self.index.values())
+            self.files = [path / f"shard_{i}.safetensors" for i in range(num_bounds - 1)]
+            return
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                shape = file.get_slice(name).get_shape()
+                self.index[name] = {"shape": shape}
+                if shape:
+                    self.index[name]["rows"] = [0, shape[0]]
 
     @torch.no_grad()
-    def fill(self, tensor, name):
-        """Copy the rows that this process holds into `tensor`. Raises ValueError where it is of
-        another shape.
-        """
+    def fill(self, tensor: Tensor, name: str) -> None:
+        """Copy this process's rows into `tensor`. Raises ValueError where the shapes differ."""
         shape = self.index.get(name, {}).get("shape")
         if shape != list(tensor.shape):
             raise ValueError(f"{name} is {shape or 'absent'}, its place is {list(tensor.shape)}")
-        sharding.local_tensor(tensor).copy_(self.get(name, *sharding.local_rows(tensor)))
+        first, end = local_rows(tensor)
+        local_tensor(tensor).copy_(self.get(name, first, end))
 
-    def get(self, name, first, last):
-        """Rows first..last of a tensor; a number is given whole."""
-        rows = self.index[name].get("rows")
-        if rows is None:
+    def get(self, name: str, first: int, end: int) -> Tensor:
+        """Return the rows [first, end) of a tensor, or a scalar."""
+        bounds = self.index[name].get("rows")
+        if bounds is None:
             with safe_open(self.files[0], "pt") as file:
                 return file.get_tensor(name)
-        parts = [torch.empty(0, *self.index[name]["shape"][1:])]
-        for path, begin, end in zip(self.files, rows, rows[1:]):
-            if max(first, begin) < min(last, end):
+        parts = []
+        for i, path in enumerate(self.files[: len(bounds) - 1]):
+            begin_here = max(first, bounds[i]) - bounds[i]
+            end_here = min(end, bounds[i + 1]) - bounds[i]
+            if begin_here < end_here:
                 with safe_open(path, "pt") as file:
-                    parts.append(
-                        file.get_slice(name)[max(first, begin) - begin : min(last, end) - begin]
-                    )
-        return torch.cat(parts[1:] or parts)
+                    parts.append(file.get_slice(name)[begin_here:end_here])
+        return torch.cat(parts) if parts else torch.empty(0, *self.index[name]["shape"][1:])

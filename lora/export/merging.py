@@ -7,7 +7,7 @@ import transformers
 
 from lora.common.errors import UserError
 from lora.config.flags import apply_flags
-from lora.config.schema import FOUR_BITS, get_lora_config
+from lora.config.schema import QUANTIZATION_KEYS, get_lora_config
 from lora.config.tables import saved_config
 from lora.model.pretrained_heads import two_class_state
 from lora.model.task import Task
@@ -76,7 +76,7 @@ def four_bits_of(arguments, config):
     flags above either.
     """
     config = config or get_lora_config()
-    apply_flags(config, arguments, FOUR_BITS)
+    apply_flags(config, arguments, QUANTIZATION_KEYS)
     config.lora.load_in_4bit = True
     return four_bits(config.lora, torch.device("cpu"))
 

@@ -12,7 +12,7 @@ from lora.common.paths import ROOT
 BLOCK = 2**28
 HELD_AFTERWARDS = f"""
 import os, lora.common.allocator
-lora.common.allocator.keep_memory()
+lora.common.allocator.keep_freed_memory()
 block = b"x" * {BLOCK}
 del block
 print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))

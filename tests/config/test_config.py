@@ -46,7 +46,8 @@ def test_the_defaults_are_those_the_requirements_name():
 def test_flag_beats_file_beats_default(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text(
-        '[model]\nbase_model = "m"\n[data]\ntrain_data = ["d"]\n[training]\nseed = 1\nmax_steps = 5\n'
+        '[model]\nbase_model = "m"\n[data]\ntrain_data = ["d"]\n'
+        "[training]\nseed = 1\nmax_steps = 5\n"
     )
     config = read("--config", str(file), "--max_steps", "7")
     assert (config.training.seed, config.training.max_steps, config.training.batch_size) == (
@@ -56,7 +57,7 @@ def test_flag_beats_file_beats_default(tmp_path):
     )
 
 
-def test_with_nothing_named_the_tiny_config_is_used_and_with_a_model_and_data_the_general_defaults():
+def test_with_nothing_named_the_tiny_config_is_used_with_a_model_and_data_the_general_defaults():
     assert read("--lora_r=4").model.base_model == "embedded"
     assert read(*NAMED).training.learning_rate == 1e-4
 

@@ -85,7 +85,8 @@ def changed(script, folder, lines):
     """The path of a script that does `lines` first."""
     path = folder / "changed.py"
     path.write_text(
-        f"import os, runpy, sys\nsys.path.insert(0, os.getcwd())\n{lines}runpy.run_path({script!r}, run_name='__main__')\n"
+        f"import os, runpy, sys\nsys.path.insert(0, os.getcwd())\n{lines}"
+        f"runpy.run_path({script!r}, run_name='__main__')\n"
     )
     return str(path)
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from lora import verify_artifact
-from lora.common.checksums import as_written, file_sha256
+from lora.common.checksums import checksums_to_bytes, file_sha256
 from lora.common.errors import Stopped, UserError
 from lora.common.paths import ROOT
 from lora.export import artifact
@@ -87,20 +87,20 @@ def test_a_list_that_leads_out_of_the_folder_and_linked_folders_are_refused(made
     secret.write_text("x")
     one = {"sha256": file_sha256(secret), "bytes": 1}
     for name in ("../../secret", str(secret), "./README.md", "a\\b", ""):
-        path.write_bytes(as_written(sums | {name: one}))
+        path.write_bytes(checksums_to_bytes(sums | {name: one}))
         with pytest.raises(UserError, match="missing"):
             verify_artifact(made)
     for content in (b"[]", b"null", b'{"a": 1}\n', b"[" * 100_000, b"\xff"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"checksums.json: damaged"):
             verify_artifact(made)
-    path.write_bytes(as_written({"README.md": 1}))
+    path.write_bytes(checksums_to_bytes({"README.md": 1}))
     with pytest.raises(UserError, match="'README.md': changed"):
         verify_artifact(made)
-    path.write_bytes(as_written({}))
+    path.write_bytes(checksums_to_bytes({}))
     with pytest.raises(UserError, match="'metadata.json': extra"):
         verify_artifact(made)
-    path.write_bytes(as_written(sums))
+    path.write_bytes(checksums_to_bytes(sums))
     (made / "lora_adapter").rename(tmp_path / "elsewhere")
     (made / "lora_adapter").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(
