@@ -212,7 +212,7 @@ def run_training(
     if rank > 0:
         return None
     log.say(compare_base(base, measure_base(task, config)))
-    results = write_final_artifact(run, log, base["files"], raw_data.files, started)
+    results = write_final_artifact(run, log, base.files, raw_data.files, started)
     log.close()
     return results
 

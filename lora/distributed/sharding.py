@@ -76,13 +76,3 @@ def copy_into(tensor: Tensor, value: Tensor) -> None:
         first, end = local_rows(tensor)
         value = value[first:end]
     local_tensor(tensor).copy_(value)
-
-
-def sharded_like(parameter: Tensor, local_state: Tensor) -> Tensor:
-    """Return this process's rows of an optimizer state, sharded as its parameter is, if it is."""
-    local_state = local_state.to(parameter.device)
-    if not is_sharded(parameter) or local_state.ndim == 0:
-        return local_state
-    from_local = type(parameter.data).from_local
-    layout = {"shape": parameter.shape, "stride": parameter.stride()}
-    return from_local(local_state, parameter.device_mesh, parameter.placements, **layout)

@@ -1,8 +1,8 @@
-"""final_artifact/: what a finished run hands on, whole or absent, with a record of what it was made
-of.
+"""final_artifact/: what a finished run hands on, complete or absent, and what it was made of.
 
 the weights and the tokenizer   Task.save_artifact
-training_config.toml            with whole paths, so that eval.py and merge.py find base and data from any folder
+training_config.toml            with absolute paths, so that eval.py and merge.py find base and data
+                                from any folder
 training_metrics.json           the best step and the last
 metadata.json                   base, data, versions, hardware: `metadata` below
 README.md                       lora/export/model_card.py
@@ -27,96 +27,113 @@ from lora.common.base_files import locate_base
 from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import Stopped
 from lora.common.paths import ROOT
+from lora.config.schema import Config
 from lora.distributed.sharding import is_sharded
 from lora.export.model_card import model_card
 from lora.model.load import load_task
+from lora.model.run import Run
+from lora.model.task import Task
 from lora.training.best_checkpoints import best_first, saved_states
 from lora.training.checkpoint import trainable_parameters
-from lora.training.log import peak_memory
+from lora.training.log import Log, peak_memory
 
 ARTIFACT_VERSION = 1
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes")
 
 
-def write_final_artifact(run, log, base_files, data_files, started):
-    """Write the results and the artifact of a run that has ended: the weights of its best
-    checkpoint. Raises Stopped.
+def write_final_artifact(
+    run: Run, log: Log, base_files: dict, data_files: dict, started: float
+) -> dict:
+    """Write the results and the artifact of a run, with the weights of its best checkpoint.
+
+    Args:
+        run: a run that has ended, and whose base was found unchanged.
+        log: knows the folder of the run.
+        base_files: sha256 of the base's weight files.
+        data_files: sha256 of the data's files, as `RawData.files`.
+        started: what time.monotonic() was when the run began.
+
+    Returns:
+        The content of final_results.json.
     """
-    task, config, device = run.task, run.config, run.device
     states = saved_states(log.run_dir / "checkpoints")
-    best, last = (
-        next(
-            (s for s in best_first(states) if not find_damage(s["path"], "trainer_state.json")),
-            None,
-        ),
-        states[-1],
-    )
-    if not best:
-        raise Stopped(
-            f"{log.run_dir}: no checkpoint has a finite validation loss; try a lower --learning_rate."
-        )
-    if any(map(is_sharded, task.parameters())):
-        tokenizer, task = task.tokenizer, load_task(config, torch.float32)
-        task.tokenizer = tokenizer  # it may have been given a chat template
+    best = best_undamaged(states)
+    if best is None:
+        found = "no checkpoint has a finite validation loss"
+        raise Stopped(f"{log.run_dir}: {found}; try a lower --learning_rate.")
+    task = whole_task(run)
     task.load(best["path"])
+    last = states[-1]
     results = {
-        name: {"step": state["step"], **state["val"]}
-        for name, state in (("best", best), ("last", last))
-    }
-    results |= {
+        "best": {"step": best["step"], **best["val"]},
+        "last": {"step": last["step"], **last["val"]},
         "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_gb": round(peak_memory(device) / 1e9, 3),
+        "peak_memory_gb": round(peak_memory(run.device) / 1e9, 3),
     }
-    write_text_atomically(
-        log.run_dir / "logs" / "final_results.json", json.dumps(results, indent=2) + "\n"
-    )
-    write(log.run_dir / "final_artifact", task, config, results, base_files, data_files)
-    shown = ", ".join(
-        f"{name} {value:.4f}"
-        for name, value in best["val"].items()
-        if value is not None and "/" not in name
-    )
-    log.say(
-        f"best: step {best['step']}, {shown}; {results['seconds']} s; weights in {log.run_dir / 'final_artifact'}"
-    )
-    return results
+    path = log.run_dir / "logs" / "final_results.json"
+    write_text_atomically(path, json.dumps(results, indent=2) + "\n")
 
-
-def write(folder, task, config, results, base_files, data_files):
-    """Write the artifact of a run whose base was found unchanged; the hashes are those of before
-    its training.
-    """
+    folder = log.run_dir / "final_artifact"
+    config = with_absolute_paths(run.config)
+    facts = metadata(task, config, results, base_files, data_files)
     with atomic_folder(folder) as temporary:
         task.save_artifact(temporary)
-        config = with_whole_paths(config)
         config.save(temporary / "training_config.toml")
-        facts = metadata(task, config, results, base_files, data_files)
         (temporary / "training_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
         (temporary / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
         (temporary / "README.md").write_text(model_card(task, config, facts), encoding="utf-8")
         write_checksums(temporary)
 
+    metrics = [f"step {best['step']}"]
+    for name, value in best["val"].items():
+        if value is not None and "/" not in name:  # "/": of one of several held-out sets
+            metrics.append(f"{name} {value:.4f}")
+    log.say(f"best: {', '.join(metrics)}; {results['seconds']} s; weights in {folder}")
+    return results
 
-def with_whole_paths(config):
+
+def best_undamaged(states: list[dict]) -> dict | None:
+    for state in best_first(states):
+        if not find_damage(state["path"], "trainer_state.json"):
+            return state
+    return None
+
+
+def whole_task(run: Run) -> Task:
+    """Return the task; where its weights are sharded, a new one that is not."""
+    if not any(is_sharded(parameter) for parameter in run.task.parameters()):
+        return run.task
+    task = load_task(run.config, torch.float32)
+    task.tokenizer = run.task.tokenizer  # it may have been given a chat template
+    return task
+
+
+def with_absolute_paths(config: Config) -> Config:
     config = copy.deepcopy(config)
-    if config.model.base_model != "embedded":
-        source, local = locate_base(config.model.base_model)
-        config.model.base_model = os.path.abspath(source) if local else source
-    whole = lambda path: os.path.abspath(path) if Path(path).is_file() else path
-    for key in ("train_data", "eval_data"):
-        setattr(config.data, key, [*map(whole, getattr(config.data, key))])
-    for key in ("prm800k_path", "eqasc_path", "reveal_path"):
-        setattr(config.data, key, whole(getattr(config.data, key)))
+    model, data = config.model, config.data
+    if model.base_model != "embedded":
+        source, is_folder = locate_base(model.base_model)
+        model.base_model = os.path.abspath(source) if is_folder else source
+    data.train_data = [absolute_if_file(path) for path in data.train_data]
+    data.eval_data = [absolute_if_file(path) for path in data.eval_data]
+    data.prm800k_path = absolute_if_file(data.prm800k_path)
+    data.eqasc_path = absolute_if_file(data.eqasc_path)
+    data.reveal_path = absolute_if_file(data.reveal_path)
     return config
 
 
-def metadata(task, config, results, base_files, data_files):
+def absolute_if_file(path: str) -> str:
+    return os.path.abspath(path) if Path(path).is_file() else path
+
+
+def metadata(task: Task, config: Config, results: dict, base_files: dict, data_files: dict) -> dict:
     return {
         "artifact_version": ARTIFACT_VERSION,
         "task": config.model.task,
         "method": config.method,
         "base_model": config.model.base_model,
         "base_files": base_files,
-        # A run that changed it has no artifact
+        # A run that has changed its base writes no artifact.
         "base_unchanged": True if base_files or config.lora else None,
         **data_files,
         "best": results["best"],
@@ -130,53 +147,38 @@ def metadata(task, config, results, base_files, data_files):
     }
 
 
-def versions():
-    names = [
-        name
-        for name in ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes")
-        if name in sys.modules
-    ]
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+def versions() -> dict[str, str]:
+    used = [name for name in LIBRARIES if name in sys.modules]
+    return {"python": platform.python_version(), **{name: version(name) for name in used}}
 
 
-def git_commit():
-    """The commit of this code, with "-dirty" behind it where files differ from it; None outside of
-    a checkout.
-    """
+def git_commit() -> str | None:
+    """Return the commit of this code, with "-dirty" where files differ; None without a checkout."""
     if not (ROOT / ".git").exists():  # git would go on to look for a checkout around this folder
         return None
-    command = [
-        "git",
-        "-C",
-        str(ROOT),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    options = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(ROOT), *options]
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def hardware(device):
+def hardware(device: torch.device) -> dict:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "memory_gb": round(memory / 1e9, 1),
     }
 
 
-def cpu_name():
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    named = (
-        re.search("^model name.*: (.+)$", info.read_text(), re.MULTILINE)
-        if os.access(info, os.R_OK)
-        else None
-    )
-    return named[1] if named else platform.processor() or platform.machine()
+    if os.access(info, os.R_OK):
+        model_name = re.search("^model name.*: (.+)$", info.read_text(), re.MULTILINE)
+        if model_name:
+            return model_name[1]
+    return platform.processor() or platform.machine()

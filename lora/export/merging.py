@@ -1,119 +1,175 @@
 """Fold an adapter into its base, and prove that the result is base + adapter."""
 
+from argparse import Namespace
+from dataclasses import dataclass, replace
 import json
+from pathlib import Path
 
 import torch
+from torch import Tensor
 import transformers
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.config.flags import apply_flags
-from lora.config.schema import QUANTIZATION_KEYS, get_lora_config
+from lora.config.schema import QUANTIZATION_KEYS, Config, get_lora_config
 from lora.config.tables import saved_config
 from lora.model.pretrained_heads import two_class_state
 from lora.model.task import Task
 from lora.model.weights import four_bits, load_weights
-from lora.quantization import dequantize
+from lora.quantization import FourBitSettings, dequantize
+from lora.training.base_integrity import file_sums, warn_other_base
 
 
-def outputs(model, tokens):
-    """What the model says: logits [b, t, vocabulary], or a backbone's hidden states [b, t, width];
-    fp32.
-    """
-    with torch.no_grad():
-        out = model.eval()(input_ids=tokens)
-    said = out.get("logits", out.get("last_hidden_state"))
-    if said is None:
-        raise UserError(
-            f"{type(model).__name__} gives neither logits nor hidden states, so nothing can be proved of it."
-        )
-    return said.float()
+@dataclass
+class AdapterSource:
+    """An adapter, and what it was trained on."""
+
+    given: str  # the value of --adapter
+    adapter: Path  # its folder; there is none for a head that was trained on the frozen base
+    base_model: str
+    config: Config | None  # of the run that made it; None for an adapter alone
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.adapter.is_dir()
+
+    @property
+    def folder(self) -> Path:  # the checkpoint or artifact
+        return self.adapter.parent
+
+    @property
+    def is_scorer(self) -> bool:
+        return self.config is not None and self.config.model.task == "score"
+
+    @property
+    def is_4bit(self) -> bool:
+        return self.config is not None and self.config.lora.load_in_4bit
+
+    def verify(self) -> None:
+        """Raise UserError where a file has changed, and warn of another base than at training."""
+        if self.config is None:
+            return
+        verify_checksums(self.folder)
+        model = replace(self.config.model, base_model=self.base_model)
+        warning = warn_other_base(self.folder, self.base_model, file_sums(model))
+        if warning:
+            print(warning)
 
 
-def find_adapter(folder, base_model):
-    """(the folder with the adapter's files, the base's name, the configuration of our run or None).
-    Raises UserError.
-
-    Of a head that was trained on the frozen base there is no such folder.
-    """
+def find_adapter(given: str, base_model: str | None) -> AdapterSource:
+    """Return the adapter of a folder: an adapter, a checkpoint or a final artifact."""
+    folder = Path(given)
+    where = f"--adapter {given}"
     if (folder / "adapter_config.json").is_file():
         if not base_model:
-            raise UserError(
-                f"--adapter {folder}: an adapter alone does not say which base it is for; add --base_model."
-            )
-        return folder, base_model, None
+            found = "an adapter alone does not say which base it is for"
+            raise UserError(f"{where}: {found}; add --base_model.")
+        return AdapterSource(given, folder, base_model, None)
     config = saved_config(folder)
-    if not (config.method == "head" or (folder / "lora_adapter").is_dir()):
-        raise UserError(
-            f"--adapter {folder}: there is no lora_adapter/; a fully fine-tuned model needs no merging."
-        )
+    if config.method != "head" and not (folder / "lora_adapter").is_dir():
+        found = "there is no lora_adapter/"
+        raise UserError(f"{where}: {found}; a fully fine-tuned model needs no merging.")
     if config.model.init_from == "scratch":
-        raise UserError(
-            f"--adapter {folder}: it was trained on random weights, which no folder holds; use it unmerged."
-        )
-    return folder / "lora_adapter", base_model or config.model.base_model, config
+        found = "it was trained on random weights, which no folder holds"
+        raise UserError(f"{where}: {found}; use it unmerged.")
+    base_model = base_model or config.model.base_model
+    return AdapterSource(given, folder / "lora_adapter", base_model, config)
 
 
-def class_for(shape):
-    """The class of transformers that the base says it is. Raises UserError."""
+def class_for(shape: PretrainedConfig) -> type:
+    """Return the class of transformers that the base says it is."""
     architecture = (shape.architectures or ["AutoModelForCausalLM"])[0]
     if not hasattr(transformers, architecture):
-        raise UserError(
-            f"transformers has no {architecture}, which the base says it is; a newer version may."
-        )
+        found = f"transformers has no {architecture}, which the base says it is"
+        raise UserError(f"{found}; a newer version may.")
     return getattr(transformers, architecture)
 
 
-def load_base(model_class, base_model, quantization=None):
-    """The base in fp32: its own weights, or what is left of them in 4 bits."""
+def load_base(
+    model_class: type, base_model: str, quantization: FourBitSettings | None = None
+) -> PreTrainedModel:
+    """Load the base in fp32: its own weights, or what is left of them in 4 bits."""
     model = load_weights(model_class, base_model, torch.float32, "sdpa", quantization)
     if quantization:
         dequantize(model)
     return model
 
 
-def four_bits_of(arguments, config):
-    """How the 4-bit base was quantised: as our run says, else as QLoRA is usually done, and the
-    flags above either.
-    """
+def four_bits_of(arguments: Namespace, config: Config | None) -> FourBitSettings:
+    """Return how the 4-bit base was quantised: by the flags, the run, or else the defaults."""
     config = config or get_lora_config()
     apply_flags(config, arguments, QUANTIZATION_KEYS)
     config.lora.load_in_4bit = True
     return four_bits(config.lora, torch.device("cpu"))
 
 
-def difference(one, other):
-    return (one - other).abs().max().item()
+def outputs(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Return logits [b, t, vocabulary], or a backbone's hidden states [b, t, width]; fp32."""
+    with torch.no_grad():
+        out = model.eval()(input_ids=tokens)
+    values = out.get("logits", out.get("last_hidden_state"))
+    if values is None:
+        found = f"{type(model).__name__} gives neither logits nor hidden states"
+        raise UserError(f"{found}, so nothing can be proved of it.")
+    return values.float()
 
 
-def read_back(model, model_class, folder):
-    """The model that was written to `folder`. Raises UserError where a weight of it is not that of
-    `model`.
-    """
+def difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def require_same_outputs(
+    source: AdapterSource, of_base: Tensor, of_adapter: Tensor, of_merged: Tensor
+) -> float:
+    """Return how much the adapter changes the outputs, which merging must not change."""
+    size = of_adapter.abs().max().item()
+    num_outputs = of_base.shape[-1]  # an adapter may add tokens
+    effect = difference(of_adapter[..., :num_outputs], of_base)
+    error = difference(of_merged, of_adapter)
+    print(f"on 4 x 32 random tokens, largest output {size:.3g}")
+    print(f"adapter against base:           {effect:.3g}")
+    print(f"merged against adapter, fp32:   {error:.3g}")
+    # The sums are the same but for their order. fp32 rounds each to 6e-8, which layers multiply.
+    # An error that is not a number is no rounding either.
+    is_rounding = error <= 1e-4 * size and error <= effect
+    if not is_rounding:
+        found = f"merged it differs from base + adapter by {error:.3g}, more than rounding"
+        raise UserError(f"--adapter {source.given}: {found}; use it unmerged.")
+    if effect == 0 and source.has_adapter:
+        found = "it changes nothing"
+        raise UserError(f"--adapter {source.given}: {found}; use the base as it is.")
+    return effect
+
+
+def read_back(model: PreTrainedModel, model_class: type, folder: Path) -> PreTrainedModel:
+    """Return the model that was written to `folder`, whose weights must be those of `model`."""
     written = load_weights(model_class, str(folder), model.dtype, "sdpa")
     merged = model.state_dict()
-    if any(not torch.equal(tensor, merged[name]) for name, tensor in written.state_dict().items()):
-        raise UserError(
-            f"{folder}: the written weights are not the merged ones, and are not kept; try another disk."
-        )
+    for name, tensor in written.state_dict().items():
+        if not torch.equal(tensor, merged[name]):
+            found = "the written weights are not the merged ones, and are not kept"
+            raise UserError(f"{folder}: {found}; try another disk.")
     return written
 
 
-def save_scorer(model, tokenizer, folder, output):
-    """The backbone and the MLP head in `folder` as one model of two classes, in the names of vLLM's
-    reward models.
+def save_scorer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, output: Path
+) -> None:
+    """Write the backbone and the MLP head in `folder` as one model of two classes.
 
-    `model.*` and `score.0`, `score.2` are what Qwen2ForProcessRewardModel is made of; transformers'
-    AutoModel reads the backbone of it, and eval.py --checkpoint all of it.
+    The names `model.*`, `score.0` and `score.2` are those of Qwen2ForProcessRewardModel, which vLLM
+    serves. transformers' AutoModel reads the backbone of it, and eval.py --checkpoint all of it.
     """
     task = Task(model, tokenizer)
     task.load_head(folder)
-    state = {
-        f"{model.base_model_prefix}.{name}": tensor for name, tensor in model.state_dict().items()
-    }
-    # Fp32, as it was trained
-    state |= {name: tensor.detach() for name, tensor in two_class_state(task.head).items()}
-    family = type(model).__name__.removesuffix("Model")
+    prefix = model.base_model_prefix
+    state = {f"{prefix}.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in two_class_state(task.head).items():
+        state[name] = tensor.detach()  # fp32, as it was trained
     model.save_pretrained(output, state_dict=state)
     shape = json.loads((output / "config.json").read_text())
+    family = type(model).__name__.removesuffix("Model")
     shape["architectures"] = [f"{family}ForProcessRewardModel"]
     (output / "config.json").write_text(json.dumps(shape, indent=2) + "\n")

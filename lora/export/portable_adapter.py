@@ -1,6 +1,7 @@
 """Rewrite any adapter so that PEFT, vLLM and llama.cpp apply the same scale."""
 
 import math
+from pathlib import Path
 
 import torch.nn.functional as F
 
@@ -10,41 +11,33 @@ from lora.common.errors import UserError, raise_if_any
 from lora.target_modules import pattern_value
 
 
-def write_portable(folder, output):
-    """Rewrite the adapter in `folder` so that every reader applies the same scale. Raises UserError
-    where that cannot be.
+def write_portable(folder: Path, output: Path) -> None:
+    """Rewrite the adapter in `folder` so that every reader applies the same scale.
 
     vLLM knows no patterns, and llama.cpp divides alpha by each tensor's own rank and knows no
-    rsLoRA. Here every layer is filled up with zeros to the largest rank R, its scale is in B, and r
-    = lora_alpha = R.
+    rsLoRA. Here every layer is padded with zeros to the largest rank R, its scale is in B, and
+    r = lora_alpha = R.
+
+    Raises:
+        UserError: the adapter holds what has no such form.
     """
     config = read_config(folder)
-    modules, whole = read_tensors(folder, config)
+    modules, full_weights = read_tensors(folder, config)
     if config["use_dora"] or config["lora_bias"]:
-        raise UserError(
-            f"{folder}: DoRA and lora_bias have no portable form; merge the adapter instead."
-        )
-    lost = [name for name in whole if not name.endswith(".base_layer.weight")]
-    raise_if_any(
-        lost,
-        f"{folder}: merge the adapter instead: vLLM and llama.cpp read no whole weights, and it has",
-    )
-    largest = max(map(lora_rank, modules.values()))
+        found = "DoRA and lora_bias have no portable form"
+        raise UserError(f"{folder}: {found}; merge the adapter instead.")
+    lost = [name for name in full_weights if not name.endswith(".base_layer.weight")]
+    why = "merge the adapter instead: vLLM and llama.cpp read no whole weights, and it has"
+    raise_if_any(lost, f"{folder}: {why}")
+    largest = max(lora_rank(factors) for factors in modules.values())
     tensors = {}
-    for module, found in modules.items():
-        a_name, b_name = sorted(found)
-        r, alpha = (
-            lora_rank(found),
-            pattern_value(config["alpha_pattern"], module, config["lora_alpha"]),
-        )
+    for module, factors in modules.items():
+        a_name, b_name = sorted(factors)
+        r = lora_rank(factors)
+        alpha = pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
         scaling = alpha / (math.sqrt(r) if config["use_rslora"] else r)
-        tensors[f"{module}.{a_name}"] = F.pad(found[a_name], (0, 0, 0, largest - r))
-        tensors[f"{module}.{b_name}"] = F.pad(found[b_name] * scaling, (0, largest - r))
-    config |= {
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-    }
+        tensors[f"{module}.{a_name}"] = F.pad(factors[a_name], (0, 0, 0, largest - r))
+        tensors[f"{module}.{b_name}"] = F.pad(factors[b_name] * scaling, (0, largest - r))
+    config.update(r=largest, lora_alpha=largest, use_rslora=False)
+    config.update(rank_pattern={}, alpha_pattern={})
     write_adapter(output, config, tensors)

@@ -1,147 +1,149 @@
-"""The base, hashed before and after training: that it is unchanged is measured, and so is what
-alone is trained.
+"""The base, hashed before and after training: that it is unchanged is measured.
 
-outputs/RUN/baseline_checksums.json   sha256 of the base's weight files, and one over the frozen tensors in memory
+outputs/RUN/baseline_checksums.json   sha256 of the base's weight files, and one over the frozen
+                                      tensors in memory
 """
 
+from dataclasses import dataclass
 import hashlib
 import json
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from lora.adapter import factors
 from lora.common.atomic_files import write_text_atomically
 from lora.common.checksums import file_sha256, map_in_threads
 from lora.common.errors import Stopped
 from lora.common.serialization import read_file
+from lora.config.schema import Config, ModelConfig
 from lora.distributed.sharded_checkpoint import INDEX_FILE
 from lora.layer import lora_layers
 from lora.model.heads import MLPHead
+from lora.model.task import Task
 from lora.model.weights import weight_files
 from lora.target_modules import find_modules_to_save
 from lora.training.checkpoint import trainable_parameters
 
 
-def measure_base(task, config):
-    """{"files": {weight file of the base: sha256}, "frozen": {frozen tensor: sha256, as it lies in
-    memory}}.
+@dataclass
+class BaseSums:
+    """The sha256 of each part of a base. Full fine-tuning freezes nothing."""
 
-    Full fine-tuning freezes nothing, and random weights come from no file.
-    """
-    return {
-        "files": file_sums(config.model),
-        "frozen": frozen_sums(task.model) if config.lora else {},
-    }
+    files: dict[str, str]  # of its weight files; none for random weights
+    frozen: dict[str, str]  # of the frozen tensors, as they lie in memory
 
 
-def frozen_sums(model):
-    """{frozen tensor: sha256}."""
-    # From a GPU each thread holds one in main memory
-    return map_in_threads(sha256_of_tensor, frozen_tensors(model))
+def measure_base(task: Task, config: Config) -> BaseSums:
+    return BaseSums(file_sums(config.model), frozen_sums(task.model) if config.lora else {})
 
 
-def file_sums(model):
-    """{weight file of the base: sha256}. `model` is the [model] table of a configuration."""
+def file_sums(model: ModelConfig) -> dict[str, str]:
+    """Return the sha256 of each weight file of the base."""
     return map_in_threads(file_sha256, {path.name: path for path in weight_files(model)})
 
 
-def warn_other_base(folder, base_model, sums):
-    """A warning, if adapter or head in `folder` were made by a run of ours on other weight files
-    than `sums`; else "".
-    """
-    folder = Path(folder).resolve()
-    place = folder.parent if folder.name == "lora_adapter" else folder
-    if (place / "backbone").is_dir() or (place / INDEX_FILE).is_file():  # whole models
-        return ""
-    records = [place / name for name in ("metadata.json", "trainer_state.json")]
-    facts = next((read_file(path) for path in records if path.is_file()), {})
-    known = (facts.get("base_files") or facts.get("facts", {}).get("base_model")) in (
-        None,
-        {},
-        sums,
-    )
-    return (
-        ""
-        if known
-        else f"warning: {base_model} does not hold the weights that {folder} was trained on"
-    )
+def frozen_sums(model: nn.Module) -> dict[str, str]:
+    """Return the sha256 of each frozen tensor. From a GPU, each thread copies one at a time."""
+    return map_in_threads(sha256_of_tensor, frozen_tensors(model))
 
 
-def frozen_tensors(model):
-    """Name -> tensor, for all that the model's state holds and that is not trained, a 4-bit
-    weight's scales among it.
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what the model's state holds and is not trained, a 4-bit weight's scales among it.
 
     Buffers outside of the state are made anew by the model itself (rotary frequencies, for the
     length it reads).
     """
     state = model.state_dict(keep_vars=True)
-    # Tied ones have two names
-    once = {id(tensor): name for name, tensor in state.items() if not tensor.requires_grad}
-    return {name: state[name] for name in sorted(once.values())}
+    names = {}  # a tied tensor has two names in the state, and one here
+    for name, tensor in state.items():
+        if not tensor.requires_grad:
+            names[id(tensor)] = name
+    return {name: state[name] for name in sorted(names.values())}
 
 
-def sha256_of_tensor(tensor):
-    total = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    plain = tensor.detach()  # or a 4-bit weight would take its scales along to the CPU
-    total.update(plain.cpu().reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
+def sha256_of_tensor(tensor: Tensor) -> str:
+    sha256 = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    plain = tensor.detach()  # without this a 4-bit weight takes its scales along to the CPU
+    sha256.update(plain.cpu().reshape(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
-def sha256_over(sums):
-    """One sha256 over {name: sha256}."""
-    return hashlib.sha256(
-        "".join(f"{name} {one}\n" for name, one in sorted(sums.items())).encode()
-    ).hexdigest()
+def sha256_over(sums: dict[str, str]) -> str:
+    lines = [f"{name} {sha256}\n" for name, sha256 in sorted(sums.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def record_base(run_dir, config, before):
-    """Write baseline_checksums.json."""
-    frozen = {
-        "frozen_tensors": len(before["frozen"]),
-        "frozen_sha256": sha256_over(before["frozen"]),
-    }
-    sums = {"base_model": config.model.base_model, "files": before["files"], **frozen}
-    write_text_atomically(
-        Path(run_dir) / "baseline_checksums.json", json.dumps(sums, indent=2) + "\n"
-    )
+def warn_other_base(folder: str | Path, base_model: str, files: dict[str, str]) -> str:
+    """Return a warning if the weights in `folder` were trained on another base, "" if not.
 
-
-def compare_base(before, after):
-    """A line that says that nothing changed. Raises Stopped with the names of what did."""
-    changed = sorted(
-        {name for part in before for name, _ in before[part].items() ^ after[part].items()}
-    )
-    if changed:
-        listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if changed[5:] else "")
-        raise Stopped(
-            f"the base's weights changed during training: {listed}; no artifact is made of this run."
-        )
-    frozen = (
-        f"{len(before['frozen'])} frozen tensors, sha256 {sha256_over(before['frozen'])}; "
-        if before["frozen"]
-        else ""
-    )
-    return f"base model weights unchanged: {frozen}weight files: {len(before['files'])}"
-
-
-def only_adapters_train(task, modules_to_save):
-    """A line that says so. Raises Stopped where anything but LoRA's tensors, modules to save and
-    the head is trained.
+    Only what plainlora has written records the weight files of its base, and only an adapter or a
+    head needs one. `files` are the sha256 of the weight files of `base_model`.
     """
-    lora = [p for layer in lora_layers(task.model).values() for p in factors(layer).values()]
-    whole = [
-        p
-        for name in find_modules_to_save(task.model, modules_to_save)
-        for p in task.model.get_submodule(name).parameters()
-    ]
-    head = list(task.head.parameters()) if isinstance(task.head, MLPHead) else []
-    allowed = {id(p) for p in (*lora, *whole, *head)}
-    strange = [name for name, p in trainable_parameters(task).items() if id(p) not in allowed]
-    if strange:
+    folder = Path(folder).resolve()
+    checkpoint = folder.parent if folder.name == "lora_adapter" else folder
+    if (checkpoint / "backbone").is_dir() or (checkpoint / INDEX_FILE).is_file():
+        return ""
+    recorded = None
+    if (checkpoint / "metadata.json").is_file():
+        recorded = read_file(checkpoint / "metadata.json").get("base_files")
+    elif (checkpoint / "trainer_state.json").is_file():
+        facts = read_file(checkpoint / "trainer_state.json").get("facts", {})
+        recorded = facts.get("base_model")
+    if recorded and recorded != files:
+        return f"warning: {base_model} does not hold the weights that {folder} was trained on"
+    return ""
+
+
+def record_base(run_dir: Path, config: Config, base: BaseSums) -> None:
+    """Write baseline_checksums.json."""
+    record = {
+        "base_model": config.model.base_model,
+        "files": base.files,
+        "frozen_tensors": len(base.frozen),
+        "frozen_sha256": sha256_over(base.frozen),
+    }
+    path = Path(run_dir) / "baseline_checksums.json"
+    write_text_atomically(path, json.dumps(record, indent=2) + "\n")
+
+
+def compare_base(before: BaseSums, after: BaseSums) -> str:
+    """Return a line that says that nothing changed; raise Stopped where something did."""
+    changed = changed_names(before.files, after.files) + changed_names(before.frozen, after.frozen)
+    if changed:
+        listed = ", ".join(sorted(changed)[:5])
+        if len(changed) > 5:
+            listed += f" and {len(changed) - 5} more"
+        consequence = "no artifact is made of this run"
+        raise Stopped(f"the base's weights changed during training: {listed}; {consequence}.")
+    frozen = ""
+    if before.frozen:
+        frozen = f"{len(before.frozen)} frozen tensors, sha256 {sha256_over(before.frozen)}; "
+    return f"base model weights unchanged: {frozen}weight files: {len(before.files)}"
+
+
+def changed_names(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+
+
+def only_adapters_train(task: Task, modules_to_save: list[str]) -> str:
+    """Return a line that counts what is trained; raise Stopped where it is more than the adapter.
+
+    The modules to save and the score head belong to the adapter.
+    """
+    parts = {"LoRA tensors": [], "of modules to save": [], "of the head": []}
+    for layer in lora_layers(task.model).values():
+        parts["LoRA tensors"].extend(factors(layer).values())
+    for name in find_modules_to_save(task.model, modules_to_save):
+        parts["of modules to save"].extend(task.model.get_submodule(name).parameters())
+    if isinstance(task.head, MLPHead):
+        parts["of the head"].extend(task.head.parameters())
+
+    allowed = {id(p) for parameters in parts.values() for p in parameters}
+    unexpected = [name for name, p in trainable_parameters(task).items() if id(p) not in allowed]
+    if unexpected:
         mend = "freeze them, or name them in modules_to_save"
-        raise Stopped(f"trained beside the adapter: {', '.join(strange[:5])}; {mend}.")
-    counts = (lora, "LoRA tensors"), (whole, "of modules to save"), (head, "of the head")
-    return "only adapter parameters are trainable: " + ", ".join(
-        f"{len(some)} {what}" for some, what in counts if some
-    )
+        raise Stopped(f"trained beside the adapter: {', '.join(unexpected[:5])}; {mend}.")
+    counts = [f"{len(parameters)} {what}" for what, parameters in parts.items() if parameters]
+    return "only adapter parameters are trainable: " + ", ".join(counts)

@@ -12,16 +12,18 @@ from lora.distributed.collectives import broadcast_from_rank_zero
 KEPT = 3
 
 
-def saved_states(folder):
-    """The states of the checkpoints below `folder`, the oldest first, each with its "path"."""
-    return [
-        {**read_state(path), "path": path}
-        for _, path in sorted(checkpoints_by_step(Path(folder)).items())
-    ]
+def read_state(checkpoint: str | Path) -> dict:
+    return read_file(Path(checkpoint) / "trainer_state.json")
 
 
-def best_first(states):
-    """Those with a (finite) validation loss, the lowest first (of equals, the earlier)."""
+def saved_states(folder: Path) -> list[dict]:
+    """Return the states of the checkpoints in `folder`, the oldest first, each with its "path"."""
+    checkpoints = checkpoints_by_step(Path(folder))
+    return [{**read_state(path), "path": path} for _, path in sorted(checkpoints.items())]
+
+
+def best_first(states: list[dict]) -> list[dict]:
+    """Return those with a finite validation loss, the lowest first; of equal ones the earlier."""
     evaluated = [s for s in states if s["val"] and s["val"]["loss"] is not None]
     return sorted(evaluated, key=lambda s: (s["val"]["loss"], s["step"]))
 
@@ -29,7 +31,7 @@ def best_first(states):
 def best_loss(folder: Path) -> float:
     """Return the lowest validation loss among the checkpoints; infinite where there is none.
 
-    Rank 0 reads the folder, and every process gets what it found.
+    Rank 0 reads the folder and tells every process.
     """
     losses = broadcast_from_rank_zero(losses_of_best, folder)
     return min(losses, default=math.inf)
@@ -38,7 +40,7 @@ def best_loss(folder: Path) -> float:
 def is_among_best(folder: Path, loss: float) -> bool:
     """Return whether a checkpoint with this validation loss would be one of the best that are kept.
 
-    Rank 0 reads the folder, and every process gets what it found.
+    Rank 0 reads the folder and tells every process.
     """
     losses = broadcast_from_rank_zero(losses_of_best, folder)
     return math.isfinite(loss) and (len(losses) < KEPT or loss < losses[KEPT - 1])
@@ -49,32 +51,32 @@ def losses_of_best(folder: Path) -> list[float]:
     return [state["val"]["loss"] for state in best_first(saved_states(folder))]
 
 
-def prune(folder):
+def prune(folder: Path) -> None:
+    """Delete the checkpoints that are neither among the best nor the last."""
     states = saved_states(folder)
-    keep = {state["step"] for state in [*best_first(states)[:KEPT], *states[-1:]]}
+    kept_steps = {state["step"] for state in best_first(states)[:KEPT] + states[-1:]}
     for state in states:
-        if state["step"] not in keep:
+        if state["step"] not in kept_steps:
             remove_folder(state["path"])
 
 
-def recover(run_dir):
-    """Clear what a killed run left, set damaged checkpoints aside and delete those that are not to
-    stay; lines to say.
+def recover(run_dir: Path) -> list[str]:
+    """Clear what a killed run left, and set damaged checkpoints aside.
+
+    Returns:
+        Lines for the log.
     """
-    said, folder = [], Path(run_dir) / "checkpoints"
+    warnings = []
+    folder = Path(run_dir) / "checkpoints"
     remove_leftovers(Path(run_dir))
     remove_leftovers(folder)
     for path in checkpoints_by_step(folder).values():
-        found = find_damage(path, "trainer_state.json")
-        if found:
+        damage = find_damage(path, "trainer_state.json")
+        if damage:
             aside = folder / f"damaged_{path.name}"
             if aside.exists():
                 remove_folder(aside)
             path.rename(aside)
-            said.append(f"warning: {path}: damaged ({found}); set aside as {aside.name}")
+            warnings.append(f"warning: {path}: damaged ({damage}); set aside as {aside.name}")
     prune(folder)
-    return said
-
-
-def read_state(path):
-    return read_file(Path(path) / "trainer_state.json")
+    return warnings

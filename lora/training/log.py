@@ -1,4 +1,4 @@
-"""What a run says: the console, a progress bar, logs/train_*.log and logs/train_metrics.jsonl."""
+"""The log of a run: the console, a progress bar, logs/train_*.log and logs/train_metrics.jsonl."""
 
 from collections import deque
 import fcntl
@@ -9,6 +9,7 @@ import resource
 import statistics
 import sys
 import time
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -16,106 +17,90 @@ from tqdm import tqdm
 from lora.common.atomic_files import write_text_atomically
 from lora.common.errors import UserError
 from lora.common.serialization import without_nan
+from lora.config.schema import Config
 from lora.data.batches import Batch
 from lora.distributed import process_group
 from lora.evaluation.example_losses import save_example_losses
 from lora.evaluation.predict import Predictions
 from lora.model.run import Run
-from lora.training.trackers import tracker
 
-SPIKE_WINDOW, SPIKE = 50, 6.0  # steps, standard deviations of their losses
+SPIKE_WINDOW = 50  # steps whose losses a new one is compared with
+SPIKE = 6.0  # standard deviations above their mean
 
 
 class Log:
-    """The log of a run in `run_dir`. Metrics of steps after `start` are cut off: a resumed run
-    writes them again.
+    """The log of a run. Every rank has one, and only that of rank 0 writes files."""
 
-    Of several processes only the first has one.
-    """
+    def __init__(
+        self, run_dir: str | Path, config: Config, start: int = 0, may_exist: bool = False
+    ) -> None:
+        """Make the folder of a run that begins at the step `start`, and open its files.
 
-    def __init__(self, run_dir, config, start=0, may_exist=False):
-        self.run_dir, self.bar, self.tokens, self.seconds = Path(run_dir), None, 0, 0.0
-        self.losses, self.trackers = deque(maxlen=SPIKE_WINDOW), []
+        Raises UserError where the folder exists (unless it `may_exist`), is in use, or cannot be
+        made.
+        """
+        self.run_dir = Path(run_dir)
+        self.bar: tqdm = None
+        self.num_tokens = 0  # since the last training metrics
+        self.seconds = 0.0  # since the last training metrics
+        self.losses = deque(maxlen=SPIKE_WINDOW)
+        self.trackers = []
         if process_group.rank() > 0:
             self.metrics_file = self.text_file = open(os.devnull, "w")
             return
+        self.lock = lock_folder(self.run_dir, may_exist)
         folder = self.run_dir / "logs"
-        try:
-            # Of two runs that start at once, one gets the folder
-            self.run_dir.mkdir(parents=True, exist_ok=may_exist)
-            folder.mkdir(exist_ok=may_exist)
-            self.lock = open(folder / "lock", "w")
-            # While this process lives; it may begin anew
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.run_dir}: another process is training there; wait for it or end it."
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{self.run_dir}: {error.strerror}; name another --experiment_name or --output_dir."
-            ) from None
         config.save(folder / "config.json")
         config.save(folder / "config.toml")
-        metrics = folder / "train_metrics.jsonl"
-        if metrics.exists():
-            lines = metrics.read_text().splitlines(True)
-            # A killed run may leave half a line
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = "".join(line for line in whole if start and json.loads(line)["step"] <= start)
-            write_text_atomically(metrics, kept)
-        self.metrics_file = open(metrics, "a", buffering=1)
-        self.text_file = open(
-            folder / f"train_{time.strftime('%Y%m%d-%H%M%S')}.log", "a", buffering=1
-        )
-        names = filter(None, config.output.report_to.split(","))
-        self.trackers = [tracker(name, self.run_dir, config, start, self.say) for name in names]
+        cut_metrics_after(start, folder / "train_metrics.jsonl")
+        self.metrics_file = open(folder / "train_metrics.jsonl", "a", buffering=1)
+        text_name = f"train_{time.strftime('%Y%m%d-%H%M%S')}.log"
+        self.text_file = open(folder / text_name, "a", buffering=1)
+        if config.output.report_to:
+            from lora.training.trackers import Tracker
 
-    def say(self, line):
-        """A line for the console and for the log."""
+            names = [name for name in config.output.report_to.split(",") if name]
+            for name in names:
+                self.trackers.append(Tracker(name, self.run_dir, config, start, self.say))
+
+    def say(self, line: str) -> None:
+        """Write a line to the console and to the log file."""
         tqdm.write(line)
         self.text_file.write(line + "\n")
 
-    def start(self, step, total):
-        quiet = True if process_group.rank() > 0 else None  # None: without a terminal
+    def start(self, step: int, total: int) -> None:
+        """Show the progress bar."""
+        quiet = True if process_group.rank() > 0 else None  # None: no bar without a terminal
         self.bar = tqdm(total=total, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
 
-    def count(self, step, tokens, seconds, loss):
-        """Step number `step` is done, over so many tokens; evaluations and checkpoints are not in
-        its seconds.
-        """
+    def count(self, step: int, num_tokens: int, seconds: float, loss: float) -> None:
+        """Count a step; `seconds` are without evaluations and checkpoints."""
         if len(self.losses) == SPIKE_WINDOW:
-            usual = statistics.fmean(self.losses)
-            if loss > usual + SPIKE * statistics.pstdev(self.losses):
-                before = f"the mean of the {SPIKE_WINDOW} before is {usual:.4f}"
+            mean = statistics.fmean(self.losses)
+            if loss > mean + SPIKE * statistics.pstdev(self.losses):
+                before = f"the mean of the {SPIKE_WINDOW} before is {mean:.4f}"
                 self.say(f"step {step}: the loss {loss:.4f} is a spike: {before}")
         self.losses.append(loss)
-        self.tokens += tokens
+        self.num_tokens += num_tokens
         self.seconds += seconds
         self.bar.update()
 
-    def metrics(self, step, values):
-        """A line of metrics: {"train/loss": ...} or {"val/loss": ...}. Training lines get their
-        tokens per second.
-        """
+    def metrics(self, step: int, values: dict) -> None:
+        """Write a line of metrics: {"train/loss": ...} or {"val/loss": ...}."""
         if "train/loss" in values:
-            values["train/tokens_per_second"] = round(self.tokens / self.seconds, 1)
-            self.tokens, self.seconds = 0, 0.0
-            shown = (
-                values["train/loss"],
-                values["train/learning_rate"],
-                values["train/tokens_per_second"],
-            )
-            line = "loss {:.4f}, lr {:.2e}, {:.0f} tokens/s".format(*shown)
+            tokens_per_second = round(self.num_tokens / self.seconds, 1)
+            values = {**values, "train/tokens_per_second": tokens_per_second}
+            self.num_tokens, self.seconds = 0, 0.0
+            loss, learning_rate = values["train/loss"], values["train/learning_rate"]
+            line = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:.0f} tokens/s"
             self.bar.set_postfix_str(line)
             self.text_file.write(f"step {step}: {line}\n")
             if not sys.stderr.isatty():
                 print(f"step {step}: {line}", flush=True)
-        self.metrics_file.write(
-            json.dumps({"step": step, "timestamp": time.time(), **without_nan(values)}) + "\n"
-        )
-        for track in self.trackers:
-            track(step, values)
+        record = {"step": step, "timestamp": time.time(), **without_nan(values)}
+        self.metrics_file.write(json.dumps(record) + "\n")
+        for tracker in self.trackers:
+            tracker.metrics(step, values)
 
     def example_losses(
         self, step: int, run: Run, batches: list[Batch], predictions: Predictions
@@ -124,7 +109,7 @@ class Log:
         if process_group.rank() == 0:
             save_example_losses(self.run_dir, step, run, batches, predictions)
 
-    def close(self):
+    def close(self) -> None:
         self.bar.close()
         self.metrics_file.close()
         self.text_file.close()
@@ -132,10 +117,39 @@ class Log:
             self.lock.close()
 
 
-def peak_memory(device):
-    """The most memory this run has held, in bytes: the GPU's where it ran on one, else the
-    process's.
+def lock_folder(run_dir: Path, may_exist: bool) -> TextIO:
+    """Make the folder of a run, and keep other processes out of it while this one lives."""
+    try:
+        # Of two runs that start at once, one gets the folder.
+        run_dir.mkdir(parents=True, exist_ok=may_exist)
+        (run_dir / "logs").mkdir(exist_ok=may_exist)
+        lock = open(run_dir / "logs" / "lock", "w")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        in_use = "another process is training there; wait for it or end it"
+        raise UserError(f"{run_dir}: {in_use}.") from None
+    except OSError as error:
+        mend = "name another --experiment_name or --output_dir"
+        raise UserError(f"{run_dir}: {error.strerror}; {mend}.") from None
+
+
+def cut_metrics_after(step: int, path: Path) -> None:
+    """Remove the metrics of later steps, which a resumed run writes again; all of them for step 0.
+
+    A killed run may have left half a line, which goes as well.
     """
+    if not path.exists():
+        return
+    kept = ""
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and step > 0 and json.loads(line)["step"] <= step:
+            kept += line
+    write_text_atomically(path, kept)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory this run has held, in bytes: the GPU's, or else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,7 +11,7 @@ from pathlib import Path
 import weakref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,120 +19,136 @@ from lora.common.errors import UserError
 from lora.distributed import process_group
 from lora.model.device import autocast
 from lora.model.run import Run
+from lora.model.task import Task
 from lora.target_modules import decoder_layers
 from lora.training.checkpoint import trainable_parameters
 from lora.training.log import peak_memory
 from lora.training.optimizer import optimizer_bytes
 
 
-class Counting(TorchDispatchMode):
-    """Counts the bytes of what is made on a kind of device and not let go of yet: `live`, and at
-    most, `peak`.
-    """
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made on a device and still referred to."""
 
-    def __init__(self, kind):
+    def __init__(self, device_type: str) -> None:
         super().__init__()
-        self.kind, self.live, self.peak, self.held = kind, 0, 0, {}
+        self.device_type = device_type
+        self.live = 0  # bytes now
+        self.peak = 0  # bytes at most
+        self.sizes: dict[int, int] = {}  # of the live storages, by address
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for made, declared in zip(
-            out if isinstance(out, (list, tuple)) else [out], func._schema.returns
-        ):
-            for tensor in made if isinstance(made, (list, tuple)) else [made]:
-                if (
-                    isinstance(tensor, torch.Tensor)
-                    and not declared.alias_info
-                    and tensor.device.type == self.kind
-                ):
-                    self.add(tensor.untyped_storage())
-        return out
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (list, tuple)) else [result]
+        for output, declared in zip(outputs, func._schema.returns):
+            is_view = declared.alias_info
+            for tensor in output if isinstance(output, (list, tuple)) else [output]:
+                if isinstance(tensor, Tensor) and not is_view:
+                    self.add(tensor)
+        return result
 
-    def add(self, storage):
-        if storage._cdata not in self.held:
-            self.held[storage._cdata] = storage.nbytes()
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if tensor.device.type == self.device_type and address not in self.sizes:
+            self.sizes[address] = storage.nbytes()
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.drop, storage._cdata)
+            weakref.finalize(storage, self.drop, address)
 
-    def drop(self, key):
-        self.live -= self.held.pop(key)
+    def drop(self, address: int) -> None:
+        self.live -= self.sizes.pop(address)
+
+
+class HeadMemory:
+    """Hooks around a head's forward pass, which find the most bytes that it holds of its own."""
+
+    def __init__(self, counter: MemoryCounter) -> None:
+        self.counter = counter
+        self.peak = 0  # bytes of the head alone
+        self.live_before = 0
+        self.peak_before = 0
+
+    def forward_begins(self, *hook_arguments) -> None:
+        self.live_before = self.counter.live
+        self.peak_before = self.counter.peak
+        self.counter.peak = self.counter.live
+
+    def forward_ends(self, *hook_arguments) -> None:
+        self.peak = max(self.peak, self.counter.peak - self.live_before)
+        self.counter.peak = max(self.peak_before, self.counter.peak)
 
 
 def plan_memory(run: Run) -> dict[str, int]:
-    """What this process holds on `device` at its peak: {"weights", "gradients", "optimizer",
-    "activations", "head"}, bytes.
+    """Return the bytes of each part of what this process would hold at its peak.
 
-    On a CPU there is "program" as well: Python, the libraries, and what is left of loading.
+    On a CPU one part is "program": Python, the libraries, and what is left of loading.
 
-    task: on the CPU (a 4-bit base: on `device`), not sharded yet; dtype: the type it computes in.
+    Args:
+        run: its task is on the CPU (a 4-bit base: on the device), and not sharded yet.
     """
-    task, data, config, device, dtype = run.task, run.data, run.config, run.device, run.dtype
-    parameters = list(trainable_parameters(task).values())
-    parts = process_group.world_size() if process_group.world_size() > 1 and not config.lora else 1
-    storages = {
-        t.untyped_storage()._cdata: t.nbytes for t in (*task.state_dict().values(), *task.buffers())
-    }
-    weights = sum(storages.values()) // parts
-    if parts > 1:  # a layer is gathered while the one before it is computed
-        weights += 2 * max(
-            sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(task.model)
-        )
-    gradients = sum(p.nbytes for p in parameters)
-    head = before = earlier = 0
+    parameters = list(trainable_parameters(run.task).values())
+    num_shards = 1 if run.config.lora else process_group.world_size()
+    weights = weight_bytes(run.task, num_shards)
+    gradients = sum(parameter.nbytes for parameter in parameters)
+    counter = MemoryCounter(run.device.type)
+    head_memory = HeadMemory(counter)
+    count_step(run, counter, head_memory)
+    head = min(head_memory.peak, counter.peak - gradients)
+    parts = {}
+    if run.device.type == "cpu":
+        parts["program"] = max(0, resident_bytes() - weights)
+    parts["weights"] = weights
+    parts["gradients"] = gradients // num_shards
+    parts["optimizer"] = optimizer_bytes(parameters, run.config.training.optimizer) // num_shards
+    parts["activations"] = counter.peak - gradients - head
+    parts["head"] = head
+    return parts
 
-    def head_begins(*_):
-        nonlocal before, earlier
-        before, earlier, counting.peak = counting.live, counting.peak, counting.live
 
-    def head_ends(*_):
-        nonlocal head
-        head, counting.peak = max(head, counting.peak - before), max(earlier, counting.peak)
+def weight_bytes(task: Task, num_shards: int) -> int:
+    """Return the bytes of the weights and buffers that a process holds."""
+    sizes = {}  # by storage: tied weights are held once
+    for tensor in (*task.state_dict().values(), *task.buffers()):
+        sizes[tensor.untyped_storage()._cdata] = tensor.nbytes
+    total = sum(sizes.values()) // num_shards
+    if num_shards > 1:  # a layer is gathered while the one before it is computed
+        layers = decoder_layers(task.model)
+        total += 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
+    return total
 
-    # It would print a traceback of its own
+
+def count_step(run: Run, counter: MemoryCounter, head_memory: HeadMemory) -> None:
+    """Run the largest step without contents, and count what it holds."""
+    task = run.task
+    # torch would print a traceback of its own.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    hooks = (
-        task.head.register_forward_pre_hook(head_begins),
-        task.head.register_forward_hook(head_ends),
-    )
-    with (
-        torch.compiler.set_stance("force_eager"),
-        FakeTensorMode(allow_non_fake_inputs=True) as fakes,
-    ):
-        fake = {
-            name: fakes.from_tensor(tensor.detach()).to(device).requires_grad_(tensor.requires_grad)
-            for name, tensor in (*task.named_parameters(), *task.named_buffers())
-            # Those of 4 bits are bitsandbytes' own, and on the device
-            if type(tensor) in (torch.Tensor, nn.Parameter)
-        }
-        with Counting(device.type) as counting:
+    before = task.head.register_forward_pre_hook(head_memory.forward_begins)
+    after = task.head.register_forward_hook(head_memory.forward_ends)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.compiler.set_stance("force_eager"), fake_mode:
+        fakes = {}
+        for name, tensor in (*task.named_parameters(), *task.named_buffers()):
+            # 4-bit weights are of bitsandbytes' own type, and on the device already.
+            if type(tensor) in (Tensor, nn.Parameter):
+                fake = fake_mode.from_tensor(tensor.detach()).to(run.device)
+                fakes[name] = fake.requires_grad_(tensor.requires_grad)
+        with counter:
             try:
-                for batch in data.largest_batches():
-                    with autocast(device, dtype):
-                        loss, _ = torch.func.functional_call(task, fake, (batch.to(device),))
+                for batch in run.data.largest_batches():
+                    batch = batch.to(run.device)
+                    with autocast(run.device, run.dtype):
+                        loss, _ = torch.func.functional_call(task, fakes, (batch,))
                     loss.backward()
-            # Torch has no such shapes for experts in float32, say
+            # torch cannot tell the shapes of some operations, such as float32 experts.
             except (RuntimeError, AttributeError) as error:
-                raise UserError(
-                    f"--dry_run: this model cannot be counted in {dtype} ({str(error)[:120]})."
-                ) from None
-    for hook in hooks:
-        hook.remove()
-    head = min(head, counting.peak - gradients)
-    program = {"program": max(0, resident() - weights)} if device.type == "cpu" else {}
-    return program | {
-        "weights": weights,
-        "gradients": gradients // parts,
-        "optimizer": optimizer_bytes(parameters, config.training.optimizer) // parts,
-        "activations": counting.peak - gradients - head,
-        "head": head,
-    }
+                found = f"this model cannot be counted in {run.dtype} ({str(error)[:120]})"
+                raise UserError(f"--dry_run: {found}.") from None
+    before.remove()
+    after.remove()
 
 
-def resident():
-    """The main memory that this process holds now, in bytes (its peak, where the system does not
-    tell).
-    """
+def resident_bytes() -> int:
+    """Return the main memory that this process holds now, or its peak where that is not known."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

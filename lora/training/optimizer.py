@@ -1,87 +1,104 @@
 """AdamW, in 32 bits or with bitsandbytes' 8-bit state, over all that is trained."""
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lora.distributed.sharding import local_tensor, sharded_like
+from lora.config.schema import Config
+from lora.distributed.sharding import local_tensor
 from lora.quantization import import_bitsandbytes
 
+Parameters = dict[str, nn.Parameter]  # by name
+States = dict[str, dict[str, Tensor]]  # by name of the parameter, then of the tensor
 
-def make_optimizer(parameters, config, device):
-    """The optimizer that `config` names over `parameters` (name -> parameter). Raises UserError
-    where it cannot be had.
 
-    With `loraplus_lr_ratio` the LoRA B's learn faster than the rest (LoRA+, Hayou et al. 2024):
-    each group's "lr_ratio" multiplies the learning rate of the schedule.
-    """
-    settings, ratio = config.training, config.lora.loraplus_lr_ratio if config.lora else 1.0
-    ratios = {name: ratio if ".lora_B." in name else 1.0 for name in parameters}
-    groups = [
-        {
-            "params": [parameters[name] for name in parameters if ratios[name] == value],
-            "lr_ratio": value,
-        }
-        for value in dict.fromkeys(ratios.values())
-    ]
+def make_optimizer(parameters: Parameters, config: Config, device: torch.device) -> Optimizer:
+    """Make the optimizer that the configuration names."""
+    settings = config.training
+    groups = parameter_groups(parameters, config.lora.loraplus_lr_ratio if config.lora else 1.0)
     values = {"lr": 0.0, "betas": (0.9, settings.adam_beta2), "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, **values)
     bnb = import_bitsandbytes(f"optimizer {settings.optimizer}", device)
-    paged = settings.optimizer == "paged_adamw_8bit"
-    if paged and device.type == "cpu":
-        print(
-            "optimizer paged_adamw_8bit: on the CPU there is nothing to page to; it is adamw_8bit here"
-        )
-        paged = False
-    return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)(groups, **values)
+    if settings.optimizer == "paged_adamw_8bit":
+        if device.type != "cpu":
+            return bnb.optim.PagedAdamW8bit(groups, **values)
+        reason = "on the CPU there is nothing to page to"
+        print(f"optimizer paged_adamw_8bit: {reason}; it is adamw_8bit here")
+    return bnb.optim.AdamW8bit(groups, **values)
 
 
-def optimizer_bytes(parameters, optimizer):
-    """How much memory the optimizer of that name will hold for `parameters`, from the first step
-    on.
+def parameter_groups(parameters: Parameters, lora_b_ratio: float) -> list[dict]:
+    """Group the parameters by their "lr_ratio", which multiplies the schedule's learning rate.
+
+    With LoRA+ (Hayou et al. 2024) the matrices B learn faster than the rest.
     """
-    sizes = [local_tensor(parameter).numel() for parameter in parameters]
-    if optimizer == "adamw":
-        return sum(8 * size for size in sizes)
-    # A byte for each of two values, and a scale for 256 of them; small tensors are kept in 32 bits.
-    return sum(8 * size if size < 4096 else 2 * size + 8 * (size // 256) for size in sizes)
+    groups: dict[float, dict] = {}
+    for name, parameter in parameters.items():
+        ratio = lora_b_ratio if ".lora_B." in name else 1.0
+        if ratio not in groups:
+            groups[ratio] = {"params": [], "lr_ratio": ratio}
+        groups[ratio]["params"].append(parameter)
+    return list(groups.values())
 
 
-def state_of(optimizer):
-    """Parameter -> {name: tensor}: what the optimizer remembers of it. Empty before the first step."""
-    return {parameter: tensors_of(state) for parameter, state in optimizer.state.items()}
+def optimizer_bytes(parameters: list[nn.Parameter], optimizer: str) -> int:
+    """Return the memory that the optimizer of that name takes at its first step."""
+    total = 0
+    for parameter in parameters:
+        size = local_tensor(parameter).numel()
+        if optimizer == "adamw" or size < 4096:  # bitsandbytes keeps small tensors in 32 bits
+            total += 8 * size
+        else:  # a byte for each of two values, and for each a scale of 4 bytes to 256 of them
+            total += 2 * size + 8 * (size // 256)
+    return total
 
 
-def tensors_of(state):
-    """{name: tensor} of one parameter's state, without bitsandbytes' tables of constants."""
-    return {
-        key: torch.as_tensor(value) for key, value in state.items() if not key.startswith("qmap")
-    }
+def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return what the optimizer remembers of a parameter, after its first step."""
+    tensors = {}
+    for key, value in optimizer.state[parameter].items():
+        if not key.startswith("qmap"):  # bitsandbytes' tables of constants
+            tensors[key] = torch.as_tensor(value)
+    return tensors
 
 
-def set_state(optimizer, tensors):
-    """Put back what `state_of` gave. Raises KeyError(parameter, names that are absent, too many or
-    of another shape).
+def set_state(optimizer: Optimizer, parameters: Parameters, saved: States) -> list[str]:
+    """Put back what `state_of` returned of each parameter; of a sharded one, its local rows.
+
+    Returns:
+        "parameter/key" of what does not fit at the first parameter where anything does not.
     """
+    names = {parameter: name for name, parameter in parameters.items()}
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
-            mine = local_tensor(parameter)
-            saved, state = tensors[parameter], {"step": 0.0, "exp_avg": mine, "exp_avg_sq": mine}
-            if not isinstance(optimizer, torch.optim.AdamW):
-                # Paged memory must be bitsandbytes' own
-                optimizer.init_state(group, parameter, i, j)
-                state = optimizer.state[parameter]
-            shapes = {key: tensor.shape for key, tensor in tensors_of(state).items()}
-            wrong = [
-                key
-                for key in {**saved, **shapes}
-                if key not in saved or saved[key].shape != shapes.get(key)
-            ]
-            if wrong:  # torch's fused step does not look at shapes
-                raise KeyError(parameter, *sorted(wrong))
+            name = names[parameter]
             if isinstance(optimizer, torch.optim.AdamW):
                 optimizer.state[parameter] = {
-                    key: sharded_like(parameter, tensor) for key, tensor in saved.items()
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
                 }
             else:
-                for key, tensor in saved.items():
-                    state[key] = tensor.item() if key == "step" else state[key].copy_(tensor)
+                optimizer.init_state(group, parameter, i, j)  # makes paged memory
+            # torch's fused step does not look at shapes, so that this is the only check.
+            expected = shapes_of(state_of(optimizer, parameter))
+            shapes = shapes_of(saved[name])
+            keys = sorted(expected.keys() | shapes.keys())
+            mismatches = [key for key in keys if expected.get(key) != shapes.get(key)]
+            if mismatches:
+                return [f"{name}/{key}" for key in mismatches]
+            fill(optimizer.state[parameter], saved[name])
+    return []
+
+
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: local_tensor(tensor).shape for key, tensor in tensors.items()}
+
+
+def fill(state: dict[str, Tensor | int], saved: dict[str, Tensor]) -> None:
+    for key, tensor in saved.items():
+        if isinstance(state[key], Tensor):
+            local_tensor(state[key]).copy_(tensor)
+        else:
+            state[key] = tensor.item()  # bitsandbytes' step

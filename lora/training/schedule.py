@@ -2,25 +2,39 @@
 
 import math
 
+from lora.config.schema import TrainingConfig
 
-def total_steps(settings, steps_per_epoch):
-    """Where a run ends: max_steps or num_train_epochs, the smaller where both are given; 10000
-    where neither is.
+
+def total_steps(settings: TrainingConfig, steps_per_epoch: float) -> int:
+    """Return the optimizer steps of a run: max_steps or num_train_epochs, whichever ends first."""
+    limits = []
+    if settings.max_steps:
+        limits.append(settings.max_steps)
+    if settings.num_train_epochs:
+        limits.append(math.ceil(settings.num_train_epochs * steps_per_epoch))
+    return min(limits, default=10_000)
+
+
+def learning_rate_at(step: int, total: int, settings: TrainingConfig) -> float:
+    """Return the learning rate of step 0..total-1, as transformers' schedules have it.
+
+    It rises linearly from 0 during the warm-up and then follows `lr_scheduler_type`.
     """
-    by_epochs = settings.num_train_epochs and math.ceil(settings.num_train_epochs * steps_per_epoch)
-    return min(filter(None, (settings.max_steps, by_epochs)), default=10000)
-
-
-def learning_rate_at(step, total, settings):
-    """The learning rate of step 0..total-1, as transformers' schedules have it: linear warm-up from
-    0, then the shape.
-    """
-    warmup = settings.warmup_steps
-    if warmup is None:
-        ratio = settings.warmup_ratio
-        warmup = min(500, total // 20) if ratio is None else math.ceil(ratio * total)
+    warmup = warmup_steps(total, settings)
     if step < warmup:
         return settings.learning_rate * step / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
-    return settings.learning_rate * shape[settings.lr_scheduler_type]
+    done = (step - warmup) / max(1, total - warmup)  # from 0 to 1
+    factors = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": 1 - done,
+        "constant": 1.0,
+    }
+    return settings.learning_rate * factors[settings.lr_scheduler_type]
+
+
+def warmup_steps(total: int, settings: TrainingConfig) -> int:
+    if settings.warmup_steps is not None:
+        return settings.warmup_steps
+    if settings.warmup_ratio is not None:
+        return math.ceil(settings.warmup_ratio * total)
+    return min(500, total // 20)

@@ -14,6 +14,7 @@ from lora.model.run import Run
 from lora.model.task import Task
 from lora.quantization import share_4bit
 from lora.training.base_integrity import (
+    BaseSums,
     measure_base,
     only_adapters_train,
     record_base,
@@ -26,7 +27,7 @@ from lora.training.schedule import total_steps
 
 def begin(
     run: Run, command: Command, raw_data: RawData, state: dict | None, description: str
-) -> tuple[Log, dict | None, dict]:
+) -> tuple[Log, BaseSums | None, dict]:
     """Make the folder of a run, and log what it is about to do.
 
     Args:
@@ -38,21 +39,18 @@ def begin(
 
     Returns:
         The log; the hashes of the base (None but on rank 0); and the facts that go into the
-        checkpoints, which a run that resumes one must have in common with this one.
-
-    Raises:
-        UserError: the facts are not those of the checkpoint, or the folder is in use.
+        checkpoints, which must be the same in a run that resumes one (UserError).
     """
     config = run.config
     base = None
     if process_group.rank() == 0:
         base = measure_base(run.task, config)
-        command.require_same({"base_model": base["files"], "dtype": str(run.dtype)})
+        command.require_same({"base_model": base.files, "dtype": str(run.dtype)})
     keep_number_of_threads(state)
     place = describe_place(run.device)
     facts = {
         **raw_data.files,
-        "base_model": base and base["files"],
+        "base_model": base and base.files,
         "dtype": str(run.dtype),
         "place": place,
     }
@@ -65,13 +63,11 @@ def begin(
         record_base(log.run_dir, config, base)
         for line in recover(log.run_dir):
             log.say(line)
-        warning = warn_other_base(config.model.init_from, config.model.base_model, base["files"])
-        if warning:
-            log.say(warning)
-        if state:
-            moved = describe_moved(state["facts"]["place"], place)
-            if moved:
-                log.say(moved)
+        warning = warn_other_base(config.model.init_from, config.model.base_model, base.files)
+        moved = describe_moved(state["facts"]["place"], place) if state else ""
+        for line in (warning, moved):
+            if line:
+                log.say(line)
     log.say(f"{description}; in {log.run_dir}")
     return log, base, facts
 
@@ -96,26 +92,22 @@ def describe_run(run: Run, data_facts: dict) -> str:
     if task.frozen:
         count = train_facts["targets"] + eval_facts["targets"]
         size = 4e-9 * count * task.head.layers[0].in_features
-        lines.append(
-            f"the base reads every row once: its hidden states at up to {count} targets are kept, "
-            f"in {size:.3f} GB of main memory"
-        )
-    if data_facts["repeated"]:
-        repeated = f"{data_facts['repeated']} training examples"
-        lines.append(f"warning: {repeated} are repeated word for word")
-    if data_facts["overlap"]:
-        overlap = f"{data_facts['overlap']} prompts or texts"
-        lines.append(f"warning: {overlap} are in the training data and in the held-out data")
+        kept = f"its hidden states at up to {count} targets are kept"
+        lines.append(f"the base reads every row once: {kept}, in {size:.3f} GB of main memory")
+    repeated, overlap = data_facts["repeated"], data_facts["overlap"]
+    if repeated:
+        lines.append(f"warning: {repeated} training examples are repeated word for word")
+    if overlap:
+        both = "are in the training data and in the held-out data"
+        lines.append(f"warning: {overlap} prompts or texts {both}")
     if world_size() > 1:
         held = "a part of every layer"
         if config.lora:
             held = "the model, and they sum their gradients once a step"
         lines.append(f"{world_size()} processes: each holds {held}")
     if not task.packed:
-        lines.append(
-            "this model's attention cannot be told where documents end: "
-            "rows are sorted by length and padded"
-        )
+        reason = "this model's attention cannot be told where documents end"
+        lines.append(f"{reason}: rows are sorted by length and padded")
     if config.training.max_steps and config.training.num_train_epochs:
         lines.append("max_steps and num_train_epochs are both given: the smaller ends the run")
     examples = data.examples_per_step
@@ -145,11 +137,8 @@ def keep_number_of_threads(state: dict | None) -> None:
 
     The number of threads decides the order of sums, and so the last bits of a resumed run.
     """
-    if state is None:
-        return
-    place = state["facts"]["place"]
-    if place["processes"] == world_size():
-        torch.set_num_threads(place["threads"])
+    if state and state["facts"]["place"]["processes"] == world_size():
+        torch.set_num_threads(state["facts"]["place"]["threads"])
 
 
 def describe_place(device: torch.device) -> dict[str, str | int]:

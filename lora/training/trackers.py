@@ -1,57 +1,70 @@
-"""Where the metrics go beside the run's own file (`--report_to`): TensorBoard, Weights & Biases.
+"""Where the metrics go beside the run's own file (`--report_to`): TensorBoard, Weights & Biases."""
 
-A tracker is a function of (step, {name: value}). Whatever goes wrong in one is said once, and the
-run goes on without it.
-"""
-
+from collections.abc import Callable
+from dataclasses import dataclass
 import hashlib
+from pathlib import Path
+
+from lora.config.schema import Config
 
 
-def tracker(name, run_dir, config, start, say):
-    """The tracker called `name` for the run in `run_dir`, which begins at step `start`."""
-    make, track = {"tensorboard": tensorboard, "wandb": wandb}[name], None
+@dataclass
+class Tracker:
+    """Sends the metrics to one service; what goes wrong there is logged once and ends only that."""
 
-    def guarded(step, values):
-        nonlocal make, track
-        if make is None:
+    name: str  # tensorboard or wandb
+    run_dir: Path
+    config: Config
+    start: int  # the step at which the run begins
+    say: Callable[[str], None]  # writes a line to the log
+    send: Callable | None = None  # made at the first metrics
+    failed: bool = False
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        if self.failed:
             return
+        connect = tensorboard if self.name == "tensorboard" else wandb
         try:
-            track = track or make(run_dir, config, start)
-            track(step, values)
-        except Exception as error:  # of a package of others, a network, a service
-            make = None
+            if self.send is None:
+                self.send = connect(self.run_dir, self.config, self.start)
+            self.send(step, values)
+        except Exception as error:  # anything may fail: another's package, the network, a service
+            self.failed = True
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            say(f"report_to {name}: {text}; the run goes on without it")
-
-    return guarded
+            self.say(f"report_to {self.name}: {text}; the run goes on without it")
 
 
-def tensorboard(run_dir, config, start):
-    """Writes to RUN/logs/tensorboard; what a resumed run writes again takes the place of what was
-    there.
+def tensorboard(run_dir: Path, config: Config, start: int) -> Callable:
+    """Return a function that writes metrics to RUN/logs/tensorboard.
+
+    What a resumed run writes again takes the place of what was there.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(
-        run_dir / "logs" / "tensorboard", purge_step=start + 1 if start else None
-    )
+    purge_step = start + 1 if start else None
+    writer = SummaryWriter(run_dir / "logs" / "tensorboard", purge_step=purge_step)
 
-    def track(step, values):
+    def send(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return track
+    return send
 
 
-def wandb(run_dir, config, start):
-    """Sends to the project and entity of WANDB_PROJECT and WANDB_ENTITY; a resumed run goes on in
-    the same one.
+def wandb(run_dir: Path, config: Config, start: int) -> Callable:
+    """Return a function that sends metrics to the project of WANDB_PROJECT and WANDB_ENTITY.
+
+    A resumed run continues the same one.
     """
     import wandb as package
 
     run = package.init(
-        name=run_dir.name, id=hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16], resume="allow",
-        dir=run_dir / "logs", config=config.as_dict(), settings=package.Settings(init_timeout=30),
-    )  # fmt: skip
+        name=run_dir.name,
+        id=hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16],
+        resume="allow",
+        dir=run_dir / "logs",
+        config=config.as_dict(),
+        settings=package.Settings(init_timeout=30),
+    )
     return lambda step, values: run.log(values, step=step)

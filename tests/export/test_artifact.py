@@ -20,7 +20,7 @@ from lora.common.errors import Stopped, UserError
 from lora.common.paths import ROOT
 from lora.export import artifact
 from lora.model.task import Task
-from lora.training import base_integrity
+from lora.training import base_integrity, startup
 from lora.training.checkpoint import trainable_parameters
 from tests.conftest import run, script
 
@@ -355,13 +355,13 @@ def test_a_file_of_the_base_that_changes_stops_the_run(configure, monkeypatch, o
 
 
 def test_what_is_trained_beside_the_adapter_stops_the_run(configure, monkeypatch):
-    measured = base_integrity.only_adapters_train
+    measured = startup.only_adapters_train
 
     def unfrozen(task, modules):
         task.model.norm.weight.requires_grad_(True)
         return measured(task, modules)
 
-    monkeypatch.setattr(base_integrity, "only_adapters_train", unfrozen)
+    monkeypatch.setattr(startup, "only_adapters_train", unfrozen)
     config = configure(True, max_steps=1)
     with pytest.raises(Stopped, match="trained beside the adapter: model.norm.weight; "):
         run(config)

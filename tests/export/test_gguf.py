@@ -34,7 +34,8 @@ FAMILIES = {
     "Qwen2": GROUPED,
     "Qwen3": GROUPED | dict(head_dim=128),  # transformers reads no other from a GGUF
 }
-WORDS = "the don't we'll I'M they'RE hello Straße naïve Ünïcödé привет Ελλάδα مرحبا नमस्ते こんにちは 世界 한국어".split()
+WORDS = "the don't we'll I'M they'RE hello Straße naïve Ünïcödé привет Ελλάδα".split()
+WORDS += "مرحبا नमस्ते こんにちは 世界 한국어".split()
 MARKS = [
     *"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
     "...",

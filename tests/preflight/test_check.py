@@ -339,9 +339,11 @@ def without_scale(self):
     return self.base_layer.weight + self.lora_B.weight @ self.lora_A.weight
 
 
-def fresh_state(optimizer, tensors):
-    for parameter, state in tensors.items():
-        optimizer.state[parameter] = {key: torch.zeros_like(value) for key, value in state.items()}
+def fresh_state(optimizer, parameters, saved):
+    for name, state in saved.items():
+        zeros = {key: torch.zeros_like(value) for key, value in state.items()}
+        optimizer.state[parameters[name]] = zeros
+    return []
 
 
 FAULTS = {

@@ -57,8 +57,8 @@ def test_a_signal_ends_a_run_after_its_step_and_the_resumed_one_equals_the_undis
         monkeypatch.context() as patch,
         pytest.raises(Interrupted, match="after step 6, which is saved") as end,
     ):
-        # Of step 5: the first call tries the longest rows
-        at_call(patch, TrainingData, "batch_at", 7, signals(number))
+        # The sixth call is that of step 5
+        at_call(patch, TrainingData, "batch_at", 6, signals(number))
         run(config)
     assert end.value.status == 128 + number and signal.getsignal(number) is before
     states = saved_states(f"{config.output.output_dir}/cut/checkpoints")

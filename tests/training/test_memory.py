@@ -18,7 +18,7 @@ from lora.model.load import load_task
 from lora.model.placement import prepare_layers
 from lora.model.run import Run
 from lora.model.task import Task
-from lora.training.memory_plan import Counting, plan_memory
+from lora.training.memory_plan import MemoryCounter, plan_memory
 from tests.conftest import run
 from tests.model.test_model import save
 import train_lora
@@ -145,7 +145,7 @@ def test_what_is_foreseen_without_contents_is_what_a_step_holds(configure, lora,
     assert parts["weights"] == sum(
         {p.data_ptr(): p.nbytes for p in (*task.parameters(), *task.buffers())}.values()
     )
-    with Counting("cpu") as counting:
+    with MemoryCounter("cpu") as counting:
         for batch in data.largest_batches():
             with autocast(cpu, dtype):
                 loss, _ = task(batch)

@@ -1,4 +1,4 @@
-"""The learning rates that the tensors of an adapter get, and what the optimizer remembers of them."""
+"""The learning rates of an adapter's tensors, and what the optimizer remembers of them."""
 
 import pytest
 from safetensors.torch import load_file, save_file

@@ -87,7 +87,7 @@ def test_a_tracker_that_breaks_midway_is_left(tmp_path, monkeypatch):
         raise OSError("gone")
 
     monkeypatch.setattr(trackers, "wandb", lambda *_: track)
-    one = trackers.tracker("wandb", tmp_path, None, 0, said.append)
-    one(0, {})
-    one(1, {})
+    tracker = trackers.Tracker("wandb", tmp_path, None, 0, said.append)
+    tracker.metrics(0, {})
+    tracker.metrics(1, {})
     assert calls == [0] and len(said) == 1

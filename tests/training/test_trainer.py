@@ -24,9 +24,17 @@ def test_twenty_steps_beside_trainer_and_peft_agree(configure, tiny_encoder, tmp
         rows.append({"sentence1": first, "sentence2": second, "score": score})
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = configure(
-        True, base_model=str(tiny_encoder), train_data=[str(tmp_path / "pairs.jsonl")], eval_data=[], batch_size=8,
-        gradient_accumulation_steps=1, max_steps=20, warmup_steps=4, eval_steps=1000, output_dir=str(tmp_path / "ours"),
-    )  # fmt: skip
+        True,
+        base_model=str(tiny_encoder),
+        train_data=[str(tmp_path / "pairs.jsonl")],
+        eval_data=[],
+        batch_size=8,
+        gradient_accumulation_steps=1,
+        max_steps=20,
+        warmup_steps=4,
+        eval_steps=1000,
+        output_dir=str(tmp_path / "ours"),
+    )
     losses, dev, _, start = ours(config, dropout=0.0)
     peers, peers_dev, _ = theirs(config, start, 0.0, len(losses), tmp_path / "peft")
     assert max(losses) - min(losses) > 0.01
