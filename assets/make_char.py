@@ -24,7 +24,16 @@ PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END
     FOLDER
 )
 LlamaConfig(
-    architectures=["LlamaForCausalLM"], vocab_size=len(letters) + 1, hidden_size=128, intermediate_size=320,
-    num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
-    tie_word_embeddings=True, bos_token_id=None, eos_token_id=len(letters), pad_token_id=len(letters),
-).save_pretrained(FOLDER)  # fmt: skip
+    architectures=["LlamaForCausalLM"],
+    vocab_size=len(letters) + 1,
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+    eos_token_id=len(letters),
+    pad_token_id=len(letters),
+).save_pretrained(FOLDER)

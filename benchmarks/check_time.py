@@ -30,7 +30,8 @@ if __name__ == "__main__":
                 [sys.executable, *command, "--check"], cwd=ROOT, capture_output=True, text=True
             )
             print(
-                f"{time.monotonic() - started:6.1f} s, exit {done.returncode}: {' '.join(command[:1] + command[3:5])}"
+                f"{time.monotonic() - started:6.1f} s, exit {done.returncode}: "
+                f"{' '.join(command[:1] + command[3:5])}"
             )
             for line in done.stdout.splitlines():
                 if "layers the first" in line or line.startswith(("WARN", "FAIL")):

@@ -39,13 +39,32 @@ CHAINS = [
 CONFIGURATIONS = {
     "LoRA, fp32": ["train_lora.py", *TEXT, "--dtype", "float32"],
     "LoRA, bf16": ["train_lora.py", *TEXT, "--dtype", "bfloat16"],
-    "LoRA, fp32, gradient checkpointing": ["train_lora.py", *TEXT, "--dtype", "float32", "--gradient_checkpointing"],
-    "QLoRA, bf16, gradient checkpointing":
-        ["train_lora.py", *TEXT, "--dtype", "bfloat16", "--load_in_4bit", "--gradient_checkpointing"],
+    "LoRA, fp32, gradient checkpointing": [
+        "train_lora.py",
+        *TEXT,
+        "--dtype",
+        "float32",
+        "--gradient_checkpointing",
+    ],
+    "QLoRA, bf16, gradient checkpointing": [
+        "train_lora.py",
+        *TEXT,
+        "--dtype",
+        "bfloat16",
+        "--load_in_4bit",
+        "--gradient_checkpointing",
+    ],
     "full, fp32": ["train.py", *TEXT, "--dtype", "float32"],
-    "full, bf16, 8-bit AdamW": ["train.py", *TEXT, "--dtype", "bfloat16", "--optimizer", "adamw_8bit"],
+    "full, bf16, 8-bit AdamW": [
+        "train.py",
+        *TEXT,
+        "--dtype",
+        "bfloat16",
+        "--optimizer",
+        "adamw_8bit",
+    ],
     "LoRA scorer, fp32": ["train_lora.py", *CHAINS, "--dtype", "float32"],
-}  # fmt: skip
+}
 FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -102,12 +121,14 @@ if __name__ == "__main__":
                     )
                     peaks.append(results["peak_memory_gb"])
             rows.append(
-                f"| {name} | {foreseen:.2f} | {peaks[0]:.2f} | {foreseen / peaks[0] - 1:+.1%} | {peaks[1]:.2f} |"
+                f"| {name} | {foreseen:.2f} | {peaks[0]:.2f} | {foreseen / peaks[0] - 1:+.1%} | "
+                f"{peaks[1]:.2f} |"
             )
             print(rows[-1], flush=True)
     head = ["# `--dry_run` against the run", "", "`python benchmarks/dry_run.py`", ""]
     head += [
-        "| configuration | foreseen, GB | peak, GB | off by | peak with the C library's own thresholds, GB |"
+        "| configuration | foreseen, GB | peak, GB | off by | peak with the C library's own "
+        "thresholds, GB |"
     ]
     if output:
         output.write_text("\n".join([*head, "|---" * 5 + "|", *rows]) + "\n")

@@ -68,7 +68,10 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    text = f"`python benchmarks/equalities.py`, torch {torch.__version__}; fp32, tiny random models.\n\n"
+    text = (
+        f"`python benchmarks/equalities.py`, torch {torch.__version__}; fp32, tiny random "
+        f"models.\n\n"
+    )
     text += (
         adapters()
         + "\nThe gradients' differences are relative to the whole gradient's norm.\n\n"

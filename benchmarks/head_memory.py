@@ -61,5 +61,6 @@ if __name__ == "__main__":
             # In a process of its own
             one = json.loads(call(__file__, "--step", json.dumps([way, arguments.trained])))
             print(
-                f"{way}: {one['bytes'] / 1e9:.2f} GB, {one['seconds']:.1f} s, loss {one['loss']:.7f}"
+                f"{way}: {one['bytes'] / 1e9:.2f} GB, {one['seconds']:.1f} s, loss "
+                f"{one['loss']:.7f}"
             )

@@ -2,7 +2,7 @@
 same work.
 
     pip install -e '.[bench]'
-    python benchmarks/peers.py [WORK ...] [--rounds 3] [--threads 2] [--output benchmarks/results/peers.md]
+    python benchmarks/peers.py [WORK ...] [--rounds 3] [--threads 2] [--output FILE]
 
 A work is a base (random weights), data, and a number of optimizer steps. Every side starts from the
 same weights and the same adapter, and is handed the same sequences in every step, in the same
@@ -13,7 +13,7 @@ loss differs from the first row's in any step is void. Tokens are those of the d
 not count.
 
 Our side is train_lora.py's (or train.py's) own `main`, from its command line to its metrics file.
-It has the C library keep freed memory (lora/allocator.py); "freed memory kept" is a peer for which
+It has the C library keep freed memory (lora/common/allocator.py); "freed memory kept" is a peer for which
 the same is done.
 
 Memory is measured in one more, short run of each side: what the process holds at most, beyond what
@@ -44,22 +44,38 @@ FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096, "initializer_range": 0.05}
 SHAPES = {
-    "tiny": LLAMA | {
-        "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
+    "tiny": LLAMA
+    | {
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
     },
-    "small": LLAMA | {
-        "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4,
+    "small": LLAMA
+    | {
+        "vocab_size": 32_000,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
     },
     # Qwen2.5-0.5B's numbers in a Llama: of a "qwen2" transformers 5.23 reads tokenizer.json as BPE,
     # whatever it holds.
-    "0.5b": LLAMA | {
-        "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
-        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    "0.5b": LLAMA
+    | {
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
         "dtype": "bfloat16",
     },
-}  # fmt: skip
+}
 
 # What a side is: our configuration, or a library, the type of the base's weights, and the library's
 # settings.
@@ -162,9 +178,15 @@ HALVES = {
     }
 }
 TECHNIQUES = (  # what `take_away` knows
-    "freed memory kept", "huge pages", "frozen weights kept in bfloat16", "attention in matrix products", "packing",
-    "packing and sorting", "the head in chunks", "logits of targets only",
-)  # fmt: skip
+    "freed memory kept",
+    "huge pages",
+    "frozen weights kept in bfloat16",
+    "attention in matrix products",
+    "packing",
+    "packing and sorting",
+    "the head in chunks",
+    "logits of targets only",
+)
 WITHOUT = {f"without {name}": {"dtype": "bfloat16", "without": name} for name in TECHNIQUES}
 WORKS = {
     "small": Work(
@@ -333,13 +355,25 @@ def our_command(work, folder, side):
     side = {name: value for name, value in side.items() if name != "without"}
     examples = len(data.read_text().splitlines()) if work.task == "score" else work.batch
     settings = {
-        "base_model": folder / "base", "task": work.task, "eval_data": folder / "eval.jsonl",
-        "max_length": 2048, "batch_size": work.batch, "gradient_accumulation_steps": examples // work.batch,
+        "base_model": folder / "base",
+        "task": work.task,
+        "eval_data": folder / "eval.jsonl",
+        "max_length": 2048,
+        "batch_size": work.batch,
+        "gradient_accumulation_steps": examples // work.batch,
         "max_steps": work.steps,
-        "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1,
-        "max_eval_batches": 1, "eval_steps": 10**6, "save_steps": 10**6, "output_dir": folder / "runs",
-        "experiment_name": os.getpid(), **side, "train_data": data,
-    }  # fmt: skip
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "max_eval_batches": 1,
+        "eval_steps": 10**6,
+        "save_steps": 10**6,
+        "output_dir": folder / "runs",
+        "experiment_name": os.getpid(),
+        **side,
+        "train_data": data,
+    }
     if lora:
         settings |= {"lora_r": RANK, "lora_alpha": ALPHA, "init_from": folder / "adapter"}
     argv = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
@@ -437,12 +471,27 @@ def theirs(work, folder, library, dtype, settings):
             ends.append(time.time())
 
     arguments = Arguments(
-        output_dir=str(folder / "peer"), per_device_train_batch_size=batch, max_steps=work.steps, use_cpu=True,
-        gradient_accumulation_steps=len(steps[0]) // batch, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-        weight_decay=0.0, max_grad_norm=1.0, train_sampling_strategy="sequential", save_strategy="no", logging_steps=1,
-        report_to=[], disable_tqdm=True,
-        **settings, **({"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}} if library == "trl" else {}),
-    )  # fmt: skip
+        output_dir=str(folder / "peer"),
+        per_device_train_batch_size=batch,
+        max_steps=work.steps,
+        use_cpu=True,
+        gradient_accumulation_steps=len(steps[0]) // batch,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        **settings,
+        **(
+            {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+            if library == "trl"
+            else {}
+        ),
+    )
     before = peak_memory()
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     tokenizer.pad_token = tokenizer.eos_token
@@ -531,9 +580,11 @@ def compare(name, rounds, threads):
     tokens = [sum(len(row["input_ids"]) for row in step) for step in rows]
     widest = sum(max(len(row["input_ids"]) for row in step) * len(step) for step in rows)
     lines = [
-        f"## {name}\n\n{work.script}.py, {work.shape}, {work.data}: {work.steps} steps of {work.batch} sequences, "
+        f"## {name}\n\n{work.script}.py, {work.shape}, {work.data}: {work.steps} steps of "
+        f"{work.batch} sequences, "
         f"{sum(tokens)} tokens ({widest} with padding)\n",
-        "| | tokens/s, median (range) | the first row is so many times as fast | memory, MB | the first row's share "
+        "| | tokens/s, median (range) | the first row is so many times as fast | memory, MB | "
+        "the first row's share "
         "| process, MB | largest difference of a step's loss |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -555,9 +606,14 @@ def compare(name, rounds, threads):
         )
         valid = apart <= work.tolerance
         cells = [
-            side, spread(speeds, "{:.0f}"), spread(ratios, "{:.2f}") if valid else "VOID", f"{memory:.0f}",
-            f"{short[first]['memory'] / 1e6 / memory:.2f}", f"{peak:.0f}", f"{apart:.1e}",
-        ]  # fmt: skip
+            side,
+            spread(speeds, "{:.0f}"),
+            spread(ratios, "{:.2f}") if valid else "VOID",
+            f"{memory:.0f}",
+            f"{short[first]['memory'] / 1e6 / memory:.2f}",
+            f"{peak:.0f}",
+            f"{apart:.1e}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -582,7 +638,10 @@ def main():
         f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl")
     )
     for name in arguments.works or WORKS:
-        command = f"python benchmarks/peers.py {name} --rounds {arguments.rounds} --threads {arguments.threads}"
+        command = (
+            f"python benchmarks/peers.py {name} --rounds {arguments.rounds} --threads "
+            f"{arguments.threads}"
+        )
         text = "\n".join(
             [
                 *compare(name, arguments.rounds, arguments.threads),

@@ -1,7 +1,7 @@
 """What the README promises of kills and faults, tried: runs are killed, their files damaged, and
 the ends compared.
 
-    python benchmarks/reliability.py [--kills 50] [--only kills crash_points ...] [--seed 0] [--output FILE]
+    python benchmarks/reliability.py [--kills 50] [--only kills crash_points ...] [--seed 0]
 
 Every run is a child forked from this process, which has loaded torch already, so that it takes a
 second; several of them are the processes of one run. The model is a random Llama of 2 layers x 32.
@@ -79,8 +79,14 @@ class Bench:
 
     def flags(self, kind, name):
         """A run of 12 steps of 8 examples, saved at 4, 8, .. and evaluated at 3, 6, .."""
-        shared = f"--base_model {self.folder}/base --train_data arithmetic:train:64 --eval_data arithmetic:validation:8 "
-        shared += f"--max_length 100 --batch_size 1 --gradient_accumulation_steps 8 --max_steps {LAST} --eval_steps 3 "
+        shared = (
+            f"--base_model {self.folder}/base --train_data arithmetic:train:64 --eval_data "
+            f"arithmetic:validation:8 "
+        )
+        shared += (
+            f"--max_length 100 --batch_size 1 --gradient_accumulation_steps 8 --max_steps "
+            f"{LAST} --eval_steps 3 "
+        )
         shared += "--save_steps 4 --logging_steps 1 --learning_rate 1e-2 --resume_from auto "
         return [
             *shared.split(),
@@ -274,7 +280,10 @@ def kills(bench, count):
         )
         different += not bench.finish("lora", name)
     failed = lost + unreadable + too_many + different
-    text = f"{runs} runs resumed to the end, {different} ended otherwise than undisturbed; {lost} checkpoints lost, "
+    text = (
+        f"{runs} runs resumed to the end, {different} ended otherwise than undisturbed; "
+        f"{lost} checkpoints lost, "
+    )
     return (
         done,
         done - failed,
@@ -578,7 +587,10 @@ def inputs(bench):
         seconds.append(time.monotonic() - began if done.returncode == 2 else math.inf)
         if seconds[-1] >= 0.3:
             print(f"    {seconds[-1]:.2f} s: {done.stderr.strip()[-150:]}")
-    text = f"answered in {statistics.median(seconds):.2f} s, {max(seconds):.2f} s at most; to pass is 0.3 s"
+    text = (
+        f"answered in {statistics.median(seconds):.2f} s, {max(seconds):.2f} s at most; to "
+        f"pass is 0.3 s"
+    )
     return len(calls), sum(one < 0.3 for one in seconds), text
 
 
@@ -615,7 +627,10 @@ def overhead(bench):
     step = statistics.median(after - before for before, after in zip(times, times[1:]))
     save = statistics.median(json.loads(report.read_text()))
     share = save / (500 * step)
-    text = f"{1000 * save:.0f} ms a checkpoint, {1000 * step:.0f} ms a step: {share:.2%} at save_steps 500"
+    text = (
+        f"{1000 * save:.0f} ms a checkpoint, {1000 * step:.0f} ms a step: {share:.2%} at "
+        f"save_steps 500"
+    )
     return 1, int(share < 0.02), text
 
 
@@ -661,7 +676,10 @@ def main():
         )
         print(rows[-1], flush=True)
     if arguments.output:
-        command = f"`python benchmarks/reliability.py --kills {arguments.kills} --only {' '.join(arguments.only)}`"
+        command = (
+            f"`python benchmarks/reliability.py --kills {arguments.kills} --only "
+            f"{' '.join(arguments.only)}`"
+        )
         said = f"By {command}, seed {arguments.seed}."
         Path(arguments.output).write_text("\n".join(["# Reliability", "", said, "", *rows]) + "\n")
     if not failed:

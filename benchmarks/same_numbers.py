@@ -1,7 +1,7 @@
 """Proof that a change keeps the numbers: another commit and this tree run the same commands here,
 compared bit for bit.
 
-    python benchmarks/same_numbers.py [COMMIT]      (the parent of what is checked out, where none is given)
+    python benchmarks/same_numbers.py [COMMIT]      default: the parent of what is checked out
 
 The configurations are those of tests/golden/, 20 steps each; both trees are given the files of this
 one. Compared are all metrics of all steps but times, and every tensor of the last checkpoint

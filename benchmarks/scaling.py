@@ -1,7 +1,7 @@
 """How the time and the memory of a micro-batch grow: with length, batch, vocabulary, model, and
 steps of a chain.
 
-    python benchmarks/scaling.py [--threads 2] [--dtype bfloat16] [--output benchmarks/results/scaling.md]
+    python benchmarks/scaling.py [--threads 2] [--dtype bfloat16] [--output FILE]
 
 Forward and backward of a random Llama, LoRA over all linear layers (or all weights trained), every
 point in a process of its own. The roofline: a linear weight costs 4 floating-point operations a
@@ -19,8 +19,15 @@ import time
 from common import call
 
 PLAIN = {
-    "length": 256, "batch": 4, "vocabulary": 32_000, "width": 512, "layers": 8, "steps": 0, "full": False, "labelled": 1.0
-}  # fmt: skip
+    "length": 256,
+    "batch": 4,
+    "vocabulary": 32_000,
+    "width": 512,
+    "layers": 8,
+    "steps": 0,
+    "full": False,
+    "labelled": 1.0,
+}
 AXES: dict = {  # what is changed, point by point; at first the length alone, at as many tokens
     "length, 1,024 tokens": [{"length": 1024 // n, "batch": n} for n in (16, 8, 4, 2, 1)],
     "batch of 256 tokens": [{"batch": n} for n in (1, 2, 4, 8, 16)],
@@ -62,9 +69,13 @@ def measure(point, dtype):
     torch.manual_seed(0)
     width, length, kind = point["width"], point["length"], "score" if point["steps"] else "lm"
     shape = LlamaConfig(
-        vocab_size=point["vocabulary"], hidden_size=width, intermediate_size=width * 11 // 4,
-        num_hidden_layers=point["layers"], num_attention_heads=width // 64, attn_implementation="packed",
-    )  # fmt: skip
+        vocab_size=point["vocabulary"],
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=point["layers"],
+        num_attention_heads=width // 64,
+        attn_implementation="packed",
+    )
     model = (LlamaModel if point["steps"] else LlamaForCausalLM)(shape)
     linear = sum(model.get_submodule(name).weight.numel() for name in linear_names(model))
     task, dtype = Task(model, None), getattr(torch, dtype)
@@ -127,7 +138,8 @@ def main():
     )
     lines = [
         f"# How time and memory grow\n\n`{command}`; unless changed: {PLAIN}\n",
-        "| | ms | tokens/s | MB beyond the weights | share of the matmul rate |\n|---|---|---|---|---|",
+        "| | ms | tokens/s | MB beyond the weights | share of the matmul rate "
+        "|\n|---|---|---|---|---|",
     ]
     settings = {"OMP_NUM_THREADS": str(arguments.threads), "THP_MEM_ALLOC_ENABLE": "1"}
     # Freed memory goes back at once, so that what is held is seen; slower
@@ -142,7 +154,8 @@ def main():
             speed = full["length"] * full["batch"] / result["seconds"]
             said = ", ".join(f"{name} {value}" for name, value in point.items())
             lines.append(
-                f"| {axis}: {said} | {result['seconds'] * 1e3:.0f} | {speed:.0f} | {held['bytes'] / 1e6:.0f} "
+                f"| {axis}: {said} | {result['seconds'] * 1e3:.0f} | {speed:.0f} | "
+                f"{held['bytes'] / 1e6:.0f} "
                 f"| {result['share']:.0%} |"
             )
             print(lines[-1], flush=True)

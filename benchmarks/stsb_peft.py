@@ -2,7 +2,7 @@
 sentence pairs.
 
     pip install -e '.[bench]'
-    PLAINLORA_DATA=... python benchmarks/stsb_peft.py [--seeds 42 43 44] [--max_steps N] [--output FILE]
+    PLAINLORA_DATA=... python benchmarks/stsb_peft.py [--seeds 42 43 44] [--max_steps N]
 
 Part 1, dropout 0: with the same A, head, order and schedule, the losses of the steps must agree
 within 1e-4. Part 2, the base's own dropout: dev Pearson and Spearman over several seeds, and the
@@ -198,11 +198,24 @@ def theirs(config, start, dropout, total, folder):
     ]
     model, timer = Peer(config, start, dropout), Timer()
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=batch, max_steps=total, learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps, lr_scheduler_type="cosine", weight_decay=0.0, max_grad_norm=1.0,
-        train_sampling_strategy="sequential", remove_unused_columns=False, save_strategy="no", logging_strategy="no",
-        report_to=[], seed=settings.seed, use_cpu=True, disable_tqdm=True, label_names=["labels"],
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        max_steps=total,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        seed=settings.seed,
+        use_cpu=True,
+        disable_tqdm=True,
+        label_names=["labels"],
+    )
     trainer = Trainer(
         model,
         arguments,
@@ -257,7 +270,8 @@ def main():
                     "largest_loss_difference": max(differences),
                 }
                 print(
-                    f"dropout 0: {len(mine)} steps, largest difference of a step's loss {max(differences):.2e}"
+                    f"dropout 0: {len(mine)} steps, largest difference of a step's loss "
+                    f"{max(differences):.2e}"
                 )
             else:
                 results["seeds"][seed] = row
@@ -271,7 +285,8 @@ def main():
                 "max": max(values),
             }
             print(
-                f"{measure:>9} {side}: {statistics.mean(values):.4f} ({min(values):.4f} .. {max(values):.4f})"
+                f"{measure:>9} {side}: {statistics.mean(values):.4f} ({min(values):.4f} .. "
+                f"{max(values):.4f})"
             )
     arguments.output.parent.mkdir(exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")

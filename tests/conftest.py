@@ -45,7 +45,7 @@ def tiny_llama(**changes):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest of the slow tests begin first, so that no worker is left alone with one of them."""
+    """Start the longest of the slow tests first, so that no worker is left alone with one."""
     items.sort(key=lambda item: item.path.stem not in ("test_slow", "test_reliability"))
 
 
@@ -91,10 +91,21 @@ def configuration(base, folder, lora, name="run", **values):
     """A small configuration of a run in folder/name."""
     config = get_lora_config() if lora else Config()
     settings = dict(
-        base_model=str(base), task="score", max_length=256, train_data=["arithmetic:train:60"],
-        eval_data=["arithmetic:validation:8"], learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=2,
-        max_steps=12, eval_steps=3, logging_steps=1, save_steps=4, experiment_name=name, output_dir=str(folder),
-    )  # fmt: skip
+        base_model=str(base),
+        task="score",
+        max_length=256,
+        train_data=["arithmetic:train:60"],
+        eval_data=["arithmetic:validation:8"],
+        learning_rate=1e-2,
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=12,
+        eval_steps=3,
+        logging_steps=1,
+        save_steps=4,
+        experiment_name=name,
+        output_dir=str(folder),
+    )
     for key, value in (settings | values).items():
         table, _ = fields_by_key(config)[key]
         setattr(table, key, value)

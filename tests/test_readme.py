@@ -90,9 +90,13 @@ def place(tmp_path, monkeypatch):
     for name in ("train.py", "train_lora.py", "eval.py", "merge.py", "configs", "assets", "lora"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name, sample in {
-        "chats.jsonl": "chat.jsonl", "other.jsonl": "chat.jsonl", "few.jsonl": "critical.jsonl",
-        "questions.jsonl": "questions.jsonl", "corpus.jsonl": "corpus.jsonl", "text.txt": "text.txt",
-    }.items():  # fmt: skip
+        "chats.jsonl": "chat.jsonl",
+        "other.jsonl": "chat.jsonl",
+        "few.jsonl": "critical.jsonl",
+        "questions.jsonl": "questions.jsonl",
+        "corpus.jsonl": "corpus.jsonl",
+        "text.txt": "text.txt",
+    }.items():
         (tmp_path / name).symlink_to(SAMPLES / sample)
     tiny_llama(tie_word_embeddings=True, max_position_embeddings=4096).save_pretrained(
         tmp_path / "M"
@@ -103,11 +107,16 @@ def place(tmp_path, monkeypatch):
         for n in range(30)
     ]
     for name, rows in {
-        "steps.jsonl": steps, "gsm8k.json": steps[:9], "math.json": steps[9:18],
-        "prm800k.jsonl": [prm800k_row([prm800k_step([rating("right", 1)], chosen=0)], f"problem {n}") for n in range(30)],
+        "steps.jsonl": steps,
+        "gsm8k.json": steps[:9],
+        "math.json": steps[9:18],
+        "prm800k.jsonl": [
+            prm800k_row([prm800k_step([rating("right", 1)], chosen=0)], f"problem {n}")
+            for n in range(30)
+        ],
         "eqasc.json": map(eqasc_row, range(30)),
         "queries.jsonl": [{"query": "When is it open?", "relevant": ["opening-hours"]}],
-    }.items():  # fmt: skip
+    }.items():
         text = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps([*rows])
         (tmp_path / name).write_text(text)
     (tmp_path / "my.toml").write_text(
@@ -176,7 +185,10 @@ def test_every_command_of_a_section_runs_and_leaves_what_it_names(
 ):
     kind = RUN.get(title)
     data = "chats.jsonl" if kind == "lm" else "steps.jsonl"
-    first = f"python train_lora.py --base_model M --task {kind} --train_data {data} --experiment_name RUN"
+    first = (
+        f"python train_lora.py --base_model M --task {kind} --train_data {data} "
+        f"--experiment_name RUN"
+    )
     first = [*first.split(), "--learning_rate=1e-2"]  # an adapter that does something
     for words in [first] * bool(kind) + [*filter(runs, commands(sections()[title]))]:
         began = time.time()

@@ -477,13 +477,17 @@ def test_37_39_what_the_checkpoint_was_made_with_must_be_there_again(train, base
         }
 
     tells(r"seed \(42 -> 7\); --allow_change seed allows it", "--seed=7")
-    message = r"learning_rate \(0.0001 -> 0.1\), weight_decay \(0.0 -> 1.0\); --allow_change learning_rate,weight_decay"
+    message = (
+        r"learning_rate \(0.0001 -> 0.1\), weight_decay \(0.0 -> 1.0\); --allow_change "
+        r"learning_rate,weight_decay"
+    )
     tells(message, "--learning_rate=0.1", "--weight_decay=1")
     tells("--allow_change seeed: no such key. Did you mean seed?", "--allow_change=seeed")
     tells(r"dtype \(auto -> bfloat16\)", "--dtype=bfloat16")
     data.write_text(TEXT * 8 + TEXT.replace("a text", "another"))
     tells(
-        r"train_data \(data.jsonl \w{8} -> data.jsonl \w{8}\), eval_data .*; --allow_change train_data,eval_data allows it"
+        r"train_data \(data.jsonl \w{8} -> data.jsonl \w{8}\), eval_data .*; --allow_change "
+        r"train_data,eval_data allows it"
     )
     allowed = "--allow_change=train_data,eval_data"
     weights = tmp_path / "base" / "model.safetensors"
@@ -503,7 +507,10 @@ def test_40_a_folder_that_is_there_or_in_use_is_left_alone(train, base, tmp_path
         and f"{folder} exists; choose another --experiment_name" in line
         and not any(folder.iterdir())
     )
-    code = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print(flush=True); input()"
+    )
     (folder / "logs").mkdir()
     holder = subprocess.Popen(
         [sys.executable, "-c", code, folder / "logs" / "lock"],
@@ -595,7 +602,10 @@ def hostile_template(template):
     return make
 
 
-OUT = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+OUT = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% "
+    "endfor %}{% endfor %}{% endfor %}"
+)
 HOSTILE = {
     "base of pickles": (hostile_pickle_base, "no weights in safetensors"),
     "index with ..": (
@@ -686,7 +696,8 @@ def test_the_source_reads_no_pickle():
     for path in [*ROOT.glob("*.py"), *(ROOT / "lora").rglob("*.py")]:
         text = path.read_text()
         assert not re.search(
-            r"\bimport pickle|pickle\.load|weights_only=False|trust_remote_code=True|(?<![.\w])eval\(|yaml\.",
+            r"\bimport pickle|pickle\.load|weights_only=False|trust_remote_code=True|"
+            r"(?<![.\w])eval\(|yaml\.",
             text,
         ), path
         # There in the hint to convert

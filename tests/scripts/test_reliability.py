@@ -1,4 +1,4 @@
-"""What a run survives. The slow tests are benchmarks/reliability.py, which kills runs of its own."""
+"""What a run survives. The slow tests are benchmarks/reliability.py, which kills its own runs."""
 
 import json
 import os
@@ -135,7 +135,8 @@ def test_a_start_clears_what_a_killed_run_left_and_sets_damaged_checkpoints_asid
     ]
     with pytest.raises(
         UserError,
-        match="checkpoint_step_12: damaged: 'trainer_state.json': changed; --resume_from auto takes",
+        match="checkpoint_step_12: damaged: 'trainer_state.json': changed; --resume_from auto "
+        "takes",
     ):
         read_command_line([*flags, str(newest)], get_lora_config(), "", "")
     said = best_checkpoints.recover(folder.parent)

@@ -38,12 +38,18 @@ def call(*arguments, cwd=ROOT):
     "arguments, message",
     [
         (["train.py", "--lora_r=4"], "--lora_r: train.py trains all weights"),
-        (["train.py", "--base_model=/no/such", "--train_data=arithmetic:train:9"], "base_model /no/such: no such folder"),
-        (["train_lora.py", "--lora_r=999"], "lora_r = 999: expected 1..128, for which the largest layer has room."),
+        (
+            ["train.py", "--base_model=/no/such", "--train_data=arithmetic:train:9"],
+            "base_model /no/such: no such folder",
+        ),
+        (
+            ["train_lora.py", "--lora_r=999"],
+            "lora_r = 999: expected 1..128, for which the largest layer has room.",
+        ),
         (["eval.py"], "nothing to evaluate"),
         (["merge.py", "--adapter=x", "--output=tests"], "--output tests exists"),
     ],
-)  # fmt: skip
+)
 def test_a_users_mistake_is_one_line_exit_2_and_nothing_written(arguments, message, tmp_path):
     script, *flags = arguments
     done = (
