@@ -13,8 +13,8 @@ loss differs from the first row's in any step is void. Tokens are those of the d
 not count.
 
 Our side is train_lora.py's (or train.py's) own `main`, from its command line to its metrics file.
-It has the C library keep freed memory (lora/common/allocator.py); "freed memory kept" is a peer for which
-the same is done.
+It has the C library keep freed memory (lora/common/allocator.py); "freed memory kept" is a peer for
+which the same is done.
 
 Memory is measured in one more, short run of each side: what the process holds at most, beyond what
 its imports took. There MALLOC_MMAP_THRESHOLD_ makes the C library give back what is freed, so that
