@@ -31,11 +31,11 @@ def import_bitsandbytes(purpose: str, device: torch.device) -> ModuleType:
     # Where the package `kernels` is installed, bitsandbytes would download programs from the Hub.
     sys.modules.setdefault("kernels", None)
     try:
-        import import_bitsandbytes
+        import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
         why = f"bitsandbytes cannot be loaded ({str(error).splitlines()[0]})"
         raise UserError(f"{purpose}: {why}; leave it out.") from None
-    return import_bitsandbytes
+    return bitsandbytes
 
 
 @register_quantization_config("plainlora_4bit")
@@ -66,7 +66,7 @@ class FourBitQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
-        import import_bitsandbytes as bnb
+        import bitsandbytes as bnb
 
         settings = self.quantization_config.layer
         for name in linear_names(model):
@@ -95,7 +95,7 @@ class Quantise(ConversionOps):
         self.settings = settings
 
     def convert(self, input_dict: dict, model: nn.Module, **_) -> dict[str, nn.Parameter]:
-        import import_bitsandbytes as bnb
+        import bitsandbytes as bnb
 
         quantised = {}
         for name, (weight,) in input_dict.items():
@@ -132,7 +132,7 @@ def share_4bit(model: nn.Module) -> float:
 def dense_weight(layer: nn.Module) -> Tensor:
     """Return the weight of nn.Linear, Conv1D or Linear4bit as [out, in] in fp32."""
     if is_4bit(layer):
-        from import_bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     return (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).float()

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, HeliumConfig, HeliumForCausalLM
 
 from lora.common.base_files import EMBEDDED_BASE
@@ -61,8 +63,9 @@ def changed(tmp_path, section):
     """
     for name in ("lora", "configs", "assets"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("train.py", "train_lora.py"):
+    for name in ("train.py", "train_lora.py", "eval.py", "merge.py"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "assets" / "samples" / "questions.jsonl", tmp_path)
     (tmp_path / "dialogues.jsonl").write_text("\n".join(map(json.dumps, DIALOGUES)))
     for (kind, *path), body in filter(lambda block: block[0], blocks(section)):
         if kind == "diff":
@@ -90,6 +93,27 @@ def test_a_new_schedule_is_a_choice_and_a_formula(tmp_path):
     lines = map(json.loads, metrics.read_text().splitlines())
     rates = [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
     assert rates == pytest.approx([rates[0] * (1 - (step / 3) ** 0.5) for step in range(3)])
+
+
+def test_a_new_optimizer_resumes(tmp_path):
+    changed(tmp_path, "Add an optimizer")
+    for run in ("adam", "resumed"):
+        results = (tmp_path / "outputs" / run / "logs" / "final_results.json").read_text()
+        assert json.loads(results)["last"]["step"] == {"adam": 2, "resumed": 3}[run]
+
+
+def test_a_new_metric_is_a_line(tmp_path):
+    changed(tmp_path, "Add a metric")
+    assert 0 <= json.loads((tmp_path / "results.json").read_text())["not_empty"] <= 1
+
+
+def test_a_new_exporter_writes_the_merged_weights(tmp_path):
+    changed(tmp_path, "Add an exporter")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    with np.load(tmp_path / "merged.npz") as exported:
+        assert exported.keys() == merged.keys()
+        for name, tensor in merged.items():
+            assert np.array_equal(exported[name], tensor.float().numpy())
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,14 @@ class Documents:
     def __init__(self, seq_lens: list[int]) -> None:
         self.seq_lens = seq_lens
         # Neighbours of the same length are a group, which is computed together.
-        lengths, counts = torch.unique_consecutive(torch.tensor(seq_lens), return_counts=True)
-        self.group_counts = counts.tolist()  # documents of each group
-        self.group_sizes = (counts * lengths).tolist()  # positions of each group
+        self.group_counts: list[int] = []  # documents of each group
+        self.group_sizes: list[int] = []  # positions of each group
+        for i, seq_len in enumerate(seq_lens):
+            if i == 0 or seq_len != seq_lens[i - 1]:
+                self.group_counts.append(0)
+                self.group_sizes.append(0)
+            self.group_counts[-1] += 1
+            self.group_sizes[-1] += seq_len
         self.masks: dict[tuple, Tensor] = {}
 
     def causal_mask(self, seq_len: int, window: int | None, like: Tensor) -> Tensor:
