@@ -1,8 +1,7 @@
 """Which characters of a rendered chat the assistant said: these are the targets.
 
-Templates differ in what they strip, drop, reorder and add, so the assistant's text is not searched
-for in the render. Instead it is put between two private-use characters, the chat is rendered once
-more with the tokenizer's own template, and what stands between the two is the assistant's. Without
+Templates strip, drop, reorder and add, so the assistant's text is not searched for in the render.
+Instead it is put between two private-use characters and the chat is rendered once more. Without
 these marks this render must be the plain one, or it is an error.
 """
 
@@ -54,7 +53,7 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
         spans = marked_spans(chat, [1, 3])
         prompt = chat.render(turn[:1], add_generation_prompt=True)
     except UserError:  # the template refuses such a chat
-        return TurnFormat()
+        spans = None
     if spans is None:
         return TurnFormat()
 
@@ -148,7 +147,9 @@ def prompted_span(chat: Chat, i: int, turn_format: TurnFormat) -> Span | None:
         function = call.get("function") or call
         expected.append(function.get("name", ""))
     is_complete = all(part in chat.text[start:end] for part in expected)
-    return (start, end) if is_complete and ends_before(chat, i + 1, (start, end)) else None
+    if is_complete and ends_before(chat, i + 1, (start, end)):
+        return start, end
+    return None
 
 
 def ends_before(chat: Chat, i: int, span: Span) -> bool:

@@ -16,14 +16,15 @@ from torch import Tensor
 from lora.data.tokenise import NO_TOKEN, Row
 
 MAX_PADDING = 0.05  # of the positions of a padded micro-batch
+# The fields of Rows that are stored
+ARRAYS = ("tokens", "targets", "token_type_ids", "offsets", "loss_weights", "dataset_ids")
 
 
 @dataclass
 class Batch:
     """A micro-batch with n targets.
 
-    Packed documents lie end to end in one row: b is 1 and t is the sum of their lengths. Otherwise
-    each document has a row of its own, padded on the right.
+    Packed documents lie end to end in one row: b is 1. Otherwise each is padded on the right.
     """
 
     input_ids: Tensor  # [b, t]
@@ -93,11 +94,9 @@ class Rows:
     def num_targets(self, indices: Iterable[int]) -> int:
         return sum(int(is_target(self.targets[self.span(i)]).sum()) for i in indices)
 
-    def batch(
-        self, indices: Sequence[int], packed: bool = True, with_targets: bool = True
-    ) -> Batch:
-        """Make one micro-batch of these rows, in this order."""
-        rows = np.asarray(indices)
+    def batch(self, group: Sequence[int], packed: bool = True, with_targets: bool = True) -> Batch:
+        """Make one micro-batch of the rows in `group`, in this order."""
+        rows = np.asarray(group)
         seq_lens = self.seq_lens(rows)
         source = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows])
         position_ids = np.concatenate([np.arange(seq_len) for seq_len in seq_lens])
@@ -136,36 +135,26 @@ class Rows:
             features=features,
         )
 
-    def groups(
-        self, indices: Sequence[int], max_tokens: int, packed: bool = True
-    ) -> list[list[int]]:
-        """Divide rows into micro-batches of at most `max_tokens` positions.
-
-        Packed rows keep their order. Padded rows are sorted by length, so that little of a
-        micro-batch is padding.
-        """
-        rows = np.asarray(indices, np.int64)
-        if not packed:
+    def groups(self, rows: Sequence[int], max_tokens: int, packed: bool = True) -> list[list[int]]:
+        """Divide rows into micro-batches of at most `max_tokens` positions."""
+        rows = np.asarray(rows, np.int64)
+        if not packed:  # rows of similar lengths need little padding
             rows = rows[np.argsort(self.seq_lens(rows), kind="stable")]
         groups: list[list[int]] = [[]]
         num_tokens = 0
         for row, seq_len in zip(rows, self.seq_lens(rows)):
             num_tokens += seq_len
             size = num_tokens if packed else (len(groups[-1]) + 1) * seq_len
-            padding = size - num_tokens
-            is_full = size > max_tokens or padding > MAX_PADDING * size
+            is_full = size > max_tokens or size - num_tokens > MAX_PADDING * size
             if groups[-1] and is_full:
                 groups.append([])
                 num_tokens = seq_len
             groups[-1].append(row)
         return groups
 
-    def batches(self, indices: Sequence[int], max_tokens: int, packed: bool = True) -> list[Batch]:
-        """Return the rows at `indices` in micro-batches of at most `max_tokens` positions."""
-        return [self.batch(group, packed) for group in self.groups(indices, max_tokens, packed)]
-
-
-ARRAYS = ("tokens", "targets", "token_type_ids", "offsets", "loss_weights", "dataset_ids")
+    def batches(self, rows: Sequence[int], max_tokens: int, packed: bool = True) -> list[Batch]:
+        """Return these rows in micro-batches of at most `max_tokens` positions."""
+        return [self.batch(group, packed) for group in self.groups(rows, max_tokens, packed)]
 
 
 def is_target(targets: np.ndarray) -> np.ndarray:
@@ -174,16 +163,9 @@ def is_target(targets: np.ndarray) -> np.ndarray:
 
 
 def shard_rows(seq_lens: np.ndarray, world_size: int) -> np.ndarray:
-    """Assign each row to a process so that all processes have about the same number of tokens.
+    """Return a process for each row [rows], so that all have about the same number of tokens.
 
     Longest rows first, each to the process with the least work (LPT scheduling; Graham 1969).
-
-    Args:
-        seq_lens: tokens of each row, [rows].
-        world_size: number of processes.
-
-    Returns:
-        The process of each row, [rows].
     """
     process = np.zeros(len(seq_lens), np.int64)
     work = np.zeros(world_size, np.int64)

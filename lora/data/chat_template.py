@@ -58,22 +58,18 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, old_handler)
 
 
-def chatml_turn_end(tokenizer: Tokenizer) -> str:
-    """Return the token that ends a turn of ChatML, which has to be one that the tokenizer knows."""
-    if "<|im_end|>" in tokenizer.get_vocab():
-        return "<|im_end|>"
-    if not tokenizer.eos_token:
-        problem = "no chat template and no end token, so no turn can be ended"
-        raise UserError(f"{tokenizer.name_or_path}: {problem}.")
-    return tokenizer.eos_token
-
-
 def use_chatml(tokenizer: Tokenizer) -> None:
     """Give a tokenizer without a chat template ChatML, and print so. Raises UserError."""
-    if not tokenizer.chat_template:
-        end = chatml_turn_end(tokenizer)
-        tokenizer.chat_template = CHATML.replace("TURN_END", end)
-        print(f"the tokenizer has no chat template: using ChatML, with {end} at the end of a turn")
+    if tokenizer.chat_template:
+        return
+    end = tokenizer.eos_token
+    if "<|im_end|>" in tokenizer.get_vocab():
+        end = "<|im_end|>"
+    if not end:
+        problem = "no chat template and no end token, so no turn can be ended"
+        raise UserError(f"{tokenizer.name_or_path}: {problem}.")
+    tokenizer.chat_template = CHATML.replace("TURN_END", end)
+    print(f"the tokenizer has no chat template: using ChatML, with {end} at the end of a turn")
 
 
 def prompt_pieces(
@@ -91,10 +87,8 @@ class Chat:
     and `text` a private-use character stands in for it, until `split` puts it back.
     """
 
-    def __init__(
-        self, where: str, messages: list[dict], tools: list | None, tokenizer: Tokenizer
-    ) -> None:
-        self.where = where  # file:line, for messages to the user
+    def __init__(self, where: str, messages: list[dict], tools: list | None, tokenizer: Tokenizer):
+        self.where = where  # file:line
         self.tokenizer = tokenizer
         added_tokens = tokenizer.added_tokens_decoder.values()
         special_tokens = [token.content for token in added_tokens if token.special]
@@ -154,8 +148,8 @@ class Chat:
 
     def reasoning(self, i: int) -> str:
         """Return what message i says up to </think>, or under a key for its reasoning."""
-        content, _, _ = self.messages[i]["content"].rpartition("</think>")
-        in_content = content.replace("<think>", "").strip()
+        before = self.messages[i]["content"].rpartition("</think>")[0]
+        in_content = before.replace("<think>", "").strip()
         if in_content:
             return in_content
         for key in REASONING_KEYS:
@@ -178,7 +172,8 @@ class Chat:
             end = start + len(part)
             inside = []
             for span_start, span_end in spans:
-                first, last = max(span_start, start), min(span_end, end)
+                first = max(span_start, start)
+                last = min(span_end, end)
                 if first < last:
                     inside.append((first - start, last - start))
             if part in special_of:

@@ -7,15 +7,11 @@ from lora.data.tokenise import NO_TOKEN, Row
 
 
 def row_as_text(row: Row, tokenizer: Tokenizer, colour: bool) -> str:
-    """Return the row as text: target tokens, or the labels after their steps, are marked.
-
-    They are green where there is `colour`, and otherwise in brackets.
-    """
+    """Return the row as text, with target tokens or labels in green if `colour`, or in brackets."""
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
-    has_labels = any(isinstance(target, float) for target in row.targets)
     parts = []
     start = 0
-    if has_labels:
+    if any(isinstance(target, float) for target in row.targets):
         for i, label in enumerate(row.targets):
             if label == label:  # not NaN
                 text = printable(tokenizer.decode(row.tokens[start : i + 1])).rstrip("\n")
@@ -27,8 +23,7 @@ def row_as_text(row: Row, tokenizer: Tokenizer, colour: bool) -> str:
     is_target = [False]
     is_target.extend(target != NO_TOKEN for target in row.targets[:-1])
     for i in range(1, len(row.tokens) + 1):
-        is_end = i == len(row.tokens) or is_target[i] != is_target[start]
-        if is_end:
+        if i == len(row.tokens) or is_target[i] != is_target[start]:
             text = printable(tokenizer.decode(row.tokens[start:i]))
             parts.append(f"{begin}{text}{end}" if is_target[start] else text)
             start = i

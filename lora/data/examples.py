@@ -26,10 +26,7 @@ class Example:
 
     @property
     def subject(self) -> str:
-        """What examples share that must be on the same side of a split.
-
-        A document, or a chat up to the first answer to a user.
-        """
+        """What must not be on both sides of a split; of a chat, all before a user is answered."""
         if not self.messages:
             return self.prompt or self.text
         after_user = False
@@ -58,8 +55,7 @@ def string(where: str, name: str, value: Any) -> str:
 def weight(where: str, row: dict[str, Any]) -> float:
     """Return the row's "weight", the factor of its loss; 1 where it has none. Raises UserError."""
     value = row.get("weight", 1.0)
-    is_valid = is_number(value) and not isinstance(value, bool) and 0 <= value < float("inf")
-    if not is_valid:
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):  # nor a boolean
         raise UserError(f"{where}: weight {value!r}; expected a number from 0 on.")
     return float(value)
 
@@ -68,11 +64,7 @@ def label(where: str, value: Any, label_max: float) -> float | None:
     """Return a label as a share of `label_max`, or None for null. Raises UserError."""
     if value is None:
         return None
-    if not is_number(value) or not 0 <= value <= label_max:
+    if not isinstance(value, (int, float)) or not 0 <= value <= label_max:
         expected = f"expected 0..{label_max:g}, true, false or null (see --label_max)"
         raise UserError(f"{where}: label {value!r}; {expected}.")
     return float(value) / (1.0 if isinstance(value, bool) else label_max)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))

@@ -1,5 +1,6 @@
 """Rows of JSONL, JSON (a list), CSV, TSV and text files, also as .gz, each with its file:line."""
 
+from collections.abc import Iterator
 import csv
 import gzip
 import json
@@ -15,6 +16,7 @@ HUB = "hf://datasets/"
 LISTED = 10  # bad rows of a file that an error names
 NUMERIC_COLUMNS = ("score", "label", "weight")  # of a table
 PAIR_COLUMNS = ["sentence1", "sentence2", "score"]  # of a table without a header
+Values = Iterator[tuple[str, Any]]  # file:line, and what should be a row
 
 
 def read_rows(path: str, bad_rows: list[UserError] | None = None) -> SourceRows:
@@ -22,22 +24,25 @@ def read_rows(path: str, bad_rows: list[UserError] | None = None) -> SourceRows:
 
     Args:
         path: a local file, or one of the Hub: hf://datasets/OWNER/NAME[@REVISION]/PATH.
-        bad_rows: what cannot be read is added here. The caller adds the bad rows that it finds
-            itself, and calls `raise_bad_rows` after the last row. Without a list that is done here.
+        bad_rows: takes what cannot be read, for `raise_bad_rows`; without it, that is called here.
     """
-    readers = {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "tsv": csv_rows}
+    readers: dict = {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "tsv": csv_rows}
     readers.update({"txt": text_rows, "text": text_rows, "md": text_rows})
     name = path.lower().removesuffix(".gz")
     suffix = name.rpartition(".")[2]
     if suffix not in readers:
-        raise UserError(
-            f"{path}: expected a file named .{', .'.join(readers)} (or one of these with .gz)."
-        )
+        expected = f"a file named .{', .'.join(readers)} (or one of these with .gz)"
+        raise UserError(f"{path}: expected {expected}.")
     collected = [] if bad_rows is None else bad_rows
     opener = gzip.open if name != path.lower() else open
     try:
         with opener(local_path(path), "rt", encoding="utf-8-sig", newline="") as file:
-            yield from readers[suffix](path, file, collected)
+            for where, row in readers[suffix](path, file, collected):
+                if isinstance(row, dict):
+                    yield where, row
+                else:
+                    problem = f"expected a JSON object, found {type(row).__name__}"
+                    collected.append(UserError(f"{where}: {problem}."))
     except UserError as error:
         collected.append(error)
     except (OSError, EOFError, zlib.error, csv.Error) as error:
@@ -115,43 +120,29 @@ def dict_of_different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def no_object(where: str, value: Any) -> UserError:
-    return UserError(f"{where}: expected a JSON object, found {type(value).__name__}.")
-
-
-def jsonl_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
+def jsonl_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            row = parse_json(where, line)
+            value = parse_json(where, line)
         except UserError as error:
             bad_rows.append(error)
-            continue
-        if isinstance(row, dict):
-            yield where, row
         else:
-            bad_rows.append(no_object(where, row))
+            yield where, value
 
 
-def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
+def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
     values = parse_json(path, file.read())
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a JSON list of objects, found {type(values).__name__}.")
-    for number, row in enumerate(values, 1):
-        where = f"{path}: row {number}"
-        if isinstance(row, dict):
-            yield where, row
-        else:
-            bad_rows.append(no_object(where, row))
+    for number, value in enumerate(values, 1):
+        yield f"{path}: row {number}", value
 
 
 def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
-    """Yield rows under the names in the first line.
-
-    Where the first line is two texts and a number there is no header, and the rows are pairs.
-    """
+    """Yield rows under the names in the first line, or pairs if it is two texts and a number."""
     csv.field_size_limit(2**31 - 1)  # a cell may hold a document; csv's own limit is 128 KiB
     is_tsv = path.lower().removesuffix(".gz").endswith("tsv")
     table = csv.reader(file, delimiter="\t" if is_tsv else ",")

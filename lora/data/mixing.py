@@ -17,10 +17,7 @@ def dataset_names(paths: list[str]) -> list[str]:
 
 
 class Mix:
-    """Decides which data set each example of a run comes from.
-
-    At every point of the run the shares are as near to the weights as they can be.
-    """
+    """Which data set each example comes from: shares are always as near the weights as can be."""
 
     def __init__(self, paths: list[str], weights: list[float], sets: list[np.ndarray]) -> None:
         """`sets` holds the rows of each path. Raises UserError where one would never be read."""

@@ -1,7 +1,4 @@
-"""The data that a configuration names: its examples, and a hash of everything they depend on.
-
-It runs before torch is loaded, and does without it, as the readers do.
-"""
+"""The data that a configuration names, and a hash of all it depends on. Runs without torch."""
 
 import hashlib
 import os
@@ -64,25 +61,26 @@ def cache_key(config: Config, sums: dict[str, str | None]) -> str:
 class RawData:
     """The training and the held-out examples of a run.
 
-    They are read, and so checked, at once unless an earlier run has tokenised them. `key` changes
-    with every byte of the data, with the settings that may change a token, and with the code of
-    lora/data/. `files` holds "train_data" and "eval_data", each {path: sha256}; that of
-    arithmetic:... is None, because it is made, not read.
+    They are read, and so checked, at once unless an earlier run has tokenised them. `files` holds
+    "train_data" and "eval_data", each {path: sha256}; that of arithmetic:... is None, because it is
+    made, not read.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        train_paths = config.data.train_paths
+        eval_paths = held_out_paths(config.data)
+        sums = sums_of(train_paths + eval_paths)
         self.files = {
-            "train_data": sums_of(config.data.train_paths),
-            "eval_data": sums_of(held_out_paths(config.data)),
+            "train_data": {path: sums[path] for path in train_paths},
+            "eval_data": {path: sums[path] for path in eval_paths},
         }
-        self.key = cache_key(config, {**self.files["train_data"], **self.files["eval_data"]})
+        self.key = cache_key(config, sums)
         self.folder = cache_folder() / self.key
         is_tokenised = any(self.folder.glob("*/facts.json"))
         self.read = None if is_tokenised else read_data(config)
 
     def examples(self) -> tuple[list[Example], list[Example]]:
-        """Return the training and the held-out examples."""
         if self.read is None:
             self.read = read_data(self.config)
         return self.read
@@ -91,6 +89,8 @@ class RawData:
 def sums_of(paths: list[str]) -> dict[str, str | None]:
     sums: dict[str, str | None] = {}
     for path in paths:
-        is_made = path.startswith("arithmetic:")
-        sums[path] = None if is_made else file_sha256(files.local_path(path))
+        if path.startswith("arithmetic:"):
+            sums[path] = None
+        elif path not in sums:  # a file may be named in both train_data and eval_data
+            sums[path] = file_sha256(files.local_path(path))
     return sums

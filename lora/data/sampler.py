@@ -1,8 +1,8 @@
 """`batch_at(step)`: the micro-batches of a step as a pure function of (seed, step).
 
 There is no data loader and no state. The examples of a step are a slice of a seeded shuffle, so a
-run continues at any step by asking for that step. How these examples are laid out in micro-batches
-changes the speed and nothing else.
+run continues at any step by asking for that step. How they are laid out in micro-batches changes
+the speed and nothing else.
 """
 
 from functools import lru_cache
@@ -11,11 +11,12 @@ import numpy as np
 
 from lora.common.errors import LESS_MEMORY, ResourceExhausted
 from lora.common.seeds import seed_for
-from lora.config.schema import Config, DataConfig, rows_per_batch
+from lora.config.schema import Config, rows_per_batch
 from lora.data.batches import Batch, Rows, shard_rows, split_groups
 from lora.data.mixing import Mix, dataset_names
 
 
+@lru_cache(maxsize=64)  # asked for once per example of a step
 def shuffle(seed: int, epoch: int, count: int) -> np.ndarray:
     """Return the order in which a pass over `count` rows visits them."""
     return np.random.default_rng(seed_for(seed, "order", epoch)).permutation(count)
@@ -36,6 +37,7 @@ class TrainingData:
     ) -> None:
         """`layout` is the property of that name, as the checkpoint holds it that a run resumes."""
         training = config.training
+        data = config.data
         self.rows = rows
         self.held_out = held_out
         self.packed = packed
@@ -45,7 +47,7 @@ class TrainingData:
 
         batch_size = rows_per_batch(training)
         self.examples_per_step = batch_size * training.gradient_accumulation_steps * world_size
-        self.max_tokens = batch_size * config.data.max_length
+        self.max_tokens = batch_size * data.max_length
         if training.batch_size == "auto":  # a step in one micro-batch, halved until it fits
             self.max_tokens *= training.gradient_accumulation_steps
         if layout:
@@ -55,13 +57,15 @@ class TrainingData:
         self.max_eval_rows = training.max_eval_batches * 4 or len(held_out)
 
         self.sets = [np.arange(len(rows))]  # rows of each data set that is mixed
-        if config.data.weights:
-            ids = range(len(config.data.train_paths))
+        if data.weights:
+            ids = range(len(data.train_paths))
             self.sets = [np.flatnonzero(rows.dataset_ids == dataset_id) for dataset_id in ids]
-        self.mix = Mix(config.data.train_paths, config.data.weights or [1.0], self.sets)
-        self.held_out_sets = names_of_held_out_sets(config.data)
-        # An order is asked for once per example of a step.
-        self.order = lru_cache(maxsize=64)(self.order_of)
+        self.mix = Mix(data.train_paths, data.weights or [1.0], self.sets)
+        # {name: dataset id} of the held-out sets whose metrics are shown one by one
+        self.held_out_sets: dict[str, int] = {}
+        names = dataset_names(data.eval_paths)
+        if len(names) > 1 and (data.eval_data or data.weights or data.only_evaluated):
+            self.held_out_sets = {name: dataset_id for dataset_id, name in enumerate(names)}
 
     @property
     def layout(self) -> dict:
@@ -74,10 +78,8 @@ class TrainingData:
         return self.make_batches(self.local_groups(rows), rows)
 
     def largest_batches(self) -> list[Batch]:
-        """Return the two largest micro-batches that a step can have on this process.
-
-        The second meets the gradients of the first, as the micro-batches of a step do.
-        """
+        """Return the two largest micro-batches that a step can have on this process."""
+        # The second meets the gradients of the first, as the micro-batches of a step do.
         rows = self.longest_rows()
         groups = sorted(self.local_groups(rows), key=self.num_tokens, reverse=True)
         return self.make_batches(groups[:2], rows)
@@ -87,24 +89,18 @@ class TrainingData:
         shortest = rows[self.rows.seq_lens(rows).argmin()]
         batches = []
         for group in groups:
-            if group:
-                batches.append(self.rows.batch(group, self.packed))
-            else:
-                batches.append(self.rows.batch([shortest], self.packed, with_targets=False))
+            has_targets = len(group) > 0
+            batches.append(self.rows.batch(group or [shortest], self.packed, has_targets))
         return batches
 
     def local_groups(self, rows: np.ndarray) -> list[list[int]]:
-        """Return the rows of each of this process's micro-batches.
-
-        Every process gets the same number of micro-batches, because sharded weights are gathered
-        by all processes at once.
-        """
+        """Return the rows of each of this process's micro-batches."""
+        # All processes get equally many, because they gather sharded weights at once.
         groups_by_process = self.groups_by_process(rows)
         most_groups = max(len(groups) for groups in groups_by_process)
         return split_groups(groups_by_process[self.rank], most_groups)
 
     def groups_by_process(self, rows: np.ndarray) -> list[list[list[int]]]:
-        """Return the rows of each micro-batch of each process."""
         process = shard_rows(self.rows.seq_lens(rows), self.world_size)
         groups_by_process = []
         for i in range(self.world_size):
@@ -116,24 +112,20 @@ class TrainingData:
         return int(self.rows.seq_lens(np.array(group, np.int64)).sum())
 
     def halve_micro_batches(self, rows: np.ndarray) -> str:
-        """Use micro-batches of half as many tokens from now on, after `rows` did not fit.
+        """Halve all later micro-batches, after `rows` did not fit, and return a line for the log.
 
-        Returns:
-            A line for the log.
-
-        Raises:
-            ResourceExhausted: each micro-batch holds a single row already.
+        Raises ResourceExhausted where each micro-batch holds a single row already.
         """
-        groups = [group for groups in self.groups_by_process(rows) for group in groups]
+        groups = []
+        for groups_of_process in self.groups_by_process(rows):
+            groups.extend(groups_of_process)
         largest = max(self.num_tokens(group) for group in groups)
         if all(len(group) == 1 for group in groups):
             found = f"out of memory on a single example of {largest} tokens"
             raise ResourceExhausted(f"{found}. {LESS_MEMORY}")
         self.max_tokens = min(self.max_tokens, largest) // 2
-        return (
-            f"out of memory on {largest} tokens: "
-            f"micro-batches of at most {self.max_tokens} tokens from now on"
-        )
+        found = f"out of memory on {largest} tokens"
+        return f"{found}: micro-batches of at most {self.max_tokens} tokens from now on"
 
     def num_targets_at(self, step: int) -> int:
         """Return the number of targets of a step, over all processes."""
@@ -159,24 +151,9 @@ class TrainingData:
         dataset_id, earlier = self.mix.turn(number)
         members = self.sets[dataset_id]
         epoch, place = divmod(earlier, len(members))
-        return members[self.order(dataset_id, epoch)[place]]
-
-    def order_of(self, dataset_id: int, epoch: int) -> np.ndarray:
-        """Return the order in which a pass visits the rows of a data set."""
-        return shuffle(self.seed, epoch, len(self.sets[dataset_id]))
+        return members[shuffle(self.seed, epoch, len(members))[place]]
 
     def evaluation(self) -> list[Batch]:
-        """Return the micro-batches of an evaluation, for all processes together.
-
-        They hold the first rows of one order, which is the same for every run.
-        """
+        """Return all processes' micro-batches of an evaluation: the same rows in every run."""
         order = np.random.default_rng(0).permutation(len(self.held_out))
         return self.held_out.batches(order[: self.max_eval_rows], self.max_tokens, self.packed)
-
-
-def names_of_held_out_sets(data: DataConfig) -> dict[str, int]:
-    """Return {name: dataset id} of the held-out sets whose metrics are shown one by one."""
-    is_mixed = data.eval_data or data.weights or data.only_evaluated
-    if len(data.eval_paths) <= 1 or not is_mixed:
-        return {}
-    return {name: dataset_id for dataset_id, name in enumerate(dataset_names(data.eval_paths))}

@@ -42,7 +42,5 @@ def split_by_prompt(
     if held_out == subjects:
         problem = "all rows have the same prompt, so none can be held out; add --eval_data"
         raise UserError(f"{examples[0].where}: {problem}.")
-    return (
-        [example for example in examples if example.subject not in held_out],
-        [example for example in examples if example.subject in held_out],
-    )
+    training = [example for example in examples if example.subject not in held_out]
+    return training, [example for example in examples if example.subject in held_out]

@@ -11,14 +11,12 @@ def describe_data(name: str, facts: dict) -> str:
     ]
     if "label_mean" in facts:
         zeros, ones = facts["label_shares"]
-        mean = facts["label_mean"]
-        parts.append(f"label mean {mean:.3f} ({zeros:.1%} are 0, {ones:.1%} are 1)")
-    if facts["cut"]:
-        share = facts["cut"] / facts["examples"]
-        parts.append(f"{facts['cut']} ({share:.1%}) cut off at max_length")
-    if facts["without_target"]:
-        share = facts["without_target"] / facts["examples"]
-        parts.append(f"{facts['without_target']} ({share:.1%}) without a target, left out")
+        shares = f"{zeros:.1%} are 0, {ones:.1%} are 1"
+        parts.append(f"label mean {facts['label_mean']:.3f} ({shares})")
+    fates = {"cut": "cut off at max_length", "without_target": "without a target, left out"}
+    for key, fate in fates.items():
+        if facts[key]:
+            parts.append(f"{facts[key]} ({facts[key] / facts['examples']:.1%}) {fate}")
     if facts.get("labels_left_out"):
         left_out = facts["labels_left_out"]
         parts.append(f"{left_out} labelled steps do not fit max_length and are left out")

@@ -3,7 +3,7 @@
     <cache>/<hash of the data, the settings and the code of lora/data/>/<hash of the tokenizer>/
 
 So an entry is never stale, and any of them may be deleted at any time. Of several processes that
-start at once one tokenises, and the others wait for it.
+start at once one tokenises.
 """
 
 from collections.abc import Iterator
@@ -31,18 +31,12 @@ CHUNK = 1000  # examples that the tokenizer's threads share at a time
 
 
 def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
-    """Return the training rows, the held-out rows and facts about them, for a Task.
-
-    The facts hold what `tokenise_examples` returns for "train" and "eval"; "chats", whether there
-    are any; "overlap", the number of prompts or texts in both parts; and "repeated", the number of
-    training examples that are the same as an earlier one.
-    """
+    """Return the training rows, the held-out rows and the facts of `write_entry`, for a Task."""
     tokenizer = task.tokenizer
     written = tokenizer.backend_tokenizer.to_str()
     settings = (written, tokenizer.chat_template, tokenizer.special_tokens_map)
-    key = digest(settings, task.causal)
     with locked(source.folder) as folder:
-        entry = folder / key
+        entry = folder / digest(settings, task.causal)
         if not entry.is_dir():
             write_entry(entry, source, tokenizer, task.causal)
         facts = json.loads((entry / "facts.json").read_text())
@@ -67,10 +61,7 @@ def load_rows(entry: Path, part: str) -> Rows:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
-    """Make `folder`, or a temporary one where that is not possible, and lock it for this process.
-
-    What is mapped from a temporary folder stays readable when the folder is gone.
-    """
+    """Make `folder`, or a temporary one where that is impossible, and lock it for this process."""
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +69,7 @@ def locked(folder: Path) -> Iterator[Path]:
         except OSError as error:
             problem = f"{folder}: {error.strerror}"
             print(f"note: {problem}; tokenised data is not kept (set PLAINLORA_CACHE)")
+            # What is mapped from a temporary folder stays readable when the folder is gone.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plainlora_")))
             lock = stack.enter_context(open(folder / "lock", "w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -91,8 +83,8 @@ def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool
     subjects = {example.subject for example in training}
     facts = {
         "chats": any(example.messages for example in [*training, *held_out]),
-        "repeated": len(training) - len(distinct),
-        "overlap": len(subjects & {example.subject for example in held_out}),
+        "repeated": len(training) - len(distinct),  # the same as an earlier training example
+        "overlap": len(subjects & {example.subject for example in held_out}),  # in both parts
     }
     with atomic_folder(entry) as temporary:
         for part, examples in (("train", training), ("eval", held_out)):
@@ -108,12 +100,12 @@ def tokenise_examples(
     """Return the rows of examples, and the facts for `describe_data`. Raises UserError."""
     if any(example.messages for example in examples):
         use_chatml(tokenizer)
-    counts = {"examples": len(examples), "cut": 0, "without_target": 0}
+    facts: dict = {"examples": len(examples), "cut": 0, "without_target": 0}
 
     def rows() -> Iterator[tuple[Row, int]]:
         for example, result in tokenise_in_chunks(examples, tokenizer, causal, config, part):
-            counts["cut"] += result.cut
-            counts["without_target"] += not result.rows
+            facts["cut"] += result.cut
+            facts["without_target"] += not result.rows
             for row in result.rows:
                 yield row, example.dataset_id
 
@@ -124,7 +116,20 @@ def tokenise_examples(
             f"{config.data.max_length}; raise it, or see what becomes of the rows: "
             "python -m lora render FILE."
         )
-    return table, {**counts, **facts_of_rows(table, examples, config.model.task)}
+
+    targets = table.targets[is_target(table.targets)]
+    lengths = np.quantile(np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher")
+    facts["rows"] = len(table)
+    facts["tokens"] = len(table.tokens)
+    facts["targets"] = len(targets)
+    facts["largest_token"] = int(table.tokens.max())
+    facts["lengths"] = lengths.tolist()
+    if config.model.task == "score":
+        facts["label_mean"] = targets.mean().item()
+        facts["label_shares"] = [(targets == 0).mean().item(), (targets == 1).mean().item()]
+        num_labels = sum(len(e.labels) - e.labels.count(None) for e in examples)
+        facts["labels_left_out"] = num_labels - len(targets)
+    return table, facts
 
 
 def tokenise_in_chunks(
@@ -136,26 +141,6 @@ def tokenise_in_chunks(
     with tqdm(total=count, desc=description, unit="example", disable=None, leave=False) as bar:
         for start in range(0, count, CHUNK):
             chunk = examples[start : start + CHUNK]
-            yield from zip(
-                chunk, tokenise(chunk, tokenizer, config.model.task, config.data, causal)
-            )
+            results = tokenise(chunk, tokenizer, config.model.task, config.data, causal)
+            yield from zip(chunk, results)
             bar.update(len(chunk))
-
-
-def facts_of_rows(table: Rows, examples: list[Example], task: str) -> dict:
-    """Return the facts about tokenised rows that are counted in the arrays."""
-    targets = table.targets[is_target(table.targets)]
-    lengths = np.quantile(np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher")
-    facts = {
-        "rows": len(table),
-        "tokens": len(table.tokens),
-        "targets": len(targets),
-        "largest_token": int(table.tokens.max()),
-        "lengths": lengths.tolist(),
-    }
-    if task == "score":
-        facts["label_mean"] = targets.mean().item()
-        facts["label_shares"] = [(targets == 0).mean().item(), (targets == 1).mean().item()]
-        num_labels = sum(len(e.labels) - e.labels.count(None) for e in examples)
-        facts["labels_left_out"] = num_labels - len(targets)
-    return facts

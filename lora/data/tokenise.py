@@ -2,9 +2,8 @@
 
     python -m lora render FILE --base_model M        shows rows with their targets, and statistics
 
-`targets[i]` is what the head must predict from the hidden state at position i: the next token
-(language modelling), or the label of the step that ends there (scores). A position without a target
-has NO_TOKEN or NaN.
+`targets[i]` is what the head must predict from the hidden state at position i: the next token, or
+the label of the step that ends there. A position without a target has NO_TOKEN or NaN.
 """
 
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ class Row:
 
     tokens: list[int]
     targets: list[int] | list[float]  # as long as tokens
-    token_type_ids: list[int] | None = None  # token types of an encoder's pair of texts
+    token_type_ids: list[int] | None = None  # of an encoder's pair of texts
     loss_weight: float = 1.0  # factor of its losses
 
 
@@ -48,27 +47,22 @@ class TokenisedExample:
 def tokenise(
     examples: list[Example], tokenizer: Tokenizer, task: str, data: DataConfig, causal: bool
 ) -> list[TokenisedExample]:
-    """Turn examples into rows of at most max_length tokens. Raises UserError.
+    """Turn examples, of the task "lm" or "score", into rows of at most max_length tokens.
 
     A longer text becomes several windows, in which every token but the first is a target exactly
     once. A chat is cut off at its end. The steps of a chain that do not fit are left out. A causal
     model reads a chain in one row. An encoder sees what follows a step as well, so each step is
-    the end of a row of its own.
-
-    Args:
-        task: "lm" or "score".
-        data: the [data] table of the configuration: max_length, and how a chain is written.
-        causal: whether the model reads from left to right.
-
-    Returns:
-        A result for each example. It has no rows where no target fits.
+    the end of a row of its own. A result has no rows where no target fits.
     """
     if task == "lm":
         results = tokenise_texts(examples, tokenizer, data.max_length)
     elif causal:
         results = tokenise_chains(examples, tokenizer, data)
     else:
-        refuse_chain_format(data)
+        chosen = (data.prompt_format, data.step_format, data.step_marker)
+        if chosen != (DataConfig.prompt_format, DataConfig.step_format, DataConfig.step_marker):
+            keys = "prompt_format, step_format, step_marker"
+            raise UserError(f"{keys}: an encoder reads a pair of texts; leave them out.")
         results = [tokenise_pairs(example, tokenizer, data.max_length) for example in examples]
     for example, result in zip(examples, results):
         for row in result.rows:
@@ -79,7 +73,6 @@ def tokenise(
 def tokenise_texts(
     examples: list[Example], tokenizer: Tokenizer, max_length: int
 ) -> list[TokenisedExample]:
-    """Tokenise chats and texts, to learn to predict the next token."""
     pieces = []
     for example in examples:
         if example.messages:
@@ -90,17 +83,22 @@ def tokenise_texts(
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     results = []
     for example, encoded in zip(examples, encode_groups(pieces, tokenizer)):
+        tokens, mask = [], []
+        for piece_tokens, piece_mask in encoded:
+            tokens.extend(piece_tokens)
+            mask.extend(piece_mask)
         if example.messages:
-            results.append(chat_row(encoded, max_length))
-        else:
-            results.append(text_rows(encoded, bos, eos, max_length))
+            results.append(chat_row(tokens, mask, max_length))
+            continue
+        prefix = [] if tokens[:1] == bos else bos
+        suffix = [] if tokens[-1:] == eos else eos
+        results.append(text_rows(prefix + tokens + suffix, max_length))
     return results
 
 
 def tokenise_chains(
     examples: list[Example], tokenizer: Tokenizer, data: DataConfig
 ) -> list[TokenisedExample]:
-    """Tokenise chains of labelled steps for a causal model."""
     bos = bos_tokens(tokenizer)
     marker = marker_tokens(data, tokenizer)
     pieces = [chain_pieces(example, data) for example in examples]
@@ -113,10 +111,8 @@ def tokenise_chains(
 
 
 def chain_pieces(example: Example, data: DataConfig) -> list[Piece]:
-    """Return the prompt and the steps, each as a piece so that a step's last token is its own.
-
-    A step's piece ends at the marker, so what step_format has after it begins the next piece.
-    """
+    """Return the prompt and the steps, each as a piece so that a step's last token is its own."""
+    # A step's piece ends at the marker, so what step_format has after it begins the next piece.
     before_marker, _, after_marker = data.step_format.partition("{marker}")
     pieces = [Piece(data.prompt_format.replace("{prompt}", example.prompt))]
     for number, step in enumerate(example.steps, 1):
@@ -169,7 +165,6 @@ def encode_groups(groups: list[list[Piece]], tokenizer: Tokenizer) -> list[list[
 
 
 def encode(pieces: list[Piece], tokenizer: Tokenizer) -> list[Encoded]:
-    """Tokenise each piece by itself."""
     results: list[Encoded] = [([], [])] * len(pieces)
     for literal in (False, True):
         indices = [i for i, piece in enumerate(pieces) if piece.literal == literal]
@@ -192,12 +187,7 @@ def encode(pieces: list[Piece], tokenizer: Tokenizer) -> list[Encoded]:
 
 
 def span_mask(offsets: list[Span], spans: list[Span]) -> list[bool]:
-    """Return which tokens share a character with one of the spans.
-
-    Args:
-        offsets: the characters of each token, from its first to the one after its last.
-        spans: characters, likewise.
-    """
+    """Return which tokens, of which `offsets` are the characters, share one with the spans."""
     starts = []
     previous_end = 0
     for start, end in offsets:
@@ -218,31 +208,20 @@ def span_mask(offsets: list[Span], spans: list[Span]) -> list[bool]:
     return mask
 
 
-def chat_row(encoded: list[Encoded], max_length: int) -> TokenisedExample:
-    """Write a chat in one row, cut off at its end; the targets are the assistant's tokens."""
-    tokens, mask = [], []
-    for piece_tokens, piece_mask in encoded:
-        tokens.extend(piece_tokens)
-        mask.extend(piece_mask)
+def chat_row(tokens: list[int], mask: list[bool], max_length: int) -> TokenisedExample:
+    """Write a chat in one row, cut off at its end; the targets are the tokens in the mask."""
     targets = []
     for next_token, is_assistant in zip(tokens[1:max_length], mask[1:max_length]):
         targets.append(next_token if is_assistant else NO_TOKEN)
     targets.append(NO_TOKEN)
-    has_target = any(target != NO_TOKEN for target in targets)
-    rows = [Row(tokens[:max_length], targets)] if has_target else []
-    return TokenisedExample(rows, cut=len(tokens) > max_length)
+    result = TokenisedExample(cut=len(tokens) > max_length)
+    if any(mask[1:max_length]):
+        result.rows.append(Row(tokens[:max_length], targets))
+    return result
 
 
-def text_rows(
-    encoded: list[Encoded], bos: list[int], eos: list[int], max_length: int
-) -> TokenisedExample:
+def text_rows(tokens: list[int], max_length: int) -> TokenisedExample:
     """Write a text in windows; the first target of a window is its second token."""
-    tokens = []
-    for piece_tokens, _ in encoded:
-        tokens.extend(piece_tokens)
-    prefix = [] if tokens[:1] == bos else bos
-    suffix = [] if tokens[-1:] == eos else eos
-    tokens = prefix + tokens + suffix
     result = TokenisedExample()
     for start in range(0, len(tokens) - 1, max_length):
         window = tokens[start : start + max_length]
@@ -258,25 +237,18 @@ def chain_row(
     """Write a chain in one row, with each label at the last token of its step."""
     tokens = list(prompt)
     targets = [NO_SCORE] * len(tokens)
-    cut = False
+    result = TokenisedExample()
     for step, label in zip(steps, labels):
         # Some tokenizers have no token for some steps.
         if not step or len(tokens) + len(step) > max_length:
-            cut = True
+            result.cut = True
             break
         tokens += step
         targets += [NO_SCORE] * (len(step) - 1)
         targets.append(NO_SCORE if label is None else label)
-    has_target = any(not math.isnan(target) for target in targets)
-    return TokenisedExample([Row(tokens, targets)] if has_target else [], cut)
-
-
-def refuse_chain_format(data: DataConfig) -> None:
-    """Raise a UserError if the configuration says how an encoder should read a chain."""
-    chosen = (data.prompt_format, data.step_format, data.step_marker)
-    if chosen != (DataConfig.prompt_format, DataConfig.step_format, DataConfig.step_marker):
-        keys = "prompt_format, step_format, step_marker"
-        raise UserError(f"{keys}: an encoder reads a pair of texts; leave them out.")
+    if not all(math.isnan(target) for target in targets):
+        result.rows.append(Row(tokens, targets))
+    return result
 
 
 def tokenise_pairs(example: Example, tokenizer: Tokenizer, max_length: int) -> TokenisedExample:

@@ -290,8 +290,8 @@ def wrapped(owner, name, change):
 def change_row(patch, change):
     original = tokenise.chat_row
 
-    def changed(tokenised, max_length):
-        rendered = original(tokenised, max_length)
+    def changed(tokens, mask, max_length):
+        rendered = original(tokens, mask, max_length)
         for row in rendered.rows:
             row.targets = change(row)
         return rendered

@@ -1,8 +1,7 @@
 """Readers turn the rows of files into examples: one small file per format.
 
-They use the standard library only, because they run before torch is loaded. A reader yields
-examples, or a text that says why a row is left out. A row of our own formats may have a "weight", a
-number from 0 on, by which its loss is multiplied.
+They use the standard library only, because they run before torch is loaded. A row of our own
+formats may have a "weight", a number from 0 on, by which its loss is multiplied.
 """
 
 from collections import Counter
@@ -54,7 +53,6 @@ def read(
 
     Args:
         task: "lm" for texts and chats, "score" for steps with labels.
-        data: the [data] table of the configuration, which says how some files are read.
         first_dataset_id: the dataset_id of the first path's examples; the next path has the next.
     """
     data = data or DataConfig()

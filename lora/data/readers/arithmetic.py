@@ -11,9 +11,8 @@ of its second step, 78-8=70, has one of four slips:
     carried    73-8=65   another value than the result of the step before
 
 The chain goes on from the result that the step wrote, so a step is judged by the problem and by the
-step before it. For the scoring task an example is (problem, steps, labels). For language modelling
-it is a text in which every slip is corrected ("No, 78-8=70"), because a base that has only read
-correct derivations has nothing to tell a scorer.
+step before it. For language modelling every slip is corrected ("No, 78-8=70"), because a base that
+has only read correct derivations has nothing to tell a scorer.
 """
 
 from collections.abc import Iterator
@@ -51,10 +50,6 @@ def make_problem(rng: random.Random) -> tuple[int, list[Operation]]:
         operations.append((operator, operand))
         value = calculate(value, operator, operand)
     return start, operations
-
-
-def problem_text(start: int, operations: list[Operation]) -> str:
-    return f"From left to right: {start}" + "".join(f"{sign}{n}" for sign, n in operations)
 
 
 def split_of(problem: str) -> str:
@@ -102,21 +97,17 @@ def stays_in_range(value: int, operations: list[Operation]) -> bool:
 def make_chain(
     rng: random.Random, start: int, operations: list[Operation], correct_slips: bool
 ) -> tuple[list[str], list[float]]:
-    """Return steps and labels.
-
-    With `correct_slips` each wrong step is followed by "No, " and the right one, and the chain goes
-    on from there.
-    """
+    """Return steps and labels; with `correct_slips` the right step follows each wrong one."""
     steps = []
     labels = []
     value = start
     for i, (operator, operand) in enumerate(operations):
         result = calculate(value, operator, operand)
         right_step = f"{value}{operator}{operand}={result}"
-        continues_with = [] if correct_slips else operations[i + 1 :]
+        rest = [] if correct_slips else operations[i + 1 :]
         slips = []
         if rng.random() < SHARE_WRONG:
-            slips = possible_slips(value, operator, operand, continues_with)
+            slips = possible_slips(value, operator, operand, rest)
         if not slips:
             steps.append(right_step)
             labels.append(1.0)
@@ -144,7 +135,8 @@ def read(path: str, task: str) -> Iterator[Example]:
     seen = set()
     while len(seen) < count:
         start, operations = make_problem(rng)
-        prompt = problem_text(start, operations)
+        written = "".join(f"{operator}{operand}" for operator, operand in operations)
+        prompt = f"From left to right: {start}{written}"
         if split_of(prompt) != split or prompt in seen:
             continue
         seen.add(prompt)

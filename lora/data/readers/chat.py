@@ -49,7 +49,6 @@ def checked(where: str, number: int, message: Any) -> dict:
 
 def is_call(call: Any) -> bool:
     """Return whether this is {"function": {"name", ...}} or {"name", ...}."""
-    if not isinstance(call, dict):
-        return False
-    function = call.get("function") or call
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
+    if isinstance(call, dict):
+        call = call.get("function") or call
+    return isinstance(call, dict) and isinstance(call.get("name"), str)

@@ -1,7 +1,4 @@
-"""eOBQA: a table of chains of two facts and a hypothesis, with three votes each.
-
-The share of "yes" is the label of the last step.
-"""
+"""eOBQA: two facts and a hypothesis, whose label is the share of "yes" among three votes."""
 
 from lora.config.schema import DataConfig
 from lora.data.examples import Examples, SourceRows, string

@@ -1,13 +1,11 @@
-"""Math-Shepherd: {"input", "label", "task"}, twice the same text, with "ки" after every step, or
-its rating + or -.
+"""Math-Shepherd: {"input", "label", "task"}; label has a rating for every "ки" of input.
 
     input    A problem. Step 1: a step ки
 Step 2: another ки
     label    A problem. Step 1: a step +
 Step 2: another -
 
-The problem ends at "Step 1:", or at its last question mark. "Step 1: " is taken off the steps: the
-layout may add it.
+The problem ends at "Step 1:", or at its last question mark. "Step 1: " is taken off the steps.
 """
 
 import re

@@ -1,10 +1,9 @@
 """PRM800K: a problem and, for every step, completions that were rated -1, 0 or 1. One was chosen.
 
-The path of the chosen completions is an example. Every other completion is one as well: the steps
-of the path before it, and the completion with its label, so that each rating is asked for once. A
+The path of the chosen completions is an example. Every other completion is one as well, after the
+steps of the path before it, and only it has a label there, so that each rating is asked for once. A
 human's own completion is right. 0 ("not wrong, no progress") becomes `neutral_label`; a completion
-that was not rated has no label. Rows that served to control or to choose labellers are left out,
-and those of problems that were called bad or given up.
+that was not rated has no label.
 """
 
 from lora.common.errors import UserError
@@ -51,8 +50,7 @@ def chains(steps: list[dict], ratings: dict) -> list[tuple[list, list]]:
         elif chosen is None and not rated:
             break
         else:
-            # Where nothing was chosen, labelling ended at an error, and the first completion ends
-            # the path.
+            # Without a choice labelling ended at an error, and the first completion ends the path.
             index = 0 if chosen is None else chosen
             if index < 0:
                 raise IndexError(f"chosen_completion {chosen}")

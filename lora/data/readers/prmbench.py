@@ -1,8 +1,7 @@
 """PRMBench's own file: an original chain with errors put into it; `error_steps` counts from 1.
 
-Right steps may follow wrong ones. The original stands in a row for every kind of error. As in the
-authors' evaluation it is read once, with the rows whose `classification` is "redundency" (so spelt
-there).
+Right steps may follow wrong ones. The original stands in a row for every kind of error; as in the
+authors' evaluation it is read once, with the kind "redundency" (so spelt there).
 """
 
 from lora.common.errors import UserError

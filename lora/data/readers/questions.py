@@ -1,7 +1,6 @@
 """A prompt and its answer under the names that public sets use: a chat of two turns.
 
-{"prompt", "completion"}    {"question", "answer"}    {"instruction", "input", "output"}, where the
-input may be absent or empty
+{"prompt", "completion"}    {"question", "answer"}    {"instruction", "output", maybe an "input"}
 """
 
 from lora.config.schema import DataConfig

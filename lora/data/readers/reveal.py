@@ -1,10 +1,9 @@
-"""REVEAL: a table with a row for each piece of evidence of each step; the rows of an answer make a
-chain.
+"""REVEAL: a table with a row for each piece of evidence of each step of an answer.
 
 A logical step is right (1) or not (0). An attributed step is supported fully (1), partially (0.5)
 or not (0) by its best piece of evidence. A step of both kinds has the lower of the two labels.
-Columns with other names than those below are named in [data.reveal_columns]: not all names could be
-verified, as the data may not be passed on in plain text.
+[data.reveal_columns] names columns that are called otherwise: not all names could be verified, as
+the data may not be passed on in plain text.
 """
 
 from lora.common.errors import UserError
@@ -18,6 +17,10 @@ LABELS = {
     "attribution_label": {"fully": 1.0, "partially": 0.5, "unsupported": 0.0, "contradictory": 0.0},
     "correctness_label": {"correct": 1.0, "incorrect": 0.0},
 }
+OTHER_KIND = {
+    "attribution_label": "logic",
+    "correctness_label": "attribution",
+}  # which has no such label
 TERMS = "REVEAL's owners permit it as a test set, not as a training set (its gate; CC BY-ND 4.0)"
 
 
@@ -61,10 +64,7 @@ def label_of_step(rows: list[dict[str, str]]) -> float | None:
     """Return the label of a step from the rows of its evidence, or None where they have none."""
     kind = rows[0]["type_label"].lower()
     labels = []
-    for column, other_kind in (
-        ("attribution_label", "logic"),
-        ("correctness_label", "attribution"),
-    ):
+    for column, other_kind in OTHER_KIND.items():
         values = [LABELS[column][row[column].lower()] for row in rows if row[column]]
         if values and not kind.startswith(other_kind):
             labels.append(max(values))

@@ -15,18 +15,18 @@ def examples(rows: SourceRows, data: DataConfig) -> Examples:
         steps = row.get("steps", row.get("completions"))
         labels = row["labels"]
         if not isinstance(labels, list) or not isinstance(steps, list) or len(labels) != len(steps):
-            num_steps = f"{len(steps)} steps" if isinstance(steps, list) else f"steps {steps!r}"
-            num_labels = (
-                f"{len(labels)} labels" if isinstance(labels, list) else f"labels {labels!r}"
-            )
-            expected = "expected a label for each step (null: none)"
-            raise UserError(f"{where}: {num_steps} and {num_labels}; {expected}.")
+            found = f"{count(steps, 'steps')} and {count(labels, 'labels')}"
+            raise UserError(f"{where}: {found}; expected a label for each step (null: none).")
         labels = [label(where, value, data.label_max) for value in labels]
         loss_weight = weight(where, row)
         result = chain(where, row["prompt"], steps, labels)
         if isinstance(result, Example):
             result.weight = loss_weight
         yield result
+
+
+def count(values: Any, name: str) -> str:
+    return f"{len(values)} {name}" if isinstance(values, list) else f"{name} {values!r}"
 
 
 def chain(
