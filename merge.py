@@ -79,18 +79,8 @@ from transformers import AutoModel
 
 from lora.adapter import load_adapter
 from lora.common.atomic_files import atomic_folder
-from lora.export.merging import (
-    AdapterSource,
-    class_for,
-    difference,
-    find_adapter,
-    four_bits_of,
-    load_base,
-    outputs,
-    read_back,
-    require_same_outputs,
-    save_scorer,
-)
+from lora.export import merging
+from lora.export.merging import AdapterSource, difference, four_bits_of, load_base, outputs
 from lora.export.portable_adapter import write_portable
 from lora.layer import merge
 from lora.model.weights import add_tokens, load_shape, load_tokenizer
@@ -107,12 +97,13 @@ def main(arguments: Namespace) -> None:
         return
 
     # 1. Load the base and its tokenizer.
-    source = find_adapter(arguments.adapter, arguments.base_model)
+    source = merging.find_adapter(arguments.adapter, arguments.base_model)
     refuse_other_kinds(arguments, source)
     shape, dtype, tokenizer = load_shape(source.base_model)
     if arguments.dtype:
         dtype = getattr(torch, arguments.dtype)
-    model_class = AutoModel if source.is_scorer else class_for(shape)  # a scorer's bare backbone
+    # Of a scorer, the bare backbone.
+    model_class = AutoModel if source.is_scorer else merging.class_for(shape)
     source.verify()
     into_4bit = arguments.merge_into == "dequantized"
     quantization = four_bits_of(arguments, source.config) if into_4bit else None
@@ -137,7 +128,7 @@ def main(arguments: Namespace) -> None:
     of_adapter = outputs(model, tokens)
     merge(model)
     of_merged = outputs(model, tokens)
-    effect = require_same_outputs(source, of_base, of_adapter, of_merged)
+    effect = merging.require_same_outputs(source, of_base, of_adapter, of_merged)
     if source.is_4bit and not into_4bit:
         base_4bit = load_base(model_class, source.base_model, four_bits_of(arguments, config))
         if source.has_adapter:
@@ -152,7 +143,7 @@ def main(arguments: Namespace) -> None:
         model.to(dtype)
         tokenizer.save_pretrained(temporary)
         if source.is_scorer:
-            save_scorer(model, tokenizer, source.folder, temporary)
+            merging.save_scorer(model, tokenizer, source.folder, temporary)
             # eval.py --checkpoint reads this configuration.
             config.lora = None
             config.model.base_model = str(Path(arguments.output))
@@ -160,7 +151,7 @@ def main(arguments: Namespace) -> None:
             config.save(temporary / "training_config.toml")
         else:
             model.save_pretrained(temporary)
-        written = read_back(model, model_class, temporary)
+        written = merging.read_back(model, model_class, temporary)
         rounding = difference(outputs(written, tokens), of_adapter)
         print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounding:.3g}")
         if rounding > effect and source.has_adapter:

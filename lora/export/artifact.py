@@ -37,31 +37,29 @@ from lora.training.best_checkpoints import best_first, saved_states
 from lora.training.checkpoint import trainable_parameters
 from lora.training.log import Log, peak_memory
 
-ARTIFACT_VERSION = 1
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes")
 
 
 def write_final_artifact(
     run: Run, log: Log, base_files: dict, data_files: dict, started: float
 ) -> dict:
-    """Write the results and the artifact of a run, with the weights of its best checkpoint.
+    """Write the results and the artifact, with the best checkpoint's weights; return the results.
 
     Args:
         run: a run that has ended, and whose base was found unchanged.
-        log: knows the folder of the run.
         base_files: sha256 of the base's weight files.
         data_files: sha256 of the data's files, as `RawData.files`.
         started: what time.monotonic() was when the run began.
-
-    Returns:
-        The content of final_results.json.
     """
     states = saved_states(log.run_dir / "checkpoints")
     best = best_undamaged(states)
     if best is None:
         found = "no checkpoint has a finite validation loss"
         raise Stopped(f"{log.run_dir}: {found}; try a lower --learning_rate.")
-    task = whole_task(run)
+    task = run.task
+    if any(is_sharded(parameter) for parameter in task.parameters()):
+        task = load_task(run.config, torch.float32)
+        task.tokenizer = run.task.tokenizer  # it may have been given a chat template
     task.load(best["path"])
     last = states[-1]
     results = {
@@ -70,8 +68,8 @@ def write_final_artifact(
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_gb": round(peak_memory(run.device) / 1e9, 3),
     }
-    path = log.run_dir / "logs" / "final_results.json"
-    write_text_atomically(path, json.dumps(results, indent=2) + "\n")
+    results_text = json.dumps(results, indent=2) + "\n"
+    write_text_atomically(log.run_dir / "logs" / "final_results.json", results_text)
 
     folder = log.run_dir / "final_artifact"
     config = with_absolute_paths(run.config)
@@ -79,7 +77,7 @@ def write_final_artifact(
     with atomic_folder(folder) as temporary:
         task.save_artifact(temporary)
         config.save(temporary / "training_config.toml")
-        (temporary / "training_metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+        (temporary / "training_metrics.json").write_text(results_text)
         (temporary / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
         (temporary / "README.md").write_text(model_card(task, config, facts), encoding="utf-8")
         write_checksums(temporary)
@@ -97,15 +95,6 @@ def best_undamaged(states: list[dict]) -> dict | None:
         if not find_damage(state["path"], "trainer_state.json"):
             return state
     return None
-
-
-def whole_task(run: Run) -> Task:
-    """Return the task; where its weights are sharded, a new one that is not."""
-    if not any(is_sharded(parameter) for parameter in run.task.parameters()):
-        return run.task
-    task = load_task(run.config, torch.float32)
-    task.tokenizer = run.task.tokenizer  # it may have been given a chat template
-    return task
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -127,8 +116,9 @@ def absolute_if_file(path: str) -> str:
 
 
 def metadata(task: Task, config: Config, results: dict, base_files: dict, data_files: dict) -> dict:
+    versions = {name: version(name) for name in LIBRARIES if name in sys.modules}
     return {
-        "artifact_version": ARTIFACT_VERSION,
+        "artifact_version": 1,
         "task": config.model.task,
         "method": config.method,
         "base_model": config.model.base_model,
@@ -141,15 +131,10 @@ def metadata(task: Task, config: Config, results: dict, base_files: dict, data_f
         "seconds": results["seconds"],
         "trainable_parameters": sum(p.numel() for p in trainable_parameters(task).values()),
         "parameters": sum(p.numel() for p in task.parameters()),
-        "versions": versions(),
+        "versions": {"python": platform.python_version(), **versions},
         "git_commit": git_commit(),
         "hardware": hardware(next(task.parameters()).device),
     }
-
-
-def versions() -> dict[str, str]:
-    used = [name for name in LIBRARIES if name in sys.modules]
-    return {"python": platform.python_version(), **{name: version(name) for name in used}}
 
 
 def git_commit() -> str | None:

@@ -1,9 +1,8 @@
 """Write a plain Hugging Face folder as one GGUF file for llama.cpp.
 
-What llama.cpp would silently compute otherwise than transformers is refused in one line. One thing
-it leaves out is written so that it does no harm: it knows no sliding window in these families. So
-the context length of a model that has one is written as the window, within which both attend to
-everything. Source: conversion/base.py and conversion/llama.py of llama.cpp.
+What llama.cpp would silently compute otherwise than transformers is refused in one line. It knows
+no sliding window in these families, so the window is written as the context length: within it both
+attend to everything. Source: conversion/base.py and conversion/llama.py of llama.cpp.
 """
 
 from collections.abc import Callable
@@ -41,11 +40,9 @@ ROPE_SETTINGS = {
 
 @dataclass
 class NamedTensor:
-    """A tensor of the file; one at a time is read into memory."""
-
     name: str  # llama.cpp's
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]  # returns its values, fp32
+    read: Callable[[], np.ndarray]  # returns its values, fp32; one tensor at a time is in memory
 
 
 def write_gguf(folder: Path, path: Path, kind: str) -> None:
@@ -63,8 +60,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            stored = stored_type(tensor.shape, kind)
-            writer.write_tensor_data(gguf.quantize(tensor.read(), stored))
+            writer.write_tensor_data(gguf.quantize(tensor.read(), stored_type(tensor.shape, kind)))
         writer.close()
 
 
@@ -104,8 +100,8 @@ def family(config: PretrainedConfig) -> str:
 def refuse_other_computation(config: PretrainedConfig) -> None:
     architecture, size = family(config), head_size(config)
     if config.hidden_act != "silu":
-        known = "llama.cpp computes silu in this family"
-        raise UserError(f"gguf: hidden_act is {config.hidden_act}; {known}.")
+        found = f"hidden_act is {config.hidden_act}"
+        raise UserError(f"gguf: {found}; llama.cpp computes silu in this family.")
     if architecture == "qwen2" and size * config.num_attention_heads != config.hidden_size:
         known = "llama.cpp's qwen2 has hidden_size / num_attention_heads"
         raise UserError(f"gguf: head_dim is {size}; {known}.")
@@ -184,7 +180,6 @@ def rope_factors(config: PretrainedConfig) -> np.ndarray:
 
 
 def stored_type(shape: tuple[int, ...], kind: str) -> gguf.GGMLQuantizationType:
-    """Return how a tensor of this shape is stored in a file of this kind."""
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32  # llama.cpp adds and multiplies vectors in f32
     if kind == "q8_0" and shape[-1] % 32:  # its rows are not whole blocks

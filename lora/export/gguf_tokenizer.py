@@ -1,9 +1,9 @@
 """A tokenizer as GGUF's keys, for llama.cpp.
 
-llama.cpp knows the ways of splitting text into words only by name, and has its own code for each. A
-tokenizer is therefore recognised by the steps in its tokenizer.json. One that llama.cpp has no name
-for is refused, because its text would silently be split otherwise. llama.cpp does not normalise, so
-that the two agree on text that is in NFC already. Source: src/llama-vocab.cpp of llama.cpp.
+llama.cpp knows the ways of splitting text into words only by name. A tokenizer is recognised by the
+steps in its tokenizer.json, and refused where they have no name, because its text would silently be
+split otherwise. llama.cpp does not normalise: the two agree on text that is in NFC already. Source:
+src/llama-vocab.cpp of llama.cpp.
 """
 
 import copy
@@ -24,12 +24,8 @@ WORDS = (
 
 def by_regex(digits: str) -> list[dict]:
     """Return the steps of a pre-tokenizer like Llama 3's; `digits` is how many a word may have."""
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": WORDS.replace("DIGITS", digits)},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    pattern = {"Regex": WORDS.replace("DIGITS", digits)}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     return [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
 
 
@@ -42,19 +38,14 @@ PRE_TOKENIZERS = {
     "llama-bpe": (by_regex("{1,3}"), True),
     "smaug-bpe": (by_regex("{1,3}"), False),
 }
-SENTENCE_PIECE = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": "▁"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-    ],
-}
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SENTENCE_PIECE = {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}
 
 
 def add_tokenizer(
     writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, num_embeddings: int
 ) -> None:
-    """Add all that llama.cpp is told of the tokenizer."""
     facts = json.loads(tokenizer.backend_tokenizer.to_str())
     model = facts["model"]
     name = byte_level_name(facts)
@@ -160,7 +151,6 @@ def sentence_piece_scores(model: dict, num_embeddings: int) -> list[float]:
 
 
 def is_plain_bpe(model: dict) -> bool:
-    """Return whether it is BPE without dropout and without marks of inner pieces or word ends."""
     extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     return model["type"] == "BPE" and not any(model[name] for name in extras)
 

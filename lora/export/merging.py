@@ -61,19 +61,18 @@ class AdapterSource:
 def find_adapter(given: str, base_model: str | None) -> AdapterSource:
     """Return the adapter of a folder: an adapter, a checkpoint or a final artifact."""
     folder = Path(given)
-    where = f"--adapter {given}"
     if (folder / "adapter_config.json").is_file():
         if not base_model:
-            found = "an adapter alone does not say which base it is for"
-            raise UserError(f"{where}: {found}; add --base_model.")
+            found = f"{given}: an adapter alone does not say which base it is for"
+            raise UserError(f"--adapter {found}; add --base_model.")
         return AdapterSource(given, folder, base_model, None)
     config = saved_config(folder)
     if config.method != "head" and not (folder / "lora_adapter").is_dir():
-        found = "there is no lora_adapter/"
-        raise UserError(f"{where}: {found}; a fully fine-tuned model needs no merging.")
+        hint = "a fully fine-tuned model needs no merging"
+        raise UserError(f"--adapter {given}: there is no lora_adapter/; {hint}.")
     if config.model.init_from == "scratch":
         found = "it was trained on random weights, which no folder holds"
-        raise UserError(f"{where}: {found}; use it unmerged.")
+        raise UserError(f"--adapter {given}: {found}; use it unmerged.")
     base_model = base_model or config.model.base_model
     return AdapterSource(given, folder / "lora_adapter", base_model, config)
 
@@ -87,12 +86,10 @@ def class_for(shape: PretrainedConfig) -> type:
     return getattr(transformers, architecture)
 
 
-def load_base(
-    model_class: type, base_model: str, quantization: FourBitSettings | None = None
-) -> PreTrainedModel:
+def load_base(model_class: type, folder: str, settings: FourBitSettings | None) -> PreTrainedModel:
     """Load the base in fp32: its own weights, or what is left of them in 4 bits."""
-    model = load_weights(model_class, base_model, torch.float32, "sdpa", quantization)
-    if quantization:
+    model = load_weights(model_class, folder, torch.float32, "sdpa", settings)
+    if settings:
         dequantize(model)
     return model
 
@@ -132,14 +129,12 @@ def require_same_outputs(
     print(f"adapter against base:           {effect:.3g}")
     print(f"merged against adapter, fp32:   {error:.3g}")
     # The sums are the same but for their order. fp32 rounds each to 6e-8, which layers multiply.
-    # An error that is not a number is no rounding either.
-    is_rounding = error <= 1e-4 * size and error <= effect
+    is_rounding = error <= 1e-4 * size and error <= effect  # not where the error is not a number
     if not is_rounding:
         found = f"merged it differs from base + adapter by {error:.3g}, more than rounding"
         raise UserError(f"--adapter {source.given}: {found}; use it unmerged.")
     if effect == 0 and source.has_adapter:
-        found = "it changes nothing"
-        raise UserError(f"--adapter {source.given}: {found}; use the base as it is.")
+        raise UserError(f"--adapter {source.given}: it changes nothing; use the base as it is.")
     return effect
 
 

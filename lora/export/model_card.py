@@ -68,10 +68,7 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
     files = {**facts["train_data"], **facts["eval_data"]}
     data = [f"| `{path}` | {sha256 or 'generated'} |" for path, sha256 in files.items()]
     return CARD.format(
-        task=facts["task"],
-        trainable_parameters=facts["trainable_parameters"],
-        parameters=facts["parameters"],
-        seconds=facts["seconds"],
+        **facts,
         base=base,
         base_in_yaml=json.dumps(base, ensure_ascii=False),
         library="peft" if config.method == "lora" else "transformers",
@@ -98,7 +95,6 @@ def describe_method(config: Config) -> str:
 
 
 def commands(config: Config) -> Iterator[str]:
-    """Yield the command lines that verify, evaluate and merge the artifact."""
     prompt = shlex.quote(PROMPTS[config.model.task])
     yield 'python "$code/eval.py" --verify_only --artifact_dir final_artifact'
     yield 'python "$code/eval.py" --checkpoint final_artifact'

@@ -12,14 +12,11 @@ from lora.target_modules import pattern_value
 
 
 def write_portable(folder: Path, output: Path) -> None:
-    """Rewrite the adapter in `folder` so that every reader applies the same scale.
+    """Rewrite the adapter in `folder`, or raise UserError for what has no portable form.
 
     vLLM knows no patterns, and llama.cpp divides alpha by each tensor's own rank and knows no
     rsLoRA. Here every layer is padded with zeros to the largest rank R, its scale is in B, and
     r = lora_alpha = R.
-
-    Raises:
-        UserError: the adapter holds what has no such form.
     """
     config = read_config(folder)
     modules, full_weights = read_tensors(folder, config)

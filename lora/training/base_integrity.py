@@ -1,11 +1,8 @@
-"""The base, hashed before and after training: that it is unchanged is measured.
-
-outputs/RUN/baseline_checksums.json   sha256 of the base's weight files, and one over the frozen
-                                      tensors in memory
-"""
+"""The base, hashed before and after training: that it is unchanged is measured."""
 
 from dataclasses import dataclass
 import hashlib
+from itertools import chain
 import json
 from pathlib import Path
 
@@ -40,7 +37,6 @@ def measure_base(task: Task, config: Config) -> BaseSums:
 
 
 def file_sums(model: ModelConfig) -> dict[str, str]:
-    """Return the sha256 of each weight file of the base."""
     return map_in_threads(file_sha256, {path.name: path for path in weight_files(model)})
 
 
@@ -52,8 +48,7 @@ def frozen_sums(model: nn.Module) -> dict[str, str]:
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what the model's state holds and is not trained, a 4-bit weight's scales among it.
 
-    Buffers outside of the state are made anew by the model itself (rotary frequencies, for the
-    length it reads).
+    The model itself makes the other buffers anew (rotary frequencies, for the length it reads).
     """
     state = model.state_dict(keep_vars=True)
     names = {}  # a tied tensor has two names in the state, and one here
@@ -79,7 +74,7 @@ def warn_other_base(folder: str | Path, base_model: str, files: dict[str, str]) 
     """Return a warning if the weights in `folder` were trained on another base, "" if not.
 
     Only what plainlora has written records the weight files of its base, and only an adapter or a
-    head needs one. `files` are the sha256 of the weight files of `base_model`.
+    head needs one. `files` are those of `base_model`, with their sha256.
     """
     folder = Path(folder).resolve()
     checkpoint = folder.parent if folder.name == "lora_adapter" else folder
@@ -89,23 +84,22 @@ def warn_other_base(folder: str | Path, base_model: str, files: dict[str, str]) 
     if (checkpoint / "metadata.json").is_file():
         recorded = read_file(checkpoint / "metadata.json").get("base_files")
     elif (checkpoint / "trainer_state.json").is_file():
-        facts = read_file(checkpoint / "trainer_state.json").get("facts", {})
-        recorded = facts.get("base_model")
+        recorded = read_file(checkpoint / "trainer_state.json").get("facts", {}).get("base_model")
     if recorded and recorded != files:
         return f"warning: {base_model} does not hold the weights that {folder} was trained on"
     return ""
 
 
 def record_base(run_dir: Path, config: Config, base: BaseSums) -> None:
-    """Write baseline_checksums.json."""
+    """Write baseline_checksums.json: the sha256 of each file, and one over the frozen tensors."""
     record = {
         "base_model": config.model.base_model,
         "files": base.files,
         "frozen_tensors": len(base.frozen),
         "frozen_sha256": sha256_over(base.frozen),
     }
-    path = Path(run_dir) / "baseline_checksums.json"
-    write_text_atomically(path, json.dumps(record, indent=2) + "\n")
+    text = json.dumps(record, indent=2) + "\n"
+    write_text_atomically(run_dir / "baseline_checksums.json", text)
 
 
 def compare_base(before: BaseSums, after: BaseSums) -> str:
@@ -115,8 +109,8 @@ def compare_base(before: BaseSums, after: BaseSums) -> str:
         listed = ", ".join(sorted(changed)[:5])
         if len(changed) > 5:
             listed += f" and {len(changed) - 5} more"
-        consequence = "no artifact is made of this run"
-        raise Stopped(f"the base's weights changed during training: {listed}; {consequence}.")
+        what = f"the base's weights changed during training: {listed}"
+        raise Stopped(f"{what}; no artifact is made of this run.")
     frozen = ""
     if before.frozen:
         frozen = f"{len(before.frozen)} frozen tensors, sha256 {sha256_over(before.frozen)}; "
@@ -140,7 +134,7 @@ def only_adapters_train(task: Task, modules_to_save: list[str]) -> str:
     if isinstance(task.head, MLPHead):
         parts["of the head"].extend(task.head.parameters())
 
-    allowed = {id(p) for parameters in parts.values() for p in parameters}
+    allowed = {id(p) for p in chain.from_iterable(parts.values())}
     unexpected = [name for name, p in trainable_parameters(task).items() if id(p) not in allowed]
     if unexpected:
         mend = "freeze them, or name them in modules_to_save"

@@ -29,19 +29,12 @@ def best_first(states: list[dict]) -> list[dict]:
 
 
 def best_loss(folder: Path) -> float:
-    """Return the lowest validation loss among the checkpoints; infinite where there is none.
-
-    Rank 0 reads the folder and tells every process.
-    """
-    losses = broadcast_from_rank_zero(losses_of_best, folder)
-    return min(losses, default=math.inf)
+    """Return the lowest validation loss among the checkpoints; infinite where there is none."""
+    return min(broadcast_from_rank_zero(losses_of_best, folder), default=math.inf)
 
 
 def is_among_best(folder: Path, loss: float) -> bool:
-    """Return whether a checkpoint with this validation loss would be one of the best that are kept.
-
-    Rank 0 reads the folder and tells every process.
-    """
+    """Return whether a checkpoint with this loss would be one of the best, which are kept."""
     losses = broadcast_from_rank_zero(losses_of_best, folder)
     return math.isfinite(loss) and (len(losses) < KEPT or loss < losses[KEPT - 1])
 
@@ -61,14 +54,10 @@ def prune(folder: Path) -> None:
 
 
 def recover(run_dir: Path) -> list[str]:
-    """Clear what a killed run left, and set damaged checkpoints aside.
-
-    Returns:
-        Lines for the log.
-    """
+    """Clear what a killed run left, set damaged checkpoints aside, and return lines for the log."""
     warnings = []
-    folder = Path(run_dir) / "checkpoints"
-    remove_leftovers(Path(run_dir))
+    folder = run_dir / "checkpoints"
+    remove_leftovers(run_dir)
     remove_leftovers(folder)
     for path in checkpoints_by_step(folder).values():
         damage = find_damage(path, "trainer_state.json")

@@ -28,20 +28,18 @@ def cache_features(run: Run, total_steps: int) -> None:
         return
     rows_of_steps = [data.rows_at(step) for step in range(total_steps)]
     used = np.concatenate([data.longest_rows(), *rows_of_steps])
-    evaluated = [row for batch in data.evaluation() for row in batch.rows]
-    data.rows = with_features(run, data.rows, used, "train")
-    data.held_out = with_features(run, data.held_out, np.array(evaluated), "eval")
+    evaluated = np.concatenate([batch.rows for batch in data.evaluation()])
+    data.rows = with_features(run, data.rows, used, "features of train")
+    data.held_out = with_features(run, data.held_out, evaluated, "features of eval")
 
 
-def with_features(run: Run, rows: Rows, indices: np.ndarray, name: str) -> Rows:
-    """Return `rows` with the hidden states of those at `indices`. `name` is shown with progress."""
+def with_features(run: Run, rows: Rows, indices: np.ndarray, desc: str) -> Rows:
+    """Return `rows` with the hidden states of those at `indices`. The progress bar shows `desc`."""
     task = run.task
     groups = rows.groups(np.unique(indices), max_batch_tokens(run.config), task.packed)
     features = {}
     quiet = True if rank() > 0 else None  # None: no bar where there is no terminal
-    with tqdm(
-        total=len(groups), desc=f"features of {name}", unit="batch", disable=quiet, leave=False
-    ) as bar:
+    with tqdm(total=len(groups), desc=desc, unit="batch", disable=quiet, leave=False) as bar:
         for start in range(0, len(groups), BATCHES_AT_ONCE):
             chunk = groups[start : start + BATCHES_AT_ONCE]
             batches = [rows.batch(group, task.packed) for group in chunk]

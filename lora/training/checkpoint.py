@@ -31,7 +31,6 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer, state: dict)
     """Write `checkpoint_step_<step>`, then delete those neither among the best nor the last.
 
     Rank 0 writes for all processes, unless the weights are sharded: then each writes its part.
-
     `state` goes into trainer_state.json; its "val" are the metrics at this step, or None.
     """
     sharded = any(sharding.is_sharded(parameter) for parameter in task.parameters())
@@ -66,10 +65,7 @@ def write_tensors(folder: Path, task: Task, optimizer: Optimizer, sharded: bool)
 
 
 def load(path: str | Path, task: Task, optimizer: Optimizer) -> dict:
-    """Put a checkpoint's weights and optimizer state in their places; return trainer_state.json.
-
-    Raises UserError where they do not fit.
-    """
+    """Put weights and optimizer state in their places, where they must fit; return the `state`."""
     path = Path(path)
     state = best_checkpoints.read_state(path)
     task.load(path)
@@ -94,5 +90,4 @@ def load(path: str | Path, task: Task, optimizer: Optimizer) -> dict:
 
 
 def trainable_parameters(task: nn.Module) -> Parameters:
-    """Return the parameters that are trained, by name."""
     return {name: p for name, p in task.named_parameters() if p.requires_grad}

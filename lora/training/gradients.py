@@ -1,12 +1,12 @@
 """The gradients of a step: backward over this process's micro-batches, summed over all processes.
 
-The targets of a step are counted before its first backward, and every micro-batch adds the gradient
-of (sum of its losses) / (number of targets of the whole step). So how a step is divided into
-micro-batches, or over processes, changes nothing but the speed.
+Every micro-batch adds the gradient of (sum of its losses) / (number of targets of the whole step),
+so how a step is divided into micro-batches, or over processes, changes nothing but the speed.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from lora.common.errors import is_out_of_memory
 from lora.common.seeds import seed_for
@@ -21,16 +21,13 @@ from lora.training.log import Log
 
 
 def backward(
-    run: Run, batches: list[Batch], num_targets: int, step: int, scaler: torch.amp.GradScaler
+    run: Run, batches: list[Batch], num_targets: int, step: int, scaler: GradScaler
 ) -> tuple[Tensor, bool]:
     """Add the gradients of this process's micro-batches of a step to the parameters.
 
     Args:
-        run: the task and where it is computed.
-        batches: this process's micro-batches.
         num_targets: targets of the step over all processes.
         step: seeds the dropout, together with the number of the micro-batch.
-        scaler: scales the loss in float16.
 
     Returns:
         This process's part of the loss, a scalar, and whether memory ran out.
@@ -47,8 +44,7 @@ def backward(
     except RuntimeError as error:
         # Where weights are sharded, the other processes wait in the middle of a layer, so this one
         # cannot start the step again alone.
-        weights_are_sharded = any(is_sharded(parameter) for parameter in run.task.parameters())
-        if not is_out_of_memory(error) or weights_are_sharded:
+        if not is_out_of_memory(error) or any(is_sharded(p) for p in run.task.parameters()):
             raise
         return loss, True
     return loss, False
@@ -75,9 +71,7 @@ def sum_gradients(parameters: list[nn.Parameter], totals: Tensor) -> None:
 class GradientAccumulation:
     """Computes the gradients of whole steps, in smaller micro-batches if memory runs out."""
 
-    def __init__(
-        self, run: Run, scaler: torch.amp.GradScaler, stop_signal: StopSignal, log: Log
-    ) -> None:
+    def __init__(self, run: Run, scaler: GradScaler, stop_signal: StopSignal, log: Log) -> None:
         self.run = run
         self.scaler = scaler
         self.stop_signal = stop_signal
@@ -87,8 +81,7 @@ class GradientAccumulation:
     def of_step(self, step: int) -> tuple[float, bool]:
         """Add the gradients of a step over all processes.
 
-        Returns:
-            The loss, the mean over the targets of the step, and whether a signal asks for the end.
+        Return the mean loss over the targets of the step, and whether a signal asks for the end.
         """
         data = self.run.data
         num_targets = data.num_targets_at(step)
@@ -101,8 +94,7 @@ class GradientAccumulation:
     def try_largest_step(self, reserved_bytes: int) -> None:
         """Find micro-batches that fit, without an update: what does not fit shows before step 1.
 
-        Args:
-            reserved_bytes: memory to keep free, which the optimizer takes at its first update.
+        `reserved_bytes` are kept free: the optimizer takes them at its first update.
         """
         data = self.run.data
         rows = data.longest_rows()

@@ -36,8 +36,7 @@ class Log:
     ) -> None:
         """Make the folder of a run that begins at the step `start`, and open its files.
 
-        Raises UserError where the folder exists (unless it `may_exist`), is in use, or cannot be
-        made.
+        Raises UserError where it exists (unless it `may_exist`), is in use, or cannot be made.
         """
         self.run_dir = Path(run_dir)
         self.bar: tqdm = None
@@ -59,17 +58,15 @@ class Log:
         if config.output.report_to:
             from lora.training.trackers import Tracker
 
-            names = [name for name in config.output.report_to.split(",") if name]
-            for name in names:
-                self.trackers.append(Tracker(name, self.run_dir, config, start, self.say))
+            for name in config.output.report_to.split(","):
+                if name:
+                    self.trackers.append(Tracker(name, self.run_dir, config, start, self.say))
 
     def say(self, line: str) -> None:
-        """Write a line to the console and to the log file."""
         tqdm.write(line)
         self.text_file.write(line + "\n")
 
     def start(self, step: int, total: int) -> None:
-        """Show the progress bar."""
         quiet = True if process_group.rank() > 0 else None  # None: no bar without a terminal
         self.bar = tqdm(total=total, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
 
@@ -135,14 +132,12 @@ def lock_folder(run_dir: Path, may_exist: bool) -> TextIO:
 
 
 def cut_metrics_after(step: int, path: Path) -> None:
-    """Remove the metrics of later steps, which a resumed run writes again; all of them for step 0.
-
-    A killed run may have left half a line, which goes as well.
-    """
+    """Remove the metrics of later steps (all for step 0), which a resumed run writes again."""
     if not path.exists():
         return
     kept = ""
     for line in path.read_text().splitlines(keepends=True):
+        # A killed run may have left half a line.
         if line.endswith("\n") and step > 0 and json.loads(line)["step"] <= step:
             kept += line
     write_text_atomically(path, kept)

@@ -1,8 +1,7 @@
 """The memory that a run would take, by part, counted without running it.
 
-A step on the longest rows is run with tensors that have shapes and no contents (torch's
-FakeTensorMode), and the bytes of what it would hold are counted. So this works where the run itself
-would not fit.
+A step on the longest rows is run with tensors that have shapes and no contents (FakeTensorMode), so
+this works where the run itself would not fit.
 """
 
 import logging
@@ -65,8 +64,6 @@ class HeadMemory:
     def __init__(self, counter: MemoryCounter) -> None:
         self.counter = counter
         self.peak = 0  # bytes of the head alone
-        self.live_before = 0
-        self.peak_before = 0
 
     def forward_begins(self, *hook_arguments) -> None:
         self.live_before = self.counter.live
@@ -81,26 +78,22 @@ class HeadMemory:
 def plan_memory(run: Run) -> dict[str, int]:
     """Return the bytes of each part of what this process would hold at its peak.
 
-    On a CPU one part is "program": Python, the libraries, and what is left of loading.
-
-    Args:
-        run: its task is on the CPU (a 4-bit base: on the device), and not sharded yet.
+    On a CPU one part is "program": Python, the libraries, and what is left of loading. The task is
+    not sharded yet, and on the CPU (a 4-bit base: on the device).
     """
     parameters = list(trainable_parameters(run.task).values())
     num_shards = 1 if run.config.lora else process_group.world_size()
     weights = weight_bytes(run.task, num_shards)
     gradients = sum(parameter.nbytes for parameter in parameters)
-    counter = MemoryCounter(run.device.type)
-    head_memory = HeadMemory(counter)
-    count_step(run, counter, head_memory)
-    head = min(head_memory.peak, counter.peak - gradients)
+    peak, head_peak = count_step(run)
+    head = min(head_peak, peak - gradients)
     parts = {}
     if run.device.type == "cpu":
         parts["program"] = max(0, resident_bytes() - weights)
     parts["weights"] = weights
     parts["gradients"] = gradients // num_shards
     parts["optimizer"] = optimizer_bytes(parameters, run.config.training.optimizer) // num_shards
-    parts["activations"] = counter.peak - gradients - head
+    parts["activations"] = peak - gradients - head
     parts["head"] = head
     return parts
 
@@ -112,14 +105,18 @@ def weight_bytes(task: Task, num_shards: int) -> int:
         sizes[tensor.untyped_storage()._cdata] = tensor.nbytes
     total = sum(sizes.values()) // num_shards
     if num_shards > 1:  # a layer is gathered while the one before it is computed
-        layers = decoder_layers(task.model)
-        total += 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
+        largest = 0
+        for layer in decoder_layers(task.model):
+            largest = max(largest, sum(p.nbytes for p in layer.parameters()))
+        total += 2 * largest
     return total
 
 
-def count_step(run: Run, counter: MemoryCounter, head_memory: HeadMemory) -> None:
-    """Run the largest step without contents, and count what it holds."""
+def count_step(run: Run) -> tuple[int, int]:
+    """Run the largest step without contents; return the most bytes that it and its head hold."""
     task = run.task
+    counter = MemoryCounter(run.device.type)
+    head_memory = HeadMemory(counter)
     # torch would print a traceback of its own.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     before = task.head.register_forward_pre_hook(head_memory.forward_begins)
@@ -145,6 +142,7 @@ def count_step(run: Run, counter: MemoryCounter, head_memory: HeadMemory) -> Non
                 raise UserError(f"--dry_run: {found}.") from None
     before.remove()
     after.remove()
+    return counter.peak, head_memory.peak
 
 
 def resident_bytes() -> int:

@@ -13,7 +13,6 @@ States = dict[str, dict[str, Tensor]]  # by name of the parameter, then of the t
 
 
 def make_optimizer(parameters: Parameters, config: Config, device: torch.device) -> Optimizer:
-    """Make the optimizer that the configuration names."""
     settings = config.training
     groups = parameter_groups(parameters, config.lora.loraplus_lr_ratio if config.lora else 1.0)
     values = {"lr": 0.0, "betas": (0.9, settings.adam_beta2), "weight_decay": settings.weight_decay}
@@ -66,8 +65,7 @@ def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]
 def set_state(optimizer: Optimizer, parameters: Parameters, saved: States) -> list[str]:
     """Put back what `state_of` returned of each parameter; of a sharded one, its local rows.
 
-    Returns:
-        "parameter/key" of what does not fit at the first parameter where anything does not.
+    Returns "parameter/key" of what does not fit, of the first parameter where anything does not.
     """
     names = {parameter: name for name, parameter in parameters.items()}
     for i, group in enumerate(optimizer.param_groups):
@@ -85,20 +83,17 @@ def set_state(optimizer: Optimizer, parameters: Parameters, saved: States) -> li
             expected = shapes_of(state_of(optimizer, parameter))
             shapes = shapes_of(saved[name])
             keys = sorted(expected.keys() | shapes.keys())
-            mismatches = [key for key in keys if expected.get(key) != shapes.get(key)]
+            mismatches = [f"{name}/{key}" for key in keys if expected.get(key) != shapes.get(key)]
             if mismatches:
-                return [f"{name}/{key}" for key in mismatches]
-            fill(optimizer.state[parameter], saved[name])
+                return mismatches
+            state = optimizer.state[parameter]
+            for key, tensor in saved[name].items():
+                if isinstance(state[key], Tensor):
+                    local_tensor(state[key]).copy_(tensor)
+                else:
+                    state[key] = tensor.item()  # bitsandbytes' step
     return []
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {key: local_tensor(tensor).shape for key, tensor in tensors.items()}
-
-
-def fill(state: dict[str, Tensor | int], saved: dict[str, Tensor]) -> None:
-    for key, tensor in saved.items():
-        if isinstance(state[key], Tensor):
-            local_tensor(state[key]).copy_(tensor)
-        else:
-            state[key] = tensor.item()  # bitsandbytes' step

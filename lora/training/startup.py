@@ -13,13 +13,8 @@ from lora.layer import lora_layers
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.quantization import share_4bit
-from lora.training.base_integrity import (
-    BaseSums,
-    measure_base,
-    only_adapters_train,
-    record_base,
-    warn_other_base,
-)
+from lora.training import base_integrity
+from lora.training.base_integrity import BaseSums, only_adapters_train
 from lora.training.best_checkpoints import recover
 from lora.training.log import Log
 from lora.training.schedule import total_steps
@@ -31,9 +26,6 @@ def begin(
     """Make the folder of a run, and log what it is about to do.
 
     Args:
-        run: what is about to be trained.
-        command: names the folder and the checkpoint that is resumed.
-        raw_data: its files' hashes are recorded.
         state: of the checkpoint that is resumed, or None.
         description: what `describe_run` returned.
 
@@ -42,34 +34,33 @@ def begin(
         checkpoints, which must be the same in a run that resumes one (UserError).
     """
     config = run.config
-    base = None
+    base, base_files = None, None
     if process_group.rank() == 0:
-        base = measure_base(run.task, config)
-        command.require_same({"base_model": base.files, "dtype": str(run.dtype)})
-    keep_number_of_threads(state)
+        base = base_integrity.measure_base(run.task, config)
+        base_files = base.files
+        command.require_same({"base_model": base_files, "dtype": str(run.dtype)})
+    if state and state["facts"]["place"]["processes"] == world_size():
+        # The number of threads decides the order of sums, and so the last bits of a resumed run.
+        torch.set_num_threads(state["facts"]["place"]["threads"])
     place = describe_place(run.device)
-    facts = {
-        **raw_data.files,
-        "base_model": base and base.files,
-        "dtype": str(run.dtype),
-        "place": place,
-    }
+    run_facts = {"base_model": base_files, "dtype": str(run.dtype), "place": place}
     # The name of a run that was given none holds the second at which its process read the clock.
     run_dir = broadcast_from_rank_zero(str, command.run_dir)
     log = Log(run_dir, config, state["step"] if state else 0, command.continues)
     command.status.run_dir = log.run_dir
     if base is not None:
         command.status.write(None)
-        record_base(log.run_dir, config, base)
-        for line in recover(log.run_dir):
-            log.say(line)
-        warning = warn_other_base(config.model.init_from, config.model.base_model, base.files)
-        moved = describe_moved(state["facts"]["place"], place) if state else ""
-        for line in (warning, moved):
+        base_integrity.record_base(log.run_dir, config, base)
+        lines = recover(log.run_dir)
+        model = config.model
+        lines.append(base_integrity.warn_other_base(model.init_from, model.base_model, base_files))
+        if state:
+            lines.append(describe_moved(state["facts"]["place"], place))
+        for line in lines:
             if line:
                 log.say(line)
     log.say(f"{description}; in {log.run_dir}")
-    return log, base, facts
+    return log, base, {**raw_data.files, **run_facts}
 
 
 def describe_run(run: Run, data_facts: dict) -> str:
@@ -94,12 +85,12 @@ def describe_run(run: Run, data_facts: dict) -> str:
         size = 4e-9 * count * task.head.layers[0].in_features
         kept = f"its hidden states at up to {count} targets are kept"
         lines.append(f"the base reads every row once: {kept}, in {size:.3f} GB of main memory")
-    repeated, overlap = data_facts["repeated"], data_facts["overlap"]
-    if repeated:
-        lines.append(f"warning: {repeated} training examples are repeated word for word")
-    if overlap:
-        both = "are in the training data and in the held-out data"
-        lines.append(f"warning: {overlap} prompts or texts {both}")
+    if data_facts["repeated"]:
+        repeated = f"{data_facts['repeated']} training examples"
+        lines.append(f"warning: {repeated} are repeated word for word")
+    if data_facts["overlap"]:
+        overlap = f"{data_facts['overlap']} prompts or texts"
+        lines.append(f"warning: {overlap} are in the training data and in the held-out data")
     if world_size() > 1:
         held = "a part of every layer"
         if config.lora:
@@ -120,25 +111,14 @@ def describe_run(run: Run, data_facts: dict) -> str:
 
 
 def describe_lora(task: Task, lora: LoraConfig) -> str:
-    """Describe what is trained in the place of the base."""
     layers = len(lora_layers(task.model))
     text = f"LoRA: rank {lora.lora_r}, alpha {lora.lora_alpha:g}, over {layers} linear layers"
     if lora.modules_to_save:
         text += f", and {' '.join(lora.modules_to_save)} whole"
     text += "; the base is frozen"
     if lora.load_in_4bit:
-        share = share_4bit(task.model)
-        text += f", {share:.0%} of it in 4 bits ({lora.bnb_4bit_quant_type})"
+        text += f", {share_4bit(task.model):.0%} of it in 4 bits ({lora.bnb_4bit_quant_type})"
     return text
-
-
-def keep_number_of_threads(state: dict | None) -> None:
-    """Use as many threads as the checkpoint's run had, if it had as many processes.
-
-    The number of threads decides the order of sums, and so the last bits of a resumed run.
-    """
-    if state and state["facts"]["place"]["processes"] == world_size():
-        torch.set_num_threads(state["facts"]["place"]["threads"])
 
 
 def describe_place(device: torch.device) -> dict[str, str | int]:
@@ -157,5 +137,5 @@ def describe_moved(before: dict, now: dict) -> str:
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before[name]]
     if not changed:
         return ""
-    listed = ", ".join(changed)
-    return f"resumed with {listed}: the same examples and targets a step, not the same bits"
+    what = "the same examples and targets a step, not the same bits"
+    return f"resumed with {', '.join(changed)}: {what}"

@@ -35,12 +35,10 @@ class Tracker:
 
 
 def tensorboard(run_dir: Path, config: Config, start: int) -> Callable:
-    """Return a function that writes metrics to RUN/logs/tensorboard.
-
-    What a resumed run writes again takes the place of what was there.
-    """
+    """Return a function that writes metrics to RUN/logs/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter
 
+    # What a resumed run writes again takes the place of what was there.
     purge_step = start + 1 if start else None
     writer = SummaryWriter(run_dir / "logs" / "tensorboard", purge_step=purge_step)
 
@@ -53,16 +51,13 @@ def tensorboard(run_dir: Path, config: Config, start: int) -> Callable:
 
 
 def wandb(run_dir: Path, config: Config, start: int) -> Callable:
-    """Return a function that sends metrics to the project of WANDB_PROJECT and WANDB_ENTITY.
-
-    A resumed run continues the same one.
-    """
+    """Return a function that sends metrics to the project of WANDB_PROJECT and WANDB_ENTITY."""
     import wandb as package
 
     run = package.init(
         name=run_dir.name,
         id=hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16],
-        resume="allow",
+        resume="allow",  # a resumed run continues the same one
         dir=run_dir / "logs",
         config=config.as_dict(),
         settings=package.Settings(init_timeout=30),
