@@ -89,7 +89,7 @@ class Trial:
 
     @torch.no_grad()
     def outputs(self, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
-        """Return hidden states [n, width] and predictions [n, ...] at targets of batch or sample."""
+        """Return hidden states [n, width] and predictions [n, ...] at the batch's targets."""
         batch = (batch or self.batch).to(self.device)
         hidden = self.task.target_hidden_states(batch)
         return hidden.float(), self.task.head.predict(hidden, batch.targets).float()
