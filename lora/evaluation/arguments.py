@@ -44,8 +44,7 @@ def make_parser() -> Parser:
     add("--verify_only", action="store_true", help=verify_help)
     ignore_help = "go on with the text of --prompt as it is"
     add("--ignore_chat_template", action="store_true", help=ignore_help)
-    eval_data_help = "held-out files; default: the checkpoint's"
-    add("--eval_data", nargs="+", metavar="FILE", help=eval_data_help)
+    add("--eval_data", nargs="+", metavar="FILE", help="held-out files; default: the checkpoint's")
     add("--prompt", metavar="TEXT", help="what to answer; for a scorer a problem, then its steps")
     files = {
         "--config": "TOML or JSON as for training, where there is no checkpoint",

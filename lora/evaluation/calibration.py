@@ -20,8 +20,7 @@ def calibration(scores: np.ndarray, labels: np.ndarray) -> list[tuple[float, flo
 def expected_calibration_error(scores: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean distance of the two means of `calibration`, weighted by the counts."""
     points = calibration(scores, labels)
-    total = sum(abs(mean_score - mean_label) * count for mean_score, mean_label, count in points)
-    return total / len(scores)
+    return sum(abs(score - label) * count for score, label, count in points) / len(scores)
 
 
 def save_reliability_diagram(path: str, scores: np.ndarray, labels: np.ndarray) -> None:

@@ -1,5 +1,4 @@
-"""The losses of the validation examples, kept at every evaluation, so that two runs can be compared
-example by example.
+"""The losses of the validation examples at every evaluation, by which `compare` compares runs.
 
 RUN/logs/examples/step_<N>.npz   id [rows], a hash of the row's tokens and targets;
                                  loss [rows], the sum over its targets; targets [rows], their number
@@ -30,7 +29,7 @@ def save_example_losses(
 ) -> None:
     """Write the file of an evaluation. The targets of each row lie together in the predictions."""
     rows = run.data.held_out
-    order = [row for batch in batches for row in batch.rows]
+    order = np.concatenate([batch.rows for batch in batches])
     ids = np.zeros(len(order), np.uint64)
     counts = np.zeros(len(order), np.int32)
     for place, row in enumerate(order):

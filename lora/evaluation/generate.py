@@ -1,8 +1,7 @@
 """What a model returns outside training: answers to prompts, scores of steps, embeddings of texts.
 
-Generation needs a cache of keys and values, and the "packed" attention cannot use one. So this is
-the only place where the model runs as its authors wrote it: `model.generate` of transformers on a
-padded batch. The padding stands on the left, so that every prompt ends where its answer begins.
+The "packed" attention has no cache of keys and values, so generation is `model.generate` of
+transformers on a batch that is padded on the left: every prompt ends where its answer begins.
 """
 
 from collections.abc import Iterator, Sequence
@@ -77,8 +76,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def generation_mode(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """Make `model` ready to generate according to `settings` alone, and restore it afterwards.
 
-    The model's own generation_config is set aside, because it may hold penalties and sampling that
-    were not requested here.
+    The model's own generation_config may hold penalties and sampling that were not requested.
     """
     training = model.training
     attention = model.config._attn_implementation
@@ -100,8 +98,8 @@ def group_prompts(
     """Group prompts into batches of at most `max_tokens` positions, the longest prompts first.
 
     All prompts of a batch may have the same number of new tokens, so that an answer does not depend
-    on the other prompts of its batch. An empty prompt is an error, and so is one that leaves none
-    of the model's `max_positions` (None: no limit) to the answer.
+    on the other prompts of its batch. `max_positions` is the model's limit; None: no limit. Raises
+    UserError for a prompt that is empty, or leaves no position for an answer.
 
     Returns:
         For each batch the number of new tokens and the indices of its prompts, at least one.
@@ -132,9 +130,7 @@ def generate_answers(
     """Return the texts with which the model answers prompts, in their order.
 
     An answer ends before the first of the `stop_tokens`, after max_new_tokens, or where the model
-    has no more positions. At temperature 0 each token is the likeliest one. Above it tokens are
-    sampled, and the same seed and batches give the same answers. A batch holds as many positions as
-    in training. Raises UserError where a prompt is empty, or leaves no position for an answer.
+    has no more positions. Above temperature 0 the same seed and batches give the same answers.
     """
     model, tokenizer = task.model, task.tokenizer
     max_new_tokens, temperature = config.evaluation.max_new_tokens, config.evaluation.temperature
@@ -153,14 +149,14 @@ def generate_answers(
             settings.max_new_tokens = new_tokens
             generated = model.generate(input_ids=tokens, attention_mask=mask)
             for i, answer in zip(indices, generated[:, tokens.shape[1] :].tolist()):
-                texts[i] = tokenizer.decode(
-                    before_stop(answer, stops),
-                    skip_special_tokens=True,
-                    clean_up_tokenization_spaces=False,
-                )
+                texts[i] = plain_text(before_stop(answer, stops), tokenizer)
             progress.update(len(indices))
     progress.close()
     return texts
+
+
+def plain_text(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -188,6 +184,7 @@ def step_scores(
 
     The scores are NaN from the first step on that does not fit into max_length.
     """
+    training = task.training
     # With a label at every step, every step that fits becomes a target. The targets of an example
     # are in the order of its steps, in one row (causal model) or in a row for each step (encoder).
     all_labelled = [replace(e, labels=[0.0] * len(e.steps)) for e in examples]
@@ -205,9 +202,10 @@ def step_scores(
     scores = np.full(num_steps, math.nan)
     if pairs:
         rows = Rows.from_rows(pairs, "score")
-        group_prompts = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
-        predictions = predict(task, group_prompts, task.model.device, dtype).values.numpy()
-        order = np.concatenate([batch.rows for batch in group_prompts])
+        batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
+        predictions = predict(task, batches, task.model.device, dtype).values.numpy()
+        task.train(training)
+        order = np.concatenate([batch.rows for batch in batches])
         scores[np.concatenate([steps_of_rows[row] for row in order])] = predictions
     ends = np.cumsum([len(example.steps) for example in examples])
     return np.split(scores, ends[:-1])
@@ -225,11 +223,11 @@ def embed(task: Task, texts: list[str], config: Config, dtype: torch.dtype) -> n
     # Every token is a target, so that the task returns the hidden state at every position.
     pairs = [(Row(tokens[i], [0.0] * len(tokens[i])), 0) for i in order]
     rows = Rows.from_rows(pairs, "score")
-    group_prompts = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
+    batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
     task.eval()
     means = []
     with autocast(task.model.device, dtype):
-        for batch in tqdm(group_prompts, unit="batch", disable=None):
+        for batch in tqdm(batches, unit="batch", disable=None):
             hidden = task.target_hidden_states(batch.to(task.model.device)).float()
             means += [part.mean(0).cpu() for part in hidden.split(batch.seq_lens)]
     embeddings = torch.empty(len(texts), len(means[0]))

@@ -22,7 +22,7 @@ from lora.evaluation import retrieval, step_metrics, step_report
 from lora.evaluation.arguments import EvaluationRequest
 from lora.evaluation.best_of_n import best_of_n
 from lora.evaluation.calibration import save_reliability_diagram
-from lora.evaluation.generate import embed, generate_answers, prompt_tokens, step_scores
+from lora.evaluation.generate import embed, generate_answers, plain_text, prompt_tokens, step_scores
 from lora.evaluation.predict import predict
 from lora.evaluation.text_metrics import Question, mean_scores, passes, rouge_scorer, score_answer
 from lora.model.task import Task
@@ -30,8 +30,6 @@ from lora.model.task import Task
 
 @dataclass
 class Results:
-    """What an evaluation found out."""
-
     numbers: dict = field(default_factory=dict)
     answers: list[dict] = field(default_factory=list)  # one for each question, with its measures
     critical_questions: list[dict] = field(default_factory=list)  # whether each was passed
@@ -50,15 +48,14 @@ class Results:
 def measure_language(
     request: EvaluationRequest, task: Task, config: Config, dtype: torch.dtype
 ) -> Results:
-    """Measure the loss and the answers of a language model."""
     results = Results()
     if request.examples:
         results.numbers.update(measure_loss(request.examples, task, config, dtype))
     if request.test_set:
-        results.answers, mean_scores = measure_answers(request.test_set, task, config, dtype)
-        results.numbers.update(mean_scores)
+        results.answers, means = measure_answers(request.test_set, task, config, dtype)
+        results.numbers.update(means)
     if request.critical:
-        answers, mean_scores = measure_answers(request.critical, task, config, dtype)
+        answers, means = measure_answers(request.critical, task, config, dtype)
         for question, answer in zip(request.critical, answers):
             passed = passes(answer["answer"], answer["reference"], config.evaluation)
             answer["passed"] = passed
@@ -68,8 +65,8 @@ def measure_language(
             _, _, last_line = printable(text).strip().rpartition("\n")
             print(f"{'PASS' if passed else 'FAIL'}  {where}  {last_line}")
         results.answers += answers
-        mean_scores["passed"] = sum(answer["passed"] for answer in answers) / len(answers)
-        results.numbers.update({f"critical/{name}": mean for name, mean in mean_scores.items()})
+        means["passed"] = sum(answer["passed"] for answer in answers) / len(answers)
+        results.numbers.update({f"critical/{name}": mean for name, mean in means.items()})
     return results
 
 
@@ -82,10 +79,7 @@ def measure_loss(
     print(describe_data("eval", facts))
     targets = predictions.targets
     numbers = task.head.metrics(predictions.values, targets)
-    text = task.tokenizer.decode(
-        targets, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    num_bytes = len(text.encode()) or math.nan
+    num_bytes = len(plain_text(targets, task.tokenizer).encode()) or math.nan
     numbers["bits_per_byte"] = numbers["loss"] * len(targets) / math.log(2) / num_bytes
     return numbers
 
@@ -122,26 +116,25 @@ def measure_steps(
 ) -> dict:
     """Score the steps, show them where this was requested, and measure those with labels."""
     examples, threshold = request.examples, config.evaluation.threshold
-    score_answer = step_scores(examples, task, config, dtype)
-    num_steps = sum(len(of_chain) for of_chain in score_answer)
-    num_without_score = sum(int(np.isnan(of_chain).sum()) for of_chain in score_answer)
-    if num_without_score:
+    scores = step_scores(examples, task, config, dtype)
+    has_no_score = np.isnan(np.concatenate(scores))
+    if has_no_score.any():
         too_long = f"do not fit max_length {config.data.max_length} and have no score"
-        print(f"note: {num_without_score} of {num_steps} steps {too_long}")
+        print(f"note: {has_no_score.sum()} of {len(has_no_score)} steps {too_long}")
     if arguments.prompt is not None or arguments.test_set:
-        for example, of_chain in zip(examples, score_answer):
+        for example, of_chain in zip(examples, scores):
             if arguments.prompt is None:
                 print(f"\n{example.where}\n{printable(example.prompt)}")
             for line in step_report.lines(example, of_chain, threshold, sys.stdout.isatty()):
                 print(line)
 
     numbers, table = {}, []
-    labels, labelled_scores = step_metrics.labelled_steps(examples, score_answer)
+    labels, labelled_scores = step_metrics.labelled_steps(examples, scores)
     if len(labels):
         paths = arguments.eval_data or config.data.eval_paths
         if arguments.test_set:
             paths = [arguments.test_set]
-        report = compare_with_baselines(paths, examples, score_answer, config)
+        report = compare_with_baselines(paths, examples, scores, config)
         values, targets = torch.from_numpy(labelled_scores), torch.from_numpy(labels)
         loss, right = task.head.metrics(values, targets)["loss"], (labels >= 0.5).mean()
         print(f"{len(labels)} labelled steps, {right:.1%} of them right; loss {loss:.6f}")
@@ -154,13 +147,13 @@ def measure_steps(
         numbers = {"loss": loss, **report["measures"]["scores"], **report}
         table = step_report.table(report)
 
-    for name, (value, interval) in best_of_n(examples, score_answer).items():
+    for name, (value, interval) in best_of_n(examples, scores).items():
         numbers[f"best_of_n/{name}"] = value
         numbers.setdefault("intervals", {}).setdefault("best_of_n", {})[name] = interval
         table.append([f"best of n, {name}", step_report.number(value, interval)])
     if arguments.html:
         title = f"{arguments.checkpoint or config.model.base_model}: scores of steps"
-        page = step_report.page(title, examples, score_answer, threshold, table)
+        page = step_report.page(title, examples, scores, threshold, table)
         Path(arguments.html).write_text(page, encoding="utf-8")
     for name, *cells in table:
         columns = "  ".join(f"{cell:24}" for cell in cells)
@@ -169,19 +162,16 @@ def measure_steps(
 
 
 def compare_with_baselines(
-    paths: Sequence[str],
-    examples: Sequence[Example],
-    score_answer: step_metrics.Scores,
-    config: Config,
+    paths: Sequence[str], examples: Sequence[Example], scores: step_metrics.Scores, config: Config
 ) -> dict[str, dict]:
     """Measure scores of chains that were read from `paths`, see `step_metrics.report`."""
     measured_ids = set()
-    for example, of_chain in zip(examples, score_answer):
+    for example, of_chain in zip(examples, scores):
         labels, _ = step_metrics.labelled_steps([example], [of_chain])
         if len(labels):
             measured_ids.add(example.dataset_id)
     dataset_ids = {name: i for i, name in enumerate(dataset_names(paths)) if i in measured_ids}
     if len(dataset_ids) == 1:
         dataset_ids = {}
-    scorers = step_metrics.with_baselines(examples, score_answer)
+    scorers = step_metrics.with_baselines(examples, scores)
     return step_metrics.report(examples, scorers, config.evaluation, dataset_ids)

@@ -17,7 +17,5 @@ ENVIRONMENT = Environment(
 
 
 def render_template(name: str, values: dict[str, object]) -> Markup:
-    """Fill in a template of lora/evaluation/templates/. Its values are escaped, it itself is not:
-    a page may include a drawing as it is.
-    """
+    """Fill in a template. Its values are escaped; it is not, so a page may include a drawing."""
     return Markup(ENVIRONMENT.get_template(name).render(values))

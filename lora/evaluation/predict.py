@@ -14,6 +14,8 @@ from lora.model.device import autocast
 from lora.model.run import Run
 from lora.model.task import Task
 
+Method = Callable[[Batch], Tensor]  # of a task
+
 
 @dataclass
 class Predictions:
@@ -37,11 +39,7 @@ def predict(
 
 @torch.no_grad()
 def outputs_at_targets(
-    task: Task,
-    method: Callable[[Batch], Tensor],
-    batches: list[Batch],
-    device: torch.device,
-    dtype: torch.dtype,
+    task: Task, method: Method, batches: list[Batch], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Return what a method of the task computes at all targets, [n, ...], in fp32 on the CPU.
 
@@ -60,8 +58,7 @@ def outputs_at_targets(
     local_outputs = [run_model(batch) for batch in progress]
 
     # Sharded weights are gathered by all processes at once, so every process must run the model
-    # equally often. Where the last round has too few batches, the others repeat one and drop the
-    # result.
+    # equally often. In a last round of too few batches, the others repeat one and drop the result.
     batches_in_last_round = len(batches) % world_size()
     process_sits_out = batches_in_last_round > 0 and rank() >= batches_in_last_round
     if process_sits_out:
@@ -73,11 +70,9 @@ def outputs_at_targets(
 
 
 def evaluate(run: Run) -> tuple[dict[str, float], list[Batch], Predictions]:
-    """Evaluate on the held-out rows.
+    """Evaluate on the held-out rows: return metrics, the micro-batches and their predictions.
 
-    Returns:
-        The head's metrics, with those of each data set under its name where several are mixed;
-        the micro-batches, and the predictions that the metrics were computed from.
+    The metrics are the head's, with those of each data set under its name where several are mixed.
     """
     batches = run.data.evaluation()
     predictions = predict(run.task, batches, run.device, run.dtype)

@@ -63,10 +63,7 @@ def read_id(where: str, value: object) -> str:
 def relevant_ranks(
     queries: np.ndarray, corpus: np.ndarray, relevant: Sequence[set[int]]
 ) -> list[list[int]]:
-    """Return for each query the ranks of its relevant documents, from 1 on, in order.
-
-    `queries` [q, width] and `corpus` [c, width] are embeddings.
-    """
+    """Return for each query [q, width] its documents' ranks in `corpus` [c, width], from 1 on."""
     ranks = []
     for query, of_query in zip(queries, relevant):
         order = np.argsort(-(corpus @ query), kind="stable")
@@ -79,7 +76,7 @@ def metrics(ranks: list[list[int]]) -> dict[str, float]:
     """Return means over the queries: recall@k, MRR (1 / the first rank), nDCG@10 (binary)."""
     values = {}
     for k in CUTOFFS:
-        recalls = [np.mean([rank <= k for rank in of_query]) for of_query in ranks]
+        recalls = [np.mean(np.array(of_query) <= k) for of_query in ranks]
         values[f"recall@{k}"] = float(np.mean(recalls))
     values["mrr"] = float(np.mean([1 / of_query[0] for of_query in ranks]))
     gains = 1 / np.log2(np.arange(2, 12))  # of a relevant document at ranks 1 to 10

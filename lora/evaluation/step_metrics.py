@@ -1,11 +1,8 @@
 """How well step scores agree with labels, beside two baselines that do not understand the steps.
 
-AUC, mse and accuracy already look good for a scorer that knows where in a chain errors tend to be.
-So every number stands next to that of a baseline that knows only the position and length of a step,
-and of one that also knows its words. Each has a 95 % interval: the bootstrap over problems.
-
-A step is right where its label is at least 0.5, and predicted right where its score is at least the
-threshold. Steps that have no label, or no score (NaN), are left out for all three scorers.
+A scorer that knows where in a chain errors tend to be already looks good. So every number stands
+next to that of a baseline that knows a step's position and length, and of one that also knows its
+words. A step is right where its label is at least 0.5. Steps that lack label or score are left out.
 """
 
 from collections import defaultdict
@@ -67,12 +64,11 @@ def labelled_steps(examples: Chains, scores: Scores) -> tuple[np.ndarray, np.nda
 
 
 class ScoredChains:
-    """The scores of one scorer for the chains that have labelled steps."""
+    """One scorer's scores for chains with labelled steps, of one data set or (None) of all."""
 
     def __init__(
         self, examples: Chains, scores: Scores, threshold: float, dataset_id: int | None = None
     ) -> None:
-        """Collect the chains of one data set, or (None) of all."""
         self.threshold = threshold
         self.problems: list[str] = []  # of each chain
         self.labels: list[np.ndarray] = []  # of each chain, [steps]
@@ -152,13 +148,12 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
     of_scorers: Intervals = {name: {} for name in scorers}
     of_differences: Intervals = {name: {} for name in others}
     for measure in samples[first][0]:
-        values_of_first = [sample[measure] for sample in samples[first]]
+        values_of_first = np.array([sample[measure] for sample in samples[first]])
         for name in scorers:
-            values = [sample[measure] for sample in samples[name]]
+            values = np.array([sample[measure] for sample in samples[name]])
             of_scorers[name][measure] = interval_95(values)
             if name in others:
-                differences = [a - b for a, b in zip(values_of_first, values)]
-                of_differences[name][measure] = interval_95(differences)
+                of_differences[name][measure] = interval_95(values_of_first - values)
     return of_scorers, of_differences
 
 
@@ -168,10 +163,8 @@ def with_baselines(
     """Return the scores, and the baselines' scores for the same steps, see `baseline_scores`."""
     scores_of_scorer = {"scores": scores}
     for name, features in BASELINES.items():
-        baseline = baseline_scores(features, examples, fitted_on)
-        scores_of_scorer[name] = [
-            np.where(np.isnan(own), np.nan, other) for own, other in zip(scores, baseline)
-        ]
+        pairs = zip(scores, baseline_scores(features, examples, fitted_on))
+        scores_of_scorer[name] = [np.where(np.isnan(own), np.nan, other) for own, other in pairs]
     return scores_of_scorer
 
 
@@ -182,23 +175,15 @@ def report(
     dataset_ids: dict[str, int],
     draws: int = 1000,
 ) -> dict[str, dict]:
-    """Measure scorers on the same steps, and the first one against the others.
+    """Measure scorers on the same steps, and the first one against the others. Raises UserError.
 
-    Args:
-        examples: the chains.
-        scores_of_scorer: what `with_baselines` returned.
-        settings: the threshold, or the set on which it is tuned.
-        dataset_ids: {name of a set: its id} where there are several sets, otherwise empty. Each
-            set gets a "NAME/processbench_f1"; their mean is "mean_processbench_f1".
-        draws: number of bootstrap samples.
+    `dataset_ids` is {name of a set: its id} where there are several sets, otherwise empty. Each set
+    gets a "NAME/processbench_f1"; their mean is "mean_processbench_f1".
 
     Returns:
         "thresholds": {scorer: number}, "measures": {scorer: {measure: value}}, "intervals": the
         same with [low, high], and "differences": {baseline: {measure: [low, high]}}, the interval
         of the first scorer's measure less the baseline's.
-
-    Raises:
-        UserError: the threshold is to be tuned on a set that is not there.
     """
     tuned_on = settings.tune_threshold_on
     if tuned_on and tuned_on not in dataset_ids:

@@ -1,31 +1,15 @@
 """Scored steps to look at: each step in the colour of its score, in the terminal or on one page."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from lora.common.terminal import printable
 from lora.data.examples import Example
 from lora.evaluation.pages import render_template
-from lora.evaluation.step_metrics import first_below
+from lora.evaluation.step_metrics import Scores, first_below
 
 Table = list[list[str]]  # cells of a table, the first row a heading
-
-
-@dataclass(frozen=True)
-class Step:  # as the page shows it
-    text: str
-    score: str  # with its label, where there is one
-    css_colour: str
-    css_classes: str  # "first": first under the threshold; "gold": first that is labelled wrong
-
-
-@dataclass(frozen=True)
-class Chain:
-    where: str  # file:line
-    problem: str
-    steps: list[Step]
 
 
 def colour(score: float) -> tuple[int, int, int]:
@@ -69,10 +53,7 @@ def table(report: dict) -> Table:
 
 
 def lines(example: Example, scores: np.ndarray, threshold: float, colours: bool) -> Iterator[str]:
-    """Yield a line for each step of a chain: its score, its label, and a mark at the first error.
-
-    The first error is the first step with a score below the threshold.
-    """
+    """Yield a line for each step of a chain: its score, its label, a mark at the first error."""
     first_error = first_below(scores, threshold)
     for i, (step, label, score) in enumerate(zip(example.steps, example.labels, scores)):
         text = f"{score_with_label(score, label)}  {printable(step)}"
@@ -85,30 +66,25 @@ def lines(example: Example, scores: np.ndarray, threshold: float, colours: bool)
 
 
 def page(
-    title: str,
-    examples: Sequence[Example],
-    scores: Sequence[np.ndarray],
-    threshold: float,
-    numbers: Table,
+    title: str, examples: Sequence[Example], scores: Scores, threshold: float, numbers: Table
 ) -> str:
     """Return the page of scored chains, under a table of numbers that may be empty."""
-    shown = chains(examples, scores, threshold)
-    values = {"title": title, "numbers": numbers, "threshold": threshold, "chains": shown}
+    values = {"title": title, "numbers": numbers, "threshold": threshold}
+    values["chains"] = chains(examples, scores, threshold)
     return render_template("steps.html", values)
 
 
-def chains(
-    examples: Sequence[Example], scores: Sequence[np.ndarray], threshold: float
-) -> list[Chain]:
+def chains(examples: Sequence[Example], scores: Scores, threshold: float) -> list[dict]:
     """Return the chains as templates/macros.html draws them."""
     shown = []
     for example, step_scores in zip(examples, scores):
         steps = coloured_steps(example, step_scores, threshold)
-        shown.append(Chain(example.where, example.prompt, steps))
+        shown.append({"where": example.where, "problem": example.prompt, "steps": steps})
     return shown
 
 
-def coloured_steps(example: Example, scores: np.ndarray, threshold: float) -> list[Step]:
+def coloured_steps(example: Example, scores: np.ndarray, threshold: float) -> list[dict]:
+    """Return steps for the page; "first" is under the threshold, "gold" first labelled wrong."""
     predicted_error = first_below(scores, threshold)
     labels = [np.nan if label is None else label for label in example.labels]
     labelled_error = first_below(labels, 0.5)
@@ -120,6 +96,8 @@ def coloured_steps(example: Example, scores: np.ndarray, threshold: float) -> li
         if i == labelled_error:
             css_classes.append("gold")
         red, green, blue = colour(score)
-        css_colour = f"rgb({red}, {green}, {blue})"
-        steps.append(Step(text, score_with_label(score, label), css_colour, " ".join(css_classes)))
+        step = {"text": text, "score": score_with_label(score, label)}
+        step["css_colour"] = f"rgb({red}, {green}, {blue})"
+        step["css_classes"] = " ".join(css_classes)
+        steps.append(step)
     return steps

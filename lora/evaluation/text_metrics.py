@@ -45,11 +45,7 @@ def last_question(example: Example) -> Question:
 
 
 def read_questions(path: str) -> list[Question]:
-    """Read a file of chats in any form that training knows; each asks for its last answer.
-
-    Raises:
-        UserError: a row has no question or no answer.
-    """
+    """Read chats in any form of training; each asks for its last answer. Raises UserError."""
     questions = []
     for example in read([path], "lm"):
         where = example.where
@@ -68,8 +64,8 @@ def read_questions(path: str) -> list[Question]:
 
 def check_patterns(settings: EvaluationConfig) -> None:
     """Raise UserError for a pattern of the [evaluation] table that is not a regular expression."""
-    refusal, citation = settings.refusal_pattern, settings.citation_pattern
-    for name, pattern in {"refusal_pattern": refusal, "citation_pattern": citation}.items():
+    for name in ("refusal_pattern", "citation_pattern"):
+        pattern = getattr(settings, name)
         try:
             re.compile(pattern)
         except re.error as error:

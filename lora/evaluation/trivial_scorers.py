@@ -90,8 +90,7 @@ def baseline_scores(
     """
     hashed = [hash_features(features, example) for example in examples]
     if fitted_on:
-        hashed_for_fit = [hash_features(features, example) for example in fitted_on]
-        weights = fit_weights(hashed_for_fit, fitted_on)
+        weights = fit_weights([hash_features(features, e) for e in fitted_on], fitted_on)
         return [predict_steps(of_steps, weights) for of_steps in hashed]
     folds = [hashlib.sha256(e.prompt.encode()).digest()[0] % FOLDS for e in examples]
     weights_of_fold = {}

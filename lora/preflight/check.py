@@ -2,8 +2,6 @@
 
 A check is a function of a Trial that returns a Result, or None where it does not apply. The checks
 run in the order of DATA and MODEL. They train the task they are given, and the last one merges it.
-The equalities are measured on a few training rows in fp32 and without dropout, where what rounding
-does not explain is a fault.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,10 +18,7 @@ from lora.preflight.trial import Trial, keep_first_layers
 
 
 def check(run: Run, raw_data: RawData, data_facts: dict) -> None:
-    """Print the result of every check. Raises Stopped where one says FAIL.
-
-    The checks train the run's task. `data_facts` is what `load_or_tokenise` returned.
-    """
+    """Print the result of every check. Raises Stopped where one says FAIL."""
     note = keep_first_layers(run.task)
     trial = Trial(run, raw_data, data_facts)
     failed = run_checks(DATA, trial)

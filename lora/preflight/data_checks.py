@@ -19,8 +19,8 @@ MIN_QUOTE = 12  # characters; a shorter message may be in an answer by chance
 def share_of_targets(trial: Trial) -> Result:
     facts = trial.facts["train"]
     share = facts["targets"] / facts["tokens"]
-    counts = f"{facts['rows']} rows, {facts['targets']} targets"
     too_few = share < 0.01 and trial.config.model.task == "lm"
+    counts = f"{facts['rows']} rows, {facts['targets']} targets"
     measured = f"{counts}, {share:.1%} of the tokens are trained on"
     return require(not too_few, measured, "are the answers really so short?", WARN)
 
@@ -78,7 +78,6 @@ def end_tokens(trial: Trial) -> Result | None:
 
 
 def targets_of(rows: list[Row]) -> list[int] | list[float]:
-    """Return the targets of some rows, in their order."""
     targets = []
     for row in rows:
         targets += [t for t in row.targets if t != NO_TOKEN and not math.isnan(t)]
@@ -107,9 +106,9 @@ def special_tokens(trial: Trial) -> Result:
 
 def text_of(example: Example) -> str:
     """Return all that somebody wrote of an example."""
-    contents = [message.get("content") for message in example.messages]
-    contents = [content for content in contents if isinstance(content, str)]
-    return " ".join([example.text, example.prompt, *example.steps, *contents])
+    parts = [example.text, example.prompt, *example.steps]
+    parts += [m["content"] for m in example.messages if isinstance(m.get("content"), str)]
+    return " ".join(parts)
 
 
 def target_mask(trial: Trial) -> Result | None:

@@ -25,12 +25,12 @@ def dry_run(run: Run) -> None:
     print("memory at the peak, with the longest rows:")
     for name, size in parts.items():
         print(f"  {name:12}{size / 1e9:9.3f} GB")
-    total = f"  {'in all':12}{needed / 1e9:9.3f} GB"
     place = f"of {available / 1e9:.0f} on this {run.device.type}"
+    total = f"  {'in all':12}{needed / 1e9:9.3f} GB {place}"
     if needed >= available:
-        print(f"{total} {place}: it does not fit")
+        print(f"{total}: it does not fit")
         return
-    print(f"{total} {place}")
+    print(total)
     place_on_device(run.task, run.config, run.device, run.dtype)
     steps = total_steps(run.config.training, run.data.steps_per_epoch)
     if run.task.frozen:  # a frozen base reads each row only once
@@ -54,7 +54,6 @@ def describe_time(run: Run, steps: int) -> str:
 
 
 def train_step(run: Run) -> None:
-    """Compute a step without its update."""
     batches, num_targets = run.data.batch_at(0), run.data.num_targets_at(0)
     loss, _ = backward(run, batches, num_targets, 0, torch.amp.GradScaler(enabled=False))
     loss.item()  # waits for the device

@@ -20,7 +20,6 @@ from lora.training.base_integrity import frozen_sums
 from lora.training.optimizer import make_optimizer
 
 UPDATES = 10  # on a repeated batch
-CHANGE_OF_B = 0.02  # standard deviation of what is added to the factors B
 
 
 def finite_weights(trial: Trial) -> Result:
@@ -43,9 +42,8 @@ def tied_as_declared(trial: Trial) -> Result | None:
     tied = is_tied(trial.task.model)
     declared = trial.task.model.config.get_text_config().tie_word_embeddings
     words = {True: "tied", False: "apart"}
-    measured = (
-        f"embeddings and output layer are {words[tied]}, in config.json {words[bool(declared)]}"
-    )
+    in_config = f"in config.json {words[bool(declared)]}"
+    measured = f"embeddings and output layer are {words[tied]}, {in_config}"
     return require(declared == tied, measured, "correct tie_word_embeddings there")
 
 
@@ -89,7 +87,6 @@ def new_optimizer(trial: Trial) -> torch.optim.Optimizer:
 
 
 def update(trial: Trial, optimizer: torch.optim.Optimizer) -> None:
-    """Train for a step at the configured learning rate."""
     trial.step()
     for group in optimizer.param_groups:
         group["lr"] = trial.config.training.learning_rate * group["lr_ratio"]
@@ -106,7 +103,7 @@ def adapter_acts(trial: Trial) -> Result | None:
     torch.manual_seed(0)
     with torch.no_grad():
         for layer in layers:
-            layer.lora_B.weight += CHANGE_OF_B * torch.randn_like(layer.lora_B.weight)
+            layer.lora_B.weight += 0.02 * torch.randn_like(layer.lora_B.weight)
     difference = largest_difference(trial.outputs(), before)
     measured = f"a small change of it changes the outputs by {difference:.1e}"
     advice = f"raise --lora_alpha, or it is {OUR_FAULT}"
@@ -130,9 +127,8 @@ def trained_tensors(trial: Trial) -> Result:
     if zero:
         reason = "these rows do not need them (experts that no token is sent to?)"
         return Result(WARN, f"the gradient is 0 of {first_names(zero)}: {reason}")
-    others = len(tensors) - len(expected)
     all_expected = f"all {len(expected)} that are meant to be trained get one"
-    return Result(PASS, f"{all_expected}, the other {others} none")
+    return Result(PASS, f"{all_expected}, the other {len(tensors) - len(expected)} none")
 
 
 def is_meant_to_train(name: str, trial: Trial) -> bool:
@@ -211,20 +207,19 @@ def through_peft(trial: Trial) -> Result | None:
     model = trial.task.model
     if not lora_layers(model):
         return None
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     outputs = trial.outputs()
     with tempfile.TemporaryDirectory(prefix="plainlora_") as folder, torch.no_grad():
         save_adapter(model, folder)
-        for parameter in parameters.values():
+        for parameter in trained.values():
             parameter.zero_()
         load_adapter(model, folder)
     loaded = dict(model.named_parameters())
     changed = [name for name, tensor in before.items() if not torch.equal(loaded[name], tensor)]
     if changed:
         return Result(FAIL, f"other than before: {first_names(changed)}; {OUR_FAULT}")
-    what = f"{len(before)} tensors, largest difference"
-    return same_tensors(trial.outputs(), outputs, 0.0, what)
+    return same_tensors(trial.outputs(), outputs, 0.0, f"{len(before)} tensors, largest difference")
 
 
 def base_unchanged(trial: Trial) -> Result | None:

@@ -13,7 +13,6 @@ class Result:
 
 
 def require(condition: bool, measured: str, advice: str, otherwise: str = FAIL) -> Result:
-    """Return PASS where the condition holds; otherwise another status, with advice."""
     if condition:
         return Result(PASS, measured)
     return Result(otherwise, f"{measured}; {advice}")
@@ -21,9 +20,8 @@ def require(condition: bool, measured: str, advice: str, otherwise: str = FAIL) 
 
 def require_at_most(value: float, limit: float, what: str) -> Result:
     """Return PASS where a value is at most `limit`, which a NaN is not."""
-    return require(
-        value <= limit, f"{what} {value:.2g}", f"expected at most {limit:g}; {OUR_FAULT}"
-    )
+    advice = f"expected at most {limit:g}; {OUR_FAULT}"
+    return require(value <= limit, f"{what} {value:.2g}", advice)
 
 
 def require_no_faults(count: int, total: int, measured: str, advice: str) -> Result:

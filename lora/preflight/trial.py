@@ -27,6 +27,7 @@ MAX_ROWS = 8  # on which the equalities are measured
 MAX_TOKENS = 1024  # of these rows together
 MAX_WORK = 25e9  # parameters times tokens: a large model is measured on fewer tokens
 MAX_PARAMETERS = 30_000_000  # of the layers that are kept of a larger model
+Tensors = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,10 @@ class Trial:
     """A task in fp32 (4-bit weights stay in 4 bits) on its device, ready to be trained."""
 
     def __init__(self, run: Run, raw_data: RawData, data_facts: dict) -> None:
-        """`data_facts` is what `load_or_tokenise` returned."""
         task, config = run.task.float().to(run.device).eval(), run.config
         self.task, self.config, self.device = task, config, run.device
         self.rows = run.data.rows
-        self.facts = data_facts
+        self.facts = data_facts  # as `load_or_tokenise` returned them
         self.train_examples, self.eval_examples = raw_data.examples()
         examples = self.train_examples[:MAX_EXAMPLES]
         tokenised = tokenise(examples, task.tokenizer, config.model.task, config.data, task.causal)
@@ -57,8 +57,7 @@ class Trial:
         self.batch = self.sample.batch(range(len(self.sample)), task.packed)
         self.run = Run(task, config, self.data(), run.device, torch.float32)
 
-        # Relative to the largest number. In fp32 the order of a sum changes the result by less
-        # than 1e-4.
+        # Relative to the largest number. In fp32 the order of a sum changes it by less than 1e-4.
         in_4bit = any(is_4bit(layer.base_layer) for layer in lora_layers(task.model).values())
         self.tolerance = 0.05 if in_4bit else 1e-4
         # On a GPU, sums have no fixed order, and the same computation gives other bits.
@@ -90,10 +89,7 @@ class Trial:
 
     @torch.no_grad()
     def outputs(self, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
-        """Return hidden states [n, width] and predictions [n, ...] at the targets of the sample.
-
-        Where a micro-batch is given, they are those at its targets.
-        """
+        """Return hidden states [n, width] and predictions [n, ...] at the batch's targets."""
         batch = (batch or self.batch).to(self.device)
         hidden = self.task.target_hidden_states(batch)
         return hidden.float(), self.task.head.predict(hidden, batch.targets).float()
@@ -109,7 +105,7 @@ def sample_rows(rows: Rows, max_tokens: int) -> Rows:
     for i in range(min(len(rows), 4 * MAX_ROWS)):
         span = rows.span(i)
         start = span.start
-        if span.stop - span.start > max_length:
+        if span.stop - start > max_length:
             first_target = np.flatnonzero(is_target(rows.targets[span]))[0]
             start += max(0, first_target - max_length // 2)
         parts.append((i, np.arange(start, min(span.stop, start + max_length))))
@@ -137,13 +133,13 @@ def sample_rows(rows: Rows, max_tokens: int) -> Rows:
 def keep_first_layers(task: Task) -> str:
     """Keep the first layers of a large model, two at least; return a note, "" if all are kept."""
     layers = decoder_layers(task.model)
+    total = len(layers)
     kept, num_parameters = 0, 0
     for layer in layers:
         num_parameters += sum(p.numel() for p in layer.parameters())
         if num_parameters <= MAX_PARAMETERS:
             kept += 1
     kept = max(2, kept)
-    total = len(layers)
     if kept >= total:
         return ""
     del layers[kept:]
@@ -155,7 +151,7 @@ def keep_first_layers(task: Task) -> str:
     return f"the model is large: of its {total} layers the first {kept} are checked"
 
 
-def largest_difference(values: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+def largest_difference(values: Tensors, references: Tensors) -> float:
     """Return the largest difference, relative to the largest number of its reference tensor."""
     differences = []
     for value, reference in zip(values, references, strict=True):
@@ -165,10 +161,7 @@ def largest_difference(values: Sequence[Tensor], references: Sequence[Tensor]) -
     return max(differences)
 
 
-def same_tensors(
-    values: Sequence[Tensor], references: Sequence[Tensor], limit: float, what: str
-) -> Result:
-    """Return PASS where the largest difference of the tensors is at most `limit`."""
+def same_tensors(values: Tensors, references: Tensors, limit: float, what: str) -> Result:
     return require_at_most(largest_difference(values, references), limit, what)
 
 

@@ -1,10 +1,6 @@
-"""Line and bubble charts as SVG: positions are computed here, and templates/chart.svg draws."""
-
-from __future__ import annotations
+"""Line and bubble charts: their positions, which lora/evaluation/templates/chart.svg draws."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-import itertools
 import math
 
 from markupsafe import Markup
@@ -23,72 +19,38 @@ LEGEND_WIDTH_PER_CHARACTER = 8
 LEGEND_GAP = 14
 
 
-@dataclass(frozen=True)
 class Scale:
-    """A linear map from the values of an axis to positions in the drawing."""
+    """A linear map on which the values of an axis fill the space between two positions."""
 
-    low: float
-    high: float
-    start: float  # position of `low`
-    end: float  # position of `high`
-
-    @classmethod
-    def around(cls, values: Sequence[float], start: float, end: float) -> Scale:
-        """Return the scale on which `values` fill the space between two positions."""
-        low, high = min(values), max(values)
-        if low == high:
-            high = low + 1
-        return cls(low, high, start, end)
+    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
+        self.start, self.end = start, end
+        self.low, self.high = min(values), max(values)
+        if self.low == self.high:
+            self.high = self.low + 1
 
     def position(self, value: float) -> float:
         fraction = (value - self.low) / (self.high - self.low)
         return round(self.start + fraction * (self.end - self.start), 1)
 
     def ticks(self) -> list[tuple[str, float]]:
-        """Return the label and the position of each tick."""
         return [(f"{value:.4g}", self.position(value)) for value in ticks(self.low, self.high)]
 
 
-@dataclass(frozen=True)
-class Circle:
-    x: float
-    y: float
-    radius: float
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One curve as it is drawn."""
-
-    name: str
-    colour: str  # variable of the page's style
-    name_x: float  # right end of its name in the legend
-    line: str  # SVG path; empty for bubbles
-    circles: list[Circle]
-
-
 def chart(title: str, x_label: str, curves: Mapping[str, Sequence[Point]]) -> Markup:
-    """Draw up to two curves with axes as an SVG.
+    """Return an SVG of up to two curves {name: points}; empty where no curve has a point.
 
-    Args:
-        title: heading of the chart.
-        x_label: name of the x axis.
-        curves: points of each curve by its name. Points (x, y) are joined by a line; points
-            (x, y, share) are circles of that share of an area, without a line.
-
-    Returns:
-        The SVG, which templates do not escape again; empty where no curve has a point.
+    Points (x, y) are joined by a line. Points (x, y, share) are circles without a line.
     """
-    thinned = {}
+    thinned, all_points = {}, []
     for name, points in curves.items():
         if points:
             stride = max(1, len(points) // MAX_POINTS_PER_CURVE)
             thinned[name] = points[::stride]
+            all_points += thinned[name]
     if not thinned:
         return Markup("")
-    all_points = list(itertools.chain(*thinned.values()))
-    x_scale = Scale.around([point[0] for point in all_points], LEFT, RIGHT)
-    y_scale = Scale.around([point[1] for point in all_points], BOTTOM, TOP)
+    x_scale = Scale([point[0] for point in all_points], LEFT, RIGHT)
+    y_scale = Scale([point[1] for point in all_points], BOTTOM, TOP)
 
     # The last curve is first: its name is at the right end of the legend.
     drawn = []
@@ -97,12 +59,14 @@ def chart(title: str, x_label: str, curves: Mapping[str, Sequence[Point]]) -> Ma
         circles = []
         for x, y, *share in thinned[name]:
             radius = round(2 + 14 * math.sqrt(share[0]), 1) if share else 2.5
-            circles.append(Circle(x_scale.position(x), y_scale.position(y), radius))
+            circles.append((x_scale.position(x), y_scale.position(y), radius))
         is_line = len(thinned[name][0]) == 2
-        path = "M" + "L".join(f"{c.x} {c.y}" for c in circles) if is_line else ""
+        path = "M" + "L".join(f"{x} {y}" for x, y, _ in circles) if is_line else ""
         if len(circles) >= MAX_POINTS_WITH_CIRCLES:
             circles = []
-        drawn.append(Curve(name, colour, name_x, path, circles))
+        curve = {"name": name, "colour": colour, "name_x": name_x, "line": path}
+        curve["circles"] = circles
+        drawn.append(curve)
         name_x -= LEGEND_WIDTH_PER_CHARACTER * len(name) + LEGEND_GAP
 
     scales = {"x": x_scale, "y": y_scale}

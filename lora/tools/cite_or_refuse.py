@@ -5,9 +5,8 @@
 CORPUS: text files, or rows with "text"; each file or row is a document. A question shows numbered
 passages and the first words of a sentence, and the answer is the rest of that sentence with the
 passage's number. In a share of the questions the passage with the answer is not shown, and the
-answer is REFUSAL. The other passages are of other documents on the same side of the split. No
-language model writes anything here, so every answer is right; it teaches to look up, to cite and to
-refuse, not to paraphrase. Writes DIR/train.jsonl and DIR/test.jsonl.
+answer is REFUSAL. No language model writes anything here, so every answer is right; it teaches to
+look up, to cite and to refuse, not to paraphrase. Writes DIR/train.jsonl and DIR/test.jsonl.
 """
 
 import argparse
@@ -52,26 +51,17 @@ class Passage:
         return " ".join(self.sentences)
 
 
-@dataclass(slots=True)
-class Question:
-    """A sentence that can be asked for."""
-
-    # The words that the question shows. No other sentence on this side of the split has them.
-    opening: str
-    rest: str
-    passage: Passage
+Question = tuple[str, str, Passage]  # opening and rest of a sentence, and where it stands
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
-    corpus = "text files, or JSONL/JSON/CSV rows with text"
-    parser.add_argument("corpus", nargs="+", metavar="CORPUS", help=corpus)
-    output = "folder to write, which must not exist"
-    parser.add_argument("--output", metavar="DIR", required=True, help=output)
-    seed = "of the split and of what is drawn (default: 42)"
-    parser.add_argument("--seed", type=int, default=42, help=seed)
+    add = parser.add_argument
+    add("corpus", nargs="+", metavar="CORPUS", help="text files, or JSONL/JSON/CSV rows with text")
+    add("--output", metavar="DIR", required=True, help="folder to write, which must not exist")
+    add("--seed", type=int, default=42, help="of the split and of what is drawn (default: 42)")
     fraction = "share of the documents in test.jsonl (0.1)"
-    parser.add_argument("--eval_fraction", type=float, default=0.1, help=fraction)
+    add("--eval_fraction", type=float, default=0.1, help=fraction)
     arguments = parser.parse_args(argv)
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
@@ -134,7 +124,7 @@ def passages_of(documents: list[Document]) -> list[Passage]:
 
 
 def questions_of(passages: list[Passage], documents: list[Document]) -> list[Question]:
-    """Return the sentences of the passages that can be asked for."""
+    """Return the sentences with an opening that no other sentence of the documents has."""
     everything = "\n".join(" ".join(document) for document in documents)
     questions = []
     for passage in passages:
@@ -145,23 +135,23 @@ def questions_of(passages: list[Passage], documents: list[Document]) -> list[Que
             # The question puts it into quotation marks, and brackets are for citations.
             has_marks = re.search(r'["“”\[\]]', sentence)
             if len(words) >= MIN_WORDS and not has_marks and everything.count(opening) == 1:
-                questions.append(Question(opening, rest, passage))
+                questions.append((opening, rest, passage))
     return questions
 
 
 def make_chats(documents: list[Document], rng: random.Random) -> list[dict]:
-    """Return a chat for every sentence that can be asked for, in random order."""
+    """Return a chat for every question, in random order."""
     passages = passages_of(documents)
     questions = questions_of(passages, documents)
     rng.shuffle(questions)
     num_refused = round(SHARE_REFUSED * len(questions))
     chats = []
-    for i, question in enumerate(questions):
+    for i, (opening, rest, own_passage) in enumerate(questions):
         candidates = rng.sample(passages, min(len(passages), MAX_CANDIDATES))
         sources = []
         for passage in candidates:
-            is_other = passage.document != question.passage.document
-            if is_other and question.rest not in passage.text:
+            is_other = passage.document != own_passage.document
+            if is_other and rest not in passage.text:
                 sources.append(passage.text)
         if i < num_refused:
             sources = sources[:MAX_PASSAGES]
@@ -169,10 +159,10 @@ def make_chats(documents: list[Document], rng: random.Random) -> list[dict]:
         else:
             sources = sources[: MAX_PASSAGES - 1]
             place = rng.randrange(len(sources) + 1)
-            sources.insert(place, question.passage.text)
-            answer = f"{question.rest} [{place + 1}]"
+            sources.insert(place, own_passage.text)
+            answer = f"{rest} [{place + 1}]"
         lines = [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
-        lines += ["", QUESTION.format(opening=question.opening)]
+        lines += ["", QUESTION.format(opening=opening)]
         messages = [
             {"role": "system", "content": INSTRUCTION},
             {"role": "user", "content": "\n".join(lines)},

@@ -5,11 +5,10 @@
     python -m lora compare outputs/r_* --sweep lora_r=1,4 seed=1,2   the commands of those not run
     python -m lora compare outputs/r_* --plot sweep.png    curves, and losses against the swept key
 
-Two runs are compared on the validation examples that both were evaluated on, at the best step of
-each: a 95 % interval of the difference of their losses, by drawing the examples again (bootstrap).
-That says which of two models is better. It does not say which of two settings is better, because
-another seed gives another model. Where runs differ in nothing but their seed, their spread is
-included in the interval.
+Two runs are compared at their best steps, on the validation examples that both were evaluated on:
+a 95 % bootstrap interval of the difference of their losses. That says which of two models is
+better, not which of two settings, because another seed gives another model. Where runs differ in
+nothing but their seed, their spread is included in the interval.
 """
 
 import argparse
@@ -17,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 import itertools
+import json
 import math
 from pathlib import Path
 import shlex
@@ -40,7 +40,6 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def differing_keys(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return the configuration keys in which the runs differ."""
     keys = {}
     for run in runs:
         keys.update(run.config)
@@ -100,7 +99,8 @@ def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
     losses_of_setting = defaultdict(list)
     for run in runs:
         if run.best_step is not None:
-            losses_of_setting[run.setting].append(run.best_loss)
+            setting = json.dumps({**run.config, "seed": None}, sort_keys=True)
+            losses_of_setting[setting].append(run.best_loss)
     freedom, squares = 0, []
     for losses in losses_of_setting.values():
         freedom += len(losses) - 1
@@ -112,10 +112,7 @@ def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
 
 
 def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> str:
-    """Return a line: the loss of `run` less that of `other`, and what follows from it.
-
-    `spread` is what `spread_of_seeds` returned.
-    """
+    """Return a line: the loss of `run` less that of `other`, and what follows from it."""
     from lora.evaluation.example_losses import read_example_losses  # imports torch
 
     of_run = read_example_losses(run.folder, run.best_step)
@@ -143,8 +140,8 @@ def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> 
         decision = "worse"
     else:
         decision = "cannot tell"
-    ends = f"[{low:+.5f}, {high:+.5f}]"
-    return f"{title} {difference:+.5f} {ends} over {len(shared)} examples: {decision} ({note})"
+    measured = f"{difference:+.5f} [{low:+.5f}, {high:+.5f}] over {len(shared)} examples"
+    return f"{title} {measured}: {decision} ({note})"
 
 
 def sketch(runs: Sequence[FinishedRun]) -> str:

@@ -63,11 +63,6 @@ class FinishedRun:
         """The validation loss at `best_step`; infinite where there is none."""
         return dict(self.curve()).get(self.best_step, math.inf)
 
-    @property
-    def setting(self) -> str:
-        """The configuration without the seed, as a text that can be compared."""
-        return json.dumps({**self.config, "seed": None}, sort_keys=True)
-
     def columns(self) -> dict:
         """Return the results in a table of runs, by the column's name; None if not known."""
         step, curve = self.best_step, self.curve()
@@ -96,7 +91,6 @@ def flat_config(config: Config) -> dict:
 
 
 def format_value(value: object) -> str:
-    """Return a value as a cell of a table shows it."""
     if value is None:
         return "-"
     if isinstance(value, float):

@@ -2,10 +2,8 @@
 
     python -m lora report outputs/RUN
 
-The page has the curves, the configuration, the startup log (data and trained parameters), the best
-checkpoints and the environment. Where there is a final artifact, it also shows what the model
-outputs for a few held-out examples: scored steps and how reliable the scores are, or generated
-answers.
+Where there is a final artifact, the page also shows what the model outputs for a few held-out
+examples: scored steps and how reliable the scores are, or generated answers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +22,6 @@ TRAINED_FACTS = ("method", "trainable_parameters", "parameters", "base_unchanged
 
 
 def page(run: FinishedRun) -> str:
-    """Return the page of a run."""
     artifact = run.folder / "final_artifact"
     metadata, samples = {}, None
     if artifact.is_dir():
@@ -54,16 +51,13 @@ def value_rows(values: Mapping[str, object]) -> list[tuple[str, str]]:
     """Return the names and the values as texts, without those that are empty."""
     rows = []
     for name, value in values.items():
-        is_empty = value in ("", None, [], {})
-        if not is_empty:
+        if value not in ("", None, [], {}):
             rows.append((name, format_value(value)))
     return rows
 
 
 def result_rows(run: FinishedRun) -> list[tuple[str, str]]:
-    """Return the best validation metrics, the speed and the memory of a run."""
-    best_metrics = run.results.get("best", {})
-    values = {f"best {name}": value for name, value in best_metrics.items()}
+    values = {f"best {name}": value for name, value in run.results.get("best", {}).items()}
     columns = run.columns()
     values["tokens/s"] = columns["tokens/s"]
     values["seconds"] = columns["seconds"]
@@ -72,7 +66,6 @@ def result_rows(run: FinishedRun) -> list[tuple[str, str]]:
 
 
 def metric_charts(run: FinishedRun) -> list[Markup]:
-    """Return the charts of the metrics that a run has."""
     losses = {"training": run.curve("train/loss"), "validation": run.curve("val/loss")}
     charts = [
         chart("loss", "step", losses),
@@ -114,7 +107,6 @@ def checkpoint_table(folder: Path) -> list[list[str]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write RUN/report.html and print its path."""
     parser = Parser("A run as one page, RUN/report.html.")
     parser.add_argument("run", metavar="RUN", help="its folder")
     run = FinishedRun.of(parser.parse_args(argv).run)

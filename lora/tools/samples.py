@@ -16,7 +16,7 @@ from lora.data.raw_data import RawData
 from lora.evaluation.calibration import calibration, expected_calibration_error
 from lora.evaluation.generate import generate_answers, prompt_tokens, step_scores, text_tokens
 from lora.evaluation.step_metrics import labelled_steps
-from lora.evaluation.step_report import Chain, chains
+from lora.evaluation.step_report import chains
 from lora.evaluation.text_metrics import last_question
 from lora.model.device import choose_device
 from lora.model.load import load_task
@@ -29,22 +29,11 @@ MAX_TEXT_TOKENS = 80  # of a generated answer, and of the beginning of a text to
 
 
 @dataclass
-class Answer:
-    """The beginning of a held-out example, and two texts that follow it."""
-
-    where: str  # file:line
-    prompt_tokens: list[int]
-    prompt: str
-    reference: str  # as the example goes on
-    generated: str = ""  # as the model goes on
-
-
-@dataclass
 class Samples:
     """Scored chains and how well their scores agree with the labels, or answers."""
 
-    answers: list[Answer] = field(default_factory=list)
-    chains: list[Chain] = field(default_factory=list)
+    answers: list[dict[str, str]] = field(default_factory=list)  # as `answers_to` returns them
+    chains: list[dict] = field(default_factory=list)  # as `step_report.chains` returns them
     threshold: float = 0.5
     labelled_steps: int = 0
     calibration_error: float = 0.0
@@ -64,14 +53,13 @@ def held_out_samples(artifact: Path) -> Samples:
 
 
 def score_chains(task: Task, examples: Sequence[Example], config: Config) -> Samples:
-    """Score the steps of chains: all for the reliability, a few to show."""
     scores = step_scores(examples, task, config, torch.float32)
     shown, shown_scores = examples[:MAX_SHOWN_EXAMPLES], scores[:MAX_SHOWN_EXAMPLES]
     samples = Samples(threshold=config.evaluation.threshold)
     samples.chains = chains(shown, shown_scores, samples.threshold)
     labels, labelled_scores = labelled_steps(examples, scores)
     samples.labelled_steps = len(labels)
-    if len(labels):
+    if samples.labelled_steps:
         samples.calibration_error = expected_calibration_error(labelled_scores, labels)
         samples.reliability_chart = reliability_chart(labelled_scores, labels)
     return samples
@@ -82,32 +70,31 @@ def reliability_chart(scores: np.ndarray, labels: np.ndarray) -> Markup:
     bubbles: list[Point] = []
     for mean_score, mean_label, count in calibration(scores, labels):
         bubbles.append((mean_score, mean_label, count / len(scores)))
-    diagonal = [(0, 0), (1, 1)]
-    return chart("mean label", "mean score", {"as it should be": diagonal, "": bubbles})
+    curves = {"as it should be": [(0, 0), (1, 1)], "": bubbles}
+    return chart("mean label", "mean score", curves)
 
 
-def answers_to(task: Task, examples: Sequence[Example], config: Config) -> list[Answer]:
+def answers_to(task: Task, examples: Sequence[Example], config: Config) -> list[dict[str, str]]:
     """Answer the last question of chats; continue texts after their beginning."""
-    config.evaluation.max_new_tokens = min(MAX_TEXT_TOKENS, config.data.max_length // 2)
-    shown = [without_generated(example, task, config) for example in examples]
-    prompts = [(answer.where, answer.prompt_tokens) for answer in shown]
-    for answer, text in zip(shown, generate_answers(task, prompts, config, torch.float32)):
-        answer.generated = printable(text)
-    return shown
-
-
-def without_generated(example: Example, task: Task, config: Config) -> Answer:
-    """Divide a chat before its last answer, or a text in its first half."""
-    max_new_tokens = config.evaluation.max_new_tokens
-    if example.messages:
-        chat = last_question(example)
-        tokens = prompt_tokens(chat.where, chat.messages, chat.tools, task.tokenizer)
-        tokens = tokens[-(config.data.max_length - max_new_tokens) :]
-        reference = chat.reference
-    else:
-        text = text_tokens(example.text, task.tokenizer)
-        length = max(1, min(len(text) // 2, max_new_tokens))
-        tokens = text[:length]
-        reference = task.tokenizer.decode(text[length : length + max_new_tokens])
-    prompt = printable(task.tokenizer.decode(tokens))
-    return Answer(example.where, tokens, prompt, printable(reference))
+    tokenizer = task.tokenizer
+    max_new_tokens = min(MAX_TEXT_TOKENS, config.data.max_length // 2)
+    config.evaluation.max_new_tokens = max_new_tokens
+    prompts, references = [], []
+    for example in examples:
+        if example.messages:
+            chat = last_question(example)
+            tokens = prompt_tokens(chat.where, chat.messages, chat.tools, tokenizer)
+            prompts.append((example.where, tokens[-(config.data.max_length - max_new_tokens) :]))
+            references.append(chat.reference)
+        else:
+            tokens = text_tokens(example.text, tokenizer)
+            length = max(1, min(len(tokens) // 2, max_new_tokens))
+            prompts.append((example.where, tokens[:length]))
+            references.append(tokenizer.decode(tokens[length : length + max_new_tokens]))
+    answers = []
+    texts = generate_answers(task, prompts, config, torch.float32)
+    for (where, tokens), reference, text in zip(prompts, references, texts):
+        answer = {"where": where, "prompt": printable(tokenizer.decode(tokens))}
+        answer.update(reference=printable(reference), generated=printable(text))
+        answers.append(answer)
+    return answers
