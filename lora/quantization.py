@@ -1,8 +1,8 @@
 """A base in 4 bits (QLoRA; Dettmers et al. 2023, section 3): bitsandbytes' Linear4bit.
 
-Weights are quantised while their files are read. transformers does the same with accelerate. Here
-its loader is given a quantizer of our own through `register_quantizer`; the bytes are the same.
-bitsandbytes takes seconds to import, so each function that uses it imports it.
+Weights are quantised while their files are read, by a quantizer that transformers' loader is given,
+to the same bytes as transformers' own (which needs accelerate). bitsandbytes takes seconds to
+import, so each function that uses it imports it.
 """
 
 import logging
@@ -31,26 +31,23 @@ def import_bitsandbytes(purpose: str, device: torch.device) -> ModuleType:
     # Where the package `kernels` is installed, bitsandbytes would download programs from the Hub.
     sys.modules.setdefault("kernels", None)
     try:
-        import import_bitsandbytes
+        import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
         why = f"bitsandbytes cannot be loaded ({str(error).splitlines()[0]})"
         raise UserError(f"{purpose}: {why}; leave it out.") from None
-    return import_bitsandbytes
+    return bitsandbytes
 
 
 @register_quantization_config("plainlora_4bit")
 class FourBitSettings(QuantizationConfigMixin):
-    """How the linear layers are quantised, and on which device.
-
-    `damaged` lists what was wrong with the weights that were read, because transformers swallows
-    errors that are raised there.
-    """
+    """How the linear layers are quantised, and on which device."""
 
     def __init__(
         self, quant_type: str, double_quant: bool, compute_dtype: torch.dtype, device: torch.device
     ) -> None:
         self.quant_method = "plainlora_4bit"
         self.device = device
+        # What was wrong with the weights; transformers swallows errors raised while it reads them.
         self.damaged: list[str] = []
         self.weight = {"quant_type": quant_type, "compress_statistics": double_quant}
         self.layer = {**self.weight, "compute_dtype": compute_dtype}
@@ -66,14 +63,13 @@ class FourBitQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
-        import import_bitsandbytes as bnb
+        import bitsandbytes as bnb
 
         settings = self.quantization_config.layer
         for name in linear_names(model):
             old = model.get_submodule(name)
-            n_in, n_out = layer_sizes(old)
             has_bias = old.bias is not None
-            new = bnb.nn.Linear4bit(n_in, n_out, has_bias, **settings, device="meta")
+            new = bnb.nn.Linear4bit(*layer_sizes(old), has_bias, **settings, device="meta")
             new.was_conv1d = isinstance(old, Conv1D)
             # Otherwise bitsandbytes 0.50.2 repacks the weight at the first evaluation on some CPUs,
             # and gradients are cut from then on.
@@ -95,7 +91,7 @@ class Quantise(ConversionOps):
         self.settings = settings
 
     def convert(self, input_dict: dict, model: nn.Module, **_) -> dict[str, nn.Parameter]:
-        import import_bitsandbytes as bnb
+        import bitsandbytes as bnb
 
         quantised = {}
         for name, (weight,) in input_dict.items():
@@ -132,7 +128,7 @@ def share_4bit(model: nn.Module) -> float:
 def dense_weight(layer: nn.Module) -> Tensor:
     """Return the weight of nn.Linear, Conv1D or Linear4bit as [out, in] in fp32."""
     if is_4bit(layer):
-        from import_bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     return (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).float()
