@@ -1,7 +1,6 @@
 """Save an adapter in PEFT's format, and load one into a model.
 
-Every tensor of an adapter must have a place in the model. PEFT only warns about the others, and an
-adapter of another prefix then has no effect.
+Every tensor must have a place in the model. PEFT only warns, and the adapter may have no effect.
 """
 
 from collections.abc import Collection, Iterable
@@ -13,25 +12,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora.adapter_format import (
-    Tensors,
-    adapter_config,
-    base_name,
-    fully_trained,
-    lora_rank,
-    read_config,
-    read_tensors,
-)
+from lora import adapter_format, target_modules
+from lora.adapter_format import Tensors, base_name
 from lora.common.errors import UserError, raise_if_any
 from lora.layer import LoRAEmbedding, LoRALayer, LoRALinear, LoRAOptions, lora_layers, wrap
-from lora.target_modules import (
-    causal_lm_prefix,
-    embedding_modules,
-    matches_ending,
-    pattern_value,
-    untie,
-    unwrapped,
-)
+from lora.target_modules import causal_lm_prefix, matches_ending, pattern_value
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D, LoRALayer)  # Linear4bit is an nn.Linear
 
@@ -46,19 +31,18 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the adapter of `model` in PEFT's format. Tensors are fp32, as they were trained."""
     layers = lora_layers(model)
     prefix = causal_lm_prefix(model)
-    embeddings = embedding_modules(model)
-    weights = {}
+    embeddings = target_modules.embedding_modules(model)
+    weights = adapter_format.fully_trained(model)
     for name, layer in layers.items():
         for factor, weight in factors(layer).items():
             weights[f"{name}.{factor}"] = weight
         if layer in embeddings:  # they may have been given rows that no base has
             weights[f"{name}.base_layer.weight"] = layer.base_layer.weight
-    weights.update(fully_trained(model))
     tensors = {}
     for name, weight in weights.items():
         # A copy, because safetensors writes no tensors that share memory, such as tied ones.
         tensors[prefix + name] = weight.detach().float().cpu().clone()
-    write_adapter(folder, adapter_config(model, layers, prefix), tensors)
+    write_adapter(folder, adapter_format.adapter_config(model, layers, prefix), tensors)
 
 
 def write_adapter(folder: str | Path, config: dict, tensors: Tensors) -> None:
@@ -76,14 +60,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
     A model without LoRA layers gets them; in one that has them, their factors are replaced. Full
     weights that come along (modules to save, biases, embeddings with more rows) replace the base's.
-
-    Raises:
-        UserError: a tensor has no place in the model or another shape than its place, or something
-            that is trained gets no tensor.
+    Raises UserError unless every tensor has a place of its shape, and all that is trained a tensor.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    modules, full_weights = read_tensors(folder, config)
+    config = adapter_format.read_config(folder)
+    modules, full_weights = adapter_format.read_tensors(folder, config)
 
     # 1. Find the place of every tensor, and make room for added rows of the embeddings.
     adaptable = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)]
@@ -110,12 +91,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     # 3. Give every tensor the name of its parameter.
     parameters = all_parameters(model)
     name_of = {base_name(name): name for name in parameters}
-    tensors = {}
+    tensors = {name_of[name]: tensor for name, tensor in full_weights.items()}
     for name, module_factors in modules.items():
         for factor, tensor in module_factors.items():
             tensors[f"{place_of[name]}.{factor}"] = tensor
-    for name, tensor in full_weights.items():
-        tensors[name_of[name]] = tensor
 
     # 4. Check that they are what the model needs, and copy them.
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -183,7 +162,6 @@ def require_scales(model: nn.Module, folder: Path, alphas: dict[str, float], rsl
 
 
 def require_shapes(folder: Path, tensors: Tensors, parameters: Tensors) -> None:
-    """Raise UserError if a tensor has another shape than its parameter."""
     mismatches = []
     for name, tensor in tensors.items():
         shape, expected = list(tensor.shape), list(parameters[name].shape)
@@ -199,7 +177,8 @@ def layer_for(base_layer: nn.Module, tensors: Tensors, alpha: float, config: dic
         kind = type(base_layer).__name__
         raise UserError(f"factors {', '.join(tensors)} do not belong on a {kind}.")
     flags = (config["use_rslora"], config["use_dora"], config["lora_bias"])
-    options = LoRAOptions(lora_rank(tensors), alpha, config["lora_dropout"], *flags)
+    r = adapter_format.lora_rank(tensors)
+    options = LoRAOptions(r, alpha, config["lora_dropout"], *flags)
     layer_class = LoRAEmbedding if is_embedding else LoRALinear
     return layer_class(base_layer, options)
 
@@ -207,9 +186,9 @@ def layer_for(base_layer: nn.Module, tensors: Tensors, alpha: float, config: dic
 def fit_embeddings(model: nn.Module, full_weights: Tensors, adapted: Collection[str]) -> None:
     """Make room for embeddings that come with an adapter: rows for added tokens, an untied head.
 
-    PEFT trains a copy of each module it saves. So tied weights are no longer tied if it saves only
-    one of them, or two that differ. But what it saves of an embedding with factors (of the layers
-    named in `adapted`) is the base's own weight, which the head shares.
+    PEFT trains a copy of each module it saves. So tied weights are untied if it saves only one of
+    them, or two that differ. But of an embedding with factors (one of `adapted`) it saves the
+    base's own weight, which the head shares.
     """
     if not hasattr(model, "get_input_embeddings"):
         return
@@ -226,11 +205,11 @@ def fit_embeddings(model: nn.Module, full_weights: Tensors, adapted: Collection[
     are_trained = len(given) > len(of_base)
     are_equal = len(given) > 1 and torch.equal(*list(given.values())[:2])
     if are_trained and not are_equal:
-        untie(model)
+        target_modules.untie(model)
 
 
 def shared_embeddings(model: nn.Module) -> Tensors:
     """Return the weight of the input embeddings under each of its names; tied, it has two."""
-    weight = unwrapped(model.get_input_embeddings()).weight
+    weight = target_modules.unwrapped(model.get_input_embeddings()).weight
     parameters = all_parameters(model).items()
     return {base_name(name): parameter for name, parameter in parameters if parameter is weight}

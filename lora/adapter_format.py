@@ -24,8 +24,7 @@ from lora.target_modules import pattern_value
 Tensors = dict[str, Tensor]  # by name; the factors of one layer have PEFT's names
 
 # Keys of adapter_config.json that change what the tensors mean, and the values that are supported.
-# The keys that only say which layers were chosen (target_modules, layers_to_transform, ...) are not
-# needed, because the names of the tensors say the same.
+# Keys that only say which layers were chosen are left out: the names of the tensors say the same.
 SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "use_qalora": (False,),
@@ -115,10 +114,9 @@ def read_config(folder: str | Path) -> dict:
             raise UserError(f"{path}: {found} is not supported; only {supported[0]!r} is.")
     init = config["init_lora_weights"]
     if init not in SUPPORTED_INITS:
-        base = "such an adapter belongs on a base from which a part was taken out"
+        why = "such an adapter belongs on a base from which a part was taken out, and is wrong"
         mend = "PEFT can convert it: save_pretrained(path_initial_model_for_weight_conversion=...)"
-        why = f"{base}, and is wrong on any other"
-        raise UserError(f"{path}: init_lora_weights = {init!r}: {why}. {mend}.")
+        raise UserError(f"{path}: init_lora_weights = {init!r}: {why} on any other. {mend}.")
     dropout = config["lora_dropout"]
     is_valid = {
         "r": type(config["r"]) is int and config["r"] >= 1,
@@ -141,8 +139,7 @@ def is_positive(value: Any) -> bool:
 def are_patterns(patterns: Any) -> bool:
     """Return whether these are regular expressions -> numbers, and safe to match.
 
-    They come with files that others wrote. Matching a repeated group, or many repetitions and
-    options in a row, could take for ever.
+    Others wrote them. Matching a repeated group, or many repetitions in a row, could take for ever.
     """
     if not isinstance(patterns, dict) or not all(is_positive(v) for v in patterns.values()):
         return False
@@ -153,10 +150,9 @@ def are_patterns(patterns: Any) -> bool:
 
 
 def read_tensors(folder: str | Path, config: dict) -> tuple[dict[str, Tensors], Tensors]:
-    """Read adapter_model.safetensors, in fp32. Raises UserError if it is not what `config` says.
+    """Return the factors of each module, and the full weights that replace weights of the base.
 
-    Returns:
-        The factors of each module, and the full weights that replace parameters of the base.
+    All are fp32. Raises UserError if the file is not what `config` says.
     """
     path = refuse_outside_link(Path(folder) / "adapter_model.safetensors")
     tensors = load_tensors(path)

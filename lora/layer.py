@@ -1,8 +1,7 @@
 """LoRA on one page: y = W x + b + (alpha / r) B A x (Hu et al. 2021, equation 3).
 
 W and b are frozen, and only A [r, in] and B [out, r] are trained. The names are PEFT's
-(`base_layer`, `lora_A`, `lora_B`), so exporting an adapter is a rename. This works on any model:
-`inject` wraps its linear layers, and `merge` folds the updates into them and removes the wrappers.
+(`base_layer`, `lora_A`, `lora_B`), so exporting an adapter is a rename.
 """
 
 from collections.abc import Sequence
@@ -68,8 +67,7 @@ class LoRALinear(LoRALayer):
     def __init__(self, base_layer: nn.Module, options: LoRAOptions) -> None:
         super().__init__(base_layer, options)
         if is_4bit(base_layer):
-            # bitsandbytes 0.50.2 would repack the weight at the first evaluation on some CPUs, and
-            # cut the gradients from then on.
+            # See FourBitQuantizer, which loads a base. This layer may be of a model of the user's.
             base_layer.support_avx512bf16_for_cpu = False
         elif not base_layer.weight.is_floating_point():
             kind = type(base_layer).__name__
@@ -179,13 +177,12 @@ def inject(
     rslora: bool = False, dora: bool = False,
     rank_pattern: dict[str, int] | None = None, alpha_pattern: dict[str, float] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Freeze `model`, wrap its target layers in LoRALinear, in place, and return their names.
+    """Freeze any model, wrap its target layers in LoRALinear, in place, and return their names.
 
-    A is drawn at random, so set the seed before. Names are matched as in PEFT.
+    A is drawn at random, so set the seed before. Names are matched as in PEFT. LoRAOptions says
+    what r, alpha, dropout, rslora and dora are.
 
     Args:
-        model: any model.
-        r, alpha, dropout, rslora, dora: see LoRAOptions.
         target_modules: "all-linear", the end of a name, a regular expression, or a list of these.
         modules_to_save: ends of names ("embed_tokens"); these modules are trained in full instead.
         rank_pattern, alpha_pattern: regular expression for the end of a name -> r or alpha of it.

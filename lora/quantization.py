@@ -1,8 +1,8 @@
 """A base in 4 bits (QLoRA; Dettmers et al. 2023, section 3): bitsandbytes' Linear4bit.
 
-Weights are quantised while their files are read. transformers does the same with accelerate. Here
-its loader is given a quantizer of our own through `register_quantizer`; the bytes are the same.
-bitsandbytes takes seconds to import, so each function that uses it imports it.
+Weights are quantised while their files are read, by a quantizer that transformers' loader is given,
+to the same bytes as transformers' own (which needs accelerate). bitsandbytes takes seconds to
+import, so each function that uses it imports it.
 """
 
 import logging
@@ -40,17 +40,14 @@ def import_bitsandbytes(purpose: str, device: torch.device) -> ModuleType:
 
 @register_quantization_config("plainlora_4bit")
 class FourBitSettings(QuantizationConfigMixin):
-    """How the linear layers are quantised, and on which device.
-
-    `damaged` lists what was wrong with the weights that were read, because transformers swallows
-    errors that are raised there.
-    """
+    """How the linear layers are quantised, and on which device."""
 
     def __init__(
         self, quant_type: str, double_quant: bool, compute_dtype: torch.dtype, device: torch.device
     ) -> None:
         self.quant_method = "plainlora_4bit"
         self.device = device
+        # What was wrong with the weights; transformers swallows errors raised while it reads them.
         self.damaged: list[str] = []
         self.weight = {"quant_type": quant_type, "compress_statistics": double_quant}
         self.layer = {**self.weight, "compute_dtype": compute_dtype}
@@ -71,9 +68,8 @@ class FourBitQuantizer(HfQuantizer):
         settings = self.quantization_config.layer
         for name in linear_names(model):
             old = model.get_submodule(name)
-            n_in, n_out = layer_sizes(old)
             has_bias = old.bias is not None
-            new = bnb.nn.Linear4bit(n_in, n_out, has_bias, **settings, device="meta")
+            new = bnb.nn.Linear4bit(*layer_sizes(old), has_bias, **settings, device="meta")
             new.was_conv1d = isinstance(old, Conv1D)
             # Otherwise bitsandbytes 0.50.2 repacks the weight at the first evaluation on some CPUs,
             # and gradients are cut from then on.

@@ -108,8 +108,7 @@ def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -
     """Return the names of the linear layers that `target_modules` means, in the model's order.
 
     Each target is "all-linear", the end of a name ("q_proj", "self_attn.q_proj"), or a regular
-    expression for the full name, as in PEFT. The output head must be named. Raises UserError if a
-    target matches nothing.
+    expression for the full name, as in PEFT; each must match. The output head must be named.
     """
     prefix = causal_lm_prefix(model)
     all_linear = linear_names(model)
@@ -132,10 +131,7 @@ def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -
 
 
 def find_modules_to_save(model: nn.Module, endings: Iterable[str]) -> list[str]:
-    """Return the names, with one of these endings, of modules with weights of their own.
-
-    Raises UserError if an ending matches nothing.
-    """
+    """Return the modules with weights of their own and one of these endings; each must match."""
     candidates = []
     for name, module in model.named_modules():
         if name and list(module.parameters(recurse=False)):

@@ -1,9 +1,8 @@
 """Attention over packed documents, for the unmodified models of transformers.
 
 A micro-batch is one row with documents end to end. `packed_attention` computes the attention of
-each document separately, or on a GPU of all of them with FlashAttention. So no document sees
-another, and no mask over the whole row is built. It is registered in transformers under the name
-"packed", and gets the keyword `documents`, which transformers passes on from `model(...)`.
+each document separately, or on a GPU of all of them with FlashAttention, so no mask over the row is
+built. transformers knows it as "packed", and passes `documents` on from `model(..., documents=)`.
 """
 
 from dataclasses import dataclass
@@ -23,11 +22,9 @@ SHORT = 512  # positions up to which plain matrix products beat SDPA in bfloat16
 
 
 class Documents:
-    """The lengths of a row's documents, and the masks that all layers share.
+    """The lengths of a row's documents, and the masks that all layers share."""
 
-    An object, because torch.compile looks into a list and compiles anew for every list.
-    """
-
+    # An object, because torch.compile looks into a list and compiles anew for every list.
     def __init__(self, seq_lens: list[int]) -> None:
         self.seq_lens = seq_lens
         # Neighbours of the same length are a group, which is computed together.
@@ -44,8 +41,7 @@ class Documents:
     def causal_mask(self, seq_len: int, window: int | None, like: Tensor) -> Tensor:
         """Return what is added to scores [seq_len, seq_len]: -inf where a position is not seen.
 
-        A position sees none of the later ones. With a sliding window, it sees itself and the
-        `window` - 1 before it. Type and device are those of `like`.
+        With a sliding window, a position sees itself and the `window` - 1 before it.
         """
         key = (seq_len, window, like.dtype)
         if key not in self.masks:
@@ -80,9 +76,7 @@ def packed_attention(
 
     query is [1, heads, t, width]; key and value are [1, key heads, t, width]; s_aux [heads] are
     attention sinks. An argument that may change the result and is not known here is an error.
-
-    Returns:
-        The output [1, t, heads, width], and None for the attention weights.
+    Returns the output [1, t, heads, width], and None for the attention weights.
     """
     given = [name for name, argument in others.items() if argument is not None]
     unknown = [name for name in given if name not in IGNORED]
@@ -107,10 +101,8 @@ def packed_attention(
         return flash(query, key, value, documents.seq_lens, settings)[None], None
 
     outputs = []
-    queries = query.split(documents.group_sizes, 2)
-    keys = key.split(documents.group_sizes, 2)
-    values = value.split(documents.group_sizes, 2)
-    for count, *parts in zip(documents.group_counts, queries, keys, values):
+    groups = (x.split(documents.group_sizes, 2) for x in (query, key, value))
+    for count, *parts in zip(documents.group_counts, *groups):
         q, k, v = (stack_documents(part, count) for part in parts)
         out = attend(q, k, v, documents, settings)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
@@ -128,13 +120,11 @@ def has_flash(query: Tensor, value: Tensor) -> bool:
     return is_16_bit and width == value.shape[-1] and width <= 256
 
 
-def flash(
-    query: Tensor, key: Tensor, value: Tensor, seq_lens: list[int], settings: Settings
-) -> Tensor:
+def flash(q: Tensor, k: Tensor, v: Tensor, seq_lens: list[int], settings: Settings) -> Tensor:
     """Compute all documents in one call: [1, heads, t, width] -> [t, heads, width]."""
     ends = torch.tensor(seq_lens).cumsum(0, dtype=torch.int32)
-    cu_seq_lens = F.pad(ends, (1, 0)).to(query.device, non_blocking=True)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    cu_seq_lens = F.pad(ends, (1, 0)).to(q.device, non_blocking=True)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     # FlashAttention counts the positions before a position, and -1 means all of them.
     before = settings.window - 1 if settings.window else -1
     after = 0 if settings.causal else -1

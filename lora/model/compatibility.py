@@ -15,11 +15,8 @@ def find_incompatibility(task: Task, dtype: torch.dtype | None = None) -> str | 
     """Return how the model behaves otherwise than the task assumes; None if it does not.
 
     A model whose attention does not go through transformers' AttentionInterface would let packed
-    documents see each other, and would train all the same.
-
-    Args:
-        task: what is tried.
-        dtype: of the computation, if it is another one than that of the weights.
+    documents see each other, and would train all the same. `dtype` is that of the computation, if
+    it is another one than that of the weights.
     """
     task.eval()
     # A frozen base may be in 16 bits, the trained weights in fp32, and quantised ones in 4 bits.

@@ -14,10 +14,7 @@ BFLOAT16_WIDTH = 512
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`.
-
-    "auto" is the one that DEVICE_PREFERENCE names, else the first available of cuda, mps and cpu.
-    """
+    """Return a device; "auto" is DEVICE_PREFERENCE's, else the first there is of cuda, mps, cpu."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -28,10 +25,11 @@ def choose_device(name: str) -> torch.device:
         if requested not in ("auto", *available):
             listed = ", ".join(available)
             raise UserError(f"{where} {requested} is not available here; there is {listed}.")
-    for requested in (name, preferred):
-        if requested != "auto":
-            return torch.device(requested)
-    return torch.device(available[0])
+    if name == "auto":
+        name = preferred
+    if name == "auto":
+        name = available[0]
+    return torch.device(name)
 
 
 def choose_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -1,7 +1,4 @@
-"""The two heads: each turns the hidden states at the targets into the sum of their losses.
-
-Language modelling and step scoring differ in nothing but the head.
-"""
+"""The two heads: each turns the hidden states at the targets into the sum of their losses."""
 
 from collections.abc import Callable
 import math
@@ -19,8 +16,7 @@ class LMHead(nn.Module):
     """The model's own output layer, with cross entropy on the next token.
 
     The logits of all targets would be by far the largest tensor in memory. So they are computed,
-    used and dropped for one chunk of targets at a time. In training, the gradient is computed right
-    after the logits, so that nothing is computed twice.
+    used and dropped chunk by chunk; in training, the gradient is computed right after the logits.
     """
 
     def __init__(self, get_output_layer: Callable[[], nn.Module], config: PreTrainedConfig) -> None:
@@ -47,13 +43,7 @@ class LMHead(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor, loss_weights: Tensor | None = None
     ) -> Tensor:
-        """Return the sum of the losses, a scalar.
-
-        Args:
-            hidden: hidden states at the targets, [n, width].
-            targets: token ids, [n].
-            loss_weights: factors of the losses, [n]; 1 by default.
-        """
+        """Return the weighted sum of the losses: hidden [n, width], targets (token ids) [n]."""
         if loss_weights is None:
             loss_weights = torch.ones(len(targets), device=hidden.device)
         layer = self.get_output_layer()
@@ -90,11 +80,7 @@ class LMHead(nn.Module):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The sum of an LMHead's losses.
-
-    The forward pass also computes the gradients of the hidden states, and those of the output
-    layer's weight and bias if they are trained.
-    """
+    """The sum of an LMHead's losses; its forward pass computes the gradients as well."""
 
     @staticmethod
     def forward(ctx, head, hidden, targets, loss_weights, weight, bias):
@@ -143,13 +129,8 @@ def loss_and_gradient(
     """Return the sum of the losses of a chunk, and its gradient at the output layer's logits.
 
     With x the output layer's logits, z = cap tanh(scale x / cap), or z = scale x without a cap. The
-    gradient of a loss is (softmax(z) - one-hot) (1 - z^2 / cap^2) scale.
-
-    Args:
-        head: has the scale and the cap.
-        logits: x, [n, vocabulary], fp32; the gradient takes their memory.
-        targets: token ids, [n, 1].
-        loss_weights: factors of the losses, [n, 1].
+    gradient of a loss is (softmax(z) - one-hot) (1 - z^2 / cap^2) scale. It takes the memory of
+    `logits` [n, vocabulary], in fp32. `targets` (token ids) and `loss_weights` are [n, 1].
     """
     logits = head.scale_and_cap(logits)
     slope = 1 - (logits / head.softcap).square_() if head.softcap else None
@@ -169,8 +150,7 @@ def loss_and_gradient(
 class MLPHead(nn.Module):
     """Linear(h, h) - ReLU - Dropout - Linear(h, 1) - sigmoid, with a loss against labels in 0..1.
 
-    `loss` is "mse", the squared error, or "bce", the binary cross entropy. Both are smallest where
-    the score equals the label.
+    `loss` is "mse" or "bce", binary cross entropy. Both are smallest where score and label agree.
     """
 
     def __init__(self, width: int, dropout: float = 0.0, loss: str = "mse") -> None:
@@ -206,10 +186,7 @@ class MLPHead(nn.Module):
         return (losses if loss_weights is None else losses * loss_weights).sum()
 
     def metrics(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-        """Return loss, mse, mae, and r2 = 1 - mse / variance of the targets.
-
-        An r2 of 0 is no better than always predicting the mean. Without variance r2 is NaN.
-        """
+        """Return loss, mse, mae, and r2 = 1 - mse / variance of the targets (NaN without any)."""
         errors = (predictions - targets).double()
         mse = errors.square().mean().item()
         variance = targets.double().var(correction=0).item()

@@ -16,17 +16,16 @@ from lora.target_modules import require_all_grads
 
 
 def load_task(config: Config, dtype: torch.dtype, packed: bool | None = None) -> Task:
-    """Load the base with the head that its task needs, on the CPU, trainable.
+    """Load the base with the head that its task needs, on the CPU, trainable. Raises UserError.
 
-    With `init_from = "scratch"` the weights are random (seeded), in the shape that the base's
-    config.json gives. Unless `packed` is given, rows are packed if the model's attention can be
-    told where documents end, and padded otherwise. Raises UserError.
+    Unless `packed` is given, rows are packed if the model's attention can be told where documents
+    end, and padded otherwise.
     """
     base_model = config.model.base_model
+    where = f"base_model {base_model}"
     shape, base_dtype, tokenizer = load_shape(base_model)
     if shape.is_encoder_decoder:
-        expected = "expected a decoder or an encoder"
-        raise UserError(f"base_model {base_model}: an encoder-decoder; {expected}.")
+        raise UserError(f"{where}: an encoder-decoder; expected a decoder or an encoder.")
     layouts = [True, False] if packed is None else [packed]
     problems = []
     for layout in layouts:
@@ -39,15 +38,14 @@ def load_task(config: Config, dtype: torch.dtype, packed: bool | None = None) ->
         task = Task(model, tokenizer, base_dtype, settings.head_dropout, settings.score_loss)
         if settings.task == "lm" and not task.causal:
             problem = "an encoder sees what it would have to predict"
-            raise UserError(f"base_model {base_model}: {problem}; use --task score.")
+            raise UserError(f"{where}: {problem}; use --task score.")
         task.packed = layout
         problem = find_incompatibility(task)
         if not problem:
             break
         problems.append(problem)
     if len(problems) == len(layouts):
-        problem = f"{shape.model_type} is not supported: {problems[0]}"
-        raise UserError(f"base_model {base_model}: {problem}.")
+        raise UserError(f"{where}: {shape.model_type} is not supported: {problems[0]}.")
 
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
         files, tokens = weight_files(config.model), config.model.head_tokens

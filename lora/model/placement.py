@@ -18,11 +18,8 @@ from lora.target_modules import decoder_layers
 def prepare_layers(model: nn.Module, training: TrainingConfig) -> None:
     """Wrap the forward of every decoder layer, without changing its gradients.
 
-    compile: it is compiled. gradient_checkpointing: it keeps only its input, and is computed again
-    in the backward pass. offload_activations: what it keeps is moved to main memory.
-
-    Raises:
-        UserError: the model has no list of layers.
+    gradient_checkpointing: it keeps only its input, and is computed again in the backward pass.
+    offload_activations: what it keeps is moved to main memory.
     """
     keys = ("compile", "gradient_checkpointing", "offload_activations")
     requested = [key for key in keys if getattr(training, key)]
@@ -45,11 +42,7 @@ def offloaded(forward, *args, **kwargs):
 
 
 def place_on_device(task: Task, config: Config, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a task to its device, sharded if several processes train all weights.
-
-    Raises:
-        UserError: the model does not work there.
-    """
+    """Move a task to its device, sharded if several processes train all weights."""
     if process_group.world_size() > 1 and not config.lora:
         sharding.shard(task, dtype, config.training.optimizer, device)
     task.to(device)

@@ -24,8 +24,9 @@ def read_tensors(files: list[Path], prefix: str) -> dict[str, Tensor]:
     tensors = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]
-            tensors.update({name: file.get_tensor(name).float() for name in names})
+            for name in file.keys():
+                if name.startswith(prefix):
+                    tensors[name] = file.get_tensor(name).float()
     return tensors
 
 
@@ -39,16 +40,13 @@ def two_class_state(head: MLPHead) -> dict[str, Tensor]:
 
 
 def load_two_class_head(head: MLPHead, files: list[Path]) -> bool:
-    """Load score.0 and score.2; return False where the files have none.
-
-    The softmax depends only on the difference of the two rows of score.2.
-    """
+    """Load score.0 and score.2; return False where the files have none."""
     score = read_tensors(files, "score.")
     if len(score) != 4 or len(score.get("score.2.weight", ())) != 2:
         return False
     state = {}
     for name in ("weight", "bias"):
-        rows = score[f"score.2.{name}"]
+        rows = score[f"score.2.{name}"]  # the softmax depends only on their difference
         state[f"0.{name}"] = score[f"score.0.{name}"]
         state[f"3.{name}"] = rows[1:] - rows[:1]
     head.layers.load_state_dict(state)
@@ -57,15 +55,11 @@ def load_two_class_head(head: MLPHead, files: list[Path]) -> bool:
 
 @torch.no_grad()
 def load_linear(head: MLPHead, direction: Tensor, bias: Tensor) -> None:
-    """Load z = direction [width] . h + bias [1], as z = relu(z) - relu(-z).
-
-    The other hidden units keep their first layer, and begin with weights of zero in the last, which
-    can be learned.
-    """
+    """Load z = direction [width] . h + bias [1], as z = relu(z) - relu(-z)."""
     first, last = head.layers[0], head.layers[3]
     first.weight[:2] = torch.stack([direction, -direction])
     first.bias[:2] = 0.0
-    last.weight.zero_()
+    last.weight.zero_()  # the other hidden units keep their first layer, and can be learned
     last.weight[0, :2] = torch.tensor([1.0, -1.0])
     last.bias.copy_(bias)
 
@@ -77,17 +71,10 @@ def initialise_head(
     tokenizer: PreTrainedTokenizerBase,
     embeddings: Tensor,
 ) -> None:
-    """Initialise a score head from the base.
+    """Initialise a score head from the base's weight files; without any known form it stays random.
 
-    Args:
-        head: the score head; it stays random if there are no tokens and no known tensors.
-        files: the base's weight files, which may hold a score head.
-        tokens: a good and a bad token, whose rows of the output layer are taken; or none.
-        tokenizer: reads them.
-        embeddings: the input embeddings, which are the output layer where the files have none.
-
-    Raises:
-        UserError: `tokens` are not two tokens.
+    `tokens` are none, or a good and a bad one, whose rows of the output layer are taken. That is
+    `embeddings`, the input embeddings, where the files have none. Raises UserError.
     """
     value, score = read_tensors(files, "v_head.summary."), read_tensors(files, "score.")
     if tokens:

@@ -1,4 +1,4 @@
-"""What always travels together while a model is trained."""
+"""A run: a task with its data and configuration, and where it is computed."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,6 @@ from lora.model.task import Task
 
 @dataclass
 class Run:
-    """A task with its data and configuration, and where it is computed."""
-
     task: Task
     config: Config
     data: TrainingData

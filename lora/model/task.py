@@ -1,4 +1,4 @@
-"""The task: a model and a head as one module, whose forward returns `(loss_sum, num_targets)`.
+"""The task: a model and a head, trained, saved and loaded as one module.
 
 The model reads the packed documents, the hidden states at the target positions are picked out, and
 the head turns them into the sum of their losses.
@@ -24,21 +24,16 @@ from lora.target_modules import is_causal, is_tied, require_all_grads
 
 
 class Task(nn.Module):
-    """A model of transformers and a head, saved and loaded as one: `save(folder)`, `load(folder)`.
-
-    The model is a causal LM, whose own output layer is the head, or a bare backbone under an
-    MLPHead.
-    """
+    """A causal LM, whose own output layer is the head, or a bare backbone under an MLPHead."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        base_dtype: torch.dtype = torch.float32,
+        base_dtype: torch.dtype = torch.float32,  # of the base's files, and so of the artifact
         head_dropout: float = 0.0,
         score_loss: str = "mse",
     ) -> None:
-        """`base_dtype` is the type of the base's files, and so of the final artifact."""
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -48,9 +43,7 @@ class Task(nn.Module):
         else:
             self.head = MLPHead(model.config.hidden_size, head_dropout, score_loss)
         self.causal = is_causal(model)
-        # Whether rows are packed. They are padded where the attention of the model cannot be told
-        # where documents end.
-        self.packed = True
+        self.packed = True  # False: padded, as the model cannot be told where documents end
         # RoBERTa counts positions from its padding index + 1, the others from 0.
         embeddings = getattr(model.base_model, "embeddings", None)
         table = getattr(embeddings, "position_embeddings", None)
@@ -91,11 +84,7 @@ class Task(nn.Module):
         return self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
 
     def save(self, folder: Path | str) -> None:
-        """Write what was trained.
-
-        That is `lora_adapter/`, or `backbone/` as a plain Hugging Face folder, or neither if the
-        base is frozen; and `mlp_head.safetensors`, if the head is an MLPHead.
-        """
+        """Write what was trained: `lora_adapter/` or `backbone/`, and `mlp_head.safetensors`."""
         folder = Path(folder)
         if lora_layers(self.model):
             save_adapter(self.model, folder / "lora_adapter")
@@ -106,10 +95,7 @@ class Task(nn.Module):
             save_file(self.head.state_dict(), folder / "mlp_head.safetensors", {"format": "pt"})
 
     def save_artifact(self, folder: Path | str) -> None:
-        """Write what was trained, and the tokenizer.
-
-        A backbone is converted to the base's own type, in place. Adapters stay fp32.
-        """
+        """Write what was trained (a backbone in the base's own type), and the tokenizer."""
         if not (lora_layers(self.model) or self.frozen):
             self.model.to(self.base_dtype)
         Path(folder).mkdir(exist_ok=True)
@@ -118,9 +104,8 @@ class Task(nn.Module):
 
     def load(self, folder: Path | str) -> None:
         """Load what `save` wrote, or a sharded checkpoint. Raises UserError if it does not fit."""
-        folder = Path(folder)
-        self.load_model(folder)
-        if not (folder / INDEX_FILE).is_file():  # the shards hold the head's weights as well
+        self.load_model(Path(folder))
+        if not (Path(folder) / INDEX_FILE).is_file():  # the shards hold the head's weights as well
             self.load_head(folder)
 
     def load_model(self, folder: Path) -> None:
@@ -129,8 +114,7 @@ class Task(nn.Module):
         has_shards = (folder / INDEX_FILE).is_file()
         has_backbone = (folder / "backbone").is_dir()
         if not (has_adapter or has_shards or has_backbone):
-            has_head = (folder / "mlp_head.safetensors").is_file()
-            if has_head and isinstance(self.head, MLPHead):
+            if isinstance(self.head, MLPHead) and (folder / "mlp_head.safetensors").is_file():
                 return  # only the head was trained
             expected = "expected a checkpoint or an artifact"
             raise UserError(f"{folder}: no lora_adapter/ or backbone/; {expected}.")
@@ -143,13 +127,9 @@ class Task(nn.Module):
         if lora_layers(self.model):
             problem = "holds a whole model, not an adapter"
             raise UserError(f"{folder}: {problem}; name its backbone/ as the base_model.")
-        if has_shards:
-            self.load_shards(folder)
-        else:
+        if not has_shards:
             self.load_backbone(folder / "backbone")
-
-    def load_shards(self, folder: Path) -> None:
-        """Load the trained weights of a checkpoint that several processes wrote."""
+            return
         with library_errors(folder):
             shards = Shards(folder)
             for name, parameter in self.named_parameters():
@@ -169,11 +149,7 @@ class Task(nn.Module):
                 copy_into(tensor, state[name])
 
     def start_from(self, folder: Path | str) -> None:
-        """Begin with the weights of an earlier stage: an adapter, a checkpoint or an artifact.
-
-        LoRA continues the adapter; full fine-tuning merges it into the weights. A score head is
-        loaded as well, or alone. Raises UserError.
-        """
+        """Begin with an earlier stage's adapter, checkpoint, artifact or head. Raises UserError."""
         folder = Path(folder)
         is_adapter = (folder / "adapter_config.json").is_file()
         adapter = folder if is_adapter else folder / "lora_adapter"
@@ -208,17 +184,16 @@ class Task(nn.Module):
             return
         path = Path(folder) / "mlp_head.safetensors"
         with library_errors(path):
-            if path.is_file():
-                self.load_head_file(path)
-            elif not load_two_class_head(self.head, sorted(Path(folder).glob("*.safetensors"))):
+            if not path.is_file():
+                files = sorted(Path(folder).glob("*.safetensors"))
+                if load_two_class_head(self.head, files):
+                    return
                 absent = "no mlp_head.safetensors, no score.0 and score.2 (of two rows)"
                 raise UserError(f"{folder}: {absent}; expected a scorer's.")
-
-    def load_head_file(self, path: Path) -> None:
-        saved = load_file(path)
-        parameters = dict(self.head.named_parameters())
-        unexpected = saved.keys() ^ parameters.keys()
-        if unexpected:
-            raise ValueError(f"other tensors than the head's: {', '.join(sorted(unexpected))}")
-        for name, parameter in parameters.items():
-            copy_into(parameter, saved[name])
+            saved = load_file(path)
+            parameters = dict(self.head.named_parameters())
+            unexpected = saved.keys() ^ parameters.keys()
+            if unexpected:
+                raise ValueError(f"other tensors than the head's: {', '.join(sorted(unexpected))}")
+            for name, parameter in parameters.items():
+                copy_into(parameter, saved[name])

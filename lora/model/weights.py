@@ -1,11 +1,13 @@
 """The files of a base model: config.json, weights, tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 import torch
 from torch import Tensor
 import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lora.common.base_files import check_weight_files, locate_base
@@ -15,43 +17,35 @@ from lora.quantization import FourBitSettings, import_bitsandbytes
 from lora.target_modules import is_pooler
 
 
-def quiet_transformers() -> None:
-    """Turn off the warnings and progress bars of transformers.
-
-    What it warns of while it loads a model is checked here, and is an error or intended.
-    """
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def read_shape(base_model: str) -> transformers.PreTrainedConfig:
-    """Read config.json. Every program begins with it, so transformers is quiet from here on."""
-    quiet_transformers()
+def from_pretrained(loader: Any, base_model: str, **options: object) -> Any:
+    """Call from_pretrained of one of transformers' classes. Its errors become UserErrors."""
     source, local = locate_base(base_model)
     with library_errors(f"base_model {base_model}"):
-        shape = transformers.AutoConfig.from_pretrained(
-            source, trust_remote_code=False, local_files_only=local
+        return loader.from_pretrained(
+            source, trust_remote_code=False, local_files_only=local, **options
         )
+
+
+def read_shape(base_model: str) -> PreTrainedConfig:
+    """Read config.json. Every program begins with it, so transformers is quiet from here on."""
+    # What it warns of while it loads a model is checked here, and is an error or intended.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    shape = from_pretrained(transformers.AutoConfig, base_model)
     if getattr(shape, "quantization_config", None):
         expected = "name the dense base (load_in_4bit quantises it)"
         raise UserError(f"base_model {base_model}: its files are quantised; {expected}.")
     return shape
 
 
-def load_shape(
-    base_model: str,
-) -> tuple[transformers.PreTrainedConfig, torch.dtype, transformers.PreTrainedTokenizerBase]:
+def load_shape(base_model: str) -> tuple[PreTrainedConfig, torch.dtype, PreTrainedTokenizerBase]:
     """Return what config.json says, the type of the weights on disk, and the tokenizer."""
     shape = read_shape(base_model)
     return shape, shape.dtype or torch.float32, load_tokenizer(base_model)
 
 
-def load_tokenizer(base_model: str) -> transformers.PreTrainedTokenizerBase:
-    source, local = locate_base(base_model)
-    with library_errors(f"base_model {base_model}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, trust_remote_code=False, local_files_only=local
-        )
+def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
+    tokenizer = from_pretrained(transformers.AutoTokenizer, base_model)
     if not tokenizer.is_fast:
         problem = "its tokenizer has no fast version (no tokenizer.json), which is needed"
         raise UserError(f"base_model {base_model}: {problem}.")
@@ -84,31 +78,25 @@ def load_weights(
     dtype: torch.dtype,
     attention: str | None,
     quantization: FourBitSettings | None = None,
-) -> transformers.PreTrainedModel:
+) -> PreTrainedModel:
     """Return a model with all weights of a base, in `dtype` or quantised. Raises UserError."""
     source, local = locate_base(base_model)
     if local:
         check_weight_files(source)
-    with library_errors(f"base_model {base_model}"):
-        model, info = model_class.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=attention,
-            quantization_config=quantization,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below
-            trust_remote_code=False,
-            local_files_only=local,
-        )
+    options = {"dtype": dtype, "attn_implementation": attention}
+    options["quantization_config"] = quantization
+    options["use_safetensors"] = True
+    options["ignore_mismatched_sizes"] = True  # they are reported below
+    model, info = from_pretrained(model_class, base_model, output_loading_info=True, **options)
     mismatched = [name for name, _, _ in info["mismatched_keys"]]
     absent = [name for name in [*info["missing_keys"], *mismatched] if not is_pooler(name)]
     raise_if_any(absent, f"base_model {base_model}: no weights, or of another shape, for")
-    floats = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    not_finite = [name for name, parameter in floats.items() if not is_finite(parameter)]
-    raise_if_any(
-        not_finite, f"base_model {base_model}: not finite (copy it again, or take another base)"
-    )
+    not_finite = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not is_finite(parameter):
+            not_finite.append(name)
+    mend = "copy it again, or take another base"
+    raise_if_any(not_finite, f"base_model {base_model}: not finite ({mend})")
     if quantization:
         raise_if_any(model.hf_quantizer.quantization_config.damaged, f"base_model {base_model}")
         # Whatever is saved of the model has the base's own config.
@@ -122,14 +110,11 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def add_tokens(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    tokens: list[str],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]
 ) -> None:
     """Add tokens to the tokenizer, and rows to the embeddings, drawn around the mean of the others.
 
-    The tokens that the chat template writes are special, so in the contents of a chat they are
-    read as text. The others are meant to be used in contents.
+    The tokens that the chat template writes are special, so contents of a chat read them as text.
     """
     # A tokenizer without a template will be given ChatML's, by use_chatml.
     template = str(tokenizer.chat_template or "<|im_start|> <|im_end|>")
