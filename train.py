@@ -5,7 +5,7 @@
 The loop trains whatever requires grad; train_lora.py makes other tensors require grad, and that is
 the whole difference. A task is a module whose `forward(batch)` returns `(loss_sum, num_targets)`.
 `data.batch_at(step)` gives the micro-batches of a step, a pure function of (seed, step). So the
-state of a run is weights, optimizer, step.
+state of a run is weights, optimizer and step, with a few counters and the loss scaler.
 """
 
 import sys
@@ -61,7 +61,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     Args:
         run: the task, its data and its configuration.
         log: where metrics and messages go.
-        facts: goes into the checkpoints; a run that resumes one must have the same.
+        facts: saved in every checkpoint, and compared when a run resumes one.
         resume_from: a checkpoint folder, or "".
         stop_signal: asks the run to end after a step.
     """
@@ -86,6 +86,8 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     best_loss = best_checkpoints.best_loss(folder)
 
     task.train()
+    # What does not fit in memory shows now and not after forty steps. A fresh run keeps room for
+    # what the optimizer takes at its first update.
     gradients.try_largest_step(
         reserved_bytes=0 if resume_from else optimizer_bytes(parameters, settings.optimizer)
     )
@@ -127,8 +129,8 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         if last:
             break
 
-        # 2. and 3. Count the targets of this step's micro-batches over all processes, and add the
-        # gradients of (sum of losses) / (number of targets).
+        # 2. Count the targets of this step's micro-batches over all processes. 3. Run backward on
+        # (sum of losses) / (number of targets) for each micro-batch.
         started = time.monotonic()
         loss, stop = gradients.of_step(step)
 
@@ -183,6 +185,7 @@ def run_training(
     rows, held_out, data_facts = load_or_tokenise(raw_data, task)
     state = best_checkpoints.read_state(resume_from) if resume_from else None
     rank, world_size = process_group.rank(), process_group.world_size()
+    # A resumed run keeps the layout of its batches, which stands in the checkpoint's state.
     data = TrainingData(rows, held_out, config, task.packed, rank, world_size, layout=state)
     run = Run(task, config, data, device, dtype)
     max_steps = total_steps(config.training, data.steps_per_epoch)

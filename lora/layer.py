@@ -108,7 +108,7 @@ class LoRALinear(LoRALayer):
         return dense_weight(self.base_layer) + update
 
     def dora_scale(self) -> Tensor:
-        """Return the trained lengths of the rows of W + update over their own lengths, [out]."""
+        """Return, for each row of W + update, its trained length / its norm, [out]."""
         with torch.no_grad():
             row_lengths = self.updated_weight().norm(dim=1)
         return self.lora_magnitude_vector / row_lengths
@@ -129,8 +129,8 @@ class LoRALinear(LoRALayer):
         return bias if base_bias is None else bias + base_bias.float()
 
     @torch.no_grad()
-    def merged(self) -> nn.Module:
-        """Return the base layer with the update folded in, as a dense layer if it was in 4 bits."""
+    def merge_into_base(self) -> nn.Module:
+        """Add the update to the base layer and return it; a 4-bit layer becomes a dense one."""
         layer = dense(self.base_layer)
         weight = self.merged_weight()
         # The weight was summed in fp32; it is rounded once, here, to the dtype of the layer.
@@ -158,14 +158,14 @@ class LoRAEmbedding(LoRALayer):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the embeddings [..., width] of ids [...]."""
         update = F.embedding(ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T * self.scaling
-        # Gemma scales its embeddings, and so what is added to them.
+        # Gemma multiplies its embeddings by embed_scale, so the update is multiplied too.
         update = update * getattr(self.base_layer, "embed_scale", 1.0)
         y = self.base_layer(ids)
         return y + update.to(y.dtype)
 
     @torch.no_grad()
-    def merged(self) -> nn.Embedding:
-        """Return the base layer with the update folded in."""
+    def merge_into_base(self) -> nn.Embedding:
+        """Add the update to the base layer's weight, in place, and return the layer."""
         update = (self.lora_embedding_B @ self.lora_embedding_A).T * self.scaling
         self.base_layer.weight.copy_(self.base_layer.weight.float() + update)
         return self.base_layer
@@ -179,8 +179,8 @@ def inject(
 ) -> list[str]:  # fmt: skip
     """Freeze any model, wrap its target layers in LoRALinear, in place, and return their names.
 
-    A is drawn at random, so set the seed before. Names are matched as in PEFT. LoRAOptions says
-    what r, alpha, dropout, rslora and dora are.
+    A is drawn at random: set the seed before the call. Names are matched as in PEFT. LoRAOptions
+    says what r, alpha, dropout, rslora and dora are.
 
     Args:
         target_modules: "all-linear", the end of a name, a regular expression, or a list of these.
@@ -242,4 +242,4 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def merge(model: nn.Module) -> None:
     """Fold every update into its base layer and remove the wrappers, in place."""
     for name, layer in lora_layers(model).items():
-        model.set_submodule(name, layer.merged())
+        model.set_submodule(name, layer.merge_into_base())

@@ -28,7 +28,7 @@ Encoded = tuple[list[int], list[bool]]  # the tokens of a piece, and which of th
 
 @dataclass(slots=True)
 class Row:
-    """One sequence for the model; the unit that batches and passes over the data count."""
+    """One sequence for the model. Batch sizes and epochs are counted in rows."""
 
     tokens: list[int]
     targets: list[int] | list[float]  # as long as tokens
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(slots=True)
 class TokenisedExample:
-    """The rows of an example, and whether max_length cut something off."""
+    """The rows of an example, and whether something of it was left out."""
 
     rows: list[Row] = field(default_factory=list)
     cut: bool = False
@@ -51,8 +51,8 @@ def tokenise(
 
     A longer text becomes several windows, in which every token but the first is a target exactly
     once. A chat is cut off at its end. The steps of a chain that do not fit are left out. A causal
-    model reads a chain in one row. An encoder sees what follows a step as well, so each step is
-    the end of a row of its own. A result has no rows where no target fits.
+    model reads a chain in one row. An encoder also sees later text, so each labelled step gets a
+    row of its own, which ends with that step. A result has no rows where no target fits.
     """
     if task == "lm":
         results = tokenise_texts(examples, tokenizer, data.max_length)
@@ -239,7 +239,7 @@ def chain_row(
     targets = [NO_SCORE] * len(tokens)
     result = TokenisedExample()
     for step, label in zip(steps, labels):
-        # Some tokenizers have no token for some steps.
+        # A step that tokenises to nothing has no position for its label: it and later ones go.
         if not step or len(tokens) + len(step) > max_length:
             result.cut = True
             break

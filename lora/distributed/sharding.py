@@ -62,7 +62,10 @@ def row_bounds(num_rows: int, num_parts: int) -> list[int]:
 def local_rows(tensor: Tensor) -> tuple[int, int]:
     """Return the rows [first, end) that this process holds of a tensor and its optimizer state."""
     if not is_sharded(tensor):
-        return 0, sys.maxsize  # the scales of 8-bit states can have more rows than the tensor
+        return (
+            0,
+            sys.maxsize,
+        )  # an open end: some states of 8-bit optimizers are longer than the tensor
     bounds = row_bounds(len(tensor), world_size())
     return bounds[rank()], bounds[rank() + 1]
 

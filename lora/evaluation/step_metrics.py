@@ -131,7 +131,7 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
     The scorers have the same chains and are measured on the same draws, so differences are paired.
 
     Returns:
-        The 95 % intervals of each scorer; those of the first scorer's measures less each other's.
+        The 95 % intervals of each scorer, and of the first scorer minus each other one.
     """
     first, *others = scorers
     chains_of_problem = defaultdict(list)

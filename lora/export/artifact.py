@@ -123,7 +123,7 @@ def metadata(task: Task, config: Config, results: dict, base_files: dict, data_f
         "method": config.method,
         "base_model": config.model.base_model,
         "base_files": base_files,
-        # A run that has changed its base writes no artifact.
+        # A run whose base has changed stops before this; None: there was nothing to compare.
         "base_unchanged": True if base_files or config.lora else None,
         **data_files,
         "best": results["best"],

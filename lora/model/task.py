@@ -54,7 +54,7 @@ class Task(nn.Module):
 
     @property
     def frozen(self) -> bool:
-        """Whether only the head is trained."""
+        """Whether only the head is trained: no weight of the model below it."""
         return not any(parameter.requires_grad for parameter in self.model.parameters())
 
     def forward(self, batch: Batch) -> tuple[Tensor, int]:

@@ -17,12 +17,12 @@ from lora.quantization import FourBitSettings, import_bitsandbytes
 from lora.target_modules import is_pooler
 
 
-def from_pretrained(loader: Any, base_model: str, **options: object) -> Any:
+def from_pretrained(loader: Any, base_model: str, options: dict | None = None) -> Any:
     """Call from_pretrained of one of transformers' classes. Its errors become UserErrors."""
     source, local = locate_base(base_model)
     with library_errors(f"base_model {base_model}"):
         return loader.from_pretrained(
-            source, trust_remote_code=False, local_files_only=local, **options
+            source, trust_remote_code=False, local_files_only=local, **(options or {})
         )
 
 
@@ -87,7 +87,8 @@ def load_weights(
     options["quantization_config"] = quantization
     options["use_safetensors"] = True
     options["ignore_mismatched_sizes"] = True  # they are reported below
-    model, info = from_pretrained(model_class, base_model, output_loading_info=True, **options)
+    options["output_loading_info"] = True
+    model, info = from_pretrained(model_class, base_model, options)
     mismatched = [name for name, _, _ in info["mismatched_keys"]]
     absent = [name for name in [*info["missing_keys"], *mismatched] if not is_pooler(name)]
     raise_if_any(absent, f"base_model {base_model}: no weights, or of another shape, for")

@@ -94,7 +94,9 @@ def update(trial: Trial, optimizer: torch.optim.Optimizer) -> None:
 
 
 def adapter_acts(trial: Trial) -> Result | None:
-    """Other factors give other outputs. From here on the factors B are no longer near zero."""
+    """Changing B changes the outputs. B stays changed, because later checks need an adapter with an
+    effect.
+    """
     layers = lora_layers(trial.task.model).values()
     layers = [layer for layer in layers if isinstance(layer, LoRALinear)]
     if not layers:
@@ -159,7 +161,8 @@ def accumulation(trial: Trial) -> Result:
 
 def two_processes(trial: Trial) -> Result:
     """The sum of two processes' gradients is the gradient of one process."""
-    # Rank 1 comes first: the order of a sum may only change the rounding.
+    # This process computes the parts of both ranks, rank 1 first: the order may only change
+    # rounding.
     total = trial.step(trial.data(rank=1, world_size=2))
     for name, gradient in trial.step(trial.data(rank=0, world_size=2)).gradients.items():
         if gradient is not None and total.gradients[name] is not None:
@@ -187,7 +190,7 @@ def after_evaluation(trial: Trial) -> Result:
 
 
 def resumed(trial: Trial) -> Result:
-    """The step after saving and loading is the step without them, bit for bit on a CPU."""
+    """A step after saving and loading gives the weights of a step without, bit for bit on a CPU."""
     optimizer = new_optimizer(trial)
     update(trial, optimizer)
     parameters = checkpoint.trainable_parameters(trial.task)
@@ -203,7 +206,9 @@ def resumed(trial: Trial) -> Result:
 
 
 def through_peft(trial: Trial) -> Result | None:
-    """An adapter that is saved in PEFT's format and loaded over other factors is what it was."""
+    """Save the adapter in PEFT's format, set it to zero, load it: it has the same tensors and
+    outputs.
+    """
     model = trial.task.model
     if not lora_layers(model):
         return None

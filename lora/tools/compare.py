@@ -279,7 +279,7 @@ def main(argv: Sequence[str]) -> None:
         other = FinishedRun.of(arguments.against)
         compared = [run for run in runs if run.folder.resolve() != other.folder.resolve()]
         spread = spread_of_seeds([other, *compared])
-        print("\nvalidation losses, of which less is better:")
+        print("\nvalidation losses (lower is better):")
         for run in compared:
             print(verdict(run, other, spread))
     if arguments.plot:

@@ -55,7 +55,7 @@ def write_tensors(folder: Path, task: Task, optimizer: Optimizer, sharded: bool)
         for key, tensor in state_of(optimizer, parameter).items():
             tensors[f"{name}/{key}"] = tensor.detach()
     if sharded:
-        process_group.barrier()  # until rank 0 has made the folder
+        process_group.barrier()  # rank 0 makes the folder
         write_shard(folder, {**parameters, **tensors})
         process_group.barrier()
     else:

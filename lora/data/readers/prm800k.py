@@ -1,9 +1,9 @@
-"""PRM800K: a problem and, for every step, completions that were rated -1, 0 or 1. One was chosen.
+"""PRM800K: a problem and, for every step, completions that were rated -1, 0 or 1.
 
-The path of the chosen completions is an example. Every other completion is one as well, after the
-steps of the path before it, and only it has a label there, so that each rating is asked for once. A
-human's own completion is right. 0 ("not wrong, no progress") becomes `neutral_label`; a completion
-that was not rated has no label.
+Normally one completion of a step was chosen to continue from. The chosen path is one example. Each
+other rated completion is another: the path before it, without labels, and that completion with its
+label, so that each rating is used exactly once. A completion that a human wrote gets label 1. The
+rating 0 ("not wrong, no progress") becomes `neutral_label`.
 """
 
 from lora.common.errors import UserError
@@ -50,7 +50,8 @@ def chains(steps: list[dict], ratings: dict) -> list[tuple[list, list]]:
         elif chosen is None and not rated:
             break
         else:
-            # Without a choice labelling ended at an error, and the first completion ends the path.
+            # Without a choice all completions were wrong and labelling ended here. The first one
+            # ends the path, and the others become examples of their own.
             index = 0 if chosen is None else chosen
             if index < 0:
                 raise IndexError(f"chosen_completion {chosen}")
