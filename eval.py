@@ -21,7 +21,7 @@ import sys
 from lora.common.allocator import keep_freed_memory
 from lora.common.exit_status import one_line_errors, require_one_process
 from lora.config.schema import Config
-from lora.evaluation.arguments import (
+from lora.evaluation.eval_arguments import (
     EvaluationRequest,
     full_model_folder,
     read_arguments,
@@ -39,9 +39,14 @@ if __name__ == "__main__":
 
 import torch
 
-from lora.common.terminal import printable
+from lora.common.printable_text import printable
 from lora.evaluation.generate import generate_answers, prompt_tokens, text_tokens
-from lora.evaluation.measure import Results, measure_language, measure_retrieval, measure_steps
+from lora.evaluation.run_evaluation import (
+    Results,
+    measure_language,
+    measure_retrieval,
+    measure_steps,
+)
 from lora.model.device import choose_device, choose_dtype
 from lora.model.load import load_task
 from lora.model.task import Task

@@ -31,15 +31,15 @@ import time
 import torch
 
 from lora.common.errors import Stopped, UserError
-from lora.common.serialization import without_nan
 from lora.common.signals import StopSignal, catch_signals
+from lora.common.toml_json import without_nan
 from lora.config.command_line import Command
 from lora.data.sampler import TrainingData
 from lora.data.token_cache import load_or_tokenise
 from lora.distributed import process_group
 from lora.distributed.sharding import full_tensor
 from lora.evaluation.predict import evaluate
-from lora.export.artifact import write_final_artifact
+from lora.export.final_artifact import write_final_artifact
 from lora.model.device import choose_device, choose_dtype
 from lora.model.load import load_task
 from lora.model.placement import place_on_device, prepare_layers

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora.data.readers import arithmetic
+from lora.data import arithmetic
 
 VOCABULARY = 2048
 QWEN2_SPLIT = (

@@ -29,7 +29,7 @@ def save_base(folder, model_type="llama", seed=0, **shape):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from lora.common.base_files import EMBEDDED_BASE
+    from lora.common.base_model_files import EMBEDDED_BASE
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **shape)

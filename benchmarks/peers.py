@@ -235,7 +235,7 @@ def prepare(work, folder):
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from lora.adapter import save_adapter
-    from lora.common.base_files import EMBEDDED_BASE
+    from lora.common.base_model_files import EMBEDDED_BASE
     from lora.data.raw_data import RawData
     from lora.data.sampler import TrainingData
     from lora.data.token_cache import load_or_tokenise

@@ -40,7 +40,7 @@ from lora.data.readers import read
 from lora.data.split import split_by_prompt
 from lora.data.tokenise import Row, tokenise
 from lora.evaluation import best_of_n, step_metrics
-from lora.evaluation.arguments import read_arguments
+from lora.evaluation.eval_arguments import read_arguments
 from lora.evaluation.generate import step_scores
 from lora.evaluation.predict import predict
 from lora.model.load import load_task

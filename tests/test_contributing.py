@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, HeliumConfig, HeliumForCausalLM
 
-from lora.common.base_files import EMBEDDED_BASE
+from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.paths import ROOT
 from tests.conftest import script
 from tests.model.test_families import GROUPED

@@ -14,10 +14,10 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from lora.common.base_files import EMBEDDED_BASE
+from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.paths import ROOT
 from lora.config.schema import get_lora_config
-from lora.config.tables import DTYPE_SWITCHES, fields_by_key
+from lora.config.set_keys import DTYPE_SWITCHES, fields_by_key
 from tests.conftest import tiny_llama
 from tests.data.test_step_readers import prm800k_row, prm800k_step, rating
 
@@ -211,7 +211,7 @@ def test_every_flag_in_the_readme_is_one_of_ours():
     known = {*fields_by_key(get_lora_config())}
     flags_of = (
         "lora/config/command_line.py",
-        "lora/evaluation/arguments.py",
+        "lora/evaluation/eval_arguments.py",
         "lora/tools/compare.py",
     )
     for program in ("train_lora.py", "eval.py", "merge.py", *flags_of):

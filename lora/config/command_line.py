@@ -15,14 +15,20 @@ from lora.common.checksums import find_damage
 from lora.common.errors import UserError
 from lora.common.exit_status import RunStatus, require_one_process
 from lora.common.paths import ROOT
-from lora.common.serialization import read_file
+from lora.common.toml_json import read_file
 from lora.config.cross_checks import require_model_and_data, require_packages, require_stage
 from lora.config.flags import Parser, add_flags, add_switch, apply_flags
+from lora.config.parse_values import nearest, parse_text
 from lora.config.resume import checkpoint_config, describe_fact, refuse_changed_keys, refuse_changes
 from lora.config.run_folder import continued_folder, new_folder, newest_checkpoint, run_folder
 from lora.config.schema import Config, tables_of
-from lora.config.tables import DTYPE_SWITCHES, fields_by_key, refuse_two_dtypes, set_key, set_tables
-from lora.config.values import nearest, parse_text
+from lora.config.set_keys import (
+    DTYPE_SWITCHES,
+    fields_by_key,
+    refuse_two_dtypes,
+    set_key,
+    set_tables,
+)
 
 
 @dataclass

@@ -3,11 +3,11 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora.common.base_files import check_weight_files, locate_base
+from lora.common.base_model_files import check_weight_files, locate_base
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.config.schema import Config, DataConfig
-from lora.config.tables import key_values, saved_config
+from lora.config.set_keys import key_values, saved_config
 
 
 def require_packages(report_to: str) -> None:

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any, NoReturn
 
 from lora.common.errors import UserError
+from lora.config.parse_values import kind_of, parse_text
 from lora.config.schema import Config
-from lora.config.tables import ALIASES, set_key
-from lora.config.values import kind_of, parse_text
+from lora.config.set_keys import ALIASES, set_key
 
 
 class Parser(argparse.ArgumentParser):

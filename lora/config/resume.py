@@ -7,7 +7,7 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.config.schema import Config, EvaluationConfig
-from lora.config.tables import key_values, saved_config
+from lora.config.set_keys import key_values, saved_config
 
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "early_stopping_patience", "skip_nonfinite")
 INTERVAL_KEYS = ("logging_steps", "eval_steps", "save_steps", "max_eval_batches")

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora.common.serialization import to_toml
-from lora.config.values import key
+from lora.common.toml_json import to_toml
+from lora.config.parse_values import key
 
 REVEAL_COLUMNS = (
     "answer_id",

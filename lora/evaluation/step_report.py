@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lora.common.terminal import printable
+from lora.common.printable_text import printable
 from lora.data.examples import Example
-from lora.evaluation.pages import render_template
+from lora.evaluation.html_templates import render_template
 from lora.evaluation.step_metrics import Scores, first_below
 
 Table = list[list[str]]  # cells of a table, the first row a heading

@@ -14,7 +14,7 @@ from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.config.flags import apply_flags
 from lora.config.schema import QUANTIZATION_KEYS, Config, get_lora_config
-from lora.config.tables import saved_config
+from lora.config.set_keys import saved_config
 from lora.model.pretrained_heads import two_class_state
 from lora.model.task import Task
 from lora.model.weights import four_bits, load_weights

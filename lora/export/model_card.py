@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import json
 import shlex
 
-from lora.common.base_files import locate_base
+from lora.common.base_model_files import locate_base
 from lora.common.paths import ROOT
 from lora.config.schema import Config
 from lora.model.task import Task

@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from lora.common.base_files import locate_base
+from lora.common.base_model_files import locate_base
 from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.model.compatibility import find_incompatibility

@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lora.common.base_files import check_weight_files, locate_base
+from lora.common.base_model_files import check_weight_files, locate_base
 from lora.common.errors import UserError, library_errors, raise_if_any
 from lora.config.schema import LoraConfig, ModelConfig
 from lora.quantization import FourBitSettings, import_bitsandbytes

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 import sys
 
 from lora.common.errors import Stopped
-from lora.data.display import row_as_text
 from lora.data.raw_data import RawData
+from lora.data.row_display import row_as_text
 from lora.model.run import Run
+from lora.preflight.check_result import FAIL, Result
 from lora.preflight.data_checks import DATA
 from lora.preflight.model_checks import MODEL
-from lora.preflight.results import FAIL, Result
 from lora.preflight.trial import Trial, keep_first_layers
 
 

@@ -10,7 +10,15 @@ from lora.data.batches import is_target
 from lora.data.examples import Example
 from lora.data.tokenise import NO_TOKEN, Row
 from lora.evaluation.generate import stop_tokens
-from lora.preflight.results import FAIL, OUR_FAULT, PASS, WARN, Result, require, require_no_faults
+from lora.preflight.check_result import (
+    FAIL,
+    OUR_FAULT,
+    PASS,
+    WARN,
+    Result,
+    require,
+    require_no_faults,
+)
 from lora.preflight.trial import Trial
 
 MIN_QUOTE = 12  # characters; a shorter message may be in an answer by chance

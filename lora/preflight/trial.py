@@ -16,7 +16,7 @@ from lora.data.tokenise import tokenise
 from lora.layer import lora_layers
 from lora.model.run import Run
 from lora.model.task import Task
-from lora.preflight.results import Result, require_at_most
+from lora.preflight.check_result import Result, require_at_most
 from lora.quantization import is_4bit
 from lora.target_modules import decoder_layers
 from lora.training.base_integrity import frozen_sums

@@ -5,7 +5,7 @@ import math
 
 from markupsafe import Markup
 
-from lora.evaluation.pages import render_template
+from lora.evaluation.html_templates import render_template
 
 Point = tuple[float, ...]  # (x, y), or (x, y, share): a circle of that share of an area
 

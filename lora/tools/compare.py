@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lora.common.errors import UserError
-from lora.common.serialization import read_file
+from lora.common.toml_json import read_file
 from lora.config.flags import Parser
-from lora.config.tables import fields_by_key, from_dict, set_key
-from lora.config.values import kind_of, parse_text
+from lora.config.parse_values import kind_of, parse_text
+from lora.config.set_keys import fields_by_key, from_dict, set_key
 from lora.evaluation.statistics import bootstrap_samples, interval_95
 from lora.tools.finished_run import FinishedRun, flat_config, format_value
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import statistics
 
 from lora.common.errors import UserError
-from lora.common.serialization import read_file
+from lora.common.toml_json import read_file
 from lora.config.schema import Config
-from lora.config.tables import from_dict
+from lora.config.set_keys import from_dict
 
 IGNORED_KEYS = ("experiment_name", "output_dir", "report_to")  # they do not change the training
 

@@ -5,9 +5,9 @@ import sys
 
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, ModelConfig
-from lora.data.display import row_as_text
+from lora.data.data_summary import describe_data
 from lora.data.readers import read
-from lora.data.summary import describe_data
+from lora.data.row_display import row_as_text
 
 KEYS = ("base_model", "task", "max_length", "label_max")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from lora.common.serialization import read_file
-from lora.common.terminal import printable
+from lora.common.printable_text import printable
+from lora.common.toml_json import read_file
 from lora.config.flags import Parser
-from lora.evaluation.pages import render_template
+from lora.evaluation.html_templates import render_template
 from lora.tools.charts import chart
 from lora.tools.finished_run import FinishedRun, format_value
 
@@ -25,7 +25,7 @@ def page(run: FinishedRun) -> str:
     artifact = run.folder / "final_artifact"
     metadata, samples = {}, None
     if artifact.is_dir():
-        from lora.tools.samples import held_out_samples  # imports torch
+        from lora.tools.report_samples import held_out_samples  # imports torch
 
         metadata = read_file(artifact / "metadata.json")
         samples = held_out_samples(artifact)

@@ -13,7 +13,7 @@ from lora.adapter import factors
 from lora.common.atomic_files import write_text_atomically
 from lora.common.checksums import file_sha256, map_in_threads
 from lora.common.errors import Stopped
-from lora.common.serialization import read_file
+from lora.common.toml_json import read_file
 from lora.config.schema import Config, ModelConfig
 from lora.distributed.sharded_checkpoint import INDEX_FILE
 from lora.layer import lora_layers

@@ -6,7 +6,7 @@ from pathlib import Path
 from lora.common.atomic_files import remove_folder, remove_leftovers
 from lora.common.checkpoint_folders import checkpoints_by_step
 from lora.common.checksums import find_damage
-from lora.common.serialization import read_file
+from lora.common.toml_json import read_file
 from lora.distributed.collectives import broadcast_from_rank_zero
 
 KEPT = 3

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lora.common.atomic_files import write_text_atomically
 from lora.common.errors import UserError
-from lora.common.serialization import without_nan
+from lora.common.toml_json import without_nan
 from lora.config.schema import Config
 from lora.data.batches import Batch
 from lora.distributed import process_group

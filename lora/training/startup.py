@@ -4,8 +4,8 @@ import torch
 
 from lora.config.command_line import Command
 from lora.config.schema import LoraConfig
+from lora.data.data_summary import describe_data
 from lora.data.raw_data import RawData
-from lora.data.summary import describe_data
 from lora.distributed import process_group
 from lora.distributed.collectives import broadcast_from_rank_zero
 from lora.distributed.process_group import world_size

@@ -10,10 +10,10 @@ import tomli
 from lora.common.checksums import write_checksums
 from lora.common.errors import UserError
 from lora.common.paths import ROOT
-from lora.common.serialization import to_toml
+from lora.common.toml_json import to_toml
 from lora.config.command_line import read_command_line
 from lora.config.schema import Config, get_lora_config
-from lora.config.tables import RETIRED, fields_by_key, from_dict, from_file, saved_config
+from lora.config.set_keys import RETIRED, fields_by_key, from_dict, from_file, saved_config
 
 NAMED = ["--base_model=m", "--train_data=d"]
 

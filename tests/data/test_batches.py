@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from lora import inject
-from lora.common.base_files import EMBEDDED_BASE
+from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.batches import Rows

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from lora.common.base_files import EMBEDDED_BASE
+from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.assistant_mask import chat_pieces, turn_format_of

@@ -10,7 +10,8 @@ import pytest
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.readers import READERS, arithmetic, read, reader_for
+from lora.data import arithmetic
+from lora.data.readers import READERS, read, reader_for
 
 
 def write(tmp_path, name, text):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora.config.values import kind_of
-from lora.data import summary, token_cache
+from lora.config.parse_values import kind_of
+from lora.data import data_summary, token_cache
 from lora.data.batches import ARRAYS
 from lora.data.raw_data import NOT_IN_KEY, RawData, cache_folder, cache_key
 from lora.data.tokenise import NO_TOKEN
@@ -222,7 +222,7 @@ def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chat
         lengths.max() == facts["lengths"][2] == 24
         and facts["targets"] == (rows.targets != NO_TOKEN).sum()
     )
-    line = summary.describe_data("train", facts)
+    line = data_summary.describe_data("train", facts)
     assert f"{facts['cut']} (" in line and "cut off at max_length" in line
 
 

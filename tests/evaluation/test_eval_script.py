@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import eval as evaluation
-from lora.common import terminal
+from lora.common import printable_text
 from lora.common.errors import UserError
 from lora.common.paths import ROOT
-from lora.common.serialization import read_file
+from lora.common.toml_json import read_file
 from lora.config.schema import EvaluationConfig
-from lora.config.tables import from_dict
+from lora.config.set_keys import from_dict
 from lora.data.readers import read
 from lora.evaluation import retrieval, text_metrics
 from lora.evaluation.generate import embed
@@ -125,7 +125,7 @@ def test_a_critical_question_passes_by_number_by_refusal_or_by_text(answer, refe
 
 def test_what_goes_to_the_terminal_holds_no_commands_for_it():
     text = "a\x1b[31mred\x1b[0m \x1b]0;title\x07b\r\x08\x9b\u202ec\td\ne"
-    assert terminal.printable(text) == "ared bc\td\ne"
+    assert printable_text.printable(text) == "ared bc\td\ne"
 
 
 def test_questions_are_read_in_every_form_of_chat_and_ask_for_the_last_answer(tmp_path):

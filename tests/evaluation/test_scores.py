@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
-from lora.common.base_files import EMBEDDED_BASE
+from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.common.paths import ROOT
-from lora.common.serialization import read_file
+from lora.common.toml_json import read_file
 from lora.config.command_line import read_command_line
 from lora.config.schema import DataConfig, get_lora_config
-from lora.config.tables import from_dict
+from lora.config.set_keys import from_dict
 from lora.data.batches import Rows
 from lora.data.examples import Example
 from lora.data.raw_data import RawData

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora.common.serialization import without_nan
+from lora.common.toml_json import without_nan
 from lora.evaluation.statistics import pearson, ranks, spearman
 from lora.model.heads import LMHead, MLPHead
 

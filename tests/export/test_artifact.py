@@ -18,7 +18,7 @@ from lora import verify_artifact
 from lora.common.checksums import checksums_to_bytes, file_sha256
 from lora.common.errors import Stopped, UserError
 from lora.common.paths import ROOT
-from lora.export import artifact
+from lora.export import final_artifact
 from lora.model.task import Task
 from lora.training import base_integrity, startup
 from lora.training.checkpoint import trainable_parameters
@@ -204,10 +204,10 @@ def test_metadata_says_what_the_run_was_made_of(configure, tiny_base, tmp_path, 
 
 
 def test_code_outside_of_a_checkout_has_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "ROOT", tmp_path)
-    assert artifact.git_commit() is None
+    monkeypatch.setattr(final_artifact, "ROOT", tmp_path)
+    assert final_artifact.git_commit() is None
     (tmp_path / ".git").mkdir()  # which git calls no checkout
-    assert artifact.git_commit() is None
+    assert final_artifact.git_commit() is None
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_the_cards_commands_work_as_they_stand(configure, monkeypatch, capsys, l
 def test_an_artifact_is_whole_or_absent(configure, monkeypatch):
     config = configure(True, max_steps=4)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(artifact, "write_checksums", interrupted)
+        patch.setattr(final_artifact, "write_checksums", interrupted)
         run(config)
     folder = Path(config.output.output_dir) / "run"
     assert not (folder / "final_artifact").exists()

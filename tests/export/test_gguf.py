@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-from lora.common.base_files import EMBEDDED_BASE
+from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.export.gguf import write_gguf
 from lora.export.gguf_tokenizer import BYTES, SENTENCE_PIECE

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lora import inject
-from lora.common.base_files import EMBEDDED_BASE, locate_base
+from lora.common.base_model_files import EMBEDDED_BASE, locate_base
 from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.data.batches import Rows

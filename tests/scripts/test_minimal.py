@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora.common.base_files import EMBEDDED_BASE
+from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.paths import ROOT
 from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData

@@ -9,10 +9,9 @@ from types import ModuleType
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data import files
+from lora.data import arithmetic, files
 from lora.data.examples import Example
 from lora.data.readers import (
-    arithmetic,
     chat,
     eobqa,
     eqasc,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora.common.errors import UserError
 from lora.common.paths import ROOT
-from lora.common.serialization import read_file
+from lora.common.toml_json import read_file
 
 EMBEDDED_BASE = ROOT / "assets" / "tiny_base"
 

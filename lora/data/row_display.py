@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lora.common.terminal import printable
+from lora.common.printable_text import printable
 from lora.data.tokenise import NO_TOKEN, Row
 
 

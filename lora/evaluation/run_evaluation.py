@@ -11,17 +11,17 @@ import sys
 import numpy as np
 import torch
 
-from lora.common.serialization import without_nan
-from lora.common.terminal import printable
+from lora.common.printable_text import printable
+from lora.common.toml_json import without_nan
 from lora.config.schema import Config, max_batch_tokens
+from lora.data.data_summary import describe_data
 from lora.data.examples import Example
 from lora.data.mixing import dataset_names
-from lora.data.summary import describe_data
 from lora.data.token_cache import tokenise_examples
 from lora.evaluation import retrieval, step_metrics, step_report
-from lora.evaluation.arguments import EvaluationRequest
 from lora.evaluation.best_of_n import best_of_n
 from lora.evaluation.calibration import save_reliability_diagram
+from lora.evaluation.eval_arguments import EvaluationRequest
 from lora.evaluation.generate import embed, generate_answers, plain_text, prompt_tokens, step_scores
 from lora.evaluation.predict import predict
 from lora.evaluation.text_metrics import Question, mean_scores, passes, rouge_scorer, score_answer

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lora.common.errors import UserError
-from lora.common.serialization import read_file, toml_value
+from lora.common.toml_json import read_file, toml_value
+from lora.config.parse_values import check_value, key, nearest
 from lora.config.schema import Config, get_lora_config, tables_of
-from lora.config.values import check_value, key, nearest
 
 ALIASES = {
     "per_device_train_batch_size": "batch_size",

@@ -23,7 +23,7 @@ import time
 import torch
 
 from lora.common.atomic_files import atomic_folder, write_text_atomically
-from lora.common.base_files import locate_base
+from lora.common.base_model_files import locate_base
 from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import Stopped
 from lora.common.paths import ROOT

@@ -10,7 +10,7 @@ from lora.common.checksums import verify_artifact, verify_checksums
 from lora.common.errors import UserError
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, tables_of
-from lora.config.tables import from_file, saved_config
+from lora.config.set_keys import from_file, saved_config
 from lora.data.examples import Example
 from lora.data.readers import read
 from lora.data.split import read_data

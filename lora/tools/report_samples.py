@@ -8,9 +8,9 @@ from markupsafe import Markup
 import numpy as np
 import torch
 
-from lora.common.terminal import printable
+from lora.common.printable_text import printable
 from lora.config.schema import Config
-from lora.config.tables import saved_config
+from lora.config.set_keys import saved_config
 from lora.data.examples import Example
 from lora.data.raw_data import RawData
 from lora.evaluation.calibration import calibration, expected_calibration_error
