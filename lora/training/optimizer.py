@@ -71,7 +71,7 @@ def set_state(optimizer: Optimizer, parameters: Parameters, saved: States) -> li
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
             name = names[parameter]
-            if isinstance(optimizer, torch.optim.AdamW):
+            if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
                 optimizer.state[parameter] = {
                     "step": torch.zeros((), device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
