@@ -2,7 +2,7 @@
 
 They are written under a temporary name beside their place, made durable and renamed. A killed
 process may leave .tmp_NAME (being written), .old_NAME (replaced by a new NAME) and .del_NAME (being
-deleted); `remove_leftovers` clears them away. Standard library only.
+deleted); `remove_leftovers` clears them away.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,6 @@ def atomic_file(final: Path) -> Iterator[Path]:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Create or replace a text file in one step."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -56,7 +55,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 def atomic_folder(final: str | Path) -> Iterator[Path]:
     """Give a temporary folder to write to, which becomes `final` unless an error is raised.
 
-    Raises ResourceExhausted where the disk is full, UserError where the folder cannot be written.
+    An OSError becomes a UserError; that is a ResourceExhausted where the disk is full.
     """
     final = Path(final)
     temporary = final.with_name(f".tmp_{final.name}")

@@ -1,8 +1,4 @@
-"""Checks of base folders, which others wrote, before any library reads them.
-
-Neither torch nor transformers is imported here, so that a missing or incomplete base is reported
-before they are loaded.
-"""
+"""Checks of base folders, which others wrote, before torch and transformers are loaded."""
 
 import json
 from pathlib import Path
@@ -31,21 +27,20 @@ def check_weight_files(folder: str | Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_file(index).get("weight_map")
+        where = f"base_model {index}"
         if not isinstance(weight_map, dict):
-            problem = "no weight_map; expected an index of weight files"
-            raise UserError(f"base_model {index}: {problem}.")
+            raise UserError(f"{where}: no weight_map; expected an index of weight files.")
         names = [path.name for path in files]
         for name in weight_map.values():
             if name not in names:
                 problem = f"{name!r} is not the name of a file beside it"
-                raise UserError(f"base_model {index}: {problem}; copy the base again.")
+                raise UserError(f"{where}: {problem}; copy the base again.")
     if not files:
         hint = "expected *.safetensors; name the base's folder"
         pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         if pickled:
-            unread = f"{min(pickled)} may run code when it is read, and is not"
-            call = "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
-            hint = f"{unread}; convert it: {call}"
+            hint = f"{min(pickled)} may run code when it is read, and is not; convert it: "
+            hint += "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
         raise UserError(f"base_model {folder}: no weights in safetensors: {hint}.")
     for path in files:
         check_length(path)
@@ -63,7 +58,10 @@ def check_length(path: Path) -> None:
         try:
             if header_length >= size:
                 raise ValueError
-            expected = 8 + header_length + data_length(json.loads(file.read(header_length)))
+            header = json.loads(file.read(header_length))
+            header.pop("__metadata__", None)
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+            expected = 8 + header_length + max(ends, default=0)
         except (AttributeError, ValueError, KeyError, TypeError, IndexError, RecursionError):
             damaged = f"damaged: {size:,} bytes that are no safetensors"
             raise UserError(f"base_model {path}: {damaged}; copy it again.") from None
@@ -71,18 +69,11 @@ def check_length(path: Path) -> None:
         raise UserError(f"base_model {path}: {size:,} of {expected:,} bytes; copy it again.")
 
 
-def data_length(header: dict) -> int:
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    return max([entry["data_offsets"][1] for entry in tensors], default=0)
-
-
 def refuse_outside_link(path: Path) -> Path:
-    """Return `path`. Raises UserError where it is a link that leads out of its folder.
-
-    A link within the folder's repository in the Hub's cache is allowed.
-    """
+    """Return `path`. Raises UserError where it is a link that leads out of its folder."""
     folder = path.parent.resolve()
     allowed = [folder]
+    # Links within the folder's repository in the Hub's cache are allowed.
     allowed += [parent for parent in folder.parents if parent.name.startswith("models--")]
     target = path.resolve()
     if path.is_symlink() and not any(target.is_relative_to(home) for home in allowed):

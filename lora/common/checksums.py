@@ -1,8 +1,4 @@
-"""checksums.json: the sha256 and the size of every other file in a folder, and their verification.
-
-`python eval.py --verify_only` runs this before torch is loaded, so it imports the standard library
-only.
-"""
+"""checksums.json: sha256 and size of every other file in a folder. Needs no torch."""
 
 from collections.abc import Callable
 import hashlib
@@ -66,17 +62,15 @@ def read_checksums(path: Path) -> dict | None:
     content = path.read_bytes()
     try:
         checksums = json.loads(content)
-        unchanged = isinstance(checksums, dict) and checksums_to_bytes(checksums) == content
+        if isinstance(checksums, dict) and checksums_to_bytes(checksums) == content:
+            return checksums
     except (ValueError, RecursionError):
-        return None
-    return checksums if unchanged else None
+        pass
+    return None
 
 
 def find_damage(folder: str | Path, needed: str) -> str:
-    """Return in one line what is not as it was written in a folder; "" where all is well.
-
-    `needed` is a file that the folder must hold.
-    """
+    """Return in one line what is damaged in a folder that must hold the file `needed`, or ""."""
     path = Path(folder) / CHECKSUMS_FILE
     if path.is_symlink() or not path.is_file():
         absent = "no such file (or a link); only a final_artifact/ or a checkpoint has one"
@@ -97,16 +91,13 @@ def find_damage(folder: str | Path, needed: str) -> str:
 
 
 def verify_checksums(folder: str | Path, needed: str | None = None) -> None:
-    """Raise UserError where a folder is not as a run wrote it, as `find_damage` reports.
-
-    Without `needed`, a folder that has no checksums.json passes: others wrote it.
-    """
+    """Raise UserError where a folder is not as a run wrote it, as `find_damage` reports."""
     if needed is None and not (Path(folder) / CHECKSUMS_FILE).exists():
-        return
+        return  # others wrote it
     damage = find_damage(folder, needed or CHECKSUMS_FILE)
     if damage:
-        mend = "Copy the folder again, or take another"
-        raise UserError(f"{folder}: not as it was written: {damage}. {mend}.")
+        problem = f"not as it was written: {damage}"
+        raise UserError(f"{folder}: {problem}. Copy the folder again, or take another.")
 
 
 def verify_artifact(folder: str | Path) -> dict:

@@ -1,7 +1,4 @@
-"""The ways a run ends early on purpose, each with its exit status.
-
-Any other exception is a bug and keeps its traceback.
-"""
+"""The ways a run ends early on purpose. Any other exception is a bug and keeps its traceback."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -60,10 +57,8 @@ LESS_MEMORY = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out. On a CPU torch says so in the message only."""
-    if isinstance(error, MemoryError):
-        return True
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
-    return any(word in str(error) for word in words)
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 # The disk is full, a quota is used up, a file has reached the limit of its size.

@@ -17,16 +17,9 @@ import sys
 import time
 import traceback
 
+from lora.common import errors
 from lora.common.checkpoint_folders import checkpoints_by_step
-from lora.common.errors import (
-    LESS_MEMORY,
-    Interrupted,
-    ProcessLost,
-    ResourceExhausted,
-    UserError,
-    is_disk_full,
-    is_out_of_memory,
-)
+from lora.common.errors import Interrupted, ProcessLost, ResourceExhausted, UserError
 
 # Seconds that the other processes wait before they report an error. An error that all of them have
 # is reported by rank 0, and torchrun ends the others meanwhile.
@@ -79,10 +72,7 @@ class RunStatus:
 
 @contextmanager
 def one_line_errors(status: RunStatus | None = None) -> Iterator[None]:
-    """Report the errors that `as_known_error` knows in one line, and exit with their status.
-
-    Any other exception is a bug and keeps its traceback. `status` records how the run ended.
-    """
+    """Report an error that is no bug in one line, and exit with its status."""
     status = status or RunStatus()
     is_first_process = int(os.environ.get("RANK", 0)) == 0
     try:
@@ -131,10 +121,10 @@ def as_known_error(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted.", signal.SIGINT)
-    if is_disk_full(error):
+    if errors.is_disk_full(error):
         return ResourceExhausted(f"{text}: no room for it; the checkpoints are as they were.")
-    if is_out_of_memory(error):
-        return ResourceExhausted(f"{text.rstrip('.')}. {LESS_MEMORY}")
+    if errors.is_out_of_memory(error):
+        return ResourceExhausted(f"{text.rstrip('.')}. {errors.LESS_MEMORY}")
     if "EADDRINUSE" in text:
         taken = f"port {os.environ.get('MASTER_PORT')} is taken"
         return ResourceExhausted(f"{taken}: let torchrun --standalone choose a free one.")

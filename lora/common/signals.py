@@ -27,10 +27,8 @@ class StopSignal:
         self.number = number
 
     def interrupted(self, step: int) -> Interrupted:
-        """Return the error that ends a run whose processes have agreed to stop after `step`.
-
-        A process that got no signal itself was stopped by another one's.
-        """
+        """Return the error that ends a run whose processes have agreed to stop after `step`."""
+        # A process that got no signal itself was stopped by another one's.
         number = signal.Signals(self.number or signal.SIGTERM)
         return Interrupted(f"stopped by {number.name} after step {step}, which is saved.", number)
 

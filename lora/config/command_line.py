@@ -1,7 +1,4 @@
-"""The command line of the training scripts: flags over config file over defaults.
-
-Like the rest of config/ it is read before torch is loaded.
-"""
+"""The command line of the training scripts: flags over config file over defaults."""
 
 from argparse import Namespace
 import copy
@@ -61,16 +58,13 @@ class Command:
         refuse_changes(self.resume_from, changed, self.allowed)
 
 
-def read_command_line(
-    argv: list[str], config: Config, default_file: str, description: str
-) -> Command:
+def read_command_line(argv: list[str], config: Config, default_file: str, summary: str) -> Command:
     """Return `config` changed by the --config file, then by the flags. Raises UserError.
 
     A resumed run starts from the configuration in its checkpoint. Where neither a checkpoint nor a
     config file nor a model nor data is named, `default_file` in configs/ is the config file.
     """
-    arguments = parse_arguments(argv, config, description)
-    allowed = allowed_changes(arguments.allow_change, config)
+    arguments = parse_arguments(argv, config, summary)
     if config.lora:
         in_4bit = parse_text(os.environ.get("USE_BNB_QUANT") or "false", bool)
         set_key(config, "load_in_4bit", in_4bit, "USE_BNB_QUANT in the environment")
@@ -103,11 +97,12 @@ def read_command_line(
     # The run to continue, its name and its folder.
     if auto:
         resume_from = newest_checkpoint(config)
-        saved = checkpoint_config(resume_from, config) if resume_from else None
+        if resume_from:
+            saved = checkpoint_config(resume_from, config)
     output = config.output
     if saved:
         output.experiment_name = output.experiment_name or saved.output.experiment_name
-        refuse_changed_keys(saved, config, resume_from, allowed)
+        refuse_changed_keys(saved, config, resume_from, arguments.allow_change)
     elif config.model.init_from not in ("", "scratch"):
         require_stage(config)
     if not output.experiment_name:
@@ -119,7 +114,7 @@ def read_command_line(
         run_dir = continued_folder(saved, config, Path(resume_from))
     else:
         run_dir = new_folder(config)
-    return Command(config, run_dir, resume_from, auto, allowed)
+    return Command(config, run_dir, resume_from, auto, arguments.allow_change)
 
 
 def parse_arguments(argv: list[str], config: Config, description: str) -> Namespace:
@@ -148,17 +143,11 @@ def parse_arguments(argv: list[str], config: Config, description: str) -> Namesp
         raise UserError(f"{unknown[0]}: not expected here. See --help.")
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     refuse_two_dtypes(given, "flags")
-    return arguments
-
-
-def allowed_changes(allow_change: str, config: Config) -> tuple[str, ...]:
-    """Return the keys in the value of --allow_change. Raises UserError for one that is unknown."""
-    keys = fields_by_key(config)
-    allowed = tuple(name for name in allow_change.split(",") if name)
-    for name in allowed:
+    arguments.allow_change = tuple(name for name in arguments.allow_change.split(",") if name)
+    for name in arguments.allow_change:
         if name not in keys:
             raise UserError(f"--allow_change {name}: no such key.{nearest(name, keys)}")
-    return allowed
+    return arguments
 
 
 def require_checkpoint(folder: str) -> None:

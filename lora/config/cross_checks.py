@@ -17,8 +17,8 @@ def require_packages(report_to: str) -> None:
             expected = "tensorboard, wandb, or both with a comma between them"
             raise UserError(f"report_to {name}: expected {expected}.")
         if find_spec(name) is None:
-            install = f"pip install 'plainlora[{name}]'"
-            raise UserError(f"report_to {name}: the package is not there: {install}.")
+            problem = "the package is not there"
+            raise UserError(f"report_to {name}: {problem}: pip install 'plainlora[{name}]'.")
 
 
 def require_model_and_data(config: Config) -> None:

@@ -14,13 +14,10 @@ KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or f
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def key(
-    default: Any, help: str, *, low=None, above=None, high=None, choices=None, word=None
-) -> Any:
+def key(default, help: str, *, low=None, above=None, high=None, choices=None, word=None) -> Any:
     """Return the dataclass field of a configuration key.
 
     Args:
-        default: the value of the key where none is given.
         help: its line in --help.
         low, above, high: bounds; a value may equal low and high, but not above.
         choices: the values it may have; of a table, the keys that it may have.

@@ -26,16 +26,14 @@ def checkpoint_config(checkpoint: str, config: Config) -> Config:
     return saved
 
 
-def refuse_changed_keys(
-    saved: Config, config: Config, checkpoint: str, allowed: Collection[str]
-) -> None:
-    """Raise UserError where keys differ from the checkpoint's and may not."""
-    before, now = key_values(saved), key_values(config)
+def refuse_changed_keys(saved: Config, new: Config, folder: str, allowed: Collection[str]) -> None:
+    """Raise UserError where keys differ from those saved in a checkpoint's folder and may not."""
+    before, now = key_values(saved), key_values(new)
     changed = {}
     for name in now:
         if now[name] != before[name] and name not in FREE_ON_RESUME:
             changed[name] = (before[name], now[name])
-    refuse_changes(checkpoint, changed, allowed)
+    refuse_changes(folder, changed, allowed)
 
 
 def refuse_changes(checkpoint: str, changed: dict[str, tuple], allowed: Collection[str]) -> None:

@@ -10,10 +10,7 @@ from lora.config.schema import Config
 
 
 def newest_checkpoint(config: Config) -> str:
-    """Return the newest undamaged checkpoint of the run experiment_name; "" where it has none yet.
-
-    Raises UserError where all are damaged. The run itself reports the damaged ones it skips.
-    """
+    """Return the newest undamaged checkpoint of the run experiment_name, or ""."""
     if not config.output.experiment_name:
         raise UserError("--resume_from auto: which run? Add its --experiment_name.")
     folder = run_folder(config)

@@ -1,6 +1,6 @@
 """The configuration. These dataclasses are the TOML file, the flags, and what is saved with a run.
 
-Only light packages are imported here, so that a wrong flag is reported before torch is loaded.
+It is read before torch is loaded, so that a wrong flag is reported at once.
 """
 
 import dataclasses
@@ -12,15 +12,8 @@ from typing import Any
 from lora.common.toml_json import to_toml
 from lora.config.parse_values import key
 
-REVEAL_COLUMNS = (
-    "answer_id",
-    "question",
-    "step_idx",
-    "step",
-    "type_label",
-    "attribution_label",
-    "correctness_label",
-)
+REVEAL_LABELS = ("type_label", "attribution_label", "correctness_label")
+REVEAL_COLUMNS = ("answer_id", "question", "step_idx", "step", *REVEAL_LABELS)
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATION_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 

@@ -1,5 +1,6 @@
 """Setting the keys of a configuration, from the tables of a file or one by one."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,9 @@ ALIASES = {
     "model_name": "base_model",
     "optim": "optimizer",
 }
-# Former keys -> the default they had. A run saved with that default is read as if they had never
-# existed.
+# Former keys -> the default they had; a run saved with that default is read.
 RETIRED = {"share_prompts": False}
-# HfArgumentParser's habit: `bf16 = true` chooses the dtype, `bf16 = false` (alone) asks for full
-# precision.
+# As in HfArgumentParser: true chooses the dtype, false (alone) asks for full precision.
 DTYPE_SWITCHES = {"bf16": "bfloat16", "fp16": "float16"}
 NO_LORA = "train.py trains all weights and has no such"
 
@@ -47,10 +46,13 @@ def set_key(config: Config, name: str, value: Any, where: str) -> None:
 
     `where` ("--lora_r", "run.toml: lora.lora_r") begins the error messages.
     """
-    fields = fields_by_key(config)
     if name in DTYPE_SWITCHES:
-        set_dtype_switch(config, name, value, where)
+        if check_value(where, value, bool, key(None, "").metadata):
+            config.training.dtype = DTYPE_SWITCHES[name]
+        elif config.training.dtype in ("auto", DTYPE_SWITCHES[name]):
+            config.training.dtype = "float32"
         return
+    fields = fields_by_key(config)
     name = ALIASES.get(name, name)
     if name not in fields:
         if config.lora is None and name in fields_by_key(get_lora_config()):
@@ -61,15 +63,6 @@ def set_key(config: Config, name: str, value: Any, where: str) -> None:
     setattr(table, name, check_value(where, value, field.type, field.metadata))
 
 
-def set_dtype_switch(config: Config, name: str, value: Any, where: str) -> None:
-    dtype = DTYPE_SWITCHES[name]
-    is_on = check_value(where, value, bool, key(None, "").metadata)
-    if is_on:
-        config.training.dtype = dtype
-    elif config.training.dtype in ("auto", dtype):
-        config.training.dtype = "float32"
-
-
 def refuse_two_dtypes(values: dict[str, Any], where: str) -> None:
     """Raise UserError where two of dtype, bf16 = true and fp16 = true are given in one place."""
     chosen = [n for n in ("dtype", *DTYPE_SWITCHES) if values.get(n, False) is not False]
@@ -78,14 +71,12 @@ def refuse_two_dtypes(values: dict[str, Any], where: str) -> None:
 
 
 def set_tables(config: Config, tables: dict[str, Any], where: str) -> None:
-    """Set the keys of a config file, each of which must stand in its own table.
-
-    Raises UserError; `where`, the file, begins its message.
-    """
+    """Set the keys of the file `where`, each of which must be in its own table, or UserError."""
     known_tables = tables_of(config)
     title_of = {}
     for title, table in known_tables.items():
-        title_of.update({field.name: title for field in dataclasses.fields(table)})
+        for name in vars(table):
+            title_of[name] = title
     given = set()
     for title, table in tables.items():
         if title == "lora" and config.lora is None:
@@ -110,7 +101,6 @@ def set_tables(config: Config, tables: dict[str, Any], where: str) -> None:
 
 
 def from_file(path: str) -> Config:
-    """Return the configuration in a file that a user wrote."""
     return from_tables(read_file(path), path)
 
 
@@ -127,16 +117,13 @@ def from_dict(tables: dict[str, Any], where: str) -> Config:
 
 def without_retired(tables: dict[str, Any], where: str) -> dict[str, Any]:
     """Return `tables` without the RETIRED keys. Raises UserError where one has no default value."""
-    kept = {}
-    for title, table in tables.items():
-        kept[title] = table
-        if not isinstance(table, dict):
-            continue  # `set_tables` refuses it
+    kept = copy.deepcopy(tables)
+    for title, table in kept.items():
         for name, default in RETIRED.items():
-            if table.get(name, default) != default:
-                retired = f"{title}.{name} = {toml_value(table[name])} was retired"
+            # `set_tables` refuses what is no table.
+            if isinstance(table, dict) and table.pop(name, default) != default:
+                retired = f"{title}.{name} = {toml_value(tables[title][name])} was retired"
                 raise UserError(f"{where}: {retired}; plainlora 0.1.0 reads it.")
-        kept[title] = {name: value for name, value in table.items() if name not in RETIRED}
     return kept
 
 

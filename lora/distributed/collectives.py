@@ -19,7 +19,9 @@ def sum_over_all(tensor: Tensor) -> Tensor:
 
 def broadcast_from_rank_zero(function: Callable, *arguments: Any) -> Any:
     """Call `function` in the first process only, and return its result in all of them."""
-    values = [function(*arguments) if rank() == 0 else None]
+    values: list[Any] = [None]
+    if rank() == 0:
+        values[0] = function(*arguments)
     if world_size() > 1:
         dist.broadcast_object_list(values, 0)
     return values[0]
@@ -28,10 +30,8 @@ def broadcast_from_rank_zero(function: Callable, *arguments: Any) -> Any:
 def gather_in_order(local_parts: list[Tensor], lengths: list[int], device: torch.device) -> Tensor:
     """Concatenate parts that were dealt to the processes in turn, in order and on every process.
 
-    Args:
-        local_parts: the parts number rank, rank + world_size, ..., [length, ...] each.
-        lengths: the lengths of all parts, over all processes.
-        device: where the processes' tensors are summed.
+    `local_parts` are the parts number rank, rank + world_size, ..., [length, ...] each, `lengths`
+    the lengths of all parts. The processes' tensors are summed on `device`.
     """
     if world_size() == 1:
         return torch.cat(local_parts)

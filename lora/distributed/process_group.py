@@ -1,7 +1,4 @@
-"""The processes of a run under torchrun: joining, leaving, rank and world size.
-
-Without torchrun there is one process.
-"""
+"""The processes of a run: joining, leaving, rank and world size. Without torchrun there is one."""
 
 from datetime import timedelta
 import os
@@ -29,45 +26,35 @@ def micro_batch_index(i: int) -> int:
 
 
 def join(device: torch.device) -> None:
-    """Join the processes of this run, and silence standard output in all but the first.
-
-    Raises UserError where the device cannot be used by this many processes.
-    """
-    if world_size() == 1:
+    """Join this run's processes; only the first keeps standard output. Raises UserError."""
+    size = world_size()
+    if size == 1:
         return
     if device.type == "mps":
         hint = "call the script without torchrun, or add --device cpu"
         raise UserError(f"device mps: one process only; {hint}.")
+    backend = "gloo"
     if device.type == "cuda":
-        choose_gpu()
+        backend = "nccl"
+        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            problem = f"this machine has {num_gpus} GPUs; expected that at most"
+            raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: {problem}.")
+        torch.cuda.set_device(local_rank)
     # Where torchrun's agent keeps the store itself, no process of the run is its master.
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = rank() == 0 and not agent_keeps_store
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world_size(), is_master=is_master, timeout=TIMEOUT)
-    # After a restart by torchrun the store still holds entries of the previous attempt. Without a
-    # prefix of its own, an attempt would wait for processes that are gone.
+    store = dist.TCPStore(address, port, size, is_master=is_master, timeout=TIMEOUT)
+    # After a restart by torchrun the store still holds entries of processes that are gone.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     store = dist.PrefixStore(f"attempt_{attempt}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank(), world_size=world_size(), timeout=TIMEOUT
-    )
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=TIMEOUT)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
 
-def choose_gpu() -> None:
-    """Make the GPU of this process, by its number on this machine, the current one."""
-    local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        problem = f"this machine has {num_gpus} GPUs; expected that at most"
-        raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: {problem}.")
-    torch.cuda.set_device(local_rank)
-
-
 def barrier() -> None:
-    """Wait until every process has come here."""
     if world_size() > 1:
         dist.barrier()
 

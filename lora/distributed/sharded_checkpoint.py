@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.common.atomic_files import fsync_path
-from lora.distributed.process_group import rank, world_size
+from lora.distributed.process_group import rank
 from lora.distributed.sharding import is_sharded, local_rows, local_tensor, row_bounds
 
 INDEX_FILE = "shards.json"
@@ -24,10 +24,9 @@ def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
     index: dict[str, dict] = {}
     local_tensors = {}
     for name, tensor in tensors.items():
-        num_parts = world_size() if is_sharded(tensor) else 1
         index[name] = {"shape": list(tensor.shape)}
         if tensor.ndim > 0:
-            index[name]["rows"] = row_bounds(len(tensor), num_parts)
+            index[name]["rows"] = row_bounds(tensor)
         if is_sharded(tensor) or rank() == 0:
             local_tensors[name] = local_tensor(tensor).detach().cpu().contiguous()
     path = folder / f"shard_{rank()}.safetensors"

@@ -13,14 +13,12 @@ from lora.target_modules import decoder_layers
 def shard(task: nn.Module, dtype: torch.dtype, optimizer: str, device: torch.device) -> None:
     """Shard the weights of `task` over the processes: each holds some rows of every layer (FSDP2).
 
-    A layer is gathered in `dtype` when it is computed. The shards and the sums of the gradients are
-    in fp32, and so is the optimizer's state, which is sharded as well. Raises UserError for a dtype
-    or an optimizer that is not supported on sharded weights.
+    A layer is gathered in `dtype` when it is computed. Shards, gradients and optimizer states are
+    in fp32. Raises UserError for a dtype or an optimizer that does not support this.
     """
     method = "full fine-tuning on several processes"
     if dtype == torch.float16:
-        hint = "computes in bfloat16 or float32; name one"
-        raise UserError(f"dtype float16: {method} {hint}.")
+        raise UserError(f"dtype float16: {method} computes in bfloat16 or float32; name one.")
     if optimizer != "adamw":
         raise UserError(f"optimizer {optimizer}: {method} has adamw only; leave it out.")
     # Importing these takes a second, and most runs have one process.
@@ -29,8 +27,9 @@ def shard(task: nn.Module, dtype: torch.dtype, optimizer: str, device: torch.dev
 
     # Without a mesh, fully_shard would choose the GPUs of a machine even for a run on its CPU.
     mesh = init_device_mesh(device.type, (world_size(),))
-    gathered_dtype = None if dtype == torch.float32 else dtype
-    policy = fsdp.MixedPrecisionPolicy(param_dtype=gathered_dtype, reduce_dtype=torch.float32)
+    policy = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    if dtype != torch.float32:
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*decoder_layers(task.model), task):
         fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         # The loss is already divided by the number of targets over all processes.
@@ -53,20 +52,20 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def row_bounds(num_rows: int, num_parts: int) -> list[int]:
-    """Return where each part begins, and the end: [num_parts + 1], divided as torch.chunk does."""
-    size = -(-num_rows // num_parts)
-    return [min(i * size, num_rows) for i in range(num_parts + 1)]
+def row_bounds(tensor: Tensor) -> list[int]:
+    """Return the first row of each process, divided as torch.chunk does, and the end."""
+    if not is_sharded(tensor):
+        return [0, len(tensor)]
+    rows_each = -(-len(tensor) // world_size())
+    return [min(i * rows_each, len(tensor)) for i in range(world_size() + 1)]
 
 
 def local_rows(tensor: Tensor) -> tuple[int, int]:
     """Return the rows [first, end) that this process holds of a tensor and its optimizer state."""
     if not is_sharded(tensor):
-        return (
-            0,
-            sys.maxsize,
-        )  # an open end: some states of 8-bit optimizers are longer than the tensor
-    bounds = row_bounds(len(tensor), world_size())
+        # An open end: some states of 8-bit optimizers are longer than the tensor.
+        return 0, sys.maxsize
+    bounds = row_bounds(tensor)
     return bounds[rank()], bounds[rank() + 1]
 
 
