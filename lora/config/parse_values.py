@@ -18,7 +18,6 @@ def key(default, help: str, *, low=None, above=None, high=None, choices=None, wo
     """Return the dataclass field of a configuration key.
 
     Args:
-        help: its line in --help.
         low, above, high: bounds; a value may equal low and high, but not above.
         choices: the values it may have; of a table, the keys that it may have.
         word: a text that may take the place of a number.

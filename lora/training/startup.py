@@ -27,7 +27,6 @@ def begin(
 
     Args:
         state: of the checkpoint that is resumed, or None.
-        description: what `describe_run` returned.
 
     Returns:
         The log; the hashes of the base (None but on rank 0); and the facts that go into the

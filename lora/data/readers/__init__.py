@@ -29,20 +29,9 @@ from lora.data.readers import (
 
 # Where a row has the keys of several forms, the first of these readers reads it.
 READERS = (
-    chat,
-    questions,
-    steps,
-    pairs,
-    text,
-    prm800k,
-    math_shepherd,
-    first_error,
-    prmbench,
-    eqasc,
-    eobqa,
-    reveal,
-    outcomes,
-)
+    chat, questions, steps, pairs, text, prm800k, math_shepherd, first_error,
+    prmbench, eqasc, eobqa, reveal, outcomes,
+)  # fmt: skip
 
 
 def read(
