@@ -99,8 +99,8 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         last = step >= max_steps
         metrics, is_among_best = None, False
         if step != resumed_at and (last or step % settings.eval_steps == 0):
-            metrics, *evaluated = evaluate(run)
-            log.example_losses(step, run, *evaluated)
+            metrics, batches, predictions = evaluate(run)
+            log.example_losses(step, run, batches, predictions)
             log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
         if metrics and step > 0:
             is_among_best = best_checkpoints.is_among_best(folder, metrics["loss"])

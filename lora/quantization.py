@@ -76,7 +76,7 @@ class FourBitQuantizer(HfQuantizer):
             new.support_avx512bf16_for_cpu = False
             model.set_submodule(name, new)
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **_) -> bool:
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **unused) -> bool:
         name, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and is_4bit(model.get_submodule(name))
 

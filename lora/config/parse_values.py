@@ -66,7 +66,7 @@ def check_value(where: str, value: Any, annotation: Any, limits: Mapping[str, An
     return table
 
 
-def check_item(where: str, value: Any, kind: type, limits: Mapping[str, Any]) -> Any:
+def check_item(where: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     """Return a single value of a kind and within the limits. Raises UserError."""
     word, choices = limits["word"], limits["choices"]
     if word and value == word:

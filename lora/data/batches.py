@@ -66,7 +66,7 @@ class Rows:
     def from_rows(cls, rows: Iterable[tuple[Row, int]], task: str) -> Rows:
         """Collect pairs of (row, dataset id). `task` is "lm" or "score"."""
         tokens = array("i")
-        targets = array("i" if task == "lm" else "f")
+        targets: array = array("i" if task == "lm" else "f")
         token_type_ids = array("b")
         offsets = array("q", [0])
         loss_weights = array("f")

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 import csv
 import gzip
+from io import BufferedIOBase
 import json
 from pathlib import Path
 import re
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 import zlib
 
 from lora.common.errors import UserError
@@ -46,8 +47,8 @@ def read_rows(path: str, bad_rows: list[UserError] | None = None) -> SourceRows:
     except UserError as error:
         collected.append(error)
     except (OSError, EOFError, zlib.error, csv.Error) as error:
-        problem = getattr(error, "strerror", None) or error
-        collected.append(UserError(f"{path}: {problem}."))
+        reason = getattr(error, "strerror", None) or error
+        collected.append(UserError(f"{path}: {reason}."))
     except UnicodeDecodeError as error:
         line, byte = first_undecodable(opener(local_path(path), "rb"), error)
         advice = "convert it: iconv -f ITS_ENCODING -t utf-8"
@@ -56,7 +57,7 @@ def read_rows(path: str, bad_rows: list[UserError] | None = None) -> SourceRows:
         raise_bad_rows(path, collected)
 
 
-def first_undecodable(file: BinaryIO, error: UnicodeDecodeError) -> tuple[int | str, int]:
+def first_undecodable(file: BufferedIOBase, error: UnicodeDecodeError) -> tuple[int | str, int]:
     """Return the first line that is not UTF-8, and its first byte that is not."""
     with file:
         for number, line in enumerate(file, 1):

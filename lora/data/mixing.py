@@ -1,5 +1,7 @@
 """Several data sets in one run: their names, and which of them each example comes from."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lora.common.errors import UserError
@@ -7,7 +9,7 @@ from lora.common.errors import UserError
 SCHEDULE = 10_000  # examples over which the shares of a mix come out exactly
 
 
-def dataset_names(paths: list[str]) -> list[str]:
+def dataset_names(paths: Sequence[str]) -> list[str]:
     """Return a short name for each path: its file's, with a number where two are alike."""
     stems = [path.rpartition("/")[2].split(".")[0] for path in paths]
     names = []

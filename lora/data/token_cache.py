@@ -6,7 +6,7 @@ So an entry is never stale, and any of them may be deleted at any time. Of sever
 start at once one tokenises.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 import fcntl
@@ -81,7 +81,7 @@ def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool
     training, held_out = source.examples()
     distinct = {str(replace(example, where="", dataset_id=0)) for example in training}
     subjects = {example.subject for example in training}
-    facts = {
+    facts: dict = {
         "chats": any(example.messages for example in [*training, *held_out]),
         "repeated": len(training) - len(distinct),  # the same as an earlier training example
         "overlap": len(subjects & {example.subject for example in held_out}),  # in both parts
@@ -95,7 +95,7 @@ def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool
 
 
 def tokenise_examples(
-    examples: list[Example], tokenizer: Tokenizer, causal: bool, config: Config, part: str
+    examples: Sequence[Example], tokenizer: Tokenizer, causal: bool, config: Config, part: str
 ) -> tuple[Rows, dict]:
     """Return the rows of examples, and the facts for `describe_data`. Raises UserError."""
     if any(example.messages for example in examples):
@@ -133,7 +133,7 @@ def tokenise_examples(
 
 
 def tokenise_in_chunks(
-    examples: list[Example], tokenizer: Tokenizer, causal: bool, config: Config, part: str
+    examples: Sequence[Example], tokenizer: Tokenizer, causal: bool, config: Config, part: str
 ) -> Iterator[tuple[Example, TokenisedExample]]:
     """Tokenise examples a chunk at a time, so that only the flat arrays hold all of them."""
     description = f"tokenising {part}"

@@ -6,7 +6,7 @@
 the label of the step that ends there. A position without a target has NO_TOKEN or NaN.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 import math
 
@@ -45,7 +45,7 @@ class TokenisedExample:
 
 
 def tokenise(
-    examples: list[Example], tokenizer: Tokenizer, task: str, data: DataConfig, causal: bool
+    examples: Sequence[Example], tokenizer: Tokenizer, task: str, data: DataConfig, causal: bool
 ) -> list[TokenisedExample]:
     """Turn examples, of the task "lm" or "score", into rows of at most max_length tokens.
 
@@ -71,7 +71,7 @@ def tokenise(
 
 
 def tokenise_texts(
-    examples: list[Example], tokenizer: Tokenizer, max_length: int
+    examples: Sequence[Example], tokenizer: Tokenizer, max_length: int
 ) -> list[TokenisedExample]:
     pieces = []
     for example in examples:
@@ -97,7 +97,7 @@ def tokenise_texts(
 
 
 def tokenise_chains(
-    examples: list[Example], tokenizer: Tokenizer, data: DataConfig
+    examples: Sequence[Example], tokenizer: Tokenizer, data: DataConfig
 ) -> list[TokenisedExample]:
     bos = bos_tokens(tokenizer)
     marker = marker_tokens(data, tokenizer)

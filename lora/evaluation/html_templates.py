@@ -1,5 +1,6 @@
 """Pages and drawings made from the jinja2 templates in lora/evaluation/templates/."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -16,6 +17,6 @@ ENVIRONMENT = Environment(
 )
 
 
-def render_template(name: str, values: dict[str, object]) -> Markup:
+def render_template(name: str, values: Mapping[str, object]) -> Markup:
     """Fill in a template. Its values are escaped; it is not, so a page may include a drawing."""
     return Markup(ENVIRONMENT.get_template(name).render(values))

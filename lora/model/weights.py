@@ -58,7 +58,7 @@ def weight_files(model: ModelConfig) -> list[Path]:
         return []
     source, local = locate_base(model.base_model)
     if not local:  # config.json was read before; the weights are in the same folder
-        source = Path(hf_hub_download(source, "config.json", local_files_only=True)).parent
+        source = str(Path(hf_hub_download(source, "config.json", local_files_only=True)).parent)
     return sorted(Path(source).glob("*.safetensors"))
 
 

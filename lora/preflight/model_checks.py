@@ -105,8 +105,8 @@ def adapter_acts(trial: Trial) -> Result | None:
     """Changing B changes the outputs. B stays changed, because later checks need an adapter with an
     effect.
     """
-    layers = lora_layers(trial.task.model).values()
-    layers = [layer for layer in layers if isinstance(layer, LoRALinear)]
+    all_layers = lora_layers(trial.task.model).values()
+    layers = [layer for layer in all_layers if isinstance(layer, LoRALinear)]
     if not layers:
         return None
     before = trial.outputs()
@@ -203,7 +203,7 @@ def resumed(trial: Trial) -> Result:
     update(trial, optimizer)
     parameters = checkpoint.trainable_parameters(trial.task)
     with tempfile.TemporaryDirectory(prefix="plainlora_") as folder:
-        checkpoint.save(folder, 1, trial.task, optimizer, {"val": None})
+        checkpoint.save(Path(folder), 1, trial.task, optimizer, {"val": None})
         update(trial, optimizer)
         expected = [parameter.detach().clone() for parameter in parameters.values()]
         optimizer = new_optimizer(trial)

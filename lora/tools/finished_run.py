@@ -66,7 +66,7 @@ class FinishedRun:
     def columns(self) -> dict:
         """Return the results in a table of runs, by the column's name; None if not known."""
         step, curve = self.best_step, self.curve()
-        columns = {"best loss": None, "at step": step, "last loss": None}
+        columns: dict = {"best loss": None, "at step": step, "last loss": None}
         if step is not None:
             columns["best loss"] = self.best_loss
         if curve:
