@@ -46,7 +46,7 @@ from lora.config.schema import Config, get_lora_config
 from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
 from lora.model.task import Task
-from lora.training import best_checkpoints, checkpoint
+from lora.training import best_checkpoints, checkpoint, startup
 import train
 import train_lora
 
@@ -103,7 +103,7 @@ class Bench:
             command = read_command_line([*self.flags(kind, name), *more], config, "unused.toml", "")
             source = RawData(command.config)
             command.require_same(source.files)
-        with one_line_errors():
+        with one_line_errors(command.status):
             (train_lora if lora else train).main(command, source)
 
     def start(self, kind, name, prepare=lambda rank: None, world=1, more=()):
@@ -293,7 +293,7 @@ def kills(bench, count):
 
 def report_kept(path, rank):
     """Write how many checkpoints there are once a restart has cleared what the run before left."""
-    undisturbed = best_checkpoints.recover
+    undisturbed = startup.recover
 
     def recover(run_dir):
         said = undisturbed(run_dir)
@@ -301,7 +301,7 @@ def report_kept(path, rank):
             file.write(f"{len(list((run_dir / 'checkpoints').glob('*')))}\n")
         return said
 
-    best_checkpoints.recover = recover
+    startup.recover = recover
 
 
 def crash_points(bench, stride):
