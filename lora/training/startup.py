@@ -25,9 +25,6 @@ def begin(
 ) -> tuple[Log, BaseSums | None, dict]:
     """Make the folder of a run, and log what it is about to do.
 
-    Args:
-        state: of the checkpoint that is resumed, or None.
-
     Returns:
         The log; the hashes of the base (None but on rank 0); and the facts that go into the
         checkpoints, which must be the same in a run that resumes one (UserError).
