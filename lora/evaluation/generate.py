@@ -184,7 +184,6 @@ def step_scores(
 
     The scores are NaN from the first step on that does not fit into max_length.
     """
-    training = task.training
     # With a label at every step, every step that fits becomes a target. The targets of an example
     # are in the order of its steps, in one row (causal model) or in a row for each step (encoder).
     all_labelled = [replace(e, labels=[0.0] * len(e.steps)) for e in examples]
@@ -204,7 +203,6 @@ def step_scores(
         rows = Rows.from_rows(pairs, "score")
         batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
         predictions = predict(task, batches, task.model.device, dtype).values.numpy()
-        task.train(training)
         order = np.concatenate([batch.rows for batch in batches])
         scores[np.concatenate([steps_of_rows[row] for row in order])] = predictions
     ends = np.cumsum([len(example.steps) for example in examples])

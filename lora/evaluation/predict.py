@@ -46,6 +46,7 @@ def outputs_at_targets(
     The micro-batches are divided among the processes. Every process gets all outputs, in the order
     of `batches`.
     """
+    training = task.training
     task.eval()
 
     def run_model(batch: Batch) -> Tensor:
@@ -64,7 +65,7 @@ def outputs_at_targets(
     if process_sits_out:
         run_model(batches[-1])
 
-    task.train()
+    task.train(training)
     counts = [batch.num_targets for batch in batches]
     return gather_in_order(local_outputs, counts, device).cpu()
 

@@ -193,7 +193,6 @@ def after_evaluation(trial: Trial) -> Result:
     """An evaluation between two steps changes no gradient."""
     before = trial.step()
     evaluate(trial.run)
-    trial.task.eval()
     return same_gradients(trial.step(), before, trial.repetition_tolerance)
 
 
