@@ -1,5 +1,6 @@
 """Full fine-tuning on several processes: weights sharded by FSDP2, and the rows a process holds."""
 
+from collections.abc import Iterable
 import sys
 
 import torch
@@ -27,9 +28,8 @@ def shard(task: nn.Module, dtype: torch.dtype, optimizer: str, device: torch.dev
 
     # Without a mesh, fully_shard would choose the GPUs of a machine even for a run on its CPU.
     mesh = init_device_mesh(device.type, (world_size(),))
-    policy = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    if dtype != torch.float32:
-        policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    param_dtype = None if dtype == torch.float32 else dtype
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     for module in (*decoder_layers(task.model), task):
         fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         # The loss is already divided by the number of targets over all processes.
@@ -40,6 +40,10 @@ def shard(task: nn.Module, dtype: torch.dtype, optimizer: str, device: torch.dev
 
 def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    return any(is_sharded(tensor) for tensor in tensors)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import Stopped
 from lora.common.paths import ROOT
 from lora.config.schema import Config
-from lora.distributed.sharding import is_sharded
+from lora.distributed.sharding import any_sharded
 from lora.export.model_card import model_card
 from lora.model.load import load_task
 from lora.model.run import Run
@@ -57,7 +57,7 @@ def write_final_artifact(
         found = "no checkpoint has a finite validation loss"
         raise Stopped(f"{log.run_dir}: {found}; try a lower --learning_rate.")
     task = run.task
-    if any(is_sharded(parameter) for parameter in task.parameters()):
+    if any_sharded(task.parameters()):
         task = load_task(run.config, torch.float32)
         task.tokenizer = run.task.tokenizer  # it may have been given a chat template
     task.load(best["path"])

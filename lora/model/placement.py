@@ -46,8 +46,7 @@ def place_on_device(task: Task, config: Config, device: torch.device, dtype: tor
     if process_group.world_size() > 1 and not config.lora:
         sharding.shard(task, dtype, config.training.optimizer, device)
     task.to(device)
-    weights_are_sharded = any(sharding.is_sharded(weight) for weight in task.parameters())
-    if device.type != "cpu" and not weights_are_sharded:
+    if device.type != "cpu" and not sharding.any_sharded(task.parameters()):
         # load_task has tried it on the CPU, which says nothing of the device's own kernels.
         problem = find_incompatibility(task, dtype)
         if problem:

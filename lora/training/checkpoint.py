@@ -33,7 +33,7 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer, state: dict)
     Rank 0 writes for all processes, unless the weights are sharded: then each writes its part.
     `state` goes into trainer_state.json; its "val" are the metrics at this step, or None.
     """
-    sharded = any(sharding.is_sharded(parameter) for parameter in task.parameters())
+    sharded = sharding.any_sharded(task.parameters())
     final = Path(folder) / f"checkpoint_step_{step}"
     if process_group.rank() == 0:
         with atomic_folder(final) as temporary:

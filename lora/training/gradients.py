@@ -14,9 +14,10 @@ from lora.common.signals import StopSignal
 from lora.data.batches import Batch
 from lora.distributed.collectives import sum_over_all
 from lora.distributed.process_group import micro_batch_index, world_size
-from lora.distributed.sharding import is_sharded
+from lora.distributed.sharding import any_sharded
 from lora.model.device import autocast
 from lora.model.run import Run
+from lora.training.checkpoint import trainable_parameters
 from lora.training.log import Log
 
 
@@ -44,7 +45,7 @@ def backward(
     except RuntimeError as error:
         # Where weights are sharded, the other processes wait in the middle of a layer, so this one
         # cannot start the step again alone.
-        if not is_out_of_memory(error) or any(is_sharded(p) for p in run.task.parameters()):
+        if not is_out_of_memory(error) or any_sharded(run.task.parameters()):
             raise
         return loss, True
     return loss, False
@@ -54,7 +55,7 @@ def sum_gradients(parameters: list[nn.Parameter], totals: Tensor) -> None:
     """Replace the gradients, and `totals`, by their sums over all processes, in one call."""
     if world_size() == 1:
         return
-    if any(is_sharded(parameter) for parameter in parameters):
+    if any_sharded(parameters):
         sum_over_all(totals)  # FSDP2 has summed the gradients in the backward pass
         return
     parts = []
@@ -76,7 +77,7 @@ class GradientAccumulation:
         self.scaler = scaler
         self.stop_signal = stop_signal
         self.log = log
-        self.parameters = [p for p in run.task.parameters() if p.requires_grad]
+        self.parameters = list(trainable_parameters(run.task).values())
 
     def of_step(self, step: int) -> tuple[float, bool]:
         """Add the gradients of a step over all processes.
@@ -105,7 +106,7 @@ class GradientAccumulation:
             _, out_of_memory, _ = self.attempt(data.largest_batches(), num_targets, step=0)
             if out_of_memory:
                 self.log.say(data.halve_micro_batches(rows))
-        self.zero_grad()
+        self.run.task.zero_grad()
         del reserved
 
     def attempt(
@@ -123,9 +124,5 @@ class GradientAccumulation:
         sum_gradients(self.parameters, totals)
         mean_loss, processes_out_of_memory, processes_to_stop = totals.tolist()  # synchronises
         if processes_out_of_memory > 0:
-            self.zero_grad()
+            self.run.task.zero_grad()
         return mean_loss, processes_out_of_memory > 0, processes_to_stop > 0
-
-    def zero_grad(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
