@@ -25,6 +25,7 @@ if __name__ == "__main__":
         raw_data = RawData(command.config)
         command.require_same(raw_data.files)
 
+from contextlib import closing
 import math
 import time
 
@@ -38,6 +39,7 @@ from lora.data.sampler import TrainingData
 from lora.data.token_cache import load_or_tokenise
 from lora.distributed import process_group
 from lora.distributed.sharding import full_tensor
+from lora.evaluation.example_losses import save_example_losses
 from lora.evaluation.predict import evaluate
 from lora.export.final_artifact import write_final_artifact
 from lora.model.device import choose_device, choose_dtype
@@ -100,7 +102,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         metrics, is_among_best = None, False
         if step != resumed_at and (last or step % settings.eval_steps == 0):
             metrics, batches, predictions = evaluate(run)
-            log.example_losses(step, run, batches, predictions)
+            save_example_losses(log.run_dir, step, run, batches, predictions)
             log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
         if metrics and step > 0:
             is_among_best = best_checkpoints.is_among_best(folder, metrics["loss"])
@@ -208,16 +210,15 @@ def run_training(
         return None
     place_on_device(task, config, device, dtype)
     log, base, facts = begin(run, command, raw_data, state, description)
-    cache_features(run, max_steps)
-    with catch_signals() as stop_signal:
-        train(run, log, facts, resume_from, stop_signal)
-    process_group.leave()
-    if rank > 0:
-        return None
-    log.say(compare_base(base, measure_base(task, config)))
-    results = write_final_artifact(run, log, base.files, raw_data.files, started)
-    log.close()
-    return results
+    with closing(log):
+        cache_features(run, max_steps)
+        with catch_signals() as stop_signal:
+            train(run, log, facts, resume_from, stop_signal)
+        process_group.leave()
+        if rank > 0:
+            return None
+        log.say(compare_base(base, measure_base(task, config)))
+        return write_final_artifact(run, log, base.files, raw_data.files, started)
 
 
 def main(command: Command, raw_data: RawData) -> dict | None:

@@ -49,7 +49,8 @@ def write_adapter(folder: str | Path, config: dict, tensors: Tensors) -> None:
     """Write both files of an adapter; `tensors` have their names in the model with its head."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 

@@ -148,10 +148,3 @@ def dense(layer: nn.Module) -> nn.Module:
     new.weight = nn.Parameter(weight, requires_grad=False)
     new.bias = layer.bias
     return new
-
-
-def dequantize(model: nn.Module) -> None:
-    """Replace every Linear4bit by the dense layer that it stands for, in place."""
-    for name, layer in list(model.named_modules()):
-        if is_4bit(layer):
-            model.set_submodule(name, dense(layer))

@@ -1,7 +1,8 @@
 """The C library's allocator: pages of 2 MB, and freed memory is kept for the next tensor."""
 
-import ctypes
 import os
+
+from lora.common.operating_system import c_library_function
 
 # Parameters of mallopt(3).
 M_TRIM_THRESHOLD = -1
@@ -16,7 +17,7 @@ def keep_freed_memory() -> None:
     mallopt. Whoever sets MALLOC_... or GLIBC_TUNABLES in the environment has chosen otherwise.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = c_library_function("mallopt")
     user_settings = ("MALLOC_", "GLIBC_TUNABLES")
     if mallopt and not any(name.startswith(user_settings) for name in os.environ):
         # M_MMAP_THRESHOLD would not do: older versions of glibc do not let it above 32 MB.

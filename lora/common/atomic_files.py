@@ -12,15 +12,7 @@ from pathlib import Path
 import shutil
 
 from lora.common.errors import ResourceExhausted, UserError, is_disk_full
-
-
-def fsync_path(path: Path) -> None:
-    """Make a file, or the entries of a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from lora.common.operating_system import fsync_path
 
 
 def fsync_folder(folder: Path) -> None:

@@ -39,10 +39,10 @@ class RunStatus:
         path = self.run_dir / "status.json"
         try:
             if exit_status and sys.exc_info()[0]:
-                (self.run_dir / "error.log").write_text(traceback.format_exc())
+                (self.run_dir / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
             status = {"exit": exit_status, "error": line, **facts}
             temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
-            temporary.write_text(json.dumps(status, indent=2) + "\n")
+            temporary.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
             temporary.replace(path)
         except OSError:  # the disk may be what is full
             pass
@@ -52,7 +52,7 @@ class RunStatus:
         if self.run_dir is None:
             return False
         try:
-            status = json.loads((self.run_dir / "status.json").read_text())
+            status = json.loads((self.run_dir / "status.json").read_bytes())
             return status["exit"] is not None
         except (OSError, ValueError):
             return False
@@ -67,12 +67,14 @@ class RunStatus:
         newest = checkpoints[max(checkpoints)]
         processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
         launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
-        return f"{launcher} {shlex.join([sys.argv[0], '--resume_from', str(newest)])}"
+        return f"{launcher} {shlex.join([sys.argv[0], '--resume_from', newest.as_posix()])}"
 
 
 @contextmanager
 def one_line_errors(status: RunStatus | None = None) -> Iterator[None]:
     """Report an error that is no bug in one line, and exit with its status."""
+    if hasattr(sys.stdout, "reconfigure") and sys.stdout.encoding.lower() != "utf-8":
+        sys.stdout.reconfigure(errors="backslashreplace")  # Windows' pipes lack some
     status = status or RunStatus()
     is_first_process = int(os.environ.get("RANK", 0)) == 0
     try:

@@ -1,19 +1,16 @@
 """A chat as the tokenizer's template writes it, in pieces that are tokenised by themselves."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 import json
 import re
-import signal
-import threading
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora.common.errors import UserError
+from lora.common.operating_system import time_limit
 
 # For tokenizers that bring no template
 CHATML = (
@@ -39,25 +36,6 @@ class Piece:
     literal: bool = False  # special tokens in it are plain text
 
 
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after `seconds`. Only the main thread can be interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise TimeoutError
-
-    old_handler = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old_handler)
-
-
 def use_chatml(tokenizer: Tokenizer) -> None:
     """Give a tokenizer without a chat template ChatML, and print so. Raises UserError."""
     if tokenizer.chat_template:
@@ -70,14 +48,6 @@ def use_chatml(tokenizer: Tokenizer) -> None:
         raise UserError(f"{tokenizer.name_or_path}: {problem}.")
     tokenizer.chat_template = CHATML.replace("TURN_END", end)
     print(f"the tokenizer has no chat template: using ChatML, with {end} at the end of a turn")
-
-
-def prompt_pieces(
-    where: str, messages: list[dict], tools: list | None, tokenizer: Tokenizer
-) -> list[Piece]:
-    """Return the chat up to where the assistant begins to speak, as pieces. Raises UserError."""
-    chat = Chat(where, messages, tools, tokenizer)
-    return chat.split(chat.render(chat.messages, add_generation_prompt=True), [])
 
 
 class Chat:

@@ -1,6 +1,7 @@
 """Several data sets in one run: their names, and which of them each example comes from."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +12,7 @@ SCHEDULE = 10_000  # examples over which the shares of a mix come out exactly
 
 def dataset_names(paths: Sequence[str]) -> list[str]:
     """Return a short name for each path: its file's, with a number where two are alike."""
-    stems = [path.rpartition("/")[2].split(".")[0] for path in paths]
+    stems = [Path(path).name.split(".")[0] for path in paths]
     names = []
     for number, stem in enumerate(stems, 1):
         names.append(stem if stems.count(stem) == 1 else f"{stem}_{number}")

@@ -9,11 +9,11 @@ start at once one tokenises.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-import fcntl
 import json
 from pathlib import Path
 import tempfile
 
+from filelock import FileLock
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -39,7 +39,7 @@ def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
         entry = folder / digest(settings, task.causal)
         if not entry.is_dir():
             write_entry(entry, source, tokenizer, task.causal)
-        facts = json.loads((entry / "facts.json").read_text())
+        facts = json.loads((entry / "facts.json").read_bytes())
         train, held_out = load_rows(entry, "train"), load_rows(entry, "eval")
     if facts["chats"]:
         use_chatml(tokenizer)
@@ -65,14 +65,13 @@ def locked(folder: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / "lock", "w"))
+            stack.enter_context(FileLock(folder / "lock"))
         except OSError as error:
             problem = f"{folder}: {error.strerror}"
             print(f"note: {problem}; tokenised data is not kept (set PLAINLORA_CACHE)")
             # What is mapped from a temporary folder stays readable when the folder is gone.
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plainlora_")))
-            lock = stack.enter_context(open(folder / "lock", "w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
+            temporary = tempfile.TemporaryDirectory(prefix="plainlora_", ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(temporary))
         yield folder
 
 
@@ -91,7 +90,7 @@ def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool
             rows, facts[part] = tokenise_examples(examples, tokenizer, causal, source.config, part)
             for name in ARRAYS:
                 np.save(temporary / f"{part}_{name}.npy", getattr(rows, name))
-        (temporary / "facts.json").write_text(json.dumps(facts))
+        (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def tokenise_examples(

@@ -51,7 +51,7 @@ def join(device: torch.device) -> None:
     store = dist.PrefixStore(f"attempt_{attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=TIMEOUT)
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def barrier() -> None:

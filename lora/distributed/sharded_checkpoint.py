@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import torch
 from torch import Tensor
 
-from lora.common.atomic_files import fsync_path
+from lora.common.operating_system import fsync_path
 from lora.distributed.process_group import rank
 from lora.distributed.sharding import is_sharded, local_rows, local_tensor, row_bounds
 
@@ -33,7 +33,7 @@ def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
     save_file(local_tensors, path, {"format": "pt"})
     fsync_path(path)  # on several machines, only this one can make its own shard durable
     if rank() == 0:
-        (folder / INDEX_FILE).write_text(json.dumps(index) + "\n")
+        (folder / INDEX_FILE).write_text(json.dumps(index) + "\n", encoding="utf-8")
 
 
 class Shards:
@@ -43,7 +43,7 @@ class Shards:
         self.index: dict[str, dict] = {}
         self.files = [path]
         if path.is_dir():
-            self.index = json.loads((path / INDEX_FILE).read_text())
+            self.index = json.loads((path / INDEX_FILE).read_bytes())
             num_bounds = max(len(entry.get("rows", (0, 0))) for entry in self.index.values())
             self.files = [path / f"shard_{i}.safetensors" for i in range(num_bounds - 1)]
             return

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from lora.common.atomic_files import atomic_file
 from lora.data.batches import Batch, is_target
+from lora.distributed.process_group import rank
 from lora.evaluation.predict import Predictions
 from lora.model.heads import LMHead, MLPHead
 from lora.model.run import Run
-
-SUBFOLDER = Path("logs") / "examples"
 
 
 def per_target_losses(head: LMHead | MLPHead, values: Tensor, targets: Tensor) -> Tensor:
@@ -28,6 +27,8 @@ def save_example_losses(
     run_dir: Path, step: int, run: Run, batches: list[Batch], predictions: Predictions
 ) -> None:
     """Write the file of an evaluation. The targets of each row lie together in the predictions."""
+    if rank() > 0:
+        return
     rows = run.data.held_out
     order = np.concatenate([batch.rows for batch in batches])
     ids = np.zeros(len(order), np.uint64)
@@ -40,17 +41,7 @@ def save_example_losses(
     losses = per_target_losses(run.task.head, predictions.values, predictions.targets)
     first_targets = np.cumsum([0, *counts[:-1]])
     sums = np.add.reduceat(losses.double().numpy(), first_targets)
-    folder = run_dir / SUBFOLDER
+    folder = run_dir / "logs" / "examples"
     folder.mkdir(exist_ok=True)
     with atomic_file(folder / f"step_{step}.npz") as temporary:
         np.savez_compressed(temporary, id=ids, loss=sums.astype(np.float32), targets=counts)
-
-
-def read_example_losses(run_dir: Path, step: int) -> dict[int, tuple[float, int]]:
-    """Return {id: (sum of losses, number of targets)} of an evaluation; {} where none were kept."""
-    path = run_dir / SUBFOLDER / f"step_{step}.npz"
-    if not path.is_file():
-        return {}
-    with np.load(path) as saved:
-        losses_and_counts = zip(saved["loss"].tolist(), saved["targets"].tolist())
-        return dict(zip(saved["id"].tolist(), losses_and_counts))

@@ -20,7 +20,7 @@ from lora.common.errors import UserError
 from lora.config.schema import Config, max_batch_tokens
 from lora.data.assistant_mask import chat_pieces
 from lora.data.batches import Rows
-from lora.data.chat_template import prompt_pieces, use_chatml
+from lora.data.chat_template import Chat, use_chatml
 from lora.data.examples import Example
 from lora.data.tokenise import Row, bos_tokens, encode, tokenise
 from lora.evaluation.predict import predict
@@ -36,8 +36,10 @@ def prompt_tokens(
 ) -> list[int]:
     """Return the tokens of a chat up to where the assistant's answer begins. Raises UserError."""
     use_chatml(tokenizer)
+    chat = Chat(where, messages, tools, tokenizer)
+    prompt = chat.render(chat.messages, add_generation_prompt=True)
     tokens = []
-    for piece_tokens, _ in encode(prompt_pieces(where, messages, tools, tokenizer), tokenizer):
+    for piece_tokens, _ in encode(chat.split(prompt, []), tokenizer):
         tokens += piece_tokens
     return tokens
 

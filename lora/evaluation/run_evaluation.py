@@ -39,7 +39,7 @@ class Results:
         values = without_nan(self.numbers)
         if self.critical_questions:
             values["critical_questions"] = self.critical_questions
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         if self.answers:
             lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
             path.with_suffix(".generations.jsonl").write_text("".join(lines), encoding="utf-8")

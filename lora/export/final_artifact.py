@@ -26,6 +26,7 @@ from lora.common.atomic_files import atomic_folder, write_text_atomically
 from lora.common.base_model_files import locate_base
 from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import Stopped
+from lora.common.operating_system import physical_memory_bytes
 from lora.common.paths import ROOT
 from lora.config.schema import Config
 from lora.distributed.sharding import any_sharded
@@ -61,12 +62,12 @@ def write_final_artifact(
         task = load_task(run.config, torch.float32)
         task.tokenizer = run.task.tokenizer  # it may have been given a chat template
     task.load(best["path"])
-    last = states[-1]
+    last, peak = states[-1], peak_memory(run.device)
     results = {
         "best": {"step": best["step"], **best["val"]},
         "last": {"step": last["step"], **last["val"]},
         "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_gb": round(peak_memory(run.device) / 1e9, 3),
+        "peak_memory_gb": peak and round(peak / 1e9, 3),
     }
     results_text = json.dumps(results, indent=2) + "\n"
     write_text_atomically(log.run_dir / "logs" / "final_results.json", results_text)
@@ -77,8 +78,9 @@ def write_final_artifact(
     with atomic_folder(folder) as temporary:
         task.save_artifact(temporary)
         config.save(temporary / "training_config.toml")
-        (temporary / "training_metrics.json").write_text(results_text)
-        (temporary / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (temporary / "training_metrics.json").write_text(results_text, encoding="utf-8")
+        facts_text = json.dumps(facts, indent=2) + "\n"
+        (temporary / "metadata.json").write_text(facts_text, encoding="utf-8")
         (temporary / "README.md").write_text(model_card(task, config, facts), encoding="utf-8")
         write_checksums(temporary)
 
@@ -105,9 +107,8 @@ def with_absolute_paths(config: Config) -> Config:
         model.base_model = os.path.abspath(source) if is_folder else source
     data.train_data = [absolute_if_file(path) for path in data.train_data]
     data.eval_data = [absolute_if_file(path) for path in data.eval_data]
-    data.prm800k_path = absolute_if_file(data.prm800k_path)
-    data.eqasc_path = absolute_if_file(data.eqasc_path)
-    data.reveal_path = absolute_if_file(data.reveal_path)
+    for key in ("prm800k_path", "eqasc_path", "reveal_path"):
+        setattr(data, key, absolute_if_file(getattr(data, key)))
     return config
 
 
@@ -151,19 +152,20 @@ def git_commit() -> str | None:
 
 
 def hardware(device: torch.device) -> dict:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = physical_memory_bytes()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "memory_gb": round(memory / 1e9, 1),
+        "memory_gb": memory and round(memory / 1e9, 1),
     }
 
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if os.access(info, os.R_OK):
-        model_name = re.search("^model name.*: (.+)$", info.read_text(), re.MULTILINE)
+        text = info.read_text(encoding="utf-8")
+        model_name = re.search("^model name.*: (.+)$", text, re.MULTILINE)
         if model_name:
             return model_name[1]
     return platform.processor() or platform.machine()

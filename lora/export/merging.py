@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from lora.config.set_keys import saved_config
 from lora.model.pretrained_heads import two_class_state
 from lora.model.task import Task
 from lora.model.weights import four_bits, load_weights
-from lora.quantization import FourBitSettings, dequantize
+from lora.quantization import FourBitSettings, dense, is_4bit
 from lora.training.base_integrity import file_sums, warn_other_base
 
 
@@ -94,6 +94,13 @@ def load_base(model_class: type, folder: str, settings: FourBitSettings | None) 
     return model
 
 
+def dequantize(model: nn.Module) -> None:
+    """Replace every Linear4bit by the dense layer that it stands for, in place."""
+    for name, layer in list(model.named_modules()):
+        if is_4bit(layer):
+            model.set_submodule(name, dense(layer))
+
+
 def four_bits_of(arguments: Namespace, config: Config | None) -> FourBitSettings:
     """Return how the 4-bit base was quantised: by the flags, the run, or else the defaults."""
     config = config or get_lora_config()
@@ -164,7 +171,7 @@ def save_scorer(
     for name, tensor in two_class_state(task.head).items():
         state[name] = tensor.detach()  # fp32, as it was trained
     model.save_pretrained(output, state_dict=state)
-    shape = json.loads((output / "config.json").read_text())
+    shape = json.loads((output / "config.json").read_bytes())
     family = type(model).__name__.removesuffix("Model")
     shape["architectures"] = [f"{family}ForProcessRewardModel"]
-    (output / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
+    (output / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")

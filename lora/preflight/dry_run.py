@@ -1,11 +1,11 @@
 """`--dry_run`: the memory of a run by part, and its time, without training."""
 
 import math
-import os
 import time
 
 import torch
 
+from lora.common.operating_system import physical_memory_bytes
 from lora.evaluation.predict import evaluate
 from lora.model.placement import place_on_device
 from lora.model.run import Run
@@ -21,15 +21,16 @@ def dry_run(run: Run) -> None:
     if run.device.type == "cuda":
         available = torch.cuda.get_device_properties(run.device).total_memory
     else:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = physical_memory_bytes()
     print("memory at the peak, with the longest rows:")
     for name, size in parts.items():
         print(f"  {name:12}{size / 1e9:9.3f} GB")
-    place = f"of {available / 1e9:.0f} on this {run.device.type}"
-    total = f"  {'in all':12}{needed / 1e9:9.3f} GB {place}"
-    if needed >= available:
-        print(f"{total}: it does not fit")
-        return
+    total = f"  {'in all':12}{needed / 1e9:9.3f} GB"
+    if available:
+        total += f" of {available / 1e9:.0f} on this {run.device.type}"
+        if needed >= available:
+            print(f"{total}: it does not fit")
+            return
     print(total)
     place_on_device(run.task, run.config, run.device, run.dtype)
     steps = total_steps(run.config.training, run.data.steps_per_epoch)

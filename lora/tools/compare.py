@@ -113,10 +113,8 @@ def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
 
 def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> str:
     """Return a line: the loss of `run` less that of `other`, and what follows from it."""
-    from lora.evaluation.example_losses import read_example_losses  # imports torch
-
-    of_run = read_example_losses(run.folder, run.best_step)
-    of_other = read_example_losses(other.folder, other.best_step)
+    of_run = run.example_losses(run.best_step)
+    of_other = other.example_losses(other.best_step)
     shared = [key for key in of_run if key in of_other]
     title = f"{run.name} less {other.name}:"
     if not shared:

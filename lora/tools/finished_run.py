@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 import statistics
 
+import numpy as np
+
 from lora.common.errors import UserError
 from lora.common.toml_json import read_file
 from lora.config.schema import Config
@@ -37,7 +39,7 @@ class FinishedRun:
         # Keys that are newer than the run get their defaults.
         run = cls(Path(folder), flat_config(from_dict(read_file(config_file), str(config_file))))
         if metrics.is_file():
-            lines = metrics.read_text().splitlines(keepends=True)
+            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             # The last line may be being written.
             run.lines = [json.loads(line) for line in lines if line.endswith("\n")]
         if results.is_file():
@@ -51,6 +53,18 @@ class FinishedRun:
     def curve(self, name: str = "val/loss") -> list[tuple[int, float]]:
         """Return (step, value) of a metric, where it is finite."""
         return [(line["step"], line[name]) for line in self.lines if line.get(name) is not None]
+
+    def example_losses(self, step: int | None) -> dict[int, tuple[float, int]]:
+        """Return {id: (sum of losses, number of targets)} of an evaluation; {} if none were kept.
+
+        The file is that of lora/evaluation/example_losses.py.
+        """
+        path = self.folder / "logs" / "examples" / f"step_{step}.npz"
+        if not path.is_file():
+            return {}
+        with np.load(path) as saved:
+            losses_and_counts = zip(saved["loss"].tolist(), saved["targets"].tolist())
+            return dict(zip(saved["id"].tolist(), losses_and_counts))
 
     @property
     def best_step(self) -> int | None:

@@ -39,7 +39,7 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer, state: dict)
         with atomic_folder(final) as temporary:
             write_tensors(temporary, task, optimizer, sharded)
             text = json.dumps({"step": step, **state}, indent=2) + "\n"
-            (temporary / "trainer_state.json").write_text(text)
+            (temporary / "trainer_state.json").write_text(text, encoding="utf-8")
             write_checksums(temporary)
         best_checkpoints.prune(folder)
     elif sharded:

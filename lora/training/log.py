@@ -1,28 +1,23 @@
 """The log of a run: the console, a progress bar, logs/train_*.log and logs/train_metrics.jsonl."""
 
 from collections import deque
-import fcntl
 import json
 import os
 from pathlib import Path
-import resource
 import statistics
 import sys
 import time
-from typing import TextIO
 
+from filelock import FileLock, Timeout
 import torch
 from tqdm import tqdm
 
 from lora.common.atomic_files import write_text_atomically
 from lora.common.errors import UserError
+from lora.common.operating_system import peak_memory_bytes
 from lora.common.toml_json import without_nan
 from lora.config.schema import Config
-from lora.data.batches import Batch
 from lora.distributed import process_group
-from lora.evaluation.example_losses import save_example_losses
-from lora.evaluation.predict import Predictions
-from lora.model.run import Run
 
 SPIKE_WINDOW = 50  # steps whose losses a new one is compared with
 SPIKE = 6.0  # standard deviations above their mean
@@ -39,28 +34,25 @@ class Log:
         Raises UserError where it exists (unless it `may_exist`), is in use, or cannot be made.
         """
         self.run_dir = Path(run_dir)
-        self.bar: tqdm = None
-        self.num_tokens = 0  # since the last training metrics
-        self.seconds = 0.0  # since the last training metrics
+        self.bar = tqdm(disable=True)  # until the run starts
+        self.num_tokens, self.seconds = 0, 0.0  # since the last training metrics
         self.losses = deque(maxlen=SPIKE_WINDOW)
         self.trackers = []
         if process_group.rank() > 0:
-            self.metrics_file = self.text_file = open(os.devnull, "w")
+            self.metrics_file = self.text_file = open(os.devnull, "w", encoding="utf-8")
             return
         self.lock = lock_folder(self.run_dir, may_exist)
         folder = self.run_dir / "logs"
         config.save(folder / "config.json")
         config.save(folder / "config.toml")
         cut_metrics_after(start, folder / "train_metrics.jsonl")
-        self.metrics_file = open(folder / "train_metrics.jsonl", "a", buffering=1)
-        text_name = f"train_{time.strftime('%Y%m%d-%H%M%S')}.log"
-        self.text_file = open(folder / text_name, "a", buffering=1)
+        metrics, text = "train_metrics.jsonl", time.strftime("train_%Y%m%d-%H%M%S.log")
+        self.metrics_file = open(folder / metrics, "a", buffering=1, encoding="utf-8")
+        self.text_file = open(folder / text, "a", buffering=1, encoding="utf-8")
         if config.output.report_to:
-            from lora.training.trackers import Tracker
+            from lora.training.trackers import make_trackers
 
-            for name in config.output.report_to.split(","):
-                if name:
-                    self.trackers.append(Tracker(name, self.run_dir, config, start, self.say))
+            self.trackers = make_trackers(self.run_dir, config, start, self.say)
 
     def say(self, line: str) -> None:
         tqdm.write(line)
@@ -99,31 +91,24 @@ class Log:
         for tracker in self.trackers:
             tracker.metrics(step, values)
 
-    def example_losses(
-        self, step: int, run: Run, batches: list[Batch], predictions: Predictions
-    ) -> None:
-        """Keep the losses of the held-out examples, so that two runs can be compared."""
-        if process_group.rank() == 0:
-            save_example_losses(self.run_dir, step, run, batches, predictions)
-
     def close(self) -> None:
         self.bar.close()
         self.metrics_file.close()
         self.text_file.close()
         if process_group.rank() == 0:
-            self.lock.close()
+            self.lock.release()
 
 
-def lock_folder(run_dir: Path, may_exist: bool) -> TextIO:
+def lock_folder(run_dir: Path, may_exist: bool) -> FileLock:
     """Make the folder of a run, and keep other processes out of it while this one lives."""
     try:
         # Of two runs that start at once, one gets the folder.
         run_dir.mkdir(parents=True, exist_ok=may_exist)
         (run_dir / "logs").mkdir(exist_ok=may_exist)
-        lock = open(run_dir / "logs" / "lock", "w")
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = FileLock(run_dir / "logs" / "lock", timeout=0)
+        lock.acquire()
         return lock
-    except BlockingIOError:
+    except Timeout:
         in_use = "another process is training there; wait for it or end it"
         raise UserError(f"{run_dir}: {in_use}.") from None
     except OSError as error:
@@ -136,16 +121,13 @@ def cut_metrics_after(step: int, path: Path) -> None:
     if not path.exists():
         return
     kept = ""
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         # A killed run may have left half a line.
         if line.endswith("\n") and step > 0 and json.loads(line)["step"] <= step:
             kept += line
     write_text_atomically(path, kept)
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int | None:
     """Return the most memory this run has held, in bytes: the GPU's, or else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory_bytes()

@@ -5,7 +5,7 @@ this works where the run itself would not fit.
 """
 
 import logging
-import os
+import mmap
 from pathlib import Path
 import weakref
 
@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora.common.errors import UserError
+from lora.common.operating_system import peak_memory_bytes
 from lora.distributed import process_group
 from lora.model.device import autocast
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.target_modules import decoder_layers
 from lora.training.checkpoint import trainable_parameters
-from lora.training.log import peak_memory
 from lora.training.optimizer import optimizer_bytes
 
 
@@ -88,8 +88,9 @@ def plan_memory(run: Run) -> dict[str, int]:
     peak, head_peak = count_step(run)
     head = min(head_peak, peak - gradients)
     parts = {}
-    if run.device.type == "cpu":
-        parts["program"] = max(0, resident_bytes() - weights)
+    resident = resident_bytes()
+    if run.device.type == "cpu" and resident:
+        parts["program"] = max(0, resident - weights)
     parts["weights"] = weights
     parts["gradients"] = gradients // num_shards
     parts["optimizer"] = optimizer_bytes(parameters, run.config.training.optimizer) // num_shards
@@ -145,9 +146,9 @@ def count_step(run: Run) -> tuple[int, int]:
     return counter.peak, head_memory.peak
 
 
-def resident_bytes() -> int:
+def resident_bytes() -> int | None:
     """Return the main memory that this process holds now, or its peak where that is not known."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * mmap.PAGESIZE
     except OSError:
-        return peak_memory(torch.device("cpu"))
+        return peak_memory_bytes()

@@ -34,6 +34,14 @@ class Tracker:
             self.say(f"report_to {self.name}: {text}; the run goes on without it")
 
 
+def make_trackers(
+    run_dir: Path, config: Config, start: int, say: Callable[[str], None]
+) -> list[Tracker]:
+    """Return a tracker for each name in `report_to`."""
+    names = [name for name in config.output.report_to.split(",") if name]
+    return [Tracker(name, run_dir, config, start, say) for name in names]
+
+
 def tensorboard(run_dir: Path, config: Config, start: int) -> Callable:
     """Return a function that writes metrics to RUN/logs/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter

@@ -26,9 +26,10 @@ from lora.config.command_line import read_command_line
 from lora.config.schema import get_lora_config
 from lora.data.batches import Rows
 from lora.data.tokenise import Row
+from lora.export.merging import dequantize
 from lora.model.load import load_task
 from lora.model.weights import four_bits, load_weights
-from lora.quantization import dense_weight, dequantize, import_bitsandbytes, is_4bit, share_4bit
+from lora.quantization import dense_weight, import_bitsandbytes, is_4bit, share_4bit
 from lora.target_modules import linear_names
 import merge as merging
 from tests.conftest import run

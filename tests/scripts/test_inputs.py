@@ -508,7 +508,7 @@ def test_40_a_folder_that_is_there_or_in_use_is_left_alone(train, base, tmp_path
         and not any(folder.iterdir())
     )
     code = (
-        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
         "print(flush=True); input()"
     )
     (folder / "logs").mkdir()
@@ -520,11 +520,13 @@ def test_40_a_folder_that_is_there_or_in_use_is_left_alone(train, base, tmp_path
     holder.stdout.readline()
     (folder / "logs" / "train_metrics.jsonl").write_text("kept")
     status, line, _ = train(*base, "--experiment_name=a", "--resume_from=auto")
-    holder.communicate(b"\n")
+    holder.kill()  # its lock file stays, and is no lock
+    holder.communicate()
     assert status == 2 and f"{folder}: another process is training there" in line
     assert (folder / "logs" / "train_metrics.jsonl").read_text() == "kept" and not (
         folder / "status.json"
     ).exists()
+    assert (folder / "logs" / "lock").exists()
     assert train(*base, "--experiment_name=a", "--resume_from=auto")[0] == 0
 
 

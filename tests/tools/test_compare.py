@@ -10,7 +10,6 @@ import pytest
 from lora.common.errors import UserError
 from lora.config.command_line import read_command_line
 from lora.config.schema import get_lora_config
-from lora.evaluation import example_losses
 from lora.evaluation.statistics import bootstrap_samples
 from lora.tools import compare
 from lora.tools.compare import interval, main, spread_of_seeds, table, verdict
@@ -42,10 +41,10 @@ def sweep(tiny_base, tmp_path_factory):
 )
 def test_every_evaluation_keeps_the_losses_that_make_up_its_own(configure, task, settings):
     folder = run(configure(True, task=task, max_steps=6, eval_steps=3, **settings))
-    curve = FinishedRun.of(folder).curve()
-    assert [step for step, _ in curve] == [0, 3, 6]
-    for step, loss in curve:
-        kept = example_losses.read_example_losses(folder, step).values()
+    finished = FinishedRun.of(folder)
+    assert [step for step, _ in finished.curve()] == [0, 3, 6]
+    for step, loss in finished.curve():
+        kept = finished.example_losses(step).values()
         assert len(kept) == 8
         total, targets = map(sum, zip(*kept))
         assert total / targets == pytest.approx(loss, rel=1e-6)  # they are kept in fp32
@@ -53,7 +52,7 @@ def test_every_evaluation_keeps_the_losses_that_make_up_its_own(configure, task,
 
 def test_the_examples_are_the_same_however_they_are_laid_out(configure):
     runs = [run(configure(True, f"b{size}", max_steps=1, batch_size=size)) for size in (1, 4)]
-    one, other = (example_losses.read_example_losses(folder, 0) for folder in runs)
+    one, other = (FinishedRun.of(folder).example_losses(0) for folder in runs)
     assert one.keys() == other.keys()
     # Fp32, other sums
     np.testing.assert_allclose([*one.values()], [other[key] for key in one], rtol=1e-4)

@@ -17,10 +17,7 @@ LABELS = {
     "attribution_label": {"fully": 1.0, "partially": 0.5, "unsupported": 0.0, "contradictory": 0.0},
     "correctness_label": {"correct": 1.0, "incorrect": 0.0},
 }
-OTHER_KIND = {
-    "attribution_label": "logic",
-    "correctness_label": "attribution",
-}  # which has no such label
+OTHER_KIND = {"attribution_label": "logic", "correctness_label": "attribution"}  # without it
 TERMS = "REVEAL's owners permit it as a test set, not as a training set (its gate; CC BY-ND 4.0)"
 
 

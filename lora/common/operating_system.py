@@ -1,0 +1,68 @@
+"""What differs between operating systems. What a system lacks is None, or is left out."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+import ctypes
+import os
+from pathlib import Path
+import signal
+import sys
+import threading
+
+
+def physical_memory_bytes() -> int | None:
+    """Return the size of the machine's main memory."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):
+        return None
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the most main memory that this process has held."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def c_library_function(name: str) -> Callable | None:
+    """Return a function of the C library that this process runs with."""
+    try:
+        return getattr(ctypes.CDLL(None), name, None)
+    except TypeError:
+        return None
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file, or the entries of a folder, durable."""
+    is_posix = hasattr(os, "O_DIRECTORY")
+    if not is_posix and path.is_dir():
+        return
+    # Windows syncs only what is open for writing.
+    descriptor = os.open(path, os.O_RDONLY if is_posix else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after `seconds`. Only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeoutError
+
+    old_handler = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old_handler)
