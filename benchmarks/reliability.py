@@ -478,11 +478,11 @@ def at_call(owner, method, number, victim, what, rank):
     setattr(owner, method, counted)
 
 
-def signals(bench, moments=20):
+def signals(bench, stride):
     """SIGTERM or Ctrl-C at random moments of the training, to one process or to one of two."""
     total, passed, slowest = 0, 0, 0.0
     for world in (1, 2):
-        for i in range(moments):
+        for i in range(math.ceil(20 / stride)):
             name, number = bench.name(), (signal.SIGTERM, signal.SIGINT)[i % 2]
             children = bench.start("lora", name, world=world)
             path = bench.folder / name / "logs" / "train_metrics.jsonl"
@@ -536,10 +536,11 @@ def not_finite(bench):
     )
 
 
-def lost_process(bench, repeats=5):
+def lost_process(bench, stride):
     """SIGKILL of one of two processes: the other one ends with status 4, and the run goes on to the
     undisturbed end.
     """
+    repeats = math.ceil(5 / stride)
     passed, slowest = 0, 0.0
     for _ in range(repeats):
         name = bench.name()
@@ -652,7 +653,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument(
-        "--stride", type=int, default=1, help="of the crash points and of the resumes every N-th"
+        "--stride",
+        type=int,
+        default=1,
+        help="every N-th of the crash points, resumes, signals and lost processes",
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
@@ -665,6 +669,8 @@ def main():
         "kills": [arguments.kills],
         "crash_points": [arguments.stride],
         "resumes": [arguments.stride],
+        "signals": [arguments.stride],
+        "lost_process": [arguments.stride],
     }
     rows, failed = ["| what was tried | passed | | seconds |", "|---|---|---|---|"], 0
     for part in arguments.only:

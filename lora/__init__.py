@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from lora.config.schema import Config, get_lora_config
     from lora.layer import inject, merge
 
+__version__ = "0.2.0"
+
 _MODULES = {
     "Config": "lora.config.schema",
     "get_lora_config": "lora.config.schema",
@@ -22,6 +24,7 @@ _MODULES = {
     "verify_artifact": "lora.common.checksums",
 }
 __all__ = [
+    "__version__",
     "Config",
     "get_lora_config",
     "inject",

@@ -7,8 +7,13 @@ import subprocess
 import sys
 import zipfile
 
+from packaging.requirements import Requirement
 import pytest
+import tomli
+import yaml
 
+import lora
+from lora.__main__ import SCRIPT_COMMANDS, TOOL_COMMANDS
 from lora.common.paths import ROOT
 
 IMPORT_ALL = """
@@ -101,13 +106,53 @@ def test_every_module_of_an_installed_package_can_be_imported(wheel, tmp_path):
     assert Path(done.stdout.splitlines()[-1]).is_relative_to(tmp_path / "site")
 
 
-def test_the_wheel_holds_every_file_below_lora(wheel):
-    """Also templates, which are no modules."""
-    tracked = subprocess.run(
-        ["git", "ls-files", "lora"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+def tracked_files(*paths: str) -> list[str]:
+    command = ["git", "ls-files", *paths]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout.split()
+
+
+def test_the_wheel_holds_what_a_user_needs_and_no_other_top_level_module(wheel):
+    """Templates, which are no modules, py.typed, and what stands beside lora/ in a clone."""
+    needed = set(tracked_files("lora"))
+    for script in SCRIPT_COMMANDS:
+        needed.add(f"lora/scripts/{script}.py")
+    for path in tracked_files("configs", "assets/tiny_base", "assets/char", "assets/samples"):
+        needed.add(f"lora/{path}")
     with zipfile.ZipFile(wheel) as archive:
-        assert set(tracked.stdout.split()) <= set(archive.namelist())
+        names = set(archive.namelist())
+    assert needed <= names
+    info = f"plainlora-{lora.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"lora", info}
+    assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= names
+
+
+def run_command(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lora", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_of_the_command_is_one_screen_and_its_version_is_the_packages():
+    shown = run_command("--help").stdout.splitlines()
+    assert len(shown) <= 24 and max(map(len, shown)) <= 80
+    for command in (*SCRIPT_COMMANDS, *TOOL_COMMANDS):
+        assert any(line.split()[:1] == [command] for line in shown), command
+    assert run_command("--version").stdout == f"plainlora {lora.__version__}\n"
+    assert run_command("train-lora", "--help").stdout == run_command("train_lora", "--help").stdout
+    assert "train_lora" in run_command("trian").stderr
+
+
+def test_pre_commit_has_the_versions_of_the_extra_test():
+    project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
+    allowed = {}
+    for requirement in map(Requirement, project["optional-dependencies"]["test"]):
+        allowed[requirement.name] = requirement.specifier
+    configuration = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = {
+        repository["hooks"][0]["id"]: repository["rev"] for repository in configuration["repos"]
+    }
+    assert hooks["ruff-check"].removeprefix("v") in allowed["ruff"]
+    assert hooks["mypy"].removeprefix("v") in allowed["mypy"]
 
 
 def test_importing_a_module_changes_nothing_in_the_process():

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lora.common.errors import UserError
-from lora.common.paths import ROOT
+from lora.common.paths import ROOT, or_packaged
 from lora.common.toml_json import read_file
 
 EMBEDDED_BASE = ROOT / "assets" / "tiny_base"
@@ -12,7 +12,9 @@ EMBEDDED_BASE = ROOT / "assets" / "tiny_base"
 
 def locate_base(base_model: str) -> tuple[str, bool]:
     """Return where transformers finds the base, and whether that is a folder (else a Hub name)."""
-    path = EMBEDDED_BASE if base_model == "embedded" else Path(base_model).expanduser()
+    path = Path(or_packaged(base_model, ".")).expanduser()
+    if base_model == "embedded":
+        path = EMBEDDED_BASE
     if path.is_dir():
         return str(path), True
     if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1:

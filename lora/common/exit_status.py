@@ -20,6 +20,7 @@ import traceback
 from lora.common import errors
 from lora.common.checkpoint_folders import checkpoints_by_step
 from lora.common.errors import Interrupted, ProcessLost, ResourceExhausted, UserError
+from lora.common.paths import INSTALLED, script_call
 
 # Seconds that the other processes wait before they report an error. An error that all of them have
 # is reported by rank 0, and torchrun ends the others meanwhile.
@@ -66,8 +67,12 @@ class RunStatus:
             return ""
         newest = checkpoints[max(checkpoints)]
         processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-        launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
-        return f"{launcher} {shlex.join([sys.argv[0], '--resume_from', newest.as_posix()])}"
+        call = script_call(sys.argv[0])
+        if processes and INSTALLED:
+            call = ["torchrun", f"--nproc_per_node={processes}", "--no-python", *call]
+        elif processes:
+            call = ["torchrun", f"--nproc_per_node={processes}", sys.argv[0]]
+        return shlex.join([*call, "--resume_from", newest.as_posix()])
 
 
 @contextmanager

@@ -1,5 +1,23 @@
-"""Where this project lies."""
+"""Where the scripts, the configurations and the embedded base lie."""
 
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+# A wheel holds the scripts, configs/ and assets/ below lora/; a clone holds them beside it.
+INSTALLED = (PACKAGE / "scripts").is_dir()
+ROOT = PACKAGE if INSTALLED else PACKAGE.parent
+SCRIPTS = PACKAGE / "scripts" if INSTALLED else PACKAGE.parent
+
+
+def or_packaged(path: str, *folders: str) -> str:
+    """Return `path`; or, if it does not exist, the packaged file of that name in ROOT/`folders`."""
+    for folder in folders:
+        packaged = ROOT / folder / path
+        if path and not Path(path).exists() and packaged.exists():
+            return str(packaged)
+    return path
+
+
+def script_call(script: str) -> list[str]:
+    """Return the words that call a script, without its flags."""
+    return ["plainlora", Path(script).stem] if INSTALLED else ["python", script]

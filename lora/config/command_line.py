@@ -11,7 +11,7 @@ from typing import Any
 from lora.common.checksums import find_damage
 from lora.common.errors import UserError
 from lora.common.exit_status import RunStatus, require_one_process
-from lora.common.paths import ROOT
+from lora.common.paths import ROOT, or_packaged
 from lora.common.toml_json import read_file
 from lora.config.cross_checks import require_model_and_data, require_packages, require_stage
 from lora.config.flags import Parser, add_flags, add_switch, apply_flags
@@ -76,7 +76,7 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     if resume_from and not auto:
         require_checkpoint(resume_from)
         saved = checkpoint_config(resume_from, config)
-    config_file = arguments.config
+    config_file = find_config(arguments.config)
     named = (arguments.base_model, arguments.train_data, arguments.eval_data)
     if not config_file and not saved and all(value is None for value in named):
         config_file = str(ROOT / "configs" / default_file)
@@ -115,6 +115,14 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     else:
         run_dir = new_folder(config)
     return Command(config, run_dir, resume_from, auto, arguments.allow_change)
+
+
+def find_config(name: str | None) -> str | None:
+    """Return the --config file `name`, or the packaged one of that name, and print which."""
+    found = or_packaged(name or "", ".", "configs")
+    if name and found != name and os.environ.get("RANK", "0") == "0":
+        print(f"--config {name}: there is no such file here; using the packaged {found}")
+    return found or None
 
 
 def parse_arguments(argv: list[str], config: Config, description: str) -> Namespace:

@@ -4,9 +4,11 @@ import argparse
 from collections.abc import Collection
 import dataclasses
 from functools import partial
+import sys
 from typing import Any, NoReturn
 
 from lora.common.errors import UserError
+from lora.common.paths import INSTALLED, script_call
 from lora.config.parse_values import kind_of, parse_text
 from lora.config.schema import Config
 from lora.config.set_keys import ALIASES, set_key
@@ -16,7 +18,9 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, `-` read as `_` in flags, and no abbreviated flags."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, allow_abbrev=False)
+        # An installed script is called as `plainlora SCRIPT`.
+        name = " ".join(script_call(sys.argv[0])) if INSTALLED else None
+        super().__init__(name, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")

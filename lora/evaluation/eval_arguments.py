@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora.common.checksums import verify_artifact, verify_checksums
 from lora.common.errors import UserError
+from lora.config.command_line import find_config
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, tables_of
 from lora.config.set_keys import from_file, saved_config
@@ -81,7 +82,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
         verify_checksums(checkpoint)
         config = saved_config(checkpoint)
     elif arguments.config:
-        config = from_file(arguments.config)
+        config = from_file(find_config(arguments.config))
     full_model = full_model_folder(checkpoint)
     if full_model and arguments.base_model:
         holds = f"{checkpoint} holds a whole model"

@@ -44,12 +44,15 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
-    capabilities = torch.cpu.get_capabilities()
-    has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    if device.type == "cpu" and has_bfloat16:
+    if device.type == "cpu" and cpu_has_bfloat16():
         width = read_shape(config.model.base_model).get_text_config().hidden_size
         return torch.bfloat16 if width >= BFLOAT16_WIDTH else torch.float32
     return torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lora.common.errors import UserError
+from lora.common.paths import script_call
 from lora.common.toml_json import read_file
 from lora.config.flags import Parser
 from lora.config.parse_values import kind_of, parse_text
@@ -229,7 +230,9 @@ def missing_commands(
             flags += [f"--{key}", text]
         if flat_config(config) not in ended_configs:
             flags += ["--experiment_name", "_".join(name), "--resume_from", "auto"]
-            commands.append(shlex.join(["python", script, "--config", str(config_file), *flags]))
+            commands.append(
+                shlex.join([*script_call(script), "--config", str(config_file), *flags])
+            )
     return commands
 
 

@@ -210,7 +210,7 @@ PARTS = {
     "kills": ["--kills=50"],
     "crash_points": ["--stride=7"],
     "resumes": ["--stride=3"],  # of four places in each of ten kinds: every kind, and every place
-    "signals lost_process": [],
+    "signals lost_process": ["--stride=3"],
     "damaged_checkpoints full_disk not_finite": [],
 }
 
