@@ -25,12 +25,11 @@ def quoted_messages() -> list[str]:
 def texts_of_the_code() -> str:
     """Return all strings of the sources; of an f-string its constant parts."""
     files = [*ROOT.glob("*.py"), *(ROOT / "lora").rglob("*.py"), HUB]
-    texts = []
+    nodes: list[ast.AST] = []
     for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                texts.append(node.value)
-    return "\n".join(texts)
+        nodes.extend(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    constants = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    return "\n".join(value for value in constants if isinstance(value, str))
 
 
 def test_every_quoted_message_stands_in_the_code():
