@@ -22,7 +22,7 @@ TOOL_COMMANDS = {  # {command: (its module in lora/tools/, its line of help)}
     "compare": ("compare", "compare finished runs, and say whether one is better"),
     "report": ("report", "write a run's results as one HTML page"),
     "cite_or_refuse": ("cite_or_refuse", "make questions to be answered with citations"),
-    "env": ("env", "print versions, devices and what they support (for bug reports)"),
+    "env": ("env", "print versions and devices, for a bug report"),
 }
 EXAMPLE = "Example: plainlora train_lora --lora_r 16    (the embedded base and data)"
 
