@@ -1,10 +1,11 @@
 """What several benchmarks do: find this project, make a random base, call a script, read what a run
-has logged.
+has logged, name the CPU.
 """
 
 import json
 import os
 from pathlib import Path
+import platform
 import subprocess
 import sys
 
@@ -22,6 +23,9 @@ QWEN_05B = {
     "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
+
+# What decides how fast a CPU multiplies matrices.
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
 def save_base(folder, model_type="llama", seed=0, **shape):
@@ -54,3 +58,16 @@ def metrics(run, name="step"):
     """The lines of a run's metrics that have one of this name."""
     lines = (Path(run) / "logs" / "train_metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if name in line]
+
+
+def describe_cpu() -> str:
+    """Return the CPU's name and those of INSTRUCTION_SETS that it has, as Linux lists them."""
+    facts: dict[str, str] = {}
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    flags = facts.get("flags", "").split()
+    found = [instructions for instructions in INSTRUCTION_SETS if instructions in flags]
+    return f"{name}; of {', '.join(INSTRUCTION_SETS)} it has {', '.join(found) or 'none'}"
