@@ -158,7 +158,7 @@ def measure_steps(
         numbers.setdefault("intervals", {}).setdefault("best_of_n", {})[name] = interval
         table.append([f"best of n, {name}", step_report.number(value, interval)])
     if arguments.html:
-        title = f"{arguments.checkpoint or config.model.base_model}: scores of steps"
+        title = f"Step scores of {arguments.checkpoint or config.model.base_model}"
         page = step_report.page(title, examples, scores, threshold, table)
         Path(arguments.html).write_text(page, encoding="utf-8")
     if table:

@@ -66,22 +66,19 @@ def table(report: dict) -> Table:
 
 
 def verdict(report: dict) -> str:
-    """Return a sentence: whether the scores tell right steps from wrong ones, by their AUC."""
-    auc = {scorer: values["auc"] for scorer, values in report["measures"].items()}
-    if np.isnan(auc["scores"]):
+    """Return a sentence: whether the scores tell right steps from wrong ones, beside baselines."""
+    if np.isnan(report["measures"]["scores"]["auc"]):
         return "Verdict: none, because no labelled step is wrong, or none is right."
     is_better = {name: ends["auc"][0] > 0 for name, ends in report["differences"].items()}
-    if all(is_better.values()):
-        text = "the scores tell right steps from wrong ones better than both baselines"
-    elif any(is_better.values()):
-        better, other = sorted(is_better, key=is_better.get, reverse=True)
-        text = f"the scores tell right steps from wrong ones better than {better}, "
-        text += f"but not measurably better than {other}"
+    better = [name for name, flag in is_better.items() if flag]
+    others = [name for name, flag in is_better.items() if not flag]
+    if not others:
+        text = "tell right steps from wrong ones better than both baselines"
+    elif better:
+        text = f"beat {better[0]}, but {others[0]} not measurably"
     else:
-        text = "the scores do not tell right steps from wrong ones measurably better than the"
-        text += " baselines do"
-    numbers = [f"{scorer} {value:.3f}" for scorer, value in auc.items()]
-    return f"Verdict: {text} (AUC: {', '.join(numbers)})."
+        text = "beat neither baseline measurably"
+    return f"Verdict: by AUC, the scores {text}."
 
 
 def aligned(rows: Table) -> Iterator[str]:

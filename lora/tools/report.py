@@ -53,15 +53,18 @@ def headline(run: FinishedRun) -> str:
     """Return what was trained on which base for which task, and how well it did."""
     config = run.config
     base = config["base_model"]
-    if Path(base).is_absolute():
+    if base == "embedded":
+        base = "the embedded base"
+    elif Path(base).is_absolute():
         base = Path(base).name
     task = "score the steps of solutions" if config["task"] == "score" else "predict the next token"
-    text = f"{describe_method(config)} on the base {base}, to {task}."
+    text = f"{describe_method(config)} on {base}, to {task}."
     step, columns = run.best_step, run.columns()
     if step is None:
         return text
     quality = "r2" if config["task"] == "score" else "token_accuracy"
-    result = f"loss {format_value(run.best_loss)}, {quality} {format_value(columns.get(quality))}"
+    result = f"loss {format_value(run.best_loss)}, "
+    result += f"{quality.replace('_', ' ')} {format_value(columns.get(quality))}"
     size = held_out_size(run.folder, step, config["task"])
     return f"{text} Best at step {step}: {result}, on {size}."
 

@@ -212,12 +212,11 @@ def test_code_outside_of_a_checkout_has_no_commit(tmp_path, monkeypatch):
 
 
 CARDS = {
-    "lora lm": (True, dict(task="lm")),
+    "lora lm without a template": (True, dict(task="lm", base_model="without_template")),
     "lora lm on chats": (True, dict(task="lm", train_data="chats", eval_data=[])),
     "lora lm with a token": (
         True, dict(task="lm", add_special_tokens=["<step>"], modules_to_save=["embed_tokens"])
     ),
-    "lora scorer": (True, {}),
     "lora scorer of the embedded base": (True, dict(base_model="embedded")),
     "lora scorer of an encoder": (True, dict(base_model="tiny_encoder")),
     "lora scorer with markers": (
@@ -239,6 +238,10 @@ def test_the_cards_commands_and_its_code_work_as_they_stand(
         values = values | dict(train_data=write(tmp_path / "chats", map(chat, range(40))))
     if values.get("base_model") == "tiny_encoder":
         values = values | dict(base_model=str(request.getfixturevalue("tiny_encoder")))
+    if values.get("base_model") == "without_template":
+        folder = shutil.copytree(request.getfixturevalue("tiny_base"), tmp_path / "base")
+        (folder / "chat_template.jinja").unlink()
+        values = values | dict(base_model=str(folder))
     config = configure(lora, "a run's name", max_steps=2, dtype="float32", **values)
     folder = run(config)
     card = (folder / "final_artifact" / "README.md").read_text()
@@ -263,7 +266,7 @@ def test_the_cards_commands_and_its_code_work_as_they_stand(
         status, said, errors = script(monkeypatch, capsys, ROOT / f"{command}.py", *flags)
         assert status == 0, errors
         if "--prompt" in flags:
-            of_eval = said
+            of_eval, prompt = said, flags[-1]
     assert (folder / "merged" / "config.json").is_file() == (len(calls) == 4)
     if values.get("init_from") == "scratch":
         assert "```python" not in card
@@ -272,9 +275,10 @@ def test_the_cards_commands_and_its_code_work_as_they_stand(
     exec(re.search("```python\n(.*?)```", card, re.S)[1], {})
     printed = capsys.readouterr().out
     if config.model.task == "lm":
-        assert printed.strip()
-        if "chats" in kind:
-            assert of_eval.startswith(printed.rstrip("\n"))
+        if "without" in kind:
+            flags = ["--checkpoint", "final_artifact", "--prompt", prompt, "--ignore_chat_template"]
+            _, of_eval, _ = script(monkeypatch, capsys, ROOT / "eval.py", *flags)
+        assert printed and of_eval.startswith(printed.removesuffix("\n"))
     else:
         (score, step), (score_of_eval, step_of_eval) = printed.split(), of_eval.split()[:2]
         assert step == step_of_eval

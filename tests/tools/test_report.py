@@ -51,7 +51,7 @@ def test_a_scorers_report_has_curves_scores_and_what_it_was_made_of(configure):
     for part in (
         "a<b>&c",
         "validation r2",
-        "LoRA of rank 16 on the base base",
+        "LoRA of rank 16 on base",
         "held-out sequences with",
         "step 12",
         "Reliability",
