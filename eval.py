@@ -65,7 +65,7 @@ def load(arguments: Namespace, config: Config, device: torch.device) -> Task:
         if warning:
             print(warning)
     elif config.model.task == "score":
-        print("note: a base has no score head; this one is untrained")
+        print("note: a base has no score head, so the scores are those of random weights")
     return task.to(device)
 
 

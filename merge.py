@@ -1,13 +1,13 @@
-"""Fold an adapter into its base, and prove the result equal to base + adapter before it is kept.
+"""Merge an adapter into its base. The result is kept if its outputs equal those of base + adapter.
 
     python merge.py --adapter outputs/RUN/final_artifact --output merged
     python merge.py --adapter PEFT_ADAPTER --base_model FOLDER --output merged
     python merge.py --adapter outputs/RUN/final_artifact --output merged --gguf merged.gguf
     python merge.py --adapter PEFT_ADAPTER --output rewritten --portable
 
-The result is a plain Hugging Face folder. The sums are made in fp32 and rounded once, to the base's
-own type (or --dtype). The head of a scorer goes along; one that was trained on a frozen base
-(lora_r 0) is written with that base.
+The result is a plain Hugging Face folder. The sums are computed in fp32 and rounded once, to the
+base's own dtype (or --dtype). The head of a scorer is written beside it; one that was trained on a
+frozen base (lora_r 0) is written with that base.
 """
 
 from argparse import Namespace
@@ -27,23 +27,23 @@ def make_parser() -> Parser:
     add = parser.add_argument
     adapter = "an adapter, a checkpoint or a final artifact"
     add("--adapter", metavar="DIR", required=True, help=adapter)
-    base = "the base; default: the one that our checkpoint names"
-    add("--base_model", metavar="DIR", help=base)
+    base = "folder or Hub name of the base; default: the one that the checkpoint names"
+    add("--base_model", metavar="MODEL", help=base)
     output = "folder to write, which must not exist"
     add("--output", metavar="DIR", required=True, help=output)
     dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, help="of the weights; default: the base's")
-    into = "the base as it is (default), or the 4-bit base that QLoRA was trained on"
-    into += ", made dense again"
+    add("--dtype", choices=dtypes, help="dtype of the weights; default: the base's")
+    into = "16bit: the base's own weights (default); dequantized: its 4-bit weights, as QLoRA"
+    into += " saw them, made dense again"
     add("--merge_into", choices=("16bit", "dequantized"), default="16bit", help=into)
-    add_flags(parser, LoraConfig(), QUANTIZATION_KEYS, "our checkpoint's, else nf4 and true")
-    portable = "write an adapter instead: one rank, the scale in B"
-    portable += ", so that PEFT, vLLM and llama.cpp do the same with it"
+    add_flags(parser, LoraConfig(), QUANTIZATION_KEYS, "the checkpoint's, or nf4 and true")
+    portable = "write no merged model but an adapter that PEFT, vLLM and llama.cpp all read"
+    portable += " in the same way: of one rank, with the scale in B"
     add("--portable", action="store_true", help=portable)
-    file = "also write the merged model for llama.cpp, to a file not there yet"
+    file = "also write the merged model for llama.cpp, to a new file"
     add("--gguf", metavar="FILE", help=file)
     types = ("f32", "f16", "bf16", "q8_0")
-    add("--gguf_type", choices=types, help="of its matrices; default: f16")
+    add("--gguf_type", choices=types, help="type of its matrices; default: f16")
     return parser
 
 

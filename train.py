@@ -158,8 +158,8 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                     step=step,
                     rows=data.rows_at(step).tolist(),
                 )
-            allowed = f"{skipped_steps} of {settings.skip_nonfinite} that may be"
-            log.say(f"{found}; the update is left out ({allowed})")
+            allowed = f"{skipped_steps} of at most {settings.skip_nonfinite}"
+            log.say(f"{found}; the update is skipped ({allowed})")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1

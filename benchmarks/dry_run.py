@@ -113,7 +113,7 @@ if __name__ == "__main__":
         for name, flags in CONFIGURATIONS.items():
             with tempfile.TemporaryDirectory() as folder:
                 said = two_steps(flags, base, text, folder, FIXED, "--dry_run")
-                foreseen, peaks = float(re.search(r"in all +([\d.]+) GB", said)[1]), []
+                foreseen, peaks = float(re.search(r"total +([\d.]+) GB", said)[1]), []
                 for i, environment in enumerate((FIXED, {})):
                     two_steps(flags, base, text, f"{folder}/{i}", environment)
                     results = json.loads(

@@ -22,6 +22,12 @@ def locate_base(base_model: str) -> tuple[str, bool]:
     return base_model, False
 
 
+def describe_base(base_model: str) -> str:
+    """Return the name of a base, with its folder if that is packaged with plainlora."""
+    found = or_packaged(base_model, ".")
+    return base_model if found == base_model else f"{base_model} (packaged: {found})"
+
+
 def check_weight_files(folder: str | Path) -> None:
     """Check that a base has complete safetensors files and no other in its index, or raise."""
     folder = Path(folder)

@@ -1,6 +1,6 @@
 """The command line of the training scripts: flags over config file over defaults."""
 
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 import copy
 from dataclasses import dataclass, field
 import os
@@ -14,7 +14,7 @@ from lora.common.exit_status import RunStatus, require_one_process
 from lora.common.paths import ROOT, or_packaged
 from lora.common.toml_json import read_file
 from lora.config.cross_checks import require_model_and_data, require_packages, require_stage
-from lora.config.flags import Parser, add_flags, add_switch, apply_flags
+from lora.config.flags import SWITCH, Parser, add_flags, apply_flags
 from lora.config.parse_values import nearest, parse_text
 from lora.config.resume import checkpoint_config, describe_fact, refuse_changed_keys, refuse_changes
 from lora.config.run_folder import continued_folder, new_folder, newest_checkpoint, run_folder
@@ -26,6 +26,11 @@ from lora.config.set_keys import (
     set_key,
     set_tables,
 )
+
+EVERYDAY_KEYS = {
+    *("base_model", "task", "train_data", "eval_data", "max_length", "lora_r", "learning_rate"),
+    *("batch_size", "max_steps", "num_train_epochs", "experiment_name"),
+}
 
 
 @dataclass
@@ -128,21 +133,24 @@ def find_config(name: str | None) -> str | None:
 def parse_arguments(argv: list[str], config: Config, description: str) -> Namespace:
     """Parse the flags, without applying them. Raises UserError for one that is unknown."""
     parser = Parser(description)
-    parser.add_argument("--config", metavar="FILE", help="TOML (or JSON) file with the keys below")
-    help = "checkpoint to continue; auto: the newest of --experiment_name, or a new run"
-    resume_flags = ("--resume_from", "--resume_from_checkpoint")
-    parser.add_argument(*resume_flags, metavar="DIR", default="", help=help)
-    help = "with --resume_from: keys that may differ from the checkpoint's, as a,b,c"
-    parser.add_argument("--allow_change", metavar="KEYS", default="", help=help)
-    help = "say what the run would need, memory and time; train nothing"
-    parser.add_argument("--dry_run", action="store_true", help=help)
-    help = "prove data, model and equalities before a run; train nothing"
-    parser.add_argument("--check", action="store_true", help=help)
-    keys = fields_by_key(config)
-    for title, table in tables_of(config).items():
-        add_flags(parser.add_argument_group(f"[{title}]"), table, keys)
+    parser.usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
+    parser.description += " Without a base, data or --config it trains a small built-in example."
+    parser.epilog = "A flag overrides the same key of the file, in the table named in brackets."
+    add, tables, keys = parser.add_argument, tables_of(config), fields_by_key(config)
+    for table in tables.values():
+        add_flags(parser, table, EVERYDAY_KEYS)
+    add("--config", metavar="FILE", help="TOML or JSON file that sets any of the keys")
+    help = "checkpoint to continue, or auto: the newest of --experiment_name, if there is one"
+    add("--resume_from", metavar="DIR|auto", default="", help=help)
+    add("--resume_from_checkpoint", dest="resume_from", default=SUPPRESS, help=SUPPRESS)
+    add("--dry_run", action="store_true", help="print the memory and time of the run and stop")
+    add("--check", action="store_true", help="test data, model and exactness of training and stop")
+    for title, table in tables.items():
+        add_flags(parser.add_argument_group(f"[{title}]"), table, keys.keys() - EVERYDAY_KEYS)
+    add = parser.add_argument_group("other options").add_argument
+    add("--allow_change", metavar="KEYS", default="", help="keys that may change on resume: a,b")
     for switch, dtype in DTYPE_SWITCHES.items():
-        add_switch(parser, [f"--{switch}"], f"true: --dtype {dtype}")
+        add(f"--{switch}", help=f"the same as --dtype {dtype}", **SWITCH)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         flag, _, value = unknown[0].partition("=")

@@ -13,6 +13,10 @@ from lora.config.parse_values import kind_of, parse_text
 from lora.config.schema import Config
 from lora.config.set_keys import ALIASES, set_key
 
+# A flag for true or false, which means true without a value.
+SWITCH: dict[str, Any] = {"metavar": "{true,false}", "nargs": "?", "const": True}
+SWITCH["type"] = partial(parse_text, kind=bool)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, `-` read as `_` in flags, and no abbreviated flags."""
@@ -45,31 +49,43 @@ def add_flags(parser: Any, table: Any, names: Collection[str], default: str = ""
         container, kind = kind_of(field.type)
         if field.name not in names or container is dict:
             continue  # a dict is given as a table in the file
-        flags = [f"--{field.name}"]
-        flags += [f"--{alias}" for alias, name in ALIASES.items() if name == field.name]
+        options = {"metavar": metavar_of(field), "type": partial(parse_text, kind=kind)}
+        if kind is bool:
+            options = SWITCH
+        elif container is list:
+            options |= {"nargs": "+", "action": "extend"}
         help = help_line(field, getattr(table, field.name), default)
-        if container is not list and kind is bool:
-            add_switch(parser, flags, help)
-            continue
-        many = {"nargs": "+", "action": "extend"} if container is list else {}
-        parse = partial(parse_text, kind=kind)
-        parser.add_argument(*flags, help=help, metavar="X", type=parse, **many)
+        parser.add_argument(f"--{field.name}", help=help, **options)
+        for alias in aliases_of(field.name):  # the help of its key names it
+            hidden = argparse.SUPPRESS
+            parser.add_argument(f"--{alias}", dest=field.name, help=hidden, **options)
 
 
-def add_switch(parser: Any, flags: list[str], help: str) -> None:
-    """Add a flag for true or false; without a value it means true."""
-    parse = partial(parse_text, kind=bool)
-    parser.add_argument(*flags, help=help, metavar="BOOL", type=parse, nargs="?", const=True)
+def metavar_of(field: dataclasses.Field) -> str:
+    """Return what --help calls a key's value: mostly N, or the last word of the key's name."""
+    container, kind = kind_of(field.type)
+    limits = field.metadata
+    if limits["metavar"]:
+        return limits["metavar"]
+    if limits["choices"]:
+        return f"{{{','.join(limits['choices'])}}}"
+    if kind is int:
+        return f"N|{limits['word']}" if limits["word"] else "N"
+    last_word = field.name.rpartition("_")[2].upper()
+    return last_word.removesuffix("S") if container is list else last_word
+
+
+def aliases_of(name: str) -> list[str]:
+    return [alias for alias, key in ALIASES.items() if key == name]
 
 
 def help_line(field: dataclasses.Field, value: Any, default: str) -> str:
     notes = []
-    if field.metadata["choices"]:
-        notes.append(", ".join(field.metadata["choices"]))
-    if not default and value not in (None, "", []):
+    if not default and value is not False and value not in (None, "", []):
         default = " ".join(value) if isinstance(value, list) else str(value)
     if default:
         notes.append("default: " + default.replace("\n", "\\n"))
+    notes += [f"also --{alias}" for alias in aliases_of(field.name)]
     text = field.metadata["help"]
     if notes:
         text += f" ({'; '.join(notes)})"

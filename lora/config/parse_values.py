@@ -14,16 +14,19 @@ KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or f
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def key(default, help: str, *, low=None, above=None, high=None, choices=None, word=None) -> Any:
+def key(
+    default, help: str, *, low=None, above=None, high=None, choices=None, word=None, metavar=None
+) -> Any:
     """Return the dataclass field of a configuration key.
 
     Args:
         low, above, high: bounds; a value may equal low and high, but not above.
         choices: the values it may have; of a table, the keys that it may have.
         word: a text that may take the place of a number.
+        metavar: what --help calls its value, if `flags.metavar_of` cannot tell from the rest.
     """
     limits = {"low": low, "above": above, "high": high, "choices": choices, "word": word}
-    metadata = {"help": help, **limits}
+    metadata = {"help": help, "metavar": metavar, **limits}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

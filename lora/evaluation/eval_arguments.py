@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from lora.common.checksums import verify_artifact, verify_checksums
 from lora.common.errors import UserError
@@ -18,11 +19,15 @@ from lora.data.split import read_data
 from lora.evaluation.retrieval import Query, read_corpus, read_queries
 from lora.evaluation.text_metrics import Question, check_patterns, read_questions
 
-KEYS = (
-    *("base_model", "task", "max_length", "label_max", "batch_size", "seed", "device", "dtype"),
+MODEL_KEYS = ("base_model", "task")
+ANSWER_KEYS = (
     *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
-    *("max_steps_per_example", "neutral_label", "threshold", "tune_threshold_on"),
 )
+SCORE_KEYS = (
+    *("threshold", "tune_threshold_on", "label_max", "max_steps_per_example", "neutral_label"),
+)
+MACHINE_KEYS = ("max_length", "batch_size", "seed", "device", "dtype")
+KEYS = (*MODEL_KEYS, *ANSWER_KEYS, *SCORE_KEYS, *MACHINE_KEYS)
 
 
 @dataclass
@@ -37,31 +42,51 @@ class EvaluationRequest:
 
 
 def make_parser() -> Parser:
-    parser = Parser("Evaluate a checkpoint, a final artifact or a base, or try it by hand.")
+    parser = Parser("Evaluate a checkpoint, a final artifact or a base, or put one question to it.")
+    parser.usage = "%(prog)s --checkpoint DIR [--eval_data FILE ...] [--output FILE] [options]"
     add = parser.add_argument
-    checkpoint_help = "checkpoint_step_N, final_artifact, or a merged scorer"
+    checkpoint_help = "a checkpoint_step_N, final_artifact or merged scorer to evaluate"
     add("--checkpoint", "--artifact_dir", metavar="DIR", help=checkpoint_help)
-    verify_help = "only prove that the artifact is as it was written"
+    add_keys(parser, MODEL_KEYS)
+    data_help = "held-out files; default: what the checkpoint's run held out"
+    add("--eval_data", nargs="+", metavar="FILE", help=data_help)
+    test_help = "chats whose last answers are generated and measured, or steps to score"
+    add("--test_set", metavar="FILE", help=test_help)
+    prompt_help = "a question to answer; for a scorer a problem and its steps, one a line"
+    add("--prompt", metavar="TEXT", help=prompt_help)
+    add("--output", metavar="FILE", help="JSON file for the numbers; the answers go beside it")
+    verify_help = "only verify that no file of the artifact has changed"
     add("--verify_only", action="store_true", help=verify_help)
-    ignore_help = "go on with the text of --prompt as it is"
-    add("--ignore_chat_template", action="store_true", help=ignore_help)
-    add("--eval_data", nargs="+", metavar="FILE", help="held-out files; default: the checkpoint's")
-    add("--prompt", metavar="TEXT", help="what to answer; for a scorer a problem, then its steps")
-    files = {
-        "--config": "TOML or JSON as for training, where there is no checkpoint",
-        "--test_set": "chats whose last answers are measured, or steps to be coloured",
-        "--html": "of a scorer: the coloured steps as a page, to this new file",
-        "--reliability": "of a scorer: the picture of its calibration (matplotlib)",
-        "--critical_questions": "like --test_set, each question with PASS or FAIL",
-        "--test_queries": "rows of query and relevant (ids of the corpus)",
-        "--corpus": "rows of id and text",
-        "--output": "write the numbers to this JSON file too, the answers beside it",
-    }
-    for flag, help_text in files.items():
-        add(flag, metavar="FILE", help=help_text)
-    for table in tables_of(Config()).values():
-        add_flags(parser, table, KEYS, "the checkpoint's")
+    config_help = "TOML or JSON file as for training, where there is no checkpoint"
+    add("--config", metavar="FILE", help=config_help)
+
+    answers = parser.add_argument_group("answers of a language model")
+    critical_help = "questions like those of --test_set; each answer is printed as PASS or FAIL"
+    answers.add_argument("--critical_questions", metavar="FILE", help=critical_help)
+    ignore_help = "continue the text of --prompt, without the chat template"
+    answers.add_argument("--ignore_chat_template", action="store_true", help=ignore_help)
+    add_keys(answers, ANSWER_KEYS)
+
+    about = "A score is the head's estimate of a step's label, from 0 (wrong) to 1 (right)."
+    scores = parser.add_argument_group("scores of steps", about)
+    html_help = "write a page with the steps in the colours of their scores, to a new file"
+    scores.add_argument("--html", metavar="FILE", help=html_help)
+    diagram_help = "write a calibration diagram (needs matplotlib) to a new file"
+    scores.add_argument("--reliability", metavar="FILE", help=diagram_help)
+    add_keys(scores, SCORE_KEYS)
+
+    retrieval = parser.add_argument_group("embeddings, measured by retrieval")
+    queries_help = "rows with query and relevant, a list of ids of the corpus"
+    retrieval.add_argument("--test_queries", metavar="FILE", help=queries_help)
+    retrieval.add_argument("--corpus", metavar="FILE", help="rows with id and text")
+
+    add_keys(parser.add_argument_group("how it is computed"), MACHINE_KEYS)
     return parser
+
+
+def add_keys(group: Any, names: Sequence[str]) -> None:
+    for table in tables_of(Config()).values():
+        add_flags(group, table, names, "the checkpoint's")
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:

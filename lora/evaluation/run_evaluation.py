@@ -127,6 +127,9 @@ def measure_steps(
                 print(f"\n{example.where}\n{printable(example.prompt)}")
             for line in step_report.lines(example, of_chain, threshold, sys.stdout.isatty()):
                 print(line)
+    if arguments.test_set:
+        print(f"\n{step_report.SCORE}")
+        print(f"<- first error: the first step with a score below the threshold, {threshold:g}.")
 
     numbers, table = {}, []
     labels, labelled_scores = step_metrics.labelled_steps(examples, scores)
@@ -147,17 +150,21 @@ def measure_steps(
         numbers = {"loss": loss, **report["measures"]["scores"], **report}
         table = step_report.table(report)
 
-    for name, (value, interval) in best_of_n(examples, scores).items():
+    of_best = best_of_n(examples, scores)
+    if of_best and not table:
+        table = [["measure", "scores"]]
+    for name, (value, interval) in of_best.items():
         numbers[f"best_of_n/{name}"] = value
         numbers.setdefault("intervals", {}).setdefault("best_of_n", {})[name] = interval
         table.append([f"best of n, {name}", step_report.number(value, interval)])
     if arguments.html:
-        title = f"{arguments.checkpoint or config.model.base_model}: scores of steps"
+        title = f"Step scores of {arguments.checkpoint or config.model.base_model}"
         page = step_report.page(title, examples, scores, threshold, table)
         Path(arguments.html).write_text(page, encoding="utf-8")
-    for name, *cells in table:
-        columns = "  ".join(f"{cell:24}" for cell in cells)
-        print(f"{name:>24}  {columns.rstrip()}")
+    if table:
+        print(*step_report.aligned(table), sep="\n")
+    if len(labels):
+        print(step_report.INTERVALS, step_report.verdict(report), sep="\n")
     return numbers
 
 

@@ -10,6 +10,9 @@ from lora.evaluation.html_templates import render_template
 from lora.evaluation.step_metrics import Scores, first_below
 
 Table = list[list[str]]  # cells of a table, the first row a heading
+MAX_COLUMNS = 100  # of a table in the terminal
+SCORE = "A score is the head's estimate of a step's label, from 0 (wrong) to 1 (right)."
+INTERVALS = "In brackets: 95 % intervals; beside a baseline, of the scores minus the baseline."
 
 
 def colour(score: float) -> tuple[int, int, int]:
@@ -27,29 +30,72 @@ def score_with_label(score: float, label: float | None) -> str:
     return f"{score:.3f} ({label:g})"
 
 
-def number(value: float | None, ends: Sequence[float] | None) -> str:
-    """Return a cell of a table: a value, the interval it lies in, or both."""
-    parts = []
-    if value is not None:
-        parts.append(f"{value:.3f}")
+def number(value: float, ends: Sequence[float] | None, sign: str = "") -> str:
+    """Return a cell of a table: a value, and the interval that belongs to it, if there is one.
+
+    The ends of the interval of a difference have the `sign` "+" or "-".
+    """
+    text = format_number(value, "")
     if ends:
         low, high = ends
-        parts.append(f"[{low:.3f}, {high:.3f}]")
-    return " ".join(parts)
+        text += f" [{format_number(low, sign)}, {format_number(high, sign)}]"
+    return text
+
+
+def format_number(value: float, sign: str) -> str:
+    return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.3g}"
 
 
 def table(report: dict) -> Table:
-    """Return what `step_metrics.report` measured: a column for each scorer and each difference."""
-    measures, intervals = report["measures"], report["intervals"]
-    differences = report["differences"]
-    rows = [["measure", *measures, *(f"less {scorer}" for scorer in differences)]]
+    """Return what `step_metrics.report` measured: a row for each measure, a column for each scorer.
+
+    The interval is that of the scores or, in the column of a baseline, of the scores minus the
+    baseline; see INTERVALS.
+    """
+    measures, differences = report["measures"], report["differences"]
+    rows = [["measure", *measures]]
     for measure in measures["scores"]:
         row = [measure]
         for scorer, values in measures.items():
-            row.append(number(values[measure], intervals[scorer].get(measure)))
-        row += [number(None, of_scorer.get(measure)) for of_scorer in differences.values()]
+            is_baseline = scorer in differences
+            intervals = differences[scorer] if is_baseline else report["intervals"][scorer]
+            sign = "+" if is_baseline else ""
+            row.append(number(values[measure], intervals.get(measure), sign))
         rows.append(row)
     return rows
+
+
+def verdict(report: dict) -> str:
+    """Return a sentence: whether the scores tell right steps from wrong ones, beside baselines."""
+    if np.isnan(report["measures"]["scores"]["auc"]):
+        return "Verdict: none, because no labelled step is wrong, or none is right."
+    is_better = {name: ends["auc"][0] > 0 for name, ends in report["differences"].items()}
+    better = [name for name, flag in is_better.items() if flag]
+    others = [name for name, flag in is_better.items() if not flag]
+    if not others:
+        text = "tell right steps from wrong ones better than both baselines"
+    elif better:
+        text = f"beat {better[0]}, but {others[0]} not measurably"
+    else:
+        text = "beat neither baseline measurably"
+    return f"Verdict: by AUC, the scores {text}."
+
+
+def aligned(rows: Table) -> Iterator[str]:
+    """Yield the lines of a table of at most MAX_COLUMNS; a long name has a line of its own."""
+    cell_width = max(len(cell) for row in rows for cell in row[1:])
+    most_cells = max(len(row) for row in rows) - 1
+    longest_name = MAX_COLUMNS - most_cells * (cell_width + 2)
+    names = [row[0] for row in rows if len(row[0]) <= longest_name]
+    name_width = max(map(len, names))
+    for name, *cells in rows:
+        if len(name) > name_width:
+            yield name
+            name = ""
+        line = name.rjust(name_width)
+        for cell in cells:
+            line += f"  {cell:{cell_width}}"
+        yield line.rstrip()
 
 
 def lines(example: Example, scores: np.ndarray, threshold: float, colours: bool) -> Iterator[str]:
@@ -69,7 +115,7 @@ def page(
     title: str, examples: Sequence[Example], scores: Scores, threshold: float, numbers: Table
 ) -> str:
     """Return the page of scored chains, under a table of numbers that may be empty."""
-    values = {"title": title, "numbers": numbers, "threshold": threshold}
+    values = {"title": title, "numbers": numbers, "threshold": threshold, "intervals": INTERVALS}
     values["chains"] = chains(examples, scores, threshold)
     return render_template("steps.html", values)
 
@@ -84,7 +130,7 @@ def chains(examples: Sequence[Example], scores: Scores, threshold: float) -> lis
 
 
 def coloured_steps(example: Example, scores: np.ndarray, threshold: float) -> list[dict]:
-    """Return steps for the page; "first" is under the threshold, "gold" first labelled wrong."""
+    """Return steps for the page; "first" is below the threshold, "gold" first labelled wrong."""
     predicted_error = first_below(scores, threshold)
     labels = [np.nan if label is None else label for label in example.labels]
     labelled_error = first_below(labels, 0.5)

@@ -1,125 +1,80 @@
-"""The README.md of a final artifact: a model card for the Hub with commands that work."""
+"""The README.md of a final artifact: a model card for the Hub, whose commands and code work."""
 
-from collections.abc import Iterator
 import json
+from pathlib import Path
 import shlex
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from lora.common.base_model_files import locate_base
-from lora.common.paths import ROOT
 from lora.config.schema import Config
+from lora.data.tokenise import bos_tokens
 from lora.model.task import Task
 
-HEAD = """\
-`mlp_head.safetensors` is Linear - ReLU - Linear - sigmoid, \
-on the last hidden state of each step's last token.
-"""
 PROMPTS = {"lm": "From left to right: 12+9-1", "score": "From left to right: 12+9-1\n12+9=21"}
-
-
-CARD = """\
----
-base_model: {base_in_yaml}
-library_name: {library}
-tags: {tags}
----
-
-# {name}
-
-{what} of `{base}`, made by plainlora for the task `{task}`: \
-{trainable_parameters:,} of {parameters:,} parameters were
-trained, in {seconds:g} s. The weights are those of step {step}, \
-which had the lowest validation loss.
-
-| on the held-out data | |
-|---|---|
-{metrics}
-
-| data | sha256 |
-|---|---|
-{data}
-
-`metadata.json` holds the versions, the hardware and the hash of the base; \
-`checksums.json` the hash of every file here.
-
-## Use
-
-In the folder above this one:
-
-```sh
-code={code}  # where plainlora lies
-{commands}
-```
-
-```python
-{loading}
-```
-
-{head}The paths are those of the machine it was made on: \
-`--base_model` and `--eval_data` name others.
-"""
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "card"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+TEMPLATES.filters["shell"] = shlex.quote
+# A string, or a list of strings, as Python and YAML write it.
+TEMPLATES.filters["code"] = lambda value: json.dumps(value, ensure_ascii=False)
 
 
 def model_card(task: Task, config: Config, facts: dict) -> str:
     """Return the text of the card. `facts` is the content of metadata.json."""
-    base, _ = locate_base(config.model.base_model)
-    best = {name: value for name, value in facts["best"].items() if value is not None}
-    step = best.pop("step")
-    metrics = [f"| {name} | {value:.6g} |" for name, value in best.items()]
-    files = {**facts["train_data"], **facts["eval_data"]}
-    data = [f"| `{path}` | {sha256 or 'generated'} |" for path, sha256 in files.items()]
-    return CARD.format(
-        **facts,
-        base=base,
-        base_in_yaml=json.dumps(base, ensure_ascii=False),
-        library="peft" if config.method == "lora" else "transformers",
-        tags=json.dumps(["plainlora", facts["method"], facts["task"]]),
+    metrics = {name: value for name, value in facts["best"].items() if value is not None}
+    step = metrics.pop("step")
+    data = {}
+    for path, sha256 in {**facts["train_data"], **facts["eval_data"]}.items():
+        data[path if "://" in path else Path(path).name] = sha256
+    # PEFT's names of the layers are those of a model with its output layer.
+    with_output = config.method == "lora" or config.model.task == "lm"
+    return TEMPLATES.get_template("README.jinja").render(
         name=config.output.experiment_name,
+        method=config.method,
+        task=config.model.task,
         what=describe_method(config),
+        base=describe_base(config.model.base_model),
+        scratch=config.model.init_from == "scratch" and config.method != "full",
+        trained=f"{facts['trainable_parameters']:,}",
+        total=f"{facts['parameters']:,}",
+        seconds=facts["seconds"],
         step=step,
-        metrics="\n".join(metrics),
-        data="\n".join(data),
-        code=shlex.quote(str(ROOT)),
-        commands="\n".join(commands(config)),
-        loading="\n".join(loading(task, config, base)),
-        head=HEAD if config.model.task == "score" else "",
+        metrics=metrics,
+        data=data,
+        prompt=PROMPTS[config.model.task],
+        model_class="AutoModelForCausalLM" if task.causal and with_output else "AutoModel",
+        adds_tokens=bool(config.model.add_special_tokens),
+        chat=task.tokenizer.chat_template is not None,
+        causal=task.causal,
+        begins_with_bos=bool(bos_tokens(task.tokenizer)),
+        prompt_format=config.data.prompt_format,
+        step_format=config.data.step_format,
+        step_marker=config.data.step_marker,
     )
+
+
+def describe_base(base_model: str) -> dict:
+    """Return what the card says of the base. Of its folder, only the code names the whole path."""
+    path, is_folder = locate_base(base_model)
+    if base_model == "embedded":
+        description = "the small base that comes with plainlora (`--base_model embedded`)"
+    elif is_folder:
+        description = f"`{Path(path).name}`"
+    else:
+        description = f"`{base_model}`"
+    base = {"path": path, "description": description}
+    return {**base, "embedded": base_model == "embedded", "on_hub": not is_folder}
 
 
 def describe_method(config: Config) -> str:
     if config.method == "full":
         return "A full fine-tuning"
-    what = "A score head on the frozen base"
+    what = "A score head on the frozen weights"
     if config.method == "lora":
         what = f"A LoRA adapter of rank {config.lora.lora_r}"
-    return f"{what}, trained on 4 bits," if config.lora.load_in_4bit else what
-
-
-def commands(config: Config) -> Iterator[str]:
-    prompt = shlex.quote(PROMPTS[config.model.task])
-    yield 'python "$code/eval.py" --verify_only --artifact_dir final_artifact'
-    yield 'python "$code/eval.py" --checkpoint final_artifact'
-    yield f'python "$code/eval.py" --checkpoint final_artifact --prompt {prompt}'
-    if config.lora and config.model.init_from != "scratch":
-        yield 'python "$code/merge.py" --adapter final_artifact --output merged'
-
-
-def loading(task: Task, config: Config, base: str) -> Iterator[str]:
-    """Yield lines of Python that load the model without plainlora."""
-    # PEFT's names of the layers are those of a model with its output layer.
-    with_output = config.method == "lora" or config.model.task == "lm"
-    model_class = "AutoModelForCausalLM" if task.causal and with_output else "AutoModel"
-    yield f"from transformers import {model_class}, AutoTokenizer"
-    yield 'tokenizer = AutoTokenizer.from_pretrained("final_artifact")'
-    if not config.lora:
-        yield f'model = {model_class}.from_pretrained("final_artifact/backbone")'
-    elif config.model.init_from == "scratch":
-        yield "# The base was random weights, which no folder holds: eval.py makes them again."
-    elif config.method == "head":
-        yield f"model = {model_class}.from_pretrained({base!r})"
-    else:
-        yield f"base = {model_class}.from_pretrained({base!r})"
-        if config.model.add_special_tokens:
-            rows = "max(len(tokenizer), base.get_input_embeddings().num_embeddings)"
-            yield f"base.resize_token_embeddings({rows})"
-        yield "from peft import PeftModel"
-        yield 'model = PeftModel.from_pretrained(base, "final_artifact/lora_adapter")'
+    return f"{what}, trained on 4-bit weights," if config.lora.load_in_4bit else what

@@ -29,12 +29,12 @@ def check(run: Run, raw_data: RawData, data_facts: dict) -> None:
             print(row_as_text(row, run.task.tokenizer, sys.stdout.isatty()).rstrip("\n"))
     if note:
         note += "; "
-    sample = f"{len(trial.sample)} training rows of {len(trial.sample.tokens)} tokens"
-    print(f"\n{note}equalities on {sample}, in fp32:")
+    sample = f"{len(trial.sample)} training sequences, {len(trial.sample.tokens)} tokens"
+    print(f"\n{note}the model on {sample} in all, in fp32:")
     failed += run_checks(MODEL, trial)
     if failed:
         raise Stopped(f"--check: {len(failed)} failed: {', '.join(failed)}.")
-    print("nothing failed")
+    print("no check failed")
 
 
 def run_checks(checks: Mapping[str, Callable[[Trial], Result | None]], trial: Trial) -> list[str]:
@@ -45,7 +45,7 @@ def run_checks(checks: Mapping[str, Callable[[Trial], Result | None]], trial: Tr
             result = check(trial)
         except Exception as error:
             message = " ".join(str(error).split())[:200]
-            result = Result(FAIL, f"ends in {type(error).__name__}: {message}")
+            result = Result(FAIL, f"ended with {type(error).__name__}: {message}")
         if result is not None:
             print(f"{result.status}  {name}: {result.text}", flush=True)
             if result.status == FAIL:

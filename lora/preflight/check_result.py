@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
-OUR_FAULT = "a fault of the program or of this model's code: do not train with it, report it"
+BUG = "a bug in plainlora or in this model's code: do not train with it, and report it"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ def require(condition: bool, measured: str, advice: str, otherwise: str = FAIL) 
 
 def require_at_most(value: float, limit: float, what: str) -> Result:
     """Return PASS where a value is at most `limit`, which a NaN is not."""
-    advice = f"expected at most {limit:g}; {OUR_FAULT}"
+    advice = f"expected at most {limit:g}; {BUG}"
     return require(value <= limit, f"{what} {value:.2g}", advice)
 
 

@@ -11,8 +11,8 @@ from lora.data.examples import Example
 from lora.data.tokenise import NO_TOKEN, Row
 from lora.evaluation.generate import stop_tokens
 from lora.preflight.check_result import (
+    BUG,
     FAIL,
-    OUR_FAULT,
     PASS,
     WARN,
     Result,
@@ -28,9 +28,9 @@ def share_of_targets(trial: Trial) -> Result:
     facts = trial.facts["train"]
     share = facts["targets"] / facts["tokens"]
     too_few = share < 0.01 and trial.config.model.task == "lm"
-    counts = f"{facts['rows']} rows, {facts['targets']} targets"
-    measured = f"{counts}, {share:.1%} of the tokens are trained on"
-    return require(not too_few, measured, "are the answers really so short?", WARN)
+    counts = f"{facts['rows']} sequences, {facts['targets']} targets"
+    measured = f"{counts}, {share:.1%} of the tokens"
+    return require(not too_few, measured, "is so little of the data meant to be learned?", WARN)
 
 
 def without_target(trial: Trial) -> Result:
@@ -54,19 +54,19 @@ def duplicates(trial: Trial) -> Result:
 def overlap(trial: Trial) -> Result:
     count, total = trial.facts["overlap"], len({e.subject for e in trial.eval_examples})
     measured = f"{count} of {total} held-out prompts or texts are in the training data"
-    advice = "the validation loss looks too good: split by prompt, or leave --eval_data out"
+    advice = "the validation loss will look too good: split by prompt, or leave --eval_data out"
     return require(count == 0, measured, advice, FAIL if 100 * count > total else WARN)
 
 
 def doubled_bos(trial: Trial) -> Result:
     bos, rows = trial.task.tokenizer.bos_token_id, trial.rows
     if bos is None:
-        return Result(PASS, "this tokenizer has no BOS")
+        return Result(PASS, "this tokenizer has no BOS token")
     has_two_tokens = rows.seq_lens(np.arange(len(rows))) > 1
     first = rows.offsets[:-1][has_two_tokens]
     count = int(((rows.tokens[first] == bos) & (rows.tokens[first + 1] == bos)).sum())
-    measured = f"{count} of {len(rows)} rows begin with two BOS"
-    return require(count == 0, measured, "take it out of the texts, or out of the chat template")
+    measured = f"{count} of {len(rows)} sequences begin with two BOS tokens"
+    return require(count == 0, measured, "remove one from the texts, or from the chat template")
 
 
 def end_tokens(trial: Trial) -> Result | None:
@@ -80,7 +80,7 @@ def end_tokens(trial: Trial) -> Result | None:
             total += 1
             last_two = targets_of(tokenised.rows[-1:])[-2:]  # a line end may follow the end token
             without_end += stops.isdisjoint(last_two)
-    measured = f"{total - without_end} of {total} examined examples end with a trained end token"
+    measured = f"{total - without_end} of {total} examples end with an end token as a target"
     advice = "the model would not learn to stop; correct the tokenizer's eos_token or chat template"
     return require_no_faults(without_end, total, measured, advice)
 
@@ -103,12 +103,12 @@ def special_tokens(trial: Trial) -> Result:
     pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens)))
     examples = trial.train_examples
     with_tokens = [example for example in examples if pattern.search(text_of(example))]
-    measured = f"{len(with_tokens)} of {len(examples)} examples have special tokens written in them"
+    measured = f"{len(with_tokens)} of {len(examples)} examples have special tokens in their text"
     if not with_tokens:
         return Result(PASS, measured)
-    reading = "they are read as the control tokens they name"
+    reading = "they are read as special tokens"
     if with_tokens[0].messages:
-        reading = "in a chat they are read as mere text"
+        reading = "in a chat they are read as ordinary text"
     return Result(WARN, f"{measured}, {with_tokens[0].where} first: {reading}")
 
 
@@ -138,17 +138,17 @@ def target_mask(trial: Trial) -> Result | None:
             if learns_from_others(example.messages, learned):
                 learned_from_others.append(example.where)
     if wrong:
-        return Result(FAIL, f"{wrong} targets are not the token that follows; {OUR_FAULT}")
+        return Result(FAIL, f"{wrong} targets are not the token that follows; {BUG}")
     if learned_from_others:
         chats = f"{len(learned_from_others)} chats, {learned_from_others[0]} first,"
-        return Result(FAIL, f"{chats} train on what the user or the system says; {OUR_FAULT}")
+        return Result(FAIL, f"{chats} train on what the user or the system wrote; {BUG}")
     if not_learned:
         chats = f"in {len(not_learned)} of {num_chats} chats, {not_learned[0]} first,"
         measured = f"{chats} an answer is not learned word for word"
-        advice = "the chat template changes or drops it: look with python -m lora render"
+        advice = "the chat template changes or drops it; see python -m lora render"
         return require_no_faults(len(not_learned), num_chats, measured, advice)
     total = len(trial.tokenised_examples)
-    return Result(PASS, f"in {total} examined, all that is to be learned is a target, and no more")
+    return Result(PASS, f"in {total} examples, what is to be learned is a target, and nothing else")
 
 
 def learns_from_others(messages: list[dict], learned: str) -> bool:
@@ -180,25 +180,26 @@ def labels(trial: Trial) -> Result | None:
         incomplete = len(found) < len(expected) and not tokenised.cut
         if incomplete or found != expected[: len(found)]:
             lists = f"targets {found[:5]}, labels {expected[:5]}"
-            return Result(FAIL, f"{example.where}: {lists}; {OUR_FAULT}")
+            return Result(FAIL, f"{example.where}: {lists}; {BUG}")
     targets = trial.rows.targets[is_target(trial.rows.targets)]
     values, counts = np.unique(targets, return_counts=True)
     share = counts.max() / counts.sum()
-    commonest = f"the commonest label, {values[counts.argmax()]:g}, is {share:.1%} of them"
+    commonest = f"the most frequent label, {values[counts.argmax()]:g}, is {share:.1%} of them"
     measured = f"mean {targets.mean():.3f}; {commonest}"
     if len(values) == 1:
-        return Result(FAIL, f"{measured}: nothing to tell apart; add steps of the other kind")
-    return require(share <= 0.95, measured, "a scorer that always says so looks good", WARN)
+        return Result(FAIL, f"{measured}; add steps with other labels, or nothing can be learned")
+    advice = "a scorer that always predicts it has a low loss"
+    return require(share <= 0.95, measured, advice, WARN)
 
 
 DATA = {
     "targets": share_of_targets,
-    "rows without a target": without_target,
-    "rows cut off": cut_off,
+    "examples without a target": without_target,
+    "examples cut off": cut_off,
     "duplicates": duplicates,
-    "train and eval apart": overlap,
-    "doubled BOS": doubled_bos,
-    "trained end token": end_tokens,
+    "overlap with held-out data": overlap,
+    "doubled BOS token": doubled_bos,
+    "end token learned": end_tokens,
     "special tokens in texts": special_tokens,
     "target mask": target_mask,
     "labels": labels,

@@ -22,12 +22,12 @@ def dry_run(run: Run) -> None:
         available = torch.cuda.get_device_properties(run.device).total_memory
     else:
         available = physical_memory_bytes()
-    print("memory at the peak, with the longest rows:")
+    print("peak memory, at a step of the longest examples:")
     for name, size in parts.items():
         print(f"  {name:12}{size / 1e9:9.3f} GB")
-    total = f"  {'in all':12}{needed / 1e9:9.3f} GB"
+    total = f"  {'total':12}{needed / 1e9:9.3f} GB"
     if available:
-        total += f" of {available / 1e9:.0f} on this {run.device.type}"
+        total += f" of {available / 1e9:.0f} GB on this {run.device.type}"
         if needed >= available:
             print(f"{total}: it does not fit")
             return
@@ -50,8 +50,8 @@ def describe_time(run: Run, steps: int) -> str:
     evaluation_seconds = time.monotonic() - started
     evaluations = 1 + math.ceil(steps / run.config.training.eval_steps)
     seconds = steps * step_seconds + evaluations * evaluation_seconds
-    of_each = f"{step_seconds:.2f} s for a step and {evaluation_seconds:.2f} s for each of"
-    return f"time: {seconds:.0f} s, {of_each} {evaluations} evaluations"
+    each = f"{steps} steps of {step_seconds:.2f} s and {evaluations} evaluations of"
+    return f"time: about {seconds:.0f} s: {each} {evaluation_seconds:.2f} s"
 
 
 def train_step(run: Run) -> None:

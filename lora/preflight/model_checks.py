@@ -13,8 +13,8 @@ from lora.model.compatibility import find_incompatibility
 from lora.model.heads import LMHead
 from lora.model.weights import is_finite
 from lora.preflight.check_result import (
+    BUG,
     FAIL,
-    OUR_FAULT,
     PASS,
     WARN,
     Result,
@@ -35,9 +35,9 @@ def finite_weights(trial: Trial) -> Result:
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     not_finite = [name for name, tensor in floats.items() if not is_finite(tensor)]
     if not_finite:
-        advice = "the file is damaged: fetch it again, or begin from another --init_from"
-        return Result(FAIL, f"not in {first_names(not_finite)}; {advice}")
-    return Result(PASS, f"in all of {len(tensors)} tensors")
+        advice = "the file is damaged: download it again, or choose another --init_from"
+        return Result(FAIL, f"not finite: {first_names(not_finite)}; {advice}")
+    return Result(PASS, f"all {len(tensors)} tensors are finite")
 
 
 def first_names(names: list[str]) -> str:
@@ -49,17 +49,17 @@ def tied_as_declared(trial: Trial) -> Result | None:
         return None
     tied = is_tied(trial.task.model)
     declared = trial.task.model.config.get_text_config().tie_word_embeddings
-    words = {True: "tied", False: "apart"}
-    in_config = f"in config.json {words[bool(declared)]}"
+    words = {True: "tied", False: "not tied"}
+    in_config = f"config.json says {words[bool(declared)]}"
     measured = f"embeddings and output layer are {words[tied]}, {in_config}"
-    return require(declared == tied, measured, "correct tie_word_embeddings there")
+    return require(declared == tied, measured, "correct its tie_word_embeddings")
 
 
 def model_as_assumed(trial: Trial) -> Result:
     problem = find_incompatibility(trial.task)
     trial.task.eval()
-    measured = problem or "packing, causality and logits are as assumed"
-    return require(not problem, measured, OUR_FAULT)
+    measured = problem or "packing, causality and logits are as plainlora expects them"
+    return require(not problem, measured, BUG)
 
 
 def fresh_adapter(trial: Trial) -> Result | None:
@@ -86,7 +86,7 @@ def loss_falls(trial: Trial) -> Result:
     last_loss = trial.step().loss
     measured = f"{first_loss:.4f} -> {last_loss:.4f} in {UPDATES} updates"
     learning_rate = trial.config.training.learning_rate
-    advice = f"lower --learning_rate ({learning_rate:g}), or what is trained has no effect"
+    advice = f"lower --learning_rate ({learning_rate:g}); or what is trained has no effect"
     return require(last_loss < first_loss, measured, advice)
 
 
@@ -116,7 +116,7 @@ def adapter_acts(trial: Trial) -> Result | None:
             layer.lora_B.weight += 0.02 * torch.randn_like(layer.lora_B.weight)
     difference = largest_difference(trial.outputs(), before)
     measured = f"a small change of it changes the outputs by {difference:.1e}"
-    advice = f"raise --lora_alpha, or it is {OUR_FAULT}"
+    advice = f"raise --lora_alpha; or it is {BUG}"
     return require(difference > trial.tolerance, measured, advice)
 
 
@@ -130,15 +130,15 @@ def trained_tensors(trial: Trial) -> Result:
     zero = [name for name in expected if name not in missing and not gradients[name].any()]
     if unexpected:
         frozen = first_names(unexpected)
-        return Result(FAIL, f"gradients for what is to stay as it is: {frozen}; {OUR_FAULT}")
+        return Result(FAIL, f"frozen tensors get gradients: {frozen}; {BUG}")
     if missing or any(".lora_" in name for name in zero):
         names = first_names(missing + zero)
-        return Result(FAIL, f"of {len(expected)} get no gradient: {names}; {OUR_FAULT}")
+        return Result(FAIL, f"some of {len(expected)} get no gradient: {names}; {BUG}")
     if zero:
-        reason = "these rows do not need them (experts that no token is sent to?)"
-        return Result(WARN, f"the gradient is 0 of {first_names(zero)}: {reason}")
-    all_expected = f"all {len(expected)} that are meant to be trained get one"
-    return Result(PASS, f"{all_expected}, the other {len(tensors) - len(expected)} none")
+        reason = "these sequences do not use them (experts that no token is sent to?)"
+        return Result(WARN, f"the gradient of {first_names(zero)} is 0: {reason}")
+    trained = f"all {len(expected)} trained tensors get a gradient"
+    return Result(PASS, f"{trained}, and none of the other {len(tensors) - len(expected)}")
 
 
 def is_meant_to_train(name: str, trial: Trial) -> bool:
@@ -230,7 +230,7 @@ def through_peft(trial: Trial) -> Result | None:
     loaded = dict(model.named_parameters())
     changed = [name for name, tensor in before.items() if not torch.equal(loaded[name], tensor)]
     if changed:
-        return Result(FAIL, f"other than before: {first_names(changed)}; {OUR_FAULT}")
+        return Result(FAIL, f"changed: {first_names(changed)}; {BUG}")
     return same_tensors(trial.outputs(), outputs, 0.0, f"{len(before)} tensors, largest difference")
 
 
@@ -241,8 +241,8 @@ def base_unchanged(trial: Trial) -> Result | None:
     before = trial.frozen_sums
     changed = sorted(name for name in before if sums.get(name) != before[name])
     if changed:
-        return Result(FAIL, f"changed by training: {first_names(changed)}; {OUR_FAULT}")
-    return Result(PASS, f"{len(sums)} frozen tensors are what they were")
+        return Result(FAIL, f"changed by training: {first_names(changed)}; {BUG}")
+    return Result(PASS, f"{len(sums)} frozen tensors are bit for bit the same")
 
 
 def merged(trial: Trial) -> Result | None:
@@ -257,19 +257,19 @@ def merged(trial: Trial) -> Result | None:
 
 MODEL = {
     "finite weights": finite_weights,
-    "tied as declared": tied_as_declared,
-    "model as assumed": model_as_assumed,
-    "injected = base": fresh_adapter,
+    "tied embeddings": tied_as_declared,
+    "model compatibility": model_as_assumed,
+    "fresh adapter changes nothing": fresh_adapter,
     "loss on a repeated batch": loss_falls,
-    "adapter acts": adapter_acts,
+    "adapter has an effect": adapter_acts,
     "trained tensors": trained_tensors,
-    "loss = mean over targets": loss_is_mean,
-    "accumulated = whole": accumulation,
-    "two processes = one": two_processes,
-    "packed = alone": packing,
-    "after an evaluation": after_evaluation,
-    "save, load, next step": resumed,
-    "PEFT format and back": through_peft,
+    "loss is the mean over targets": loss_is_mean,
+    "gradient accumulation is exact": accumulation,
+    "two processes equal one": two_processes,
+    "packing changes nothing": packing,
+    "evaluation changes nothing": after_evaluation,
+    "resuming is exact": resumed,
+    "saved and loaded as PEFT": through_peft,
     "base unchanged": base_unchanged,
-    "merged = unmerged": merged,
+    "merging changes nothing": merged,
 }

@@ -148,7 +148,7 @@ def keep_first_layers(task: Task) -> str:
     for key in ("layer_types", "mlp_layer_types"):
         if getattr(shape, key, None):
             setattr(shape, key, getattr(shape, key)[:kept])
-    return f"the model is large: of its {total} layers the first {kept} are checked"
+    return f"the model is large, so only the first {kept} of its {total} layers are checked"
 
 
 def largest_difference(values: Tensors, references: Tensors) -> float:

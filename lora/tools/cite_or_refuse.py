@@ -1,8 +1,8 @@
-"""Chats from your documents, whose answers quote and cite a passage, or refuse.
+"""Make chats from documents, whose answers quote and cite a passage or refuse.
 
-    python -m lora cite_or_refuse CORPUS... --output DIR [--seed 42] [--eval_fraction 0.1]
+    python -m lora cite_or_refuse FILE... --output DIR [--seed 42] [--eval_fraction 0.1]
 
-CORPUS: text files, or rows with "text"; each file or row is a document. A question shows numbered
+FILE: a text file, or rows with "text"; each file or row is a document. A question shows numbered
 passages and the first words of a sentence, and the answer is the rest of that sentence with the
 passage's number. In a share of the questions the passage with the answer is not shown, and the
 answer is REFUSAL. No language model writes anything here, so every answer is right; it teaches to
@@ -57,11 +57,12 @@ Question = tuple[str, str, Passage]  # opening and rest of a sentence, and where
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("corpus", nargs="+", metavar="CORPUS", help="text files, or JSONL/JSON/CSV rows with text")
+    add("corpus", nargs="+", metavar="FILE", help="text files, or JSONL, JSON or CSV with a text")
     add("--output", metavar="DIR", required=True, help="folder to write, which must not exist")
-    add("--seed", type=int, default=42, help="of the split and of what is drawn (default: 42)")
-    fraction = "share of the documents in test.jsonl (0.1)"
-    add("--eval_fraction", type=float, default=0.1, help=fraction)
+    seed = "seed of the split and of the questions (default: 42)"
+    add("--seed", type=int, default=42, metavar="N", help=seed)
+    fraction = "share of the documents in test.jsonl (default: 0.1)"
+    add("--eval_fraction", type=float, default=0.1, metavar="FRACTION", help=fraction)
     arguments = parser.parse_args(argv)
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")

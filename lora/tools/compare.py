@@ -113,18 +113,18 @@ def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
 
 
 def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> str:
-    """Return a line: the loss of `run` less that of `other`, and what follows from it."""
+    """Return a line: the loss of `run` minus that of `other`, and what follows from it."""
     of_run = run.example_losses(run.best_step)
     of_other = other.example_losses(other.best_step)
     shared = [key for key in of_run if key in of_other]
-    title = f"{run.name} less {other.name}:"
+    title = f"{run.name} minus {other.name}:"
     if not shared:
         return f"{title} cannot tell: no validation examples that both were evaluated on"
     losses = [of_run[key][0] for key in shared]
     other_losses = [of_other[key][0] for key in shared]
     counts = [of_run[key][1] for key in shared]
     difference, (low, high) = interval(losses, other_losses, counts)
-    note = "as models; of the settings only more seeds can tell"
+    note = "as models; to compare their settings, train more seeds"
     deviation, freedom = spread
     if freedom > 0:
         # The difference of two seeds has twice the variance of one. Chance from the seeds and
@@ -132,7 +132,7 @@ def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> 
         chance = STUDENT[min(freedom, len(STUDENT)) - 1] * deviation * math.sqrt(2)
         low = difference - math.hypot(difference - low, chance)
         high = difference + math.hypot(high - difference, chance)
-        note = f"seeds spread by {deviation:.5f}"
+        note = f"standard deviation over seeds {deviation:.5f}"
     if high < 0:
         decision = "better"
     elif low > 0:
@@ -237,13 +237,13 @@ def missing_commands(
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("Runs side by side.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    against = "say of each other run whether it is better than this one"
+    parser = Parser("Compare runs: how their configurations differ, and how each of them ended.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, as outputs/RUN")
+    against = "test of each run whether its validation loss is better than this run's"
     parser.add_argument("--against", metavar="RUN", help=against)
-    sweep = "print the commands of those not yet run"
+    sweep = "print the commands of those combinations of values that no run has"
     parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B", help=sweep)
-    picture = "a picture of the curves, and of the loss against what is swept"
+    picture = "write a .png of the curves, and of the loss against the key that differs"
     parser.add_argument("--plot", metavar="FILE", help=picture)
     arguments = parser.parse_args(argv)
     if arguments.plot:
@@ -265,9 +265,9 @@ def read_runs(folders: Iterable[str]) -> list[FinishedRun]:
         else:
             others.append(folder)
     if others:
-        print(f"no runs of ours, left out: {' '.join(others)}")
+        print(f"left out, because they are no folders of runs: {' '.join(others)}")
     if not runs:
-        raise UserError("no run of ours is named: expected folders like outputs/RUN.")
+        raise UserError("no folder of a run is named: expected folders like outputs/RUN.")
     return runs
 
 

@@ -14,9 +14,9 @@ KEYS = ("base_model", "task", "max_length", "label_max")
 
 def main(argv: Sequence[str]) -> None:
     config = Config(ModelConfig("embedded"))
-    parser = Parser("Rows as the model will read them, their targets marked, and statistics.")
+    parser = Parser("Print examples as the model reads them, their targets marked, and statistics.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="data files, as for --train_data")
-    rows_help = "rows to show (default: 3)"
+    rows_help = "number of examples to print (default: 3)"
     parser.add_argument("--rows", type=int, default=3, metavar="N", help=rows_help)
     add_flags(parser, config.model, KEYS)
     add_flags(parser, config.data, KEYS)

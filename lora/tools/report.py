@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
+import numpy as np
 
 from lora.common.printable_text import printable
 from lora.common.toml_json import read_file
@@ -34,6 +35,7 @@ def page(run: FinishedRun) -> str:
     config = read_file(run.folder / "logs" / "config.json")
     values = {
         "title": run.name,
+        "headline": headline(run),
         "has_ended": bool(run.results),
         "result": result_rows(run),
         "charts": metric_charts(run),
@@ -45,6 +47,48 @@ def page(run: FinishedRun) -> str:
         "configuration": {name: value_rows(table) for name, table in config.items()},
     }
     return render_template("report.html", values)
+
+
+def headline(run: FinishedRun) -> str:
+    """Return what was trained on which base for which task, and how well it did."""
+    config = run.config
+    base = config["base_model"]
+    if base == "embedded":
+        base = "the embedded base"
+    elif Path(base).is_absolute():
+        base = Path(base).name
+    task = "score the steps of solutions" if config["task"] == "score" else "predict the next token"
+    text = f"{describe_method(config)} on {base}, to {task}."
+    step, columns = run.best_step, run.columns()
+    if step is None:
+        return text
+    quality = "r2" if config["task"] == "score" else "token_accuracy"
+    result = f"loss {format_value(run.best_loss)}, "
+    result += f"{quality.replace('_', ' ')} {format_value(columns.get(quality))}"
+    size = held_out_size(run.folder, step, config["task"])
+    return f"{text} Best at step {step}: {result}, on {size}."
+
+
+def describe_method(config: Mapping) -> str:
+    if "lora_r" not in config:
+        return "Full fine-tuning"
+    if config["lora_r"] == 0:
+        return "A score head"
+    name = "QLoRA" if config["load_in_4bit"] else "LoRA"
+    return f"{name} of rank {config['lora_r']}"
+
+
+def held_out_size(folder: Path, step: int, task: str) -> str:
+    """Return how many sequences and targets were evaluated at a step."""
+    from lora.evaluation.example_losses import SUBFOLDER  # imports torch
+
+    path = folder / SUBFOLDER / f"step_{step}.npz"
+    if not path.is_file():
+        return "the held-out data"
+    with np.load(path) as saved:
+        targets = saved["targets"]
+    what = "labelled steps" if task == "score" else "tokens"
+    return f"{len(targets):,} held-out sequences with {targets.sum():,} {what}"
 
 
 def value_rows(values: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -70,7 +114,7 @@ def metric_charts(run: FinishedRun) -> list[Markup]:
     charts = [
         chart("loss", "step", losses),
         chart("validation r2", "step", {"": run.curve("val/r2")}),
-        chart("validation token_accuracy", "step", {"": run.curve("val/token_accuracy")}),
+        chart("validation token accuracy", "step", {"": run.curve("val/token_accuracy")}),
         chart("gradient norm", "step", {"": run.curve("train/grad_norm")}),
         chart("learning rate", "step", {"": run.curve("train/learning_rate")}),
     ]
@@ -89,7 +133,7 @@ def startup_log(folder: Path) -> str:
 
 
 def checkpoint_table(folder: Path) -> list[list[str]]:
-    """Return the checkpoints and their validation metrics, the best first; empty without any."""
+    """Return a row for each validation metric, and a column for each checkpoint, the best first."""
     from lora.training.best_checkpoints import best_first, saved_states  # imports torch
 
     states = saved_states(folder)
@@ -99,16 +143,17 @@ def checkpoint_table(folder: Path) -> list[list[str]]:
     names = {}
     for state in states:
         names.update(state["val"] or {})
-    rows = [["checkpoint", *names]]
-    for state in states:
-        metrics = state["val"] or {}
-        rows.append([state["path"].name, *(format_value(metrics.get(name)) for name in names)])
-    return rows
+    rows = [[name, *metric_values(name, states)] for name in names]
+    return [["", *(f"step {state['step']}" for state in states)], *rows]
+
+
+def metric_values(name: str, states: list[dict]) -> list[str]:
+    return [format_value((state["val"] or {}).get(name)) for state in states]
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser("A run as one page, RUN/report.html.")
-    parser.add_argument("run", metavar="RUN", help="its folder")
+    parser = Parser("Write a run as one page that needs no network, RUN/report.html.")
+    parser.add_argument("run", metavar="RUN", help="the run's folder, as outputs/RUN")
     run = FinishedRun.of(parser.parse_args(argv).run)
     path = run.folder / "report.html"
     path.write_text(page(run), encoding="utf-8")

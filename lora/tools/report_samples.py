@@ -70,7 +70,7 @@ def reliability_chart(scores: np.ndarray, labels: np.ndarray) -> Markup:
     bubbles: list[Point] = []
     for mean_score, mean_label, count in calibration(scores, labels):
         bubbles.append((mean_score, mean_label, count / len(scores)))
-    curves: dict[str, list[Point]] = {"as it should be": [(0, 0), (1, 1)], "": bubbles}
+    curves: dict[str, list[Point]] = {"calibrated": [(0, 0), (1, 1)], "": bubbles}
     return chart("mean label", "mean score", curves)
 
 

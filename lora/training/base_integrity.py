@@ -126,13 +126,13 @@ def only_adapters_train(task: Task, modules_to_save: list[str]) -> str:
 
     The modules to save and the score head belong to the adapter.
     """
-    parts = {"LoRA tensors": [], "of modules to save": [], "of the head": []}
+    parts = {"LoRA tensors": [], "of modules_to_save": [], "of the score head": []}
     for layer in lora_layers(task.model).values():
         parts["LoRA tensors"].extend(factors(layer).values())
     for name in find_modules_to_save(task.model, modules_to_save):
-        parts["of modules to save"].extend(task.model.get_submodule(name).parameters())
+        parts["of modules_to_save"].extend(task.model.get_submodule(name).parameters())
     if isinstance(task.head, MLPHead):
-        parts["of the head"].extend(task.head.parameters())
+        parts["of the score head"].extend(task.head.parameters())
 
     allowed = {id(p) for p in chain.from_iterable(parts.values())}
     unexpected = [name for name, p in trainable_parameters(task).items() if id(p) not in allowed]

@@ -67,8 +67,8 @@ class Log:
         if len(self.losses) == SPIKE_WINDOW:
             mean = statistics.fmean(self.losses)
             if loss > mean + SPIKE * statistics.pstdev(self.losses):
-                before = f"the mean of the {SPIKE_WINDOW} before is {mean:.4f}"
-                self.say(f"step {step}: the loss {loss:.4f} is a spike: {before}")
+                before = f"the mean of the {SPIKE_WINDOW} steps before is {mean:.4f}"
+                self.say(f"step {step}: loss spike: {loss:.4f}; {before}")
         self.losses.append(loss)
         self.num_tokens += num_tokens
         self.seconds += seconds

@@ -2,6 +2,7 @@
 
 import torch
 
+from lora.common.base_model_files import describe_base
 from lora.config.command_line import Command
 from lora.config.schema import LoraConfig
 from lora.data.data_summary import describe_data
@@ -55,7 +56,7 @@ def begin(
         for line in lines:
             if line:
                 log.say(line)
-    log.say(f"{description}; in {log.run_dir}")
+    log.say(f"{description}\noutput: {log.run_dir}")
     return log, base, {**raw_data.files, **run_facts}
 
 
@@ -67,7 +68,7 @@ def describe_run(run: Run, data_facts: dict) -> str:
     dtype = str(run.dtype).removeprefix("torch.")
     train_facts, eval_facts = data_facts["train"], data_facts["eval"]
     lines = [
-        f"base: {config.model.base_model} on {run.device}, computing in {dtype}",
+        f"base model: {describe_base(config.model.base_model)} on {run.device}, computing in {dtype}",
         f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})",
     ]
     if config.lora and not task.frozen:
@@ -79,38 +80,38 @@ def describe_run(run: Run, data_facts: dict) -> str:
     if task.frozen:
         count = train_facts["targets"] + eval_facts["targets"]
         size = 4e-9 * count * task.head.layers[0].in_features
-        kept = f"its hidden states at up to {count} targets are kept"
-        lines.append(f"the base reads every row once: {kept}, in {size:.3f} GB of main memory")
+        states = f"the base's hidden states at up to {count} targets are computed once"
+        lines.append(f"linear probing: {states} and kept in {size:.3f} GB of main memory")
     if data_facts["repeated"]:
         repeated = f"{data_facts['repeated']} training examples"
-        lines.append(f"warning: {repeated} are repeated word for word")
+        lines.append(f"warning: {repeated} repeat an earlier one word for word")
     if data_facts["overlap"]:
         overlap = f"{data_facts['overlap']} prompts or texts"
-        lines.append(f"warning: {overlap} are in the training data and in the held-out data")
+        lines.append(f"warning: {overlap} are both in the training and in the held-out data")
     if world_size() > 1:
         held = "a part of every layer"
         if config.lora:
-            held = "the model, and they sum their gradients once a step"
+            held = "the whole model, and their gradients are summed once a step"
         lines.append(f"{world_size()} processes: each holds {held}")
     if not task.packed:
-        reason = "this model's attention cannot be told where documents end"
-        lines.append(f"{reason}: rows are sorted by length and padded")
+        reason = "this model's attention does not support packing"
+        lines.append(f"{reason}: sequences are sorted by length and padded")
     if config.training.max_steps and config.training.num_train_epochs:
-        lines.append("max_steps and num_train_epochs are both given: the smaller ends the run")
+        lines.append("max_steps and num_train_epochs given: the run ends at whichever comes first")
     examples = data.examples_per_step
     tokens = train_facts["tokens"] / train_facts["rows"] * examples
     targets = train_facts["targets"] / train_facts["rows"] * examples
     a_step = f"{examples} examples ({tokens:.0f} tokens, {targets:.0f} targets)"
     max_steps = total_steps(config.training, data.steps_per_epoch)
-    lines.append(f"{max_steps} steps of {a_step}, {data.steps_per_epoch:.1f} to an epoch")
+    lines.append(f"{max_steps} steps of {a_step}; {data.steps_per_epoch:.1f} steps an epoch")
     return "\n".join(lines)
 
 
 def describe_lora(task: Task, lora: LoraConfig) -> str:
     layers = len(lora_layers(task.model))
-    text = f"LoRA: rank {lora.lora_r}, alpha {lora.lora_alpha:g}, over {layers} linear layers"
+    text = f"LoRA: rank {lora.lora_r}, alpha {lora.lora_alpha:g}, on {layers} layers"
     if lora.modules_to_save:
-        text += f", and {' '.join(lora.modules_to_save)} whole"
+        text += f"; trained in full: {' '.join(lora.modules_to_save)}"
     text += "; the base is frozen"
     if lora.load_in_4bit:
         text += f", {share_4bit(task.model):.0%} of it in 4 bits ({lora.bnb_4bit_quant_type})"
@@ -133,5 +134,5 @@ def describe_moved(before: dict, now: dict) -> str:
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before[name]]
     if not changed:
         return ""
-    what = "the same examples and targets a step, not the same bits"
+    what = "steps have the same examples and targets, but results differ by rounding"
     return f"resumed with {', '.join(changed)}: {what}"

@@ -315,6 +315,27 @@ def test_every_key_has_a_line_of_help_and_stands_in_one_table():
     )
 
 
+def test_help_says_what_a_value_is_and_the_everyday_flags_come_first(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "--task {lm,score} ",
+        "--train_data FILE [FILE ...] ",
+        "--learning_rate RATE ",
+        "--batch_size N|auto ",
+        "--use_dora [{true,false}] ",
+        "--data_weights WEIGHT [WEIGHT ...] ",
+        "(default: 16; also --r)",
+    ):
+        assert part in shown, part
+    assert not re.search(r"--\w+ (X|BOOL)\b", shown)
+    flags = re.findall(r" (--\w+)", shown.partition(" options: ")[2].partition("[model]:")[0])
+    everyday = ("base_model", "task", "train_data", "lora_r", "learning_rate", "max_steps")
+    positions = [flags.index(f"--{name}") for name in (*everyday, "config", "check")]
+    assert positions == sorted(positions)
+
+
 def test_a_list_flag_given_twice_keeps_both():
     assert read(
         "--base_model=m", "--train_data", "a", "b", "--train_data", "c"

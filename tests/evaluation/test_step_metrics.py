@@ -252,6 +252,28 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
+def test_the_table_is_no_wider_than_100_columns_and_the_verdict_follows_the_intervals():
+    values = {"auc": 0.7, "r2": -12.34567, "a_set_with_a_long_name/processbench_f1": 0.1}
+    ends = {name: [-10.123456, -0.123456] for name in values}
+    baselines = ("position and length", "bag of words")
+    report = {
+        "measures": {name: values for name in ("scores", *baselines)},
+        "intervals": {name: ends for name in ("scores", *baselines)},
+        "differences": {name: ends for name in baselines},
+    }
+    lines = list(step_report.aligned(step_report.table(report)))
+    assert max(map(len, lines)) <= 100 and lines[-2] == "a_set_with_a_long_name/processbench_f1"
+    assert "0.700 [-10.1, -0.123]" in lines[1]
+    assert step_report.verdict(report).endswith("the scores beat neither baseline measurably.")
+    report["differences"] = {name: ends | {"auc": [0.1, 0.3]} for name in baselines}
+    assert "better than both baselines" in step_report.verdict(report)
+    report["differences"]["position and length"] = ends
+    between = "the scores beat bag of words, but position and length not measurably."
+    assert step_report.verdict(report).endswith(between)
+    report["measures"] = {name: values | {"auc": math.nan} for name in ("scores", *baselines)}
+    assert step_report.verdict(report).startswith("Verdict: none")
+
+
 HOSTILE = "<script>alert('x')</script> \x1b[31m & \"quoted\" </li></ol>"
 
 
@@ -330,8 +352,11 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
     assert (
         shown.count("(1)  3+4=7") == 12
         and "t.jsonl:12\np11\n" in shown
-        and "less bag of words" in shown
+        and "  position and length  " in shown
     )
+    report = shown[shown.index("labelled steps, ") :].splitlines()
+    assert max(map(len, report)) <= 100
+    assert len([line for line in report if line.startswith("Verdict: by AUC, ")]) == 1
     assert len([tag for tag, _ in Page(page.read_text()).tags if tag == "li"]) == 24
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="expected a file that is not there yet"):

@@ -23,6 +23,7 @@ from lora.model.task import Task
 from lora.training import base_integrity, startup
 from lora.training.checkpoint import trainable_parameters
 from tests.conftest import run, script
+from tests.preflight.test_check import chat, write
 
 
 @pytest.fixture
@@ -210,55 +211,78 @@ def test_code_outside_of_a_checkout_has_no_commit(tmp_path, monkeypatch):
     assert final_artifact.git_commit() is None
 
 
-@pytest.mark.parametrize(
-    "lora, values",
-    [
-        (True, dict(task="lm", add_special_tokens=["<step>"], modules_to_save=["embed_tokens"])),
-        (True, {}),
-        (True, dict(init_from="scratch")),
-        (True, dict(lora_r=0)),
-        (False, dict(task="lm")),
-        (False, {}),
-    ],
-    ids=[
-        "lora lm with a token",
-        "lora scorer",
-        "lora on random weights",
-        "head alone",
-        "full lm",
-        "full scorer",
-    ],
-)
-def test_the_cards_commands_work_as_they_stand(configure, monkeypatch, capsys, lora, values):
-    folder = run(configure(lora, "a run's name", max_steps=2, **values))
+CARDS = {
+    "lora lm without a template": (True, dict(task="lm", base_model="without_template")),
+    "lora lm on chats": (True, dict(task="lm", train_data="chats", eval_data=[])),
+    "lora lm with a token": (
+        True, dict(task="lm", add_special_tokens=["<step>"], modules_to_save=["embed_tokens"])
+    ),
+    "lora scorer of the embedded base": (True, dict(base_model="embedded")),
+    "lora scorer of an encoder": (True, dict(base_model="tiny_encoder")),
+    "lora scorer with markers": (
+        True, dict(step_marker="?", prompt_format="{prompt}", step_format="{number}{step}{marker};")
+    ),
+    "lora on random weights": (True, dict(init_from="scratch")),
+    "head alone": (True, dict(lora_r=0)),
+    "full lm": (False, dict(task="lm")),
+    "full scorer": (False, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_the_cards_commands_and_its_code_work_as_they_stand(
+    configure, request, monkeypatch, capsys, tmp_path, kind
+):
+    lora, values = CARDS[kind]
+    if values.get("train_data") == "chats":
+        values = values | dict(train_data=write(tmp_path / "chats", map(chat, range(40))))
+    if values.get("base_model") == "tiny_encoder":
+        values = values | dict(base_model=str(request.getfixturevalue("tiny_encoder")))
+    if values.get("base_model") == "without_template":
+        folder = shutil.copytree(request.getfixturevalue("tiny_base"), tmp_path / "base")
+        (folder / "chat_template.jinja").unlink()
+        values = values | dict(base_model=str(folder))
+    config = configure(lora, "a run's name", max_steps=2, dtype="float32", **values)
+    folder = run(config)
     card = (folder / "final_artifact" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["library_name"] == (
         "peft" if (folder / "final_artifact" / "lora_adapter").is_dir() else "transformers"
     )
-    assert Path(front["base_model"]).is_dir()
+    # No path of this machine, but that of the base in the code
+    base = json.dumps(config.model.base_model)
+    assert str(tmp_path) not in card.replace(base, "") and str(ROOT) not in card
     monkeypatch.chdir(folder)
-    shell, python = (
-        re.search("```sh\n(.*?)```", card, re.S)[1],
-        re.search("```python\n(.*?)```", card, re.S)[1],
-    )
-    # A shell reads the lines, and hands each call of python to this process, which need not load
+    shell = re.search("```sh\n(.*?)```", card, re.S)[1]
+    # A shell reads the lines, and hands each call of plainlora to this process, which need not load
     # torch again.
-    catch = "set -e; python() { printf '%s\\0' \"$@\" CALL; }\n"
+    catch = "set -e; plainlora() { printf '%s\\0' \"$@\" CALL; }\n"
     words = subprocess.run(
         ["bash", "-c", catch + shell], capture_output=True, text=True, check=True
     ).stdout
     calls = [call.split("\0")[:-1] for call in words.split("CALL\0")[:-1]]
     assert len(calls) == 3 + (lora and values.get("init_from") != "scratch")
-    for call in calls:
-        status, said, errors = script(monkeypatch, capsys, *call)
+    for command, *flags in calls:
+        status, said, errors = script(monkeypatch, capsys, ROOT / f"{command}.py", *flags)
         assert status == 0, errors
+        if "--prompt" in flags:
+            of_eval, prompt = said, flags[-1]
     assert (folder / "merged" / "config.json").is_file() == (len(calls) == 4)
-    loaded = {}
-    exec(python, loaded)
-    if values.get("init_from") != "scratch":
-        tokens = loaded["tokenizer"]("12+9=21", return_tensors="pt").input_ids
-        loaded["model"](input_ids=tokens)
+    if values.get("init_from") == "scratch":
+        assert "```python" not in card
+        return
+
+    exec(re.search("```python\n(.*?)```", card, re.S)[1], {})
+    printed = capsys.readouterr().out
+    if config.model.task == "lm":
+        if "without" in kind:
+            flags = ["--checkpoint", "final_artifact", "--prompt", prompt, "--ignore_chat_template"]
+            _, of_eval, _ = script(monkeypatch, capsys, ROOT / "eval.py", *flags)
+        assert printed and of_eval.startswith(printed.removesuffix("\n"))
+    else:
+        (score, step), (score_of_eval, step_of_eval) = printed.split(), of_eval.split()[:2]
+        assert step == step_of_eval
+        assert float(score) == pytest.approx(float(score_of_eval), abs=0.0011)
     verify_artifact("final_artifact")
 
 
@@ -318,7 +342,7 @@ def test_base_unchanged_is_said_and_recorded(configure, capsys, tiny_base, lora)
     )
     assert re.search(rf"base model weights unchanged: {frozen}weight files: 1\n", said)
     assert (
-        "only adapter parameters are trainable: 28 LoRA tensors, 4 of the head\n" in said
+        "only adapter parameters are trainable: 28 LoRA tensors, 4 of the score head\n" in said
     ) == lora
     # 2 layers of 9 weights, the embedding, the last norm
     assert sums["frozen_tensors"] == (20 if lora else 0)
@@ -371,7 +395,7 @@ def test_what_is_trained_beside_the_adapter_stops_the_run(configure, monkeypatch
 def test_a_module_to_save_is_part_of_the_adapter(configure, capsys):
     # Tied to the embeddings
     folder = run(configure(True, task="lm", max_steps=1, modules_to_save=["lm_head"]))
-    assert "28 LoRA tensors, 1 of modules to save\n" in capsys.readouterr().out
+    assert "28 LoRA tensors, 1 of modules_to_save\n" in capsys.readouterr().out
     # Without the embedding
     assert json.loads((folder / "baseline_checksums.json").read_text())["frozen_tensors"] == 19
 

@@ -179,7 +179,7 @@ def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys):
     folder = run(configure(True, load_in_4bit=True, learning_rate=3e-2))
     results = json.loads((folder / "logs" / "final_results.json").read_text())["best"]
     assert (
-        "A LoRA adapter of rank 16, trained on 4 bits, of `"
+        "A LoRA adapter of rank 16, trained on 4-bit weights, of `"
         in (folder / "final_artifact" / "README.md").read_text()
     )
     numbers = {}

@@ -86,16 +86,16 @@ def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task)
         settings["eval_data"] = write(tmp_path / "eval.jsonl", map(chat, range(50, 60)))
     found = lines(configure(bool(lora), **settings))
     assert {*found.values()} == {"PASS"}, found
-    skipped = {"lm": {"labels"}, "score": {"tied as declared", "trained end token", "target mask"}}[
+    skipped = {"lm": {"labels"}, "score": {"tied embeddings", "end token learned", "target mask"}}[
         settings["task"]
     ]
     if not lora:
         skipped |= {
-            "injected = base",
-            "adapter acts",
-            "PEFT format and back",
+            "fresh adapter changes nothing",
+            "adapter has an effect",
+            "saved and loaded as PEFT",
             "base unchanged",
-            "merged = unmerged",
+            "merging changes nothing",
         }
     assert found.keys() == {*data_checks.DATA, *model_checks.MODEL} - skipped
 
@@ -105,7 +105,12 @@ def test_a_head_alone_passes(configure, lines):
     assert {*found.values()} == {"PASS"}, found
     assert (
         "base unchanged" in found
-        and not {"injected = base", "adapter acts", "merged = unmerged"} & found.keys()
+        and not {
+            "fresh adapter changes nothing",
+            "adapter has an effect",
+            "merging changes nothing",
+        }
+        & found.keys()
     )
 
 
@@ -154,7 +159,7 @@ def test_of_a_large_model_the_first_layers_are_checked(configure, monkeypatch):
     monkeypatch.setattr(trial, "MAX_PARAMETERS", 1)
     task = lora.model.load.load_task(configure(False, base_model="embedded"), torch.float32)
     layers = len(task.model.layers)
-    assert f"of its {layers} layers the first 2" in trial.keep_first_layers(task)
+    assert f"only the first 2 of its {layers} layers" in trial.keep_first_layers(task)
     assert (
         len(task.model.layers) == task.model.config.num_hidden_layers == 2
         and lora.model.compatibility.find_incompatibility(task) is None
@@ -165,7 +170,7 @@ def test_of_a_large_model_the_first_layers_are_checked(configure, monkeypatch):
 
 DATA_FAULTS = {
     "the same prompts in both": (
-        "train and eval apart",
+        "overlap with held-out data",
         dict(eval_data=lambda p: write(p / "e", [chat(1)] * 2)),
     ),
     "every row twice": (
@@ -180,9 +185,9 @@ DATA_FAULTS = {
             ]
         ),
     ),
-    "answers beyond max_length": ("rows cut off", dict(max_length=28)),
+    "answers beyond max_length": ("examples cut off", dict(max_length=28)),
     "questions beyond max_length": (
-        "rows without a target",
+        "examples without a target",
         dict(
             train_data=lambda p: write(
                 p / "t", [chat(i, "again " * 300 * (i > 3) + "{}") for i in range(20)]
@@ -190,7 +195,7 @@ DATA_FAULTS = {
         ),
     ),
     "two BOS": (
-        "doubled BOS",
+        "doubled BOS token",
         dict(
             train_data=lambda p: write(
                 p / "t", [{"text": "<|im_start|><|im_start|>pears"}, {"text": "apples"}]
@@ -216,7 +221,7 @@ def test_a_fault_in_the_data_is_found(configure, lines, tmp_path, monkeypatch, f
     make = chat if task == "lm" else chain
     default = {"train_data": write(tmp_path / "train", map(make, range(40)))}
     default["eval_data"] = write(tmp_path / "eval", map(make, range(50, 60)))
-    if line == "doubled BOS":
+    if line == "doubled BOS token":
         load = lora.model.weights.load_tokenizer
         monkeypatch.setattr(lora.model.weights, "load_tokenizer", lambda base: with_bos(load(base)))
     assert lines(configure(True, **default | settings))[line] == "FAIL"
@@ -240,7 +245,7 @@ def test_what_may_be_meant_is_a_warning(configure, lines, tmp_path):
         )
     )
     assert {line for line, status in found.items() if status != "PASS"} == {
-        "special tokens in texts", "duplicates", "rows cut off"
+        "special tokens in texts", "duplicates", "examples cut off"
     }  # fmt: skip
 
 
@@ -357,28 +362,28 @@ FAULTS = {
         lambda p: change_row(p, lambda row: [-100] * (len(row.targets) - 4) + row.targets[-4:]),
     ),
     "the end of a turn is not a target": (
-        "trained end token",
+        "end token learned",
         lambda p: change_row(p, lambda row: [-100 if t < 20 else t for t in row.targets]),
     ),
     "a NaN among the weights": (
         "finite weights",
         in_task(lambda t: first_lora(t).lora_A.weight[0, :1].fill_(torch.nan)),
     ),
-    "an untied head": ("tied as declared", in_task(untie)),
+    "an untied head": ("tied embeddings", in_task(untie)),
     "attention leaks across documents": (
-        "packed = alone",
+        "packing changes nothing",
         in_task(lambda t: setattr(lora.model.task, "Documents", one_document)),
     ),
     "attention to what is to come": (
-        "model as assumed",
+        "model compatibility",
         in_task(lambda t: setattr(t.model.model.layers[0].self_attn, "is_causal", False)),
     ),
     "logits at another scale": (
-        "model as assumed",
+        "model compatibility",
         in_task(lambda t: setattr(t.head, "scale", 1.5)),
     ),
     "B is not drawn as zero": (
-        "injected = base",
+        "fresh adapter changes nothing",
         in_task(lambda t: first_lora(t).lora_B.weight.fill_(0.1)),
     ),
     "the learning rate is absurd": ("loss on a repeated batch", {"learning_rate": 1e3}),
@@ -386,7 +391,9 @@ FAULTS = {
         "loss on a repeated batch",
         lambda p: p.setattr(torch.optim.AdamW, "step", lambda self: None),
     ),
-    "an adapter with no effect": ("adapter acts", lambda p: p.setattr(LoRALinear, "scaling", 0.0)),
+    "an adapter with no effect": (
+        "adapter has an effect", lambda p: p.setattr(LoRALinear, "scaling", 0.0)
+    ),
     "a frozen factor": (
         "trained tensors",
         in_task(lambda t: first_lora(t).lora_A.weight.requires_grad_(False)),
@@ -400,30 +407,32 @@ FAULTS = {
         lambda p: p.setattr(LoRALinear, "forward", lambda self, x: self.base_layer(x)),
     ),
     "sum of losses": (
-        "loss = mean over targets",
+        "loss is the mean over targets",
         lambda p: p.setattr(TrainingData, "num_targets_at", lambda *_: 1),
     ),
-    "mean of means": ("accumulated = whole", lambda p: p.setattr(trial, "backward", mean_of_means)),
+    "mean of means": (
+        "gradient accumulation is exact", lambda p: p.setattr(trial, "backward", mean_of_means)
+    ),
     "each process divides by its own targets": (
-        "two processes = one",
+        "two processes equal one",
         lambda p: p.setattr(TrainingData, "num_targets_at", own_targets_only),
     ),
-    "an evaluation that rounds": ("after an evaluation", evaluation_rounds_the_weights),
+    "an evaluation that rounds": ("evaluation changes nothing", evaluation_rounds_the_weights),
     "optimizer state is not restored": (
-        "save, load, next step", lambda p: p.setattr(checkpoint, "set_state", fresh_state)
+        "resuming is exact", lambda p: p.setattr(checkpoint, "set_state", fresh_state)
     ),
     "weights are not restored": (
-        "save, load, next step",
+        "resuming is exact",
         lambda p: p.setattr(lora.model.task.Task, "load", lambda self, folder: None),
     ),
     "the export forgets a layer": (
-        "PEFT format and back",
+        "saved and loaded as PEFT",
         lambda p: p.setattr(adapter, "lora_layers", all_but_first_lora),
     ),
-    "the export rounds": ("PEFT format and back", wrapped(adapter, "factors", halved)),
+    "the export rounds": ("saved and loaded as PEFT", wrapped(adapter, "factors", halved)),
     "training moves the base": ("base unchanged", training_moves_the_base),
     "a merge without the scale": (
-        "merged = unmerged", lambda p: p.setattr(LoRALinear, "merged_weight", without_scale)
+        "merging changes nothing", lambda p: p.setattr(LoRALinear, "merged_weight", without_scale)
     ),
 }  # fmt: skip
 
@@ -452,8 +461,8 @@ def test_a_fault_in_what_is_computed_is_found(configure, lines, tmp_path, monkey
             "chain_row",
             lambda rendered: [r.targets.reverse() for r in rendered.rows] and rendered,
         ),
-        ("loss = mean over targets", MLPHead, "forward", lambda loss: loss * 1.5),
-        ("save, load, next step", lora.model.task, "load_file", halved),
+        ("loss is the mean over targets", MLPHead, "forward", lambda loss: loss * 1.5),
+        ("resuming is exact", lora.model.task, "load_file", halved),
     ],
 )
 def test_a_fault_in_scores_is_found(configure, lines, monkeypatch, line, owner, name, change):
@@ -464,7 +473,7 @@ def test_a_fault_in_scores_is_found(configure, lines, monkeypatch, line, owner, 
 def test_a_check_that_ends_in_an_error_has_failed(configure, lines, monkeypatch):
     monkeypatch.setattr(LMHead, "predict", lambda self, hidden, targets: hidden[999_999])
     found = lines(configure(True, task="lm"))
-    assert found["injected = base"] == found["merged = unmerged"] == "FAIL"
+    assert found["fresh adapter changes nothing"] == found["merging changes nothing"] == "FAIL"
 
 
 def test_the_script_exits_with_3_and_writes_no_run(tmp_path, monkeypatch, capsys):
@@ -483,7 +492,7 @@ def test_the_script_exits_with_3_and_writes_no_run(tmp_path, monkeypatch, capsys
     flags += ["--max_length", 512, "--check"]
     status, out, err = script(monkeypatch, capsys, ROOT / "train_lora.py", *flags)
     assert status == 3, err
-    assert "FAIL  train and eval apart: 40 of 40" in out
-    assert err.startswith("error: --check: 1 failed: train and eval apart.") and {
+    assert "FAIL  overlap with held-out data: 40 of 40" in out
+    assert err.startswith("error: --check: 1 failed: overlap with held-out data.") and {
         *tmp_path.iterdir()
     } == {Path(rows)}

@@ -155,7 +155,7 @@ def test_a_step_that_is_not_finite_may_be_left_out(configure, monkeypatch, capsy
     at_call(monkeypatch, Task, "forward", 6, lambda result: (result[0] * float("nan"), result[1]))
     folder = run(configure(True, batch_size=8, gradient_accumulation_steps=1, skip_nonfinite=1))
     assert (
-        "step 4: loss nan, gradient norm nan; the update is left out (1 of 1 that may be)"
+        "step 4: loss nan, gradient norm nan; the update is skipped (1 of at most 1)"
         in capsys.readouterr().out
     )
     assert saved_states(folder / "checkpoints")[-1]["skipped"] == 1
@@ -176,8 +176,8 @@ def test_a_loss_far_above_the_others_is_said(configure, monkeypatch, capsys):
             max_grad_norm=1e-3,
         )
     )
-    said = [line for line in capsys.readouterr().out.splitlines() if "is a spike" in line]
-    assert len(said) == 1 and said[0].startswith(f"step {SPIKE_WINDOW + 5}: the loss ")
+    said = [line for line in capsys.readouterr().out.splitlines() if "loss spike" in line]
+    assert len(said) == 1 and said[0].startswith(f"step {SPIKE_WINDOW + 5}: loss spike: ")
 
 
 def test_status_json_says_how_a_run_ended(tiny_base, tmp_path, monkeypatch, capsys):

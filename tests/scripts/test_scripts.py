@@ -156,7 +156,7 @@ def test_a_run_leaves_what_the_readme_names(finished):
 def test_held_out_data_that_was_trained_on_is_pointed_out(configure, capsys):
     run(configure(True, max_steps=1, eval_data=["arithmetic:train:5"]))
     assert (
-        "warning: 5 prompts or texts are in the training data and in the held-out data"
+        "warning: 5 prompts or texts are both in the training and in the held-out data"
         in capsys.readouterr().out
     )
 

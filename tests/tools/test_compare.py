@@ -85,7 +85,7 @@ def test_seeds_cannot_be_told_apart_and_learning_can(sweep, capsys):
     alone = verdict(runs["slow1"], runs["s1"], spread_of_seeds([runs["slow1"], runs["s1"]]))
     assert ": worse (as models" in alone
     main([*map(str, sweep.values()), "--against", str(sweep["s1"])])
-    assert capsys.readouterr().out.count(" less s1: ") == 3
+    assert capsys.readouterr().out.count(" minus s1: ") == 3
 
 
 def test_the_table_has_what_differs_and_how_it_ended_best_first(sweep, capsys, tmp_path):
@@ -159,7 +159,7 @@ def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_pa
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["/no/such"], "no run of ours is named"),
+        (["/no/such"], "no folder of a run is named"),
         (
             ["{run}", "--plot", "/no/such/a.png"],
             "--plot /no/such/a.png: expected the name of a .png file",

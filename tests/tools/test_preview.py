@@ -18,7 +18,7 @@ def test_render_shows_the_targets_and_what_the_file_amounts_to(capsys):
         f"<|im_start|>assistant\n⟦{row['answer']}<|im_end|>⟧" in out
         and f"user\n{row['question']}<|im_end|>" in out
     )
-    assert "data: 8 examples in 8 rows" in out and "tokens" in out and "lengths: half up to" in out
+    assert "data: 8 examples in 8 sequences" in out and "tokens" in out and "lengths: median" in out
 
 
 def test_render_shows_every_label_behind_its_step(capsys):

@@ -51,7 +51,9 @@ def test_a_scorers_report_has_curves_scores_and_what_it_was_made_of(configure):
     for part in (
         "a<b>&c",
         "validation r2",
-        "checkpoint_step_12",
+        "LoRA of rank 16 on base",
+        "held-out sequences with",
+        "step 12",
         "Reliability",
         "lora_r",
         "trainable parameters",

@@ -161,7 +161,7 @@ def test_a_dry_run_says_what_would_be_and_leaves_nothing(configure, capsys):
         Command(config, Path(config.output.output_dir) / "run", dry_run=True), RawData(config)
     )
     out = capsys.readouterr().out
-    assert "6 steps of 8 examples" in out and "in all" in out and "time: " in out
+    assert "6 steps of 8 examples" in out and "total  " in out and "time: " in out
     assert not (Path(config.output.output_dir) / "run").exists()
 
 
