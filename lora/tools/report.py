@@ -65,8 +65,7 @@ def headline(run: FinishedRun) -> str:
     quality = "r2" if config["task"] == "score" else "token_accuracy"
     result = f"loss {format_value(run.best_loss)}, "
     result += f"{quality.replace('_', ' ')} {format_value(columns.get(quality))}"
-    size = held_out_size(run.folder, step, config["task"])
-    return f"{text} Best at step {step}: {result}, on {size}."
+    return f"{text} Best at step {step}: {result}, on {held_out_size(run)}."
 
 
 def describe_method(config: Mapping) -> str:
@@ -78,17 +77,14 @@ def describe_method(config: Mapping) -> str:
     return f"{name} of rank {config['lora_r']}"
 
 
-def held_out_size(folder: Path, step: int, task: str) -> str:
-    """Return how many sequences and targets were evaluated at a step."""
-    from lora.evaluation.example_losses import SUBFOLDER  # imports torch
-
-    path = folder / SUBFOLDER / f"step_{step}.npz"
-    if not path.is_file():
+def held_out_size(run: FinishedRun) -> str:
+    """Return how many sequences and targets were evaluated at the best step."""
+    losses = run.example_losses(run.best_step)
+    if not losses:
         return "the held-out data"
-    with np.load(path) as saved:
-        targets = saved["targets"]
-    what = "labelled steps" if task == "score" else "tokens"
-    return f"{len(targets):,} held-out sequences with {targets.sum():,} {what}"
+    targets = sum(count for _, count in losses.values())
+    what = "labelled steps" if run.config["task"] == "score" else "tokens"
+    return f"{len(losses):,} held-out sequences with {targets:,} {what}"
 
 
 def value_rows(values: Mapping[str, object]) -> list[tuple[str, str]]:

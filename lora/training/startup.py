@@ -67,8 +67,9 @@ def describe_run(run: Run, data_facts: dict) -> str:
     total = sum(p.numel() for p in task.parameters())
     dtype = str(run.dtype).removeprefix("torch.")
     train_facts, eval_facts = data_facts["train"], data_facts["eval"]
+    base = describe_base(config.model.base_model)
     lines = [
-        f"base model: {describe_base(config.model.base_model)} on {run.device}, computing in {dtype}",
+        f"base model: {base} on {run.device}, computing in {dtype}",
         f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})",
     ]
     if config.lora and not task.frozen:
