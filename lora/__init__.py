@@ -7,10 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora.adapter import load_adapter, save_adapter
-    from lora.common.checksums import verify_artifact
-    from lora.config.schema import Config, get_lora_config
-    from lora.layer import inject, merge
+    from lora.adapter import load_adapter as load_adapter
+    from lora.adapter import save_adapter as save_adapter
+    from lora.common.checksums import verify_artifact as verify_artifact
+    from lora.config.schema import Config as Config
+    from lora.config.schema import get_lora_config as get_lora_config
+    from lora.layer import inject as inject
+    from lora.layer import merge as merge
 
 __version__ = "0.2.0"
 
@@ -23,16 +26,6 @@ _MODULES = {
     "load_adapter": "lora.adapter",
     "verify_artifact": "lora.common.checksums",
 }
-__all__ = [
-    "__version__",
-    "Config",
-    "get_lora_config",
-    "inject",
-    "load_adapter",
-    "merge",
-    "save_adapter",
-    "verify_artifact",
-]
 
 
 def __getattr__(name: str) -> Any:
@@ -42,4 +35,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_MODULES])

@@ -99,8 +99,7 @@ class LoRALinear(LoRALayer):
             bias = 0 if self.base_layer.bias is None else self.base_layer.bias
             y = (y - bias + update) * self.dora_scale().to(x.dtype) + bias
         if self.lora_B.bias is not None:
-            y = y + (self.lora_B.bias * self.scaling).to(x.dtype)
-        return y
+            return y + (self.lora_B.bias * self.scaling).to(x.dtype)
 
     def updated_weight(self) -> Tensor:
         """Return W + update, [out, in], fp32, differentiable."""
@@ -235,8 +234,7 @@ def wrap(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Return the model's LoRA layers by name."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, LoRALayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
 def merge(model: nn.Module) -> None:

@@ -22,22 +22,16 @@ QUANTIZATION_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 class ModelConfig:
     base_model: str = key("", "folder or Hub name of the base; 'embedded': a small built-in one")
     task: str = key("lm", "predict the next token, or score every step", choices=("lm", "score"))
-    init_from: str = key(
-        "", "start from a checkpoint, artifact or adapter; 'scratch': random weights", metavar="DIR"
-    )
+    init_from: str = key("", "weights to start from; 'scratch': random ones", metavar="DIR")
     add_special_tokens: list[str] = key([], "tokens to add; with LoRA also set modules_to_save")
     head_dropout: float = key(0.0, "dropout inside the score head", low=0.0, high=0.9)
-    head_tokens: list[str] = key(
-        [], "two tokens, good and bad: the score head starts from their rows of the output layer"
-    )
+    head_tokens: list[str] = key([], "two tokens, good and bad, that the score head starts from")
     score_loss: str = key("mse", "squared error or binary cross entropy", choices=("mse", "bce"))
 
 
 @dataclass
 class DataConfig:
-    train_data: list[str] = key(
-        [], "files, hf://datasets/OWNER/NAME/PATH or arithmetic:SPLIT:COUNT", metavar="FILE"
-    )
+    train_data: list[str] = key([], "files, or hf://datasets/OWNER/NAME/PATH", metavar="FILE")
     data_weights: list[float] = key([], "weight of each file of train_data in a step", above=0)
     eval_data: list[str] = key([], "held-out files, in place of eval_fraction", metavar="FILE")
     eval_fraction: float = key(0.1, "share of the prompts to hold out", above=0, high=0.9)
@@ -46,9 +40,7 @@ class DataConfig:
     label_max: float = key(1.0, "the files' labels, 0 to label_max, are divided by it", above=0)
     prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for causal models")
     step_format: str = key("{step}\n", "how a step is written, with {step}, {number} and {marker}")
-    step_marker: str = key(
-        "", "token after every step, at which its score is read; default: the step's last token"
-    )
+    step_marker: str = key("", "token after every step, at which its score is read")
     max_steps_per_example: int | None = key(None, "read only the first N steps of a chain", low=1)
     neutral_label: float = key(0.5, "label of PRM800K's rating 0, no progress", low=0.0, high=1.0)
     use_prm800k: bool = key(False, "train on PRM800K, the file prm800k_path")
@@ -60,9 +52,7 @@ class DataConfig:
     use_reveal: bool = key(False, "evaluate on REVEAL (reveal_path); its owners permit no training")
     reveal_path: str = key("", "reveal_eval.csv or reveal_open.csv")
     reveal_weight: float = key(1.0, "weight of REVEAL beside data_weights", above=0)
-    reveal_columns: dict[str, str] = key(
-        {}, "REVEAL's columns that have other names in your file", choices=REVEAL_COLUMNS
-    )
+    reveal_columns: dict[str, str] = key({}, "REVEAL's columns, if renamed", choices=REVEAL_COLUMNS)
     reveal_train_i_have_permission: bool = key(False, "train on REVEAL with its owners' permission")
 
     @property
@@ -104,21 +94,15 @@ class DataConfig:
 class LoraConfig:
     lora_r: int = key(16, "rank of the update; 0: only the score head is trained", low=0)
     lora_alpha: float = key(32, "the update is scaled by lora_alpha / lora_r", above=0)
-    lora_dropout: float = key(
-        0.0, "dropout on the input of A; 0.05 costs a quarter of the speed", low=0.0, high=0.9
-    )
-    target_modules: list[str] = key(
-        ["all-linear"], "layers by name ending or regular expression; all-linear: all but the head"
-    )
+    lora_dropout: float = key(0.0, "dropout on the input of A; it costs speed", low=0.0, high=0.9)
+    target_modules: list[str] = key(["all-linear"], "name endings or regular expressions of layers")
     modules_to_save: list[str] = key([], "modules trained in full, as lm_head", metavar="MODULE")
     use_rslora: bool = key(False, "scale the update by lora_alpha / sqrt(lora_r)")
     use_dora: bool = key(False, "DoRA: also train the magnitude of each row of a weight")
     rank_pattern: dict[str, int] = key({}, "name endings -> a rank of their own, as in PEFT", low=1)
     alpha_pattern: dict[str, float] = key({}, "name endings -> an alpha of their own", above=0)
     loraplus_lr_ratio: float = key(1.0, "learning rate of B over that of A; LoRA+ uses 16", above=0)
-    load_in_4bit: bool = key(
-        False, "QLoRA: quantise the base to 4 bits (or USE_BNB_QUANT in the environment)"
-    )
+    load_in_4bit: bool = key(False, "QLoRA: quantise the base to 4 bits (or USE_BNB_QUANT)")
     bnb_4bit_quant_type: str = key("nf4", "data type of the 4-bit weights", choices=("nf4", "fp4"))
     bnb_4bit_use_double_quant: bool = key(True, "also quantise the scales of the blocks")
     bnb_4bit_compute_dtype: str = key("bfloat16", "dtype of 4-bit layers' products", choices=DTYPES)
@@ -127,9 +111,7 @@ class LoraConfig:
 @dataclass
 class TrainingConfig:
     learning_rate: float = key(2e-5, "peak learning rate", above=0)
-    batch_size: int = key(
-        4, "a micro-batch has up to N x max_length tokens; auto: 4 or fewer", low=1, word="auto"
-    )
+    batch_size: int = key(4, "up to N x max_length tokens a micro-batch", low=1, word="auto")
     gradient_accumulation_steps: int = key(4, "a step is batch_size x N examples", low=1)
     max_steps: int | None = key(None, "optimizer steps; default: num_train_epochs, or 10000", low=1)
     num_train_epochs: float | None = key(None, "passes over the data, up to max_steps", above=0)
@@ -140,7 +122,7 @@ class TrainingConfig:
     skip_nonfinite: int = key(0, "skip up to N steps whose loss or gradient is not finite", low=0)
     weight_decay: float = key(0.0, "weight decay of AdamW", low=0.0)
     optimizer: str = key(
-        "adamw", "8 bits: bitsandbytes' AdamW", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")
+        "adamw", "AdamW variant", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")
     )
     adam_beta2: float = key(0.999, "beta2; lower it to train from scratch", low=0.0, high=0.9999)
     seed: int = key(42, "for initial weights, data order and dropout", low=0, high=2**63 - 1)
@@ -150,9 +132,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = key(False, "recompute activations: less memory, a third slower")
     offload_activations: bool = key(False, "keep activations in main memory, not in the GPU's")
     compile: bool = key(False, "torch.compile each layer; the first steps are slow")
-    device: str = key(
-        "auto", "where to run (or DEVICE_PREFERENCE)", choices=("auto", "cuda", "mps", "cpu")
-    )
+    device: str = key("auto", "or DEVICE_PREFERENCE", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = key("auto", "dtype to compute in", choices=("auto", *DTYPES))
 
 

@@ -25,8 +25,7 @@ def cache_folder() -> Path:
     """Return PLAINLORA_CACHE, or else plainlora/ in the user's cache folder."""
     if os.environ.get("PLAINLORA_CACHE"):
         return Path(os.environ["PLAINLORA_CACHE"])
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(user_cache) / "plainlora"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainlora"
 
 
 def digest(*parts) -> str:

@@ -20,8 +20,7 @@ def read_data(config: Config) -> tuple[list[Example], list[Example]]:
     if data.eval_data:
         return training, read(data.eval_paths, task, data)
     training, held_out = split_by_prompt(training, data.eval_fraction)
-    only_evaluated = read(data.only_evaluated, task, data, len(data.train_paths))
-    return training, held_out + only_evaluated
+    return training, held_out + read(data.only_evaluated, task, data, len(data.train_paths))
 
 
 def split_by_prompt(

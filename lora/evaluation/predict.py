@@ -66,8 +66,7 @@ def outputs_at_targets(
         run_model(batches[-1])
 
     task.train(training)
-    counts = [batch.num_targets for batch in batches]
-    return gather_in_order(local_outputs, counts, device).cpu()
+    return gather_in_order(local_outputs, [batch.num_targets for batch in batches], device).cpu()
 
 
 def evaluate(run: Run) -> tuple[dict[str, float], list[Batch], Predictions]:

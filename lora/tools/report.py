@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
-import numpy as np
 
 from lora.common.printable_text import printable
 from lora.common.toml_json import read_file
