@@ -3,7 +3,7 @@
 A byte-level BPE, so that any text encodes; its pre-tokenizer is Qwen2's split (digits one by one,
 known to llama.cpp as "qwen2"). The merges are learned on the generated arithmetic and on the plain
 English of the files given; the one that is shipped was made from gsm8k/train.jsonl,
-sgd_chat/train.jsonl and tinyshakespeare/input.txt (README, "The embedded data and base").
+sgd_chat/train.jsonl and tinyshakespeare/input.txt (docs/results.md, "The embedded data and base").
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the README promises of kills and faults, tried: runs are killed, their files damaged, and
+"""What docs/promises.md says of kills and faults: runs are killed, their files damaged, and
 the ends compared.
 
     python benchmarks/reliability.py [--kills 50] [--only kills crash_points ...] [--seed 0]

@@ -1,4 +1,4 @@
-"""Real runs: what the README says of the default commands. A few minutes; `pytest -m slow`."""
+"""Real runs: what docs/results.md says of the default commands. A few minutes; `pytest -m slow`."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_a_random_backbone_with_the_same_budget_does_not(tmp_path):
 
 
 def test_qlora_learns_as_well_as_lora(tmp_path):
-    """Within 0.03 of the 0.928 that the fp32 base reaches (README.md)."""
+    """Within 0.03 of the 0.928 that the fp32 base reaches (docs/results.md)."""
     call("train_lora.py", "--load_in_4bit", "--output_dir", tmp_path, "--experiment_name", "run")
     assert results(tmp_path / "run")["best"]["r2"] >= 0.90
 
