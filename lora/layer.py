@@ -99,7 +99,8 @@ class LoRALinear(LoRALayer):
             bias = 0 if self.base_layer.bias is None else self.base_layer.bias
             y = (y - bias + update) * self.dora_scale().to(x.dtype) + bias
         if self.lora_B.bias is not None:
-            return y + (self.lora_B.bias * self.scaling).to(x.dtype)
+            y = y + (self.lora_B.bias * self.scaling).to(x.dtype)
+        return y
 
     def updated_weight(self) -> Tensor:
         """Return W + update, [out, in], fp32, differentiable."""
@@ -109,8 +110,7 @@ class LoRALinear(LoRALayer):
     def dora_scale(self) -> Tensor:
         """Return, for each row of W + update, its trained length / its norm, [out]."""
         with torch.no_grad():
-            row_lengths = self.updated_weight().norm(dim=1)
-        return self.lora_magnitude_vector / row_lengths
+            return self.lora_magnitude_vector / self.updated_weight().norm(dim=1)
 
     def merged_weight(self) -> Tensor:
         """Return the weight with the update and DoRA's lengths, [out, in], fp32, differentiable."""

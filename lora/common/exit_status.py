@@ -53,8 +53,7 @@ class RunStatus:
         if self.run_dir is None:
             return False
         try:
-            status = json.loads((self.run_dir / "status.json").read_bytes())
-            return status["exit"] is not None
+            return json.loads((self.run_dir / "status.json").read_bytes())["exit"] is not None
         except (OSError, ValueError):
             return False
 

@@ -53,8 +53,7 @@ def cache_key(config: Config, sums: dict[str, str | None]) -> str:
     chosen = sorted((name, value) for name, value in settings.items() if name not in NOT_IN_KEY)
     counts = (len(data.train_paths), len(data.eval_data))
     suffixes = [Path(path.lower()).suffixes for path in paths]  # they choose the reader
-    contents = [sums[path] or path for path in paths]
-    return digest(chosen, counts, suffixes, *contents, *CODE)
+    return digest(chosen, counts, suffixes, *[sums[path] or path for path in paths], *CODE)
 
 
 class RawData:
