@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
-import numpy as np
 
 from lora.common.printable_text import printable
 from lora.common.toml_json import read_file
@@ -80,6 +79,8 @@ def describe_method(config: Mapping) -> str:
 
 def held_out_size(folder: Path, step: int, task: str) -> str:
     """Return how many sequences and targets were evaluated at a step."""
+    import numpy as np
+
     from lora.evaluation.example_losses import SUBFOLDER  # imports torch
 
     path = folder / SUBFOLDER / f"step_{step}.npz"
