@@ -83,8 +83,8 @@ def verdict(report: dict) -> str:
 
 def aligned(rows: Table) -> Iterator[str]:
     """Yield the lines of a table of at most MAX_COLUMNS; a long name has a line of its own."""
-    cell_width = max(len(cell) for row in rows for cell in row[1:])
-    most_cells = max(len(row) for row in rows) - 1
+    cell_width = max(max(map(len, row[1:])) for row in rows)
+    most_cells = max(map(len, rows)) - 1
     longest_name = MAX_COLUMNS - most_cells * (cell_width + 2)
     names = [row[0] for row in rows if len(row[0]) <= longest_name]
     name_width = max(map(len, names))

@@ -7,7 +7,6 @@ from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, ModelConfig
 from lora.data.data_summary import describe_data
 from lora.data.readers import read
-from lora.data.row_display import row_as_text
 
 KEYS = ("base_model", "task", "max_length", "label_max")
 
@@ -28,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
     import torch
     from transformers import AutoModel
 
+    from lora.data.row_display import row_as_text
     from lora.data.token_cache import tokenise_examples
     from lora.data.tokenise import tokenise
     from lora.model.weights import load_shape

@@ -223,7 +223,7 @@ def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chat
         and facts["targets"] == (rows.targets != NO_TOKEN).sum()
     )
     line = data_summary.describe_data("train", facts)
-    assert f"{facts['cut']} (" in line and "cut off at max_length" in line
+    assert f"{facts['cut']} examples (" in line and "cut off at max_length" in line
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):

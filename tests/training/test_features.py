@@ -205,4 +205,4 @@ def test_a_dry_run_counts_one_pass_over_the_data(configure, monkeypatch, capsys,
     )
     assert status == 0 and "4000 steps of 8 examples" in said, errors
     # 8 steps with one every 3: later ones take next to no time
-    assert "for each of 4 evaluations" in said
+    assert "and 4 evaluations of" in said
