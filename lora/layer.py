@@ -110,7 +110,8 @@ class LoRALinear(LoRALayer):
     def dora_scale(self) -> Tensor:
         """Return, for each row of W + update, its trained length / its norm, [out]."""
         with torch.no_grad():
-            return self.lora_magnitude_vector / self.updated_weight().norm(dim=1)
+            row_lengths = self.updated_weight().norm(dim=1)
+        return self.lora_magnitude_vector / row_lengths
 
     def merged_weight(self) -> Tensor:
         """Return the weight with the update and DoRA's lengths, [out, in], fp32, differentiable."""

@@ -5,5 +5,4 @@ import hashlib
 
 def seed_for(*parts: object) -> int:
     """Return a 63-bit seed that depends on every part: `seed_for(seed, "order", epoch)`."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

@@ -122,7 +122,7 @@ class TrainingConfig:
     skip_nonfinite: int = key(0, "skip up to N steps whose loss or gradient is not finite", low=0)
     weight_decay: float = key(0.0, "weight decay of AdamW", low=0.0)
     optimizer: str = key(
-        "adamw", "AdamW variant", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")
+        "adamw", "8 bits: bitsandbytes' AdamW", choices=("adamw", "adamw_8bit", "paged_adamw_8bit")
     )
     adam_beta2: float = key(0.999, "beta2; lower it to train from scratch", low=0.0, high=0.9999)
     seed: int = key(42, "for initial weights, data order and dropout", low=0, high=2**63 - 1)

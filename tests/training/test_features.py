@@ -127,7 +127,7 @@ def test_what_is_saved_is_the_head_and_it_is_evaluated_merged_and_compared(
     said = capsys.readouterr().out
     assert (
         "base model weights unchanged: " in said
-        and "targets are kept, in 0.000 GB of main memory" in said
+        and "targets are computed once and kept in 0.000 GB of main memory" in said
     )
     artifact, merged = folder / "final_artifact", tmp_path / "merged"
     for saved in (artifact, folder / "checkpoints" / "checkpoint_step_12"):
