@@ -59,7 +59,7 @@ def test_the_default_run_in_a_folder_with_another_train_py(environment, tmp_path
         "--config shakespeare_char.toml --train_data text.txt --max_steps 1 --eval_steps 1"
     )
     shutil.copy(ROOT / "assets" / "samples" / "text.txt", tmp_path)
-    shown = run_in(tmp_path, environment, f"plainlora train {character_model}")
+    shown = run_in(tmp_path, environment, f"plainlora train {flags}")
     assert "shakespeare_char.toml" in shown and "assets/char" in shown
 
 
