@@ -55,9 +55,7 @@ def test_the_default_run_in_a_folder_with_another_train_py(environment, tmp_path
     (run,) = (tmp_path / "outputs").iterdir()
     assert (run / "final_artifact" / "metadata.json").is_file()
     # A configuration and a base of the package are found by their names.
-    character_model = (
-        "--config shakespeare_char.toml --train_data text.txt --max_steps 1 --eval_steps 1"
-    )
+    flags = "--config shakespeare_char.toml --train_data text.txt --max_steps 1 --eval_steps 1"
     shutil.copy(ROOT / "assets" / "samples" / "text.txt", tmp_path)
     shown = run_in(tmp_path, environment, f"plainlora train {flags}")
     assert "shakespeare_char.toml" in shown and "assets/char" in shown
