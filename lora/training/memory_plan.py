@@ -4,6 +4,8 @@ A step on the longest rows is run with tensors that have shapes and no contents 
 this works where the run itself would not fit.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 import logging
 import mmap
 from pathlib import Path
@@ -113,6 +115,22 @@ def weight_bytes(task: Task, num_shards: int) -> int:
     return total
 
 
+@contextmanager
+def plain_4bit_weights(task: nn.Module) -> Iterator[None]:
+    """Give 4-bit weights the type Parameter in the block; torch 2.11 counts no other type.
+
+    A weight keeps the attributes that say how it is quantised.
+    """
+    types = [(weight, type(weight)) for weight in task.parameters()]
+    for weight, _ in types:
+        weight.__class__ = nn.Parameter
+    try:
+        yield
+    finally:
+        for weight, own_type in types:
+            weight.__class__ = own_type
+
+
 def count_step(run: Run) -> tuple[int, int]:
     """Run the largest step without contents; return the most bytes that it and its head hold."""
     task = run.task
@@ -130,7 +148,7 @@ def count_step(run: Run) -> tuple[int, int]:
             if type(tensor) in (Tensor, nn.Parameter):
                 fake = fake_mode.from_tensor(tensor.detach()).to(run.device)
                 fakes[name] = fake.requires_grad_(tensor.requires_grad)
-        with counter:
+        with counter, plain_4bit_weights(task):
             try:
                 for batch in run.data.largest_batches():
                     batch = batch.to(run.device)
