@@ -374,7 +374,7 @@ def crash_at(folder, point, report, rank):
     sys.addaudithook(hook)
 
 
-def damaged_checkpoints(bench, flips=200, truncations=50):
+def damaged_checkpoints(bench, stride):
     """A flipped bit, or a file cut short, in the newest checkpoint: `auto` takes the one before, by
     name it is refused.
     """
@@ -388,6 +388,7 @@ def damaged_checkpoints(bench, flips=200, truncations=50):
     flags = bench.flags("lora", name)
     by_name = [str(newest) if flag == "auto" else flag for flag in flags]
     passed = 0
+    flips, truncations = math.ceil(200 / stride), math.ceil(50 / stride)
     for i in range(flips + truncations):
         path = bench.draw.choice(files)
         content = path.read_bytes()
@@ -403,15 +404,15 @@ def damaged_checkpoints(bench, flips=200, truncations=50):
     return flips + truncations, passed, f"{flips} flipped bits, {truncations} truncations"
 
 
-def full_disk(bench, sizes=20):
+def full_disk(bench, stride):
     """No file may grow beyond a size any more (RLIMIT_FSIZE) once the first checkpoint is there:
     exit 4, which verifies.
     """
-    passed = 0
+    passed, sizes = 0, math.ceil(20 / stride)
     largest = max(len(content) for content in bench.reference("lora")[0].values())
     for i in range(sizes):
         name = bench.name()
-        limit = 8192 + (largest - 8193) * i // (sizes - 1)  # what a run prints has room
+        limit = 8192 + (largest - 8193) * i // max(1, sizes - 1)  # what a run prints has room
         statuses = bench.run("lora", name, partial(limit_files, limit))
         passed += statuses == [4] and bool(bench.whole(name)) and bench.finish("lora", name)
     return (
@@ -656,7 +657,7 @@ def main():
         "--stride",
         type=int,
         default=1,
-        help="every N-th of the crash points, resumes, signals and lost processes",
+        help="an N-th of the crash points, resumes, signals, lost processes and faults of a disk",
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
@@ -671,6 +672,8 @@ def main():
         "resumes": [arguments.stride],
         "signals": [arguments.stride],
         "lost_process": [arguments.stride],
+        "damaged_checkpoints": [arguments.stride],
+        "full_disk": [arguments.stride],
     }
     rows, failed = ["| what was tried | passed | | seconds |", "|---|---|---|---|"], 0
     for part in arguments.only:

@@ -1,11 +1,8 @@
 """The worked examples of CONTRIBUTING.md, taken out of the page and run as they stand there."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,14 +13,9 @@ from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.paths import ROOT
 from tests.conftest import script
 from tests.model.test_families import GROUPED
+from tests.processes import run_programs
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
-EACH = """
-import json, runpy, sys
-for _, *command in json.loads(sys.argv[1]):
-    sys.argv = command[1:] if command[0] == "-m" else command
-    (runpy.run_module if command[0] == "-m" else runpy.run_path)(sys.argv[0], run_name="__main__")
-"""  # in one process: torch is loaded once
 DIALOGUES = [{"dialogue": [f"What is {n} and {n}?", f"It is {2 * n}."]} for n in range(40)]
 
 
@@ -73,12 +65,7 @@ def changed(tmp_path, section):
         else:
             assert not (tmp_path / path[0]).exists()
             (tmp_path / path[0]).write_text(body)
-    done = subprocess.run(
-        [sys.executable, "-c", EACH, json.dumps(commands(section))], cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_programs([words for _, *words in commands(section)], tmp_path)
 
 
 def test_a_new_data_format_is_a_file_and_its_name(tmp_path):

@@ -76,7 +76,8 @@ def test_all_modules_help_and_two_steps_work_without_what_only_posix_has(tmp_pat
     chat = [{"role": "user", "content": "naïve"}, {"role": "assistant", "content": "文"}]
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps({"messages": chat}, ensure_ascii=False), encoding="utf-8")
-    short = ["--max_steps=2", "--batch_size=2", "--max_eval_batches=1", "--device=cpu"]
+    short = ["--config=tiny_lora.toml", "--train_data=arithmetic:train:40", "--max_steps=2"]
+    short += ["--batch_size=2", "--max_eval_batches=1", "--device=cpu"]
     commands = [[script, "--help"] for script in SCRIPTS]
     commands += [
         ["train_lora.py", *short, f"--output_dir={tmp_path}", "--experiment_name=run"],

@@ -115,7 +115,13 @@ def test_a_head_alone_passes(configure, lines):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"load_in_4bit": True, "task": "lm"}, {"optimizer": "adamw_8bit"}], ids=str
+    "settings",
+    [
+        # In bfloat16, which many CPUs only emulate, this takes half a minute.
+        {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32", "task": "lm"},
+        {"optimizer": "adamw_8bit"},
+    ],
+    ids=["4-bit base", "8-bit optimizer"],
 )
 def test_4_bit_bases_and_8_bit_optimizers_pass_on_the_embedded_base(configure, lines, settings):
     found = lines(configure(True, base_model="embedded", learning_rate=2e-3, **settings))

@@ -1,12 +1,10 @@
 """The core stands without its annexes: without them it still trains, resumes and saves."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 from lora.common.paths import ROOT
+from tests.processes import run_programs
 
 ANNEXES = (
     "tools",
@@ -16,13 +14,6 @@ ANNEXES = (
     "training/trackers.py",
     "evaluation/retrieval.py",
 )
-RUN_ALL = """
-import json, runpy, sys
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
-    print("\\nloaded:", " ".join(name for name in sys.modules if name.startswith("lora")))
-"""  # in one process, so that torch is loaded once
 
 
 def test_both_default_commands_and_a_resume_run_without_the_annexes(tmp_path):
@@ -43,14 +34,7 @@ def test_both_default_commands_and_a_resume_run_without_the_annexes(tmp_path):
         ["train_lora.py", *short, "--experiment_name=lora"],
         ["train_lora.py", f"--resume_from={checkpoint}", "--max_steps=3"],
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL, json.dumps(commands)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_programs(commands, tmp_path)
     results = (tmp_path / "outputs" / "lora" / "logs" / "final_results.json").read_text()
     assert json.loads(results)["last"]["step"] == 3
     assert (tmp_path / "outputs" / "full" / "final_artifact" / "backbone").is_dir()

@@ -22,7 +22,7 @@ from lora.common.paths import ROOT
 from lora.layer import lora_layers, merge
 from lora.model.task import Task
 import merge as merging
-from tests.conftest import run
+from tests.conftest import run, script
 
 
 def call(*arguments, cwd=ROOT):
@@ -42,20 +42,16 @@ def call(*arguments, cwd=ROOT):
             ["train.py", "--base_model=/no/such", "--train_data=arithmetic:train:9"],
             "base_model /no/such: no such folder",
         ),
-        (
-            ["train_lora.py", "--lora_r=999"],
-            "lora_r = 999: expected 1..128, for which the largest layer has room.",
-        ),
         (["eval.py"], "nothing to evaluate"),
         (["merge.py", "--adapter=x", "--output=tests"], "--output tests exists"),
     ],
 )
 def test_a_users_mistake_is_one_line_exit_2_and_nothing_written(arguments, message, tmp_path):
-    script, *flags = arguments
+    program, *flags = arguments
     done = (
-        call(ROOT / script, *flags, cwd=tmp_path)
+        call(ROOT / program, *flags, cwd=tmp_path)
         if "--output=tests" not in flags
-        else call(script, *flags)
+        else call(program, *flags)
     )
     assert (
         done.returncode == 2
@@ -65,13 +61,22 @@ def test_a_users_mistake_is_one_line_exit_2_and_nothing_written(arguments, messa
     assert not any(tmp_path.iterdir())
 
 
+def test_a_rank_that_no_layer_has_room_for_is_one_line(monkeypatch, capsys, tmp_path):
+    flags = ["--base_model=embedded", "--task=score", "--train_data=arithmetic:train:9"]
+    flags += ["--max_length=512", "--lora_r=999", f"--output_dir={tmp_path / 'out'}"]
+    status, _, errors = script(monkeypatch, capsys, ROOT / "train_lora.py", *flags)
+    expected = "error: lora_r = 999: expected 1..128, for which the largest layer has room.\n"
+    assert status == 2 and errors == expected
+    assert not any(tmp_path.iterdir())
+
+
 def test_flags_and_data_are_checked_before_torch_is_loaded():
     run_script = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     blocked = f"import sys, runpy; sys.modules['torch'] = None; {run_script}"
-    for script in ("train.py", "train_lora.py"):
-        done = call("-c", blocked, script, "--base_model=embedded", "--train_data=/nowhere.jsonl")
+    for program in ("train.py", "train_lora.py"):
+        done = call("-c", blocked, program, "--base_model=embedded", "--train_data=/nowhere.jsonl")
         assert done.returncode == 2 and "No such file" in done.stderr
-        assert call("-c", blocked, script, "--help").returncode == 0
+        assert call("-c", blocked, program, "--help").returncode == 0
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(configure, monkeypatch):
@@ -339,13 +344,13 @@ def test_the_embedded_base_is_small():
     assert sum(sizes.values()) <= 2.4e6 and sum(p.stat().st_size for p in folder.iterdir()) <= 5e6
 
 
-@pytest.mark.parametrize("script", ["eval.py", "merge.py"])
-def test_what_runs_in_one_process_says_so_under_torchrun(script):
+@pytest.mark.parametrize("program", ["eval.py", "merge.py"])
+def test_what_runs_in_one_process_says_so_under_torchrun(program):
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
     done = subprocess.run(
-        [sys.executable, script], cwd=ROOT, capture_output=True, text=True, env=environment
+        [sys.executable, program], cwd=ROOT, capture_output=True, text=True, env=environment
     )
     assert (
         done.returncode == 2
-        and done.stderr == f"error: {script} runs in one process; call it without torchrun.\n"
+        and done.stderr == f"error: {program} runs in one process; call it without torchrun.\n"
     )

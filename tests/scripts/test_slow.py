@@ -25,17 +25,12 @@ def results(folder):
     return json.loads((folder / "logs" / "final_results.json").read_text())
 
 
-@pytest.mark.parametrize("script", ["train_lora.py", "train.py"])
-def test_the_default_run_learns_to_check_arithmetic_it_has_never_seen(script, tmp_path):
-    call(script, "--output_dir", tmp_path, "--experiment_name", "run")
+def test_the_default_run_learns_to_check_arithmetic_it_has_never_seen(tmp_path):
+    call("train_lora.py", "--output_dir", tmp_path, "--experiment_name", "run")
     best = results(tmp_path / "run")["best"]
     assert best["r2"] >= 0.90 and results(tmp_path / "run")["peak_memory_gb"] < 1.5
-    assert (
-        json.loads((tmp_path / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()[0])[
-            "val/r2"
-        ]
-        < 0.1
-    )
+    metrics = (tmp_path / "run" / "logs" / "train_metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics[0])["val/r2"] < 0.1
     out = tmp_path / "test.json"
     checkpoint = tmp_path / "run" / "final_artifact"
     call(
@@ -44,23 +39,18 @@ def test_the_default_run_learns_to_check_arithmetic_it_has_never_seen(script, tm
     assert abs(json.loads(out.read_text())["r2"] - best["r2"]) <= 0.03
 
 
-def test_a_random_backbone_with_the_same_budget_does_not(tmp_path):
-    call(
-        "train_lora.py",
-        "--init_from",
-        "scratch",
-        "--output_dir",
-        tmp_path,
-        "--experiment_name",
-        "run",
-    )
+@pytest.mark.parametrize(
+    "command", [["train.py"], ["train_lora.py", "--load_in_4bit"]], ids=["full", "qlora"]
+)
+def test_a_fourth_of_it_is_enough_for_all_weights_and_for_a_4_bit_base(command, tmp_path):
+    call(*command, "--max_steps=200", "--output_dir", tmp_path, "--experiment_name", "run")
+    assert results(tmp_path / "run")["best"]["r2"] >= 0.80
+
+
+def test_it_is_not_enough_for_a_random_backbone(tmp_path):
+    flags = ["--init_from=scratch", "--max_steps=200"]
+    call("train_lora.py", *flags, "--output_dir", tmp_path, "--experiment_name", "run")
     assert results(tmp_path / "run")["best"]["r2"] < 0.3
-
-
-def test_qlora_learns_as_well_as_lora(tmp_path):
-    """Within 0.03 of the 0.928 that the fp32 base reaches (docs/results.md)."""
-    call("train_lora.py", "--load_in_4bit", "--output_dir", tmp_path, "--experiment_name", "run")
-    assert results(tmp_path / "run")["best"]["r2"] >= 0.90
 
 
 @pytest.mark.skipif(

@@ -23,7 +23,7 @@ from lora.model.task import Task
 from lora.training.base_integrity import warn_other_base
 from lora.training.cached_features import cache_features
 from tests.conftest import run, script
-from tests.distributed.test_distributed import finish, torchrun
+from tests.distributed.test_distributed import run_of
 from tests.training.test_resume import metrics
 import train
 
@@ -189,11 +189,7 @@ def test_stages_before_and_after_a_head_alone(configure, tmp_path):
 def test_two_processes_share_the_work_and_have_the_features_of_one(configure, tmp_path):
     settings = dict(lora_r=0, learning_rate=1e-3, max_steps=6)
     one = run(configure(True, name="one", batch_size=4, gradient_accumulation_steps=2, **settings))
-    finish(
-        torchrun(
-            "train_lora.py", configure(True, name="two", batch_size=2, **settings), 2, tmp_path
-        )
-    )
+    run_of(2, configure(True, name="two", batch_size=2, **settings), tmp_path)
     for first, second in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         assert first == pytest.approx(second, rel=1e-5, abs=1e-6)
 
