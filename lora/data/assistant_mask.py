@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora.common.errors import UserError
 from lora.data.chat_template import Chat, Piece, Span
+from lora.data.examples import Example
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,33 @@ class TurnFormat:
     prompt_leads_to_answer: bool = False  # the generation prompt is all that precedes an answer
 
 
-def chat_pieces(
-    where: str, messages: list[dict], tools: list | None, tokenizer: Tokenizer
-) -> list[Piece]:
+def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], int]:
     """Render a chat, with spans for what the assistant says and what ends its turns.
 
     The pieces together are the template's own render. Only where the template ends the last turn
     without any special token, an end token is added. Raises UserError.
+
+    Returns:
+        The pieces, and the number of messages whose reasoning the template does not print.
     """
-    chat = Chat(where, messages, tools, tokenizer)
+    chat = Chat(example.where, example.messages, example.tools, tokenizer)
     turn_format = turn_format_of(tokenizer, tokenizer.chat_template)
-    turns = assistant_spans(chat, turn_format)
-    spans = [with_ending(chat, span, turn_format.ending) for span in turns]
+    turns = chat.assistant_turns()
+    spans = [with_ending(chat, span, turn_format) for span in assistant_spans(chat, turn_format)]
     text = chat.text
     start, end = spans[-1]
     ends_with_assistant = chat.messages[-1]["role"] == "assistant"
     if ends_with_assistant and tokenizer.eos_token and not chat.specials.search(text, start):
         text = text[:end] + tokenizer.eos_token
         spans[-1] = (start, len(text))
-    return chat.split(text, spans)
+
+    weighted_spans = []
+    for i, (start, end) in zip(turns, spans):
+        weight = example.message_weights[i] if example.message_weights else 1.0
+        if weight > 0:
+            weighted_spans.append((start, end, weight))
+    num_unprinted = sum(chat.reasoning(i) not in chat.text for i in turns)
+    return chat.split(text, weighted_spans), num_unprinted
 
 
 @lru_cache(maxsize=8)
@@ -51,13 +60,16 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
     try:
         chat = Chat("a chat of two turns", turn + turn, None, tokenizer)
         spans = marked_spans(chat, [1, 3])
-        prompt = chat.render(turn[:1], add_generation_prompt=True)
+        prompts = [
+            chat.render(before, add_generation_prompt=True)
+            for before in (turn[:1], turn + turn[:1])
+        ]
     except UserError:  # the template refuses such a chat
         spans = None
     if spans is None:
         return TurnFormat()
 
-    (first_start, first_end), (_, last_end) = spans
+    (_, first_end), (_, last_end) = spans
     token_or_character = re.compile(f"{chat.specials.pattern}|.", re.DOTALL)
     after_first = token_or_character.findall(chat.text, first_end)
     after_last = token_or_character.findall(chat.text, last_end)
@@ -66,20 +78,25 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
         if unit != unit_after_last:
             break
         ending += unit
-    between = chat.text[len(prompt) : first_start]
-    prompt_leads_to_answer = chat.text.startswith(prompt) and not between.strip()
+    prompt_leads_to_answer = True
+    for prompt, (start, _) in zip(prompts, spans):
+        between = chat.text[len(prompt) : start]
+        if not chat.text.startswith(prompt) or between.strip():
+            prompt_leads_to_answer = False
     return TurnFormat(ending.rstrip(), prompt_leads_to_answer)
 
 
 def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:
     """Return the span of each of the assistant's turns in `chat.text`. Raises UserError."""
-    turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    turns = chat.assistant_turns()
     plain_turns = [i for i in turns if not chat.reasoning(i) and not chat.tool_calls(i)]
     plain_spans = marked_spans(chat, plain_turns) or []
     span_of_turn = dict(zip(plain_turns, plain_spans))
     for i in turns:
         if i not in plain_turns:
             span_of_turn[i] = prompted_span(chat, i, turn_format) or answer_span(chat, i)
+        elif i in span_of_turn and not turn_format.prompt_leads_to_answer:
+            span_of_turn[i] = from_prompt(chat, i, span_of_turn[i])
         if span_of_turn.get(i) is None:
             template = f"the chat template of {chat.tokenizer.name_or_path}"
             raise chat.error(f"message {i + 1}: where {template} writes it cannot be told")
@@ -120,6 +137,20 @@ def spans_between_marks(text: str, begin: str, end: str) -> list[Span]:
     return spans
 
 
+def from_prompt(chat: Chat, i: int, span: Span) -> Span:
+    """Extend turn i back to the end of its generation prompt, where that leads up to it.
+
+    What stands between them the model has to write itself, as gpt-oss's name of a channel.
+    """
+    start, end = span
+    earlier = chat.messages[:i]
+    prompt = chat.render(earlier, add_generation_prompt=True)
+    has_prompt = prompt != chat.render(earlier) and chat.text.startswith(prompt)
+    if has_prompt and len(prompt) < start and chat.text[len(prompt) : start].strip():
+        return len(prompt), end
+    return span
+
+
 def prompted_span(chat: Chat, i: int, turn_format: TurnFormat) -> Span | None:
     """Return turn i from the end of its generation prompt to its ending, or None if that is not it.
 
@@ -137,8 +168,7 @@ def prompted_span(chat: Chat, i: int, turn_format: TurnFormat) -> Span | None:
     if turn_format.ending:
         end = chat.text.find(turn_format.ending, start)
     else:
-        match = chat.specials.search(chat.text, start)
-        end = match.start() if match else len(chat.text.rstrip())
+        end = end_of_answer(chat, i, start)
     if end < 0:
         return None
 
@@ -146,10 +176,24 @@ def prompted_span(chat: Chat, i: int, turn_format: TurnFormat) -> Span | None:
     for call in calls:
         function = call.get("function") or call
         expected.append(function.get("name", ""))
-    is_complete = all(part in chat.text[start:end] for part in expected)
+    written = chat.text[start:end]
+    is_complete = written.strip() and all(part in written for part in expected)
     if is_complete and ends_before(chat, i + 1, (start, end)):
         return start, end
     return None
+
+
+def end_of_answer(chat: Chat, i: int, start: int) -> int:
+    """Return where the first special token follows the answer of turn i; -1 without an answer.
+
+    Special tokens may stand between reasoning and answer, as those of gpt-oss's channels.
+    """
+    answer = chat.answer(i)
+    answer_start = chat.text.find(answer, start) if answer else -1
+    if answer_start < 0:
+        return -1
+    match = chat.specials.search(chat.text, answer_start + len(answer))
+    return match.start() if match else len(chat.text.rstrip())
 
 
 def ends_before(chat: Chat, i: int, span: Span) -> bool:
@@ -173,10 +217,20 @@ def answer_span(chat: Chat, i: int) -> Span | None:
     return spans[0] if spans else None
 
 
-def with_ending(chat: Chat, span: Span, ending: str) -> Span:
-    """Extend a span by what ends its turn: `ending`, or else a special token that follows."""
+def with_ending(chat: Chat, span: Span, turn_format: TurnFormat) -> Span:
+    """Extend a span by what ends its turn: the format's ending, or a special token that follows.
+
+    Raises UserError where the format has an ending and neither is there: a model that does not
+    learn to end its turn does not stop.
+    """
     start, end = span
+    ending = turn_format.ending
     if ending and chat.text.startswith(ending, end):
         return start, end + len(ending)
     match = re.compile(rf"\s*(?:{chat.specials.pattern})").match(chat.text, end)
+    if ending and not match:
+        template = f"the chat template of {chat.tokenizer.name_or_path}"
+        raise chat.error(
+            f"{template} does not end a turn with {ending!r} here as it does elsewhere"
+        )
     return start, match.end() if match else end

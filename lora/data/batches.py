@@ -58,7 +58,7 @@ class Rows:
     targets: np.ndarray  # [tokens], int32 with NO_TOKEN, or float32 with NaN
     token_type_ids: np.ndarray  # [tokens], int8
     offsets: np.ndarray  # [rows + 1], int64
-    loss_weights: np.ndarray  # [rows], float32
+    loss_weights: np.ndarray  # [tokens], float32, of the target at this place
     dataset_ids: np.ndarray  # [rows], int16
     features: dict[int, Tensor] | None = None  # row -> cached hidden states [its targets, width]
 
@@ -76,7 +76,8 @@ class Rows:
             targets.extend(row.targets)
             token_type_ids.extend(row.token_type_ids or bytes(len(row.tokens)))
             offsets.append(len(tokens))
-            loss_weights.append(row.loss_weight)
+            target_weights = row.target_weights or [1.0] * len(row.tokens)
+            loss_weights.extend(row.loss_weight * weight for weight in target_weights)
             dataset_ids.append(dataset_id)
         columns = (tokens, targets, token_type_ids, offsets, loss_weights, dataset_ids)
         return cls(*(np.array(column) for column in columns))
@@ -117,7 +118,6 @@ class Rows:
         targets = self.targets[source]
         has_target = is_target(targets) & with_targets
         target_dtype = torch.int64 if targets.dtype == np.int32 else torch.float32
-        loss_weights = np.repeat(self.loss_weights[rows], seq_lens)
         dataset_ids = np.repeat(self.dataset_ids[rows], seq_lens)
         features = None
         if self.features is not None:
@@ -130,7 +130,7 @@ class Rows:
             seq_lens=seq_lens.tolist(),
             target_positions=torch.from_numpy(place[has_target]),
             targets=torch.from_numpy(targets[has_target]).to(target_dtype),
-            loss_weights=torch.from_numpy(loss_weights[has_target]),
+            loss_weights=torch.from_numpy(self.loss_weights[source][has_target]),
             dataset_ids=torch.from_numpy(dataset_ids[has_target]),
             features=features,
         )

@@ -25,6 +25,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # the names tha
 PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]  # characters that nobody should write
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 Span = tuple[int, int]  # from the first character to the one after the last
+WeightedSpan = tuple[int, int, float]  # a span, and the factor of its targets' losses
 
 
 @dataclass(slots=True)
@@ -32,7 +33,7 @@ class Piece:
     """A stretch of text that is tokenised by itself."""
 
     text: str
-    spans: list[Span] = field(default_factory=list)  # characters that are targets
+    spans: list[WeightedSpan] = field(default_factory=list)  # characters that are targets
     literal: bool = False  # special tokens in it are plain text
 
 
@@ -75,10 +76,22 @@ class Chat:
         self.messages = self.without_specials(messages)
         self.tools = self.without_specials(tools)
         self.text = self.render(self.messages)
+        if self.stand_ins:
+            self.require_own_render(messages, tools)
+
+    def require_own_render(self, messages: list[dict], tools: list | None) -> None:
+        """Raise UserError where the template's filters (length, upper, ...) see the stand-ins."""
+        text = self.text
         for special, character in self.stand_ins.items():
-            if f"\\u{ord(character):x}" in self.text:
-                problem = f"escapes what stands for {special}"
-                raise self.error(f"the chat template of {tokenizer.name_or_path} {problem}")
+            text = text.replace(character, special)
+        if text != self.render(messages, tools=tools):
+            written = " and ".join(self.stand_ins)
+            template = f"the chat template of {self.tokenizer.name_or_path}"
+            raise self.error(f"{template} does more than print {written}, which the chat holds")
+
+    def assistant_turns(self) -> list[int]:
+        """Return the indices of the assistant's messages."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
     def without_specials(self, value: Any) -> Any:
         """Replace special tokens by their stand-ins in all texts of lists and dicts."""
@@ -90,13 +103,16 @@ class Chat:
             return [self.without_specials(part) for part in value]
         return value
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[dict], add_generation_prompt: bool = False, tools: list | None = None
+    ) -> str:
+        """Render messages, with the chat's tools where no others are given."""
         template = f"the chat template of {self.tokenizer.name_or_path}"
         try:
             with time_limit(LONGEST_RENDER):
                 text = self.tokenizer.apply_chat_template(
                     messages,
-                    tools=self.tools,
+                    tools=tools or self.tools,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                 )
@@ -131,7 +147,7 @@ class Chat:
     def tool_calls(self, i: int) -> list[dict]:
         return self.messages[i].get("tool_calls") or []
 
-    def split(self, text: str, spans: list[Span]) -> list[Piece]:
+    def split(self, text: str, spans: list[WeightedSpan]) -> list[Piece]:
         """Split `text` so that each special token that somebody wrote is a literal piece."""
         if not self.stand_ins:
             return [Piece(text, spans)]
@@ -141,14 +157,14 @@ class Chat:
         for part in re.split(f"([{''.join(special_of)}])", text):
             end = start + len(part)
             inside = []
-            for span_start, span_end in spans:
+            for span_start, span_end, weight in spans:
                 first = max(span_start, start)
                 last = min(span_end, end)
                 if first < last:
-                    inside.append((first - start, last - start))
+                    inside.append((first - start, last - start, weight))
             if part in special_of:
                 special = special_of[part]
-                inside = [(0, len(special))] if inside else []
+                inside = [(0, len(special), weight) for _, _, weight in inside]
                 pieces.append(Piece(special, inside, literal=True))
             elif part:
                 pieces.append(Piece(part, inside))

@@ -18,6 +18,11 @@ def describe_data(name: str, facts: dict) -> str:
         if facts[key]:
             share = f"{facts[key] / facts['examples']:.1%}"
             parts.append(f"{facts[key]} examples ({share}) {fate}")
+    if facts["unprinted_reasoning"]:
+        count = facts["unprinted_reasoning"]
+        parts.append(
+            f"reasoning of {count} messages left out, which the chat template does not print"
+        )
     if facts.get("labels_left_out"):
         left_out = facts["labels_left_out"]
         parts.append(f"{left_out} labelled steps left out, because they do not fit max_length")

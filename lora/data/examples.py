@@ -15,6 +15,7 @@ class Example:
     where: str  # file:line, for messages to the user
     text: str = ""
     messages: list[dict] = field(default_factory=list)  # {"role", "content", ...}
+    message_weights: list[float] = field(default_factory=list)  # of each message; empty: all 1
     tools: list[dict] | None = None  # what the chat template is given about tools
     prompt: str = ""
     steps: list[str] = field(default_factory=list)
@@ -39,6 +40,7 @@ class Example:
 
 SourceRows = Iterable[tuple[str, dict[str, Any]]]  # file:line, and the row
 Examples = Iterator[Example | str]  # a text says why a row is left out
+BLANK = "a blank message"
 
 
 def string(where: str, name: str, value: Any) -> str:
@@ -52,12 +54,26 @@ def string(where: str, name: str, value: Any) -> str:
     return value
 
 
-def weight(where: str, row: dict[str, Any]) -> float:
+def is_blank(text: Any) -> bool:
+    return text is None or (isinstance(text, str) and not text.strip())
+
+
+def weight(where: str, row: dict[str, Any], key: str = "weight") -> float:
     """Return the row's "weight", the factor of its loss; 1 where it has none. Raises UserError."""
-    value = row.get("weight", 1.0)
+    value = row.get(key, 1.0)
     if type(value) not in (int, float) or not 0 <= value < float("inf"):  # nor a boolean
-        raise UserError(f"{where}: weight {value!r}; expected a number from 0 on.")
+        raise UserError(f"{where}: {key} {value!r}; expected a number from 0 on.")
     return float(value)
+
+
+def refuse_other_training(where: str, row: dict[str, Any]) -> None:
+    """Raise UserError where a conversation comes with what this kind of training cannot use."""
+    if row.get("label") is not None:
+        problem = "a label beside a conversation (as for KTO), and every answer would be learnt"
+        raise UserError(f"{where}: {problem}; keep the good ones and take the key label out.")
+    for key in ("images", "videos", "audio"):
+        if row.get(key):
+            raise UserError(f"{where}: {key}: only text is read; take other rows.")
 
 
 def label(where: str, value: Any, label_max: float) -> float | None:

@@ -17,6 +17,8 @@ HUB = "hf://datasets/"
 LISTED = 10  # bad rows of a file that an error names
 NUMERIC_COLUMNS = ("score", "label", "weight")  # of a table
 PAIR_COLUMNS = ["sentence1", "sentence2", "score"]  # of a table without a header
+# float() would also read 1_6, Arabic digits and "nan"
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 Values = Iterator[tuple[str, Any]]  # file:line, and what should be a row
 
 
@@ -146,7 +148,10 @@ def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
     """Yield rows under the names in the first line, or pairs if it is two texts and a number."""
     csv.field_size_limit(2**31 - 1)  # a cell may hold a document; csv's own limit is 128 KiB
     is_tsv = path.lower().removesuffix(".gz").endswith("tsv")
-    table = csv.reader(file, delimiter="\t" if is_tsv else ",")
+    if is_tsv:  # a quote is a character like any other there
+        table = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        table = csv.reader(file)
     names = None
     for values in table:
         if not values:  # a blank line
@@ -179,8 +184,4 @@ def text_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
 
 
 def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return NUMBER.fullmatch(text.strip()) is not None

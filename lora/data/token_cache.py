@@ -99,12 +99,14 @@ def tokenise_examples(
     """Return the rows of examples, and the facts for `describe_data`. Raises UserError."""
     if any(example.messages for example in examples):
         use_chatml(tokenizer)
-    facts: dict = {"examples": len(examples), "cut": 0, "without_target": 0}
+    facts: dict = dict.fromkeys(("cut", "without_target", "unprinted_reasoning"), 0)
+    facts["examples"] = len(examples)
 
     def rows() -> Iterator[tuple[Row, int]]:
         for example, result in tokenise_in_chunks(examples, tokenizer, causal, config, part):
             facts["cut"] += result.cut
             facts["without_target"] += not result.rows
+            facts["unprinted_reasoning"] += result.unprinted_reasoning
             for row in result.rows:
                 yield row, example.dataset_id
 

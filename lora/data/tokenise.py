@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.assistant_mask import chat_pieces
-from lora.data.chat_template import Piece, Span
+from lora.data.chat_template import Piece, Span, WeightedSpan
 from lora.data.examples import Example
 
 NO_TOKEN = -100
@@ -23,7 +23,8 @@ NO_SCORE = float("nan")
 # Characters of a text that are tokenised at once: few enough that memory stays small, and enough
 # that the tokenizer's threads have work.
 LONGEST_PIECE = 2**20
-Encoded = tuple[list[int], list[bool]]  # the tokens of a piece, and which of them lie in its spans
+# The tokens of a piece, and the factor of the loss of each; 0 outside of its spans.
+Encoded = tuple[list[int], list[float]]
 
 
 @dataclass(slots=True)
@@ -33,7 +34,8 @@ class Row:
     tokens: list[int]
     targets: list[int] | list[float]  # as long as tokens
     token_type_ids: list[int] | None = None  # of an encoder's pair of texts
-    loss_weight: float = 1.0  # factor of its losses
+    target_weights: list[float] | None = None  # factors of its losses, as long as tokens
+    loss_weight: float = 1.0  # another one, of all of them
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class TokenisedExample:
 
     rows: list[Row] = field(default_factory=list)
     cut: bool = False
+    unprinted_reasoning: int = 0  # messages whose reasoning the chat template leaves out
 
 
 def tokenise(
@@ -74,21 +77,28 @@ def tokenise_texts(
     examples: Sequence[Example], tokenizer: Tokenizer, max_length: int
 ) -> list[TokenisedExample]:
     pieces = []
+    unprinted = []
     for example in examples:
+        num_unprinted = 0
         if example.messages:
-            pieces.append(chat_pieces(example.where, example.messages, example.tools, tokenizer))
+            of_example, num_unprinted = chat_pieces(example, tokenizer)
         else:
-            pieces.append([Piece(text) for text in split_text(example.text)])
+            of_example = [Piece(text) for text in split_text(example.text)]
+        pieces.append(of_example)
+        unprinted.append(num_unprinted)
     bos = bos_tokens(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     results = []
-    for example, encoded in zip(examples, encode_groups(pieces, tokenizer)):
-        tokens, mask = [], []
-        for piece_tokens, piece_mask in encoded:
+    encoded_examples = encode_groups(pieces, tokenizer)
+    for example, encoded, num_unprinted in zip(examples, encoded_examples, unprinted):
+        tokens, weights = [], []
+        for piece_tokens, piece_weights in encoded:
             tokens.extend(piece_tokens)
-            mask.extend(piece_mask)
+            weights.extend(piece_weights)
         if example.messages:
-            results.append(chat_row(tokens, mask, max_length))
+            result = chat_row(tokens, weights, max_length)
+            result.unprinted_reasoning = num_unprinted
+            results.append(result)
             continue
         prefix = [] if tokens[:1] == bos else bos
         suffix = [] if tokens[-1:] == eos else eos
@@ -179,15 +189,18 @@ def encode(pieces: list[Piece], tokenizer: Tokenizer) -> list[Encoded]:
         )
         for row, i in enumerate(indices):
             tokens = batch.input_ids[row]
-            mask = [False] * len(tokens)
+            weights = [0.0] * len(tokens)
             if pieces[i].spans:
-                mask = span_mask(batch.offset_mapping[row], pieces[i].spans)
-            results[i] = (tokens, mask)
+                weights = span_weights(batch.offset_mapping[row], pieces[i].spans)
+            results[i] = (tokens, weights)
     return results
 
 
-def span_mask(offsets: list[Span], spans: list[Span]) -> list[bool]:
-    """Return which tokens, of which `offsets` are the characters, share one with the spans."""
+def span_weights(offsets: list[Span], spans: list[WeightedSpan]) -> list[float]:
+    """Return the weight of the span that each token lies in, at least in part; 0 in none.
+
+    `offsets` are the characters of each token.
+    """
     starts = []
     previous_end = 0
     for start, end in offsets:
@@ -195,8 +208,8 @@ def span_mask(offsets: list[Span], spans: list[Span]) -> list[bool]:
         starts.append(start if start < end else previous_end)
         previous_end = end
 
-    mask = [False] * len(offsets)
-    for span_start, span_end in spans:
+    weights = [0.0] * len(offsets)
+    for span_start, span_end, weight in spans:
         inside = []
         for i, (_, end) in enumerate(offsets):
             if starts[i] < span_end and end > span_start:
@@ -204,19 +217,20 @@ def span_mask(offsets: list[Span], spans: list[Span]) -> list[bool]:
         if inside:
             # The offsets of some tokenizers leave blanks out, so all tokens in between count.
             for i in range(inside[0], inside[-1] + 1):
-                mask[i] = True
-    return mask
+                weights[i] = weight
+    return weights
 
 
-def chat_row(tokens: list[int], mask: list[bool], max_length: int) -> TokenisedExample:
-    """Write a chat in one row, cut off at its end; the targets are the tokens in the mask."""
+def chat_row(tokens: list[int], weights: list[float], max_length: int) -> TokenisedExample:
+    """Write a chat in one row, cut off at its end; the targets are the tokens with a weight."""
+    weights = weights[1:max_length]
     targets = []
-    for next_token, is_assistant in zip(tokens[1:max_length], mask[1:max_length]):
-        targets.append(next_token if is_assistant else NO_TOKEN)
+    for next_token, weight in zip(tokens[1:max_length], weights):
+        targets.append(next_token if weight else NO_TOKEN)
     targets.append(NO_TOKEN)
     result = TokenisedExample(cut=len(tokens) > max_length)
-    if any(mask[1:max_length]):
-        result.rows.append(Row(tokens[:max_length], targets))
+    if any(weights):
+        result.rows.append(Row(tokens[:max_length], targets, target_weights=[*weights, 0.0]))
     return result
 
 

@@ -64,12 +64,12 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the special token that a chat is trained to end an answer with, or nothing."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        encoded = encode(chat_pieces("a chat of one turn", chat, None, tokenizer), tokenizer)
+        pieces, _ = chat_pieces(Example("a chat of one turn", messages=chat), tokenizer)
     except UserError:  # the template refuses such a chat
         return set()
     targets = []
-    for tokens, is_target in encoded:
-        targets += [token for token, flag in zip(tokens, is_target) if flag]
+    for tokens, weights in encode(pieces, tokenizer):
+        targets += [token for token, weight in zip(tokens, weights) if weight]
     token = tokenizer.added_tokens_decoder.get(targets[-1])
     return {targets[-1]} if token and token.special else set()
 

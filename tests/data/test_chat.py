@@ -15,6 +15,7 @@ from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.assistant_mask import chat_pieces, turn_format_of
+from lora.data.batches import Rows
 from lora.data.chat_template import use_chatml
 from lora.data.examples import Example
 from lora.data.tokenise import NO_TOKEN, encode, tokenise
@@ -186,7 +187,16 @@ def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path)
             )
             if "tool_calls" in turn:
                 assert "look" in run and "y" in run and "atwo" not in run
-            elif name in CHATS:  # what is left of the run is what ends the turn
+            elif name in CHATS:
+                # What is left of the run is what ends the turn, and what stands between the
+                # generation prompt and the answer.
+                earlier = messages[: next(i for i, m in enumerate(messages) if m is turn)]
+                prompt = tokenizer.apply_chat_template(
+                    earlier, tokenize=False, add_generation_prompt=True
+                )
+                if plain.startswith(prompt):
+                    opening = plain[len(prompt) : plain.index(answer, len(prompt))]
+                    run = run.removeprefix(opening)
                 ending = run.replace(answer, "", 1).strip()
                 assert not ending or ending in [
                     *special_tokens(template),
@@ -204,7 +214,7 @@ def test_reasoning_is_learned_where_the_template_writes_it_and_only_the_answer_w
     runs = said(row_of(CALLING, qwen3).rows[0], qwen3)
     assert runs == [
         '<tool_call>\n{"name": "look", "arguments": {"x": "y"}}\n</tool_call><|im_end|>',
-        "atwo<|im_end|>",
+        "<think>\n\n</think>\n\natwo<|im_end|>",
     ]
 
 
@@ -250,7 +260,7 @@ def test_special_tokens_in_a_call_or_in_reasoning_stay_text_too(qwen3):
         "{% for m in messages %}{{ m.role }} {{ m.content }} {{ m.tool_calls }}\n{% endfor %}"
     )
     # As Python writes a list
-    with pytest.raises(UserError, match=r"escapes what stands for <\|im_end\|>"):
+    with pytest.raises(UserError, match=r"does more than print <\|im_end\|>"):
         row_of(calling("found", x="<|im_end|>"), written)
 
 
@@ -272,7 +282,7 @@ def test_of_an_answer_that_is_empty_after_its_reasoning_the_end_is_learned(qwen3
     (row,) = row_of(
         [TURN[0], {"role": "assistant", "content": "<think>\n\n</think>\n\n"}], qwen3
     ).rows
-    assert said(row, qwen3) == ["<|im_end|>"]
+    assert said(row, qwen3) == ["<think>\n\n</think>\n\n<|im_end|>"]
 
 
 def test_blanks_that_the_tokenizers_offsets_leave_out_are_targets_too():
@@ -351,9 +361,81 @@ def test_without_a_template_chatml_is_used_and_the_known_end_token_ends_a_turn(c
 def test_pieces_are_the_plain_render():
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     messages = [*CHATS["two turns"], {"role": "user", "content": "<|im_end|>"}]
-    pieces = chat_pieces("", messages, None, tokenizer)
+    pieces, _ = chat_pieces(Example("", messages=messages), tokenizer)
     assert "".join(piece.text for piece in pieces) == tokenizer.apply_chat_template(
         messages, tokenize=False
     )
     assert [piece.literal for piece in pieces] == [False, True, False]
-    assert all(len(tokens) == len(mask) for tokens, mask in encode(pieces, tokenizer))
+    assert all(len(tokens) == len(weights) for tokens, weights in encode(pieces, tokenizer))
+
+
+def test_a_message_without_a_weight_in_it_is_no_target_and_another_weight_is_a_factor():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
+    example = Example("", messages=CHATS["two turns"], weight=3.0)
+    rows = []
+    for weights in ([], [1, 0, 1, 0.5], [1, 0.25, 1, 1]):
+        example.message_weights = weights
+        (result,) = tokenise([example], tokenizer, "lm", DataConfig(max_length=512), True)
+        rows += result.rows
+    assert [said(row, tokenizer) for row in rows] == [
+        ["aone<|im_end|>", "atwo<|im_end|>"],
+        ["atwo<|im_end|>"],
+        ["aone<|im_end|>", "atwo<|im_end|>"],
+    ]
+    factors = []
+    for row in rows:
+        batch = Rows.from_rows([(row, 0)], "lm").batch([0])
+        factors.append(dict(zip(batch.targets.tolist(), batch.loss_weights.tolist())))
+    one, two = (tokenizer.encode(word, add_special_tokens=False) for word in ("one", "two"))
+    assert factors[0][one[-1]] == factors[0][two[-1]] == 3.0
+    assert factors[1][two[-1]] == 1.5 and one[-1] not in factors[1]
+    assert factors[2][one[-1]] == 0.75 and factors[2][two[-1]] == 3.0
+
+
+@pytest.fixture
+def gptoss():
+    (path,) = (path for path in templates_of_trl() if path.stem == "gptoss")
+    template = path.read_text()
+    return tokenizer_with(template, *special_tokens(template))
+
+
+def test_of_gpt_oss_the_channels_that_follow_the_prompt_are_learned(gptoss):
+    end, final = "<|end|>", "<|channel|>final<|message|>"
+    assert said(row_of(CHATS["two turns"], gptoss).rows[0], gptoss) == [
+        f"{final}aone{end}",
+        f"{final}atwo<|return|>",
+    ]
+    thinking = [TURN[0], {"role": "assistant", "content": "aone", "thinking": "r1"}]
+    assert said(row_of(thinking, gptoss).rows[0], gptoss) == [
+        f"<|channel|>analysis<|message|>r1{end}<|start|>assistant{final}aone<|return|>"
+    ]
+    only_thought = [TURN[0], {"role": "assistant", "content": "<think>r1</think>"}]
+    with pytest.raises(UserError, match="message 2: where the chat template"):
+        row_of(only_thought, gptoss)
+
+
+@pytest.mark.parametrize("filter", ["upper", "truncate(12, true, '')", "length"])
+def test_a_filter_that_sees_what_stands_for_a_special_token_is_refused(filter):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    template += " [{{ m.content | FILTER }}]<|im_end|>\n{% endfor %}"
+    tokenizer = tokenizer_with(template.replace("FILTER", filter))
+    looks_special = [{"role": "user", "content": "what is <|im_end|>?"}, TURN[1]]
+    with pytest.raises(UserError, match=r"does more than print <\|im_end\|>, which the chat holds"):
+        row_of(looks_special, tokenizer)
+
+
+def test_a_turn_whose_end_cannot_be_found_is_refused():
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{{ ' STOP' if 'longer' not in m.content else ' HALT' }}\n{% endfor %}"
+    )
+    tokenizer = tokenizer_with(template)
+    assert "aone STOP" in said(row_of(TURN, tokenizer).rows[0], tokenizer)[0]
+    longer = [TURN[0], {"role": "assistant", "content": "a longer one"}]
+    with pytest.raises(UserError, match="does not end a turn with ' STOP' here as it does else"):
+        row_of(longer, tokenizer)
+
+
+def test_reasoning_that_the_template_does_not_print_is_counted(qwen3):
+    assert row_of(THINKING, qwen3).unprinted_reasoning == 1  # that of the earlier turn
+    assert row_of(TURN, qwen3).unprinted_reasoning == 0

@@ -27,6 +27,19 @@ def examples(path, task="score", label_max=1.0):
     ]
 
 
+def chat(*answers, **more):
+    """A row of a chat whose answers are messages, and what else it holds."""
+    messages = []
+    for answer in answers:
+        messages += [{"role": "user", "content": "q"}, {"role": "assistant"} | answer]
+    return {"messages": messages} | more
+
+
+def read_rows(tmp_path, *rows, task="lm"):
+    path = write(tmp_path, "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return read([path], task)
+
+
 # --------------------------------------------------------------------------------------- arithmetic
 
 
@@ -267,3 +280,114 @@ def test_of_two_forms_that_a_row_has_the_order_of_the_readers_decides(task):
             else:
                 reader = reader_for("a.jsonl:1", row, task)
                 assert reader.__name__ == f"lora.data.readers.{CODES[code]}", row
+
+
+# ------------------------------------------------------------------------------ nothing in silence
+
+
+@pytest.mark.parametrize(
+    "switch, weight",
+    [
+        ({"weight": 0}, 0.0),
+        ({"weight": 1}, 1.0),
+        ({"loss_weight": 0.5}, 0.5),
+        ({"train": False}, 0.0),
+        ({"training": False, "weight": 0}, 0.0),
+        ({"train": True, "weight": 2}, 2.0),
+    ],
+    ids=str,
+)
+def test_a_message_says_how_much_it_is_learned(tmp_path, switch, weight):
+    (example,) = read_rows(tmp_path, chat({"content": "a"}, {"content": "b"} | switch))
+    assert example.message_weights == ([1.0, 1.0, 1.0, weight] if weight != 1 else [])
+    assert example.messages[3] == {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        (chat({"content": "a", "weight": 0, "train": True}), "weight and train of message 2 disag"),
+        (chat({"content": "a", "weight": 1, "loss_weight": 2}), "of message 2 disagree"),
+        (chat({"content": "a", "weight": -1}), "weight -1; expected a number from 0"),
+        (chat({"content": "a", "train": "no"}), "train of message 2 is 'no'; expected true or"),
+        ({"messages": [{"role": "user", "content": "q", "train": True}]}, "no message has role as"),
+        (chat({"content": "a"}, label=True), r"a label beside a conversation \(as for KTO\)"),
+        ({"prompt": "q", "completion": "a", "label": False}, "a label beside a conversation"),
+        (chat({"content": "a"}, images=["a.png"]), "images: only text is read"),
+        ({"question": "q", "answer": "a", "audio": {"path": "a.wav"}}, "audio: only text is read"),
+        ({"prompt": "q", "completion": "a", "history": ["x"]}, "expected a list of .instruction"),
+    ],
+    ids=str,
+)
+def test_what_would_train_otherwise_than_meant_is_refused(tmp_path, row, problem):
+    with pytest.raises(UserError, match=rf"rows.jsonl:1: .*{problem}"):
+        read_rows(tmp_path, row)
+
+
+def test_a_user_message_that_is_to_be_trained_is_refused(tmp_path):
+    row = chat({"content": "a"})
+    row["messages"][0]["train"] = True
+    with pytest.raises(UserError, match=r"message 1 \(user\) is to be trained, and only"):
+        read_rows(tmp_path, row)
+
+
+def test_a_system_prompt_beside_the_messages_comes_first(tmp_path):
+    (example,) = read_rows(tmp_path, chat({"content": "a"}, system="s"))
+    assert example.messages[0] == {"role": "system", "content": "s"} and len(example.messages) == 3
+    same = chat({"content": "a"}, system="s")
+    same["messages"].insert(0, {"role": "system", "content": "s"})
+    assert read_rows(tmp_path, same)[0].messages == example.messages
+    with pytest.raises(UserError, match="system and the first message, of role system, differ"):
+        read_rows(tmp_path, same | {"system": "other"})
+
+
+def test_system_history_input_and_context_of_a_question_are_read(tmp_path, capsys):
+    row = {"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["p", "b"]]}
+    context = {"question": "q", "context": "c", "answer": "a"}
+    examples = read_rows(tmp_path, row, context)
+    contents = [[message["content"] for message in example.messages] for example in examples]
+    assert contents == [["s", "p", "b", "q\n\ni", "a"], ["q\n\nc", "a"]]
+    assert capsys.readouterr().out == ""
+
+
+def test_keys_that_nothing_reads_are_named_once_for_the_file(tmp_path, capsys):
+    rows = [{"text": "a", "source": "web", "id": i, "none": None} for i in range(2)]
+    read_rows(tmp_path, *rows, {"text": "b", "source": "web"})
+    path = tmp_path / "rows.jsonl"
+    assert capsys.readouterr().out == f"note: {path}: keys not read: source (3 rows), id (2 rows)\n"
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        (
+            {"prompt": "p", "steps": ["a"], "completions": ["b"], "labels": [1]},
+            "steps and completions differ",
+        ),
+        (
+            {"sentence1": "a", "sentence2": "b", "score": 1, "label": 0},
+            "score and label disagree",
+        ),
+    ],
+)
+def test_two_names_of_one_thing_that_disagree_are_an_error(tmp_path, row, problem):
+    with pytest.raises(UserError, match=problem):
+        read_rows(tmp_path, row, task="score")
+
+
+def test_a_few_chats_with_a_blank_message_are_left_out(tmp_path, capsys):
+    good, blank = chat({"content": "a"}), chat({"content": " "})
+    assert len(read_rows(tmp_path, *[good] * 99, blank)) == 99
+    assert "left out: 1 rows (a blank message)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="rows.jsonl:99: 2 of 100 rows have a blank message"):
+        read_rows(tmp_path, *[good] * 98, blank, {"prompt": "", "completion": "a"})
+
+
+def test_a_tsv_is_not_quoted_and_numbers_are_those_of_json(tmp_path):
+    text = 'text\tweight\n"one\t2\nit\'s 5" wide\t1\n'
+    path = write(tmp_path, "a.tsv", text)
+    assert [(e.text, e.weight) for e in read([path], "lm")] == [('"one', 2), ("it's 5\" wide", 1)]
+    for number in ("1_6", "0_1", "\u0661", "nan", "inf"):
+        path = write(tmp_path, "b.csv", f"sentence1,sentence2,score\na,b,{number}\n")
+        with pytest.raises(UserError, match="b.csv:2: label"):
+            examples(path)

@@ -94,7 +94,7 @@ DATA = [
         "a.jsonl",
         CHAT + chat(("user", ""), ("assistant", "x")),
         "lm",
-        ":2: content of message 1 is ''; expected a text",
+        ":2: 1 of 2 rows have a blank message; expected 1% at most",
     ),
     (
         9,

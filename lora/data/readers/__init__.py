@@ -1,7 +1,13 @@
 """Readers turn the rows of files into examples: one small file per format.
 
-They use the standard library only, because they run before torch is loaded. A row of our own
-formats may have a "weight", a number from 0 on, by which its loss is multiplied.
+They use the standard library only, because they run before torch is loaded. A reader has
+
+    TASK        "lm" or "score"
+    FORMS       sets of keys; it reads a row that has all keys of one of them
+    OPTIONAL    the other keys that it reads, where a row has them
+    examples    turns (file:line, row) into examples, or into the reason why a row is left out
+
+A row of our own formats may have a "weight", a number from 0 on, by which its loss is multiplied.
 """
 
 from collections import Counter
@@ -10,7 +16,7 @@ from types import ModuleType
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data import arithmetic, files
-from lora.data.examples import Example
+from lora.data.examples import BLANK, Example
 from lora.data.readers import (
     chat,
     eobqa,
@@ -32,6 +38,8 @@ READERS = (
     chat, questions, steps, pairs, text, prm800k, math_shepherd, first_error,
     prmbench, eqasc, eobqa, reveal, outcomes,
 )  # fmt: skip
+EMPTY = (None, "", [], {})
+MAX_BLANK = 0.01  # of the rows of a file
 
 
 def read(
@@ -63,13 +71,21 @@ def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
     results: list[Example | str] = []
     evidence = []  # rows of REVEAL, of which several make an example
     bad_rows: list[UserError] = []
+    not_read: Counter[str] = Counter()
+    blank_rows = []
+    num_rows = 0
     for where, row in files.read_rows(path, bad_rows):
+        num_rows += 1
         try:
             reader = reader_for(where, row, task)
+            not_read.update(keys_not_read(reader, row))
             if reader is reveal:
                 evidence.append(reveal.read_evidence(where, row, data))
             else:
-                results.extend(reader.examples([(where, row)], data))
+                of_row = list(reader.examples([(where, row)], data))
+                results.extend(of_row)
+                if BLANK in of_row:
+                    blank_rows.append(where)
         except UserError as error:
             bad_rows.append(error)
     files.raise_bad_rows(path, bad_rows)
@@ -83,7 +99,22 @@ def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
     if left_out:
         reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
         print(f"note: {path}: left out: {', '.join(reasons)}")
+    if len(blank_rows) > MAX_BLANK * num_rows:
+        share = f"{len(blank_rows)} of {num_rows} rows have a blank message"
+        raise UserError(f"{blank_rows[0]}: {share}; expected 1% at most. Take them out.")
+    if not_read:
+        keys = [f"{key} ({count:,} rows)" for key, count in not_read.most_common()]
+        print(f"note: {path}: keys not read: {', '.join(keys)}")
     return examples
+
+
+def keys_not_read(reader: ModuleType, row: dict) -> list[str]:
+    """Return the keys of a row that have a value and that its reader does not look at."""
+    form = next(form for form in reader.FORMS if form <= row.keys())
+    read_keys = form | reader.OPTIONAL
+    if reader is outcomes:  # the keys of GSM8K's solutions are names of models
+        read_keys |= {key for key, value in row.items() if isinstance(value, dict)}
+    return [key for key in row if key not in read_keys and row[key] not in EMPTY]
 
 
 def reader_for(where: str, row: dict, task: str) -> ModuleType:

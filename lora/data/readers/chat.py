@@ -1,35 +1,79 @@
-"""{"messages": [{"role", "content"}, ...]} (and "tools"): a chat of any number of turns."""
+"""{"messages": [{"role", "content"}, ...]}, maybe with "tools" and "system": a chat.
+
+A message of the assistant may say whether or how much it is learnt, in the words of several
+libraries: "weight" or "loss_weight" (a number), "train" or "training" (true or false).
+"""
 
 import json
 from typing import Any
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Example, Examples, SourceRows, string, weight
+from lora.data.examples import (
+    BLANK,
+    Example,
+    Examples,
+    SourceRows,
+    is_blank,
+    refuse_other_training,
+    string,
+    weight,
+)
 
 TASK = "lm"
 FORMS = ({"messages"},)
+OPTIONAL = {"system", "tools", "weight"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
+NUMBERS = ("weight", "loss_weight")  # switches of a message
+BOOLEANS = ("train", "training")
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:
     for where, row in rows:
+        refuse_other_training(where, row)
         messages = row["messages"]
         if not isinstance(messages, list) or not messages:
             found = f"messages is {str(messages)[:40]!r}"
             raise UserError(f"{where}: {found}; expected objects with role and content.")
+        messages = with_system(where, row.get("system"), messages)
         messages = [checked(where, i, message) for i, message in enumerate(messages, 1)]
         if all(message["role"] != "assistant" for message in messages):
             problem = "no message has role assistant, so there is nothing to learn"
             raise UserError(f"{where}: {problem}.")
+        if any(lacks_content(message) for message in messages):
+            yield BLANK
+            continue
         tools = row.get("tools") or None
         # The characters of tool calls and reasoning are checked as well.
         string(where, "the chat", json.dumps([messages, tools], ensure_ascii=False))
-        yield Example(where, messages=messages, tools=tools, weight=weight(where, row))
+        weights = [message_weight(where, i, message) for i, message in enumerate(messages, 1)]
+        for message in messages:
+            for switch in (*NUMBERS, *BOOLEANS):
+                message.pop(switch, None)  # nothing for the chat template
+        yield Example(
+            where,
+            messages=messages,
+            message_weights=[] if set(weights) == {1.0} else weights,
+            tools=tools,
+            weight=weight(where, row),
+        )
+
+
+def with_system(where: str, system: Any, messages: list) -> list:
+    """Put a system prompt that stands beside the messages, as Anthropic's, in front of them."""
+    if is_blank(system):
+        return messages
+    first = {"role": "system", "content": string(where, "system", system)}
+    if not isinstance(messages[0], dict) or messages[0].get("role") != "system":
+        return [first, *messages]
+    if messages[0].get("content") != system:
+        problem = "system and the first message, of role system, differ"
+        raise UserError(f"{where}: {problem}; keep one.")
+    return messages
 
 
 def checked(where: str, number: int, message: Any) -> dict:
-    """Return the message with a content, which may be empty beside tool calls."""
+    """Return a copy of the message with a text as its content, or "" in the place of none."""
     role = message.get("role") if isinstance(message, dict) else message
     if not isinstance(message, dict) or role not in ROLES:
         expected = f"expected one of {', '.join(ROLES)}"
@@ -38,13 +82,44 @@ def checked(where: str, number: int, message: Any) -> dict:
     if not isinstance(calls, list) or not all(is_call(call) for call in calls):
         problem = f"tool_calls of message {number}"
         raise UserError(f"{where}: {problem}: expected a list of objects, each with its name.")
-    if not message.get("content") and role == "assistant" and not calls:
-        problem = f"message {number} (assistant) has neither content nor tool_calls"
-        raise UserError(f"{where}: {problem}; give one.")
-    if not message.get("content") and role in ("assistant", "tool"):
-        return {**message, "content": ""}
-    string(where, f"content of message {number}", message.get("content"))
-    return message
+    content = message.get("content")
+    if is_blank(content):
+        content = content or ""
+    else:
+        string(where, f"content of message {number}", content)
+    return {**message, "content": content}
+
+
+def lacks_content(message: dict) -> bool:
+    """Return whether a message says nothing. A tool may; a tool call needs no words."""
+    return (
+        is_blank(message["content"]) and message["role"] != "tool" and not message.get("tool_calls")
+    )
+
+
+def message_weight(where: str, number: int, message: dict) -> float:
+    """Return the factor of the losses of a message's targets, by its switches."""
+    numbers = {key: weight(where, message, key) for key in NUMBERS if message.get(key) is not None}
+    booleans = {}
+    for key in BOOLEANS:
+        value = message.get(key)
+        if value is not None and not isinstance(value, bool):
+            problem = f"{key} of message {number} is {value!r}"
+            raise UserError(f"{where}: {problem}; expected true or false.")
+        if value is not None:
+            booleans[key] = value
+    is_trained = {*booleans.values(), *(value > 0 for value in numbers.values())}
+    if len(is_trained) > 1 or len({*numbers.values()}) > 1:
+        switches = " and ".join([*numbers, *booleans])
+        raise UserError(f"{where}: {switches} of message {number} disagree; keep one.")
+    if message["role"] != "assistant":
+        if True in booleans.values():
+            problem = f"message {number} ({message['role']}) is to be trained"
+            raise UserError(f"{where}: {problem}, and only the assistant's are; take it out.")
+        return 1.0
+    if False in is_trained:
+        return 0.0
+    return next(iter(numbers.values()), 1.0)
 
 
 def is_call(call: Any) -> bool:

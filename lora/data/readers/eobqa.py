@@ -6,6 +6,7 @@ from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"QID", "Question", "Answer", "Fact1", "Fact2", "Turks", "DF"},)
+OPTIONAL: set[str] = set()
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:

@@ -12,6 +12,7 @@ from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"question", "answerKey", "fact1", "fact2"},)
+OPTIONAL: set[str] = set()
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:

@@ -11,6 +11,7 @@ from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"input", "steps", "mistake_index"}, {"problem", "steps", "label"})
+OPTIONAL: set[str] = set()
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:

@@ -17,6 +17,7 @@ from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"input", "label", "task"},)
+OPTIONAL: set[str] = set()
 MARK = "ки"
 RATINGS = {"+": 1.0, "-": 0.0}  # a step that still has its mark has no label
 

@@ -12,6 +12,7 @@ from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"prompt", "steps", "is_correct"}, {"question", "ground_truth"})
+OPTIONAL: set[str] = set()
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:

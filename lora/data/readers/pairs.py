@@ -1,16 +1,20 @@
 """{"sentence1", "sentence2", "score" (or "label")}: a chain of one step with its label."""
 
+from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.examples import Example, Examples, SourceRows, label, string, weight
 
 TASK = "score"
 FORMS = ({"sentence1", "sentence2", "score"}, {"sentence1", "sentence2", "label"})
+OPTIONAL: set[str] = {"score", "label", "weight"}
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:
     for where, row in rows:
-        value = row.get("label") if row.get("score") is None else row["score"]
-        labels = [label(where, value, data.label_max)]
+        values = {row.get("score"), row.get("label")} - {None}
+        if len(values) > 1:
+            raise UserError(f"{where}: score and label disagree; keep one.")
+        labels = [label(where, values.pop() if values else None, data.label_max)]
         prompt = string(where, "sentence1", row["sentence1"])
         steps = [string(where, "sentence2", row["sentence2"])]
         yield Example(where, prompt=prompt, steps=steps, labels=labels, weight=weight(where, row))

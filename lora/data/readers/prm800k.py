@@ -13,6 +13,7 @@ from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"labeler", "question", "label"},)
+OPTIONAL: set[str] = {"is_quality_control_question", "is_initial_screening_question"}
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:

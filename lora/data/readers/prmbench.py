@@ -11,6 +11,7 @@ from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"modified_question", "modified_process", "error_steps"},)
+OPTIONAL: set[str] = {"classification", "original_question", "original_process"}
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:

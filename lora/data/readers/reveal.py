@@ -13,6 +13,7 @@ from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"answer_id", "full_answer"},)
+OPTIONAL: set[str] = set(REVEAL_COLUMNS)
 LABELS = {
     "attribution_label": {"fully": 1.0, "partially": 0.5, "unsupported": 0.0, "contradictory": 0.0},
     "correctness_label": {"correct": 1.0, "incorrect": 0.0},

@@ -8,11 +8,14 @@ from lora.data.examples import Example, Examples, SourceRows, label, string, wei
 
 TASK = "score"
 FORMS = ({"prompt", "steps", "labels"}, {"prompt", "completions", "labels"})
+OPTIONAL: set[str] = {"steps", "completions", "weight"}
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:
     for where, row in rows:
         steps = row.get("steps", row.get("completions"))
+        if "completions" in row and steps != row["completions"]:
+            raise UserError(f"{where}: steps and completions differ; keep one.")
         labels = row["labels"]
         if not isinstance(labels, list) or not isinstance(steps, list) or len(labels) != len(steps):
             found = f"{count(steps, 'steps')} and {count(labels, 'labels')}"

@@ -5,6 +5,7 @@ from lora.data.examples import Example, Examples, SourceRows, string, weight
 
 TASK = "lm"
 FORMS = ({"text"},)
+OPTIONAL: set[str] = {"weight"}
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:
