@@ -116,13 +116,24 @@ def is_4bit(layer: nn.Module) -> bool:
 
 def share_4bit(model: nn.Module) -> float:
     """Return the share of the weights that is in 4 bits; experts kept as one tensor are not."""
+    in_4bit = sum(sizes_in_4bit(model).values())
+    return in_4bit / count_parameters(model)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of weights; a tensor of 4-bit weights has two of them in a byte."""
+    in_4bit = sizes_in_4bit(model)
+    in_full = sum(p.numel() for name, p in model.named_parameters() if name not in in_4bit)
+    return sum(in_4bit.values()) + in_full
+
+
+def sizes_in_4bit(model: nn.Module) -> dict[str, int]:
+    """Return the number of weights of each 4-bit parameter."""
     sizes = {}
     for name, module in model.named_modules():
         if is_4bit(module):
             sizes[f"{name}.weight"] = module.in_features * module.out_features
-    in_4bit = sum(sizes.values())
-    in_full = sum(p.numel() for name, p in model.named_parameters() if name not in sizes)
-    return in_4bit / (in_4bit + in_full)
+    return sizes
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

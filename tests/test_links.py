@@ -7,7 +7,8 @@ import pytest
 
 from lora.common.paths import ROOT
 from lora.config.schema import get_lora_config
-from lora.config.set_keys import ALIASES, DTYPE_SWITCHES, fields_by_key
+from lora.config.set_keys import fields_by_key
+from lora.config.table import ALIASES, DTYPE_SWITCHES
 from tests.pages import ALL_PAGES, PAGES, PROGRAMS, anchors, inline_code, links, relative
 
 FOREIGN_FLAGS = {  # between backticks, without their program before them

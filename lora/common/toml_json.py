@@ -32,7 +32,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """Return the tables of a TOML file, or of a JSON file with the same keys. Raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        tables = json.loads(text) if str(path).endswith(".json") else tomli.loads(text)
+        is_json = str(path).endswith(".json")
+        tables = parse_json(text) if is_json else tomli.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
@@ -40,6 +41,20 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(tables, dict):
         raise UserError(f"{path}: expected a table of keys, found a {type(tables).__name__}.")
     return tables
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError, also where a key is given twice."""
+    return json.loads(text, object_pairs_hook=dict_of_different_keys)
+
+
+def dict_of_different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is given twice")
+    return result
 
 
 def without_nan(values: Any) -> Any:

@@ -19,13 +19,8 @@ from lora.config.parse_values import nearest, parse_text
 from lora.config.resume import checkpoint_config, describe_fact, refuse_changed_keys, refuse_changes
 from lora.config.run_folder import continued_folder, new_folder, newest_checkpoint, run_folder
 from lora.config.schema import Config, tables_of
-from lora.config.set_keys import (
-    DTYPE_SWITCHES,
-    fields_by_key,
-    refuse_two_dtypes,
-    set_key,
-    set_tables,
-)
+from lora.config.set_keys import fields_by_key, refuse_two_dtypes, set_key, set_tables
+from lora.config.table import DTYPE_SWITCHES
 
 EVERYDAY_KEYS = {
     *("base_model", "task", "train_data", "eval_data", "max_length", "lora_r", "learning_rate"),

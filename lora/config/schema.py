@@ -7,10 +7,11 @@ import dataclasses
 from dataclasses import dataclass, field
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora.common.toml_json import to_toml
-from lora.config.parse_values import key
+from lora.config.parse_values import key, nearest
+from lora.config.table import Table
 
 REVEAL_LABELS = ("type_label", "attribution_label", "correctness_label")
 REVEAL_COLUMNS = ("answer_id", "question", "step_idx", "step", *REVEAL_LABELS)
@@ -19,7 +20,7 @@ QUANTIZATION_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Table):
     base_model: str = key("", "folder or Hub name of the base; 'embedded': a small built-in one")
     task: str = key("lm", "predict the next token, or score every step", choices=("lm", "score"))
     init_from: str = key("", "weights to start from; 'scratch': random ones", metavar="DIR")
@@ -30,12 +31,14 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Table):
     train_data: list[str] = key([], "files, or hf://datasets/OWNER/NAME/PATH", metavar="FILE")
     data_weights: list[float] = key([], "weight of each file of train_data in a step", above=0)
     eval_data: list[str] = key([], "held-out files, in place of eval_fraction", metavar="FILE")
     eval_fraction: float = key(0.1, "share of the prompts to hold out", above=0, high=0.9)
-    max_length: int = key(2048, "maximum number of tokens of an example", low=2)
+    max_length: int = key(
+        "auto", "most tokens of an example; auto: 2048, or what the base can", low=2, word="auto"
+    )
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
     label_max: float = key(1.0, "the files' labels, 0 to label_max, are divided by it", above=0)
     prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for causal models")
@@ -91,7 +94,7 @@ class DataConfig:
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(Table):
     lora_r: int = key(16, "rank of the update; 0: only the score head is trained", low=0)
     lora_alpha: float = key(32, "the update is scaled by lora_alpha / lora_r", above=0)
     lora_dropout: float = key(0.0, "dropout on the input of A; it costs speed", low=0.0, high=0.9)
@@ -109,12 +112,12 @@ class LoraConfig:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Table):
     learning_rate: float = key(2e-5, "peak learning rate", above=0)
     batch_size: int = key(4, "up to N x max_length tokens a micro-batch", low=1, word="auto")
     gradient_accumulation_steps: int = key(4, "a step is batch_size x N examples", low=1)
-    max_steps: int | None = key(None, "optimizer steps; default: num_train_epochs, or 10000", low=1)
-    num_train_epochs: float | None = key(None, "passes over the data, up to max_steps", above=0)
+    max_steps: int | None = key(None, "optimizer steps; default: num_train_epochs", low=1)
+    num_train_epochs: float | None = key(None, "default: 3, without max_steps", above=0)
     warmup_steps: int | None = key(None, "default: 5 % of the run, at most 500", low=0)
     warmup_ratio: float | None = key(None, "warmup as a share of the run", low=0.0, high=1.0)
     lr_scheduler_type: str = key("cosine", "after warmup", choices=("cosine", "linear", "constant"))
@@ -135,9 +138,31 @@ class TrainingConfig:
     device: str = key("auto", "or DEVICE_PREFERENCE", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = key("auto", "dtype to compute in", choices=("auto", *DTYPES))
 
+    @property
+    def bf16(self) -> bool:
+        return self.dtype == "bfloat16"
+
+    @bf16.setter
+    def bf16(self, value: bool) -> None:
+        self.switch_dtype("bfloat16", value)
+
+    @property
+    def fp16(self) -> bool:
+        return self.dtype == "float16"
+
+    @fp16.setter
+    def fp16(self, value: bool) -> None:
+        self.switch_dtype("float16", value)
+
+    def switch_dtype(self, dtype: str, value: bool) -> None:
+        if value:
+            self.dtype = dtype
+        elif self.dtype in ("auto", dtype):
+            self.dtype = "float32"
+
 
 @dataclass
-class OutputConfig:
+class OutputConfig(Table):
     experiment_name: str = key("", "folder below output_dir; default: CONFIG_DATE-TIME")
     output_dir: str = key("outputs", "folder of all runs")
     logging_steps: int = key(10, "log metrics every N steps", low=1)
@@ -146,7 +171,7 @@ class OutputConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Table):
     """What eval.py asks of generated answers and of scored steps; training does not read it."""
 
     max_new_tokens: int = key(256, "maximum number of tokens of an answer", low=1)
@@ -168,6 +193,26 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a table, or a key of a table: config.experiment_name = "x"."""
+        if name in [field.name for field in dataclasses.fields(self)]:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.table_with(name), name, value)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:  # called for what is no attribute
+            return getattr(self.table_with(name), name)
+
+    def table_with(self, name: str) -> Any:
+        tables = [table for table in vars(self).values() if table is not None]
+        for table in tables:
+            if hasattr(table, name):
+                return table
+        keys = [key for table in tables for key in vars(table)]
+        raise AttributeError(f"the configuration has no key {name}.{nearest(name, keys)}")
 
     @property
     def method(self) -> str:

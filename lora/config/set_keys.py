@@ -9,22 +9,10 @@ from lora.common.errors import UserError
 from lora.common.toml_json import read_file, toml_value
 from lora.config.parse_values import check_value, key, nearest
 from lora.config.schema import Config, get_lora_config, tables_of
+from lora.config.table import ALIASES, DTYPE_SWITCHES
 
-ALIASES = {
-    "per_device_train_batch_size": "batch_size",
-    "num_epochs": "num_train_epochs",
-    "max_seq_length": "max_length",
-    "r": "lora_r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "base_model_id": "base_model",
-    "model_name": "base_model",
-    "optim": "optimizer",
-}
 # Former keys -> the default they had; a run saved with that default is read.
 RETIRED = {"share_prompts": False}
-# As in HfArgumentParser: true chooses the dtype, false (alone) asks for full precision.
-DTYPE_SWITCHES = {"bf16": "bfloat16", "fp16": "float16"}
 NO_LORA = "train.py trains all weights and has no such"
 
 
@@ -47,10 +35,7 @@ def set_key(config: Config, name: str, value: Any, where: str) -> None:
     `where` ("--lora_r", "run.toml: lora.lora_r") begins the error messages.
     """
     if name in DTYPE_SWITCHES:
-        if check_value(where, value, bool, key(None, "").metadata):
-            config.training.dtype = DTYPE_SWITCHES[name]
-        elif config.training.dtype in ("auto", DTYPE_SWITCHES[name]):
-            config.training.dtype = "float32"
+        setattr(config.training, name, check_value(where, value, bool, key(None, "").metadata))
         return
     fields = fields_by_key(config)
     name = ALIASES.get(name, name)

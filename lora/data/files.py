@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import zlib
 
 from lora.common.errors import UserError
+from lora.common.toml_json import parse_json
 from lora.data.examples import SourceRows
 
 HUB = "hf://datasets/"
@@ -103,9 +104,9 @@ def local_path(path: str) -> Path:
         raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from None
 
 
-def parse_json(where: str, text: str) -> Any:
+def parse_json_row(where: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=dict_of_different_keys)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         if "\n" in text.strip():
             where = f"{where}:{error.lineno}"
@@ -114,22 +115,13 @@ def parse_json(where: str, text: str) -> Any:
         raise UserError(f"{where}: not JSON that can be read ({error}).") from None
 
 
-def dict_of_different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
-    return row
-
-
 def jsonl_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            value = parse_json(where, line)
+            value = parse_json_row(where, line)
         except UserError as error:
             bad_rows.append(error)
         else:
@@ -137,7 +129,7 @@ def jsonl_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
 
 
 def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
-    values = parse_json(path, file.read())
+    values = parse_json_row(path, file.read())
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a JSON list of objects, found {type(values).__name__}.")
     for number, value in enumerate(values, 1):

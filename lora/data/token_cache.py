@@ -35,8 +35,9 @@ def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
     tokenizer = task.tokenizer
     written = tokenizer.backend_tokenizer.to_str()
     settings = (written, tokenizer.chat_template, tokenizer.special_tokens_map)
+    max_length = source.config.data.max_length  # "auto" in the folder's name, and a number by now
     with locked(source.folder) as folder:
-        entry = folder / digest(settings, task.causal)
+        entry = folder / digest(settings, max_length, task.causal)
         if not entry.is_dir():
             write_entry(entry, source, tokenizer, task.causal)
         facts = json.loads((entry / "facts.json").read_bytes())
@@ -118,7 +119,10 @@ def tokenise_examples(
             "python -m lora render FILE."
         )
 
-    targets = table.targets[is_target(table.targets)]
+    has_target = is_target(table.targets)
+    if not table.loss_weights[has_target].any():
+        raise UserError(f"{examples[0].where}: every {part} example has weight 0; give some more.")
+    targets = table.targets[has_target]
     lengths = np.quantile(np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher")
     facts["rows"] = len(table)
     facts["tokens"] = len(table.tokens)

@@ -34,6 +34,7 @@ from lora.export.model_card import model_card
 from lora.model.load import load_task
 from lora.model.run import Run
 from lora.model.task import Task
+from lora.quantization import count_parameters
 from lora.training.best_checkpoints import best_first, saved_states
 from lora.training.checkpoint import trainable_parameters
 from lora.training.log import Log, peak_memory
@@ -131,7 +132,7 @@ def metadata(task: Task, config: Config, results: dict, base_files: dict, data_f
         "seed": config.training.seed,
         "seconds": results["seconds"],
         "trainable_parameters": sum(p.numel() for p in trainable_parameters(task).values()),
-        "parameters": sum(p.numel() for p in task.parameters()),
+        "parameters": count_parameters(task),
         "versions": {"python": platform.python_version(), **versions},
         "git_commit": git_commit(),
         "hardware": hardware(next(task.parameters()).device),

@@ -20,15 +20,15 @@ def choose_device(name: str) -> torch.device:
         available.insert(0, "mps")
     if torch.cuda.is_available():
         available.insert(0, "cuda")
-    preferred = os.environ.get("DEVICE_PREFERENCE") or "auto"
-    for requested, where in ((name, "device"), (preferred, "DEVICE_PREFERENCE")):
-        if requested not in ("auto", *available):
-            listed = ", ".join(available)
-            raise UserError(f"{where} {requested} is not available here; there is {listed}.")
+    where = "device"
     if name == "auto":
-        name = preferred
+        name = os.environ.get("DEVICE_PREFERENCE") or "auto"
+        where = "DEVICE_PREFERENCE"
     if name == "auto":
         name = available[0]
+    if name not in available:
+        listed = ", ".join(available)
+        raise UserError(f"{where} {name} is not available here; there is {listed}.")
     return torch.device(name)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from transformers import PreTrainedConfig
 
 from lora.common.base_model_files import locate_base
 from lora.common.errors import UserError
@@ -13,6 +14,8 @@ from lora.model.pretrained_heads import initialise_head
 from lora.model.task import Task
 from lora.model.weights import add_tokens, four_bits, load_shape, load_weights, weight_files
 from lora.target_modules import require_all_grads
+
+DEFAULT_MAX_LENGTH = 2048
 
 
 def load_task(config: Config, dtype: torch.dtype, packed: bool | None = None) -> Task:
@@ -52,13 +55,21 @@ def load_task(config: Config, dtype: torch.dtype, packed: bool | None = None) ->
         embeddings = task.model.get_input_embeddings().weight
         initialise_head(task.head, files, tokens, tokenizer, embeddings)
 
-    max_length = config.data.max_length
-    num_positions = getattr(shape, "max_position_embeddings", None) or max_length
-    longest = num_positions - task.first_position
-    if max_length > longest:
-        problem = f"{base_model} has {longest} positions"
-        raise UserError(f"max_length = {max_length}: {problem}; add --max_length {longest}.")
+    set_max_length(config, shape, task.first_position)
     return task
+
+
+def set_max_length(config: Config, shape: PreTrainedConfig, first_position: int) -> None:
+    """Replace max_length "auto" by a number. Raises UserError above what the base can read."""
+    max_length = config.data.max_length
+    positions = getattr(shape, "max_position_embeddings", None)
+    if max_length == "auto":
+        longest = positions - first_position if positions else DEFAULT_MAX_LENGTH
+        config.data.max_length = min(DEFAULT_MAX_LENGTH, longest)
+    elif positions and max_length > positions - first_position:
+        longest = positions - first_position
+        problem = f"{config.model.base_model} has {longest} positions"
+        raise UserError(f"max_length = {max_length}: {problem}; add --max_length {longest}.")
 
 
 def build_model(

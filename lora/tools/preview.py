@@ -30,10 +30,12 @@ def main(argv: Sequence[str]) -> None:
     from lora.data.row_display import row_as_text
     from lora.data.token_cache import tokenise_examples
     from lora.data.tokenise import tokenise
+    from lora.model.load import set_max_length
     from lora.model.weights import load_shape
     from lora.target_modules import is_causal
 
     shape, _, tokenizer = load_shape(config.model.base_model)
+    set_max_length(config, shape, first_position=0)
     with torch.device("meta"):  # the class of the model is enough, no weights are needed
         causal = is_causal(AutoModel.from_config(shape))
     _, facts = tokenise_examples(examples, tokenizer, causal, config, "data")

@@ -4,15 +4,16 @@ import math
 
 from lora.config.schema import TrainingConfig
 
+DEFAULT_EPOCHS = 3.0  # as in transformers' TrainingArguments
+
 
 def total_steps(settings: TrainingConfig, steps_per_epoch: float) -> int:
     """Return the optimizer steps of a run: max_steps or num_train_epochs, whichever ends first."""
-    limits = []
-    if settings.max_steps:
-        limits.append(settings.max_steps)
-    if settings.num_train_epochs:
-        limits.append(math.ceil(settings.num_train_epochs * steps_per_epoch))
-    return min(limits, default=10_000)
+    if settings.max_steps and not settings.num_train_epochs:
+        return settings.max_steps
+    num_epochs = settings.num_train_epochs or DEFAULT_EPOCHS
+    steps = math.ceil(num_epochs * steps_per_epoch)
+    return min(steps, settings.max_steps or steps)
 
 
 def learning_rate_at(step: int, total: int, settings: TrainingConfig) -> float:

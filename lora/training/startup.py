@@ -1,5 +1,7 @@
 """What happens between a loaded task and its first step: what the run prints and records."""
 
+import os
+
 import torch
 
 from lora.common.base_model_files import describe_base
@@ -13,12 +15,14 @@ from lora.distributed.process_group import world_size
 from lora.layer import lora_layers
 from lora.model.run import Run
 from lora.model.task import Task
-from lora.quantization import share_4bit
+from lora.quantization import count_parameters, share_4bit
 from lora.training import base_integrity
 from lora.training.base_integrity import BaseSums, only_adapters_train
 from lora.training.best_checkpoints import recover
 from lora.training.log import Log
-from lora.training.schedule import total_steps
+from lora.training.schedule import total_steps, warmup_steps
+
+MANY_EPOCHS = 20
 
 
 def begin(
@@ -36,8 +40,10 @@ def begin(
         base = base_integrity.measure_base(run.task, config)
         base_files = base.files
         command.require_same({"base_model": base_files, "dtype": str(run.dtype)})
-    if state and state["facts"]["place"]["processes"] == world_size():
-        # The number of threads decides the order of sums, and so the last bits of a resumed run.
+    # The number of threads decides the order of sums, and so the last bits of a resumed run.
+    # torchrun sets OMP_NUM_THREADS itself; in one process it is what the user asked for.
+    is_chosen = "OMP_NUM_THREADS" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
+    if state and state["facts"]["place"]["processes"] == world_size() and not is_chosen:
         torch.set_num_threads(state["facts"]["place"]["threads"])
     place = describe_place(run.device)
     run_facts = {"base_model": base_files, "dtype": str(run.dtype), "place": place}
@@ -64,7 +70,7 @@ def describe_run(run: Run, data_facts: dict) -> str:
     """Describe what a run is about to do. `data_facts` is what `load_or_tokenise` returned."""
     task, config, data = run.task, run.config, run.data
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in task.parameters())
+    total = count_parameters(task)
     dtype = str(run.dtype).removeprefix("torch.")
     train_facts, eval_facts = data_facts["train"], data_facts["eval"]
     base = describe_base(config.model.base_model)
@@ -104,7 +110,15 @@ def describe_run(run: Run, data_facts: dict) -> str:
     targets = train_facts["targets"] / train_facts["rows"] * examples
     a_step = f"{examples} examples ({tokens:.0f} tokens, {targets:.0f} targets)"
     max_steps = total_steps(config.training, data.steps_per_epoch)
-    lines.append(f"{max_steps} steps of {a_step}; {data.steps_per_epoch:.1f} steps an epoch")
+    epochs = max_steps / data.steps_per_epoch
+    an_epoch = f"{data.steps_per_epoch:.1f} steps"
+    lines.append(f"{max_steps} steps of {a_step}: {epochs:.3g} epochs of {an_epoch}")
+    if epochs > MANY_EPOCHS:
+        advice = "most of the time is wasted, or the data are learned by heart"
+        lines.append(f"warning: {epochs:.0f} epochs over the same data: {advice}")
+    warmup = warmup_steps(max_steps, config.training)
+    if warmup >= max_steps:
+        lines.append(f"warning: {warmup} warmup steps: learning_rate is never reached")
     return "\n".join(lines)
 
 

@@ -1,7 +1,9 @@
 """One schema for file, flags and saved configuration; a mistake in it is one line."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import re
 
 import pytest
@@ -14,6 +16,7 @@ from lora.common.toml_json import to_toml
 from lora.config.command_line import read_command_line
 from lora.config.schema import Config, get_lora_config
 from lora.config.set_keys import RETIRED, fields_by_key, from_dict, from_file, saved_config
+from lora.model.device import choose_device
 
 NAMED = ["--base_model=m", "--train_data=d"]
 
@@ -39,7 +42,7 @@ def test_the_defaults_are_those_the_requirements_name():
         full.training.batch_size,
         full.training.gradient_accumulation_steps,
         full.data.max_length,
-    ) == (4, 4, 2048)
+    ) == (4, 4, "auto")
     assert full.lora is None
 
 
@@ -340,3 +343,48 @@ def test_a_list_flag_given_twice_keeps_both():
     assert read(
         "--base_model=m", "--train_data", "a", "b", "--train_data", "c"
     ).data.train_data == ["a", "b", "c"]
+
+
+def test_from_python_aliases_and_keys_of_the_whole_are_set_and_read():
+    config = get_lora_config()
+    config.training.per_device_train_batch_size = 2
+    config.experiment_name = "x"
+    config.lora.r = 4
+    assert (config.training.batch_size, config.output.experiment_name, config.lora_r) == (2, "x", 4)
+    assert config.training.per_device_train_batch_size == 2
+    config.training.bf16 = True
+    assert config.training.dtype == "bfloat16" and config.training.bf16
+    config.bf16 = False
+    assert config.training.dtype == "float32" and not config.training.fp16
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(
+    "table, name, hint",
+    [
+        ("training", "learning_rat", "learning_rate"),
+        ("lora", "lora_rr", "lora_r"),
+        ("data", "train_dta", "train_data"),
+        ("", "experiment_nam", "experiment_name"),
+    ],
+)
+def test_from_python_a_name_that_is_no_key_is_refused(table, name, hint):
+    config = get_lora_config()
+    owner = getattr(config, table) if table else config
+    for use in (lambda: setattr(owner, name, 1), lambda: getattr(owner, name)):
+        with pytest.raises(AttributeError, match=f"no key {name}. Did you mean {hint}?"):
+            use()
+
+
+def test_a_key_that_json_gives_twice_is_refused(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"training": {"seed": 1, "seed": 2}}')
+    with pytest.raises(UserError, match="c.json: cannot be read .'seed' is given twice"):
+        read("--config", str(path), *NAMED)
+
+
+def test_a_device_that_is_named_is_taken_without_a_look_at_the_preference(monkeypatch):
+    monkeypatch.setenv("DEVICE_PREFERENCE", "tpu")
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="DEVICE_PREFERENCE tpu is not available here"):
+        choose_device("auto")

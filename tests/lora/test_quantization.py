@@ -178,6 +178,11 @@ def test_8_bits_are_used_for_what_is_large(configure):
 def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys):
     folder = run(configure(True, load_in_4bit=True, learning_rate=3e-2))
     results = json.loads((folder / "logs" / "final_results.json").read_text())["best"]
+    metadata = json.loads((folder / "final_artifact" / "metadata.json").read_text())
+    dense = load_task(configure(True), torch.float32)
+    adapter = metadata["trainable_parameters"] - sum(p.numel() for p in dense.head.parameters())
+    assert metadata["parameters"] == sum(p.numel() for p in dense.parameters()) + adapter
+    assert f" of {metadata['parameters']:,} (" in capsys.readouterr().out
     assert (
         "A LoRA adapter of rank 16, trained on 4-bit weights, of `"
         in (folder / "final_artifact" / "README.md").read_text()

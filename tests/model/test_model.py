@@ -96,6 +96,15 @@ def test_the_positions_of_roberta_begin_after_its_padding_index(tmp_path):
     load(folder, "score", 64)
 
 
+def test_the_longest_example_is_what_the_base_can_read_and_2048_at_most(configure, tmp_path):
+    for positions, longest in ((66, 64), (9000, 2048)):
+        shape = RobertaConfig(**SHAPE, pad_token_id=1, max_position_embeddings=positions)
+        folder = save(tmp_path / str(positions), RobertaForMaskedLM(shape))
+        config = configure(True, base_model=str(folder), max_length="auto")
+        load_task(config, torch.float32)
+        assert config.data.max_length == longest
+
+
 def test_a_base_with_a_missing_tensor_is_refused(tiny_base, tmp_path):
     from safetensors.torch import load_file, save_file
 

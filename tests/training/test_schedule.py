@@ -51,7 +51,7 @@ def test_warm_up_ends_where_it_is_asked_to(settings, total, warmup):
 
 @pytest.mark.parametrize(
     "max_steps, epochs, expected",
-    [(None, None, 10000), (30, None, 30), (None, 2.0, 25), (30, 2.0, 25), (20, 2.0, 20)],
+    [(None, None, 38), (30, None, 30), (None, 2.0, 25), (30, 2.0, 25), (20, 2.0, 20)],
 )
 def test_the_smaller_of_max_steps_and_epochs_ends_the_run(max_steps, epochs, expected):
     assert (
