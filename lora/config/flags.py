@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from lora.common.errors import UserError
 from lora.common.paths import INSTALLED, script_call
 from lora.config.parse_values import kind_of, parse_text
-from lora.config.schema import ALIASES, Config
+from lora.config.schema import Config
 from lora.config.set_keys import set_key
 from lora.config.table import ALIASES
 
