@@ -116,6 +116,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 last = True
         save_now = is_among_best or last or stop or step % config.output.save_steps == 0
         if save_now and step not in (0, resumed_at):
+            data.rows.check.require_undamaged()
             state = {
                 "without_best": evaluations_without_best,
                 "skipped": skipped_steps,
@@ -210,7 +211,7 @@ def run_training(
         return None
     place_on_device(task, config, device, dtype)
     log, base, facts = begin(run, command, raw_data, state, description)
-    with closing(log):
+    with closing(log), rows.check:
         cache_features(run, max_steps)
         with catch_signals() as stop_signal:
             train(run, log, facts, resume_from, stop_signal)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lora.data.array_check import ArrayCheck
 from lora.data.tokenise import NO_TOKEN, Row
 
 MAX_PADDING = 0.05  # of the positions of a padded micro-batch
@@ -61,6 +62,7 @@ class Rows:
     loss_weights: np.ndarray  # [tokens], float32, of the target at this place
     dataset_ids: np.ndarray  # [rows], int16
     features: dict[int, Tensor] | None = None  # row -> cached hidden states [its targets, width]
+    check: ArrayCheck = field(default_factory=ArrayCheck)  # of the files that are mapped
 
     @classmethod
     def from_rows(cls, rows: Iterable[tuple[Row, int]], task: str) -> Rows:

@@ -1,9 +1,12 @@
 """The data that a configuration names, and a hash of all it depends on. Runs without torch."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
+import time
 
+from lora.common.atomic_files import write_text_atomically
 from lora.common.checksums import file_sha256
 from lora.config.schema import Config, DataConfig
 from lora.data import files
@@ -18,6 +21,7 @@ NOT_IN_KEY = {
     *("data_weights", "prm800k_weight", "eqasc_weight", "reveal_weight"),
     *("head_dropout", "head_tokens", "score_loss"),
 }
+SETTLED = 2.0  # seconds
 CODE = sorted(Path(__file__).parent.rglob("*.py"))
 
 
@@ -90,5 +94,22 @@ def sums_of(paths: list[str]) -> dict[str, str | None]:
         if path.startswith("arithmetic:"):
             sums[path] = None
         elif path not in sums:  # a file may be named in both train_data and eval_data
-            sums[path] = file_sha256(files.local_path(path))
+            sums[path] = remembered_sha256(files.local_path(path))
     return sums
+
+
+def remembered_sha256(path: Path) -> str:
+    """Return the sha256 of a file, which is taken once for the same path, inode, size and time."""
+    stat = path.stat()
+    identity = (str(path.absolute()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    remembered = cache_folder() / "sha256" / digest(identity)
+    try:
+        return remembered.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        sha256 = file_sha256(path)
+    # A file that is being written may change again within the resolution of its time.
+    if time.time() - stat.st_mtime > SETTLED:
+        with contextlib.suppress(OSError):  # it is only taken again
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(remembered, sha256)
+    return sha256

@@ -3,14 +3,18 @@
     <cache>/<hash of the data, the settings and the code of lora/data/>/<hash of the tokenizer>/
 
 So an entry is never stale, and any of them may be deleted at any time. Of several processes that
-start at once one tokenises.
+start at once one tokenises. Arrays are mapped and used at once, and meanwhile compared with their
+hashes in facts.json; a run that finds one changed ends before its first checkpoint.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+import errno
 import json
+import os
 from pathlib import Path
+import shutil
 import tempfile
 
 from filelock import FileLock
@@ -21,12 +25,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lora.common.atomic_files import atomic_folder
 from lora.common.errors import UserError
 from lora.config.schema import Config
+from lora.data.array_check import ArrayCheck, array_sha256
 from lora.data.batches import ARRAYS, Rows, is_target
 from lora.data.chat_template import use_chatml
 from lora.data.examples import Example
 from lora.data.raw_data import RawData, digest
 from lora.data.tokenise import Row, TokenisedExample, tokenise
 
+PARTS = ("train", "eval")
 CHUNK = 1000  # examples that the tokenizer's threads share at a time
 
 
@@ -38,10 +44,15 @@ def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
     max_length = source.config.data.max_length  # "auto" in the folder's name, and a number by now
     with locked(source.folder) as folder:
         entry = folder / digest(settings, max_length, task.causal)
+        if entry.is_dir():
+            try:
+                train, held_out, facts = read_entry(entry)
+            except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+                print(f"note: {entry}: damaged ({error}); the data are tokenised again")
+                shutil.rmtree(entry)
         if not entry.is_dir():
             write_entry(entry, source, tokenizer, task.causal)
-        facts = json.loads((entry / "facts.json").read_bytes())
-        train, held_out = load_rows(entry, "train"), load_rows(entry, "eval")
+            train, held_out, facts = read_entry(entry)
     if facts["chats"]:
         use_chatml(tokenizer)
     largest_token = max(facts["train"]["largest_token"], facts["eval"]["largest_token"])
@@ -56,8 +67,27 @@ def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
     return train, held_out, facts
 
 
-def load_rows(entry: Path, part: str) -> Rows:
-    return Rows(*(np.load(entry / f"{part}_{name}.npy", mmap_mode="r") for name in ARRAYS))
+def read_entry(entry: Path) -> tuple[Rows, Rows, dict]:
+    """Map the arrays of an entry, and begin to check them. Raises ValueError where one is wrong."""
+    facts = json.loads((entry / "facts.json").read_bytes())
+    arrays = {}
+    for part in PARTS:
+        for name in ARRAYS:
+            arrays[f"{part}_{name}"] = np.load(entry / f"{part}_{name}.npy", mmap_mode="r")
+        num_rows, num_tokens = facts[part]["rows"], facts[part]["tokens"]
+        for name in ARRAYS:
+            expected = {"offsets": num_rows + 1, "dataset_ids": num_rows}.get(name, num_tokens)
+            if arrays[f"{part}_{name}"].shape != (expected,):
+                raise ValueError(f"{part}_{name} has another length than facts.json says")
+    sums = {name: facts["sha256"][name] for name in arrays}
+    check = ArrayCheck()
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine is enough
+        check.start(entry, arrays, sums)
+    rows = []
+    for part in PARTS:
+        of_part = {name: arrays[f"{part}_{name}"] for name in ARRAYS}
+        rows.append(Rows(**of_part, check=check))
+    return rows[0], rows[1], facts
 
 
 @contextmanager
@@ -86,12 +116,22 @@ def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool
         "repeated": len(training) - len(distinct),  # the same as an earlier training example
         "overlap": len(subjects & {example.subject for example in held_out}),  # in both parts
     }
+    facts["sha256"] = {}
     with atomic_folder(entry) as temporary:
-        for part, examples in (("train", training), ("eval", held_out)):
+        for part, examples in zip(PARTS, (training, held_out)):
             rows, facts[part] = tokenise_examples(examples, tokenizer, causal, source.config, part)
             for name in ARRAYS:
-                np.save(temporary / f"{part}_{name}.npy", getattr(rows, name))
+                array = getattr(rows, name)
+                facts["sha256"][f"{part}_{name}"] = array_sha256(array)
+                save_array(temporary / f"{part}_{name}.npy", array)
         (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array. numpy does not always notice that a disk is full or a limit is reached."""
+    np.save(path, array)
+    if path.stat().st_size < array.nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def tokenise_examples(

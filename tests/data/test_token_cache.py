@@ -7,18 +7,22 @@ import dataclasses
 import gzip
 import json
 import multiprocessing
+import os
+import resource
 import tempfile
 
 import numpy as np
 import pytest
 import torch
 
+from lora.common.errors import ResourceExhausted, UserError
 from lora.config.parse_values import kind_of
-from lora.data import data_summary, token_cache
+from lora.data import data_summary, raw_data, token_cache
 from lora.data.batches import ARRAYS
-from lora.data.raw_data import NOT_IN_KEY, RawData, cache_folder, cache_key
+from lora.data.raw_data import NOT_IN_KEY, RawData, cache_folder, cache_key, sums_of
 from lora.data.tokenise import NO_TOKEN
 from lora.model.load import load_task
+from tests.conftest import run
 
 
 @pytest.fixture
@@ -230,3 +234,78 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.delenv("PLAINLORA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "plainlora"
+
+
+# ------------------------------------------------------------------------------------------ damage
+
+
+def damage(path, place=-1):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.unlink()  # it may be mapped
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["train_tokens", "train_offsets", "eval_loss_weights"])
+def test_a_changed_bit_ends_the_run_before_its_first_checkpoint(
+    configure, chats, own_cache, tmp_path, name
+):
+    config = settings(configure, chats, max_steps=2, save_steps=1)
+    token_cache.load_or_tokenise(RawData(config), load_task(config, torch.float32))
+    (path,) = own_cache.glob(f"*/*/{name}.npy")
+    damage(path)
+    with pytest.raises(UserError, match=f"{path.parent}: {name} changed since .* is removed"):
+        run(config)
+    assert not path.parent.exists() and not list((tmp_path / "run" / "checkpoints").glob("*"))
+    config.output.experiment_name = "again"
+    run(config)
+
+
+@pytest.mark.parametrize("kind", ["short", "empty", "without facts", "bad facts", "absent"])
+def test_a_damaged_entry_is_tokenised_again(configure, chats, own_cache, capsys, kind):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    before, *_ = token_cache.load_or_tokenise(RawData(config), task)
+    tokens = before.tokens.copy()
+    before.check.require_undamaged()  # it is read no more
+    (path,) = own_cache.glob("*/*/train_tokens.npy")
+    facts = path.with_name("facts.json")
+    if kind == "short":
+        path.unlink()  # it is mapped
+        np.save(path, tokens[:-1])
+    elif kind == "empty":
+        path.unlink()
+        path.write_bytes(b"")
+    elif kind == "without facts":
+        facts.unlink()
+    elif kind == "bad facts":
+        facts.write_text("{}")
+    else:
+        path.unlink()
+    after, *_ = token_cache.load_or_tokenise(RawData(config), task)
+    assert np.array_equal(after.tokens, tokens)
+    said = [line for line in capsys.readouterr().out.splitlines() if "tokenised again" in line]
+    assert len(said) == 1 and said[0].startswith(f"note: {path.parent}: damaged (")
+
+
+def test_a_limit_of_file_sizes_is_a_full_disk_and_leaves_no_entry(configure, chats, own_cache):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(ResourceExhausted, match="no room for it"):
+            token_cache.load_or_tokenise(RawData(config), task)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(own_cache.glob("*/*/facts.json"))
+
+
+def test_the_hash_of_a_data_file_is_taken_again_when_the_file_changes(chats, monkeypatch):
+    os.utime(chats, (1, 1))
+    first = sums_of([str(chats)])
+    with monkeypatch.context() as patch:
+        patch.setattr(raw_data, "file_sha256", None)
+        assert sums_of([str(chats)]) == first
+    chats.write_text(chats.read_text().replace("say 7", "say 8"))
+    assert sums_of([str(chats)]) != first
