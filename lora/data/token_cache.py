@@ -10,7 +10,6 @@ hashes in facts.json; a run that finds one changed ends before its first checkpo
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-import errno
 import json
 import os
 from pathlib import Path
@@ -128,10 +127,10 @@ def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array. numpy does not always notice that a disk is full or a limit is reached."""
-    np.save(path, array)
-    if path.stat().st_size < array.nbytes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    """Write an array as numpy.save does, which does not always say that a disk is full."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 def tokenise_examples(
