@@ -4,8 +4,9 @@ They use the standard library only, because they run before torch is loaded. A r
 
     TASK        "lm" or "score"
     FORMS       sets of keys; it reads a row that has all keys of one of them
-    OPTIONAL    the other keys that it reads, where a row has them
-    examples    turns (file:line, row) into examples, or into the reason why a row is left out
+    OPTIONAL    the other keys that it reads, where a row has them; None: any may be one
+    examples    turns (file:line, row) into examples, or into the reason why a row is left out;
+                of REVEAL, whose examples have several rows, into what `reveal.chains` takes
 
 A row of our own formats may have a "weight", a number from 0 on, by which its loss is multiplied.
 """
@@ -17,27 +18,11 @@ from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data import arithmetic, files
 from lora.data.examples import BLANK, Example
-from lora.data.readers import (
-    chat,
-    eobqa,
-    eqasc,
-    first_error,
-    math_shepherd,
-    outcomes,
-    pairs,
-    prm800k,
-    prmbench,
-    questions,
-    reveal,
-    steps,
-    text,
-)
+from lora.data.readers import chat, pairs, questions, steps, text
 
-# Where a row has the keys of several forms, the first of these readers reads it.
-READERS = (
-    chat, questions, steps, pairs, text, prm800k, math_shepherd, first_error,
-    prmbench, eqasc, eobqa, reveal, outcomes,
-)  # fmt: skip
+# Where a row has the keys of several forms, the first of these readers reads it. Those of published
+# sets come after them, and are imported when none of these fits.
+READERS = (chat, questions, steps, pairs, text)
 EMPTY = (None, "", [], {})
 MAX_BLANK = 0.01  # of the rows of a file
 
@@ -68,8 +53,7 @@ def read(
 
 def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
     """Read the examples of a file, and print how many rows are left out, and why."""
-    results: list[Example | str] = []
-    evidence = []  # rows of REVEAL, of which several make an example
+    results: list[Example | str | dict] = []
     bad_rows: list[UserError] = []
     not_read: Counter[str] = Counter()
     blank_rows = []
@@ -79,17 +63,18 @@ def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
         try:
             reader = reader_for(where, row, task)
             not_read.update(keys_not_read(reader, row))
-            if reader is reveal:
-                evidence.append(reveal.read_evidence(where, row, data))
-            else:
-                of_row = list(reader.examples([(where, row)], data))
-                results.extend(of_row)
-                if BLANK in of_row:
-                    blank_rows.append(where)
+            of_row = list(reader.examples([(where, row)], data))
+            results.extend(of_row)
+            if BLANK in of_row:
+                blank_rows.append(where)
         except UserError as error:
             bad_rows.append(error)
     files.raise_bad_rows(path, bad_rows)
-    results.extend(reveal.chains(evidence, data))
+    evidence = [result for result in results if isinstance(result, dict)]
+    if evidence:
+        from lora.data.readers.published import reveal
+
+        results.extend(reveal.chains(evidence, data))
 
     examples = [result for result in results if isinstance(result, Example)]
     for example in examples:
@@ -110,27 +95,32 @@ def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
 
 def keys_not_read(reader: ModuleType, row: dict) -> list[str]:
     """Return the keys of a row that have a value and that its reader does not look at."""
+    if reader.OPTIONAL is None:
+        return []
     form = next(form for form in reader.FORMS if form <= row.keys())
     read_keys = form | reader.OPTIONAL
-    if reader is outcomes:  # the keys of GSM8K's solutions are names of models
-        read_keys |= {key for key, value in row.items() if isinstance(value, dict)}
     return [key for key in row if key not in read_keys and row[key] not in EMPTY]
+
+
+def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleType]:
+    return [reader for reader in readers if any(form <= row.keys() for form in reader.FORMS)]
 
 
 def reader_for(where: str, row: dict, task: str) -> ModuleType:
     """Return the first reader of `task` with a form whose keys the row has. Raises UserError."""
-    other_task = None
-    for reader in READERS:
-        fits = any(form <= row.keys() for form in reader.FORMS)
-        if fits and reader.TASK == task:
+    fitting = readers_that_fit(row, READERS)
+    if all(reader.TASK != task for reader in fitting):
+        from lora.data.readers.published import PUBLISHED
+
+        fitting += readers_that_fit(row, PUBLISHED)
+    for reader in fitting:
+        if reader.TASK == task:
             return reader
-        if fits:
-            other_task = reader.TASK
-    if other_task:
+    if fitting:
         keys = f"keys {', '.join(row)} in a run of --task {task}"
-        raise UserError(f"{where}: {keys}; add --task {other_task}, or take other rows.")
+        raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")
     forms = []
-    for reader in READERS:
+    for reader in (*READERS, *PUBLISHED):
         if reader.TASK == task:
             forms.extend(", ".join(sorted(form)) for form in reader.FORMS)
     keys = ", ".join(str(key) for key in row)

@@ -12,7 +12,7 @@ from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"prompt", "steps", "is_correct"}, {"question", "ground_truth"})
-OPTIONAL: set[str] = set()
+OPTIONAL = None  # the keys of GSM8K's solutions are names of models
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:

@@ -6,9 +6,11 @@ or not (0) by its best piece of evidence. A step of both kinds has the lower of 
 the data may not be passed on in plain text.
 """
 
+from collections.abc import Iterator
+
 from lora.common.errors import UserError
 from lora.config.schema import REVEAL_COLUMNS, DataConfig
-from lora.data.examples import Examples
+from lora.data.examples import Examples, SourceRows
 from lora.data.readers.steps import chain
 
 TASK = "score"
@@ -20,6 +22,12 @@ LABELS = {
 }
 OTHER_KIND = {"attribution_label": "logic", "correctness_label": "attribution"}  # without it
 TERMS = "REVEAL's owners permit it as a test set, not as a training set (its gate; CC BY-ND 4.0)"
+
+
+def examples(rows: SourceRows, data: DataConfig) -> Iterator[dict]:
+    """Yield a row as `chains` takes it."""
+    for where, row in rows:
+        yield read_evidence(where, row, data)
 
 
 def read_evidence(where: str, row: dict, data: DataConfig) -> dict[str, str]:
