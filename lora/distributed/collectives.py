@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 import torch.distributed as dist
 
+from lora.common.errors import ProcessLost, UserError
 from lora.distributed.process_group import micro_batch_index, rank, world_size
 
 
@@ -17,11 +18,30 @@ def sum_over_all(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def on_rank_zero(function: Callable, *arguments: Any) -> Any:
+    """Call `function` in the first process only; return its result there, and None in the others.
+
+    An error of the user is raised in all processes, so that none waits for one that has ended.
+    """
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = function(*arguments)
+        except Exception as raised:
+            error = raised
+    if world_size() > 1:
+        is_known = error is None or isinstance(error, UserError)
+        told = [error if is_known else ProcessLost("the first process failed (it says why).")]
+        dist.broadcast_object_list(told, 0)
+        error = error or told[0]
+    if error:
+        raise error
+    return result
+
+
 def broadcast_from_rank_zero(function: Callable, *arguments: Any) -> Any:
     """Call `function` in the first process only, and return its result in all of them."""
-    values: list[Any] = [None]
-    if rank() == 0:
-        values[0] = function(*arguments)
+    values = [on_rank_zero(function, *arguments)]
     if world_size() > 1:
         dist.broadcast_object_list(values, 0)
     return values[0]

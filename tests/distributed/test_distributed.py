@@ -22,7 +22,6 @@ from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.data.batches import shard_rows
 from lora.distributed import process_group
-from lora.distributed.sharded_checkpoint import Shards, write_shard
 from tests.conftest import run
 
 STEPS = 20
@@ -307,16 +306,6 @@ def test_what_is_not_proven_on_sharded_weights_is_refused(
     with pytest.raises(UserError, match=f"{key} {value}: full fine-tuning on several processes"):
         run(configure(False, **{key: value}))
     assert not (tmp_path / "run").exists()
-
-
-def test_shards_of_another_shape_or_without_a_tensor_are_refused(tmp_path):
-    write_shard(tmp_path, {"a": torch.ones(4, 3), "step": torch.tensor(2.0)})
-    saved, place = Shards(tmp_path), torch.zeros(4, 3)
-    saved.fill(place, "a")
-    assert place.eq(1).all() and saved.get("step", 0, 0) == 2 and len(saved.get("a", 1, 3)) == 2
-    for name, shape in (("a", (3, 3)), ("a", (4, 2)), ("b", (4, 3))):
-        with pytest.raises(ValueError, match=f"{name} is"):
-            saved.fill(torch.zeros(shape), name)
 
 
 def test_rows_are_dealt_so_that_the_processes_have_as_much_to_do():
