@@ -30,12 +30,11 @@ def has_optimizer(checkpoint: Path) -> bool:
 
 
 def require_known_format(checkpoint: Path, state: dict) -> None:
-    """Raise UserError where a checkpoint with this trainer_state.json cannot be read."""
+    """Raise UserError for a checkpoint that cannot be read; `state` is its trainer_state.json."""
     if (checkpoint / SHARDS_FILE).is_file():
-        problem = "in parts, one a process, as plainlora 0.1 wrote it"
-        mend = "end its run with plainlora 0.1, and go on from its final_artifact"
-        raise UserError(f"{checkpoint}: a checkpoint {problem}; {mend}.")
+        found = f"in parts ({SHARDS_FILE}), written by plainlora 0.1"
+        raise UserError(f"{checkpoint}: {found}, which reads it; end the run with that version.")
     version = state.get("format_version", 1)
     if version not in (1, FORMAT_VERSION):
-        expected = f"this plainlora reads up to {FORMAT_VERSION}"
-        raise UserError(f"{checkpoint}: format_version {version}; {expected}; install a newer one.")
+        expected = f"expected {FORMAT_VERSION} at most; a newer plainlora reads it"
+        raise UserError(f"{checkpoint}: format_version {version}; {expected}.")

@@ -10,6 +10,7 @@ The whole state of a run is weights, optimizer and step, because the order of th
 dropout are functions of (seed, step).
 """
 
+from collections import deque
 from itertools import chain
 import json
 from pathlib import Path
@@ -33,19 +34,11 @@ from lora.training.optimizer import Parameters, init_state, set_numbers, state_t
 
 
 def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state: dict) -> str:
-    """Write `checkpoint_step_<step>`, then delete those neither among the best nor the last.
+    """Write `checkpoint_step_<step>`, prune the others, and return a line about it for the log.
 
-    Every process calls this. The first one writes, and where it fails all raise its error.
-
-    Args:
-        folder: the checkpoints of the run.
-        step: the number of updates so far.
-        task: holds the weights.
-        optimizer: None for weights alone.
-        state: goes into trainer_state.json; its "val" are the metrics at this step, or None.
-
-    Returns:
-        A line for the log: the size of the checkpoint and the time it took.
+    Every process calls this. The first one writes, and where it cannot, all raise its error.
+    Without an optimizer the checkpoint holds weights alone. `state` goes into trainer_state.json;
+    its "val" are the metrics at this step, or None.
     """
     started = time.monotonic()
     final = Path(folder) / f"checkpoint_step_{step}"
@@ -54,34 +47,27 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
     head_state = gather(task.head.state_dict(keep_vars=True) if sharded else {})
     parameters = trainable_parameters(task)
     optimizer_state = gather(state_tensors(optimizer, parameters) if optimizer else {})
-
-    def gather_rest() -> None:
-        for _ in chain(model_state, head_state, optimizer_state):
-            pass
+    not_gathered = chain(model_state, head_state, optimizer_state)
 
     def write() -> int:
-        with atomic_folder(final) as temporary:
-            task.save(temporary, dict(model_state) or None, dict(head_state) or None)
-            if optimizer:
-                save_file(dict(optimizer_state), temporary / OPTIMIZER_FILE, {"format": "pt"})
-            text = json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}, indent=2)
-            (temporary / "trainer_state.json").write_text(text + "\n", encoding="utf-8")
-            write_checksums(temporary)
-        best_checkpoints.prune(folder)
-        return sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
-
-    def write_and_gather_rest() -> int:
-        # The others gather all tensors, whether the first process can write them or not.
         try:
-            return write()
-        finally:
-            gather_rest()
+            with atomic_folder(final) as temporary:
+                task.save(temporary, dict(model_state) or None, dict(head_state) or None)
+                if optimizer:
+                    save_file(dict(optimizer_state), temporary / OPTIMIZER_FILE, {"format": "pt"})
+                values = {"format_version": FORMAT_VERSION, "step": step, **state}
+                text = json.dumps(values, indent=2) + "\n"
+                (temporary / "trainer_state.json").write_text(text, encoding="utf-8")
+                write_checksums(temporary)
+            best_checkpoints.prune(folder)
+            return sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
+        finally:  # the other processes gather everything, also where this one could not write it
+            deque(not_gathered, maxlen=0)
 
     if process_group.rank() > 0:
-        gather_rest()
-    size = broadcast_from_rank_zero(write_and_gather_rest)
-    seconds = time.monotonic() - started
-    return f"Saved {final.name}: {size / 1e9:.3f} GB in {seconds:.1f} s"
+        deque(not_gathered, maxlen=0)  # take part in gathering
+    size = broadcast_from_rank_zero(write)
+    return f"Saved {final.name}: {size / 1e9:.3f} GB in {time.monotonic() - started:.1f} s"
 
 
 def load(path: str | Path, task: Task, optimizer: Optimizer) -> dict:
@@ -98,11 +84,9 @@ def load_optimizer(path: Path, parameters: Parameters, optimizer: Optimizer) -> 
     init_state(optimizer)
     tensors = state_tensors(optimizer, parameters)
     sharded = any_sharded(parameters.values())
-    read = (open_state, path, tensors)
-    file = on_rank_zero(*read) if sharded else open_state(path, tensors)
+    file = on_rank_zero(open_state, path, tensors) if sharded else open_state(path, tensors)
     for name, tensor in tensors.items():
-        value = file.get_tensor(name) if file else None
-        copy_into(tensor, value, from_rank_zero=sharded)
+        copy_into(tensor, file.get_tensor(name) if file else None, from_rank_zero=sharded)
     set_numbers(optimizer, parameters, tensors)
 
 
