@@ -74,14 +74,6 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def link_or_copy(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def remove_folder(folder: Path) -> None:
     """Delete a folder. It is renamed first, so that a half deleted folder never has its name."""
     renamed = folder.with_name(f".del_{folder.name}")

@@ -1,6 +1,8 @@
 """Sums over all processes, and values that one process sends to the others."""
 
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,9 +32,10 @@ def on_rank_zero(function: Callable, *arguments: Any) -> Any:
         except Exception as raised:
             error = raised
     if world_size() > 1:
-        is_known = error is None or isinstance(error, UserError)
-        told = [error if is_known else ProcessLost("the first process failed (it says why).")]
-        dist.broadcast_object_list(told, 0)
+        told = [error]
+        if error and not isinstance(error, UserError):
+            told = [ProcessLost("the first process failed, and says why.")]
+        dist.broadcast_object_list(told, 0, patient_group())
         error = error or told[0]
     if error:
         raise error
@@ -43,8 +46,17 @@ def broadcast_from_rank_zero(function: Callable, *arguments: Any) -> Any:
     """Call `function` in the first process only, and return its result in all of them."""
     values = [on_rank_zero(function, *arguments)]
     if world_size() > 1:
-        dist.broadcast_object_list(values, 0)
+        dist.broadcast_object_list(values, 0, patient_group())
     return values[0]
+
+
+@cache
+def patient_group() -> dist.ProcessGroup:
+    """Return the processes as those that wait for the first one while it reads, hashes or writes.
+
+    Such work may last longer than `process_group.TIMEOUT`. A process that ends is noticed at once.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=24))
 
 
 def gather_in_order(local_parts: list[Tensor], lengths: list[int], device: torch.device) -> Tensor:

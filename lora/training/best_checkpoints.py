@@ -6,11 +6,10 @@ With save_optimizer = "last" no other one holds it.
 
 import math
 from pathlib import Path
-import shutil
 
-from lora.common.atomic_files import atomic_folder, link_or_copy, remove_folder, remove_leftovers
-from lora.common.checkpoint_folders import OPTIMIZER_FILE, checkpoints_by_step, has_optimizer
-from lora.common.checksums import CHECKSUMS_FILE, checksums_to_bytes, find_damage, read_checksums
+from lora.common.atomic_files import remove_folder, remove_leftovers
+from lora.common.checkpoint_folders import checkpoints_by_step, has_optimizer
+from lora.common.checksums import find_damage
 from lora.common.toml_json import read_file
 from lora.distributed.collectives import broadcast_from_rank_zero
 
@@ -52,28 +51,17 @@ def losses_of_best(folder: Path) -> list[float]:
 def prune(folder: Path) -> None:
     """Delete the checkpoints that are neither among the best nor the last."""
     states = saved_states(folder)
-    with_optimizer = [state for state in states if has_optimizer(state["path"])]
-    last = with_optimizer[-1:]
-    kept_steps = {state["step"] for state in best_first(states)[:KEPT] + last}
+    resumable = [state for state in states if has_optimizer(state["path"])]
+    last_steps = [state["step"] for state in resumable[-1:]]
+    best_steps = [state["step"] for state in best_first(states)[:KEPT]]
     for state in states:
-        if state["step"] not in kept_steps:
+        if state["step"] not in best_steps + last_steps:
             remove_folder(state["path"])
-        elif (
-            state in with_optimizer and state not in last and state.get("save_optimizer") == "last"
-        ):
+    for state in resumable[:-1]:
+        if state["step"] in best_steps and state.get("save_optimizer") == "last":
+            from lora.training.remove_optimizer import remove_optimizer
+
             remove_optimizer(state["path"])
-
-
-def remove_optimizer(checkpoint: Path) -> None:
-    """Replace a checkpoint by one of the same files without the optimizer's state."""
-    checksums = read_checksums(checkpoint / CHECKSUMS_FILE)
-    if checksums is None:  # the next start of this run finds it and sets the checkpoint aside
-        return
-    del checksums[OPTIMIZER_FILE]
-    with atomic_folder(checkpoint) as temporary:
-        without = shutil.ignore_patterns(OPTIMIZER_FILE, CHECKSUMS_FILE)
-        shutil.copytree(checkpoint, temporary, False, without, link_or_copy, dirs_exist_ok=True)
-        (temporary / CHECKSUMS_FILE).write_bytes(checksums_to_bytes(checksums))
 
 
 def recover(run_dir: Path, step: int) -> list[str]:

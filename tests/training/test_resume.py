@@ -20,6 +20,7 @@ from lora.config.run_folder import newest_checkpoint
 from lora.config.schema import Config, get_lora_config
 from lora.data.sampler import TrainingData
 from lora.training import best_checkpoints
+from lora.training.remove_optimizer import remove_optimizer
 from tests.conftest import run
 
 
@@ -193,7 +194,7 @@ def killed_at(point, checkpoint):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    best_checkpoints.remove_optimizer(checkpoint)
+    remove_optimizer(checkpoint)
 
 
 def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
