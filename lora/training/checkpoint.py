@@ -67,7 +67,8 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
     if process_group.rank() > 0:
         deque(not_gathered, maxlen=0)  # take part in gathering
     size = broadcast_from_rank_zero(write)
-    return f"Saved {final.name}: {size / 1e9:.3f} GB in {time.monotonic() - started:.1f} s"
+    amount = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return f"Saved {final.name}: {amount} in {time.monotonic() - started:.1f} s"
 
 
 def load(path: str | Path, task: Task, optimizer: Optimizer) -> dict:
