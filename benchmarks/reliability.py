@@ -616,9 +616,10 @@ def overhead(bench):
 
         def timed(*arguments):
             began = time.monotonic()
-            save(*arguments)
+            line = save(*arguments)
             took.append(time.monotonic() - began)
             report.write_text(json.dumps(took))
+            return line
 
         checkpoint.save = timed
         train_lora.main(command, RawData(command.config))
