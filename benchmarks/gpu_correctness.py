@@ -31,6 +31,7 @@ from gpu_work import (
     make_rows,
     make_task,
     mixed_lengths,
+    wrap_layers,
 )
 import torch
 from torch._dynamo.utils import counters
@@ -40,7 +41,6 @@ from lora.data.batches import Batch
 from lora.layer import lora_layers
 from lora.model import attention
 from lora.model.load import load_task
-from lora.model.placement import prepare_layers
 from lora.quantization import dense
 
 BFLOAT16 = torch.bfloat16
@@ -149,7 +149,7 @@ def checkpointing_changes_nothing(place: Place) -> list[Check]:
     _, repeated = gradients(task, batches, BFLOAT16)
     settings = get_lora_config().training
     settings.gradient_checkpointing = True
-    prepare_layers(task.model, settings)
+    wrap_layers(task, settings)
     checkpointed_loss, found = gradients(task, batches, BFLOAT16)
     return [
         at_most("loss", abs(checkpointed_loss / loss - 1), SAME_SUMS),
@@ -170,7 +170,7 @@ def compiled_is_eager(place: Place) -> list[Check]:
     settings = get_lora_config().training
     settings.compile = True
     with quick_compiler(place):
-        prepare_layers(task.model, settings)
+        wrap_layers(task, settings)
     torch._dynamo.reset()
     counters.clear()
     losses, differences, graphs = [], [], []

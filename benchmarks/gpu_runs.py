@@ -58,7 +58,7 @@ def deterministic() -> Iterator[None]:
     """Let torch use deterministic algorithms alone in the block."""
     # cuBLAS reads it at a process's first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)  # AT MERGE of right21: what set_determinism does
     try:
         yield
     finally:
@@ -74,8 +74,6 @@ def resume_difference(place: Place) -> tuple[int, float, float]:
     """
     settings = {"max_steps": 10, "eval_steps": 5, "save_steps": 5, "batch_size": 2}
     settings["gradient_accumulation_steps"] = 2
-    # AT MERGE of the key `deterministic`: resume_difference(place, deterministic: bool), and here
-    # settings["deterministic"] = deterministic, in the place of `with deterministic()` above.
     shape = place.correctness_shape()
     rows = make_rows(mixed_lengths(place, count=64, longest=1024), shape["vocab_size"])
     with tempfile.TemporaryDirectory() as name:

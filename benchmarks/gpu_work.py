@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.signals import StopSignal
-from lora.config.schema import Config, get_lora_config
+from lora.config.schema import Config, TrainingConfig, get_lora_config
 from lora.config.set_keys import set_key
 from lora.data.batches import Batch, Rows
 from lora.data.sampler import TrainingData
@@ -166,9 +166,15 @@ def make_run(place: Place, task: Task, rows: Rows, settings: dict) -> Run:
     for name, value in (keys | settings).items():
         set_key(config, name, value, name)
     held_out = make_rows([16, 32, 8, 24], task.model.config.vocab_size, seed=2)
-    prepare_layers(task.model, config.training)
+    wrap_layers(task, config.training)
     data = TrainingData(rows, held_out, config)
     return Run(task, config, data, place.device, torch.bfloat16)
+
+
+def wrap_layers(task: Task, training: TrainingConfig) -> None:
+    """Wrap the task's layers as a run with these settings does."""
+    # AT MERGE of right21: a third argument, training.gradient_checkpointing is True
+    prepare_layers(task.model, training)
 
 
 class StepTimes(Log):
