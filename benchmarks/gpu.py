@@ -193,6 +193,11 @@ def main() -> int:
     if arguments.device == "cpu":
         keep_freed_memory()
         import gpu_correctness  # noqa: F401  (once, for all processes that are forked)
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: there is none here; add --device cpu --size tiny")
 
     output = arguments.output
     if output is None and arguments.device == "cuda":

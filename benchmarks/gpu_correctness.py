@@ -46,6 +46,7 @@ from lora.quantization import dense
 BFLOAT16 = torch.bfloat16
 # Relative difference that bfloat16 makes in the gradients of a few layers: 0.025 for SDPA itself.
 ROUNDING = 5e-2
+LOSS_ROUNDING = 1e-3  # ... and in their loss, a mean over thousands of targets: 5e-5
 WINDOW = 8  # so small that one position more or less shows
 TIMES_SDPA = 1.5  # how much larger our difference from fp32 may be than that of SDPA in bfloat16
 MOST_GRAPHS = 3  # of --compile, over all lengths
@@ -98,7 +99,7 @@ def packed_is_separate(place: Place) -> list[Check]:
         difference = largest_difference(found, expected)
         sdpa_difference = largest_difference(sdpa_gradients, expected)
         checks += [
-            at_most(f"{name}: loss", abs(loss / expected_loss - 1), ROUNDING),
+            at_most(f"{name}: loss", abs(loss / expected_loss - 1), LOSS_ROUNDING),
             at_most(f"{name}: gradients", difference, ROUNDING),
             at_most(
                 f"{name}: gradients, times SDPA's own difference in bfloat16",
@@ -181,7 +182,7 @@ def compiled_is_eager(place: Place) -> list[Check]:
         graphs.append(counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
     checks = [
-        at_most("loss", largest(losses), ROUNDING),
+        at_most("loss", largest(losses), LOSS_ROUNDING),
         at_most("gradients", largest(differences), ROUNDING),
     ]
     if place.is_cuda:
