@@ -114,8 +114,8 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 without = f"{evaluations_without_best} evaluations without a new best"
                 log.say(f"Stopping at step {step}: {without}.")
                 last = True
-        save_now = is_among_best or last or stop or step % config.output.save_steps == 0
-        if save_now and step not in (0, resumed_at):
+        is_last = last or stop or step % config.output.save_steps == 0
+        if (is_among_best or is_last) and step not in (0, resumed_at):
             data.rows.check.require_undamaged()
             state = {
                 "without_best": evaluations_without_best,
@@ -124,9 +124,12 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 **data.layout,
                 "config": config.as_dict(),
                 "facts": facts,
+                "save_optimizer": config.save_optimizer,
                 "val": metrics and without_nan(metrics),
             }
-            checkpoint.save(folder, step, task, optimizer, state)
+            with_optimizer = is_last or config.save_optimizer == "all"
+            saved = optimizer if with_optimizer else None
+            log.say(checkpoint.save(folder, step, task, saved, state))
         if stop:
             raise stop_signal.interrupted(step)
         if last:

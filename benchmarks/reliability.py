@@ -295,8 +295,8 @@ def report_kept(path, rank):
     """Write how many checkpoints there are once a restart has cleared what the run before left."""
     undisturbed = startup.recover
 
-    def recover(run_dir):
-        said = undisturbed(run_dir)
+    def recover(run_dir, step):
+        said = undisturbed(run_dir, step)
         with open(path, "a") as file:
             file.write(f"{len(list((run_dir / 'checkpoints').glob('*')))}\n")
         return said
@@ -617,9 +617,10 @@ def overhead(bench):
 
         def timed(*arguments):
             began = time.monotonic()
-            save(*arguments)
+            line = save(*arguments)
             took.append(time.monotonic() - began)
             report.write_text(json.dumps(took))
+            return line
 
         checkpoint.save = timed
         train_lora.main(command, RawData(command.config))

@@ -18,7 +18,7 @@ import time
 import traceback
 
 from lora.common import errors
-from lora.common.checkpoint_folders import checkpoints_by_step
+from lora.common.checkpoint_folders import resumable_by_step
 from lora.common.errors import Interrupted, ProcessLost, ResourceExhausted, UserError
 from lora.common.paths import INSTALLED, script_call
 
@@ -61,7 +61,7 @@ class RunStatus:
         """Return the command that continues the run from its newest checkpoint, or ""."""
         if self.run_dir is None:
             return ""
-        checkpoints = checkpoints_by_step(self.run_dir / "checkpoints")
+        checkpoints = resumable_by_step(self.run_dir / "checkpoints")
         if not checkpoints:
             return ""
         newest = checkpoints[max(checkpoints)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import time
 from typing import Any
 
+from lora.common.checkpoint_folders import has_optimizer, resumable_by_step
 from lora.common.checksums import find_damage
 from lora.common.errors import UserError
 from lora.common.exit_status import RunStatus, require_one_process
@@ -170,3 +171,9 @@ def require_checkpoint(folder: str) -> None:
     if damage:
         hint = "--resume_from auto takes the newest whole one of an --experiment_name"
         raise UserError(f"--resume_from {folder}: damaged: {damage}; {hint}.")
+    if not has_optimizer(Path(folder)):
+        resumable = resumable_by_step(Path(folder).resolve().parent)
+        hint = "start a run from its weights with --init_from"
+        if resumable:
+            hint = f"resume {resumable[max(resumable)].name}, the last; or {hint}"
+        raise UserError(f"--resume_from {folder}: it has no optimizer, only weights; {hint}.")

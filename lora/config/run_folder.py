@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lora.common.checkpoint_folders import checkpoints_by_step
+from lora.common.checkpoint_folders import resumable_by_step
 from lora.common.checksums import find_damage
 from lora.common.errors import UserError
 from lora.config.schema import Config
@@ -14,7 +14,7 @@ def newest_checkpoint(config: Config) -> str:
     if not config.output.experiment_name:
         raise UserError("--resume_from auto: which run? Add its --experiment_name.")
     folder = run_folder(config)
-    checkpoints = checkpoints_by_step(folder / "checkpoints")
+    checkpoints = resumable_by_step(folder / "checkpoints")
     for step in sorted(checkpoints, reverse=True):
         if not find_damage(checkpoints[step], "trainer_state.json"):
             return str(checkpoints[step])
@@ -50,7 +50,7 @@ def continued_folder(saved: Config, config: Config, checkpoint: Path) -> Path:
     if not same_directory or config.output.experiment_name != saved.output.experiment_name:
         return new_folder(config)
     path = checkpoint.resolve()
-    checkpoints = checkpoints_by_step(path.parent)
+    checkpoints = resumable_by_step(path.parent)
     if path.parent.name != "checkpoints" or path not in checkpoints.values():
         hint = "not in a run's checkpoints/; name a new --experiment_name for it"
         raise UserError(f"--resume_from {checkpoint}: {hint}.")

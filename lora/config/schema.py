@@ -167,6 +167,11 @@ class OutputConfig(Table):
     output_dir: str = key("outputs", "folder of all runs")
     logging_steps: int = key(10, "log metrics every N steps", low=1)
     save_steps: int = key(500, "save a checkpoint every N steps", low=1)
+    save_optimizer: str = key(
+        "auto",
+        "in all checkpoints or the last; auto: last in train.py",
+        choices=("auto", "all", "last"),
+    )
     report_to: str = key("", "also log to tensorboard, wandb or tensorboard,wandb", metavar="NAMES")
 
 
@@ -220,6 +225,13 @@ class Config:
         if self.lora is None:
             return "full"
         return "lora" if self.lora.lora_r else "head"
+
+    @property
+    def save_optimizer(self) -> str:
+        """Which checkpoints hold the optimizer's state: "all", or the "last" alone."""
+        if self.output.save_optimizer != "auto":
+            return self.output.save_optimizer
+        return "last" if self.method == "full" else "all"
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return the tables of the keys that have a value; `from_dict` reads them back."""

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from lora.common.checkpoint_folders import require_known_format
 from lora.common.errors import UserError
 from lora.common.toml_json import read_file, toml_value
 from lora.config.parse_values import check_value, key, nearest
@@ -117,7 +118,9 @@ def saved_config(folder: str | Path) -> Config:
     state = Path(folder) / "trainer_state.json"
     toml = Path(folder) / "training_config.toml"
     if state.is_file():
-        tables = read_file(state).get("config")
+        saved = read_file(state)
+        require_known_format(Path(folder), saved)
+        tables = saved.get("config")
         if not isinstance(tables, dict):
             raise UserError(f"{state}: holds no config; expected a checkpoint of ours.")
         return from_dict(tables, str(state))

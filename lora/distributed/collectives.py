@@ -1,12 +1,15 @@
 """Sums over all processes, and values that one process sends to the others."""
 
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 import torch.distributed as dist
 
+from lora.common.errors import ProcessLost, UserError
 from lora.distributed.process_group import micro_batch_index, rank, world_size
 
 
@@ -17,14 +20,43 @@ def sum_over_all(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def on_rank_zero(function: Callable, *arguments: Any) -> Any:
+    """Call `function` in the first process only; return its result there, and None in the others.
+
+    An error of the user is raised in all processes, so that none waits for one that has ended.
+    """
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = function(*arguments)
+        except Exception as raised:
+            error = raised
+    if world_size() > 1:
+        told = [error]
+        if error and not isinstance(error, UserError):
+            told = [ProcessLost("the first process failed, and says why.")]
+        dist.broadcast_object_list(told, 0, patient_group())
+        error = error or told[0]
+    if error:
+        raise error
+    return result
+
+
 def broadcast_from_rank_zero(function: Callable, *arguments: Any) -> Any:
     """Call `function` in the first process only, and return its result in all of them."""
-    values: list[Any] = [None]
-    if rank() == 0:
-        values[0] = function(*arguments)
+    values = [on_rank_zero(function, *arguments)]
     if world_size() > 1:
-        dist.broadcast_object_list(values, 0)
+        dist.broadcast_object_list(values, 0, patient_group())
     return values[0]
+
+
+@cache
+def patient_group() -> dist.ProcessGroup:
+    """Return the processes as those that wait for the first one while it reads, hashes or writes.
+
+    Such work may last longer than `process_group.TIMEOUT`. A process that ends is noticed at once.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=24))
 
 
 def gather_in_order(local_parts: list[Tensor], lengths: list[int], device: torch.device) -> Tensor:

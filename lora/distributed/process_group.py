@@ -54,11 +54,6 @@ def join(device: torch.device) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def leave() -> None:
     if world_size() > 1:
         dist.destroy_process_group()

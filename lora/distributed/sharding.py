@@ -1,10 +1,10 @@
-"""Full fine-tuning on several processes: weights sharded by FSDP2, and the rows a process holds."""
+"""Full fine-tuning on several processes: weights sharded by FSDP2, gathered and handed out."""
 
-from collections.abc import Iterable
-import sys
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+import torch.distributed as dist
 
 from lora.common.errors import UserError
 from lora.distributed.process_group import rank, world_size
@@ -56,29 +56,37 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def row_bounds(tensor: Tensor) -> list[int]:
-    """Return the first row of each process, divided as torch.chunk does, and the end."""
-    if not is_sharded(tensor):
-        return [0, len(tensor)]
-    rows_each = -(-len(tensor) // world_size())
-    return [min(i * rows_each, len(tensor)) for i in range(world_size() + 1)]
+def gather(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the value of each tensor, in full and on the CPU in the first process.
 
-
-def local_rows(tensor: Tensor) -> tuple[int, int]:
-    """Return the rows [first, end) that this process holds of a tensor and its optimizer state."""
-    if not is_sharded(tensor):
-        # An open end: some states of 8-bit optimizers are longer than the tensor.
-        return 0, sys.maxsize
-    bounds = row_bounds(tensor)
-    return bounds[rank()], bounds[rank() + 1]
+    A sharded tensor is gathered when it is asked for, by all processes at once. So each of them
+    must go through all of `tensors`. The others keep nothing, and are given the sharded tensor.
+    """
+    copies: dict[int, Tensor] = {}  # a tied tensor has two names and one value
+    for name, tensor in tensors.items():
+        if id(tensor) not in copies:
+            full = full_tensor(tensor.detach())
+            copies[id(tensor)] = full.cpu().contiguous() if rank() == 0 else tensor
+            del full
+        yield name, copies[id(tensor)]
 
 
 @torch.no_grad()
-def copy_into(tensor: Tensor, value: Tensor) -> None:
-    """Copy a full value into a tensor that may be sharded. Raises ValueError for other shapes."""
+def copy_into(tensor: Tensor, value: Tensor | None, from_rank_zero: bool = False) -> None:
+    """Copy a full value into a tensor that may be sharded. Raises ValueError for other shapes.
+
+    With `from_rank_zero` the first process's value is copied in all, and the others may give None.
+    """
+    if value is None:
+        value = torch.empty(tensor.shape, dtype=tensor.dtype)
     if tensor.shape != value.shape:
         raise ValueError(f"a tensor of {list(value.shape)} for a place of {list(tensor.shape)}")
-    if value.ndim > 0:
-        first, end = local_rows(tensor)
-        value = value[first:end]
-    local_tensor(tensor).copy_(value)
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        # Every process is sent its rows by the first one.
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+    elif from_rank_zero:
+        value = value.to(tensor.device, tensor.dtype)
+        dist.broadcast(value, 0)
+    tensor.copy_(value)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora.adapter import load_adapter, save_adapter
 from lora.common.errors import UserError, library_errors
 from lora.data.batches import Batch
-from lora.distributed.sharded_checkpoint import INDEX_FILE, Shards
-from lora.distributed.sharding import copy_into
+from lora.distributed.collectives import on_rank_zero
+from lora.distributed.sharding import any_sharded, copy_into
 from lora.layer import lora_layers, merge
 from lora.model.attention import Documents
 from lora.model.heads import LMHead, MLPHead
@@ -83,16 +83,25 @@ class Task(nn.Module):
                 inputs["token_type_ids"] = batch.token_type_ids
         return self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
 
-    def save(self, folder: Path | str) -> None:
-        """Write what was trained: `lora_adapter/` or `backbone/`, and `mlp_head.safetensors`."""
+    def save(
+        self,
+        folder: Path | str,
+        model_state: dict[str, Tensor] | None = None,
+        head_state: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write what was trained: `lora_adapter/` or `backbone/`, and `mlp_head.safetensors`.
+
+        Of sharded weights, the full state of the model and of the head must be given.
+        """
         folder = Path(folder)
         if lora_layers(self.model):
             save_adapter(self.model, folder / "lora_adapter")
         elif not self.frozen:
-            self.model.save_pretrained(folder / "backbone")
+            self.model.save_pretrained(folder / "backbone", state_dict=model_state)
             self.tokenizer.save_pretrained(folder / "backbone")
         if isinstance(self.head, MLPHead):
-            save_file(self.head.state_dict(), folder / "mlp_head.safetensors", {"format": "pt"})
+            head_state = head_state or self.head.state_dict()
+            save_file(head_state, folder / "mlp_head.safetensors", {"format": "pt"})
 
     def save_artifact(self, folder: Path | str) -> None:
         """Write what was trained (a backbone in the base's own type), and the tokenizer."""
@@ -103,17 +112,14 @@ class Task(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path | str) -> None:
-        """Load what `save` wrote, or a sharded checkpoint. Raises UserError if it does not fit."""
+        """Load what `save` wrote. Raises UserError if it does not fit."""
         self.load_model(Path(folder))
-        if not (Path(folder) / INDEX_FILE).is_file():  # the shards hold the head's weights as well
-            self.load_head(folder)
+        self.load_head(folder)
 
     def load_model(self, folder: Path) -> None:
         """Load what `save` wrote, without the MLP head."""
         has_adapter = (folder / "lora_adapter").is_dir()
-        has_shards = (folder / INDEX_FILE).is_file()
-        has_backbone = (folder / "backbone").is_dir()
-        if not (has_adapter or has_shards or has_backbone):
+        if not has_adapter and not (folder / "backbone").is_dir():
             if isinstance(self.head, MLPHead) and (folder / "mlp_head.safetensors").is_file():
                 return  # only the head was trained
             expected = "expected a checkpoint or an artifact"
@@ -127,26 +133,27 @@ class Task(nn.Module):
         if lora_layers(self.model):
             problem = "holds a whole model, not an adapter"
             raise UserError(f"{folder}: {problem}; name its backbone/ as the base_model.")
-        if not has_shards:
-            self.load_backbone(folder / "backbone")
-            return
-        with library_errors(folder):
-            shards = Shards(folder)
-            for name, parameter in self.named_parameters():
-                if parameter.requires_grad:
-                    shards.fill(parameter, name)
+        self.load_backbone(folder / "backbone")
 
     def load_backbone(self, folder: Path) -> None:
-        """Load all weights of the model from a plain Hugging Face folder."""
+        """Load all weights of the model from a plain Hugging Face folder.
+
+        Where they are sharded, the first process reads, and hands them out one by one.
+        """
+        sharded = any_sharded(self.parameters())
+        saved = on_rank_zero(self.read_backbone, folder) if sharded else self.read_backbone(folder)
+        with library_errors(folder):
+            for name, tensor in self.model.state_dict().items():
+                copy_into(tensor, saved[name] if saved else None, from_rank_zero=sharded)
+
+    def read_backbone(self, folder: Path) -> dict[str, Tensor]:
         with library_errors(folder):
             saved, info = type(self.model).from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
             if info["missing_keys"]:  # a scorer's backbone has no output layer
                 raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys']))}")
-            state = saved.state_dict()
-            for name, tensor in self.model.state_dict().items():
-                copy_into(tensor, state[name])
+            return saved.state_dict()
 
     def start_from(self, folder: Path | str) -> None:
         """Begin with an earlier stage's adapter, checkpoint, artifact or head. Raises UserError."""

@@ -15,7 +15,6 @@ from lora.common.checksums import file_sha256, map_in_threads
 from lora.common.errors import Stopped
 from lora.common.toml_json import read_file
 from lora.config.schema import Config, ModelConfig
-from lora.distributed.sharded_checkpoint import INDEX_FILE
 from lora.layer import lora_layers
 from lora.model.heads import MLPHead
 from lora.model.task import Task
@@ -78,7 +77,7 @@ def warn_other_base(folder: str | Path, base_model: str, files: dict[str, str]) 
     """
     folder = Path(folder).resolve()
     checkpoint = folder.parent if folder.name == "lora_adapter" else folder
-    if (checkpoint / "backbone").is_dir() or (checkpoint / INDEX_FILE).is_file():
+    if (checkpoint / "backbone").is_dir():
         return ""
     recorded = None
     if (checkpoint / "metadata.json").is_file():

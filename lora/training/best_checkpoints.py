@@ -1,10 +1,14 @@
-"""Which checkpoints are kept: the three with the lowest validation loss, and the last one."""
+"""Which checkpoints are kept: the three with the lowest validation loss, and the last one.
+
+The last is the newest that holds the optimizer's state, so that the run can be resumed from it.
+With save_optimizer = "last" no other one holds it.
+"""
 
 import math
 from pathlib import Path
 
 from lora.common.atomic_files import remove_folder, remove_leftovers
-from lora.common.checkpoint_folders import checkpoints_by_step
+from lora.common.checkpoint_folders import checkpoints_by_step, has_optimizer
 from lora.common.checksums import find_damage
 from lora.common.toml_json import read_file
 from lora.distributed.collectives import broadcast_from_rank_zero
@@ -47,19 +51,30 @@ def losses_of_best(folder: Path) -> list[float]:
 def prune(folder: Path) -> None:
     """Delete the checkpoints that are neither among the best nor the last."""
     states = saved_states(folder)
-    kept_steps = {state["step"] for state in best_first(states)[:KEPT] + states[-1:]}
+    resumable = [state for state in states if has_optimizer(state["path"])]
+    last_steps = [state["step"] for state in resumable[-1:]]
+    best_steps = [state["step"] for state in best_first(states)[:KEPT]]
     for state in states:
-        if state["step"] not in kept_steps:
+        if state["step"] not in best_steps + last_steps:
             remove_folder(state["path"])
+    for state in resumable[:-1]:
+        if state["step"] in best_steps and state.get("save_optimizer") == "last":
+            from lora.training.remove_optimizer import remove_optimizer
+
+            remove_optimizer(state["path"])
 
 
-def recover(run_dir: Path) -> list[str]:
-    """Clear what a killed run left, set damaged checkpoints aside, and return lines for the log."""
+def recover(run_dir: Path, step: int) -> list[str]:
+    """Prepare the folder of a run that begins at `step`, and return warnings for the log.
+
+    Clear what a killed run left, set damaged checkpoints aside, and delete those after `step`,
+    which the run makes anew (they hold weights alone).
+    """
     warnings = []
     folder = run_dir / "checkpoints"
     remove_leftovers(run_dir)
     remove_leftovers(folder)
-    for path in checkpoints_by_step(folder).values():
+    for saved_step, path in checkpoints_by_step(folder).items():
         damage = find_damage(path, "trainer_state.json")
         if damage:
             aside = folder / f"damaged_{path.name}"
@@ -67,5 +82,8 @@ def recover(run_dir: Path) -> list[str]:
                 remove_folder(aside)
             path.rename(aside)
             warnings.append(f"warning: {path}: damaged ({damage}); set aside as {aside.name}")
+        elif saved_step > step:
+            remove_folder(path)
+            warnings.append(f"warning: {path}: later than step {step}; deleted, to be made anew")
     prune(folder)
     return warnings

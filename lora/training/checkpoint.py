@@ -1,4 +1,4 @@
-"""Checkpoints, from which a run resumes exactly.
+"""Checkpoints, from which a run resumes exactly, on any number of processes.
 
 checkpoints/checkpoint_step_<N>/
     lora_adapter/, backbone/, ...   the weights (Task.save)
@@ -10,58 +10,65 @@ The whole state of a run is weights, optimizer and step, because the order of th
 dropout are functions of (seed, step).
 """
 
+from collections import deque
+from itertools import chain
 import json
 from pathlib import Path
+import time
 
+from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora.common.atomic_files import atomic_folder
+from lora.common.checkpoint_folders import FORMAT_VERSION, OPTIMIZER_FILE
 from lora.common.checksums import write_checksums
 from lora.common.errors import library_errors, raise_if_any
-from lora.distributed import process_group, sharding
-from lora.distributed.sharded_checkpoint import INDEX_FILE, Shards, write_shard
+from lora.distributed import process_group
+from lora.distributed.collectives import broadcast_from_rank_zero, on_rank_zero
+from lora.distributed.sharding import any_sharded, copy_into, gather
 from lora.model.task import Task
 from lora.training import best_checkpoints
-from lora.training.optimizer import Parameters, States, set_state, state_of
+from lora.training.optimizer import Parameters, init_state, set_numbers, state_tensors
 
 
-def save(folder: Path, step: int, task: Task, optimizer: Optimizer, state: dict) -> None:
-    """Write `checkpoint_step_<step>`, then delete those neither among the best nor the last.
+def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state: dict) -> str:
+    """Write `checkpoint_step_<step>`, prune the others, and return a line about it for the log.
 
-    Rank 0 writes for all processes, unless the weights are sharded: then each writes its part.
-    `state` goes into trainer_state.json; its "val" are the metrics at this step, or None.
+    Every process calls this. The first one writes, and where it cannot, all raise its error.
+    Without an optimizer the checkpoint holds weights alone. `state` goes into trainer_state.json;
+    its "val" are the metrics at this step, or None.
     """
-    sharded = sharding.any_sharded(task.parameters())
+    started = time.monotonic()
     final = Path(folder) / f"checkpoint_step_{step}"
-    if process_group.rank() == 0:
-        with atomic_folder(final) as temporary:
-            write_tensors(temporary, task, optimizer, sharded)
-            text = json.dumps({"step": step, **state}, indent=2) + "\n"
-            (temporary / "trainer_state.json").write_text(text, encoding="utf-8")
-            write_checksums(temporary)
-        best_checkpoints.prune(folder)
-    elif sharded:
-        temporary = final.with_name(f".tmp_{final.name}")  # as atomic_folder names it
-        write_tensors(temporary, task, optimizer, sharded)
-
-
-def write_tensors(folder: Path, task: Task, optimizer: Optimizer, sharded: bool) -> None:
-    """Write weights and optimizer state, or this process's shards of them."""
+    sharded = any_sharded(task.parameters())
+    model_state = gather(task.model.state_dict(keep_vars=True) if sharded else {})
+    head_state = gather(task.head.state_dict(keep_vars=True) if sharded else {})
     parameters = trainable_parameters(task)
-    tensors = {}
-    for name, parameter in parameters.items():
-        for key, tensor in state_of(optimizer, parameter).items():
-            tensors[f"{name}/{key}"] = tensor.detach()
-    if sharded:
-        process_group.barrier()  # rank 0 makes the folder
-        write_shard(folder, {**parameters, **tensors})
-        process_group.barrier()
-    else:
-        task.save(folder)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "optimizer.safetensors", {"format": "pt"})
+    optimizer_state = gather(state_tensors(optimizer, parameters) if optimizer else {})
+    not_gathered = chain(model_state, head_state, optimizer_state)
+
+    def write() -> int:
+        try:
+            with atomic_folder(final) as temporary:
+                task.save(temporary, dict(model_state) or None, dict(head_state) or None)
+                if optimizer:
+                    save_file(dict(optimizer_state), temporary / OPTIMIZER_FILE, {"format": "pt"})
+                values = {"format_version": FORMAT_VERSION, "step": step, **state}
+                text = json.dumps(values, indent=2) + "\n"
+                (temporary / "trainer_state.json").write_text(text, encoding="utf-8")
+                write_checksums(temporary)
+            best_checkpoints.prune(folder)
+            return sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
+        finally:  # the other processes gather everything, also where this one could not write it
+            deque(not_gathered, maxlen=0)
+
+    if process_group.rank() > 0:
+        deque(not_gathered, maxlen=0)  # take part in gathering
+    size = broadcast_from_rank_zero(write)
+    amount = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return f"Saved {final.name}: {amount} in {time.monotonic() - started:.1f} s"
 
 
 def load(path: str | Path, task: Task, optimizer: Optimizer) -> dict:
@@ -69,24 +76,35 @@ def load(path: str | Path, task: Task, optimizer: Optimizer) -> dict:
     path = Path(path)
     state = best_checkpoints.read_state(path)
     task.load(path)
-    parameters = trainable_parameters(task)
-    states: States = {name: {} for name in parameters}
-    mismatches = []
-    source = path if (path / INDEX_FILE).is_file() else path / "optimizer.safetensors"
-    with library_errors(source):
-        shards = Shards(source)
-        for full_name in shards.index.keys() - parameters.keys():  # shards hold the weights as well
-            name, _, key = full_name.rpartition("/")
-            if name in parameters:
-                first, end = sharding.local_rows(parameters[name])
-                states[name][key] = shards.get(full_name, first, end)
-            else:
-                mismatches.append(full_name)
-    if not mismatches:
-        mismatches = set_state(optimizer, parameters, states)
-    what = "not the optimizer's state of this model: absent, unknown or of another shape"
-    raise_if_any(mismatches, f"{path}: {what}")
+    load_optimizer(path / OPTIMIZER_FILE, trainable_parameters(task), optimizer)
     return state
+
+
+def load_optimizer(path: Path, parameters: Parameters, optimizer: Optimizer) -> None:
+    """Fill the optimizer's state. Of sharded weights, the first process reads and hands it out."""
+    init_state(optimizer)
+    tensors = state_tensors(optimizer, parameters)
+    sharded = any_sharded(parameters.values())
+    file = on_rank_zero(open_state, path, tensors) if sharded else open_state(path, tensors)
+    for name, tensor in tensors.items():
+        copy_into(tensor, file.get_tensor(name) if file else None, from_rank_zero=sharded)
+    set_numbers(optimizer, parameters, tensors)
+
+
+def open_state(path: Path, expected: dict[str, Tensor]) -> safe_open:
+    """Open the file of an optimizer's state. Raises UserError unless it has the tensors expected.
+
+    torch's fused step does not look at shapes, so that this is the only check.
+    """
+    with library_errors(path):
+        file = safe_open(path, "pt")
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
+    names = found.keys() | shapes.keys()
+    mismatches = [name for name in names if found.get(name) != shapes.get(name)]
+    what = "not the optimizer's state of this model: absent, unknown or of another shape"
+    raise_if_any(mismatches, f"{path.parent}: {what}")
+    return file
 
 
 def trainable_parameters(task: nn.Module) -> Parameters:

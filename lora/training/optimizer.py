@@ -9,7 +9,6 @@ from lora.distributed.sharding import local_tensor
 from lora.quantization import import_bitsandbytes
 
 Parameters = dict[str, nn.Parameter]  # by name
-States = dict[str, dict[str, Tensor]]  # by name of the parameter, then of the tensor
 
 
 def make_optimizer(parameters: Parameters, config: Config, device: torch.device) -> Optimizer:
@@ -53,24 +52,20 @@ def optimizer_bytes(parameters: list[nn.Parameter], optimizer: str) -> int:
     return total
 
 
-def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return what the optimizer remembers of a parameter, after its first step."""
+def state_tensors(optimizer: Optimizer, parameters: Parameters) -> dict[str, Tensor]:
+    """Return {"parameter/key": what the optimizer remembers of it}, after its first step."""
     tensors = {}
-    for key, value in optimizer.state[parameter].items():
-        if not key.startswith("qmap"):  # bitsandbytes' tables of constants
-            tensors[key] = torch.as_tensor(value)
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            if not key.startswith("qmap"):  # bitsandbytes' tables of constants
+                tensors[f"{name}/{key}"] = torch.as_tensor(value)
     return tensors
 
 
-def set_state(optimizer: Optimizer, parameters: Parameters, saved: States) -> list[str]:
-    """Put back what `state_of` returned of each parameter; of a sharded one, its local rows.
-
-    Returns "parameter/key" of what does not fit, of the first parameter where anything does not.
-    """
-    names = {parameter: name for name, parameter in parameters.items()}
+def init_state(optimizer: Optimizer) -> None:
+    """Make what the optimizer's first step would make, with zeros."""
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
-            name = names[parameter]
             if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
                 optimizer.state[parameter] = {
                     "step": torch.zeros((), device=parameter.device),
@@ -79,21 +74,12 @@ def set_state(optimizer: Optimizer, parameters: Parameters, saved: States) -> li
                 }
             else:
                 optimizer.init_state(group, parameter, i, j)  # makes paged memory
-            # torch's fused step does not look at shapes, so that this is the only check.
-            expected = shapes_of(state_of(optimizer, parameter))
-            shapes = shapes_of(saved[name])
-            keys = sorted(expected.keys() | shapes.keys())
-            mismatches = [f"{name}/{key}" for key in keys if expected.get(key) != shapes.get(key)]
-            if mismatches:
-                return mismatches
-            state = optimizer.state[parameter]
-            for key, tensor in saved[name].items():
-                if isinstance(state[key], Tensor):
-                    local_tensor(state[key]).copy_(tensor)
-                else:
-                    state[key] = tensor.item()  # bitsandbytes' step
-    return []
 
 
-def shapes_of(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {key: local_tensor(tensor).shape for key, tensor in tensors.items()}
+def set_numbers(optimizer: Optimizer, parameters: Parameters, tensors: dict[str, Tensor]) -> None:
+    """Put back what is a number in the state: bitsandbytes' step. Tensors were filled in place."""
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        for key, value in state.items():
+            if not isinstance(value, Tensor) and f"{name}/{key}" in tensors:
+                state[key] = tensors[f"{name}/{key}"].item()

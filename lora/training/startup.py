@@ -54,7 +54,7 @@ def begin(
     if base is not None:
         command.status.write(None)
         base_integrity.record_base(log.run_dir, config, base)
-        lines = recover(log.run_dir)
+        lines = recover(log.run_dir, state["step"] if state else 0)
         model = config.model
         lines.append(base_integrity.warn_other_base(model.init_from, model.base_model, base_files))
         if state:

@@ -14,7 +14,8 @@ from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.common.toml_json import to_toml
 from lora.config.command_line import read_command_line
-from lora.config.schema import Config, get_lora_config
+from lora.config.cross_checks import require_stage
+from lora.config.schema import Config, ModelConfig, get_lora_config
 from lora.config.set_keys import RETIRED, fields_by_key, from_dict, from_file, saved_config
 from lora.model.device import choose_device
 
@@ -140,6 +141,7 @@ def test_resume_from_auto_looks_at_script_and_stage_as_a_run_that_is_named_does(
     newest = tmp_path / "a" / "checkpoints" / "checkpoint_step_4"
     begun = {lora: read(*flags, lora=lora) for lora in (True, False)}
     newest.mkdir(parents=True)
+    (newest / "optimizer.safetensors").touch()
     for lora, name in ((True, "train_lora.py"), (False, "train.py")):
         (newest / "trainer_state.json").write_text(json.dumps({"config": begun[lora].as_dict()}))
         write_checksums(newest)
@@ -237,6 +239,19 @@ def as_of_an_older_version(folder, name, config, value):
     (folder / name).write_text(text)
 
 
+def test_a_checkpoint_in_parts_and_one_of_a_newer_version_are_one_line(tmp_path):
+    state = {"config": Config().as_dict(), "format_version": 3}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="format_version 3; expected 2 at most"):
+        saved_config(tmp_path)  # to which resume, eval, merge and init_from come
+    (tmp_path / "shards.json").write_text("{}")
+    write_checksums(tmp_path)
+    with pytest.raises(UserError, match="written by plainlora 0.1, which reads it"):
+        read_command_line(["--resume_from", str(tmp_path)], Config(), "", "")
+    with pytest.raises(UserError, match="written by plainlora 0.1, which reads it"):
+        require_stage(Config(model=ModelConfig(init_from=str(tmp_path))))
+
+
 @pytest.mark.parametrize("name", ["trainer_state.json", "training_config.toml"])
 def test_a_retired_key_in_a_saved_configuration_is_left_out_at_its_default_and_refused_else(
     tmp_path, name
@@ -258,6 +273,7 @@ def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path):
     config, checkpoint = read(*flags), tmp_path / "a" / "checkpoints" / "checkpoint_step_4"
     for value in (False, True):
         as_of_an_older_version(checkpoint, "trainer_state.json", config, value)
+        (checkpoint / "optimizer.safetensors").touch()
         write_checksums(checkpoint)
         for resumed in ([f"--resume_from={checkpoint}"], [*flags, "--resume_from=auto"]):
             if value:

@@ -2,10 +2,11 @@
 and after a lost one.
 """
 
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -18,12 +19,14 @@ import pytest
 from safetensors.torch import load_file
 import torch
 
+from lora.common import exit_status
 from lora.common.errors import UserError
+from lora.common.exit_status import one_line_errors
 from lora.common.paths import ROOT
 from lora.data.batches import shard_rows
 from lora.distributed import process_group
-from lora.distributed.sharded_checkpoint import Shards, write_shard
 from tests.conftest import run
+from tests.training.test_resume import files
 
 STEPS = 20
 LEARNED = ["arithmetic:train:60"]  # on what is trained on the last step is the best
@@ -53,9 +56,9 @@ def torchrun(script, config, processes, folder, *flags, more=()):
     )
 
 
-def run_of(processes, config, folder, resume_from="", prepare=lambda rank: None):
+def run_of(processes, config, folder, resume_from="", prepare=lambda rank: None, status=0):
     """A whole run of several processes without torchrun: forks of this one, which has loaded torch.
-    What they printed.
+    What they printed; all end with the same exit status.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,8 +71,9 @@ def run_of(processes, config, folder, resume_from="", prepare=lambda rank: None)
         os.environ |= {name: str(value) for name, value in values.items()}
         torch.set_num_threads(1)  # makes the pool of threads anew, which a fork does not inherit
         prepare(rank)
-        with open(out, "a") as file, redirect_stdout(file):
-            run(config, resume_from)
+        with open(out, "a") as file, redirect_stdout(file), redirect_stderr(file):
+            with one_line_errors() if status else nullcontext():
+                run(config, resume_from)
 
     fork = multiprocessing.get_context("fork")
     children = [fork.Process(target=train, args=(rank,), daemon=True) for rank in range(processes)]
@@ -77,7 +81,7 @@ def run_of(processes, config, folder, resume_from="", prepare=lambda rank: None)
         child.start()
     for child in children:
         child.join(180)
-    assert [child.exitcode for child in children] == [0] * processes
+    assert [child.exitcode for child in children] == [status] * processes, out.read_text()
     return out.read_text()
 
 
@@ -113,6 +117,16 @@ def weights(folder):
     return {
         f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()
     }
+
+
+def layout(checkpoint):
+    """The files of a checkpoint, and the shapes of its tensors."""
+    shapes = {
+        (path.name, name): tensor.shape
+        for path in checkpoint.rglob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+    return {path.relative_to(checkpoint) for path in checkpoint.rglob("*")}, shapes
 
 
 def losses(folder):
@@ -152,15 +166,23 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_and_with_four(configure,
     settings |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
     whole = run(configure(lora, name="whole", max_steps=STEPS, **settings | {"batch_size": 6}))
     run_of(2, configure(lora, name="two", max_steps=8, **settings), tmp_path)
+    saved = tmp_path / "two" / "checkpoints" / "checkpoint_step_8"
+    last = whole / "checkpoints" / f"checkpoint_step_{STEPS}"
+    assert layout(saved) == layout(last)  # that of one process
     for processes in (1, 4):
         on = configure(lora, name=f"on_{processes}", max_steps=STEPS, **settings)
-        run_of(
-            processes,
-            on,
-            tmp_path,
-            resume_from=tmp_path / "two" / "checkpoints" / "checkpoint_step_8",
-        )
+        run_of(processes, on, tmp_path, resume_from=saved)
         assert_close(weights(whole), weights(tmp_path / f"on_{processes}"))
+
+
+def test_sharded_over_two_processes_resumed_equals_uninterrupted_bitwise(configure, tmp_path):
+    settings = dict(save_steps=4, batch_size=2, lr_scheduler_type="constant", warmup_steps=0)
+    run_of(2, configure(False, name="whole", max_steps=8, **settings), tmp_path)
+    run_of(2, configure(False, name="cut", max_steps=4, **settings), tmp_path)
+    cut = tmp_path / "cut" / "checkpoints" / "checkpoint_step_4"
+    run_of(2, configure(False, name="on", max_steps=8, **settings), tmp_path, resume_from=cut)
+    last = "checkpoints/checkpoint_step_8"
+    assert files(tmp_path / "on" / last) == files(tmp_path / "whole" / last)
 
 
 def test_a_full_run_of_one_process_goes_on_sharded_over_two(configure, tmp_path):
@@ -246,6 +268,19 @@ def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(
     )
 
 
+@pytest.mark.parametrize("limit", [100_000, 400_000], ids=["weights", "optimizer"])
+def test_where_the_first_process_cannot_write_all_end_in_one_line(configure, tmp_path, limit):
+    def limit_files(rank):
+        exit_status.PATIENCE = 0  # nobody ends the others here
+        if rank == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    config = configure(False, name="full", task="lm", max_steps=1)
+    out = run_of(2, config, tmp_path, prepare=limit_files, status=4)
+    assert out.count("checkpoint_step_1: no room for it; nothing of it is kept") == 2
+    assert "Traceback" not in out and not list((tmp_path / "full" / "checkpoints").iterdir())
+
+
 SHORT_OF_MEMORY = """
 import os
 import torch
@@ -307,16 +342,6 @@ def test_what_is_not_proven_on_sharded_weights_is_refused(
     with pytest.raises(UserError, match=f"{key} {value}: full fine-tuning on several processes"):
         run(configure(False, **{key: value}))
     assert not (tmp_path / "run").exists()
-
-
-def test_shards_of_another_shape_or_without_a_tensor_are_refused(tmp_path):
-    write_shard(tmp_path, {"a": torch.ones(4, 3), "step": torch.tensor(2.0)})
-    saved, place = Shards(tmp_path), torch.zeros(4, 3)
-    saved.fill(place, "a")
-    assert place.eq(1).all() and saved.get("step", 0, 0) == 2 and len(saved.get("a", 1, 3)) == 2
-    for name, shape in (("a", (3, 3)), ("a", (4, 2)), ("b", (4, 3))):
-        with pytest.raises(ValueError, match=f"{name} is"):
-            saved.fill(torch.zeros(shape), name)
 
 
 def test_rows_are_dealt_so_that_the_processes_have_as_much_to_do():

@@ -139,7 +139,7 @@ def test_a_start_clears_what_a_killed_run_left_and_sets_damaged_checkpoints_asid
         "takes",
     ):
         read_command_line([*flags, str(newest)], get_lora_config(), "", "")
-    said = best_checkpoints.recover(folder.parent)
+    said = best_checkpoints.recover(folder.parent, 12)
     assert len(said) == 1 and said[0].startswith(
         f"warning: {newest}: damaged ('trainer_state.json': changed); set aside as"
     )

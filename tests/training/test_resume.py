@@ -1,23 +1,32 @@
 """Resumed = uninterrupted, bit for bit; the best three and the last checkpoint stay."""
 
 import json
+import multiprocessing
+import os
+from pathlib import Path
+import shutil
+import signal
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
 
-from lora.common.checksums import write_checksums
+from lora.common.atomic_files import remove_leftovers
+from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import UserError
 from lora.config.command_line import read_command_line
-from lora.config.schema import get_lora_config
+from lora.config.run_folder import newest_checkpoint
+from lora.config.schema import Config, get_lora_config
 from lora.data.sampler import TrainingData
 from lora.training import best_checkpoints
+from lora.training.remove_optimizer import remove_optimizer
 from tests.conftest import run
 
 
 def files(folder):
     found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
-    assert len(found) >= 2
+    assert found
     return found
 
 
@@ -113,6 +122,79 @@ def test_the_three_best_and_the_last_stay_and_survive_a_resume(configure):
         *sorted(losses, key=losses.get)[:3],
         28,
     }
+
+
+def steps_with_optimizer(folder):
+    return {
+        int(path.parent.name.rpartition("_")[2])
+        for path in folder.glob("checkpoints/*/optimizer.safetensors")
+    }
+
+
+def test_of_full_fine_tuning_the_last_checkpoint_alone_holds_the_optimizer(configure, capsys):
+    """And a run resumed from it makes the best ones anew that are later."""
+    settings = dict(task="lm", eval_data=["arithmetic:train:60"], learning_rate=1e-3)
+    settings |= dict(eval_steps=2, save_steps=4, max_steps=13, warmup_steps=0)
+    whole = run(configure(False, "whole", **settings))
+    assert "Saved checkpoint_step_13: " in capsys.readouterr().out
+    steps = {state["step"] for state in best_checkpoints.saved_states(whole / "checkpoints")}
+    assert steps == {10, 12, 13} and steps_with_optimizer(whole) == {13}  # 12 has lost it
+    assert not any(find_damage(path, "trainer_state.json") for path in whole.glob("checkpoints/*"))
+
+    config = configure(False, "cut", **settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingData, "batch_at", interrupted_at(11))
+        run(config)
+    cut = Path(config.output.output_dir) / "cut"
+    assert (cut / "checkpoints" / "checkpoint_step_10").is_dir()
+    assert steps_with_optimizer(cut) == {8}
+    command = ["--resume_from", str(cut / "checkpoints" / "checkpoint_step_10")]
+    with pytest.raises(UserError, match="no optimizer, only weights; resume checkpoint_step_8, "):
+        read_command_line(command, Config(), "", "")
+    assert newest_checkpoint(config) == str(cut / "checkpoints" / "checkpoint_step_8")
+
+    run(config, newest_checkpoint(config))
+    assert "checkpoint_step_10: later than step 8; deleted" in capsys.readouterr().out
+    assert metrics(cut) == metrics(whole)
+    for path in whole.glob("checkpoints/*"):
+        assert files(cut / "checkpoints" / path.name) == files(path)
+
+
+def test_an_optimizer_is_removed_without_a_moment_of_damage(configure, tmp_path):
+    folder = run(configure(False, max_steps=2, save_steps=1, save_optimizer="all"))
+    (written,) = folder.glob("checkpoints/*")
+    weights = {name: text for name, text in files(written).items() if name.stem != "optimizer"}
+    for point in range(1, 1000):
+        saved = tmp_path / "checkpoints" / written.name
+        shutil.copytree(written, saved)
+        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(point, saved))
+        child.start()
+        child.join()
+        remove_leftovers(saved.parent)
+        assert [saved] == list(saved.parent.iterdir())
+        assert not find_damage(saved, "trainer_state.json")
+        assert weights.items() <= files(saved).items()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        shutil.rmtree(saved)
+    assert files(saved) == weights and point > 20
+
+
+def killed_at(point, checkpoint):
+    """Remove the optimizer, and die at the `point`-th call that changes a file."""
+    calls = []
+
+    def hook(event, arguments):
+        writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        changes = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.chmod")
+        if writes or event in changes:
+            calls.append(event)
+            if len(calls) == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    remove_optimizer(checkpoint)
 
 
 def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
