@@ -282,8 +282,8 @@ def all_but_first_lora(model):
     return dict(list(lora_layers(model).items())[1:])
 
 
-def one_document(lengths):
-    return Documents([sum(lengths)])
+def one_document(lengths, device):
+    return Documents([sum(lengths)], device)
 
 
 def wrapped(owner, name, change):
