@@ -138,7 +138,8 @@ def compiled_step(config, monkeypatch, backend):
     task = task_with_lora(config)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-        prepare_layers(task.model, config.training)
+        checkpointing = config.training.gradient_checkpointing is True
+        prepare_layers(task.model, config.training, checkpointing)
     torch._dynamo.reset()
     counters.clear()
     graphs = []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd.graph import save_on_cpu
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -169,7 +170,7 @@ def test_checkpointing_and_offloading_give_the_same_gradients_to_the_bit_and_kee
     ):
         config = configure(lora, task="lm", **asked)
         task = load_task(config, torch.float32).train()
-        prepare_layers(task.model, config.training)
+        prepare_layers(task.model, config.training, config.training.gradient_checkpointing is True)
         if lora:
             torch.manual_seed(0)
             inject(task.model, r=4, dropout=0.2)
@@ -188,3 +189,25 @@ def test_checkpointing_and_offloading_give_the_same_gradients_to_the_bit_and_kee
         assert gradients[0].keys() == other.keys()
         assert all(torch.equal(gradient, other[name]) for name, gradient in gradients[0].items())
     assert kept[1] < kept[0] / 3 and kept[2] < kept[1]
+
+
+def test_offloading_moves_the_inputs_of_the_layers_and_no_weight(configure, monkeypatch):
+    moved = []
+
+    class Recorded(save_on_cpu):
+        def __init__(self, **options):
+            super().__init__(**options)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: (moved.append(tensor), pack(tensor))[1]
+
+    monkeypatch.setattr("lora.model.placement.save_on_cpu", Recorded)
+    config = configure(True, task="lm", offload_activations=True)
+    task = task_with_lora(config)
+    prepare_layers(task.model, config.training, checkpointing=True)
+    row = Row(list(range(5, 25)), [*range(6, 25), NO_TOKEN])
+    loss, _ = task(Rows.from_rows([(row, 0)], "lm").batch([0]))
+    loss.backward()
+    inputs = [tensor for tensor in moved if tensor.numel() > 0]
+    assert [tensor.shape for tensor in inputs] == 2 * [(1, 20, 32)]
+    weights = {parameter.data_ptr() for parameter in task.parameters()}
+    assert not weights & {tensor.data_ptr() for tensor in inputs}
