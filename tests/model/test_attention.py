@@ -133,11 +133,13 @@ def lengths_of_documents():
     return [[draw.randint(5, 60) for _ in range(draw.randint(2, 6))] for _ in range(6)]
 
 
-def compiled_step(config, monkeypatch, backend):
+def compiled_step(config, monkeypatch, num_layers=2):
     """The gradients, and the counters of torch.compile, of a run's layers over all lengths."""
     task = task_with_lora(config)
+    del task.model.base_model.layers[num_layers:]
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        # What is traced is the question; compiling it as well takes minutes.
+        patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         checkpointing = config.training.gradient_checkpointing is True
         prepare_layers(task.model, config.training, checkpointing)
     torch._dynamo.reset()
@@ -158,11 +160,11 @@ def test_a_compiled_layer_with_flash_attention_is_one_graph_for_all_lengths(conf
     monkeypatch.setattr(attention, "has_flash", lambda device: True)
     monkeypatch.setattr(attention, "flash_takes", lambda query, value: True)
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
-    eager, _, _ = compiled_step(configure(True, task="lm"), monkeypatch, "eager")
+    eager, _, _ = compiled_step(configure(True, task="lm"), monkeypatch)
     for checkpointing in (False, True):
         asked = {"compile": True, "gradient_checkpointing": checkpointing}
         config = configure(True, task="lm", **asked)
-        gradients, graphs, breaks = compiled_step(config, monkeypatch, "eager")
+        gradients, graphs, breaks = compiled_step(config, monkeypatch)
         assert torch.equal(gradients, eager)
         # Of two layers, and the input of the first alone needs no gradient.
         assert graphs == [2] * 6 and breaks == 0
@@ -172,10 +174,10 @@ def test_a_compiled_layer_with_flash_attention_is_one_graph_for_all_lengths(conf
 def test_compiled_layers_give_the_same_gradients_and_are_compiled_once_for_all_lengths(
     configure, monkeypatch
 ):
-    eager, _, _ = compiled_step(configure(True, task="lm"), monkeypatch, "aot_eager")
+    eager, _, _ = compiled_step(configure(True, task="lm"), monkeypatch, num_layers=1)
     config = configure(True, task="lm", compile=True)
-    gradients, graphs, _ = compiled_step(config, monkeypatch, "aot_eager")
-    assert (gradients - eager).norm() < 1e-5 * eager.norm()  # sums may be rounded otherwise
+    gradients, graphs, _ = compiled_step(config, monkeypatch, num_layers=1)
+    assert torch.equal(gradients, eager)
     assert graphs[0] > 0 and graphs == graphs[:1] * 6
 
 

@@ -2,6 +2,7 @@
 refused.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ from transformers import (
 from lora import inject
 from lora.common.base_model_files import EMBEDDED_BASE, locate_base
 from lora.common.errors import UserError
+from lora.config.command_line import Command
 from lora.config.schema import Config
 from lora.data.batches import Rows
 from lora.data.tokenise import NO_TOKEN, Row
 from lora.layer import lora_layers
-from lora.model.device import BFLOAT16_WIDTH, choose_device, choose_dtype
+from lora.model.device import BFLOAT16_WIDTH, choose_device, choose_dtype, set_determinism
 from lora.model.load import load_task
 from lora.model.placement import prepare_layers
 from tests.conftest import tiny_llama
@@ -148,6 +150,30 @@ def test_a_cpu_computes_in_bfloat16_where_it_is_quick_at_it_and_the_base_is_wide
     assert choose_dtype(config, torch.device("cpu")) == torch.float16
 
 
+@pytest.mark.parametrize(
+    "device, asked, check, prepared",
+    [
+        ("cpu", True, True, False),
+        ("cuda", True, False, True),
+        ("cuda", False, True, True),
+        ("cuda", False, False, False),
+    ],
+)
+def test_algorithms_are_deterministic_where_a_run_on_a_gpu_asks_for_it(
+    configure, monkeypatch, device, asked, check, prepared
+):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    command = Command(configure(True, deterministic=asked), Path("none"), check=check)
+    try:
+        set_determinism(command, torch.device(device))
+        assert torch.are_deterministic_algorithms_enabled() == (asked and device == "cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    # cuBLAS has it from its start, also for the line of --check that needs it.
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == prepared
+
+
 def task_with_lora(config):
     """A task in training whose adapters have an effect."""
     task = load_task(config, torch.float32).train()
@@ -197,8 +223,12 @@ def test_offloading_moves_the_inputs_of_the_layers_and_no_weight(configure, monk
     class Recorded(save_on_cpu):
         def __init__(self, **options):
             super().__init__(**options)
-            pack = self.pack_hook
-            self.pack_hook = lambda tensor: (moved.append(tensor), pack(tensor))[1]
+            self.move = self.pack_hook  # type: ignore[has-type]
+            self.pack_hook = self.record
+
+        def record(self, tensor):
+            moved.append(tensor)
+            return self.move(tensor)
 
     monkeypatch.setattr("lora.model.placement.save_on_cpu", Recorded)
     config = configure(True, task="lm", offload_activations=True)
