@@ -129,9 +129,7 @@ class TrainingConfig:
     eval_steps: int = key(100, "evaluate every N steps", low=1)
     max_eval_batches: int = key(100, "evaluate on the first 4 x N sequences; 0: on all", low=0)
     early_stopping_patience: int = key(0, "evaluations without a new best; 0: never stop", low=0)
-    gradient_checkpointing: bool = key(
-        "auto", "less memory, a third slower; auto: on a GPU that needs it", word="auto"
-    )
+    gradient_checkpointing: bool = key("auto", "recompute activations: less memory", word="auto")
     offload_activations: bool = key(False, "keep checkpointed layers' inputs in main memory")
     compile: bool = key(False, "torch.compile each layer; the first steps are slow")
     deterministic: bool = key(False, "the same bits from the same run on a GPU too; slower there")

@@ -119,12 +119,10 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
     if training.deterministic and run.device.type == "cuda":
         lines.append("deterministic: a resumed run gives the same bits, at the price of speed")
     if training.gradient_checkpointing == "auto" and run.device.type == "cuda":
-        reason = "off: the GPU's memory is"
-        if checkpointing:
-            reason = "on, and a third slower: without it the GPU's memory is not"
-        lines.append(
-            f"gradient checkpointing is {reason} enough for a step of the longest examples"
+        reason = (
+            "on: the GPU could not hold a step without" if checkpointing else "off: a step fits"
         )
+        lines.append(f"gradient checkpointing (auto) is {reason}")
     if training.max_steps and training.num_train_epochs:
         lines.append("max_steps and num_train_epochs given: the run ends at whichever comes first")
     examples = data.examples_per_step
