@@ -42,7 +42,7 @@ from lora.distributed.sharding import full_tensor
 from lora.evaluation.example_losses import save_example_losses
 from lora.evaluation.predict import evaluate
 from lora.export.final_artifact import write_final_artifact
-from lora.model.device import choose_device, choose_dtype
+from lora.model.device import choose_device, choose_dtype, set_determinism
 from lora.model.load import load_task
 from lora.model.placement import place_on_device, prepare_layers
 from lora.model.run import Run
@@ -54,7 +54,7 @@ from lora.training.gradients import GradientAccumulation
 from lora.training.log import Log
 from lora.training.optimizer import make_optimizer, optimizer_bytes
 from lora.training.schedule import learning_rate_at, total_steps
-from lora.training.startup import begin, describe_run
+from lora.training.startup import begin, choose_checkpointing, describe_run
 
 
 def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSignal) -> None:
@@ -197,8 +197,9 @@ def run_training(
     if state and state["step"] >= max_steps and not command.auto:
         complete = f"that run of {max_steps} steps is complete"
         raise UserError(f"--resume_from {resume_from}: {complete}; raise --max_steps.")
-    prepare_layers(task.model, config.training)
-    description = describe_run(run, data_facts)
+    checkpointing = choose_checkpointing(run, state)
+    prepare_layers(task.model, config.training, checkpointing)
+    description = describe_run(run, data_facts, checkpointing)
     if command.check:
         from lora.preflight.check import check
 
@@ -213,6 +214,7 @@ def run_training(
         return None
     place_on_device(task, config, device, dtype)
     log, base, facts = begin(run, command, raw_data, state, description)
+    facts["gradient_checkpointing"] = checkpointing
     with closing(log):
         cache_features(run, max_steps)
         with catch_signals() as stop_signal:
@@ -226,6 +228,7 @@ def run_training(
 
 def main(command: Command, raw_data: RawData) -> dict | None:
     device = choose_device(command.config.training.device)
+    set_determinism(command, device)
     process_group.join(device)
     dtype = choose_dtype(command.config, device)
     task = load_task(command.config, torch.float32)

@@ -29,7 +29,7 @@ from lora.common.seeds import seed_for
 from lora.distributed import process_group
 from lora.layer import inject
 from lora.model.compatibility import refuse_incompatible_layers
-from lora.model.device import choose_device, choose_dtype
+from lora.model.device import choose_device, choose_dtype, set_determinism
 from lora.model.load import load_task
 from train import run_training
 
@@ -37,6 +37,7 @@ from train import run_training
 def main(command: Command, raw_data: RawData) -> dict | None:
     config, lora = command.config, command.config.lora
     device = choose_device(config.training.device)
+    set_determinism(command, device)
     process_group.join(device)
     dtype = choose_dtype(config, device)
     task = load_task(config, dtype)  # frozen weights are kept in the dtype they are computed in

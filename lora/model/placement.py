@@ -15,14 +15,14 @@ from lora.model.task import Task
 from lora.target_modules import decoder_layers
 
 
-def prepare_layers(model: nn.Module, training: TrainingConfig) -> None:
+def prepare_layers(model: nn.Module, training: TrainingConfig, checkpointing: bool) -> None:
     """Wrap the forward of every decoder layer, without changing its gradients.
 
-    gradient_checkpointing: it keeps only its input, and is computed again in the backward pass.
-    offload_activations: what it keeps is moved to main memory.
+    checkpointing: it keeps only its input, and is computed again in the backward pass.
+    offload_activations: that input is moved to main memory.
     """
-    keys = ("compile", "gradient_checkpointing", "offload_activations")
-    requested = [key for key in keys if getattr(training, key)]
+    wanted = {"compile": training.compile, "gradient_checkpointing": checkpointing}
+    requested = [key for key in wanted if wanted[key]]
     layers = decoder_layers(model)
     if requested and not layers:
         problem = "this model has no list of layers to do it to"
@@ -30,9 +30,9 @@ def prepare_layers(model: nn.Module, training: TrainingConfig) -> None:
     for layer in layers:
         if training.compile:  # for any length, or every new length would be compiled
             layer.forward = torch.compile(layer.forward, dynamic=True)
-        if training.gradient_checkpointing:
+        if checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if training.offload_activations:
+        if checkpointing and training.offload_activations:
             layer.forward = partial(offloaded, layer.forward)
 
 

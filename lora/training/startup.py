@@ -60,7 +60,25 @@ def begin(
     return log, base, {**raw_data.files, **run_facts}
 
 
-def describe_run(run: Run, data_facts: dict) -> str:
+def choose_checkpointing(run: Run, state: dict | None) -> bool:
+    """Return whether layers are computed again in the backward pass, to keep less of them.
+
+    "auto" is yes where a GPU could not hold the run without it. A resumed run does as before.
+    """
+    setting = run.config.training.gradient_checkpointing
+    if setting != "auto":
+        return setting
+    if state:  # before "auto", the configuration itself said which
+        before = state["config"]["training"]["gradient_checkpointing"]
+        return state["facts"].get("gradient_checkpointing", before)
+    if run.device.type != "cuda":
+        return False
+    from lora.training.memory_plan import needs_checkpointing
+
+    return needs_checkpointing(run, torch.cuda.get_device_properties(run.device).total_memory)
+
+
+def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
     """Describe what a run is about to do. `data_facts` is what `load_or_tokenise` returned."""
     task, config, data = run.task, run.config, run.data
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
@@ -97,7 +115,15 @@ def describe_run(run: Run, data_facts: dict) -> str:
     if not task.packed:
         reason = "this model's attention does not support packing"
         lines.append(f"{reason}: sequences are sorted by length and padded")
-    if config.training.max_steps and config.training.num_train_epochs:
+    training = config.training
+    if training.deterministic and run.device.type == "cuda":
+        lines.append("deterministic: a resumed run gives the same bits, at the price of speed")
+    if training.gradient_checkpointing == "auto" and run.device.type == "cuda":
+        reason = (
+            "on: the GPU could not hold a step without" if checkpointing else "off: a step fits"
+        )
+        lines.append(f"gradient checkpointing (auto) is {reason}")
+    if training.max_steps and training.num_train_epochs:
         lines.append("max_steps and num_train_epochs given: the run ends at whichever comes first")
     examples = data.examples_per_step
     tokens = train_facts["tokens"] / train_facts["rows"] * examples
