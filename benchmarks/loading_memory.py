@@ -34,14 +34,14 @@ def begin_run(script: str, base: str, folder: str) -> None:
     from lora.common.allocator import keep_freed_memory
 
     keep_freed_memory()
-    import importlib
+    from importlib import import_module
 
     from lora.config.command_line import Command
     from lora.config.schema import Config, get_lora_config
     from lora.data.raw_data import RawData
     from lora.distributed.sharding import local_tensor
 
-    module, train = importlib.import_module(script), importlib.import_module("train")
+    module, train = import_module(script), import_module("train")
     if os.environ["WORLD_SIZE"] != "1":
         import torch.distributed.fsdp  # noqa: F401  an import of a sharded run
         import torch.distributed.tensor  # noqa: F401
@@ -56,7 +56,7 @@ def begin_run(script: str, base: str, folder: str) -> None:
         (Path(folder) / f"rank_{os.environ['RANK']}.txt").write_text(str(size))
         time.sleep(600)  # until it is killed
 
-    train.train = write_size
+    setattr(train, "train", write_size)  # noqa: B010  mypy knows no attributes of a module's name
     print("imported", flush=True)
     sys.stdin.readline()
     module.main(Command(config, Path(folder) / "run"), RawData(config))
@@ -93,8 +93,11 @@ def measure(case: str, base: str) -> str:
             }
             environment = os.environ | {name: str(value) for name, value in variables.items()}
             command = [sys.executable, __file__, "--begin", script, base, folder]
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True
+            )
+            processes.append(process)
         for process in processes:
             assert process.stdout.readline() == "imported\n"
         time.sleep(1)

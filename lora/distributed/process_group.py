@@ -43,15 +43,33 @@ def join(device: torch.device) -> None:
         torch.cuda.set_device(local_rank)
     # Where torchrun's agent keeps the store itself, no process of the run is its master.
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = rank() == 0 and not agent_keeps_store
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, size, is_master=is_master, timeout=TIMEOUT)
-    # After a restart by torchrun the store still holds entries of processes that are gone.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    store = connect(is_master=rank() == 0 and not agent_keeps_store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=TIMEOUT)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def connect(is_master: bool = False) -> dist.Store:
+    """Return the store through which the processes meet."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size(), is_master=is_master, timeout=TIMEOUT)
+    # After a restart by torchrun the store still holds entries of processes that are gone.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return dist.PrefixStore(f"attempt_{attempt}", store)
+
+
+def wait_for_all(phase: str) -> None:
+    """Wait until every process has ended a phase, which has a name of its own, however long.
+
+    In a collective they would wait for TIMEOUT at most, and one of them may read or hash for more.
+    If a process is lost meanwhile, torchrun ends the others.
+    """
+    if world_size() == 1:
+        return
+    store = connect()
+    if store.add(phase, 1) == world_size():
+        store.set(f"{phase}, all", "")
+    store.wait([f"{phase}, all"], timedelta(days=7))
 
 
 def barrier() -> None:

@@ -110,7 +110,7 @@ def four_bits(lora: LoraConfig | None, device: torch.device) -> FourBitSettings 
 
 
 def load_weights(
-    model_class: type,
+    model_class: Any,
     base_model: str,
     dtype: torch.dtype,
     attention: str | None,
@@ -174,4 +174,5 @@ def add_tokens(
         special = token in template
         tokenizer.add_tokens(transformers.AddedToken(token, special=special, normalized=False))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+        # On `meta` there is nothing to take the mean of.
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=model.device.type != "meta")
