@@ -5,7 +5,7 @@ import copy
 import torch
 
 from lora.config.schema import Config
-from lora.distributed import process_group, sharding
+from lora.distributed import fsdp, process_group
 from lora.distributed.collectives import broadcast_from_rank_zero
 from lora.model.load import build_model, load_task
 from lora.model.task import Task
@@ -18,7 +18,7 @@ def load_for_sharding(config: Config, dtype: torch.dtype) -> Task:
     `shard` hands the weights out. Raises UserError as load_task does, and for what cannot be
     sharded.
     """
-    sharding.require_supported(dtype, config.training.optimizer)
+    fsdp.require_supported(dtype, config.training.optimizer)
     if process_group.rank() == 0:
         task = load_task(config, torch.float32)
     process_group.wait_for_all("base loaded")

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.common.errors import UserError
 from lora.config.schema import Config, TrainingConfig
-from lora.distributed import process_group, sharding
+from lora.distributed import process_group
 from lora.model.task import Task
 from lora.target_modules import decoder_layers
 
@@ -43,5 +43,7 @@ def offloaded(forward, *args, **kwargs):
 def place_on_device(task: Task, config: Config, device: torch.device, dtype: torch.dtype) -> None:
     """Move a task to its device, sharded if several processes train all weights."""
     if process_group.world_size() > 1 and not config.lora:
-        sharding.shard(task, dtype, device)
+        from lora.distributed.fsdp import shard
+
+        shard(task, dtype, device)
     task.to(device)
