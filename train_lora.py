@@ -31,6 +31,7 @@ from lora.layer import inject
 from lora.model.compatibility import refuse_incompatible_layers
 from lora.model.device import choose_device, choose_dtype, set_determinism
 from lora.model.load import load_task
+from lora.training.startup import announce_base
 from train import run_training
 
 
@@ -40,7 +41,11 @@ def main(command: Command, raw_data: RawData) -> dict | None:
     set_determinism(command, device)
     process_group.join(device)
     dtype = choose_dtype(config, device)
-    task = load_task(config, dtype)  # frozen weights are kept in the dtype they are computed in
+    hashing = announce_base(command)
+    # Frozen weights are kept in the dtype they are computed in, and what a dry run counts may not
+    # fit on the device.
+    place = torch.device("cpu") if command.dry_run else device
+    task = load_task(config, dtype, device=place)
     if config.method == "head":
         task.model.requires_grad_(False)
     else:
@@ -52,7 +57,7 @@ def main(command: Command, raw_data: RawData) -> dict | None:
             rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern,
         )  # fmt: skip
         refuse_incompatible_layers(task, lora.target_modules)
-    return run_training(task, command, raw_data, device, dtype)
+    return run_training(task, command, raw_data, hashing)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.common.errors import UserError
 from lora.config.schema import Config, TrainingConfig
-from lora.distributed import process_group, sharding
-from lora.model.compatibility import find_incompatibility
+from lora.distributed import process_group
 from lora.model.task import Task
 from lora.target_modules import decoder_layers
 
@@ -44,10 +43,7 @@ def offloaded(forward, *args, **kwargs):
 def place_on_device(task: Task, config: Config, device: torch.device, dtype: torch.dtype) -> None:
     """Move a task to its device, sharded if several processes train all weights."""
     if process_group.world_size() > 1 and not config.lora:
-        sharding.shard(task, dtype, config.training.optimizer, device)
+        from lora.distributed.fsdp import shard
+
+        shard(task, dtype, device)
     task.to(device)
-    if device.type != "cpu" and not sharding.any_sharded(task.parameters()):
-        # load_task has tried it on the CPU, which says nothing of the device's own kernels.
-        problem = find_incompatibility(task, dtype)
-        if problem:
-            raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")

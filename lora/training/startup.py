@@ -1,4 +1,6 @@
-"""What happens between a loaded task and its first step: what the run prints and records."""
+"""What happens around a task's loading, before its first step: what a run prints and records."""
+
+from concurrent.futures import Future
 
 import torch
 
@@ -13,6 +15,7 @@ from lora.distributed.process_group import world_size
 from lora.layer import lora_layers
 from lora.model.run import Run
 from lora.model.task import Task
+from lora.model.weights import weight_files
 from lora.quantization import share_4bit
 from lora.training import base_integrity
 from lora.training.base_integrity import BaseSums, only_adapters_train
@@ -21,10 +24,33 @@ from lora.training.log import Log
 from lora.training.schedule import total_steps
 
 
+def announce_base(command: Command) -> Future[dict[str, str]] | None:
+    """Say that the base is being loaded. In the first process, hash its weight files meanwhile.
+
+    Returns:
+        What `file_sums` will return; None where the run needs none.
+    """
+    model = command.config.model
+    if process_group.rank() > 0:
+        return None
+    size = sum(path.stat().st_size for path in weight_files(model))
+    base = describe_base(model.base_model)
+    print(f"loading base model {base} ({size / 1e9:.1f} GB) ...", flush=True)
+    return None if command.check or command.dry_run else base_integrity.start_hashing(model)
+
+
 def begin(
-    run: Run, command: Command, raw_data: RawData, state: dict | None, description: str
+    run: Run,
+    command: Command,
+    raw_data: RawData,
+    state: dict | None,
+    hashing: Future[dict[str, str]] | None,
 ) -> tuple[Log, BaseSums | None, dict]:
-    """Make the folder of a run, and log what it is about to do.
+    """Make the folder of a run, and log what it continues or differs from.
+
+    Args:
+        state: of the checkpoint that is resumed.
+        hashing: what `announce_base` returned.
 
     Returns:
         The log; the hashes of the base (None but on rank 0); and the facts that go into the
@@ -33,8 +59,8 @@ def begin(
     config = run.config
     base, base_files = None, None
     if process_group.rank() == 0:
-        base = base_integrity.measure_base(run.task, config)
-        base_files = base.files
+        base_files = hashing.result() if hashing else base_integrity.file_sums(config.model)
+        base = BaseSums(base_files, base_integrity.measure_frozen(run.task, config))
         command.require_same({"base_model": base_files, "dtype": str(run.dtype)})
     if state and state["facts"]["place"]["processes"] == world_size():
         # The number of threads decides the order of sums, and so the last bits of a resumed run.
@@ -56,7 +82,6 @@ def begin(
         for line in lines:
             if line:
                 log.say(line)
-    log.say(f"{description}\noutput: {log.run_dir}")
     return log, base, {**raw_data.files, **run_facts}
 
 
