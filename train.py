@@ -43,7 +43,7 @@ from lora.distributed.sharding import full_tensor
 from lora.evaluation.example_losses import save_example_losses
 from lora.evaluation.predict import evaluate
 from lora.export.final_artifact import write_final_artifact
-from lora.model.device import choose_device, choose_dtype, set_determinism
+from lora.model.device import choose_device, choose_dtype
 from lora.model.load import load_task
 from lora.model.placement import place_on_device, prepare_layers
 from lora.model.run import Run
@@ -55,7 +55,7 @@ from lora.training.gradients import GradientAccumulation
 from lora.training.log import Log
 from lora.training.optimizer import make_optimizer, optimizer_bytes
 from lora.training.schedule import learning_rate_at, total_steps
-from lora.training.startup import announce_base, begin, choose_checkpointing, describe_run
+from lora.training.startup import begin, choose_checkpointing, describe_run, start_loading
 
 
 def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSignal) -> None:
@@ -181,7 +181,7 @@ def run_training(
     """Tokenise, train, and write the artifact with the weights of the best validation loss.
 
     Args:
-        hashing: of the base's weight files, where it has begun (`announce_base`).
+        hashing: of the base's weight files, where it has begun (`start_loading`).
 
     Returns:
         The results that final_results.json holds; None for --check and --dry_run, and on every
@@ -235,18 +235,13 @@ def run_training(
 
 
 def main(command: Command, raw_data: RawData) -> dict | None:
-    device = choose_device(command.config.training.device)
-    set_determinism(command, device)
-    process_group.join(device)
-    hashing = announce_base(command)
+    device, dtype, hashing = start_loading(command)
     if process_group.world_size() > 1:
         from lora.model.load_sharded import load_for_sharding
 
-        task = load_for_sharding(command.config, choose_dtype(command.config, device))
+        task = load_for_sharding(command.config, dtype)
     else:
-        # What a dry run counts may not fit on the device.
-        place = torch.device("cpu") if command.dry_run else device
-        task = load_task(command.config, torch.float32, device=place)
+        task = load_task(command.config, torch.float32, device=device)
     return run_training(task, command, raw_data, hashing)
 
 

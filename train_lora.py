@@ -26,26 +26,18 @@ if __name__ == "__main__":
 import torch
 
 from lora.common.seeds import seed_for
-from lora.distributed import process_group
 from lora.layer import inject
 from lora.model.compatibility import refuse_incompatible_layers
-from lora.model.device import choose_device, choose_dtype, set_determinism
 from lora.model.load import load_task
-from lora.training.startup import announce_base
+from lora.training.startup import start_loading
 from train import run_training
 
 
 def main(command: Command, raw_data: RawData) -> dict | None:
     config, lora = command.config, command.config.lora
-    device = choose_device(config.training.device)
-    set_determinism(command, device)
-    process_group.join(device)
-    dtype = choose_dtype(config, device)
-    hashing = announce_base(command)
-    # Frozen weights are kept in the dtype they are computed in, and what a dry run counts may not
-    # fit on the device.
-    place = torch.device("cpu") if command.dry_run else device
-    task = load_task(config, dtype, device=place)
+    device, dtype, hashing = start_loading(command)
+    # Frozen weights are kept in the dtype they are computed in.
+    task = load_task(config, dtype, device=device)
     if config.method == "head":
         task.model.requires_grad_(False)
     else:

@@ -13,6 +13,7 @@ from lora.distributed import process_group
 from lora.distributed.collectives import broadcast_from_rank_zero
 from lora.distributed.process_group import world_size
 from lora.layer import lora_layers
+from lora.model.device import choose_device, choose_dtype, set_determinism
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.model.weights import weight_files
@@ -24,19 +25,30 @@ from lora.training.log import Log
 from lora.training.schedule import total_steps
 
 
-def announce_base(command: Command) -> Future[dict[str, str]] | None:
-    """Say that the base is being loaded. In the first process, hash its weight files meanwhile.
+def start_loading(
+    command: Command,
+) -> tuple[torch.device, torch.dtype, Future[dict[str, str]] | None]:
+    """Join the run's processes, and say that the base is being loaded.
 
     Returns:
-        What `file_sums` will return; None where the run needs none.
+        The device to load it to, the dtype of the computation, and the hashes of its weight files,
+        which the first process makes meanwhile (None where none are needed).
     """
-    model = command.config.model
+    config, model = command.config, command.config.model
+    device = choose_device(config.training.device)
+    set_determinism(command, device)
+    process_group.join(device)
+    dtype = choose_dtype(config, device)
+    if command.dry_run:
+        device = torch.device("cpu")  # what it counts may not fit on the device
     if process_group.rank() > 0:
-        return None
+        return device, dtype, None
     size = sum(path.stat().st_size for path in weight_files(model))
     base = describe_base(model.base_model)
     print(f"loading base model {base} ({size / 1e9:.1f} GB) ...", flush=True)
-    return None if command.check or command.dry_run else base_integrity.start_hashing(model)
+    if command.check or command.dry_run:
+        return device, dtype, None
+    return device, dtype, base_integrity.start_hashing(model)
 
 
 def begin(
@@ -50,7 +62,7 @@ def begin(
 
     Args:
         state: of the checkpoint that is resumed.
-        hashing: what `announce_base` returned.
+        hashing: what `start_loading` returned.
 
     Returns:
         The log; the hashes of the base (None but on rank 0); and the facts that go into the
