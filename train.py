@@ -25,6 +25,7 @@ if __name__ == "__main__":
         raw_data = RawData(command.config)
         command.require_same(raw_data.files)
 
+from concurrent.futures import Future
 from contextlib import closing
 import math
 import time
@@ -54,7 +55,7 @@ from lora.training.gradients import GradientAccumulation
 from lora.training.log import Log
 from lora.training.optimizer import make_optimizer, optimizer_bytes
 from lora.training.schedule import learning_rate_at, total_steps
-from lora.training.startup import begin, describe_run
+from lora.training.startup import begin, choose_checkpointing, describe_run, start_loading
 
 
 def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSignal) -> None:
@@ -176,9 +177,12 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
 
 
 def run_training(
-    task: Task, command: Command, raw_data: RawData, device: torch.device, dtype: torch.dtype
+    task: Task, command: Command, raw_data: RawData, hashing: Future[dict[str, str]] | None = None
 ) -> dict | None:
     """Tokenise, train, and write the artifact with the weights of the best validation loss.
+
+    Args:
+        hashing: of the base's weight files, where it has begun (`start_loading`).
 
     Returns:
         The results that final_results.json holds; None for --check and --dry_run, and on every
@@ -186,7 +190,10 @@ def run_training(
     """
     started = time.monotonic()
     config, resume_from = command.config, command.resume_from
-    if config.model.init_from not in ("", "scratch") and not resume_from:
+    device = choose_device(config.training.device)
+    dtype = choose_dtype(config, device)
+    is_later_stage = config.model.init_from not in ("", "scratch") and not resume_from
+    if is_later_stage and task.model.device.type != "meta":  # there, weights are still to come
         task.start_from(config.model.init_from)
     rows, held_out, data_facts = load_or_tokenise(raw_data, task)
     state = best_checkpoints.read_state(resume_from) if resume_from else None
@@ -198,8 +205,9 @@ def run_training(
     if state and state["step"] >= max_steps and not command.auto:
         complete = f"that run of {max_steps} steps is complete"
         raise UserError(f"--resume_from {resume_from}: {complete}; raise --max_steps.")
-    prepare_layers(task.model, config.training)
-    description = describe_run(run, data_facts)
+    checkpointing = choose_checkpointing(run, state)
+    prepare_layers(task.model, config.training, checkpointing)
+    description = describe_run(run, data_facts, checkpointing)
     if command.check:
         from lora.preflight.check import check
 
@@ -213,8 +221,10 @@ def run_training(
         dry_run(run)
         return None
     place_on_device(task, config, device, dtype)
-    log, base, facts = begin(run, command, raw_data, state, description)
+    log, base, facts = begin(run, command, raw_data, state, hashing)
+    facts["gradient_checkpointing"] = checkpointing
     with closing(log), rows.check:
+        log.say(f"{description}\noutput: {log.run_dir}")
         cache_features(run, max_steps)
         with catch_signals() as stop_signal:
             train(run, log, facts, resume_from, stop_signal)
@@ -226,11 +236,14 @@ def run_training(
 
 
 def main(command: Command, raw_data: RawData) -> dict | None:
-    device = choose_device(command.config.training.device)
-    process_group.join(device)
-    dtype = choose_dtype(command.config, device)
-    task = load_task(command.config, torch.float32)
-    return run_training(task, command, raw_data, device, dtype)
+    device, dtype, hashing = start_loading(command)
+    if process_group.world_size() > 1:
+        from lora.model.load_sharded import load_for_sharding
+
+        task = load_for_sharding(command.config, dtype)
+    else:
+        task = load_task(command.config, torch.float32, device=device)
+    return run_training(task, command, raw_data, hashing)
 
 
 if __name__ == "__main__":

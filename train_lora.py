@@ -26,20 +26,18 @@ if __name__ == "__main__":
 import torch
 
 from lora.common.seeds import seed_for
-from lora.distributed import process_group
 from lora.layer import inject
 from lora.model.compatibility import refuse_incompatible_layers
-from lora.model.device import choose_device, choose_dtype
 from lora.model.load import load_task
+from lora.training.startup import start_loading
 from train import run_training
 
 
 def main(command: Command, raw_data: RawData) -> dict | None:
     config, lora = command.config, command.config.lora
-    device = choose_device(config.training.device)
-    process_group.join(device)
-    dtype = choose_dtype(config, device)
-    task = load_task(config, dtype)  # frozen weights are kept in the dtype they are computed in
+    device, dtype, hashing = start_loading(command)
+    # Frozen weights are kept in the dtype they are computed in.
+    task = load_task(config, dtype, device=device)
     if config.method == "head":
         task.model.requires_grad_(False)
     else:
@@ -51,7 +49,7 @@ def main(command: Command, raw_data: RawData) -> dict | None:
             rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern,
         )  # fmt: skip
         refuse_incompatible_layers(task, lora.target_modules)
-    return run_training(task, command, raw_data, device, dtype)
+    return run_training(task, command, raw_data, hashing)
 
 
 if __name__ == "__main__":

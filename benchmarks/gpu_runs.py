@@ -58,7 +58,7 @@ def deterministic() -> Iterator[None]:
     """Let torch use deterministic algorithms alone in the block."""
     # cuBLAS reads it at a process's first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)  # AT MERGE of right21: what set_determinism does
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

@@ -173,8 +173,7 @@ def make_run(place: Place, task: Task, rows: Rows, settings: dict) -> Run:
 
 def wrap_layers(task: Task, training: TrainingConfig) -> None:
     """Wrap the task's layers as a run with these settings does."""
-    # AT MERGE of right21: a third argument, training.gradient_checkpointing is True
-    prepare_layers(task.model, training)
+    prepare_layers(task.model, training, training.gradient_checkpointing is True)
 
 
 class StepTimes(Log):

@@ -63,13 +63,13 @@ def take_away(technique: str) -> None:
         return F.cross_entropy(logits, batch.targets, reduction="sum"), batch.num_targets
 
     if technique == "frozen weights kept in bfloat16":  # autocast casts them in every step
-        train_lora.load_task = lambda config, dtype: load_task(config, torch.float32)
+        train_lora.load_task = lambda config, dtype, device: load_task(config, torch.float32)
     elif technique == "attention in matrix products":
         attention.SHORT = 0
     elif technique == "packing":
-        train_lora.load_task = lambda config, dtype: load_task(config, dtype, packed=False)
+        train_lora.load_task = lambda config, dtype, device: load_task(config, dtype, packed=False)
     elif technique == "packing and sorting":  # one padded batch
-        train_lora.load_task = lambda config, dtype: load_task(config, dtype, packed=False)
+        train_lora.load_task = lambda config, dtype, device: load_task(config, dtype, packed=False)
         batches.MAX_PADDING = 1.0
     elif technique == "the head in chunks":
         heads.LMHead.chunks = staticmethod(lambda hidden, vocabulary: [slice(0, len(hidden))])

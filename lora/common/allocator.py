@@ -1,6 +1,7 @@
-"""The C library's allocator: pages of 2 MB, and freed memory is kept for the next tensor."""
+"""The allocators: pages of 2 MB, freed memory kept for the next tensor, a GPU's without gaps."""
 
 import os
+import sys
 
 from lora.common.operating_system import c_library_function
 
@@ -17,6 +18,10 @@ def keep_freed_memory() -> None:
     mallopt. Whoever sets MALLOC_... or GLIBC_TUNABLES in the environment has chosen otherwise.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Packed batches differ in length at every step: blocks of fixed sizes would leave gaps in a
+    # GPU's memory. Only Linux has the other kind. torch reads the older name first.
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     mallopt = c_library_function("mallopt")
     user_settings = ("MALLOC_", "GLIBC_TUNABLES")
     if mallopt and not any(name.startswith(user_settings) for name in os.environ):

@@ -34,6 +34,10 @@ def require_model_and_data(config: Config) -> None:
         raise UserError(f"train_data {data.train_paths[0]} {missing}.")
     if config.method == "head":
         require_head_only(config)
+    training = config.training
+    if training.offload_activations and training.gradient_checkpointing is not True:
+        moved = "it moves the inputs of checkpointed layers"
+        raise UserError(f"offload_activations: {moved}; add --gradient_checkpointing.")
     if config.lora and config.model.add_special_tokens and not config.lora.modules_to_save:
         hint = "LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head"
         raise UserError(f"add_special_tokens: {hint}.")

@@ -53,6 +53,8 @@ def add_flags(parser: Any, table: Any, names: Collection[str], default: str = ""
         options = {"metavar": metavar_of(field), "type": partial(parse_text, kind=kind)}
         if kind is bool:
             options = SWITCH
+            if field.metadata["word"]:
+                options = SWITCH | {"metavar": f"{{true,false,{field.metadata['word']}}}"}
         elif container is list:
             options |= {"nargs": "+", "action": "extend"}
         help = help_line(field, getattr(table, field.name), default)

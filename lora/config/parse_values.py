@@ -22,7 +22,7 @@ def key(
     Args:
         low, above, high: bounds; a value may equal low and high, but not above.
         choices: the values it may have; of a table, the keys that it may have.
-        word: a text that may take the place of a number.
+        word: a text that may take the place of a number, or of true and false.
         metavar: what --help calls its value, if `flags.metavar_of` cannot tell from the rest.
     """
     limits = {"low": low, "above": above, "high": high, "choices": choices, "word": word}

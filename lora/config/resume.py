@@ -11,7 +11,8 @@ from lora.config.set_keys import key_values, saved_config
 
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "early_stopping_patience", "skip_nonfinite")
 INTERVAL_KEYS = ("logging_steps", "eval_steps", "save_steps", "save_optimizer", "max_eval_batches")
-PLACE_KEYS = ("experiment_name", "output_dir", "report_to", "device")
+# Layers that are computed twice give the same gradients.
+PLACE_KEYS = ("experiment_name", "output_dir", "report_to", "device", "gradient_checkpointing")
 EVALUATION_KEYS = [field.name for field in dataclasses.fields(EvaluationConfig)]  # of eval.py
 # The keys that may differ between a checkpoint and the run that continues it.
 FREE_ON_RESUME = {*LENGTH_KEYS, *INTERVAL_KEYS, *PLACE_KEYS, *EVALUATION_KEYS}

@@ -132,9 +132,10 @@ class TrainingConfig(Table):
     eval_steps: int = key(100, "evaluate every N steps", low=1)
     max_eval_batches: int = key(100, "evaluate on the first 4 x N sequences; 0: on all", low=0)
     early_stopping_patience: int = key(0, "evaluations without a new best; 0: never stop", low=0)
-    gradient_checkpointing: bool = key(False, "recompute activations: less memory, a third slower")
-    offload_activations: bool = key(False, "keep activations in main memory, not in the GPU's")
+    gradient_checkpointing: bool = key("auto", "recompute activations: less memory", word="auto")
+    offload_activations: bool = key(False, "keep checkpointed layers' inputs in main memory")
     compile: bool = key(False, "torch.compile each layer; the first steps are slow")
+    deterministic: bool = key(False, "the same bits from the same run on a GPU too; slower there")
     device: str = key("auto", "or DEVICE_PREFERENCE", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = key("auto", "dtype to compute in", choices=("auto", *DTYPES))
 

@@ -33,14 +33,15 @@ def join(device: torch.device) -> None:
     if device.type == "mps":
         hint = "call the script without torchrun, or add --device cpu"
         raise UserError(f"device mps: one process only; {hint}.")
-    backend = "gloo"
+    backend, gpu = "gloo", None
     if device.type == "cuda":
         backend = "nccl"
         local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= num_gpus:
             problem = f"this machine has {num_gpus} GPUs; expected that at most"
             raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: {problem}.")
-        torch.cuda.set_device(local_rank)
+        gpu = torch.device("cuda", local_rank)
+        torch.cuda.set_device(gpu)
     # Where torchrun's agent keeps the store itself, no process of the run is its master.
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = rank() == 0 and not agent_keeps_store
@@ -49,7 +50,9 @@ def join(device: torch.device) -> None:
     # After a restart by torchrun the store still holds entries of processes that are gone.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     store = dist.PrefixStore(f"attempt_{attempt}", store)
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(
+        backend, store=store, rank=rank(), world_size=size, timeout=TIMEOUT, device_id=gpu
+    )
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 

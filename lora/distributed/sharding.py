@@ -1,41 +1,12 @@
-"""Full fine-tuning on several processes: weights sharded by FSDP2, gathered and handed out."""
+"""Tensors that may be sharded by FSDP2: their rows, gathered and handed out."""
 
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 import torch.distributed as dist
 
-from lora.common.errors import UserError
-from lora.distributed.process_group import rank, world_size
-from lora.target_modules import decoder_layers
-
-
-def shard(task: nn.Module, dtype: torch.dtype, optimizer: str, device: torch.device) -> None:
-    """Shard the weights of `task` over the processes: each holds some rows of every layer (FSDP2).
-
-    A layer is gathered in `dtype` when it is computed. Shards, gradients and optimizer states are
-    in fp32. Raises UserError for a dtype or an optimizer that does not support this.
-    """
-    method = "full fine-tuning on several processes"
-    if dtype == torch.float16:
-        raise UserError(f"dtype float16: {method} computes in bfloat16 or float32; name one.")
-    if optimizer != "adamw":
-        raise UserError(f"optimizer {optimizer}: {method} has adamw only; leave it out.")
-    # Importing these takes a second, and most runs have one process.
-    from torch.distributed import fsdp
-    from torch.distributed.device_mesh import init_device_mesh
-
-    # Without a mesh, fully_shard would choose the GPUs of a machine even for a run on its CPU.
-    mesh = init_device_mesh(device.type, (world_size(),))
-    param_dtype = None if dtype == torch.float32 else dtype
-    policy = fsdp.MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    for module in (*decoder_layers(task.model), task):
-        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        # The loss is already divided by the number of targets over all processes.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
-    fsdp.register_fsdp_forward_method(task, "predict")
+from lora.distributed.process_group import rank
 
 
 def is_sharded(tensor: Tensor) -> bool:

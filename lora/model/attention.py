@@ -6,27 +6,33 @@ built. transformers knows it as "packed", and passes `documents` on from `model(
 """
 
 from dataclasses import dataclass
+import inspect
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 # Arguments that models pass and that change nothing here.
 IGNORED = {
     "position_ids", "use_cache", "output_attentions", "output_router_logits",
     "cache_position", "layer_idx",
 }  # fmt: skip
+# torch 2.11 has no such argument: its kernel takes fewer key heads than query heads as they are.
+ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 SHORT = 512  # positions up to which plain matrix products beat SDPA in bfloat16 on a CPU
 
 
 class Documents:
-    """The lengths of a row's documents, and the masks that all layers share."""
+    """The lengths of a row's documents, and what all layers share: where they end, and masks."""
 
-    # An object, because torch.compile looks into a list and compiles anew for every list.
-    def __init__(self, seq_lens: list[int]) -> None:
-        self.seq_lens = seq_lens
+    # A compiled layer reads a tensor and a number of it. It would be compiled anew for every list.
+    def __init__(self, seq_lens: list[int], device: torch.device | None = None) -> None:
+        self.has_flash = has_flash(device)
+        self.longest = max(seq_lens)
+        bounds = torch.tensor([0, *seq_lens]).cumsum(0, dtype=torch.int32)
+        self.cu_seq_lens = bounds.to(device, non_blocking=True)  # [documents + 1]
         # Neighbours of the same length are a group, which is computed together.
         self.group_counts: list[int] = []  # documents of each group
         self.group_sizes: list[int] = []  # positions of each group
@@ -65,7 +71,6 @@ class Settings:
     sinks: Tensor | None  # [heads]
 
 
-@torch.compiler.disable
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *,
     scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
@@ -88,7 +93,7 @@ def packed_attention(
         raise ValueError("packed attention knows sliding windows of causal models only")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = Settings(scaling, causal, sliding_window, dropout, softcap, s_aux)
-    documents = documents or Documents([query.shape[2]])
+    documents = documents or Documents([query.shape[2]], query.device)
 
     device = query.device.type
     if torch.is_autocast_enabled(device):
@@ -97,41 +102,51 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     # varlen_attn has no dropout, no soft cap and no sinks.
     is_plain = not dropout and not softcap and s_aux is None
-    if is_plain and has_flash(query, value):
-        return flash(query, key, value, documents.seq_lens, settings)[None], None
+    if is_plain and documents.has_flash and flash_takes(query, value):
+        return flash(query, key, value, documents, settings)[None], None
+    return grouped_attention(query, key, value, documents, settings)[None], None
 
+
+def has_flash(device: torch.device | None) -> bool:
+    """Return whether torch has FlashAttention-2 there: on NVIDIA's GPUs, Ampere or newer."""
+    if device is None or device.type != "cuda" or not torch.version.cuda:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash_takes(query: Tensor, value: Tensor) -> bool:
+    """Return whether FlashAttention-2 takes tensors of this type and of this width of the heads."""
+    width = query.shape[-1]
+    is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and width == value.shape[-1] and width <= 256 and width % 8 == 0
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, settings: Settings) -> Tensor:
+    """Compute all documents in one call: [1, heads, t, width] -> [t, heads, width]."""
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    # FlashAttention counts the positions before a position, and -1 means all of them.
+    before = settings.window - 1 if settings.window else -1
+    after = 0 if settings.causal else -1
+    options = {"scale": settings.scaling, "window_size": (before, after)}
+    if ASKS_FOR_GROUPS:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    ends, longest = documents.cu_seq_lens, documents.longest
+    return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+
+
+# Not compiled, because the number of calls depends on the lengths.
+@torch.compiler.disable
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, settings: Settings
+) -> Tensor:
+    """Compute documents of the same length together: [1, heads, t, width] -> [t, heads, width]."""
     outputs = []
     groups = (x.split(documents.group_sizes, 2) for x in (query, key, value))
     for count, *parts in zip(documents.group_counts, *groups):
         q, k, v = (stack_documents(part, count) for part in parts)
         out = attend(q, k, v, documents, settings)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None], None
-
-
-def has_flash(query: Tensor, value: Tensor) -> bool:
-    """Return whether torch has FlashAttention-2 here: Ampere or newer, 16 bits, width <= 256."""
-    if not (query.is_cuda and torch.version.cuda):
-        return False
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return False
-    width = query.shape[-1]
-    is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and width == value.shape[-1] and width <= 256
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, seq_lens: list[int], settings: Settings) -> Tensor:
-    """Compute all documents in one call: [1, heads, t, width] -> [t, heads, width]."""
-    ends = torch.tensor(seq_lens).cumsum(0, dtype=torch.int32)
-    cu_seq_lens = F.pad(ends, (1, 0)).to(q.device, non_blocking=True)
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    # FlashAttention counts the positions before a position, and -1 means all of them.
-    before = settings.window - 1 if settings.window else -1
-    after = 0 if settings.causal else -1
-    return varlen_attn(
-        q, k, v, cu_seq_lens, cu_seq_lens, max(seq_lens), max(seq_lens),
-        scale=settings.scaling, window_size=(before, after), enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    return torch.cat(outputs)
 
 
 def stack_documents(x: Tensor, count: int) -> Tensor:
@@ -185,4 +200,3 @@ def attention_by_hand(
 
 
 AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)

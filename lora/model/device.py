@@ -5,6 +5,7 @@ import os
 import torch
 
 from lora.common.errors import UserError
+from lora.config.command_line import Command
 from lora.config.schema import Config
 from lora.model.weights import read_shape
 
@@ -30,6 +31,17 @@ def choose_device(name: str) -> torch.device:
         listed = ", ".join(available)
         raise UserError(f"{where} {name} is not available here; there is {listed}.")
     return torch.device(name)
+
+
+def set_determinism(command: Command, device: torch.device) -> None:
+    """Choose algorithms whose sums have a fixed order, where a run on a GPU asks for them.
+
+    cuBLAS reads its variable when it starts; --check needs it for one of its lines.
+    """
+    deterministic = command.config.training.deterministic
+    if device.type == "cuda" and (deterministic or command.check):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def choose_dtype(config: Config, device: torch.device) -> torch.dtype:

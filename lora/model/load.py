@@ -8,7 +8,7 @@ from lora.common.base_model_files import locate_base
 from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.model.compatibility import find_incompatibility
-from lora.model.device import choose_device
+from lora.model.device import choose_device, choose_dtype
 from lora.model.heads import MLPHead
 from lora.model.pretrained_heads import initialise_head
 from lora.model.task import Task
@@ -16,14 +16,19 @@ from lora.model.weights import add_tokens, four_bits, load_shape, load_weights, 
 from lora.target_modules import require_all_grads
 
 DEFAULT_MAX_LENGTH = 2048
+CPU = torch.device("cpu")
 
 
-def load_task(config: Config, dtype: torch.dtype, packed: bool | None = None) -> Task:
-    """Load the base with the head that its task needs, on the CPU, trainable. Raises UserError.
+def load_task(
+    config: Config, dtype: torch.dtype, packed: bool | None = None, device: torch.device = CPU
+) -> Task:
+    """Load the base with the head that its task needs, trainable. Raises UserError.
 
     Unless `packed` is given, rows are packed if the model's attention can be told where documents
-    end, and padded otherwise.
+    end, and padded otherwise. On a device other than the CPU, whose kernels depend on the dtype of
+    the computation, the model is tried in that.
     """
+    compute_dtype = None if device.type == "cpu" else choose_dtype(config, device)
     base_model = config.model.base_model
     where = f"base_model {base_model}"
     shape, base_dtype, tokenizer = load_shape(base_model)
@@ -39,16 +44,18 @@ def load_task(config: Config, dtype: torch.dtype, packed: bool | None = None) ->
             continue
         settings = config.model
         task = Task(model, tokenizer, base_dtype, settings.head_dropout, settings.score_loss)
+        task.to(device)
         if settings.task == "lm" and not task.causal:
             problem = "an encoder sees what it would have to predict"
             raise UserError(f"{where}: {problem}; use --task score.")
         task.packed = layout
-        problem = find_incompatibility(task)
+        problem = find_incompatibility(task, compute_dtype)
         if not problem:
             break
         problems.append(problem)
     if len(problems) == len(layouts):
-        raise UserError(f"{where}: {shape.model_type} is not supported: {problems[0]}.")
+        mend = "" if device.type == "cpu" else "; use --device cpu, or another --dtype"
+        raise UserError(f"{where}: {shape.model_type} is not supported: {problems[0]}{mend}.")
 
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
         files, tokens = weight_files(config.model), config.model.head_tokens

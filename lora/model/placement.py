@@ -9,20 +9,19 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.common.errors import UserError
 from lora.config.schema import Config, TrainingConfig
-from lora.distributed import process_group, sharding
-from lora.model.compatibility import find_incompatibility
+from lora.distributed import process_group
 from lora.model.task import Task
 from lora.target_modules import decoder_layers
 
 
-def prepare_layers(model: nn.Module, training: TrainingConfig) -> None:
+def prepare_layers(model: nn.Module, training: TrainingConfig, checkpointing: bool) -> None:
     """Wrap the forward of every decoder layer, without changing its gradients.
 
-    gradient_checkpointing: it keeps only its input, and is computed again in the backward pass.
-    offload_activations: what it keeps is moved to main memory.
+    checkpointing: it keeps only its input, and is computed again in the backward pass.
+    offload_activations: that input is moved to main memory.
     """
-    keys = ("compile", "gradient_checkpointing", "offload_activations")
-    requested = [key for key in keys if getattr(training, key)]
+    wanted = {"compile": training.compile, "gradient_checkpointing": checkpointing}
+    requested = [key for key in wanted if wanted[key]]
     layers = decoder_layers(model)
     if requested and not layers:
         problem = "this model has no list of layers to do it to"
@@ -30,9 +29,9 @@ def prepare_layers(model: nn.Module, training: TrainingConfig) -> None:
     for layer in layers:
         if training.compile:  # for any length, or every new length would be compiled
             layer.forward = torch.compile(layer.forward, dynamic=True)
-        if training.gradient_checkpointing:
+        if checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if training.offload_activations:
+        if checkpointing and training.offload_activations:
             layer.forward = partial(offloaded, layer.forward)
 
 
@@ -44,10 +43,7 @@ def offloaded(forward, *args, **kwargs):
 def place_on_device(task: Task, config: Config, device: torch.device, dtype: torch.dtype) -> None:
     """Move a task to its device, sharded if several processes train all weights."""
     if process_group.world_size() > 1 and not config.lora:
-        sharding.shard(task, dtype, config.training.optimizer, device)
+        from lora.distributed.fsdp import shard
+
+        shard(task, dtype, device)
     task.to(device)
-    if device.type != "cpu" and not sharding.any_sharded(task.parameters()):
-        # load_task has tried it on the CPU, which says nothing of the device's own kernels.
-        problem = find_incompatibility(task, dtype)
-        if problem:
-            raise UserError(f"device {device}: {problem}; use --device cpu, or another --dtype.")

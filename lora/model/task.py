@@ -78,7 +78,7 @@ class Task(nn.Module):
         inputs = {"input_ids": batch.input_ids, "use_cache": False}
         if self.packed:
             inputs["position_ids"] = batch.position_ids + self.first_position
-            inputs["documents"] = Documents(batch.seq_lens)
+            inputs["documents"] = Documents(batch.seq_lens, batch.input_ids.device)
             if self.uses_token_type_ids:
                 inputs["token_type_ids"] = batch.token_type_ids
         return self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)

@@ -1,29 +1,52 @@
 """The files of a base model: config.json, weights, tokenizer."""
 
+from contextlib import suppress
 from pathlib import Path
+import sys
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from safetensors import safe_open
 import torch
 from torch import Tensor
+from tqdm import tqdm
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from lora.common.base_model_files import check_weight_files, locate_base
 from lora.common.errors import UserError, library_errors, raise_if_any
+from lora.common.toml_json import read_file
 from lora.config.schema import LoraConfig, ModelConfig
 from lora.quantization import FourBitSettings, import_bitsandbytes
 from lora.target_modules import is_pooler
 
 
-def from_pretrained(loader: Any, base_model: str, options: dict | None = None) -> Any:
+class StoredTensor:
+    """A tensor of a safetensors file, which transformers' loader reads by indexing it.
+
+    It is mapped into memory by itself, so what was cast or copied to a GPU is held no longer. With
+    names of files, transformers would map them whole until all of their tensors are read.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path = path
+        self.name = name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(self.name)[index]
+
+
+def from_pretrained(loader: Any, base_model: str) -> Any:
     """Call from_pretrained of one of transformers' classes. Its errors become UserErrors."""
     source, local = locate_base(base_model)
     with library_errors(f"base_model {base_model}"):
-        return loader.from_pretrained(
-            source, trust_remote_code=False, local_files_only=local, **(options or {})
-        )
+        return loader.from_pretrained(source, trust_remote_code=False, local_files_only=local)
 
 
 def read_shape(base_model: str) -> PreTrainedConfig:
@@ -52,14 +75,28 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def model_files(base_model: str) -> list[Path]:
+    """Return the files with the model's weights, downloaded where they are not on this disk."""
+    source, _ = locate_base(base_model)
+
+    def locate(name: str) -> str | None:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+
+    with library_errors(f"base_model {base_model}"):
+        names = [SAFE_WEIGHTS_NAME]
+        index = None if locate(SAFE_WEIGHTS_NAME) else locate(SAFE_WEIGHTS_INDEX_NAME)
+        if index:
+            names = sorted(set(read_file(Path(index))["weight_map"].values()))
+        return [Path(cached_file(source, name)) for name in names]
+
+
 def weight_files(model: ModelConfig) -> list[Path]:
-    """Return the base's weight files on this disk; none where the weights are random."""
+    """Return all weight files beside the base's; none where the weights are random."""
     if model.init_from == "scratch":
         return []
     source, local = locate_base(model.base_model)
-    if not local:  # config.json was read before; the weights are in the same folder
-        source = str(Path(hf_hub_download(source, "config.json", local_files_only=True)).parent)
-    return sorted(Path(source).glob("*.safetensors"))
+    folder = Path(source) if local else model_files(model.base_model)[0].parent
+    return sorted(folder.glob("*.safetensors"))
 
 
 def four_bits(lora: LoraConfig | None, device: torch.device) -> FourBitSettings | None:
@@ -73,7 +110,7 @@ def four_bits(lora: LoraConfig | None, device: torch.device) -> FourBitSettings 
 
 
 def load_weights(
-    model_class: type[transformers.AutoModel],
+    model_class: Any,
     base_model: str,
     dtype: torch.dtype,
     attention: str | None,
@@ -83,17 +120,31 @@ def load_weights(
     source, local = locate_base(base_model)
     if local:
         check_weight_files(source)
-    options = {"dtype": dtype, "attn_implementation": attention}
+    tensors = {}
+    for path in model_files(base_model):
+        with safe_open(path, "pt") as file:
+            tensors.update({name: StoredTensor(path, name) for name in file.keys()})
+    options = {"dtype": dtype, "attn_implementation": attention, "state_dict": tensors}
     options["quantization_config"] = quantization
-    options["use_safetensors"] = True
     options["ignore_mismatched_sizes"] = True  # they are reported below
     options["output_loading_info"] = True
-    model, info = from_pretrained(model_class, base_model, options)
+    shape = read_shape(base_model)
+    with library_errors(f"base_model {base_model}"):
+        if not issubclass(model_class, PreTrainedModel):  # one of transformers' Auto classes
+            with torch.device("meta"):  # allocates no memory
+                empty = model_class.from_config(shape)
+            model_class, shape = type(empty), empty.config
+        model, info = model_class.from_pretrained(None, config=shape, **options)
+        model.config.name_or_path = source
+        if model.can_generate():
+            with suppress(OSError):  # without generation_config.json, it is made of config.json
+                model.generation_config = GenerationConfig.from_pretrained(source)
     mismatched = [name for name, _, _ in info["mismatched_keys"]]
     absent = [name for name in [*info["missing_keys"], *mismatched] if not is_pooler(name)]
     raise_if_any(absent, f"base_model {base_model}: no weights, or of another shape, for")
     not_finite = []
-    for name, parameter in model.named_parameters():
+    quiet = None if sys.stdout.isatty() else True  # no bar in the processes that print nothing
+    for name, parameter in tqdm(list(model.named_parameters()), "reading weights", disable=quiet):
         if parameter.is_floating_point() and not is_finite(parameter):
             not_finite.append(name)
     mend = "copy it again, or take another base"
@@ -123,4 +174,5 @@ def add_tokens(
         special = token in template
         tokenizer.add_tokens(transformers.AddedToken(token, special=special, normalized=False))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+        # On `meta` there is nothing to take the mean of.
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=model.device.type != "meta")

@@ -6,6 +6,7 @@ import time
 import torch
 
 from lora.common.operating_system import physical_memory_bytes
+from lora.distributed.collectives import broadcast_from_rank_zero
 from lora.evaluation.predict import evaluate
 from lora.model.placement import place_on_device
 from lora.model.run import Run
@@ -16,6 +17,18 @@ from lora.training.schedule import total_steps
 
 def dry_run(run: Run) -> None:
     """Print the memory that the run would take and, if that fits, the time."""
+    # Where weights are to be sharded, only the first process has them.
+    if not broadcast_from_rank_zero(print_memory, run):
+        return
+    place_on_device(run.task, run.config, run.device, run.dtype)
+    steps = total_steps(run.config.training, run.data.steps_per_epoch)
+    if run.task.frozen:  # a frozen base reads each row only once
+        steps = min(steps, math.ceil(run.data.steps_per_epoch))
+    print(describe_time(run, steps))
+
+
+def print_memory(run: Run) -> bool:
+    """Print the memory that the run would take; return whether the device has it."""
     parts = plan_memory(run)
     needed = sum(parts.values())
     if run.device.type == "cuda":
@@ -30,13 +43,9 @@ def dry_run(run: Run) -> None:
         total += f" of {available / 1e9:.0f} GB on this {run.device.type}"
         if needed >= available:
             print(f"{total}: it does not fit")
-            return
+            return False
     print(total)
-    place_on_device(run.task, run.config, run.device, run.dtype)
-    steps = total_steps(run.config.training, run.data.steps_per_epoch)
-    if run.task.frozen:  # a frozen base reads each row only once
-        steps = min(steps, math.ceil(run.data.steps_per_epoch))
-    print(describe_time(run, steps))
+    return True
 
 
 def describe_time(run: Run, steps: int) -> str:

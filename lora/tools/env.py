@@ -76,4 +76,4 @@ def flash_attention() -> str:
         return "no: this torch is built for AMD GPUs"
     if torch.cuda.get_device_capability() < AMPERE:
         return "no: it needs compute capability 8.0 (Ampere) or newer"
-    return "yes, in bfloat16 and float16, for heads up to 256 wide"
+    return "yes, in bfloat16 and float16, for heads of a width of 8, 16, ... 256"

@@ -1,5 +1,6 @@
 """The base, hashed before and after training: that it is unchanged is measured."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 import hashlib
 from itertools import chain
@@ -31,8 +32,17 @@ class BaseSums:
     frozen: dict[str, str]  # of the frozen tensors, as they lie in memory
 
 
+def start_hashing(model: ModelConfig) -> Future[dict[str, str]]:
+    """Hash the base's weight files in threads, beside what this one does."""
+    return ThreadPoolExecutor(1).submit(file_sums, model)
+
+
 def measure_base(task: Task, config: Config) -> BaseSums:
-    return BaseSums(file_sums(config.model), frozen_sums(task.model) if config.lora else {})
+    return BaseSums(file_sums(config.model), measure_frozen(task, config))
+
+
+def measure_frozen(task: Task, config: Config) -> dict[str, str]:
+    return frozen_sums(task.model) if config.lora else {}
 
 
 def file_sums(model: ModelConfig) -> dict[str, str]:

@@ -19,12 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora.common.errors import UserError
 from lora.common.operating_system import peak_memory_bytes
 from lora.distributed import process_group
+from lora.distributed.collectives import sum_over_all
 from lora.model.device import autocast
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.target_modules import decoder_layers
 from lora.training.checkpoint import trainable_parameters
 from lora.training.optimizer import optimizer_bytes
+
+# Of a GPU's memory: the plan counts tensors, and CUDA itself, its kernels and gaps take some too.
+USABLE = 0.9
 
 
 class MemoryCounter(TorchDispatchMode):
@@ -75,6 +79,26 @@ class HeadMemory:
     def forward_ends(self, *hook_arguments) -> None:
         self.peak = max(self.peak, self.counter.peak - self.live_before)
         self.counter.peak = max(self.peak_before, self.counter.peak)
+
+
+def fits(needed_bytes: int, available_bytes: int) -> bool:
+    return needed_bytes <= USABLE * available_bytes
+
+
+def needs_checkpointing(run: Run, available_bytes: int) -> bool:
+    """Return whether a step, as its layers are now, would not fit in `available_bytes`.
+
+    The processes agree: it is needed if one of them needs it. False where layers cannot be
+    checkpointed or the memory of the model cannot be counted.
+    """
+    if not decoder_layers(run.task.model):
+        return False
+    try:
+        needed_bytes = sum(plan_memory(run).values())
+    except UserError:
+        needed_bytes = 0
+    needed = torch.tensor(not fits(needed_bytes, available_bytes), dtype=torch.int32)
+    return sum_over_all(needed.to(run.device)).item() > 0
 
 
 def plan_memory(run: Run) -> dict[str, int]:

@@ -1,5 +1,6 @@
-"""What happens between a loaded task and its first step: what the run prints and records."""
+"""What happens around a task's loading, before its first step: what a run prints and records."""
 
+from concurrent.futures import Future
 import os
 
 import torch
@@ -13,8 +14,10 @@ from lora.distributed import process_group
 from lora.distributed.collectives import broadcast_from_rank_zero
 from lora.distributed.process_group import world_size
 from lora.layer import lora_layers
+from lora.model.device import choose_device, choose_dtype, set_determinism
 from lora.model.run import Run
 from lora.model.task import Task
+from lora.model.weights import weight_files
 from lora.quantization import count_parameters, share_4bit
 from lora.training import base_integrity
 from lora.training.base_integrity import BaseSums, only_adapters_train
@@ -25,10 +28,44 @@ from lora.training.schedule import total_steps, warmup_steps
 MANY_EPOCHS = 20
 
 
+def start_loading(
+    command: Command,
+) -> tuple[torch.device, torch.dtype, Future[dict[str, str]] | None]:
+    """Join the run's processes, and say that the base is being loaded.
+
+    Returns:
+        The device to load it to, the dtype of the computation, and the hashes of its weight files,
+        which the first process makes meanwhile (None where none are needed).
+    """
+    config, model = command.config, command.config.model
+    device = choose_device(config.training.device)
+    set_determinism(command, device)
+    process_group.join(device)
+    dtype = choose_dtype(config, device)
+    if command.dry_run:
+        device = torch.device("cpu")  # what it counts may not fit on the device
+    if process_group.rank() > 0:
+        return device, dtype, None
+    size = sum(path.stat().st_size for path in weight_files(model))
+    base = describe_base(model.base_model)
+    print(f"loading base model {base} ({size / 1e9:.1f} GB) ...", flush=True)
+    if command.check or command.dry_run:
+        return device, dtype, None
+    return device, dtype, base_integrity.start_hashing(model)
+
+
 def begin(
-    run: Run, command: Command, raw_data: RawData, state: dict | None, description: str
+    run: Run,
+    command: Command,
+    raw_data: RawData,
+    state: dict | None,
+    hashing: Future[dict[str, str]] | None,
 ) -> tuple[Log, BaseSums | None, dict]:
-    """Make the folder of a run, and log what it is about to do.
+    """Make the folder of a run, and log what it continues or differs from.
+
+    Args:
+        state: of the checkpoint that is resumed.
+        hashing: what `start_loading` returned.
 
     Returns:
         The log; the hashes of the base (None but on rank 0); and the facts that go into the
@@ -37,8 +74,8 @@ def begin(
     config = run.config
     base, base_files = None, None
     if process_group.rank() == 0:
-        base = base_integrity.measure_base(run.task, config)
-        base_files = base.files
+        base_files = hashing.result() if hashing else base_integrity.file_sums(config.model)
+        base = BaseSums(base_files, base_integrity.measure_frozen(run.task, config))
         command.require_same({"base_model": base_files, "dtype": str(run.dtype)})
     # The number of threads decides the order of sums, and so the last bits of a resumed run.
     # torchrun sets OMP_NUM_THREADS itself; in one process it is what the user asked for.
@@ -62,11 +99,28 @@ def begin(
         for line in lines:
             if line:
                 log.say(line)
-    log.say(f"{description}\noutput: {log.run_dir}")
     return log, base, {**raw_data.files, **run_facts}
 
 
-def describe_run(run: Run, data_facts: dict) -> str:
+def choose_checkpointing(run: Run, state: dict | None) -> bool:
+    """Return whether layers are computed again in the backward pass, to keep less of them.
+
+    "auto" is yes where a GPU could not hold the run without it. A resumed run does as before.
+    """
+    setting = run.config.training.gradient_checkpointing
+    if setting != "auto":
+        return setting
+    if state:  # before "auto", the configuration itself said which
+        before = state["config"]["training"]["gradient_checkpointing"]
+        return state["facts"].get("gradient_checkpointing", before)
+    if run.device.type != "cuda":
+        return False
+    from lora.training.memory_plan import needs_checkpointing
+
+    return needs_checkpointing(run, torch.cuda.get_device_properties(run.device).total_memory)
+
+
+def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
     """Describe what a run is about to do. `data_facts` is what `load_or_tokenise` returned."""
     task, config, data = run.task, run.config, run.data
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
@@ -103,7 +157,15 @@ def describe_run(run: Run, data_facts: dict) -> str:
     if not task.packed:
         reason = "this model's attention does not support packing"
         lines.append(f"{reason}: sequences are sorted by length and padded")
-    if config.training.max_steps and config.training.num_train_epochs:
+    training = config.training
+    if training.deterministic and run.device.type == "cuda":
+        lines.append("deterministic: a resumed run gives the same bits, at the price of speed")
+    if training.gradient_checkpointing == "auto" and run.device.type == "cuda":
+        reason = (
+            "on: the GPU could not hold a step without" if checkpointing else "off: a step fits"
+        )
+        lines.append(f"gradient checkpointing (auto) is {reason}")
+    if training.max_steps and training.num_train_epochs:
         lines.append("max_steps and num_train_epochs given: the run ends at whichever comes first")
     examples = data.examples_per_step
     tokens = train_facts["tokens"] / train_facts["rows"] * examples

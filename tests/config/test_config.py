@@ -344,6 +344,7 @@ def test_help_says_what_a_value_is_and_the_everyday_flags_come_first(capsys):
         "--learning_rate RATE ",
         "--batch_size N|auto ",
         "--use_dora [{true,false}] ",
+        "--gradient_checkpointing [{true,false,auto}] ",
         "--data_weights WEIGHT [WEIGHT ...] ",
         "(default: 16; also --r)",
     ):
@@ -404,3 +405,46 @@ def test_a_device_that_is_named_is_taken_without_a_look_at_the_preference(monkey
     assert choose_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="DEVICE_PREFERENCE tpu is not available here"):
         choose_device("auto")
+
+
+@pytest.mark.parametrize(
+    "flags, value",
+    [
+        ([], "auto"),
+        (["--gradient_checkpointing"], True),
+        (["--gradient_checkpointing", "false"], False),
+        (["--gradient_checkpointing=auto"], "auto"),
+    ],
+)
+def test_gradient_checkpointing_is_true_false_or_auto(tmp_path, flags, value):
+    assert read(*NAMED, *flags).training.gradient_checkpointing == value
+    path = tmp_path / "c.toml"
+    path.write_text(to_toml({"training": {"gradient_checkpointing": value}}))
+    assert from_file(str(path)).training.gradient_checkpointing == value
+
+
+def test_what_is_neither_true_nor_false_nor_auto_is_refused():
+    expected = "--gradient_checkpointing = 'often': expected true or false or auto"
+    with pytest.raises(UserError, match=expected):
+        read(*NAMED, "--gradient_checkpointing=often")
+
+
+def test_layers_that_were_checkpointed_or_not_by_an_older_version_may_be_chosen_for_on_resume(
+    tmp_path,
+):
+    """Its configuration says true or false, where a file without the key says auto now."""
+    flags = [*NAMED, "--experiment_name=a", f"--output_dir={tmp_path}"]
+    config, checkpoint = read(*flags), tmp_path / "a" / "checkpoints" / "checkpoint_step_4"
+    config.training.gradient_checkpointing = False
+    as_of_an_older_version(checkpoint, "trainer_state.json", config, False)
+    (checkpoint / "optimizer.safetensors").write_bytes(b"")
+    write_checksums(checkpoint)
+    assert read(f"--resume_from={checkpoint}") == config
+    assert read(*flags, "--resume_from=auto").training.gradient_checkpointing == "auto"
+
+
+@pytest.mark.parametrize("other", [[], ["--gradient_checkpointing=auto"]])
+def test_offloading_asks_for_checkpointed_layers(other):
+    with pytest.raises(UserError, match="offload_activations: .* add --gradient_checkpointing."):
+        read(*NAMED, "--offload_activations", *other)
+    read(*NAMED, "--offload_activations", "--gradient_checkpointing")

@@ -3,6 +3,7 @@ and after a lost one.
 """
 
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
 import json
 import multiprocessing
 import os
@@ -102,15 +103,15 @@ def finish(process):
     return out
 
 
-def weights(folder):
+def weights(folder, steps=STEPS):
     """The last ones: an adapter's from its checkpoint, a model's from the artifact, which holds the
     best.
     """
-    last = folder / "checkpoints" / f"checkpoint_step_{STEPS}"
+    last = folder / "checkpoints" / f"checkpoint_step_{steps}"
     if not (last / "lora_adapter").is_dir():
         assert (
             json.loads((folder / "logs" / "final_results.json").read_text())["best"]["step"]
-            == STEPS
+            == steps
         )
         last = folder / "final_artifact"
     files = [path for path in last.rglob("*.safetensors") if path.name != "optimizer.safetensors"]
@@ -149,15 +150,22 @@ def assert_close(one, other):
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_two_processes_equal_one_at_the_same_examples_per_step(configure, tmp_path, lora):
-    settings = dict(max_steps=STEPS, learning_rate=2e-3, **SMOOTH)
-    one = run(configure(lora, name="one", batch_size=4, gradient_accumulation_steps=2, **settings))
-    two = configure(lora, name="two", batch_size=2, gradient_accumulation_steps=2, **settings)
-    out = run_of(2, two, tmp_path)
-    assert out.count("steps of 8 examples") == 1  # one of them talks
-    torch.testing.assert_close(losses(one), losses(tmp_path / "two"), rtol=1e-5, atol=1e-6)
-    assert_close(weights(one), weights(tmp_path / "two"))
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_two_and_four_processes_equal_one_at_the_same_examples_per_step(
+    configure, tmp_path, method
+):
+    settings = dict(max_steps=8, learning_rate=2e-3, **SMOOTH)
+    if method == "qlora":
+        settings |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
+    configure = partial(configure, method != "full", gradient_accumulation_steps=2, **settings)
+    one = run(configure(name="one", batch_size=4))
+    for processes in (2, 4):
+        name = f"on_{processes}"
+        out = run_of(processes, configure(name=name, batch_size=4 // processes), tmp_path)
+        # One of them talks
+        assert out.count("loading base model") == out.count("steps of 8 examples") == 1
+        torch.testing.assert_close(losses(one), losses(tmp_path / name), rtol=1e-5, atol=1e-6)
+        assert_close(weights(one, 8), weights(tmp_path / name, 8))
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

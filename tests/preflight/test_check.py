@@ -101,6 +101,30 @@ def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task)
     assert found.keys() == {*data_checks.DATA, *model_checks.MODEL} - skipped
 
 
+def test_on_a_gpu_resuming_is_checked_with_and_without_deterministic_algorithms(
+    configure, capsys, monkeypatch
+):
+    resumed, modes = model_checks.resumed, []
+
+    def on_a_gpu(trial):
+        trial.device = torch.device("cuda")  # its tensors stay where they are
+        result = resumed(trial)
+        trial.device = torch.device("cpu")
+        return result
+
+    def recorded(trial, weights=model_checks.weights_after_resuming):
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return weights(trial)
+
+    monkeypatch.setitem(model_checks.MODEL, "resuming is exact", on_a_gpu)
+    monkeypatch.setattr(model_checks, "weights_after_resuming", recorded)
+    config = configure(True)
+    train_lora.main(Command(config, Path("none"), check=True), RawData(config))
+    line = "PASS  resuming is exact: with --deterministic, largest difference of the weights 0 (0"
+    assert line in capsys.readouterr().out
+    assert modes == [False, True] and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_head_alone_passes(configure, lines):
     found = lines(configure(True, lora_r=0))
     assert {*found.values()} == {"PASS"}, found
@@ -289,8 +313,8 @@ def all_but_first_lora(model):
     return dict(list(lora_layers(model).items())[1:])
 
 
-def one_document(lengths):
-    return Documents([sum(lengths)])
+def one_document(lengths, device):
+    return Documents([sum(lengths)], device)
 
 
 def wrapped(owner, name, change):

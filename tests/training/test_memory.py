@@ -18,7 +18,9 @@ from lora.model.load import load_task
 from lora.model.placement import prepare_layers
 from lora.model.run import Run
 from lora.model.task import Task
-from lora.training.memory_plan import MemoryCounter, plan_memory
+from lora.training import best_checkpoints
+from lora.training.memory_plan import USABLE, MemoryCounter, needs_checkpointing, plan_memory
+from lora.training.startup import choose_checkpointing
 from tests.conftest import run
 from tests.model.test_model import save
 import train_lora
@@ -128,6 +130,54 @@ def test_batch_size_auto_is_the_default_batch_size_in_one_micro_batch_where_it_f
     )
 
 
+def planned_run(config, checkpointing):
+    cpu = torch.device("cpu")
+    task = load_task(config, torch.float32).train()
+    inject(task.model, r=4)
+    prepare_layers(task.model, config.training, checkpointing)
+    rows, held_out, _ = load_or_tokenise(RawData(config), task)
+    return Run(task, config, TrainingData(rows, held_out, config), cpu, torch.float32)
+
+
+def test_layers_are_checkpointed_where_memory_would_not_do_without(configure, monkeypatch):
+    # What this process holds already is not the step's.
+    monkeypatch.setattr("lora.training.memory_plan.resident_bytes", lambda: None)
+    config = configure(True, **WHOLE)
+    without = sum(plan_memory(planned_run(config, False)).values())
+    with_checkpointing = sum(plan_memory(planned_run(config, True)).values())
+    assert with_checkpointing < without
+    run_without = planned_run(config, False)
+    assert not needs_checkpointing(run_without, int(without / USABLE) + 1)
+    assert needs_checkpointing(run_without, int(without / USABLE) - 1)
+    assert needs_checkpointing(run_without, int(with_checkpointing / USABLE))
+
+
+def test_the_choice_is_in_the_checkpoint_and_a_resumed_run_keeps_it(configure, monkeypatch, capsys):
+    assert not choose_checkpointing(planned_run(configure(True), False), None)  # on a CPU
+    with monkeypatch.context() as patch:
+        patch.setattr("train.choose_checkpointing", lambda run, state: True)
+        folder = run(configure(True, **WHOLE))
+    saved = folder / "checkpoints" / "checkpoint_step_6"
+    state = best_checkpoints.read_state(saved)
+    assert state["facts"]["gradient_checkpointing"]
+    assert state["config"]["training"]["gradient_checkpointing"] == "auto"
+    choices = []
+
+    def recorded(run, state):
+        choices.append(choose_checkpointing(run, state))
+        return choices[-1]
+
+    monkeypatch.setattr("train.choose_checkpointing", recorded)
+    run(configure(True, **WHOLE | {"max_steps": 7}), saved)
+    assert choices == [True]
+
+
+def test_a_checkpoint_from_before_the_choice_says_in_its_configuration_what_it_did(configure):
+    for before in (True, False):
+        state = {"facts": {}, "config": {"training": {"gradient_checkpointing": before}}}
+        assert choose_checkpointing(planned_run(configure(True), False), state) == before
+
+
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("asked", [{}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
 def test_what_is_foreseen_without_contents_is_what_a_step_holds(configure, lora, asked):
@@ -136,7 +186,7 @@ def test_what_is_foreseen_without_contents_is_what_a_step_holds(configure, lora,
     task = load_task(config, dtype if lora else torch.float32).train()
     if lora:
         inject(task.model, r=4)
-    prepare_layers(task.model, config.training)
+    prepare_layers(task.model, config.training, config.training.gradient_checkpointing is True)
     rows, held_out, _ = load_or_tokenise(RawData(config), task)
     data = TrainingData(rows, held_out, config)
     parts = plan_memory(Run(task, config, data, cpu, dtype))
