@@ -42,7 +42,7 @@ from lora.distributed import process_group
 from lora.distributed.sharding import full_tensor
 from lora.evaluation.example_losses import save_example_losses
 from lora.evaluation.predict import evaluate
-from lora.export.final_artifact import write_final_artifact
+from lora.export.final_artifact import finished_results, write_final_artifact
 from lora.model.device import choose_device, choose_dtype
 from lora.model.load import load_task
 from lora.model.placement import place_on_device, prepare_layers
@@ -125,6 +125,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 **data.layout,
                 "config": config.as_dict(),
                 "facts": facts,
+                "totals": log.totals(run.device),
                 "save_optimizer": config.save_optimizer,
                 "val": metrics and without_nan(metrics),
             }
@@ -188,7 +189,6 @@ def run_training(
         The results that final_results.json holds; None for --check and --dry_run, and on every
         rank but the first.
     """
-    started = time.monotonic()
     config, resume_from = command.config, command.resume_from
     device = choose_device(config.training.device)
     dtype = choose_dtype(config, device)
@@ -205,6 +205,11 @@ def run_training(
     if state and state["step"] >= max_steps and not command.auto:
         complete = f"that run of {max_steps} steps is complete"
         raise UserError(f"--resume_from {resume_from}: {complete}; raise --max_steps.")
+    results = finished_results(command.run_dir, state["step"], max_steps) if state else None
+    if results and command.auto:
+        print(f"{command.run_dir}: complete since step {results['last']['step']}; nothing to do")
+        process_group.leave()
+        return results
     checkpointing = choose_checkpointing(run, state)
     prepare_layers(task.model, config.training, checkpointing)
     description = describe_run(run, data_facts, checkpointing)
@@ -232,7 +237,7 @@ def run_training(
         if rank > 0:
             return None
         log.say(compare_base(base, measure_base(task, config)))
-        return write_final_artifact(run, log, base.files, raw_data.files, started)
+        return write_final_artifact(run, log, base.files, raw_data.files, max_steps)
 
 
 def main(command: Command, raw_data: RawData) -> dict | None:

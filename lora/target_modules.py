@@ -88,6 +88,15 @@ def linear_names(model: nn.Module) -> list[str]:
     return names
 
 
+def stacked_weights(model: nn.Module) -> dict[str, int]:
+    """Return the sizes of the layers' weights of three dimensions: experts kept as one tensor."""
+    sizes = {}
+    for name, parameter in decoder_layers(model).named_parameters():
+        if parameter.ndim == 3:
+            sizes[name] = parameter.numel()
+    return sizes
+
+
 def matches_ending(name: str, endings: Iterable[str]) -> bool:
     """Return whether a name ends with whole parts such as "q_proj" or "self_attn.q_proj"."""
     return any(f".{name}".endswith(f".{ending}") for ending in endings)

@@ -120,14 +120,14 @@ def configure(tiny_base, tmp_path):
     return partial(configuration, tiny_base, tmp_path)
 
 
-def run(config, resume_from=""):
+def run(config, resume_from="", auto=False):
     """A whole training run in this process; returns its folder."""
     import train
     import train_lora
 
     folder = Path(config.output.output_dir) / config.output.experiment_name
     script = train_lora if config.lora else train
-    script.main(Command(config, folder, str(resume_from)), RawData(config))
+    script.main(Command(config, folder, str(resume_from), auto), RawData(config))
     return folder
 
 

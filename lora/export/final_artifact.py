@@ -18,7 +18,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 
 import torch
 
@@ -28,6 +27,7 @@ from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import Stopped
 from lora.common.operating_system import physical_memory_bytes
 from lora.common.paths import ROOT
+from lora.common.toml_json import read_file
 from lora.config.schema import Config
 from lora.distributed.sharding import any_sharded
 from lora.export.model_card import model_card
@@ -37,13 +37,23 @@ from lora.model.task import Task
 from lora.quantization import count_parameters
 from lora.training.best_checkpoints import best_first, saved_states
 from lora.training.checkpoint import trainable_parameters
-from lora.training.log import Log, peak_memory
+from lora.training.log import Log
 
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes")
 
 
+def finished_results(run_dir: Path, step: int, max_steps: int) -> dict | None:
+    """Return the results of a run of `max_steps` that has ended at `step` with its artifact."""
+    folder = run_dir / "final_artifact"
+    if not folder.is_dir() or find_damage(folder, "metadata.json"):
+        return None
+    results = read_file(folder / "training_metrics.json")
+    has_ended = results["last"]["step"] == step and results.get("max_steps") == max_steps
+    return results if has_ended else None
+
+
 def write_final_artifact(
-    run: Run, log: Log, base_files: dict, data_files: dict, started: float
+    run: Run, log: Log, base_files: dict, data_files: dict, max_steps: int
 ) -> dict:
     """Write the results and the artifact, with the best checkpoint's weights; return the results.
 
@@ -51,7 +61,7 @@ def write_final_artifact(
         run: a run that has ended, and whose base was found unchanged.
         base_files: sha256 of the base's weight files.
         data_files: sha256 of the data's files, as `RawData.files`.
-        started: what time.monotonic() was when the run began.
+        max_steps: of the run, which may have stopped before.
     """
     states = saved_states(log.run_dir / "checkpoints")
     best = best_undamaged(states)
@@ -63,11 +73,14 @@ def write_final_artifact(
         task = load_task(run.config, torch.float32)
         task.tokenizer = run.task.tokenizer  # it may have been given a chat template
     task.load(best["path"])
-    last, peak = states[-1], peak_memory(run.device)
+    last, totals = states[-1], log.totals(run.device)
+    peak = totals["peak_memory"]
     results = {
         "best": {"step": best["step"], **best["val"]},
         "last": {"step": last["step"], **last["val"]},
-        "seconds": round(time.monotonic() - started, 1),
+        "max_steps": max_steps,
+        "seconds": totals["seconds"],
+        "tokens": totals["tokens"],
         "peak_memory_gb": peak and round(peak / 1e9, 3),
     }
     results_text = json.dumps(results, indent=2) + "\n"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 # Arguments that models pass and that change nothing here.
 IGNORED = {
@@ -119,6 +119,22 @@ def flash_takes(query: Tensor, value: Tensor) -> bool:
     width = query.shape[-1]
     is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
     return is_16_bit and width == value.shape[-1] and width <= 256 and width % 8 == 0
+
+
+def why_without_flash(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
+    """Return why a model's attention does not use FlashAttention-2 on a GPU; "" where it does."""
+    shape = model.config.get_text_config()
+    heads = shape.num_attention_heads
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    query = torch.empty(0, width, dtype=dtype)
+    if not has_flash(device):
+        return "it needs a GPU of NVIDIA's, Ampere or newer"
+    if not flash_takes(query, query):
+        return f"heads of width {width} in {dtype}; it takes multiples of 8 up to 256 in 16 bits"
+    has_sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    if has_sinks or getattr(shape, "attn_logit_softcapping", None):
+        return "it has neither soft cap nor sinks"
+    return ""
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, settings: Settings) -> Tensor:

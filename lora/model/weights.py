@@ -1,7 +1,9 @@
 """The files of a base model: config.json, weights, tokenizer."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+import re
 import sys
 from typing import Any
 
@@ -23,7 +25,10 @@ from lora.common.errors import UserError, library_errors, raise_if_any
 from lora.common.toml_json import read_file
 from lora.config.schema import LoraConfig, ModelConfig
 from lora.quantization import FourBitSettings, import_bitsandbytes
-from lora.target_modules import is_pooler
+from lora.target_modules import decoder_layers, is_pooler
+
+# Of weights that are read as they are only with the scales that belong to them.
+QUANTISED_TYPES = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "F8_E4M3", "F8_E5M2")
 
 
 class StoredTensor:
@@ -121,9 +126,15 @@ def load_weights(
     if local:
         check_weight_files(source)
     tensors = {}
+    quantised = []
     for path in model_files(base_model):
         with safe_open(path, "pt") as file:
-            tensors.update({name: StoredTensor(path, name) for name in file.keys()})
+            for name in file.keys():
+                tensors[name] = StoredTensor(path, name)
+                if name.endswith("weight") and file.get_slice(name).get_dtype() in QUANTISED_TYPES:
+                    quantised.append(name)
+    expected = "its files are quantised, and config.json does not say how; name the dense base"
+    raise_if_any(quantised, f"base_model {base_model}: {expected}")
     options = {"dtype": dtype, "attn_implementation": attention, "state_dict": tensors}
     options["quantization_config"] = quantization
     options["ignore_mismatched_sizes"] = True  # they are reported below
@@ -139,6 +150,9 @@ def load_weights(
         if model.can_generate():
             with suppress(OSError):  # without generation_config.json, it is made of config.json
                 model.generation_config = GenerationConfig.from_pretrained(source)
+    beyond = more_layers(model, info["unexpected_keys"])
+    fewer = "its files have more layers than config.json says; mend num_hidden_layers"
+    raise_if_any(beyond, f"base_model {base_model}: {fewer}")
     mismatched = [name for name, _, _ in info["mismatched_keys"]]
     absent = [name for name in [*info["missing_keys"], *mismatched] if not is_pooler(name)]
     raise_if_any(absent, f"base_model {base_model}: no weights, or of another shape, for")
@@ -154,6 +168,21 @@ def load_weights(
         # Whatever is saved of the model has the base's own config.
         model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def more_layers(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Return the unexpected tensors that belong to layers after the model's last one."""
+    layers = decoder_layers(model)
+    names = [name for name, module in model.named_modules() if module is layers]
+    if not names:
+        return []
+    numbered = re.compile(rf"(?:^|\.){names[0].rpartition('.')[2]}\.(\d+)\.")
+    found = []
+    for name in unexpected:
+        match = numbered.search(name)
+        if match and int(match[1]) >= len(layers):
+            found.append(name)
+    return found
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -27,13 +27,24 @@ class Log:
     """The log of a run. Every rank has one, and only that of rank 0 writes files."""
 
     def __init__(
-        self, run_dir: str | Path, config: Config, start: int = 0, may_exist: bool = False
+        self,
+        run_dir: str | Path,
+        config: Config,
+        earlier: dict | None = None,
+        may_exist: bool = False,
     ) -> None:
-        """Make the folder of a run that begins at the step `start`, and open its files.
+        """Make the folder of a run, and open its files.
 
-        Raises UserError where it exists (unless it `may_exist`), is in use, or cannot be made.
+        `earlier` is the state of the checkpoint that the run resumes. Raises UserError where the
+        folder exists (unless it `may_exist`), is in use, or cannot be made.
         """
         self.run_dir = Path(run_dir)
+        self.started = time.monotonic()
+        earlier = earlier or {}
+        start = earlier.get("step", 0)
+        # Older checkpoints have none.
+        self.earlier = earlier.get("totals", {"seconds": 0.0, "tokens": 0, "peak_memory": None})
+        self.run_tokens = self.earlier["tokens"]
         self.bar = tqdm(disable=True)  # until the run starts
         self.num_tokens, self.seconds = 0, 0.0  # since the last training metrics
         self.losses = deque(maxlen=SPIKE_WINDOW)
@@ -71,6 +82,7 @@ class Log:
                 self.say(f"step {step}: loss spike: {loss:.4f}; {before}")
         self.losses.append(loss)
         self.num_tokens += num_tokens
+        self.run_tokens += num_tokens
         self.seconds += seconds
         self.bar.update()
 
@@ -90,6 +102,13 @@ class Log:
         self.metrics_file.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
             tracker.metrics(step, values)
+
+    def totals(self, device: torch.device) -> dict[str, float | int | None]:
+        """Return seconds, tokens and peak memory (bytes) of the whole run, resumed parts too."""
+        seconds = self.earlier["seconds"] + time.monotonic() - self.started
+        peaks = [peak for peak in (self.earlier["peak_memory"], peak_memory(device)) if peak]
+        peak = max(peaks, default=None)
+        return {"seconds": round(seconds, 1), "tokens": self.run_tokens, "peak_memory": peak}
 
     def close(self) -> None:
         self.bar.close()

@@ -14,11 +14,13 @@ from lora.distributed import process_group
 from lora.distributed.collectives import broadcast_from_rank_zero
 from lora.distributed.process_group import world_size
 from lora.layer import lora_layers
+from lora.model.attention import why_without_flash
 from lora.model.device import choose_device, choose_dtype, set_determinism
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.model.weights import weight_files
 from lora.quantization import count_parameters, share_4bit
+from lora.target_modules import decoder_layers, stacked_weights
 from lora.training import base_integrity
 from lora.training.base_integrity import BaseSums, only_adapters_train
 from lora.training.best_checkpoints import recover
@@ -86,7 +88,7 @@ def begin(
     run_facts = {"base_model": base_files, "dtype": str(run.dtype), "place": place}
     # The name of a run that was given none holds the second at which its process read the clock.
     run_dir = broadcast_from_rank_zero(str, command.run_dir)
-    log = Log(run_dir, config, state["step"] if state else 0, command.continues)
+    log = Log(run_dir, config, state, command.continues)
     command.status.run_dir = log.run_dir
     if base is not None:
         command.status.write(None)
@@ -154,6 +156,10 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
         if config.lora:
             held = "the whole model, and their gradients are summed once a step"
         lines.append(f"{world_size()} processes: each holds {held}")
+    if run.device.type == "cuda" and task.packed:
+        reason = why_without_flash(task.model, run.device, run.dtype)
+        if reason:
+            lines.append(f"attention without FlashAttention, which is slower: {reason}")
     if not task.packed:
         reason = "this model's attention does not support packing"
         lines.append(f"{reason}: sequences are sorted by length and padded")
@@ -192,6 +198,13 @@ def describe_lora(task: Task, lora: LoraConfig) -> str:
     text += "; the base is frozen"
     if lora.load_in_4bit:
         text += f", {share_4bit(task.model):.0%} of it in 4 bits ({lora.bnb_4bit_quant_type})"
+    stacked = stacked_weights(task.model)
+    if "all-linear" in lora.target_modules and stacked:
+        names = ", ".join(sorted({name.partition(".")[2] for name in stacked}))
+        reached = 1 - sum(stacked.values()) / count_parameters(decoder_layers(task.model))
+        left_out = "experts that are one tensor stay as they are"
+        share = f"LoRA reaches {reached:.0%} of the layers' weights"
+        text += f"\nwarning: {left_out} ({names}): {share}"
     return text
 
 

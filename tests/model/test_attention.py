@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora.data.batches import Rows
 from lora.data.tokenise import NO_TOKEN, Row
 from lora.model import attention
+from lora.model.attention import why_without_flash
 from lora.model.device import autocast
 from lora.model.placement import prepare_layers
 from tests.conftest import run
@@ -74,6 +75,7 @@ def test_what_goes_to_flash_attention_and_that_no_micro_batch_waits_for_the_devi
     rows = Rows.from_rows(documents() if kind == "lm" else scored(), kind)
     step_without_contents(task, rows)
     assert flash_calls == [8] * OTHERS.get(family, 2)
+    assert bool(why_without_flash(task.model, CPU, torch.bfloat16)) == (not flash_calls)
 
 
 @pytest.mark.parametrize("width, calls", [(20, 0), (256, 2), (264, 0)])
@@ -83,6 +85,7 @@ def test_heads_of_a_width_that_flash_attention_does_not_take_are_computed_otherw
     task = task_of(base("Qwen3", GROUPED | dict(head_dim=width), tmp_path), "lm")
     step_without_contents(task, Rows.from_rows(documents(), "lm"))
     assert len(flash_calls) == calls
+    assert bool(why_without_flash(task.model, CPU, torch.bfloat16)) == (calls == 0)
 
 
 class Waits(TorchDispatchMode):

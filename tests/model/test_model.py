@@ -2,10 +2,13 @@
 refused.
 """
 
+import json
 import os
 from pathlib import Path
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 import torch
 from torch.autograd.graph import save_on_cpu
 from transformers import (
@@ -107,8 +110,6 @@ def test_the_longest_example_is_what_the_base_can_read_and_2048_at_most(configur
 
 
 def test_a_base_with_a_missing_tensor_is_refused(tiny_base, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_base / name).read_bytes())
     tensors = load_file(tiny_base / "model.safetensors")
@@ -119,6 +120,25 @@ def test_a_base_with_a_missing_tensor_is_refused(tiny_base, tmp_path):
         match=r"no weights, or of another shape, for: (model\.)?layers.1.mlp.up_proj.weight",
     ):
         load(tmp_path, "lm")
+
+
+@pytest.mark.parametrize("task", ["lm", "score"])
+def test_a_base_with_more_layers_than_its_config_says_is_refused(tiny_base, tmp_path, task):
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 1}))
+    with pytest.raises(UserError, match=r"more layers than config.json .*: model.layers.1.input_l"):
+        load(folder, task)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_weights_of_an_unknown_quantisation_are_refused(tiny_base, tmp_path, dtype):
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(48, 32).to(dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="files are quantised, and .* not say how; .*1.mlp.up_proj"):
+        load(folder, "lm")
 
 
 @pytest.mark.parametrize("name", ["/no/such", "./no", "~/no", "no/such/folder"])

@@ -7,6 +7,9 @@ import torch
 
 from lora.common.errors import UserError
 from tests.conftest import run
+from tests.model.test_families import GROUPED, base
+
+MOE = GROUPED | dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, head_dim=8)
 
 
 def test_the_plan_says_how_many_epochs_a_run_is(configure, capsys):
@@ -54,3 +57,42 @@ def test_threads_that_the_user_chose_win_over_those_of_the_checkpoint(
         torch.set_num_threads(1)
     moved = "resumed with threads 1 -> 2: " in capsys.readouterr().out
     assert moved == (not under_torchrun)
+
+
+def test_experts_that_lora_does_not_reach_are_named(configure, tmp_path, capsys):
+    folder = base("Qwen3Moe", MOE, tmp_path)
+    run(configure(True, base_model=str(folder), max_steps=1))
+    said = capsys.readouterr().out
+    assert (
+        "stay as they are (mlp.experts.down_proj, mlp.experts.gate_up_proj): LoRA reaches" in said
+    )
+    run(configure(True, "named", base_model=str(folder), max_steps=1, target_modules=["q_proj"]))
+    assert "stay as they are" not in capsys.readouterr().out
+
+
+def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(configure, capsys):
+    settings = dict(max_steps=4)
+    folder = run(configure(True, **settings))
+    results = (folder / "logs" / "final_results.json").read_bytes()
+    checkpoint = folder / "checkpoints" / "checkpoint_step_4"
+    capsys.readouterr()
+    run(configure(True, **settings), checkpoint, auto=True)
+    assert f"{folder}: complete since step 4; nothing to do\n" in capsys.readouterr().out
+    assert (folder / "logs" / "final_results.json").read_bytes() == results
+    run(configure(True, max_steps=6), checkpoint, auto=True)
+    after = json.loads((folder / "logs" / "final_results.json").read_text())
+    before = json.loads(results)
+    assert after["last"]["step"] == 6 and after["seconds"] > before["seconds"]
+    assert (
+        after["tokens"] > before["tokens"] and after["peak_memory_gb"] >= before["peak_memory_gb"]
+    )
+
+
+def test_a_run_that_stopped_early_is_finished(configure, capsys):
+    settings = dict(max_steps=40, early_stopping_patience=1, learning_rate=1e-9, eval_steps=2)
+    folder = run(configure(True, **settings))
+    step = json.loads((folder / "logs" / "final_results.json").read_text())["last"]["step"]
+    assert step < 40
+    checkpoint = folder / "checkpoints" / f"checkpoint_step_{step}"
+    run(configure(True, **settings), checkpoint, auto=True)
+    assert f"complete since step {step}" in capsys.readouterr().out
