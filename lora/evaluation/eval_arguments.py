@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lora.common.checkpoint_folders import model_folder
 from lora.common.checksums import verify_artifact, verify_checksums
 from lora.common.errors import UserError
 from lora.config.command_line import find_config
@@ -166,9 +167,9 @@ def check_scorer_flags(arguments: Namespace, is_scorer: bool) -> None:
 def full_model_folder(checkpoint: str | None) -> str:
     """Return where a checkpoint holds a full model (trained in full, or merged), or ""."""
     if checkpoint:
-        for folder in (Path(checkpoint) / "backbone", Path(checkpoint)):
-            if (folder / "config.json").is_file():
-                return str(folder)
+        folder = model_folder(Path(checkpoint)) or Path(checkpoint)  # that of a merged scorer
+        if (folder / "config.json").is_file():
+            return str(folder)
     return ""
 
 

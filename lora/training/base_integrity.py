@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora.adapter import factors
 from lora.common.atomic_files import write_text_atomically
+from lora.common.checkpoint_folders import model_folder
 from lora.common.checksums import file_sha256, map_in_threads
 from lora.common.errors import Stopped
 from lora.common.toml_json import read_file
@@ -77,7 +78,7 @@ def warn_other_base(folder: str | Path, base_model: str, files: dict[str, str]) 
     """
     folder = Path(folder).resolve()
     checkpoint = folder.parent if folder.name == "lora_adapter" else folder
-    if (checkpoint / "backbone").is_dir():
+    if model_folder(checkpoint):
         return ""
     recorded = None
     if (checkpoint / "metadata.json").is_file():
