@@ -18,11 +18,11 @@ from lora.data.examples import Example
 from lora.data.readers import read
 from lora.data.split import read_data
 from lora.evaluation.retrieval import Query, read_corpus, read_queries
-from lora.evaluation.text_metrics import Question, check_patterns, read_questions
+from lora.evaluation.text_metrics import Question, check_settings, read_questions
 
 MODEL_KEYS = ("base_model", "task")
 ANSWER_KEYS = (
-    *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
+    *("max_new_tokens", "temperature", "top_p", "refusal_pattern", "citation_pattern", "json_keys"),
 )
 SCORE_KEYS = (
     *("threshold", "tune_threshold_on", "label_max", "max_steps_per_example", "neutral_label"),
@@ -119,7 +119,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
     apply_flags(config, arguments, KEYS)
     check_combinations(arguments, config)
     check_scorer_flags(arguments, config.model.task == "score")
-    check_patterns(config.evaluation)
+    check_settings(config.evaluation)
     return arguments, config
 
 

@@ -384,13 +384,13 @@ def test_a_file_of_the_base_that_changes_stops_the_run(configure, monkeypatch, o
 def test_what_is_trained_beside_the_adapter_stops_the_run(configure, monkeypatch):
     measured = startup.only_adapters_train
 
-    def unfrozen(task, modules):
-        task.model.norm.weight.requires_grad_(True)
-        return measured(task, modules)
+    def unfrozen(model, modules, head):
+        model.norm.weight.requires_grad_(True)
+        return measured(model, modules, head)
 
     monkeypatch.setattr(startup, "only_adapters_train", unfrozen)
     config = configure(True, max_steps=1)
-    with pytest.raises(Stopped, match="trained beside the adapter: model.norm.weight; "):
+    with pytest.raises(Stopped, match="trained beside the adapter: norm.weight; "):
         run(config)
     assert not (Path(config.output.output_dir) / "run").exists()
 

@@ -314,7 +314,10 @@ def test_the_final_model_is_in_the_type_of_the_base(configure):
     """
     config = configure(False, base_model="embedded", task="lm", init_from="scratch", max_steps=1)
     folder = run(config)
-    for place, dtype in (("final_artifact", "BF16"), ("checkpoints/checkpoint_step_1/backbone", "F32")):
+    for place, dtype in (
+        ("final_artifact", "BF16"),
+        ("checkpoints/checkpoint_step_1/backbone", "F32"),
+    ):
         with safe_open(folder / place / "model.safetensors", "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {dtype}
 

@@ -156,11 +156,7 @@ def test_a_stage_after_one_that_added_tokens_must_add_them_first(configure, tmp_
         with pytest.raises(
             UserError, match="has embeddings of 2050 tokens, not 2048|not among what is trained"
         ):
-            run(
-                configure(
-                    True, f"two{len(again)}", init_from=str(alone), **LM | again
-                )
-            )
+            run(configure(True, f"two{len(again)}", init_from=str(alone), **LM | again))
     two = run(configure(True, "three", init_from=str(one), **LM | ADDED))
     assert losses(two)[0] == pytest.approx(losses(one.parent)[-1], abs=1e-5)
 
