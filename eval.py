@@ -85,7 +85,8 @@ def print_numbers(numbers: dict[str, float]) -> None:
         print(f"{name:>{width}} {value:.6f}")
 
 
-def main(arguments: Namespace, config: Config, request: EvaluationRequest) -> None:
+def main(arguments: Namespace, config: Config, request: EvaluationRequest) -> dict:
+    """Evaluate, print the results, save them where --output says so, and return the numbers."""
     device = choose_device(config.training.device)
     dtype = choose_dtype(config, device)
     task = load(arguments, config, device)
@@ -103,6 +104,7 @@ def main(arguments: Namespace, config: Config, request: EvaluationRequest) -> No
         results.numbers.update(numbers)
     if arguments.output:
         results.save(Path(arguments.output))
+    return results.numbers
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ from transformers import AutoModel
 
 from lora.adapter import load_adapter
 from lora.common.atomic_files import atomic_folder
+from lora.common.checkpoint_folders import adapter_folder
 from lora.export import merging
 from lora.export.merging import AdapterSource, difference, four_bits_of, load_base, outputs
 from lora.export.portable_adapter import write_portable
@@ -89,8 +90,7 @@ from lora.model.weights import add_tokens, load_shape, load_tokenizer
 def main(arguments: Namespace) -> None:
     if arguments.portable:
         folder = Path(arguments.adapter)
-        if (folder / "lora_adapter").is_dir():
-            folder = folder / "lora_adapter"
+        folder = adapter_folder(folder) or folder
         with atomic_folder(Path(arguments.output)) as temporary:
             write_portable(folder, temporary)
         print(f"wrote {arguments.output}")
@@ -123,7 +123,7 @@ def main(arguments: Namespace) -> None:
     torch.manual_seed(0)
     tokens = torch.randint(shape.get_text_config().vocab_size, (4, 32))
     of_base = outputs(model, tokens)
-    if source.has_adapter:
+    if source.adapter:
         load_adapter(model, source.adapter)
     of_adapter = outputs(model, tokens)
     merge(model)
@@ -131,7 +131,7 @@ def main(arguments: Namespace) -> None:
     effect = merging.require_same_outputs(source, of_base, of_adapter, of_merged)
     if source.is_4bit and not into_4bit:
         base_4bit = load_base(model_class, source.base_model, four_bits_of(arguments, config))
-        if source.has_adapter:
+        if source.adapter:
             load_adapter(base_4bit, source.adapter)
         distance = difference(of_merged, outputs(base_4bit, tokens))
         hint = "(--merge_into dequantized keeps that base)"
@@ -154,7 +154,7 @@ def main(arguments: Namespace) -> None:
         written = merging.read_back(model, model_class, temporary)
         rounding = difference(outputs(written, tokens), of_adapter)
         print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounding:.3g}")
-        if rounding > effect and source.has_adapter:
+        if rounding > effect and source.adapter:
             found = f"changes more ({rounding:.3g}) than the adapter does"
             raise UserError(f"rounding to {dtype} {found}; add --dtype float32.")
     print(f"wrote {Path(arguments.output)}")

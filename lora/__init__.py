@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from lora.config.schema import get_lora_config as get_lora_config
     from lora.layer import inject as inject
     from lora.layer import merge as merge
+    from lora.tools.from_python import evaluate as evaluate
+    from lora.tools.from_python import generate as generate
+    from lora.tools.from_python import load_and_verify_adapter as load_and_verify_adapter
+    from lora.tools.from_python import train as train
+    from lora.tools.from_python import (
+        verify_only_adapter_trainable as verify_only_adapter_trainable,
+    )
 
 __version__ = "0.2.0"
 
@@ -25,6 +32,11 @@ _MODULES = {
     "save_adapter": "lora.adapter",
     "load_adapter": "lora.adapter",
     "verify_artifact": "lora.common.checksums",
+    "train": "lora.tools.from_python",
+    "evaluate": "lora.tools.from_python",
+    "generate": "lora.tools.from_python",
+    "verify_only_adapter_trainable": "lora.tools.from_python",
+    "load_and_verify_adapter": "lora.tools.from_python",
 }
 
 

@@ -130,6 +130,9 @@ def begin_section(task, folder, runs):
     run_folder = folder / "outputs" / "RUN"
     shutil.rmtree(run_folder, ignore_errors=True)
     shutil.copytree(runs / task, run_folder)
+    (folder / "peft_adapter").mkdir(exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run_folder / "final_artifact" / name, folder / "peft_adapter")
 
 
 def python_arguments(words):

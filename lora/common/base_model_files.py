@@ -43,6 +43,9 @@ def check_weight_files(folder: str | Path) -> None:
             if name not in names:
                 problem = f"{name!r} is not the name of a file beside it"
                 raise UserError(f"{where}: {problem}; copy the base again.")
+    if (folder / "adapter_config.json").is_file():
+        mend = "merge it (merge.py), or begin with it (--init_from)"
+        raise UserError(f"base_model {folder}: an adapter, no whole model; {mend}.")
     if not files:
         hint = "expected *.safetensors; name the base's folder"
         pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]

@@ -1,10 +1,16 @@
-"""The folders of checkpoints, checkpoint_step_<N>: their names and the version of their format."""
+"""The folders of checkpoints and artifacts: names, where they keep weights, format versions.
+
+A checkpoint has its weights in lora_adapter/ or backbone/, and an artifact of version 1 too. Since
+version 2 an artifact has them at its top, where PEFT and transformers look for them.
+"""
 
 from pathlib import Path
 
 from lora.common.errors import UserError
+from lora.common.toml_json import read_file
 
-FORMAT_VERSION = 2  # "format_version" of trainer_state.json; one without it is of version 1
+# "format_version" of trainer_state.json and metadata.json; one without it is of version 1
+FORMAT_VERSION = 2
 OPTIMIZER_FILE = "optimizer.safetensors"
 SHARDS_FILE = "shards.json"  # of version 1: each process wrote its part of weights and optimizer
 
@@ -29,8 +35,31 @@ def has_optimizer(checkpoint: Path) -> bool:
     return (checkpoint / OPTIMIZER_FILE).is_file() or (checkpoint / SHARDS_FILE).is_file()
 
 
+def is_artifact(folder: Path) -> bool:
+    """Return whether plainlora wrote this final artifact. Others' adapters may have metadata too.
+
+    It must be asked before an adapter or a model at the top is taken for one that stands alone.
+    """
+    path = folder / "metadata.json"
+    return path.is_file() and "base_files" in read_file(path)
+
+
+def adapter_folder(folder: Path) -> Path | None:
+    """Return where a checkpoint, an artifact or an adapter alone has its adapter, if it has one."""
+    if (folder / "lora_adapter").is_dir():
+        return folder / "lora_adapter"
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def model_folder(folder: Path) -> Path | None:
+    """Return where a checkpoint or an artifact has a whole model, if it has one."""
+    if (folder / "backbone").is_dir():
+        return folder / "backbone"
+    return folder if (folder / "config.json").is_file() and is_artifact(folder) else None
+
+
 def require_known_format(checkpoint: Path, state: dict) -> None:
-    """Raise UserError for a checkpoint that cannot be read; `state` is its trainer_state.json."""
+    """Raise UserError for a checkpoint, or an artifact, whose `state` is of a newer version."""
     if (checkpoint / SHARDS_FILE).is_file():
         found = f"in parts ({SHARDS_FILE}), written by plainlora 0.1"
         raise UserError(f"{checkpoint}: {found}, which reads it; end the run with that version.")

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lora.common.base_model_files import check_weight_files, locate_base
+from lora.common.checkpoint_folders import SHARDS_FILE, adapter_folder, is_artifact, model_folder
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.config.schema import Config, DataConfig
@@ -81,15 +82,16 @@ def require_formats(data: DataConfig) -> None:
 def require_stage(config: Config) -> None:
     """Check that `init_from` names an earlier stage that this run can start from."""
     start = Path(config.model.init_from)
-    weights = ("lora_adapter", "backbone", "adapter_config.json", "shards.json")
-    present = [name for name in weights if (start / name).exists()]
-    if present and config.method == "head":
-        problem = f"holds {present[0]}, and lora_r 0 begins from a head"
+    weights = adapter_folder(start) or model_folder(start)
+    if weights and config.method == "head":
+        problem = "holds more than a head, and lora_r 0 begins from a head"
         raise UserError(f"init_from {start}: {problem}; name the merged base_model.")
-    if not present and not (start / "mlp_head.safetensors").exists():
+    others = (start / "mlp_head.safetensors", start / SHARDS_FILE)
+    if not weights and not any(path.exists() for path in others):
         expected = "a whole model is named as base_model"
         raise UserError(f"init_from {start}: no checkpoint, artifact or adapter; {expected}.")
-    verify_checksums(start)
+    if is_artifact(start) or not (start / "metadata.json").is_file():  # not others' checksums
+        verify_checksums(start)
     config_files = ("trainer_state.json", "training_config.toml")  # PEFT's adapters have neither
     if not any((start / name).is_file() for name in config_files):
         return

@@ -182,6 +182,7 @@ class EvaluationConfig(Table):
 
     max_new_tokens: int = key(256, "maximum number of tokens of an answer", low=1)
     temperature: float = key(0.0, "sampling temperature; 0: greedy decoding", low=0.0)
+    top_p: float = key(1.0, "sample from the likeliest tokens of this share", above=0, high=1.0)
     refusal_pattern: str = key("", "regular expression: an answer that matches is a refusal")
     citation_pattern: str = key("", "regular expression: its matches in an answer are citations")
     json_keys: list[str] = key([], "keys that an answer must have, as a JSON object")

@@ -125,6 +125,9 @@ def saved_config(folder: str | Path) -> Config:
             raise UserError(f"{state}: holds no config; expected a checkpoint of ours.")
         return from_dict(tables, str(state))
     if toml.is_file():
+        metadata = toml.with_name("metadata.json")  # a merged scorer has none
+        if metadata.is_file():
+            require_known_format(Path(folder), read_file(metadata))
         return from_dict(read_file(toml), str(toml))
     absent = f"no {state.name} and no {toml.name}"
     raise UserError(f"{folder}: {absent}; expected a checkpoint or a final_artifact of ours.")

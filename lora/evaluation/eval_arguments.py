@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lora.common.checkpoint_folders import model_folder
 from lora.common.checksums import verify_artifact, verify_checksums
 from lora.common.errors import UserError
 from lora.config.command_line import find_config
@@ -17,11 +18,11 @@ from lora.data.examples import Example
 from lora.data.readers import read
 from lora.data.split import read_data
 from lora.evaluation.retrieval import Query, read_corpus, read_queries
-from lora.evaluation.text_metrics import Question, check_patterns, read_questions
+from lora.evaluation.text_metrics import Question, check_settings, read_questions
 
 MODEL_KEYS = ("base_model", "task")
 ANSWER_KEYS = (
-    *("max_new_tokens", "temperature", "refusal_pattern", "citation_pattern", "json_keys"),
+    *("max_new_tokens", "temperature", "top_p", "refusal_pattern", "citation_pattern", "json_keys"),
 )
 SCORE_KEYS = (
     *("threshold", "tune_threshold_on", "label_max", "max_steps_per_example", "neutral_label"),
@@ -118,7 +119,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
     apply_flags(config, arguments, KEYS)
     check_combinations(arguments, config)
     check_scorer_flags(arguments, config.model.task == "score")
-    check_patterns(config.evaluation)
+    check_settings(config.evaluation)
     return arguments, config
 
 
@@ -166,9 +167,9 @@ def check_scorer_flags(arguments: Namespace, is_scorer: bool) -> None:
 def full_model_folder(checkpoint: str | None) -> str:
     """Return where a checkpoint holds a full model (trained in full, or merged), or ""."""
     if checkpoint:
-        for folder in (Path(checkpoint) / "backbone", Path(checkpoint)):
-            if (folder / "config.json").is_file():
-                return str(folder)
+        folder = model_folder(Path(checkpoint)) or Path(checkpoint)  # that of a merged scorer
+        if (folder / "config.json").is_file():
+            return str(folder)
     return ""
 
 

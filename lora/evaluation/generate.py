@@ -136,11 +136,12 @@ def generate_answers(
     """
     model, tokenizer = task.model, task.tokenizer
     max_new_tokens, temperature = config.evaluation.max_new_tokens, config.evaluation.temperature
+    top_p = config.evaluation.top_p
     max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     stops = stop_tokens(model, tokenizer)
     settings = GenerationConfig(eos_token_id=stops or None, pad_token_id=PAD)
     if temperature:
-        settings.update(do_sample=True, temperature=temperature, top_k=0)
+        settings.update(do_sample=True, temperature=temperature, top_k=0, top_p=top_p)
         torch.manual_seed(config.training.seed)
     groups = group_prompts(prompts, max_new_tokens, max_positions, max_batch_tokens(config))
     texts = [""] * len(prompts)

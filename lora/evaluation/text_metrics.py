@@ -62,8 +62,11 @@ def read_questions(path: str) -> list[Question]:
     return questions
 
 
-def check_patterns(settings: EvaluationConfig) -> None:
-    """Raise UserError for a pattern of the [evaluation] table that is not a regular expression."""
+def check_settings(settings: EvaluationConfig) -> None:
+    """Raise UserError for a pattern that is no regular expression, or top_p without sampling."""
+    if settings.top_p < 1 and settings.temperature == 0:
+        greedy = "is for sampling, and temperature 0 does not sample"
+        raise UserError(f"top_p = {settings.top_p:g} {greedy}; add --temperature 0.7, say.")
     for name in ("refusal_pattern", "citation_pattern"):
         pattern = getattr(settings, name)
         try:

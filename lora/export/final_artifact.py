@@ -1,6 +1,6 @@
 """final_artifact/: what a finished run hands on, complete or absent, and what it was made of.
 
-the weights and the tokenizer   Task.save_artifact
+the weights and the tokenizer   Task.save_artifact, at the top
 training_config.toml            with absolute paths, so that eval.py and merge.py find base and data
                                 from any folder
 training_metrics.json           the best step and the last
@@ -23,6 +23,7 @@ import torch
 
 from lora.common.atomic_files import atomic_folder, write_text_atomically
 from lora.common.base_model_files import locate_base
+from lora.common.checkpoint_folders import FORMAT_VERSION
 from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import Stopped
 from lora.common.operating_system import physical_memory_bytes
@@ -133,7 +134,7 @@ def absolute_if_file(path: str) -> str:
 def metadata(task: Task, config: Config, results: dict, base_files: dict, data_files: dict) -> dict:
     versions = {name: version(name) for name in LIBRARIES if name in sys.modules}
     return {
-        "artifact_version": 1,
+        "format_version": FORMAT_VERSION,
         "task": config.model.task,
         "method": config.method,
         "base_model": config.model.base_model,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora.common.checkpoint_folders import adapter_folder, is_artifact
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.config.flags import apply_flags
@@ -27,17 +28,13 @@ class AdapterSource:
     """An adapter, and what it was trained on."""
 
     given: str  # the value of --adapter
-    adapter: Path  # its folder; there is none for a head that was trained on the frozen base
+    adapter: Path | None  # its folder; None: a head that was trained on the frozen base
     base_model: str
     config: Config | None  # of the run that made it; None for an adapter alone
 
     @property
-    def has_adapter(self) -> bool:
-        return self.adapter.is_dir()
-
-    @property
     def folder(self) -> Path:  # the checkpoint or artifact
-        return self.adapter.parent
+        return Path(self.given)
 
     @property
     def is_scorer(self) -> bool:
@@ -61,20 +58,22 @@ class AdapterSource:
 def find_adapter(given: str, base_model: str | None) -> AdapterSource:
     """Return the adapter of a folder: an adapter, a checkpoint or a final artifact."""
     folder = Path(given)
-    if (folder / "adapter_config.json").is_file():
+    adapter = adapter_folder(folder)
+    is_ours = is_artifact(folder) or (folder / "training_config.toml").is_file()
+    if adapter == folder and not is_ours:
         if not base_model:
             found = f"{given}: an adapter alone does not say which base it is for"
             raise UserError(f"--adapter {found}; add --base_model.")
         return AdapterSource(given, folder, base_model, None)
     config = saved_config(folder)
-    if config.method != "head" and not (folder / "lora_adapter").is_dir():
+    if config.method != "head" and not adapter:
         hint = "a fully fine-tuned model needs no merging"
-        raise UserError(f"--adapter {given}: there is no lora_adapter/; {hint}.")
+        raise UserError(f"--adapter {given}: there is no adapter in it; {hint}.")
     if config.model.init_from == "scratch":
         found = "it was trained on random weights, which no folder holds"
         raise UserError(f"--adapter {given}: {found}; use it unmerged.")
     base_model = base_model or config.model.base_model
-    return AdapterSource(given, folder / "lora_adapter", base_model, config)
+    return AdapterSource(given, adapter, base_model, config)
 
 
 def class_for(shape: PretrainedConfig) -> type:
@@ -140,7 +139,7 @@ def require_same_outputs(
     if not is_rounding:
         found = f"merged it differs from base + adapter by {error:.3g}, more than rounding"
         raise UserError(f"--adapter {source.given}: {found}; use it unmerged.")
-    if effect == 0 and source.has_adapter:
+    if effect == 0 and source.adapter:
         raise UserError(f"--adapter {source.given}: it changes nothing; use the base as it is.")
     return effect
 

@@ -60,7 +60,10 @@ def load_task(
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
         files, tokens = weight_files(config.model), config.model.head_tokens
         embeddings = task.model.get_input_embeddings().weight
-        initialise_head(task.head, files, tokens, tokenizer, embeddings)
+        if not tokens and any(path.name == "mlp_head.safetensors" for path in files):
+            task.load_head(locate_base(base_model)[0])  # a scorer's artifact is the base
+        else:
+            initialise_head(task.head, files, tokens, tokenizer, embeddings)
 
     set_max_length(config, shape, task.first_position)
     return task

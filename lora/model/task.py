@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora.adapter import load_adapter, save_adapter
+from lora.common.checkpoint_folders import adapter_folder, model_folder
 from lora.common.errors import UserError, library_errors
 from lora.data.batches import Batch
 from lora.distributed.collectives import on_rank_zero
@@ -89,7 +90,7 @@ class Task(nn.Module):
         model_state: dict[str, Tensor] | None = None,
         head_state: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write what was trained: `lora_adapter/` or `backbone/`, and `mlp_head.safetensors`.
+        """Write a checkpoint: `lora_adapter/` or `backbone/`, and `mlp_head.safetensors`.
 
         Of sharded weights, the full state of the model and of the head must be given.
         """
@@ -99,41 +100,47 @@ class Task(nn.Module):
         elif not self.frozen:
             self.model.save_pretrained(folder / "backbone", state_dict=model_state)
             self.tokenizer.save_pretrained(folder / "backbone")
-        if isinstance(self.head, MLPHead):
-            head_state = head_state or self.head.state_dict()
-            save_file(head_state, folder / "mlp_head.safetensors", {"format": "pt"})
+        self.save_head(folder, head_state or self.head.state_dict())
 
-    def save_artifact(self, folder: Path | str) -> None:
-        """Write what was trained (a backbone in the base's own type), and the tokenizer."""
-        if not (lora_layers(self.model) or self.frozen):
-            self.model.to(self.base_dtype)
-        Path(folder).mkdir(exist_ok=True)
-        self.save(folder)
+    def save_artifact(self, folder: Path) -> None:
+        """Write what was trained where PEFT and transformers look for it, and the tokenizer.
+
+        That is the top of the folder. A whole model is written in the base's own type.
+        """
+        if lora_layers(self.model):
+            save_adapter(self.model, folder)
+        elif not self.frozen:
+            self.model.to(self.base_dtype).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        self.save_head(folder, self.head.state_dict())
+
+    def save_head(self, folder: Path, state: dict[str, Tensor]) -> None:
+        if isinstance(self.head, MLPHead):
+            save_file(state, folder / "mlp_head.safetensors", {"format": "pt"})
 
     def load(self, folder: Path | str) -> None:
-        """Load what `save` wrote. Raises UserError if it does not fit."""
+        """Load a checkpoint or an artifact. Raises UserError if it does not fit."""
         self.load_model(Path(folder))
         self.load_head(folder)
 
     def load_model(self, folder: Path) -> None:
-        """Load what `save` wrote, without the MLP head."""
-        has_adapter = (folder / "lora_adapter").is_dir()
-        if not has_adapter and not (folder / "backbone").is_dir():
+        """Load a checkpoint or an artifact without the MLP head."""
+        adapter, whole_model = adapter_folder(folder), model_folder(folder)
+        if not adapter and not whole_model:
             if isinstance(self.head, MLPHead) and (folder / "mlp_head.safetensors").is_file():
                 return  # only the head was trained
             expected = "expected a checkpoint or an artifact"
-            raise UserError(f"{folder}: no lora_adapter/ or backbone/; {expected}.")
+            raise UserError(f"{folder}: neither an adapter nor a model in it; {expected}.")
         if self.frozen:
             problem = "holds more than a head, and lora_r 0 trains no more"
             raise UserError(f"{folder}: {problem}; name the merged base_model.")
-        if has_adapter:
-            load_adapter(self.model, folder / "lora_adapter")
+        if adapter:
+            load_adapter(self.model, adapter)
             return
         if lora_layers(self.model):
             problem = "holds a whole model, not an adapter"
-            raise UserError(f"{folder}: {problem}; name its backbone/ as the base_model.")
-        self.load_backbone(folder / "backbone")
+            raise UserError(f"{folder}: {problem}; name {whole_model} as the base_model.")
+        self.load_backbone(whole_model)
 
     def load_backbone(self, folder: Path) -> None:
         """Load all weights of the model from a plain Hugging Face folder.
@@ -158,9 +165,8 @@ class Task(nn.Module):
     def start_from(self, folder: Path | str) -> None:
         """Begin with an earlier stage's adapter, checkpoint, artifact or head. Raises UserError."""
         folder = Path(folder)
-        is_adapter = (folder / "adapter_config.json").is_file()
-        adapter = folder if is_adapter else folder / "lora_adapter"
-        if adapter.is_dir() and not self.frozen:
+        adapter = adapter_folder(folder)
+        if adapter and not self.frozen:
             self.start_from_adapter(adapter)
         else:
             self.load_model(folder)

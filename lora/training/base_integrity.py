@@ -1,5 +1,6 @@
 """The base, hashed before and after training: that it is unchanged is measured."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 import hashlib
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from lora.adapter import factors
 from lora.common.atomic_files import write_text_atomically
+from lora.common.checkpoint_folders import model_folder
 from lora.common.checksums import file_sha256, map_in_threads
 from lora.common.errors import Stopped
 from lora.common.toml_json import read_file
 from lora.config.schema import Config, ModelConfig
 from lora.layer import lora_layers
-from lora.model.heads import MLPHead
 from lora.model.task import Task
 from lora.model.weights import weight_files
 from lora.target_modules import find_modules_to_save
@@ -87,7 +88,7 @@ def warn_other_base(folder: str | Path, base_model: str, files: dict[str, str]) 
     """
     folder = Path(folder).resolve()
     checkpoint = folder.parent if folder.name == "lora_adapter" else folder
-    if (checkpoint / "backbone").is_dir():
+    if model_folder(checkpoint):
         return ""
     recorded = None
     if (checkpoint / "metadata.json").is_file():
@@ -130,21 +131,23 @@ def changed_names(before: dict[str, str], after: dict[str, str]) -> list[str]:
     return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
 
 
-def only_adapters_train(task: Task, modules_to_save: list[str]) -> str:
+def only_adapters_train(
+    model: nn.Module, modules_to_save: Sequence[str], head: nn.Module | None = None
+) -> str:
     """Return a line that counts what is trained; raise Stopped where it is more than the adapter.
 
     The modules to save and the score head belong to the adapter.
     """
     parts = {"LoRA tensors": [], "of modules_to_save": [], "of the score head": []}
-    for layer in lora_layers(task.model).values():
+    for layer in lora_layers(model).values():
         parts["LoRA tensors"].extend(factors(layer).values())
-    for name in find_modules_to_save(task.model, modules_to_save):
-        parts["of modules_to_save"].extend(task.model.get_submodule(name).parameters())
-    if isinstance(task.head, MLPHead):
-        parts["of the score head"].extend(task.head.parameters())
+    for name in find_modules_to_save(model, modules_to_save):
+        parts["of modules_to_save"].extend(model.get_submodule(name).parameters())
+    if head is not None:
+        parts["of the score head"].extend(head.parameters())
 
     allowed = {id(p) for p in chain.from_iterable(parts.values())}
-    unexpected = [name for name, p in trainable_parameters(task).items() if id(p) not in allowed]
+    unexpected = [name for name, p in trainable_parameters(model).items() if id(p) not in allowed]
     if unexpected:
         mend = "freeze them, or name them in modules_to_save"
         raise Stopped(f"trained beside the adapter: {', '.join(unexpected[:5])}; {mend}.")

@@ -137,7 +137,7 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
     if config.lora and not task.frozen:
         lines.append(describe_lora(task, config.lora))
     if config.lora:
-        lines.append(only_adapters_train(task, config.lora.modules_to_save))
+        lines.append(only_adapters_train(task.model, config.lora.modules_to_save, task.head))
     lines.append(describe_data("train", train_facts))
     lines.append(describe_data("eval", eval_facts))
     if task.frozen:

@@ -384,6 +384,8 @@ MISTAKES = [
     (["--config=a", "--checkpoint=b"], "leave --config out"),
     ([*BASE, "--eval_data=arithmetic:test:9", "--output=/tmp"], "--output /tmp: a folder"),
     ([*BASE, "--temperature=-1", "--prompt=a"], "--temperature = -1.0: expected a number >= 0"),
+    ([*BASE, "--top_p=0.9", "--prompt=a"], "top_p = 0.9 is for sampling, .* add --temperature"),
+    ([*BASE, "--top_p=0", "--temperature=1", "--prompt=a"], "--top_p = 0.0: expected a number > 0"),
 ]
 
 

@@ -101,6 +101,14 @@ def test_sampling_is_seeded(model):
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_top_p_samples_from_the_likeliest_tokens(model):
+    def draw(top_p):
+        return say(model, prompts(), temperature=1.5, top_p=top_p, seed=1)
+
+    # Of a share that the likeliest token alone has, what is drawn is the greedy answer.
+    assert draw(1e-6) == say(model, prompts()) != draw(0.9) != draw(1.0)
+
+
 def test_an_answer_has_the_room_that_the_model_has_left_and_a_prompt_that_leaves_none_is_an_error():
     model = tiny_llama(initializer_range=0.5, max_position_embeddings=40)
     rows = [("row 1", [5] * 38), ("row 2", [5] * 20)]

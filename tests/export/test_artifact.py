@@ -25,6 +25,8 @@ from lora.training.checkpoint import trainable_parameters
 from tests.conftest import run, script
 from tests.preflight.test_check import chat, write
 
+VERSION_1 = ROOT / "tests" / "fixtures" / "written_by_0_1_0" / "final_artifact"
+
 
 @pytest.fixture
 def made(configure):
@@ -102,6 +104,7 @@ def test_a_list_that_leads_out_of_the_folder_and_linked_folders_are_refused(made
     with pytest.raises(UserError, match="'metadata.json': extra"):
         verify_artifact(made)
     path.write_bytes(checksums_to_bytes(sums))
+    made = shutil.copytree(VERSION_1, tmp_path / "version_1")
     (made / "lora_adapter").rename(tmp_path / "elsewhere")
     (made / "lora_adapter").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(
@@ -150,9 +153,9 @@ def test_verify_only_answers_without_torch(made):
 @pytest.mark.parametrize(
     "lora, name",
     [
-        (True, "lora_adapter/adapter_model"),
+        (True, "adapter_model"),
         (True, "mlp_head"),
-        (False, "backbone/model"),
+        (False, "model"),
         (False, "mlp_head"),
     ],
 )
@@ -161,8 +164,8 @@ def test_truncated_weights_are_one_line_of_eval(configure, monkeypatch, capsys, 
     content = path.read_bytes()
     for length in (0, 5, 100, len(content) - 1):
         path.write_bytes(content[:length])
-        checkpoint = path.parents[name.count("/")]
-        status, _, said = script(monkeypatch, capsys, ROOT / "eval.py", "--checkpoint", checkpoint)
+        flags = ["--checkpoint", path.parent]
+        status, _, said = script(monkeypatch, capsys, ROOT / "eval.py", *flags)
         assert status == 2 and re.findall("^error: .*", said, re.MULTILINE) == [
             said.strip().split("\n")[-1]
         ]
@@ -180,7 +183,7 @@ def test_metadata_says_what_the_run_was_made_of(configure, tiny_base, tmp_path, 
     monkeypatch.chdir(tmp_path)  # paths in the artifact are whole
     folder = run(configure(True, max_steps=2, train_data=["steps.jsonl", "arithmetic:train:9"]))
     facts = verify_artifact(folder / "final_artifact")
-    assert facts["artifact_version"] == 1 and facts["task"] == "score" and facts["seed"] == 42
+    assert facts["format_version"] == 2 and facts["task"] == "score" and facts["seed"] == 42
     assert facts["base_files"] == {
         "model.safetensors": file_sha256(tiny_base / "model.safetensors")
     }
@@ -247,7 +250,7 @@ def test_the_cards_commands_and_its_code_work_as_they_stand(
     card = (folder / "final_artifact" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["library_name"] == (
-        "peft" if (folder / "final_artifact" / "lora_adapter").is_dir() else "transformers"
+        "peft" if (folder / "final_artifact" / "adapter_config.json").is_file() else "transformers"
     )
     # No path of this machine, but that of the base in the code
     base = json.dumps(config.model.base_model)
@@ -381,13 +384,13 @@ def test_a_file_of_the_base_that_changes_stops_the_run(configure, monkeypatch, o
 def test_what_is_trained_beside_the_adapter_stops_the_run(configure, monkeypatch):
     measured = startup.only_adapters_train
 
-    def unfrozen(task, modules):
-        task.model.norm.weight.requires_grad_(True)
-        return measured(task, modules)
+    def unfrozen(model, modules, head):
+        model.norm.weight.requires_grad_(True)
+        return measured(model, modules, head)
 
     monkeypatch.setattr(startup, "only_adapters_train", unfrozen)
     config = configure(True, max_steps=1)
-    with pytest.raises(Stopped, match="trained beside the adapter: model.norm.weight; "):
+    with pytest.raises(Stopped, match="trained beside the adapter: norm.weight; "):
         run(config)
     assert not (Path(config.output.output_dir) / "run").exists()
 

@@ -235,7 +235,7 @@ def test_merged_into_the_dequantised_base_equals_the_dequantised_base_with_the_a
     merging.main(merging.read_arguments([*flags, "--merge_into=dequantized"]))
     unmerged = load(tiny_base)
     dequantize(unmerged)
-    load_adapter(unmerged, folder / "final_artifact" / "lora_adapter")
+    load_adapter(unmerged, folder / "final_artifact")
     tokens = torch.arange(40).view(2, 20)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(tokens).logits, unmerged(tokens).logits, rtol=0, atol=1e-5)
@@ -389,5 +389,5 @@ def test_a_qlora_step_needs_neither_accelerate_nor_peft(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (
         "% of it in 4 bits (nf4)" in done.stdout
-        and (tmp_path / "run" / "final_artifact" / "lora_adapter").is_dir()
+        and (tmp_path / "run" / "final_artifact" / "adapter_config.json").is_file()
     )

@@ -37,4 +37,4 @@ def test_both_default_commands_and_a_resume_run_without_the_annexes(tmp_path):
     run_programs(commands, tmp_path)
     results = (tmp_path / "outputs" / "lora" / "logs" / "final_results.json").read_text()
     assert json.loads(results)["last"]["step"] == 3
-    assert (tmp_path / "outputs" / "full" / "final_artifact" / "backbone").is_dir()
+    assert (tmp_path / "outputs" / "full" / "final_artifact" / "config.json").is_file()

@@ -412,7 +412,7 @@ def test_32_33_an_adapter_for_another_base_or_without_a_tensor(train, configure,
         flags = [f"--init_from={artifact}", f"--experiment_name={step}", "--task=lm"]
         status, _, out = train(*base, *flags)
         assert status == 0 and ("does not hold the weights that" in out) == changed
-    path = artifact / "lora_adapter" / "adapter_model.safetensors"
+    path = artifact / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({name: t for name, t in tensors.items() if "layers.1.mlp" not in name}, path)
     (artifact / "checksums.json").unlink()
@@ -682,14 +682,16 @@ HOSTILE_ADAPTERS = {
 @pytest.mark.parametrize("name", HOSTILE_ADAPTERS)
 def test_48_a_hostile_adapter_is_refused_and_runs_nothing(train, configure, base, tmp_path, name):
     make, message = HOSTILE_ADAPTERS[name]
-    adapter = run(configure(True, name="first", max_steps=1)) / "final_artifact" / "lora_adapter"
+    folder = run(configure(True, name="first", max_steps=1))
+    adapter = folder / "checkpoints" / "checkpoint_step_1" / "lora_adapter"
     make(adapter, tmp_path / "canary")
     refused(train, tmp_path, message, *base, "--task=score", f"--init_from={adapter}")
     assert not (tmp_path / "canary").exists()
 
 
 def test_48_an_adapter_names_a_base_that_is_never_looked_up(train, configure, base):
-    adapter = run(configure(True, name="first", max_steps=1)) / "final_artifact" / "lora_adapter"
+    folder = run(configure(True, name="first", max_steps=1))
+    adapter = folder / "checkpoints" / "checkpoint_step_1" / "lora_adapter"
     adapter_with(base_model_name_or_path="/etc", target_modules="(a+)+$")(adapter, None)
     assert train(*base, "--task=score", f"--init_from={adapter}")[0] == 0
 

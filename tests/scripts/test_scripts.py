@@ -136,7 +136,7 @@ def test_a_run_leaves_what_the_readme_names(finished):
             f"{last}/trainer_state.json",
         ),
         *(
-            f"final_artifact/{weights}",
+            f"final_artifact/{weights.split('/')[1]}",
             "final_artifact/training_config.toml",
             "final_artifact/tokenizer.json",
         ),
@@ -225,7 +225,7 @@ def test_merge_writes_a_plain_folder_that_says_what_base_and_adapter_say(
     merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(merged)]))
     model = AutoModelForCausalLM.from_pretrained(merged)
     reference = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny_base), artifact / "lora_adapter"
+        AutoModelForCausalLM.from_pretrained(tiny_base), artifact
     )
     tokens = torch.arange(30)[None]
     torch.testing.assert_close(model(tokens).logits, reference(tokens).logits, rtol=0, atol=1e-5)
@@ -272,9 +272,9 @@ def test_merge_refuses_a_merged_model_that_differs(configure, tmp_path, monkeypa
 def test_merge_refuses_what_has_no_base_or_no_adapter(configure, tmp_path):
     full = run(configure(False, "full", max_steps=1)) / "final_artifact"
     scratch = run(configure(True, "scratch", init_from="scratch", max_steps=1)) / "final_artifact"
-    alone = scratch / "lora_adapter"
+    alone = scratch.parent / "checkpoints" / "checkpoint_step_1" / "lora_adapter"
     for folder, message in (
-        (full, "no lora_adapter/"),
+        (full, "there is no adapter in it"),
         (scratch, "trained on random weights"),
         (alone, "add --base_model"),
     ):
@@ -299,7 +299,7 @@ def test_an_encoder_trained_on_pairs_is_merged_as_peft_has_it(configure, tiny_en
     artifact, merged = folder / "final_artifact", tmp_path / "merged"
     merging.main(merging.read_arguments(["--adapter", str(artifact), "--output", str(merged)]))
     theirs = peft.PeftModel.from_pretrained(
-        AutoModel.from_pretrained(tiny_encoder), artifact / "lora_adapter"
+        AutoModel.from_pretrained(tiny_encoder), artifact
     ).eval()
     hidden = [
         model(torch.arange(30)[None]).last_hidden_state
@@ -308,14 +308,17 @@ def test_an_encoder_trained_on_pairs_is_merged_as_peft_has_it(configure, tiny_en
     torch.testing.assert_close(*hidden, rtol=0, atol=1e-5)  # fp32, sums in another order
 
 
-def test_final_backbone_is_in_the_type_of_the_base(configure):
+def test_the_final_model_is_in_the_type_of_the_base(configure):
     """The embedded base is bfloat16 on disk, is trained in fp32, and its successor is bfloat16 on
     disk again.
     """
     config = configure(False, base_model="embedded", task="lm", init_from="scratch", max_steps=1)
     folder = run(config)
-    for place, dtype in (("final_artifact", "BF16"), ("checkpoints/checkpoint_step_1", "F32")):
-        with safe_open(folder / place / "backbone" / "model.safetensors", "pt") as file:
+    for place, dtype in (
+        ("final_artifact", "BF16"),
+        ("checkpoints/checkpoint_step_1/backbone", "F32"),
+    ):
+        with safe_open(folder / place / "model.safetensors", "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {dtype}
 
 

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 import torch
 
+from lora.common.checkpoint_folders import adapter_folder, model_folder
 from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.config.command_line import read_command_line
@@ -131,7 +132,7 @@ def test_what_is_saved_is_the_head_and_it_is_evaluated_merged_and_compared(
     )
     artifact, merged = folder / "final_artifact", tmp_path / "merged"
     for saved in (artifact, folder / "checkpoints" / "checkpoint_step_12"):
-        assert not (saved / "lora_adapter").exists() and not (saved / "backbone").exists()
+        assert not adapter_folder(saved) and not model_folder(saved)
         assert (saved / "mlp_head.safetensors").is_file()
     assert json.loads((artifact / "metadata.json").read_text())["method"] == "head"
     assert "does not hold the weights" in warn_other_base(
@@ -170,11 +171,11 @@ def test_stages_before_and_after_a_head_alone(configure, tmp_path):
         "--task=score",
         "--lora_r=0",
     ]
-    for earlier, found in (("lora", "lora_adapter"), ("full", "backbone")):
+    for earlier in ("lora", "full"):
         start = tmp_path / earlier / "final_artifact"
         with pytest.raises(
             UserError,
-            match=f"holds {found}, and lora_r 0 begins from a head; name the merged base_model",
+            match="holds more than a head, and lora_r 0 begins from a head; name the merged",
         ):
             read_command_line([*flags, f"--init_from={start}"], get_lora_config(), "none.toml", "")
         with pytest.raises(
@@ -182,7 +183,7 @@ def test_stages_before_and_after_a_head_alone(configure, tmp_path):
             match="holds more than a head, and lora_r 0 trains no more; name the merged base_model",
         ):
             run(configure(True, f"after_{earlier}", lora_r=0, init_from=str(start)))
-    with pytest.raises(UserError, match="no lora_adapter/ or backbone/; expected"):
+    with pytest.raises(UserError, match="neither an adapter nor a model in it; expected"):
         run(configure(True, "text", task="lm", init_from=begun))
 
 

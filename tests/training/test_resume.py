@@ -204,8 +204,10 @@ def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
     assert (
         results["best"] == {"step": best["step"], **best["val"]} and results["last"]["step"] == 12
     )
-    for name in ("mlp_head.safetensors", "lora_adapter/adapter_model.safetensors"):
-        assert (folder / "final_artifact" / name).read_bytes() == (best["path"] / name).read_bytes()
+    artifact = folder / "final_artifact"
+    for place, name in ((".", "mlp_head"), ("lora_adapter", "adapter_model")):
+        of_best = best["path"] / place / f"{name}.safetensors"
+        assert (artifact / of_best.name).read_bytes() == of_best.read_bytes()
 
 
 def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume(

@@ -48,7 +48,7 @@ def test_a_stage_begins_where_the_one_before_ended(configure, first, second):
     if second and not first:
         with pytest.raises(
             UserError,
-            match="holds a whole model, not an adapter; name its backbone/ as the base_model",
+            match="holds a whole model, not an adapter; name .*final_artifact as the base_model",
         ):
             run(configure(second, "two", init_from=str(one / "final_artifact"), **LM))
         return
@@ -74,8 +74,8 @@ def test_a_scorer_starts_from_an_adapter_of_language_modelling(configure):
             learning_rate=1e-9,
         )
     )
-    before = load_file(one / "final_artifact" / "lora_adapter" / "adapter_model.safetensors")
-    after = load_file(two / "final_artifact" / "lora_adapter" / "adapter_model.safetensors")
+    before = load_file(one / "final_artifact" / "adapter_model.safetensors")
+    after = load_file(two / "final_artifact" / "adapter_model.safetensors")
     assert (
         before.keys() == after.keys()
         and max((after[k] - before[k]).abs().max().item() for k in after) < 1e-6
@@ -90,7 +90,7 @@ def test_full_stages_of_both_tasks_follow_each_other(configure, tmp_path):
     AutoTokenizer.from_pretrained(configure(True).model.base_model).save_pretrained(base)
     scorer = run(configure(False, "scorer", base_model=str(base), max_steps=1)) / "final_artifact"
     # Not random ones
-    with pytest.raises(UserError, match="backbone: no weights for lm_head.weight"):
+    with pytest.raises(UserError, match="final_artifact: no weights for lm_head.weight"):
         run(configure(False, "later", base_model=str(base), init_from=str(scorer), **LM))
 
 
@@ -151,15 +151,12 @@ def test_a_stage_after_one_that_added_tokens_must_add_them_first(configure, tmp_
             read_command_line(
                 [*flags, *tokens, f"--init_from={one}"], get_lora_config(), "none.toml", ""
             )
+    alone = one.parent / "checkpoints" / "checkpoint_step_4" / "lora_adapter"
     for again in (ADDED | dict(add_special_tokens=[]), {}):
         with pytest.raises(
             UserError, match="has embeddings of 2050 tokens, not 2048|not among what is trained"
         ):
-            run(
-                configure(
-                    True, f"two{len(again)}", init_from=str(one / "lora_adapter"), **LM | again
-                )
-            )
+            run(configure(True, f"two{len(again)}", init_from=str(alone), **LM | again))
     two = run(configure(True, "three", init_from=str(one), **LM | ADDED))
     assert losses(two)[0] == pytest.approx(losses(one.parent)[-1], abs=1e-5)
 
@@ -234,7 +231,7 @@ def test_added_tokens_are_trained_saved_and_loaded_by_us_and_by_peft(configure, 
     config = configure(True, base_model=str(base), **LM | data | modules)
     artifact = run(config) / "final_artifact"
 
-    saved = json.loads((artifact / "lora_adapter" / "adapter_config.json").read_text())
+    saved = json.loads((artifact / "adapter_config.json").read_text())
     # Tied ones under both names, for PEFT
     assert saved["modules_to_save"] == ["lm_head", "model.embed_tokens"]
     tokenizer = AutoTokenizer.from_pretrained(artifact)
@@ -247,7 +244,7 @@ def test_added_tokens_are_trained_saved_and_loaded_by_us_and_by_peft(configure, 
     base_logits = ours.model(tokens).logits
     peers = AutoModelForCausalLM.from_pretrained(base)
     peers.resize_token_embeddings(2050)
-    peers = PeftModel.from_pretrained(peers, artifact / "lora_adapter").eval()
+    peers = PeftModel.from_pretrained(peers, artifact).eval()
     torch.testing.assert_close(peers(tokens).logits, ours.model(tokens).logits, rtol=0, atol=1e-5)
     merge(ours.model)
     torch.testing.assert_close(ours.model(tokens).logits, base_logits, rtol=0, atol=1e-5)
@@ -329,7 +326,7 @@ def test_modules_to_save_learn_in_fp32_beside_a_base_in_half(configure, modules,
         configure(True, **LM, dtype="bfloat16", load_in_4bit=bits, modules_to_save=modules)
     )
     assert losses(folder)[-1] < losses(folder)[0]
-    saved = load_file(folder / "final_artifact" / "lora_adapter" / "adapter_model.safetensors")
+    saved = load_file(folder / "final_artifact" / "adapter_model.safetensors")
     (module,) = (name for name in saved if name.endswith(f"model.{modules[0]}.weight"))
     assert saved[module].dtype == torch.float32 and not torch.equal(
         saved[module], saved[module].bfloat16().float()

@@ -1,0 +1,194 @@
+"""Training, evaluation and generation from Python, and checks of adapters.
+
+`lora.train(config)` is what train.py or train_lora.py does, `lora.evaluate(folder)` is eval.py: the
+scripts are imported from where the command `plainlora` finds them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+import importlib
+from pathlib import Path
+import sys
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from lora.adapter import load_adapter
+from lora.common.checksums import verify_checksums
+from lora.common.errors import Stopped, UserError
+from lora.common.exit_status import as_known_error
+from lora.common.paths import SCRIPTS
+from lora.config.command_line import Command, read_command_line
+from lora.config.schema import Config, EvaluationConfig, get_lora_config
+from lora.config.set_keys import set_key
+from lora.data.raw_data import RawData
+from lora.evaluation.generate import generate_answers, prompt_tokens
+from lora.evaluation.text_metrics import check_settings
+from lora.export.merging import class_for, find_adapter
+from lora.layer import lora_layers
+from lora.model.device import choose_device, choose_dtype
+from lora.model.weights import add_tokens, four_bits, load_shape, load_weights
+from lora.training.base_integrity import file_sums, only_adapters_train, warn_other_base
+
+
+def import_script(name: str) -> ModuleType:
+    """Import train, train_lora or eval. Raises UserError where another module has its name."""
+    names = ["train", name] if name == "train_lora" else [name]  # train_lora.py imports train.py
+    sys.path.insert(0, str(SCRIPTS))  # the current folder may hold another train.py
+    try:
+        for script_name in names:
+            script = importlib.import_module(script_name)
+            file = getattr(script, "__file__", None)
+            if file is None or Path(file).resolve().parent != SCRIPTS:
+                found = f"a module {script_name} of your own is imported already ({file})"
+                raise UserError(f"{found}, so plainlora's cannot be; give yours another name.")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    return script
+
+
+def train(config: Config, resume_from: str = "") -> dict | None:
+    """Train all weights, or with a [lora] table the adapter, and write the run's folder.
+
+    Args:
+        config: checked as the configuration in a file is, and not changed.
+        resume_from: a checkpoint, or "auto", as for the scripts.
+
+    Returns:
+        What logs/final_results.json holds; under torchrun None on every rank but the first.
+
+    Raises:
+        UserError: for what a script would report in one line. status.json is written as there.
+    """
+    script = import_script("train_lora" if config.lora else "train")
+    command = command_for(config, resume_from)
+    raw_data = RawData(command.config)
+    command.require_same(raw_data.files)
+    try:
+        results = script.main(command, raw_data)
+    except BaseException as error:
+        known = as_known_error(error)
+        command.status.write(known.status if known else 1, f"{type(error).__name__}: {error}")
+        raise
+    if results is not None:
+        command.status.write(0)
+    return results
+
+
+def command_for(config: Config, resume_from: str) -> Command:
+    """Return what a script would do with a file that holds this configuration."""
+    defaults = get_lora_config() if config.lora else Config()
+    with TemporaryDirectory() as folder:
+        # A run without experiment_name is called after its file, and here after its base.
+        file = Path(folder) / f"{Path(config.model.base_model).name or 'config'}.toml"
+        config.save(file)
+        argv = ["--config", str(file), "--resume_from", resume_from]
+        try:
+            return read_command_line(argv, defaults, "", "")
+        except UserError as error:
+            raise UserError(str(error).replace(f"{file}: ", "")) from None
+
+
+def evaluate(
+    folder: str | Path,
+    eval_data: Sequence[str] = (),
+    test_set: str = "",
+    settings: EvaluationConfig | None = None,
+    base_model: str = "",
+) -> dict:
+    """Evaluate a checkpoint, an artifact or a merged scorer as eval.py does; return the numbers.
+
+    Args:
+        eval_data: held-out files; without them and a test set, what the run held out.
+        test_set: chats whose last answers are generated and measured, or steps to score.
+        settings: the [evaluation] table; default: the run's.
+        base_model: the base, where it does not lie where it was at training.
+    """
+    script = import_script("eval")
+    argv = ["--checkpoint", str(folder)]
+    if eval_data:
+        argv += ["--eval_data", *eval_data]
+    if test_set:
+        argv += ["--test_set", test_set]
+    if base_model:
+        argv += ["--base_model", base_model]
+    arguments, config = script.read_arguments(argv)
+    if settings is not None:
+        for name, value in vars(settings).items():
+            set_key(config, name, value, f"settings.{name}")
+        check_settings(config.evaluation)
+    return script.main(arguments, config, script.read_request(arguments, config))
+
+
+def generate(
+    folder: str | Path,
+    questions: Sequence[str],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[str]:
+    """Return a language model's answers to questions, each of which begins a chat.
+
+    The model is a checkpoint or an artifact, and is loaded once. Answers are greedy at temperature
+    0; above it, the same questions get the same answers as long as the seed of the run is the same.
+    """
+    script = import_script("eval")
+    sampling = [f"--temperature={temperature}", f"--top_p={top_p}"]
+    argv = ["--checkpoint", str(folder), f"--max_new_tokens={max_new_tokens}", *sampling]
+    arguments, config = script.read_arguments(argv)
+    if config.model.task == "score":
+        raise UserError(f"{folder}: a step scorer gives no answers; expected a language model.")
+    device = choose_device(config.training.device)
+    task = script.load(arguments, config, device)
+    prompts = []
+    for number, question in enumerate(questions, 1):
+        messages = [{"role": "user", "content": question}]
+        where = f"question {number}"
+        prompts.append((where, prompt_tokens(where, messages, None, task.tokenizer)))
+    return generate_answers(task, prompts, config, choose_dtype(config, device))
+
+
+def verify_only_adapter_trainable(model: nn.Module, modules_to_save: Sequence[str] = ()) -> str:
+    """Return a line that counts what is trained; raise Stopped where it is more than the adapter.
+
+    The adapter is that of `inject` or `load_adapter`, and the modules to save belong to it.
+    """
+    if not lora_layers(model):
+        raise Stopped("the model has no LoRA layers; inject() or load_adapter() puts them in.")
+    return only_adapters_train(model, modules_to_save)
+
+
+def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTrainedModel:
+    """Return a base with an adapter on it: ours or PEFT's, alone, in a checkpoint or an artifact.
+
+    Of what plainlora wrote, every file must be as it was written, and the base must hold the
+    weights that the adapter was trained on. Every tensor must have its place in the model. Nothing
+    but the adapter requires gradients. The base is in the dtype of its files, or in 4 bits where
+    the adapter was trained so. Of a step scorer, this is the model without its score head.
+
+    Raises:
+        UserError: what differs, in one line.
+    """
+    base_model = str(base_model)
+    source = find_adapter(str(folder), base_model)
+    if source.adapter is None:
+        raise UserError(f"{folder}: a score head alone, on the base as it is; expected an adapter.")
+    config = source.config or get_lora_config()
+    if source.config is not None:
+        verify_checksums(source.folder)
+        files = file_sums(replace(config.model, base_model=base_model))
+        warning = warn_other_base(source.folder, base_model, files)
+        if warning:
+            raise UserError(f"{warning.removeprefix('warning: ')}; name that base.")
+    shape, dtype, tokenizer = load_shape(base_model)
+    model_class = AutoModel if source.is_scorer else class_for(shape)
+    quantization = four_bits(config.lora, choose_device("auto"))
+    model = load_weights(model_class, base_model, dtype, None, quantization)
+    if quantization:
+        model.to(quantization.device)  # where its 4-bit weights are already
+    if config.model.add_special_tokens:
+        add_tokens(model, tokenizer, config.model.add_special_tokens)
+    load_adapter(model, source.adapter)
+    return model
