@@ -45,14 +45,14 @@ TEMPLATES = {
         "{{ m.content }}{% if m.role == 'assistant' %}\nIn short: {{ m.content }}{% endif %}"
     ),
     "preview": chatml("{{ m.content[:8] }}: {{ m.content }}"),
-    "answer before": (
-        "Expected: {{ messages[-1].content }}\n" + chatml("m.content")
-    ),
+    "answer before": ("Expected: {{ messages[-1].content }}\n" + chatml("m.content")),
     "question again": chatml(
         "{{ m.content }}{% if m.role == 'assistant' and loop.index0 %}"
         " (asked: {{ messages[loop.index0 - 1].content }}){% endif %}"
     ),
-    "backwards": "{% for m in messages | reverse %}" + TURN.replace("CONTENT", "{{ m.content }}") + TAIL,
+    "backwards": "{% for m in messages | reverse %}"
+    + TURN.replace("CONTENT", "{{ m.content }}")
+    + TAIL,
     "by role": (
         "{% for m in messages if m.role != 'assistant' %}{{ m.content }}\n{% endfor %}"
         "{% for m in messages if m.role == 'assistant' %}{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -67,10 +67,15 @@ TEMPLATES = {
         "{% for m in messages | sort(attribute='role') %}<|im_start|>{{ m.role }}\n"
         "{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT
     ),
-    "last two": "{% for m in messages[-2:] %}" + TURN.replace("CONTENT", "{{ m.content }}") + TAIL + PROMPT,
+    "last two": "{% for m in messages[-2:] %}"
+    + TURN.replace("CONTENT", "{{ m.content }}")
+    + TAIL
+    + PROMPT,
     "no system": (
         "{% for m in messages if m.role != 'system' %}"
-        + TURN.replace("CONTENT", "{{ m.content }}") + TAIL + PROMPT
+        + TURN.replace("CONTENT", "{{ m.content }}")
+        + TAIL
+        + PROMPT
     ),
     "said once": (
         "{% set n = namespace(seen=[]) %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -89,8 +94,10 @@ TEMPLATES = {
     ),
     "reasoning in the user's turn": (
         "{% for m in messages %}{% if m.role == 'assistant' and m.reasoning %}<|im_start|>user\n"
-        "{{ m.reasoning }}<|im_end|>\n{% endif %}" + TURN.replace("CONTENT", "{{ m.content }}")
-        + TAIL + PROMPT
+        "{{ m.reasoning }}<|im_end|>\n{% endif %}"
+        + TURN.replace("CONTENT", "{{ m.content }}")
+        + TAIL
+        + PROMPT
     ),
     "calls as a list": chatml("{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}"),
     "calls as text of the user": (
@@ -109,9 +116,10 @@ TEMPLATES = {
         "m.content", "{% if add_generation_prompt %}<|im_start|>user\n{% endif %}"
     ),
     "counting prompt": (
-        "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.index }} of {{ messages | length }}"
-        "\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant "
-        "{{ messages | length + 1 }} of {{ messages | length + 1 }}\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.index }} of "
+        "{{ messages | length }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {{ messages | length + 1 }} of "
+        "{{ messages | length + 1 }}\n{% endif %}"
     ),
     "prompt always": chatml("m.content", "<|im_start|>assistant\n"),
     "channel": (
@@ -131,7 +139,8 @@ TEMPLATES = {
     ),
     "endings by blanks": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% if '\\n' in m.content %}<|endoftext|>{% else %}<|im_end|>{% endif %}\n{% endfor %}" + PROMPT
+        "{% if '\\n' in m.content %}<|endoftext|>{% else %}<|im_end|>{% endif %}\n{% endfor %}"
+        + PROMPT
     ),
     "ending in words": (
         "{% for m in messages %}### {{ m.role }}\n{{ m.content }}\n### End\n{% endfor %}"
@@ -169,6 +178,6 @@ ENDINGS = {
     "nothing between": [],
     "only the last ends": CHATML_END,
 }
-for name, text in TEMPLATES.items():
+for name in TEMPLATES:
     if name not in ENDINGS:
         ENDINGS[name] = CHATML_END

@@ -43,7 +43,9 @@ def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], in
     ends_with_assistant = chat.messages[-1]["role"] == "assistant"
     if ends_with_assistant and tokenizer.eos_token and not chat.specials.search(text, start):
         if text[end:].strip():
-            raise chat.error(f"the template writes {text[end:].strip()[:40]!r} behind the last turn")
+            raise chat.error(
+                f"the template writes {text[end:].strip()[:40]!r} behind the last turn"
+            )
         text = text[:end] + tokenizer.eos_token
         spans[-1] = (start, len(text))
 
@@ -102,12 +104,16 @@ def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:
     turns = chat.assistant_turns()
     plain_turns = [i for i in turns if not chat.reasoning(i) and not chat.tool_calls(i)]
     plain_spans = marked_spans(chat, plain_turns) or []
-    span_of_turn = dict(zip(plain_turns, plain_spans))
+    span_of_turn: dict[int, Span | None] = dict(zip(plain_turns, plain_spans))
     for i in turns:
         if i not in plain_turns:
             span_of_turn[i] = prompted_span(chat, i, turn_format) or answer_span(chat, i)
         elif i in span_of_turn:
-            span_of_turn[i] = from_prompt(chat, i, span_of_turn[i], turn_format)
+            span = from_prompt(chat, i, span_of_turn[i], turn_format)
+            has_more = chat.messages[i]["content"].strip() != chat.answer(i)  # empty reasoning
+            is_answer = chat.text[span[0] : span[1]].strip() == chat.answer(i)
+            is_whole = not (has_more and is_answer) or chat.drops_reasoning(i)
+            span_of_turn[i] = span if is_whole else None
         if span_of_turn.get(i) is None:
             template = f"the chat template of {chat.tokenizer.name_or_path}"
             raise chat.error(f"message {i + 1}: where {template} writes it cannot be told")
@@ -226,7 +232,7 @@ def ends_before(chat: Chat, i: int, span: Span) -> bool:
 
 def answer_span(chat: Chat, i: int) -> Span | None:
     """Return the answer of turn i where the template drops its reasoning and nothing else."""
-    if chat.tool_calls(i) or chat.reasoning(i) in chat.text:
+    if chat.tool_calls(i) or not chat.drops_reasoning(i):
         return None
     spans = marked_spans(chat, [i])
     return spans[0] if spans else None

@@ -441,7 +441,7 @@ def test_reasoning_that_the_template_does_not_print_is_counted(qwen3):
     assert row_of(TURN, qwen3).unprinted_reasoning == 0
 
 
-# ---------------------------------------------- what benchmarks/chat_masks.py found, each a template
+# ------------------------------------------------------------- found by benchmarks/chat_masks.py
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
