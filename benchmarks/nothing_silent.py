@@ -56,6 +56,7 @@ class Case:
 def program(path: str, *arguments: object) -> str:
     """Run a script, or the module "lora", as the command line does; return what it prints."""
     output = io.StringIO()
+    status = ""
     before = sys.argv
     sys.argv = [path, *map(str, arguments)]
     try:
@@ -66,10 +67,10 @@ def program(path: str, *arguments: object) -> str:
                 runpy.run_path(str(ROOT / path), run_name="__main__")
     except SystemExit as end:
         if end.code:
-            output.write(f"\nexit status {end.code}")
+            status = f" (exit status {end.code})"
     finally:
         sys.argv = before
-    return output.getvalue()
+    return output.getvalue().rstrip() + status
 
 
 def write(name: str, *rows: object) -> str:
@@ -388,7 +389,7 @@ def token_cache() -> Iterator[Case]:
         "A6",
         "a full disk (ulimit -f)",
         "train_lora, files of 1,024 bytes at most",
-        "exit status 4",
+        "no room for it.*exit status 4",
         on_full_disk,
     )
 
@@ -623,7 +624,7 @@ def rows_of(cases_tried: list[Case]) -> tuple[list[str], list[str]]:
             )
             continue
         line = line.replace(f"{Path.cwd()}/", "")
-        line = re.sub(r"[\w./-]*/plainlora_cache/[0-9a-f]+/[0-9a-f]+", "CACHE/ENTRY", line)
+        line = re.sub(r"[\w./-]*plainlora_cache/[0-9a-f]+/[0-9a-f]+", "CACHE/ENTRY", line)
         rows.append(f"| {case.line} | {case.what} | {cell(case.tried)} | {cell(line)} |")
     return rows, silent
 
