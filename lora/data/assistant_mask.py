@@ -20,8 +20,9 @@ from lora.data.examples import Example
 class TurnFormat:
     """How a template writes the assistant's turns."""
 
-    ending: str = ""  # what ends all of them alike, if anything does
+    ending: str | None = ""  # what ends all of them alike, if anything does; None: it differs
     prompt_leads_to_answer: bool = False  # the generation prompt is all that precedes an answer
+    prompt: str | None = None  # the generation prompt; "": the template knows none
 
 
 def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], int]:
@@ -41,6 +42,10 @@ def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], in
     start, end = spans[-1]
     ends_with_assistant = chat.messages[-1]["role"] == "assistant"
     if ends_with_assistant and tokenizer.eos_token and not chat.specials.search(text, start):
+        if text[end:].strip():
+            raise chat.error(
+                f"the template writes {text[end:].strip()[:40]!r} behind the last turn"
+            )
         text = text[:end] + tokenizer.eos_token
         spans[-1] = (start, len(text))
 
@@ -64,6 +69,7 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
             chat.render(before, add_generation_prompt=True)
             for before in (turn[:1], turn + turn[:1])
         ]
+        without_prompt = chat.render(turn[:1])
     except UserError:  # the template refuses such a chat
         spans = None
     if spans is None:
@@ -78,12 +84,19 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
         if unit != unit_after_last:
             break
         ending += unit
+    specials = rf"(?:{chat.specials.pattern})+"
+    match = re.compile(rf"(?:(?!{specials}).)*{specials}", re.DOTALL).match(ending)
+    if match:
+        ending = match[0]  # without what follows a turn
+    elif ending.strip() and chat.text[last_end + len(ending) :].strip():
+        ending = None
     prompt_leads_to_answer = True
     for prompt, (start, _) in zip(prompts, spans):
         between = chat.text[len(prompt) : start]
         if not chat.text.startswith(prompt) or between.strip():
             prompt_leads_to_answer = False
-    return TurnFormat(ending.rstrip(), prompt_leads_to_answer)
+    prompt = prompts[0].removeprefix(without_prompt)
+    return TurnFormat(ending and ending.rstrip(), prompt_leads_to_answer, prompt)
 
 
 def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:
@@ -91,12 +104,16 @@ def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:
     turns = chat.assistant_turns()
     plain_turns = [i for i in turns if not chat.reasoning(i) and not chat.tool_calls(i)]
     plain_spans = marked_spans(chat, plain_turns) or []
-    span_of_turn = dict(zip(plain_turns, plain_spans))
+    span_of_turn: dict[int, Span | None] = dict(zip(plain_turns, plain_spans))
     for i in turns:
         if i not in plain_turns:
             span_of_turn[i] = prompted_span(chat, i, turn_format) or answer_span(chat, i)
-        elif i in span_of_turn and not turn_format.prompt_leads_to_answer:
-            span_of_turn[i] = from_prompt(chat, i, span_of_turn[i])
+        elif i in span_of_turn:
+            span = from_prompt(chat, i, span_of_turn[i], turn_format)
+            has_more = chat.messages[i]["content"].strip() != chat.answer(i)  # empty reasoning
+            is_answer = chat.text[span[0] : span[1]].strip() == chat.answer(i)
+            is_whole = not (has_more and is_answer) or chat.drops_reasoning(i)
+            span_of_turn[i] = span if is_whole else None
         if span_of_turn.get(i) is None:
             template = f"the chat template of {chat.tokenizer.name_or_path}"
             raise chat.error(f"message {i + 1}: where {template} writes it cannot be told")
@@ -123,7 +140,7 @@ def marked_spans(chat: Chat, turns: list[int]) -> list[Span] | None:
         spans = spans_between_marks(rendered, chat.begin_mark, chat.end_mark)
         unmarked = rendered.replace(chat.begin_mark, "").replace(chat.end_mark, "")
         in_spans = [chat.text[start:end].strip() for start, end in spans]
-        if unmarked == chat.text and in_spans == answers:
+        if unmarked == chat.text and in_spans == [text.strip() for text in texts]:
             return spans
     return None
 
@@ -137,16 +154,19 @@ def spans_between_marks(text: str, begin: str, end: str) -> list[Span]:
     return spans
 
 
-def from_prompt(chat: Chat, i: int, span: Span) -> Span:
-    """Extend turn i back to the end of its generation prompt, where that leads up to it.
+def from_prompt(chat: Chat, i: int, span: Span, turn_format: TurnFormat) -> Span:
+    """Let turn i begin at the end of its generation prompt, where that leads up to it.
 
-    What stands between them the model has to write itself, as gpt-oss's name of a channel.
+    What stands between them the model has to write itself, as gpt-oss's name of a channel. What
+    the prompt holds already, as <think>, it has not.
     """
     start, end = span
+    if turn_format.prompt is not None and chat.text.endswith(turn_format.prompt, 0, start):
+        return span  # as nearly always; rendering takes time
     earlier = chat.messages[:i]
     prompt = chat.render(earlier, add_generation_prompt=True)
     has_prompt = prompt != chat.render(earlier) and chat.text.startswith(prompt)
-    if has_prompt and len(prompt) < start and chat.text[len(prompt) : start].strip():
+    if has_prompt and len(prompt) <= end:
         return len(prompt), end
     return span
 
@@ -165,10 +185,16 @@ def prompted_span(chat: Chat, i: int, turn_format: TurnFormat) -> Span | None:
         return None
 
     start = len(prompt)
+    answer_end = end_of_answer(chat, i, start)
+    if answer_end < 0 or not (turn_format.ending or chat.answer(i)):
+        return None
     if turn_format.ending:
-        end = chat.text.find(turn_format.ending, start)
+        end = chat.text.find(turn_format.ending, answer_end)
     else:
-        end = end_of_answer(chat, i, start)
+        # Where the first special token follows the answer: special tokens may stand between
+        # reasoning and answer, as those of gpt-oss's channels.
+        match = chat.specials.search(chat.text, answer_end)
+        end = match.start() if match else len(chat.text.rstrip())
     if end < 0:
         return None
 
@@ -184,16 +210,11 @@ def prompted_span(chat: Chat, i: int, turn_format: TurnFormat) -> Span | None:
 
 
 def end_of_answer(chat: Chat, i: int, start: int) -> int:
-    """Return where the first special token follows the answer of turn i; -1 without an answer.
-
-    Special tokens may stand between reasoning and answer, as those of gpt-oss's channels.
-    """
-    answer = chat.answer(i)
-    answer_start = chat.text.find(answer, start) if answer else -1
-    if answer_start < 0:
-        return -1
-    match = chat.specials.search(chat.text, answer_start + len(answer))
-    return match.start() if match else len(chat.text.rstrip())
+    """Return where the answer of turn i ends, which is at `start` if it is empty; -1 if unknown."""
+    if not chat.answer(i):
+        return start
+    spans = marked_spans(chat, [i])
+    return spans[0][1] if spans and spans[0][1] >= start else -1
 
 
 def ends_before(chat: Chat, i: int, span: Span) -> bool:
@@ -211,7 +232,7 @@ def ends_before(chat: Chat, i: int, span: Span) -> bool:
 
 def answer_span(chat: Chat, i: int) -> Span | None:
     """Return the answer of turn i where the template drops its reasoning and nothing else."""
-    if chat.tool_calls(i) or chat.reasoning(i) in chat.text:
+    if chat.tool_calls(i) or not chat.drops_reasoning(i):
         return None
     spans = marked_spans(chat, [i])
     return spans[0] if spans else None
@@ -228,9 +249,8 @@ def with_ending(chat: Chat, span: Span, turn_format: TurnFormat) -> Span:
     if ending and chat.text.startswith(ending, end):
         return start, end + len(ending)
     match = re.compile(rf"\s*(?:{chat.specials.pattern})").match(chat.text, end)
-    if ending and not match:
+    if ending != "" and not match:
         template = f"the chat template of {chat.tokenizer.name_or_path}"
-        raise chat.error(
-            f"{template} does not end a turn with {ending!r} here as it does elsewhere"
-        )
+        usual = repr(ending) if ending else "the same"
+        raise chat.error(f"{template} does not end a turn with {usual} here as it does elsewhere")
     return start, match.end() if match else end

@@ -141,8 +141,19 @@ class Chat:
         for key in REASONING_KEYS:
             text = self.messages[i].get(key)
             if isinstance(text, str) and text.strip():
-                return text
+                return text.strip()
         return ""
+
+    def drops_reasoning(self, i: int) -> bool:
+        """Return whether the render is the same without the reasoning of message i."""
+        message = {k: v for k, v in self.messages[i].items() if k not in REASONING_KEYS}
+        after_reasoning = message["content"].rpartition("</think>")[2]
+        for answer in (after_reasoning, after_reasoning.strip()):
+            without = [*self.messages]
+            without[i] = {**message, "content": answer}
+            if self.render(without) == self.text:
+                return True
+        return False
 
     def tool_calls(self, i: int) -> list[dict]:
         return self.messages[i].get("tool_calls") or []

@@ -439,3 +439,54 @@ def test_a_turn_whose_end_cannot_be_found_is_refused():
 def test_reasoning_that_the_template_does_not_print_is_counted(qwen3):
     assert row_of(THINKING, qwen3).unprinted_reasoning == 1  # that of the earlier turn
     assert row_of(TURN, qwen3).unprinted_reasoning == 0
+
+
+# ------------------------------------------------------------- found by benchmarks/chat_masks.py
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NOT_THOUGHT = [TURN[0], {"role": "assistant", "content": "<think>\n\n</think>\n\naone"}]
+
+
+def test_reasoning_that_is_empty_is_learned_where_the_template_prints_it(qwen3):
+    chatml = tokenizer_with(CHATML)
+    block = "<think>\n\n</think>\n\n"
+    for tokenizer in (chatml, qwen3):
+        (row,) = row_of(NOT_THOUGHT, tokenizer).rows
+        assert said(row, tokenizer) == [f"{block}aone<|im_end|>"]
+    (row,) = row_of([TURN[0], {"role": "assistant", "content": block}], chatml).rows
+    assert said(row, chatml) == [f"{block}<|im_end|>"]
+    # What the prompt holds already is no target.
+    prompted = tokenizer_with(CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
+    (row,) = row_of(NOT_THOUGHT, prompted).rows
+    assert said(row, prompted) == ["\n</think>\n\naone<|im_end|>"]
+
+
+def test_a_short_answer_is_not_taken_for_a_letter_of_the_template(gptoss):
+    thinking = [TURN[0], {"role": "assistant", "content": "<think>r1</think>a"}]
+    assert said(row_of(thinking, gptoss).rows[0], gptoss) == [
+        "<|channel|>final<|message|><think>r1</think>a<|return|>"
+    ]
+
+
+def test_what_a_template_writes_behind_every_turn_does_not_end_it():
+    always = CHATML.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
+    tokenizer = tokenizer_with(always)
+    assert said(row_of(CHATS["two turns"], tokenizer).rows[0], tokenizer) == [
+        "aone<|im_end|>",
+        "atwo<|im_end|>",
+    ]
+
+
+def test_turns_that_end_in_different_words_are_refused():
+    numbered = CHATML.replace("<|im_end|>", "</{{ loop.index }}>")
+    with pytest.raises(UserError, match="does not end a turn with the same here as it does else"):
+        row_of(TURN, tokenizer_with(numbered))
+
+
+def test_what_a_filter_puts_between_the_prompt_and_the_answer_is_learned():
+    lines = tokenizer_with(CHATML.replace("m.content", "m.content.split('\\n') | join(' / ')"))
+    messages = [TURN[0], {"role": "assistant", "content": "\naone"}]
+    assert said(row_of(messages, lines).rows[0], lines) == [" / aone<|im_end|>"]

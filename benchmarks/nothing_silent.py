@@ -1,0 +1,669 @@
+"""What was once trained or measured wrongly without a word, tried again: what is said now.
+
+    python benchmarks/nothing_silent.py        writes docs/nothing_silent.md
+
+Every case is something a user does, on a few rows and the embedded base, in this process. It fails
+where the words that must be said are not there. A new case is one more entry of `cases`.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+import contextlib
+from dataclasses import dataclass
+import importlib.util
+import io
+import json
+import os
+from pathlib import Path
+import re
+import resource
+import runpy
+import shutil
+import sys
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from transformers import AutoTokenizer
+
+from lora.common.toml_json import read_file
+from lora.config.schema import DataConfig, get_lora_config
+from lora.data.readers import read
+from lora.data.tokenise import NO_TOKEN, tokenise
+
+BASE = ROOT / "assets" / "tiny_base"
+PAGE = ROOT / "docs" / "nothing_silent.md"
+LONGEST = 170  # characters of a line in the table
+
+
+@dataclass
+class Case:
+    """Something that a user does, and a regular expression that the answer must have."""
+
+    line: str  # of the list that this page answers: A1, ...
+    what: str  # in a user's words
+    tried: str  # how, in short
+    expected: str
+    answer: Callable[[], str]
+
+
+# -------------------------------------------------------------------------------- how they are run
+
+
+def program(path: str, *arguments: object) -> str:
+    """Run a script, or the module "lora", as the command line does; return what it prints."""
+    output = io.StringIO()
+    status = ""
+    before = sys.argv
+    sys.argv = [path, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            if path == "lora":
+                runpy.run_module(path, run_name="__main__")
+            else:
+                runpy.run_path(str(ROOT / path), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            status = f" (exit status {end.code})"
+    finally:
+        sys.argv = before
+    return output.getvalue().rstrip() + status
+
+
+def write(name: str, *rows: object) -> str:
+    """Write rows of JSON, or lines of text, to a file in the working folder."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(name).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
+    return name
+
+
+def render(
+    *rows: object, name: str = "rows.jsonl", base: object = "embedded", task: str = "lm"
+) -> str:
+    """What `plainlora render` prints of rows."""
+    path = write(name, *rows)
+    length = ("--max_length", 256)
+    return program("lora", "render", path, "--base_model", base, "--task", task, *length)
+
+
+def train(*flags: object, script: str = "train_lora.py", name: str = "run") -> str:
+    """What a run prints; of one step, where the flags do not say otherwise."""
+    shutil.rmtree(f"outputs/{name}", ignore_errors=True)
+    settings = ["--batch_size", 4, "--gradient_accumulation_steps", 1, "--output_dir", "outputs"]
+    steps = (
+        [] if {"--max_steps", "--num_train_epochs", "default"} & set(flags) else ["--max_steps", 1]
+    )
+    flags = tuple(flag for flag in flags if flag != "default")
+    return program(script, *settings, *steps, "--experiment_name", name, *flags)
+
+
+def chat(*answers: dict, **more: object) -> dict:
+    """A row of a chat whose answers are messages of the assistant."""
+    messages = []
+    for number, answer in enumerate(answers):
+        messages.append({"role": "user", "content": f"q{number}"})
+        messages.append({"role": "assistant", **answer})
+    return {"messages": messages, **more}
+
+
+def chats(count: int) -> list[dict]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {number}"},
+                {"role": "assistant", "content": str(number)},
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+CHATS = ("--base_model", "embedded", "--task", "lm", "--max_length", 64, "--train_data")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def base_with(template: str, *special: str) -> Path:
+    """The embedded base with another chat template."""
+    folder = Path("base_with_template")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(BASE, folder)
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(special)}, replace_extra_special_tokens=False
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def gptoss() -> Path:
+    folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+    template = (folder / "gptoss.jinja").read_text(encoding="utf-8")
+    return base_with(template, *sorted(set(re.findall(r"<\|\w+\|>", template))))
+
+
+# --------------------------------------------------------------------------------------- the cases
+
+
+def cases() -> list[Case]:
+    return [
+        *keys_that_are_not_read(),
+        *masks(),
+        *tables_and_numbers(),
+        *token_cache(),
+        *from_python(),
+        *runs(),
+    ]
+
+
+def keys_that_are_not_read() -> Iterator[Case]:
+    for switch in ({"weight": 0}, {"train": False}, {"training": False}, {"loss_weight": 0}):
+        row = chat({"content": "one", **switch}, {"content": "two"})
+        yield Case(
+            "A1",
+            "a chat in which one answer is switched off",
+            f"render: {shown(switch)} on the first of two answers",
+            r"\b4 targets",
+            lambda row=row: render(row),
+        )
+    yield Case(
+        "A1",
+        "an answer of half the weight",
+        'tokenise: "weight": 0.5 on one of two answers',
+        r"weights of the targets: 0\.5, 1\.0",
+        weights_of_targets,
+    )
+    both = chat({"content": "one", "weight": 0, "train": True})
+    yield Case(
+        "A1",
+        "two switches of one message that disagree",
+        'render: "weight": 0 and "train": true',
+        "weight and train of message 2 disagree",
+        lambda: render(both),
+    )
+    kto = {"prompt": "q", "completion": "a bad answer", "label": False}
+    yield Case(
+        "A1",
+        "KTO rows",
+        f"render: {shown(kto)}",
+        "label beside a conversation",
+        lambda: render(kto),
+    )
+    beside = chat({"content": "one"}, system="Be kind.")
+    yield Case(
+        "A1",
+        "Anthropic's system prompt, beside the messages",
+        'render: "system": "Be kind."',
+        r"Be kind\.<\|im_end\|>",
+        lambda: render(beside),
+    )
+    alpaca = {"instruction": "q", "output": "a", "system": "Be kind.", "history": [["p", "b"]]}
+    yield Case(
+        "A1",
+        "Alpaca's system and history",
+        f"render: {shown(alpaca)}",
+        "⟦b<.im_end.>⟧",
+        lambda: render(alpaca),
+    )
+    context = {"question": "Who?", "context": "Bees make honey.", "answer": "Bees."}
+    yield Case(
+        "A1",
+        "a context beside a question",
+        f"render: {shown(context)}",
+        r"Bees make honey\.<\|im_end\|>",
+        lambda: render(context),
+    )
+    thinking = chat({"content": "one", "reasoning_content": "because"})
+    yield Case(
+        "A1",
+        "reasoning that the chat template does not print",
+        'render: "reasoning_content": "because", with the embedded base',
+        "reasoning of 1 messages left out",
+        lambda: render(thinking),
+    )
+    for key in ("images", "videos", "audio"):
+        row = chat({"content": "one"}, **{key: ["a.png"]})
+        yield Case(
+            "A1",
+            f"rows with {key}",
+            f"render: {shown({key: ['a.png']})}",
+            f"{key}: only text is read",
+            lambda row=row: render(row),
+        )
+    other = [row | {"source": "web"} for row in chats(3)]
+    yield Case(
+        "A1",
+        "a key that nothing reads",
+        'render: three rows with "source"',
+        r"keys not read: source \(3 rows\)",
+        lambda: render(*other),
+    )
+    steps = {"prompt": "p", "steps": ["a"], "completions": ["b"], "labels": [1]}
+    yield Case(
+        "A1",
+        "steps and completions that differ",
+        f"render: {shown(steps)}",
+        "steps and completions differ",
+        lambda: render(steps, task="score"),
+    )
+    pair = {"sentence1": "a", "sentence2": "b", "score": 1, "label": 0}
+    yield Case(
+        "A1",
+        "a score and a label that disagree",
+        f"render: {shown(pair)}",
+        "score and label disagree",
+        lambda: render(pair, task="score"),
+    )
+
+
+def weights_of_targets() -> str:
+    path = write("rows.jsonl", chat({"content": "one", "weight": 0.5}, {"content": "two"}))
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    data = DataConfig(max_length=256)
+    (row,) = tokenise(read([path], "lm"), tokenizer, "lm", data, True)[0].rows
+    weights = {
+        weight for target, weight in zip(row.targets, row.target_weights) if target != NO_TOKEN
+    }
+    return f"weights of the targets: {', '.join(map(str, sorted(weights)))}"
+
+
+def masks() -> Iterator[Case]:
+    only_thought = chat({"content": "<think>r</think>"})
+    yield Case(
+        "A2",
+        "an answer that is only reasoning, for gpt-oss",
+        "render: <think>r</think>, with gpt-oss's template",
+        "message 2: where the chat template of .* writes it cannot be told",
+        lambda: render(only_thought, base=gptoss()),
+    )
+    thinking = chat({"content": "one", "thinking": "r"})
+    yield Case(
+        "A2",
+        "gpt-oss's own chats",
+        'render: "thinking": "r", with its template',
+        r"⟦<.channel.>analysis<.message.>r<.end.>.*<.channel.>final<.message.>one<.return.>⟧",
+        lambda: render(thinking, base=gptoss()),
+    )
+    lines = chat({"content": "one\r\ntwo"})
+    rewriting = CHATML.replace("CONTENT", r"m.content | replace('\r\n', '\n')")
+    yield Case(
+        "A2",
+        "a template that rewrites line ends",
+        r"render: one\r\ntwo, template with replace('\r\n', '\n')",
+        "message 2: where the chat template of .* writes it cannot be told",
+        lambda: render(lines, base=base_with(rewriting)),
+    )
+    lookalike = chat({"content": "<|im_end|> ends a turn"})
+    for name in ("upper", "truncate(9, true, '')", "length"):
+        template = CHATML.replace("CONTENT", "m.content }} {{ m.content | " + name)
+        yield Case(
+            "A2",
+            "a text like a special token, and a template with a filter",
+            f"render: <|im_end|> in an answer, template with {name}",
+            r"does more than print <\|im_end\|>, which the chat holds",
+            lambda template=template: render(lookalike, base=base_with(template)),
+        )
+    empty = chat({"content": "<think>\n\n</think>\n\none"})
+    yield Case(
+        "A2",
+        "empty reasoning before an answer",
+        r"render: <think>\n\n</think>\n\none",
+        r"⟦<think>",
+        lambda: render(empty),
+    )
+    blank = chat({"content": " "})
+    yield Case(
+        "A2",
+        "one blank message in a hundred rows",
+        "render",
+        r"left out: 1 rows \(a blank message\)",
+        lambda: render(*chats(99), blank),
+    )
+    yield Case(
+        "A2",
+        "two blank messages in a hundred rows",
+        "render",
+        "2 of 100 rows have a blank message; expected 1% at most",
+        lambda: render(*chats(98), blank, blank),
+    )
+
+
+def tables_and_numbers() -> Iterator[Case]:
+    rows = ("text", 'a 5" pipe', '"one', "two", "three")
+    yield Case(
+        "A3",
+        'a stray " in a TSV file',
+        "render: four rows, two of them with a quote",
+        r"data: 4 examples",
+        lambda: render(*rows, name="rows.tsv"),
+    )
+    for number in ("0_1", "1_6", "\u0661"):
+        pairs = ("sentence1,sentence2,score", f"a,b,{number}")
+        yield Case(
+            "A3",
+            "a label that Python's float() reads and JSON does not",
+            f"render: score {number} in a CSV file",
+            f"label '{number}'; expected 0..1",
+            lambda pairs=pairs: render(*pairs, name="rows.csv", task="score"),
+        )
+    twice = '{"training": {"batch_size": 4, "batch_size": 8}}'
+    yield Case(
+        "A3",
+        "a key that stands twice in a configuration",
+        f"train_lora --config: {twice}",
+        "'batch_size' is given twice",
+        lambda: program("train_lora.py", "--config", write("config.json", twice)),
+    )
+
+
+def token_cache() -> Iterator[Case]:
+    yield Case(
+        "A6",
+        "a flipped bit in the token cache",
+        "train_lora twice, one bit of train_tokens.npy changed between",
+        "train_tokens changed since they were written; the entry is removed",
+        lambda: after_damage("train_tokens.npy", flip),
+    )
+    yield Case(
+        "A6",
+        "a file of the cache cut short",
+        "the same, with half of train_tokens.npy",
+        "damaged .*; the data are tokenised again",
+        lambda: after_damage("train_tokens.npy", halve),
+    )
+    yield Case(
+        "A6",
+        "a cache without its facts",
+        "the same, without facts.json",
+        "damaged .*; the data are tokenised again",
+        lambda: after_damage("facts.json", Path.unlink),
+    )
+    yield Case(
+        "A6",
+        "a full disk (ulimit -f)",
+        "train_lora, files of 1,024 bytes at most",
+        "no room for it.*exit status 4",
+        on_full_disk,
+    )
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()  # it may be mapped
+    path.write_bytes(content)
+
+
+def halve(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def after_damage(name: str, damage: Callable[[Path], None]) -> str:
+    """What a run says whose entry of the token cache was damaged."""
+    shutil.rmtree(os.environ["PLAINLORA_CACHE"], ignore_errors=True)
+    path = write("chats.jsonl", *chats(24))
+    train(*CHATS, path, name="before")
+    (damaged,) = Path(os.environ["PLAINLORA_CACHE"]).glob(f"*/*/{name}")
+    damage(damaged)
+    return train(*CHATS, path, name="after")
+
+
+def on_full_disk() -> str:
+    path = write("chats.jsonl", *chats(40))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        return train(*CHATS, path, name="full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def from_python() -> Iterator[Case]:
+    for table, name, value, expected in (
+        ("training", "per_device_train_batch_size", 2, r"training\.batch_size = 2"),
+        ("training", "bf16", True, r"training\.dtype = 'bfloat16'"),
+        ("training", "lerning_rate", 1e-4, "has no key lerning_rate.* learning_rate"),
+        ("", "experiment_name", "x", "experiment_name"),
+    ):
+        yield Case(
+            "A7",
+            "a key of another name, from Python",
+            f"config.{table + '.' if table else ''}{name} = {value!r}",
+            expected,
+            lambda table=table, name=name, value=value: set_in_python(table, name, value),
+        )
+
+
+def set_in_python(table: str, name: str, value: object) -> str:
+    """What changes in the tables of a configuration, or the error."""
+    config, default = get_lora_config(), get_lora_config()
+    try:
+        setattr(getattr(config, table) if table else config, name, value)
+    except (AttributeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    changed = []
+    for title in ("model", "data", "lora", "training", "output"):
+        before = vars(getattr(default, title))
+        for key, found in vars(getattr(config, title)).items():
+            if found != before[key]:
+                changed.append(f"{title}.{key} = {found!r}")
+    return "; ".join(changed)
+
+
+def runs() -> Iterator[Case]:
+    yield Case(
+        "A8",
+        "how many parameters a base in 4 bits has",
+        "train_lora, with and without --load_in_4bit",
+        r"the same: trainable parameters: [\d,]+ of [\d,]+",
+        counts_in_4_bits,
+    )
+    yield Case(
+        "A10",
+        "another number of threads in a resumed run",
+        "OMP_NUM_THREADS=2, --resume_from a run of one thread",
+        "resumed with threads 1 -> 2: .* results differ by rounding",
+        with_other_threads,
+    )
+    weightless = [row | {"weight": 0} for row in chats(12)]
+    yield Case(
+        "A11",
+        "all rows of weight 0",
+        'train_lora: twelve rows with "weight": 0',
+        "every train example has weight 0",
+        lambda: train(*CHATS, write("weightless.jsonl", *weightless)),
+    )
+    few = write("few.jsonl", *chats(13))  # 12 of them to train on
+    yield Case(
+        "A11",
+        "a warm-up longer than the run",
+        "train_lora --warmup_steps 9 --max_steps 1",
+        "warning: 9 warmup steps: learning_rate is never reached",
+        lambda: train(*CHATS, few, "--warmup_steps", 9, "--dry_run"),
+    )
+    yield Case(
+        "A11",
+        "very many epochs",
+        "train_lora --num_train_epochs 62",
+        "warning: 62 epochs over the same data",
+        lambda: train(*CHATS, few, "--num_train_epochs", 62, "--dry_run"),
+    )
+    yield Case(
+        "A11",
+        "neither max_steps nor num_train_epochs",
+        "train_lora",
+        r"\b3(\.\d+)? epochs of",
+        lambda: train(*CHATS, few, "default", "--dry_run"),
+    )
+    yield Case(
+        "A12",
+        "which configuration is for a real base",
+        "learning_rate of the files in configs/",
+        r"sft_lora 0\.0002.*tiny_chat 0\.005",
+        learning_rates,
+    )
+    yield Case(
+        "A12",
+        "--config configs/sft_qlora.toml with the embedded base, which has 512 positions",
+        "train_lora --base_model embedded",
+        "max_length = ",
+        longest_of_qlora,
+    )
+    yield Case(
+        "A13",
+        "DEVICE_PREFERENCE that is not there, and --device cpu",
+        "DEVICE_PREFERENCE=cuda or mps, train_lora --device cpu",
+        "base model: .* on cpu",
+        lambda: with_preference("--device", "cpu"),
+    )
+    yield Case(
+        "A13",
+        "DEVICE_PREFERENCE that is not there, alone",
+        "DEVICE_PREFERENCE=cuda or mps, train_lora",
+        "DEVICE_PREFERENCE .* is not available here",
+        with_preference,
+    )
+
+
+def counts_in_4_bits() -> str:
+    path = write("few.jsonl", *chats(13))
+    lines = []
+    for flags in ((), ("--load_in_4bit",)):
+        said = train(*CHATS, path, *flags, "--dry_run")
+        lines.append(re.search("trainable parameters: .*", said)[0])
+    return f"the same: {lines[0]}" if lines[0] == lines[1] else " / ".join(lines)
+
+
+def with_other_threads() -> str:
+    path = write("few.jsonl", *chats(13))
+    threads, chosen = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    try:
+        torch.set_num_threads(1)
+        train(*CHATS, path, name="threads")
+        torch.set_num_threads(2)
+        os.environ["OMP_NUM_THREADS"] = "2"
+        checkpoint = "outputs/threads/checkpoints/checkpoint_step_1"
+        flags = ("--resume_from", checkpoint, "--max_steps", 2, "--experiment_name", "threads2")
+        return program("train_lora.py", "--output_dir", "outputs", *flags)
+    finally:
+        torch.set_num_threads(threads)
+        os.environ.pop("OMP_NUM_THREADS")
+        if chosen is not None:
+            os.environ["OMP_NUM_THREADS"] = chosen
+
+
+def learning_rates() -> str:
+    rates = []
+    for path in sorted((ROOT / "configs").glob("*.toml")):
+        rate = read_file(path).get("training", {}).get("learning_rate")
+        if rate is not None:
+            rates.append(f"{path.stem} {rate:g}")
+    return ", ".join(rates)
+
+
+def longest_of_qlora() -> str:
+    path = write("few.jsonl", *chats(13))
+    config = ("--config", ROOT / "configs" / "sft_qlora.toml", "--base_model", "embedded")
+    said = train(*config, "--train_data", path, name="qlora")
+    saved = Path("outputs/qlora/logs/config.json")
+    if not saved.exists():
+        return said
+    return f"max_length = {read_file(saved)['data']['max_length']}"
+
+
+def with_preference(*flags: object) -> str:
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    os.environ["DEVICE_PREFERENCE"] = missing
+    try:
+        return train(*CHATS, write("few.jsonl", *chats(13)), *flags, "--dry_run")
+    finally:
+        del os.environ["DEVICE_PREFERENCE"]
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+def shown(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False)
+
+
+def said_line(output: str, expected: str) -> str | None:
+    """Return the line of an output that has the expected words, in short; None if none has."""
+    for line in output.splitlines():
+        match = re.search(expected, line)
+        if match:
+            start = 0 if match.end() <= LONGEST else match.start()
+            line = line[start:].strip()
+            return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+    return None
+
+
+def cell(text: str) -> str:
+    text = text.replace("|", "\\|").replace("\r", "\\r").replace("\n", "\\n").replace("`", "'")
+    return f"`{text}`"
+
+
+def rows_of(cases_tried: list[Case]) -> tuple[list[str], list[str]]:
+    """Return the rows of the table, and what is wrong with each case that says something else."""
+    rows, silent = [], []
+    for case in cases_tried:
+        output = case.answer()
+        line = said_line(output, case.expected)
+        if line is None:
+            silent.append(
+                f"{case.line}, {case.what} ({case.tried}): {case.expected!r} not in\n{output}"
+            )
+            continue
+        line = line.replace(f"{Path.cwd()}/", "")
+        line = re.sub(r"[\w./-]*plainlora_cache/[0-9a-f]+/[0-9a-f]+", "CACHE/ENTRY", line)
+        rows.append(f"| {case.line} | {case.what} | {cell(case.tried)} | {cell(line)} |")
+    return rows, silent
+
+
+HEAD = """# Nothing wrong in silence
+
+Data, settings and files that were once trained on or measured wrongly without a word, and what the
+program says now. The table is written by [`nothing_silent.py`](../benchmarks/nothing_silent.py),
+which tries each line on a few rows with the embedded base, and fails where the words are missing;
+the slow tests run it. Paths are shortened. What the targets of chats must be is compared token by
+token in [a table of its own](../benchmarks/results/chat_masks.md).
+
+| line | what a user does | tried | what is said now |
+|---|---|---|---|
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=PAGE)
+    output = parser.parse_args().output.absolute()
+    before = Path.cwd(), os.environ.get("PLAINLORA_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PLAINLORA_CACHE"] = f"{folder}/plainlora_cache"
+        os.chdir(folder)
+        try:
+            rows, silent = rows_of(cases())
+        finally:
+            os.chdir(before[0])
+            os.environ.pop("PLAINLORA_CACHE")
+            if before[1] is not None:
+                os.environ["PLAINLORA_CACHE"] = before[1]
+    for problem in silent:
+        print(f"SILENT: {problem}")
+    print(f"{len(rows)} cases say what they must, {len(silent)} do not")
+    if not silent:
+        output.write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
+    return 1 if silent else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
