@@ -50,7 +50,8 @@ from lora.evaluation.run_evaluation import (
 from lora.model.device import choose_device, choose_dtype
 from lora.model.load import load_task
 from lora.model.task import Task
-from lora.training.base_integrity import file_sums, warn_other_base
+from lora.training.base_integrity import file_sums
+from lora.training.other_base import warn_other_base
 
 
 def load(arguments: Namespace, config: Config, device: torch.device) -> Task:

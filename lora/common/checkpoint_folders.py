@@ -36,10 +36,7 @@ def has_optimizer(checkpoint: Path) -> bool:
 
 
 def is_artifact(folder: Path) -> bool:
-    """Return whether plainlora wrote this final artifact. Others' adapters may have metadata too.
-
-    It must be asked before an adapter or a model at the top is taken for one that stands alone.
-    """
+    """Return whether plainlora wrote this artifact. Others' adapters may have metadata too."""
     path = folder / "metadata.json"
     return path.is_file() and "base_files" in read_file(path)
 

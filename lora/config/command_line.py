@@ -14,7 +14,7 @@ from lora.common.errors import UserError
 from lora.common.exit_status import RunStatus, require_one_process
 from lora.common.paths import ROOT, or_packaged
 from lora.common.toml_json import read_file
-from lora.config.cross_checks import require_model_and_data, require_packages, require_stage
+from lora.config.cross_checks import require_model_and_data, require_packages
 from lora.config.flags import SWITCH, Parser, add_flags, apply_flags
 from lora.config.parse_values import nearest, parse_text
 from lora.config.resume import checkpoint_config, describe_fact, refuse_changed_keys, refuse_changes
@@ -105,6 +105,8 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
         output.experiment_name = output.experiment_name or saved.output.experiment_name
         refuse_changed_keys(saved, config, resume_from, arguments.allow_change)
     elif config.model.init_from not in ("", "scratch"):
+        from lora.config.earlier_stage import require_stage
+
         require_stage(config)
     if not output.experiment_name:
         stem = Path(config_file).stem if config_file else Path(config.model.base_model).name

@@ -1,14 +1,11 @@
 """Checks of keys that only make sense together. Every function raises UserError."""
 
 from importlib.util import find_spec
-from pathlib import Path
 
 from lora.common.base_model_files import check_weight_files, locate_base
-from lora.common.checkpoint_folders import SHARDS_FILE, adapter_folder, is_artifact, model_folder
-from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.config.schema import Config, DataConfig
-from lora.config.set_keys import key_values, saved_config
+from lora.config.set_keys import key_values
 
 
 def require_packages(report_to: str) -> None:
@@ -77,25 +74,3 @@ def require_formats(data: DataConfig) -> None:
     if "{marker}" in data.step_format and not data.step_marker:
         hint = "has a {marker}; add --step_marker TOKEN"
         raise UserError(f"step_format {data.step_format!r} {hint}.")
-
-
-def require_stage(config: Config) -> None:
-    """Check that `init_from` names an earlier stage that this run can start from."""
-    start = Path(config.model.init_from)
-    weights = adapter_folder(start) or model_folder(start)
-    if weights and config.method == "head":
-        problem = "holds more than a head, and lora_r 0 begins from a head"
-        raise UserError(f"init_from {start}: {problem}; name the merged base_model.")
-    others = (start / "mlp_head.safetensors", start / SHARDS_FILE)
-    if not weights and not any(path.exists() for path in others):
-        expected = "a whole model is named as base_model"
-        raise UserError(f"init_from {start}: no checkpoint, artifact or adapter; {expected}.")
-    if is_artifact(start) or not (start / "metadata.json").is_file():  # not others' checksums
-        verify_checksums(start)
-    config_files = ("trainer_state.json", "training_config.toml")  # PEFT's adapters have neither
-    if not any((start / name).is_file() for name in config_files):
-        return
-    tokens = saved_config(start).model.add_special_tokens
-    if config.model.add_special_tokens[: len(tokens)] != tokens:
-        hint = f"begin with --add_special_tokens {' '.join(tokens)}"
-        raise UserError(f"init_from {start}: it has tokens of its own; {hint}.")

@@ -30,7 +30,8 @@ from lora.export.merging import class_for, find_adapter
 from lora.layer import lora_layers
 from lora.model.device import choose_device, choose_dtype
 from lora.model.weights import add_tokens, four_bits, load_shape, load_weights
-from lora.training.base_integrity import file_sums, only_adapters_train, warn_other_base
+from lora.training.base_integrity import file_sums, only_adapters_train
+from lora.training.other_base import warn_other_base
 
 
 def import_script(name: str) -> ModuleType:

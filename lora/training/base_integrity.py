@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from lora.adapter import factors
 from lora.common.atomic_files import write_text_atomically
-from lora.common.checkpoint_folders import model_folder
 from lora.common.checksums import file_sha256, map_in_threads
 from lora.common.errors import Stopped
-from lora.common.toml_json import read_file
 from lora.config.schema import Config, ModelConfig
 from lora.layer import lora_layers
 from lora.model.task import Task
@@ -78,26 +76,6 @@ def sha256_of_tensor(tensor: Tensor) -> str:
 def sha256_over(sums: dict[str, str]) -> str:
     lines = [f"{name} {sha256}\n" for name, sha256 in sorted(sums.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def warn_other_base(folder: str | Path, base_model: str, files: dict[str, str]) -> str:
-    """Return a warning if the weights in `folder` were trained on another base, "" if not.
-
-    Only what plainlora has written records the weight files of its base, and only an adapter or a
-    head needs one. `files` are those of `base_model`, with their sha256.
-    """
-    folder = Path(folder).resolve()
-    checkpoint = folder.parent if folder.name == "lora_adapter" else folder
-    if model_folder(checkpoint):
-        return ""
-    recorded = None
-    if (checkpoint / "metadata.json").is_file():
-        recorded = read_file(checkpoint / "metadata.json").get("base_files")
-    elif (checkpoint / "trainer_state.json").is_file():
-        recorded = read_file(checkpoint / "trainer_state.json").get("facts", {}).get("base_model")
-    if recorded and recorded != files:
-        return f"warning: {base_model} does not hold the weights that {folder} was trained on"
-    return ""
 
 
 def record_base(run_dir: Path, config: Config, base: BaseSums) -> None:

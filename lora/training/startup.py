@@ -95,7 +95,10 @@ def begin(
         base_integrity.record_base(log.run_dir, config, base)
         lines = recover(log.run_dir, state["step"] if state else 0)
         model = config.model
-        lines.append(base_integrity.warn_other_base(model.init_from, model.base_model, base_files))
+        if model.init_from:
+            from lora.training.other_base import warn_other_base
+
+            lines.append(warn_other_base(model.init_from, model.base_model, base_files))
         if state:
             lines.append(describe_moved(state["facts"]["place"], place))
         for line in lines:

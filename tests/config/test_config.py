@@ -14,7 +14,7 @@ from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.common.toml_json import to_toml
 from lora.config.command_line import read_command_line
-from lora.config.cross_checks import require_stage
+from lora.config.earlier_stage import require_stage
 from lora.config.schema import Config, ModelConfig, get_lora_config
 from lora.config.set_keys import RETIRED, fields_by_key, from_dict, from_file, saved_config
 from lora.model.device import choose_device

@@ -21,8 +21,8 @@ from lora.layer import inject
 from lora.model.load import load_task
 from lora.model.run import Run
 from lora.model.task import Task
-from lora.training.base_integrity import warn_other_base
 from lora.training.cached_features import cache_features
+from lora.training.other_base import warn_other_base
 from tests.conftest import run, script
 from tests.distributed.test_distributed import run_of
 from tests.training.test_resume import metrics
