@@ -45,12 +45,14 @@ def our_arguments(config: Config, argv: Sequence[str], unknown: Sequence[str]) -
     """
     unknown_flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
     ours: list[str] = []
+    own_keys: set[str] = set()
     translation = Translation(config, prefix="--")
     for flag, values in split_flags(argv):
         name, equals, attached = flag.partition("=")
         name = "--" + name[2:].replace("-", "_")
         if name not in unknown_flags:
             ours += [flag, *values]
+            own_keys.add(ALIASES.get(name[2:], name[2:]))
             continue
         values = [attached, *values] if equals else values
         value = values if len(values) > 1 else "".join(values)
@@ -64,8 +66,10 @@ def our_arguments(config: Config, argv: Sequence[str], unknown: Sequence[str]) -
     translation.print_notes("flags")
     for table in translation.values().values():
         for key, value in table.items():
+            if key in own_keys:
+                raise UserError(f"--{key} is given twice.")
             values = value if isinstance(value, list) else [value]
-            ours += [f"--{key}", *[str(item) for item in values]]
+            ours += [f"--{key}", *[str(item) for item in values if item is not True]]
     return ours
 
 
@@ -142,7 +146,7 @@ class Translation:
         meanings = MEANINGS[word]
         value = plain(value)
         if value not in list(meanings):
-            expected = ", ".join(str(known) for known in meanings)
+            expected = ", ".join(str(known).lower() for known in meanings)
             self.problems.append(f"{label} = {value!r}: expected one of {expected}.")
             return
         meaning = meanings[value]

@@ -116,8 +116,10 @@ MEANINGS: dict[str, dict[Any, Any]] = {
         "no": ("dtype", "float32"),
     },
     "wandb.enabled": {True: ("report_to", "wandb"), False: None},
+    "wandb": {True: ("report_to", "wandb"), False: None},
     "use_wandb": {True: ("report_to", "wandb"), False: None},
     "tensorboard.enabled": {True: ("report_to", "tensorboard"), False: None},
+    "tensorboard": {True: ("report_to", "tensorboard"), False: None},
     "use_tensorboard": {True: ("report_to", "tensorboard"), False: None},
 }
 
@@ -203,6 +205,7 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "label_smoothing_factor": ((0,), "the loss is plain cross entropy; leave it out"),
     "adam_beta1": ((0.9,), FIXED),
     "adam_epsilon": ((1e-8,), FIXED),
+    "betas": (([0.9, 0.999],), "beta1 is 0.9; give adam_beta2"),
     "min_lr": ((0,), "a schedule ends at 0; leave it out"),
     "lr_scheduler_kwargs": (({},), "a schedule ends at 0 and has no settings; leave it out"),
     "tf32": ((False,), "float32 is computed in float32; for speed, dtype = bfloat16"),

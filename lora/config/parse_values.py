@@ -76,8 +76,8 @@ def split_names(items: list[Any]) -> list[Any]:
     """Split "a,b" and drop "none". A regular expression with a comma has other signs as well."""
     names = []
     for item in items:
-        is_plain = isinstance(item, str) and re.fullmatch(r"[\w.,-]*", item)
-        names += item.split(",") if is_plain else [item]
+        is_plain = isinstance(item, str) and re.fullmatch(r"[\w., -]*", item)
+        names += item.replace(" ", "").split(",") if is_plain else [item]
     return [name for name in names if name not in ("", "none")]
 
 

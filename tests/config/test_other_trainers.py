@@ -200,6 +200,22 @@ def test_flags_of_other_trainers(capsys):
 
 
 @pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--lr"], "--learning_rate: expected one argument"),
+        (["--lr=1e-4", "--learning_rate=1e-5"], "--learning_rate is given twice"),
+        (["--epochs=1", "--max_iters=3", "--num_epochs=2"], "--num_train_epochs is given twice"),
+        (["--lr=1e-4", "--max_train_steps=1", "--max_iters=3"], "--max_iters: max_steps is given"),
+        (["--wandb=maybe"], "--wandb = 'maybe': expected one of true, false."),
+        (["--rank=4", "stray"], "stray: not expected here|--lora_r = '4 stray'"),
+    ],
+)
+def test_a_wrong_flag_of_another_trainer_is_one_line(flags, message):
+    with pytest.raises(UserError, match=message):
+        read(*NAMED, *flags)
+
+
+@pytest.mark.parametrize(
     "flags, names",
     [
         (["--report_to", "tensorboard"], ["tensorboard"]),
@@ -215,7 +231,8 @@ def test_names_are_split_at_commas_and_expressions_are_not():
     def names(*values):
         return read(*NAMED, "--target_modules", *values).lora.target_modules
 
-    assert names("q_proj,v_proj") == ["q_proj", "v_proj"] == names("q_proj", "v_proj")
+    both = ["q_proj", "v_proj"]
+    assert names("q_proj,v_proj") == names("q_proj", "v_proj") == names("q_proj, v_proj") == both
     assert names(r"layers\.\d{1,2}\..*q_proj") == [r"layers\.\d{1,2}\..*q_proj"]
 
 

@@ -47,7 +47,7 @@ def test_their_flat_json_trains_and_its_adapter_is_merged(call, tmp_path):
     assert "computing in bfloat16" in printed and "in 4 bits (nf4)" in printed
     assert "note: config.json: 1 key needs nothing here: save_total_limit (" in printed
     artifact = tmp_path / "outputs" / "qlora" / "final_artifact"
-    status, printed = call("merge.py", "--adapter", artifact, "--output=merged")
+    status, printed = call("merge.py", "--adapter", artifact, "--output=merged", "--dtype=float32")
     assert status == 0, printed
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
