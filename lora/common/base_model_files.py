@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import re
 
 from lora.common.errors import UserError
 from lora.common.paths import ROOT, or_packaged
@@ -19,7 +20,17 @@ def locate_base(base_model: str) -> tuple[str, bool]:
         return str(path), True
     if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1:
         raise UserError(f"base_model {base_model}: no such folder (and no Hub name OWNER/NAME).")
+    if re.fullmatch(r"allenai/OLMo-[17]B.*(?<!-hf)", base_model):
+        raise UserError(f"base_model {base_model}: needs code of its own; take {base_model}-hf.")
     return base_model, False
+
+
+def require_base(model_name: str) -> str:
+    """Return a `model_name`. Raises UserError where it is no base, but perhaps the run's name."""
+    if "/" not in model_name and not locate_base(model_name)[1]:
+        which = "is base_model or experiment_name meant?"
+        raise UserError(f"model_name {model_name}: no folder, no Hub name OWNER/NAME; {which}")
+    return model_name
 
 
 def describe_base(base_model: str) -> str:

@@ -81,4 +81,6 @@ def library_errors(what: str | Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         first_line = str(error).strip().partition("\n")[0]
+        if "custom code" in first_line:
+            first_line = "needs code of its own, which is never run; take a conversion (NAME-hf)."
         raise UserError(f"{what}: {first_line[:300]}") from None

@@ -29,11 +29,14 @@ def toml_value(value: Any) -> str:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Return the tables of a TOML file, or of a JSON file with the same keys. Raises UserError."""
+    """Return the tables of a TOML, JSON or YAML file. Raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        is_json = str(path).endswith(".json")
-        tables = parse_json(text) if is_json else tomli.loads(text)
+        if str(path).endswith((".yaml", ".yml")):
+            from lora.common.yaml_file import parse_yaml as parse
+        else:
+            parse = parse_json if str(path).endswith(".json") else tomli.loads
+        tables = parse(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:

@@ -137,7 +137,7 @@ def parse_arguments(argv: list[str], config: Config, description: str) -> Namesp
     add, tables, keys = parser.add_argument, tables_of(config), fields_by_key(config)
     for table in tables.values():
         add_flags(parser, table, EVERYDAY_KEYS)
-    add("--config", metavar="FILE", help="TOML or JSON file that sets any of the keys")
+    add("--config", metavar="FILE", help="TOML, JSON or YAML file that sets any of the keys")
     help = "checkpoint to continue, or auto: the newest of --experiment_name, if there is one"
     add("--resume_from", metavar="DIR|auto", default="", help=help)
     add("--resume_from_checkpoint", dest="resume_from", default=SUPPRESS, help=SUPPRESS)
@@ -151,9 +151,10 @@ def parse_arguments(argv: list[str], config: Config, description: str) -> Namesp
         add(f"--{switch}", help=f"the same as --dtype {dtype}", **SWITCH)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        flag, _, value = unknown[0].partition("=")
-        if flag.startswith("--"):
-            set_key(config, flag.removeprefix("--"), value, flag)  # raises, with the nearest name
+        from lora.config.other_trainers import our_arguments
+
+        arguments, unknown = parser.parse_known_args(our_arguments(config, argv, unknown))
+    if unknown:
         raise UserError(f"{unknown[0]}: not expected here. See --help.")
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     refuse_two_dtypes(given, "flags")
@@ -166,6 +167,9 @@ def parse_arguments(argv: list[str], config: Config, description: str) -> Namesp
 
 def require_checkpoint(folder: str) -> None:
     """Raise UserError where `folder` is no checkpoint, or a damaged one."""
+    if Path(folder).name.startswith("checkpoint-"):
+        hint = "start from its adapter with --init_from, or name its model as --base_model"
+        raise UserError(f"--resume_from {folder}: another trainer's, which is not read; {hint}.")
     if not (Path(folder) / "trainer_state.json").is_file():
         expected = "expected RUN/checkpoints/checkpoint_step_N"
         raise UserError(f"--resume_from {folder}: no checkpoint; {expected}.")

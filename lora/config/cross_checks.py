@@ -8,12 +8,9 @@ from lora.config.schema import Config, DataConfig
 from lora.config.set_keys import key_values
 
 
-def require_packages(report_to: str) -> None:
-    """Check that each of "tensorboard,wandb" is one of the two and installed."""
-    for name in [name for name in report_to.split(",") if name]:
-        if name not in ("tensorboard", "wandb"):
-            expected = "tensorboard, wandb, or both with a comma between them"
-            raise UserError(f"report_to {name}: expected {expected}.")
+def require_packages(report_to: list[str]) -> None:
+    """Check that the package of each name is installed."""
+    for name in report_to:
         if find_spec(name) is None:
             problem = "the package is not there"
             raise UserError(f"report_to {name}: {problem}: pip install 'plainlora[{name}]'.")

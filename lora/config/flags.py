@@ -7,6 +7,7 @@ from functools import partial
 import sys
 from typing import Any, NoReturn
 
+from lora.common.base_model_files import require_base
 from lora.common.errors import UserError
 from lora.common.paths import INSTALLED, script_call
 from lora.config.parse_values import kind_of, parse_text
@@ -61,6 +62,8 @@ def add_flags(parser: Any, table: Any, names: Collection[str], default: str = ""
         parser.add_argument(f"--{field.name}", help=help, **options)
         for alias in aliases_of(field.name):  # the help of its key names it
             hidden = argparse.SUPPRESS
+            if alias == "model_name":
+                options = {**options, "type": require_base}
             parser.add_argument(f"--{alias}", dest=field.name, help=hidden, **options)
 
 

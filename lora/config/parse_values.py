@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -22,7 +23,7 @@ def key(
     Args:
         low, above, high: bounds; a value may equal low and high, but not above.
         choices: the values it may have; of a table, the keys that it may have.
-        word: a text that may take the place of a number, or of true and false.
+        word: a text that may take the place of a number, of true and false, or of a list ("none").
         metavar: what --help calls its value, if `flags.metavar_of` cannot tell from the rest.
     """
     limits = {"low": low, "above": above, "high": high, "choices": choices, "word": word}
@@ -53,6 +54,8 @@ def check_value(where: str, value: Any, annotation: Any, limits: Mapping[str, An
     container, kind = kind_of(annotation)
     if container is list:
         items = value if isinstance(value, list) else [value]
+        if limits["word"] == "none":
+            items = split_names(items)
         return [check_item(where, item, kind, limits) for item in items]
     if container is not dict:
         return check_item(where, value, kind, limits)
@@ -69,18 +72,33 @@ def check_value(where: str, value: Any, annotation: Any, limits: Mapping[str, An
     return table
 
 
+def split_names(items: list[Any]) -> list[Any]:
+    """Split "a,b" and drop "none". A regular expression with a comma has other signs as well."""
+    names = []
+    for item in items:
+        is_plain = isinstance(item, str) and re.fullmatch(r"[\w., -]*", item)
+        names += item.replace(" ", "").split(",") if is_plain else [item]
+    return [name for name in names if name not in ("", "none")]
+
+
 def check_item(where: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     """Return a single value of a kind and within the limits. Raises UserError."""
     word, choices = limits["word"], limits["choices"]
     if word and value == word:
         return value
     expected = KINDS[kind]
+    if isinstance(value, str):
+        value = parse_text(value, kind)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         or_word = f" or {word}" if word else ""
         raise UserError(f"{where} = {value!r}: expected {expected}{or_word}.")
     if choices and value not in choices:
+        from lora.config.other_words import VALUES
+
+        if VALUES.get(value) in choices:
+            return VALUES[value]
         listed = ", ".join(choices)
         raise UserError(f"{where} = {value!r}: expected one of {listed}.{nearest(value, choices)}")
     bound = broken_bound(value, limits)

@@ -98,8 +98,8 @@ class LoraConfig(Table):
     lora_r: int = key(16, "rank of the update; 0: only the score head is trained", low=0)
     lora_alpha: float = key(32, "the update is scaled by lora_alpha / lora_r", above=0)
     lora_dropout: float = key(0.0, "dropout on the input of A; it costs speed", low=0.0, high=0.9)
-    target_modules: list[str] = key(["all-linear"], "name endings or regular expressions of layers")
-    modules_to_save: list[str] = key([], "modules trained in full, as lm_head", metavar="MODULE")
+    target_modules: list[str] = key(["all-linear"], "name endings or expressions", word="none")
+    modules_to_save: list[str] = key([], "trained in full: lm_head", metavar="MODULE", word="none")
     use_rslora: bool = key(False, "scale the update by lora_alpha / sqrt(lora_r)")
     use_dora: bool = key(False, "DoRA: also train the magnitude of each row of a weight")
     rank_pattern: dict[str, int] = key({}, "name endings -> a rank of their own, as in PEFT", low=1)
@@ -173,7 +173,7 @@ class OutputConfig(Table):
         "in all checkpoints or the last; auto: last in train.py",
         choices=("auto", "all", "last"),
     )
-    report_to: str = key("", "also log to tensorboard, wandb or tensorboard,wandb", metavar="NAMES")
+    report_to: list[str] = key([], "log there too", choices=("tensorboard", "wandb"), word="none")
 
 
 @dataclass

@@ -1,20 +1,15 @@
 """Setting the keys of a configuration, from the tables of a file or one by one."""
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from lora.common.checkpoint_folders import require_known_format
 from lora.common.errors import UserError
-from lora.common.toml_json import read_file, toml_value
-from lora.config.parse_values import check_value, key, nearest
+from lora.common.toml_json import read_file
+from lora.config.parse_values import check_value, key
 from lora.config.schema import Config, get_lora_config, tables_of
 from lora.config.table import ALIASES, DTYPE_SWITCHES
-
-# Former keys -> the default they had; a run saved with that default is read.
-RETIRED = {"share_prompts": False}
-NO_LORA = "train.py trains all weights and has no such"
 
 
 def fields_by_key(config: Config) -> dict[str, tuple[Any, dataclasses.Field]]:
@@ -41,10 +36,9 @@ def set_key(config: Config, name: str, value: Any, where: str) -> None:
     fields = fields_by_key(config)
     name = ALIASES.get(name, name)
     if name not in fields:
-        if config.lora is None and name in fields_by_key(get_lora_config()):
-            raise UserError(f"{where}: {NO_LORA} key; use train_lora.py.")
-        hint = nearest(name, [*fields, *ALIASES, *DTYPE_SWITCHES]) or " See --help."
-        raise UserError(f"{where}: no such key.{hint}")
+        from lora.config.other_trainers import why_unknown
+
+        raise UserError(f"{where}: {why_unknown(config, name)}")
     table, field = fields[name]
     setattr(table, name, check_value(where, value, field.type, field.metadata))
 
@@ -57,33 +51,29 @@ def refuse_two_dtypes(values: dict[str, Any], where: str) -> None:
 
 
 def set_tables(config: Config, tables: dict[str, Any], where: str) -> None:
-    """Set the keys of the file `where`, each of which must be in its own table, or UserError."""
-    known_tables = tables_of(config)
-    title_of = {}
-    for title, table in known_tables.items():
-        for name in vars(table):
-            title_of[name] = title
-    given = set()
+    """Set the keys of the file `where`. Raises UserError."""
+    if not all(is_own_table(config, title, table) for title, table in tables.items()):
+        from lora.config.other_trainers import our_tables
+
+        tables = our_tables(config, tables, where)
+    given: dict[str, Any] = {}
     for title, table in tables.items():
-        if title == "lora" and config.lora is None:
-            raise UserError(f"{where}: [lora]: {NO_LORA} table; use train_lora.py.")
-        if title not in known_tables or not isinstance(table, dict):
-            hint = nearest(title, known_tables) or f" Expected: {', '.join(known_tables)}."
-            own_title = title_of.get(ALIASES.get(title, title))
-            if own_title:
-                hint = f" It belongs in [{own_title}]."
-            raise UserError(f"{where}: {title}: no such table.{hint}")
-        refuse_two_dtypes(table, f"{where}: {title}")
         for name, value in table.items():
-            name = name.replace("-", "_")
-            full_name = "dtype" if name in DTYPE_SWITCHES else ALIASES.get(name, name)
-            own_title = title_of.get(full_name, title)
-            if own_title != title:
-                raise UserError(f"{where}: {title}.{name}: it belongs in [{own_title}].")
-            if full_name in given and name not in DTYPE_SWITCHES:
-                raise UserError(f"{where}: {title}.{name}: {full_name} is given twice.")
-            set_key(config, name, value, f"{where}: {title}.{name}")
-            given.add(full_name)
+            key_in_file = f"{where}: {title}.{name}" if title else f"{where}: {name}"
+            name = ALIASES.get(name, name)
+            if name in given:
+                raise UserError(f"{key_in_file}: {name} is given twice.")
+            set_key(config, name, value, key_in_file)
+            given[name] = value
+    refuse_two_dtypes(given, where)
+
+
+def is_own_table(config: Config, title: str, table: Any) -> bool:
+    """Return whether a table has our name, and each of its keys belongs there and has a value."""
+    own_table = tables_of(config).get(title)
+    if own_table is None or not isinstance(table, dict) or None in table.values():
+        return False
+    return all(hasattr(own_table, name) for name in table)
 
 
 def from_file(path: str) -> Config:
@@ -91,26 +81,17 @@ def from_file(path: str) -> Config:
 
 
 def from_tables(tables: dict[str, Any], where: str) -> Config:
-    config = get_lora_config() if "lora" in tables else Config()
+    # Another trainer's tables may have keys of LoRA anywhere.
+    config = Config() if set(tables) <= set(tables_of(Config())) else get_lora_config()
     set_tables(config, tables, where)
     return config
 
 
 def from_dict(tables: dict[str, Any], where: str) -> Config:
     """Return the configuration saved with a run, perhaps by an older version, from its tables."""
+    from lora.config.retired import without_retired
+
     return from_tables(without_retired(tables, where), where)
-
-
-def without_retired(tables: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return `tables` without the RETIRED keys. Raises UserError where one has no default value."""
-    kept = copy.deepcopy(tables)
-    for title, table in kept.items():
-        for name, default in RETIRED.items():
-            # `set_tables` refuses what is no table.
-            if isinstance(table, dict) and table.pop(name, default) != default:
-                retired = f"{title}.{name} = {toml_value(tables[title][name])} was retired"
-                raise UserError(f"{where}: {retired}; plainlora 0.1.0 reads it.")
-    return kept
 
 
 def saved_config(folder: str | Path) -> Config:

@@ -29,8 +29,7 @@ from lora.common.errors import UserError
 from lora.common.paths import script_call
 from lora.common.toml_json import read_file
 from lora.config.flags import Parser
-from lora.config.parse_values import kind_of, parse_text
-from lora.config.set_keys import fields_by_key, from_dict, set_key
+from lora.config.set_keys import from_dict, set_key
 from lora.evaluation.statistics import bootstrap_samples, interval_95
 from lora.tools.finished_run import FinishedRun, flat_config, format_value
 
@@ -218,14 +217,9 @@ def missing_commands(
     commands = []
     for combination in itertools.product(*values_of_key.values()):
         config = from_dict(read_file(config_file), str(config_file))
-        fields = fields_by_key(config)
         name, flags = [], []
         for key, text in zip(values_of_key, combination):
-            value = text
-            if key in fields:
-                _, kind = kind_of(fields[key][1].type)
-                value = parse_text(text, kind)
-            set_key(config, key, value, f"--sweep {key}")  # refuses a key that there is not
+            set_key(config, key, text, f"--sweep {key}")  # refuses a key that there is not
             name.append(f"{key}_{text}")
             flags += [f"--{key}", text]
         if flat_config(config) not in ended_configs:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import hashlib
 from pathlib import Path
 
+from lora.config.parse_values import split_names
 from lora.config.schema import Config
 
 
@@ -38,7 +39,9 @@ def make_trackers(
     run_dir: Path, config: Config, start: int, say: Callable[[str], None]
 ) -> list[Tracker]:
     """Return a tracker for each name in `report_to`."""
-    names = [name for name in config.output.report_to.split(",") if name]
+    names = config.output.report_to
+    if isinstance(names, str):  # a configuration that was set from Python
+        names = split_names([names])
     return [Tracker(name, run_dir, config, start, say) for name in names]
 
 

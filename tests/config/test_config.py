@@ -15,8 +15,9 @@ from lora.common.paths import ROOT
 from lora.common.toml_json import to_toml
 from lora.config.command_line import read_command_line
 from lora.config.earlier_stage import require_stage
+from lora.config.retired import RETIRED
 from lora.config.schema import Config, ModelConfig, get_lora_config
-from lora.config.set_keys import RETIRED, fields_by_key, from_dict, from_file, saved_config
+from lora.config.set_keys import fields_by_key, from_dict, from_file, saved_config
 from lora.model.device import choose_device
 
 NAMED = ["--base_model=m", "--train_data=d"]
@@ -200,9 +201,8 @@ FILE_ERRORS = [
         "lora.rank_pattern.q_proj = 0: expected an integer >= 1",
     ),
     ("[training]\nmax_stepz = 3", "training.max_stepz: no such key. Did you mean max_steps?"),
-    ("[traning]\nseed = 3", "traning: no such table. Did you mean training?"),
-    ("seed = 3", "seed: no such table. It belongs in [training]."),
-    ("[data]\nseed = 3", "data.seed: it belongs in [training]."),
+    ("sed = 3", "sed: no such key. Did you mean seed?"),
+    ("seed = 3\n[training]\nseed = 4", "training.seed: seed is given twice."),
     ("[lora]\nr = 4\nlora_r = 4", "lora_r is given twice"),
     ("[training\nseed = 3", "line 1, column 10"),
 ]

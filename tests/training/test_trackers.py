@@ -23,7 +23,7 @@ def test_a_package_that_is_not_there_is_one_line_before_torch(monkeypatch):
         match=r"report_to wandb: the package is not there: pip install 'plainlora\[wandb\]'",
     ):
         read_command_line([*FLAGS, "wandb"], get_lora_config(), None, "")
-    with pytest.raises(UserError, match="report_to mlflow: expected tensorboard, wandb"):
+    with pytest.raises(UserError, match="mlflow': expected one of tensorboard, wandb"):
         read_command_line([*FLAGS, "mlflow"], get_lora_config(), None, "")
 
 
@@ -33,7 +33,7 @@ def test_wandb_gets_what_the_runs_own_file_has(configure, monkeypatch):
     session = SimpleNamespace(log=lambda values, step: got.append((step, dict(values))))
     package = SimpleNamespace(init=lambda **given: asked.update(given) or session, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", package)
-    folder = run(configure(True, report_to="wandb", max_steps=3))
+    folder = run(configure(True, report_to=["wandb"], max_steps=3))
     lines = [
         {k: v for k, v in line.items() if k not in ("step", "timestamp")}
         for line in FinishedRun.of(folder).lines
@@ -51,7 +51,7 @@ def test_wandb_being_down_is_said_once_and_stops_nothing(configure, monkeypatch)
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
-    folder = run(configure(True, report_to="wandb"))
+    folder = run(configure(True, report_to=["wandb"]))
     (log,) = (folder / "logs").glob("train_*.log")
     assert (
         log.read_text().count(
@@ -65,10 +65,10 @@ def test_wandb_being_down_is_said_once_and_stops_nothing(configure, monkeypatch)
 def test_tensorboard_has_the_curve(configure):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = configure(True, report_to="tensorboard", max_steps=6, save_steps=3)
+    config = configure(True, report_to=["tensorboard"], max_steps=6, save_steps=3)
     folder = run(config)
     run(
-        configure(True, report_to="tensorboard", max_steps=9),
+        configure(True, report_to=["tensorboard"], max_steps=9),
         folder / "checkpoints" / "checkpoint_step_6",
     )
     found = EventAccumulator(str(folder / "logs" / "tensorboard"))
