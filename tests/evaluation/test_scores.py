@@ -106,7 +106,7 @@ def test_a_null_label_gives_exactly_no_gradient(task):
     for name, gradient in alone.items():
         # Sums in another order
         torch.testing.assert_close(with_nulls[name], gradient, rtol=0, atol=1e-7)
-    assert tokenise([chain([None, None])], TOKENIZER, "score", DataConfig(), True)[0].rows == []
+    assert tokenise([chain([None, None])], TOKENIZER, "score", DataConfig(max_length=256), True)[0].rows == []
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])
@@ -169,7 +169,7 @@ def text_and_targets(data, tokenizer=TOKENIZER, labels=(0.25, None, 1.0)):
 
 
 def test_the_plain_layout_is_a_line_each():
-    text, targets = text_and_targets(DataConfig())
+    text, targets = text_and_targets(DataConfig(max_length=256))
     assert text == "P\n7+8=15\n15-6=9\n9+1=10\n" and targets == [("\n", 0.25), ("\n", 1.0)]
 
 
