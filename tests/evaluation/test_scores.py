@@ -106,7 +106,8 @@ def test_a_null_label_gives_exactly_no_gradient(task):
     for name, gradient in alone.items():
         # Sums in another order
         torch.testing.assert_close(with_nulls[name], gradient, rtol=0, atol=1e-7)
-    assert tokenise([chain([None, None])], TOKENIZER, "score", DataConfig(max_length=256), True)[0].rows == []
+    data = DataConfig(max_length=256)
+    assert tokenise([chain([None, None])], TOKENIZER, "score", data, True)[0].rows == []
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])

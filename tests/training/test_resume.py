@@ -86,7 +86,7 @@ def test_resumed_equals_uninterrupted_bitwise(configure, monkeypatch, lora, sett
     states = [best_checkpoints.read_state(folder / last) for folder in (cut, whole)]
     for state in states:
         assert state.pop("config")
-        del state["totals"]["seconds"]
+        state["totals"] = state["totals"]["tokens"]  # time and memory differ
     assert states[0] == states[1]
 
 
