@@ -24,10 +24,14 @@ from lora.common import exit_status
 from lora.common.errors import UserError
 from lora.common.exit_status import one_line_errors
 from lora.common.paths import ROOT
+from lora.config.command_line import read_command_line
+from lora.config.schema import Config
 from lora.data.batches import shard_rows
+from lora.data.raw_data import RawData
 from lora.distributed import process_group
 from tests.conftest import run
 from tests.training.test_resume import files
+import train
 
 STEPS = 20
 LEARNED = ["arithmetic:train:60"]  # on what is trained on the last step is the best
@@ -57,7 +61,9 @@ def torchrun(script, config, processes, folder, *flags, more=()):
     )
 
 
-def run_of(processes, config, folder, resume_from="", prepare=lambda rank: None, status=0):
+def run_of(
+    processes, config, folder, resume_from="", prepare=lambda rank: None, status=0, start=run
+):
     """A whole run of several processes without torchrun: forks of this one, which has loaded torch.
     What they printed; all end with the same exit status.
     """
@@ -66,7 +72,7 @@ def run_of(processes, config, folder, resume_from="", prepare=lambda rank: None,
         port = free.getsockname()[1]
     out = folder / f"{config.output.experiment_name}.txt"
 
-    def train(rank):
+    def run_process(rank):
         values = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
         values |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.environ |= {name: str(value) for name, value in values.items()}
@@ -74,26 +80,18 @@ def run_of(processes, config, folder, resume_from="", prepare=lambda rank: None,
         prepare(rank)
         with open(out, "a") as file, redirect_stdout(file), redirect_stderr(file):
             with one_line_errors() if status else nullcontext():
-                run(config, resume_from)
+                start(config, resume_from)
 
     fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=train, args=(rank,), daemon=True) for rank in range(processes)]
+    children = [
+        fork.Process(target=run_process, args=(rank,), daemon=True) for rank in range(processes)
+    ]
     for child in children:
         child.start()
     for child in children:
         child.join(180)
     assert [child.exitcode for child in children] == [status] * processes, out.read_text()
     return out.read_text()
-
-
-def changed(script, folder, lines):
-    """The path of a script that does `lines` first."""
-    path = folder / "changed.py"
-    path.write_text(
-        f"import os, runpy, sys\nsys.path.insert(0, os.getcwd())\n{lines}"
-        f"runpy.run_path({script!r}, run_name='__main__')\n"
-    )
-    return str(path)
 
 
 def finish(process):
@@ -246,8 +244,15 @@ def test_a_process_without_a_part_of_the_evaluation_computes_in_the_same_type(co
 
 
 def test_processes_that_start_in_different_seconds_write_to_one_folder(configure, tmp_path):
-    late = changed("train.py", tmp_path, "import time\ntime.sleep(1.5 * int(os.environ['RANK']))\n")
-    finish(torchrun(late, configure(False, name="", max_steps=1), 2, tmp_path))
+    config = configure(False, name="", max_steps=1)
+    config.save(tmp_path / "a_run.toml")
+
+    def start_late(config, resume_from):
+        time.sleep(1.1 * process_group.rank())
+        command = read_command_line(["--config", str(tmp_path / "a_run.toml")], Config(), "", "")
+        train.main(command, RawData(command.config))
+
+    run_of(2, config, tmp_path, start=start_late)
     assert (
         len(list(tmp_path.glob("*/checkpoints")))
         == len(list(tmp_path.glob("*/final_artifact")))
@@ -322,14 +327,13 @@ def test_where_one_process_runs_out_of_memory_all_cut_the_step_anew(configure, t
 def test_where_weights_are_sharded_one_process_out_of_memory_ends_the_run_in_one_line(
     configure, tmp_path
 ):
-    short = changed("train.py", tmp_path, SHORT_OF_MEMORY)
-    process = torchrun(short, configure(False, task="lm", max_steps=1), 2, tmp_path)
-    out, _ = process.communicate(timeout=180)
-    assert (
-        process.returncode != 0
-        and "error: CUDA out of memory. Tried" in out
-        and "--batch_size 1" in out
-    )
+    def prepare(rank):
+        exec(SHORT_OF_MEMORY, {})
+        exit_status.PATIENCE = 0.1
+
+    config = configure(False, task="lm", max_steps=1)
+    out = run_of(2, config, tmp_path, prepare=prepare, status=4)
+    assert "error: CUDA out of memory. Tried" in out and "--batch_size 1" in out
     assert "Traceback" not in out.split("error: CUDA")[0]
 
 

@@ -16,7 +16,7 @@ ANNEXES = (
 )
 
 
-def test_both_default_commands_and_a_resume_run_without_the_annexes(tmp_path):
+def test_both_scripts_and_a_resume_run_without_the_annexes(tmp_path):
     for name in ("lora", "configs", "assets"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("train.py", "train_lora.py"):
@@ -28,10 +28,11 @@ def test_both_default_commands_and_a_resume_run_without_the_annexes(tmp_path):
         else:
             path.unlink()
     short = ["--max_steps=2", "--save_steps=1", "--batch_size=2", "--max_eval_batches=1"]
+    short.append("--train_data=arithmetic:train:60")
     checkpoint = "outputs/lora/checkpoints/checkpoint_step_2"
     commands = [
-        ["train.py", *short, "--experiment_name=full"],
-        ["train_lora.py", *short, "--experiment_name=lora"],
+        ["train.py", "--config=configs/tiny_full.toml", *short, "--experiment_name=full"],
+        ["train_lora.py", "--config=configs/tiny_lora.toml", *short, "--experiment_name=lora"],
         ["train_lora.py", f"--resume_from={checkpoint}", "--max_steps=3"],
     ]
     run_programs(commands, tmp_path)
