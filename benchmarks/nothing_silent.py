@@ -26,8 +26,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lora.common.toml_json import read_file
 from lora.config.schema import DataConfig, get_lora_config
@@ -158,8 +160,10 @@ def cases() -> list[Case]:
         *masks(),
         *tables_and_numbers(),
         *token_cache(),
+        *bases(),
         *from_python(),
         *runs(),
+        *other_systems(),
     ]
 
 
@@ -427,6 +431,71 @@ def on_full_disk() -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def bases() -> Iterator[Case]:
+    yield Case(
+        "A4",
+        "a base with more layers in its files than config.json says",
+        "train_lora: num_hidden_layers one less",
+        "its files have more layers than config.json says",
+        lambda: with_base(fewer_layers),
+    )
+    yield Case(
+        "A4",
+        "a base with integer weights and no quantization_config",
+        "train_lora: one weight as int8",
+        "its files are quantised, and config.json does not say how",
+        lambda: with_base(integer_weight),
+    )
+    yield Case(
+        "A5",
+        "all-linear on a mixture of experts, each layer's in one tensor",
+        "train_lora: a Qwen3-MoE",
+        "warning: experts that are one tensor stay as they are .* LoRA reaches",
+        lambda: with_base(experts),
+    )
+
+
+def with_base(change: Callable[[Path], None]) -> str:
+    """What a dry run says of a changed copy of the embedded base."""
+    folder = Path("changed_base")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(BASE, folder)
+    change(folder)
+    flags = ("--base_model", folder, "--max_length", 64, "--train_data")
+    return train(*flags, write("few.jsonl", *chats(13)), "--dry_run")
+
+
+def fewer_layers(folder: Path) -> None:
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shape["num_hidden_layers"] -= 1
+    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+
+
+def integer_weight(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def experts(folder: Path) -> None:
+    shape = Qwen3MoeConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        max_position_embeddings=512,
+    )
+    Qwen3MoeForCausalLM(shape).save_pretrained(folder)
+
+
 def from_python() -> Iterator[Case]:
     for table, name, value, expected in (
         ("training", "per_device_train_batch_size", 2, r"training\.batch_size = 2"),
@@ -466,6 +535,13 @@ def runs() -> Iterator[Case]:
         "train_lora, with and without --load_in_4bit",
         r"the same: trainable parameters: [\d,]+ of [\d,]+",
         counts_in_4_bits,
+    )
+    yield Case(
+        "A9",
+        "a finished run, started again with --resume_from auto",
+        "train_lora, twice",
+        "complete since step 1; nothing to do",
+        twice,
     )
     yield Case(
         "A10",
@@ -532,6 +608,55 @@ def runs() -> Iterator[Case]:
         "DEVICE_PREFERENCE .* is not available here",
         with_preference,
     )
+
+
+def twice() -> str:
+    flags = (*CHATS, write("few.jsonl", *chats(13)))
+    train(*flags, name="finished")
+    settings = ("--batch_size", 4, "--gradient_accumulation_steps", 1, "--max_steps", 1)
+    where = ("--output_dir", "outputs", "--experiment_name", "finished", "--resume_from", "auto")
+    return program("train_lora.py", *settings, *where, *flags)
+
+
+def other_systems() -> Iterator[Case]:
+    few = write("few.jsonl", *chats(13))
+    flat = {"num_train_epochs": "1", "learning_rate": "2e-4", "lora": {"r": 4, "lora_alpha": 8}}
+    yield Case(
+        "B1",
+        "a flat JSON configuration, with numbers as text and keys of another trainer",
+        'train_lora --config: {"learning_rate": "2e-4", "lora": {"r": 4}, "save_total_limit": 2}',
+        "save_total_limit",
+        lambda: train(
+            *("--config", write("flat.json", flat | {"save_total_limit": 2}), *CHATS, few),
+            "--dry_run",
+        ),
+    )
+    for flags, expected in (
+        (("--lr", "1e-4", "--deepspeed", "ds.json"), "deepspeed"),
+        (("--load_in_8bit",), "load_in_8bit"),
+        (("--model-name", "crisis_agent_v2"), "base_model.*experiment_name"),
+        (("--base_model", "allenai/OLMo-7B-Instruct"), "OLMo-7B-Instruct-hf"),
+    ):
+        yield Case(
+            "B2",
+            "words of other trainers on the command line",
+            f"train_lora {' '.join(flags)}",
+            expected,
+            lambda flags=flags: train("--train_data", few, *flags, "--dry_run"),
+        )
+    yield Case(
+        "B3",
+        "an artifact that is given to PEFT",
+        "PeftConfig.from_pretrained(RUN/final_artifact)",
+        "peft_type LORA, rank 16",
+        lambda: read_by_peft(few),
+    )
+
+
+def read_by_peft(data: str) -> str:
+    train(*CHATS, data, name="for_peft")
+    config = PeftConfig.from_pretrained("outputs/for_peft/final_artifact")
+    return f"peft_type {config.peft_type.value}, rank {config.r}"
 
 
 def counts_in_4_bits() -> str:

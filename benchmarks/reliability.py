@@ -156,6 +156,7 @@ class Bench:
             for line in metrics(run)
         ]
         state = best_checkpoints.read_state(last)
+        state["totals"] = state["totals"]["tokens"]  # the others are seconds and peak memory
         results = json.loads((run / "logs" / "final_results.json").read_text())
         kept = sorted(path.name for path in (run / "checkpoints").iterdir())
         files = {str(path.relative_to(run)): path.read_bytes() for path in tensors}
