@@ -124,6 +124,8 @@ def chats(count: int) -> list[dict]:
 
 
 CHATS = ("--base_model", "embedded", "--task", "lm", "--max_length", 64, "--train_data")
+# bfloat16, the default of 4-bit layers, is emulated on many CPUs.
+FLOAT32 = ("--bnb_4bit_compute_dtype", "float32")
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -662,7 +664,7 @@ def read_by_peft(data: str) -> str:
 def counts_in_4_bits() -> str:
     path = write("few.jsonl", *chats(13))
     lines = []
-    for flags in ((), ("--load_in_4bit",)):
+    for flags in ((), ("--load_in_4bit", *FLOAT32)):
         said = train(*CHATS, path, *flags, "--dry_run")
         lines.append(re.search("trainable parameters: .*", said)[0])
     return f"the same: {lines[0]}" if lines[0] == lines[1] else " / ".join(lines)
@@ -698,7 +700,7 @@ def learning_rates() -> str:
 def longest_of_qlora() -> str:
     path = write("few.jsonl", *chats(13))
     config = ("--config", ROOT / "configs" / "sft_qlora.toml", "--base_model", "embedded")
-    said = train(*config, "--train_data", path, name="qlora")
+    said = train(*config, *FLOAT32, "--train_data", path, name="qlora")
     saved = Path("outputs/qlora/logs/config.json")
     if not saved.exists():
         return said
