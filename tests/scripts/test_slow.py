@@ -40,7 +40,9 @@ def test_the_default_run_learns_to_check_arithmetic_it_has_never_seen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [["train.py"], ["train_lora.py", "--load_in_4bit"]], ids=["full", "qlora"]
+    "command",
+    [["train.py"], ["train_lora.py", "--load_in_4bit", "--bnb_4bit_compute_dtype=float32"]],
+    ids=["full", "qlora"],
 )
 def test_a_fourth_of_it_is_enough_for_all_weights_and_for_a_4_bit_base(command, tmp_path):
     call(*command, "--max_steps=200", "--output_dir", tmp_path, "--experiment_name", "run")
