@@ -7,7 +7,7 @@ import torch
 from lora.config.schema import Config
 from lora.distributed import fsdp, process_group
 from lora.distributed.collectives import broadcast_from_rank_zero, on_rank_zero
-from lora.model.load import build_model, load_task
+from lora.model.load import build_model, load_task, set_max_length
 from lora.model.task import Task
 from lora.model.weights import load_shape
 
@@ -35,4 +35,5 @@ def build_empty_task(config: Config, packed: bool) -> Task:
     head_dropout, score_loss = config.model.head_dropout, config.model.score_loss
     task = Task(model, tokenizer, base_dtype, head_dropout, score_loss)
     task.packed = packed
+    set_max_length(config, shape, task.first_position)
     return task

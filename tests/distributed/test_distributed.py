@@ -362,3 +362,9 @@ def test_rows_are_dealt_so_that_the_processes_have_as_much_to_do():
         owner = shard_rows(lengths, world)
         loads = np.bincount(owner, lengths, world)
         assert loads.max() <= 1.05 * loads.mean() and set(owner) == set(range(world))
+
+
+def test_every_process_of_sharded_weights_knows_the_longest_example(configure, tmp_path):
+    run_of(2, configure(False, task="lm", max_length="auto", max_steps=1), tmp_path)
+    saved = json.loads((tmp_path / "run" / "logs" / "config.json").read_text())
+    assert saved["data"]["max_length"] == 512  # the base's positions
