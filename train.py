@@ -205,11 +205,12 @@ def run_training(
     if state and state["step"] >= max_steps and not command.auto:
         complete = f"that run of {max_steps} steps is complete"
         raise UserError(f"--resume_from {resume_from}: {complete}; raise --max_steps.")
-    results = finished_results(command.run_dir, state["step"], max_steps) if state else None
-    if results and command.auto:
-        print(f"{command.run_dir}: complete since step {results['last']['step']}; nothing to do")
-        process_group.leave()
-        return results
+    if state and command.auto:
+        results = finished_results(command.run_dir, state["step"], max_steps)
+        if results:
+            print(f"{command.run_dir}: complete since step {state['step']}; nothing to do")
+            process_group.leave()
+            return results if rank == 0 else None
     checkpointing = choose_checkpointing(run, state)
     prepare_layers(task.model, config.training, checkpointing)
     description = describe_run(run, data_facts, checkpointing)

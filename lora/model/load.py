@@ -73,11 +73,10 @@ def set_max_length(config: Config, shape: PreTrainedConfig, first_position: int)
     """Replace max_length "auto" by a number. Raises UserError above what the base can read."""
     max_length = config.data.max_length
     positions = getattr(shape, "max_position_embeddings", None)
+    longest = positions - first_position if positions else None
     if max_length == "auto":
-        longest = positions - first_position if positions else DEFAULT_MAX_LENGTH
-        config.data.max_length = min(DEFAULT_MAX_LENGTH, longest)
-    elif positions and max_length > positions - first_position:
-        longest = positions - first_position
+        config.data.max_length = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
+    elif longest and max_length > longest:
         problem = f"{config.model.base_model} has {longest} positions"
         raise UserError(f"max_length = {max_length}: {problem}; add --max_length {longest}.")
 

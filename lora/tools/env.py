@@ -14,11 +14,11 @@ from lora.common.errors import UserError
 from lora.common.operating_system import physical_memory_bytes
 from lora.config.flags import Parser
 from lora.export.final_artifact import cpu_name
+from lora.model.attention import has_flash
 from lora.model.device import cpu_has_bfloat16
 from lora.quantization import import_bitsandbytes
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "numpy", "peft")
-AMPERE = (8, 0)  # compute capability
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,6 +74,6 @@ def flash_attention() -> str:
         return "no: it needs an NVIDIA GPU; packed sequences use matrix products instead"
     if not torch.version.cuda:
         return "no: this torch is built for AMD GPUs"
-    if torch.cuda.get_device_capability() < AMPERE:
+    if not has_flash(torch.device("cuda")):
         return "no: it needs compute capability 8.0 (Ampere) or newer"
     return "yes, in bfloat16 and float16, for heads of a width of 8, 16, ... 256"
