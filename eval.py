@@ -42,6 +42,7 @@ import torch
 from lora.common.printable_text import printable
 from lora.evaluation.generate import generate_answers, prompt_tokens, text_tokens
 from lora.evaluation.run_evaluation import (
+    CATEGORY,
     Results,
     measure_language,
     measure_retrieval,
@@ -83,7 +84,8 @@ def answer_prompt(arguments: Namespace, config: Config, task: Task, dtype: torch
 def print_numbers(numbers: dict[str, float]) -> None:
     width = max([12, *(len(name) for name in numbers)])
     for name, value in numbers.items():
-        print(f"{name:>{width}} {value:.6f}")
+        text = f"{value:.6f}" if isinstance(value, float) else value
+        print(f"{printable(name):>{width}} {text}")
 
 
 def main(arguments: Namespace, config: Config, request: EvaluationRequest) -> dict:
@@ -93,7 +95,9 @@ def main(arguments: Namespace, config: Config, request: EvaluationRequest) -> di
     task = load(arguments, config, device)
     results = Results()
     if config.model.task == "score" and request.examples:
-        results.numbers = measure_steps(request, arguments, task, config, dtype)
+        numbers = measure_steps(request, arguments, task, config, dtype)
+        print_numbers({name: numbers[name] for name in numbers if name.startswith(CATEGORY)})
+        results.numbers = numbers
     elif arguments.prompt is not None:
         print(printable(answer_prompt(arguments, config, task, dtype)))
     else:

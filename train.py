@@ -206,7 +206,7 @@ def run_training(
         complete = f"that run of {max_steps} steps is complete"
         raise UserError(f"--resume_from {resume_from}: {complete}; raise --max_steps.")
     if state and command.auto:
-        results = finished_results(command.run_dir, state["step"], max_steps)
+        results = finished_results(command.run_dir, config, state["step"], max_steps)
         if results:
             print(f"{command.run_dir}: complete since step {state['step']}; nothing to do")
             process_group.leave()

@@ -32,9 +32,10 @@ import torch
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lora.common.toml_json import read_file
-from lora.config.schema import DataConfig, get_lora_config
+from lora.config.schema import DataConfig, EvaluationConfig, get_lora_config
 from lora.data.readers import read
 from lora.data.tokenise import NO_TOKEN, tokenise
+from lora.evaluation.text_metrics import score_answer
 
 BASE = ROOT / "assets" / "tiny_base"
 PAGE = ROOT / "docs" / "nothing_silent.md"
@@ -653,6 +654,155 @@ def other_systems() -> Iterator[Case]:
         "peft_type LORA, rank 16",
         lambda: read_by_peft(few),
     )
+    yield from answers_and_artifacts(few)
+
+
+def answers_and_artifacts(few: str) -> Iterator[Case]:
+    by_category = write(
+        "by_category.jsonl", *chats(4), *[{**row, "category": "json"} for row in chats(3)]
+    )
+    yield Case(
+        "B5",
+        "rows with a category, evaluated",
+        'eval --test_set: three rows of seven with "category": "json"',
+        "category/json/questions 3",
+        lambda: evaluate("--test_set", by_category),
+    )
+    yield Case(
+        "B5",
+        "the same, of a step scorer",
+        'eval --eval_data: "category": "algebra" beside the labels',
+        r"category/algebra/mse 0\.\d+",
+        lambda: evaluate("--task", "score", "--eval_data", write("steps.jsonl", CHAIN, CHAIN)),
+    )
+    yield Case(
+        "B5",
+        "a category that is a list",
+        'render: "category": ["a", "b"]',
+        r"keys not read: category \(1 rows\)",
+        lambda: render(chat({"content": "one"}, category=["a", "b"])),
+    )
+    yield Case(
+        "B5",
+        "a version of the artifact",
+        "train_lora --artifact_version v1.1.0-more-citations",
+        "metadata.json and README.md: v1.1.0-more-citations",
+        lambda: version_of_artifact(few),
+    )
+    yield Case(
+        "B5",
+        "another version of a run that is finished",
+        "--artifact_version v2 --resume_from auto, on the run above",
+        "artifact_version 'v2', and it is complete as 'v1.1.0-more-citations'; take another",
+        lambda: version_of_artifact(few, "--artifact_version", "v2", "--resume_from", "auto"),
+    )
+    yield Case(
+        "B5",
+        "templates in another language, with the row's title",
+        "cite_or_refuse --templates FILE",
+        r'Wo steht .*"content": "Quelle \[\d\], T\d+\."',
+        lambda: cite(CITE_TEXTS, title=True),
+    )
+    yield Case(
+        "B5",
+        "a template's {title}, where the rows have none",
+        "the same, with rows of text alone",
+        r"error: documents\.jsonl:\d+: no title for the template",
+        lambda: cite(CITE_TEXTS, title=False),
+    )
+    yield Case(
+        "B5",
+        "a question for the place of a sentence, and not for its words",
+        "cite_or_refuse, with the templates that come along",
+        r'Where does it say .*"content": "It stands in \[\d\]\."',
+        lambda: cite(),
+    )
+    yield Case(
+        "B5",
+        "a question about nothing in particular",
+        "the same",
+        r'"content": "The sources do not say what you mean\.',
+        lambda: cite(),
+    )
+    patterns = EvaluationConfig(
+        refusal_pattern="^I cannot", citation_pattern=r"\[\d+\]", json_keys=["a"]
+    )
+    yield Case(
+        "B5",
+        "one invented citation where a refusal was due",
+        'score_answer: "yes [1]" for "I cannot say"',
+        "'citation_precision': 0.0",
+        lambda: str(score_answer("yes [1]", "I cannot say", patterns, None)),
+    )
+    yield Case(
+        "B5",
+        "JSON between ```json and ```",
+        r'score_answer: ```json\n{"a": 1}\n```',
+        "'json_validity': 1.0",
+        lambda: str(score_answer('```json\n{"a": 1}\n```', "x", patterns, None)),
+    )
+    yield Case(
+        "B5",
+        "where TensorBoard's files lie",
+        "train_lora --report_to tensorboard",
+        r"outputs/board/tensorboard/events\.out\.tfevents",
+        lambda: files_of_tensorboard(few),
+    )
+
+
+CHAIN = {"prompt": "1+1", "steps": ["1+1=2", "2=3"], "labels": [1, 0], "category": "algebra"}
+CITE_TEXTS = """
+instructions = ["Antworte aus den Quellen."]
+sources = ["[{number}] {title}: {text}"]
+quotation_questions = ['Zitiere, was auf "{opening}" folgt.']
+quotation_answers = ['"{rest}" [{number}]']
+reference_questions = ["Wo steht '{opening}'?"]
+reference_answers = ["Quelle [{number}], {title}."]
+refusal_answers = ["Das steht nicht da."]
+generic_questions = ["Was meinst du?"]
+generic_answers = ["Das steht nicht da. Wonach fragst du?"]
+"""
+
+
+def evaluate(*flags: object) -> str:
+    length = ("--max_length", 64, "--max_new_tokens", 2, "--device", "cpu")
+    return program("eval.py", "--base_model", "embedded", *length, *flags)
+
+
+def version_of_artifact(data: str, *flags: object) -> str:
+    label = "v1.1.0-more-citations"
+    if flags:
+        version = ("--output_dir", "outputs", "--max_steps", 1, "--experiment_name", "version")
+        settings = ("--batch_size", 4, "--gradient_accumulation_steps", 1)
+        return program("train_lora.py", *CHATS, data, *settings, *version, *flags)
+    said = train(*CHATS, data, "--artifact_version", label, name="version")
+    artifact = Path("outputs/version/final_artifact")
+    if not artifact.is_dir():
+        return said
+    metadata = read_file(artifact / "metadata.json")["artifact_version"]
+    card = (artifact / "README.md").read_text(encoding="utf-8")
+    return f"metadata.json and README.md: {metadata if f'Version {label}.' in card else None}"
+
+
+def cite(templates: str = "", title: bool = False) -> str:
+    """What cite_or_refuse says of forty documents, and the chats that it writes."""
+    rows = []
+    for number in range(40):
+        text = f"Machine {number} of this hall was built in the year {1900 + number} by hand."
+        rows.append({"text": text, **({"title": f"T{number}"} if title else {})})
+    shutil.rmtree("cited", ignore_errors=True)
+    flags = ("--templates", write("de.toml", templates)) if templates else ()
+    said = program(
+        *("lora", "cite_or_refuse", write("documents.jsonl", *rows), "--output", "cited", *flags)
+    )
+    chats_of = Path("cited/train.jsonl")
+    return said + (chats_of.read_text(encoding="utf-8") if chats_of.exists() else "")
+
+
+def files_of_tensorboard(data: str) -> str:
+    train(*CHATS, data, "--report_to", "tensorboard", name="board")
+    files = [str(path) for path in Path("outputs/board").rglob("events.out*")]
+    return re.sub(r"tfevents.*", "tfevents...", " ".join(files))
 
 
 def read_by_peft(data: str) -> str:

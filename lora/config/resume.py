@@ -13,9 +13,10 @@ LENGTH_KEYS = ("max_steps", "num_train_epochs", "early_stopping_patience", "skip
 INTERVAL_KEYS = ("logging_steps", "eval_steps", "save_steps", "save_optimizer", "max_eval_batches")
 # Layers that are computed twice give the same gradients.
 PLACE_KEYS = ("experiment_name", "output_dir", "report_to", "device", "gradient_checkpointing")
+NAME_KEYS = ("artifact_version",)
 EVALUATION_KEYS = [field.name for field in dataclasses.fields(EvaluationConfig)]  # of eval.py
 # The keys that may differ between a checkpoint and the run that continues it.
-FREE_ON_RESUME = {*LENGTH_KEYS, *INTERVAL_KEYS, *PLACE_KEYS, *EVALUATION_KEYS}
+FREE_ON_RESUME = {*LENGTH_KEYS, *INTERVAL_KEYS, *PLACE_KEYS, *NAME_KEYS, *EVALUATION_KEYS}
 
 
 def checkpoint_config(checkpoint: str, config: Config) -> Config:

@@ -166,6 +166,7 @@ class TrainingConfig(Table):
 class OutputConfig(Table):
     experiment_name: str = key("", "folder below output_dir; default: CONFIG_DATE-TIME")
     output_dir: str = key("outputs", "folder of all runs")
+    artifact_version: str = key("", "your name of the artifact's version: v1.1.0-more-citations")
     logging_steps: int = key(10, "log metrics every N steps", low=1)
     save_steps: int = key(500, "save a checkpoint every N steps", low=1)
     save_optimizer: str = key(

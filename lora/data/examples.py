@@ -23,6 +23,7 @@ class Example:
     outcome: bool | None = None  # whether the solution's answer is right, where that is known
     weight: float = 1.0  # factor of the losses of its targets
     terms: str = ""  # why it may not be trained on
+    category: str = ""  # eval.py also gives the means of each
     dataset_id: int = 0  # number of the path that it was read from
 
     @property
@@ -64,6 +65,12 @@ def weight(where: str, row: dict[str, Any], key: str = "weight") -> float:
     if type(value) not in (int, float) or not 0 <= value < float("inf"):  # nor a boolean
         raise UserError(f"{where}: {key} {value!r}; expected a number from 0 on.")
     return float(value)
+
+
+def category(row: dict[str, Any]) -> str:
+    """Return the row's "category", by which eval.py takes means as well; "" without one."""
+    value = row.get("category")
+    return str(value).strip() if isinstance(value, (str, int)) else ""
 
 
 def refuse_other_training(where: str, row: dict[str, Any]) -> None:

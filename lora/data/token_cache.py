@@ -108,7 +108,7 @@ def locked(folder: Path) -> Iterator[Path]:
 def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool) -> None:
     """Tokenise the data of a run and write it to the folder `entry`."""
     training, held_out = source.examples()
-    distinct = {str(replace(example, where="", dataset_id=0)) for example in training}
+    distinct = {str(replace(example, where="", dataset_id=0, category="")) for example in training}
     subjects = {example.subject for example in training}
     facts: dict = {
         "chats": any(example.messages for example in [*training, *held_out]),

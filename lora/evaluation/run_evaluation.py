@@ -1,8 +1,8 @@
 """What eval.py measures: loss, answers, retrieval, scores of steps."""
 
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 import json
 import math
 from pathlib import Path
@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lora.common.printable_text import printable
 from lora.common.toml_json import without_nan
@@ -18,14 +19,17 @@ from lora.data.data_summary import describe_data
 from lora.data.examples import Example
 from lora.data.mixing import dataset_names
 from lora.data.token_cache import tokenise_examples
-from lora.evaluation import retrieval, step_metrics, step_report
+from lora.evaluation import retrieval, step_metrics, step_report, text_metrics
 from lora.evaluation.best_of_n import best_of_n
 from lora.evaluation.calibration import save_reliability_diagram
 from lora.evaluation.eval_arguments import EvaluationRequest
 from lora.evaluation.generate import embed, generate_answers, plain_text, prompt_tokens, step_scores
 from lora.evaluation.predict import predict
-from lora.evaluation.text_metrics import Question, mean_scores, passes, rouge_scorer, score_answer
+from lora.evaluation.text_metrics import Measures, Question, mean_scores
 from lora.model.task import Task
+
+CATEGORY = "category/"  # begins the names of the numbers of one category: category/NAME/MEASURE
+MAX_CATEGORIES = 100
 
 
 @dataclass
@@ -52,33 +56,82 @@ def measure_language(
     if request.examples:
         results.numbers.update(measure_loss(request.examples, task, config, dtype))
     if request.test_set:
-        results.answers, means = measure_answers(request.test_set, task, config, dtype)
-        results.numbers.update(means)
+        results.answers, measures = measure_answers(request.test_set, task, config, dtype)
+        results.numbers.update(means_by_category(request.test_set, measures))
     if request.critical:
-        answers, means = measure_answers(request.critical, task, config, dtype)
-        for question, answer in zip(request.critical, answers):
-            passed = passes(answer["answer"], answer["reference"], config.evaluation)
+        answers, measures = measure_answers(request.critical, task, config, dtype)
+        for question, answer, of_answer in zip(request.critical, answers, measures):
+            passed = text_metrics.passes(answer["answer"], answer["reference"], config.evaluation)
             answer["passed"] = passed
+            of_answer["passed"] = float(passed)
             where, text = question.where, question.messages[-1]["content"]
             verdict = {"where": where, "question": text, "passed": passed}
             results.critical_questions.append(verdict)
             _, _, last_line = printable(text).strip().rpartition("\n")
             print(f"{'PASS' if passed else 'FAIL'}  {where}  {last_line}")
         results.answers += answers
-        means["passed"] = sum(answer["passed"] for answer in answers) / len(answers)
+        means = means_by_category(request.critical, measures)
         results.numbers.update({f"critical/{name}": mean for name, mean in means.items()})
     return results
+
+
+def categories_of(rows: Sequence[Example] | Sequence[Question]) -> list[str]:
+    """Return the category of each row, or "", as for all where there are too many."""
+    categories = [row.category for row in rows]
+    count = len(set(categories))
+    if count > MAX_CATEGORIES:
+        print(f"note: {count} categories; each has its own means where there are {MAX_CATEGORIES}")
+        return [""] * len(rows)
+    return categories
+
+
+def by_category(categories: Sequence[str], measure: Callable[[list[int]], dict]) -> dict:
+    """Return what `measure` returns for the indices of each category, as category/NAME/KEY."""
+    indices: dict[str, list[int]] = {}
+    for i, name in enumerate(categories):
+        if name:
+            indices.setdefault(name, []).append(i)
+    numbers = {}
+    for name, chosen in indices.items():
+        of_category = measure(chosen).items()
+        numbers.update({f"{CATEGORY}{name}/{key}": value for key, value in of_category})
+    return numbers
+
+
+def means_by_category(questions: Sequence[Question], measures: Sequence[Measures]) -> Measures:
+    """Return the means of the measures over all questions, and over those of each category."""
+
+    def means(chosen: list[int]) -> dict:
+        return {"questions": len(chosen), **mean_scores([measures[i] for i in chosen])}
+
+    return mean_scores(measures) | by_category(categories_of(questions), means)
 
 
 def measure_loss(
     examples: Sequence[Example], task: Task, config: Config, dtype: torch.dtype
 ) -> dict[str, float]:
+    # A row carries one number, that of its data set. Here it is that of its category.
+    categories = categories_of(examples)
+    names = list(dict.fromkeys(categories))
+    numbered = zip(examples, categories)
+    examples = [replace(example, dataset_id=names.index(name)) for example, name in numbered]
     rows, facts = tokenise_examples(examples, task.tokenizer, task.causal, config, "eval")
     batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
     predictions = predict(task, batches, task.model.device, dtype)
     print(describe_data("eval", facts))
-    targets = predictions.targets
-    numbers = task.head.metrics(predictions.values, targets)
+    values, targets = predictions.values, predictions.targets
+    of_targets = [names[i] for i in predictions.dataset_ids.tolist()]
+
+    def metrics(chosen: list[int]) -> dict:
+        numbers = language_metrics(task, values[chosen], targets[chosen])
+        return {"targets": len(chosen), **numbers}
+
+    return language_metrics(task, values, targets) | by_category(of_targets, metrics)
+
+
+def language_metrics(task: Task, values: Tensor, targets: Tensor) -> dict[str, float]:
+    """Return the metrics of predictions for targets, both [n, ...], and bits per byte."""
+    numbers = task.head.metrics(values, targets)
     num_bytes = len(plain_text(targets, task.tokenizer).encode()) or math.nan
     numbers["bits_per_byte"] = numbers["loss"] * len(targets) / math.log(2) / num_bytes
     return numbers
@@ -86,20 +139,21 @@ def measure_loss(
 
 def measure_answers(
     questions: Sequence[Question], task: Task, config: Config, dtype: torch.dtype
-) -> tuple[list[dict], dict[str, float]]:
-    """Return the answer to each question with its measures, and the means of the measures."""
+) -> tuple[list[dict], list[Measures]]:
+    """Return the answer to each question as it is saved, and its measures."""
     tokenizer = task.tokenizer
     tokens_of = [prompt_tokens(q.where, q.messages, q.tools, tokenizer) for q in questions]
     prompts = [(q.where, tokens) for q, tokens in zip(questions, tokens_of)]
     texts = generate_answers(task, prompts, config, dtype)
-    rouge = rouge_scorer()
+    rouge = text_metrics.rouge_scorer()
     answers, measures = [], []
     for q, tokens, text in zip(questions, tokens_of, texts):
-        measures.append(score_answer(text, q.reference, config.evaluation, rouge))
+        settings = config.evaluation
+        measures.append(text_metrics.score_answer(text, q.reference, settings, rouge))
         answer = {"where": q.where, "prompt": tokenizer.decode(tokens)}
-        answer.update(reference=q.reference, answer=text, **measures[-1])
+        answer.update(category=q.category, reference=q.reference, answer=text, **measures[-1])
         answers.append(answer)
-    return answers, mean_scores(measures)
+    return answers, measures
 
 
 def measure_retrieval(
@@ -165,7 +219,18 @@ def measure_steps(
         print(*step_report.aligned(table), sep="\n")
     if len(labels):
         print(step_report.INTERVALS, step_report.verdict(report), sep="\n")
-    return numbers
+
+    tuned = report["thresholds"]["scores"] if len(labels) else threshold
+
+    def metrics(chosen: list[int]) -> dict:
+        chains, of_chains = [examples[i] for i in chosen], [scores[i] for i in chosen]
+        scored = step_metrics.ScoredChains(chains, of_chains, tuned)
+        measures = scored.measures() if scored.labels else {}
+        for way, (value, _) in best_of_n(chains, of_chains).items():
+            measures[f"best_of_n/{way}"] = value
+        return {"chains": len(chains), **measures}
+
+    return numbers | by_category(categories_of(examples), metrics)
 
 
 def compare_with_baselines(

@@ -10,7 +10,9 @@ Every measure is a number 0..1 for each answer it applies to; the result for a f
     refusal_accuracy   ... exactly if the reference does
     citation_rate      the answer holds a match of `citation_pattern`, where the reference does
     citation_accuracy  ... and the same set of them as the reference
-    json_validity      the answer is a JSON object with all of `json_keys`
+    citation_precision the share of the answer's citations that the reference has, where the answer
+                       has one: 0 for one that is invented where a refusal was due
+    json_validity      the answer is a JSON object with all of `json_keys`, maybe fenced by ```
 """
 
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from lora.data.examples import Example
 from lora.data.readers import read
 
 Measures = dict[str, float]
+FENCE = re.compile(r"```(?:json)?(.*)```", re.DOTALL | re.IGNORECASE)  # of Markdown
 
 
 @dataclass(slots=True)
@@ -36,12 +39,14 @@ class Question:
     messages: list[dict]
     tools: list[dict] | None
     reference: str
+    category: str
 
 
 def last_question(example: Example) -> Question:
     messages = example.messages
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return Question(example.where, messages[:last], example.tools, messages[last]["content"])
+    reference = messages[last]["content"]
+    return Question(example.where, messages[:last], example.tools, reference, example.category)
 
 
 def read_questions(path: str) -> list[Question]:
@@ -104,6 +109,8 @@ def score_answer(answer: str, reference: str, settings: EvaluationConfig, rouge:
         if expected:
             measures["citation_rate"] = bool(cited)
             measures["citation_accuracy"] = cited == expected
+        if cited:
+            measures["citation_precision"] = len(cited & expected) / len(cited)
     if settings.json_keys:
         measures["json_validity"] = has_json_keys(answer, settings.json_keys)
     return {name: float(value) for name, value in measures.items()}
@@ -155,8 +162,9 @@ def citations(text: str, settings: EvaluationConfig) -> set[str]:
 
 
 def has_json_keys(text: str, keys: list[str]) -> bool:
+    fenced = FENCE.fullmatch(text.strip())
     try:
-        value = json.loads(text)
+        value = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and set(keys) <= value.keys()

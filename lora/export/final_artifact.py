@@ -25,7 +25,7 @@ from lora.common.atomic_files import atomic_folder, write_text_atomically
 from lora.common.base_model_files import locate_base
 from lora.common.checkpoint_folders import FORMAT_VERSION
 from lora.common.checksums import find_damage, write_checksums
-from lora.common.errors import Stopped
+from lora.common.errors import Stopped, UserError
 from lora.common.operating_system import physical_memory_bytes
 from lora.common.paths import ROOT
 from lora.common.toml_json import read_file
@@ -43,13 +43,22 @@ from lora.training.log import Log
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes")
 
 
-def finished_results(run_dir: Path, step: int, max_steps: int) -> dict | None:
-    """Return the results of a run of `max_steps` that has ended at `step` with its artifact."""
+def finished_results(run_dir: Path, config: Config, step: int, max_steps: int) -> dict | None:
+    """Return the results of a run of `max_steps` that has ended at `step` with its artifact.
+
+    Raises UserError where its artifact has another artifact_version than `config`.
+    """
     folder = run_dir / "final_artifact"
     if not folder.is_dir() or find_damage(folder, "metadata.json"):
         return None
     results = read_file(folder / "training_metrics.json")
     has_ended = results["last"]["step"] == step and results.get("max_steps") == max_steps
+    # Not from metadata.json, where version 1 has the number of its format under this name.
+    saved = read_file(folder / "training_config.toml")["output"].get("artifact_version", "")
+    wanted = config.output.artifact_version
+    if has_ended and saved != wanted:
+        problem = f"artifact_version {wanted!r}, and it is complete as {saved!r}"
+        raise UserError(f"{run_dir}: {problem}; take another --experiment_name.")
     return results if has_ended else None
 
 
@@ -135,6 +144,7 @@ def metadata(task: Task, config: Config, results: dict, base_files: dict, data_f
     versions = {name: version(name) for name in LIBRARIES if name in sys.modules}
     return {
         "format_version": FORMAT_VERSION,
+        "artifact_version": config.output.artifact_version or None,
         "task": config.model.task,
         "method": config.method,
         "base_model": config.model.base_model,

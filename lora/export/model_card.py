@@ -35,6 +35,7 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
     with_output = config.method == "lora" or config.model.task == "lm"
     return TEMPLATES.get_template("README.jinja").render(
         name=config.output.experiment_name,
+        version=config.output.artifact_version,
         method=config.method,
         task=config.model.task,
         what=describe_method(config),

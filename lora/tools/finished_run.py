@@ -15,7 +15,8 @@ from lora.common.toml_json import read_file
 from lora.config.schema import Config
 from lora.config.set_keys import from_dict
 
-IGNORED_KEYS = ("experiment_name", "output_dir", "report_to")  # they do not change the training
+# They do not change the training.
+IGNORED_KEYS = ("experiment_name", "output_dir", "report_to", "artifact_version")
 
 
 @dataclass

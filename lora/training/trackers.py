@@ -46,12 +46,12 @@ def make_trackers(
 
 
 def tensorboard(run_dir: Path, config: Config, start: int) -> Callable:
-    """Return a function that writes metrics to RUN/logs/tensorboard."""
+    """Return a function that writes metrics to RUN/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter
 
     # What a resumed run writes again takes the place of what was there.
     purge_step = start + 1 if start else None
-    writer = SummaryWriter(run_dir / "logs" / "tensorboard", purge_step=purge_step)
+    writer = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step)
 
     def send(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

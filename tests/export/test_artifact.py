@@ -18,6 +18,8 @@ from lora import verify_artifact
 from lora.common.checksums import checksums_to_bytes, file_sha256
 from lora.common.errors import Stopped, UserError
 from lora.common.paths import ROOT
+from lora.config.command_line import read_command_line
+from lora.config.schema import Config
 from lora.export import final_artifact
 from lora.model.task import Task
 from lora.training import base_integrity, startup
@@ -205,6 +207,32 @@ def test_metadata_says_what_the_run_was_made_of(configure, tiny_base, tmp_path, 
     config = (folder / "final_artifact" / "training_config.toml").read_text()
     assert f'train_data = ["{data}", "arithmetic:train:9"]' in config
     assert facts["trainable_parameters"] < facts["parameters"]
+
+
+def test_the_artifacts_version_is_the_users(configure, tmp_path, capsys):
+    """It stands in metadata and card, may change with a resume, and is never dropped in silence."""
+    label = "v1.1.0-more-citations"
+    (tmp_path / "flat.json").write_text(
+        json.dumps({"artifact_version": "v1", "base_model": "embedded"})
+    )
+    flags = ["--config", str(tmp_path / "flat.json"), f"--artifact-version={label}"]
+    command = read_command_line([*flags, "--train_data=arithmetic:train:9"], Config(), "", "")
+    assert command.config.output.artifact_version == label
+
+    values = dict(max_steps=1, dtype="float32")
+    folder = run(configure(True, artifact_version=label, **values))
+    artifact = folder / "final_artifact"
+    assert verify_artifact(artifact)["artifact_version"] == label
+    assert f"\n\nVersion {label}.\n\n" in (artifact / "README.md").read_text()
+    checkpoint = folder / "checkpoints" / "checkpoint_step_1"
+    run(configure(True, artifact_version=label, **values), checkpoint, auto=True)
+    assert "complete since step 1" in capsys.readouterr().out
+    for other in ("", "v2"):
+        with pytest.raises(UserError, match=f"artifact_version '{other}', and .* as '{label}'; "):
+            run(configure(True, artifact_version=other, **values), checkpoint, auto=True)
+    assert verify_artifact(artifact)["artifact_version"] == label
+    run(configure(True, artifact_version="v2", max_steps=2, dtype="float32"), checkpoint, auto=True)
+    assert verify_artifact(artifact)["artifact_version"] == "v2"
 
 
 def test_code_outside_of_a_checkout_has_no_commit(tmp_path, monkeypatch):

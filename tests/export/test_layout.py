@@ -54,7 +54,7 @@ def as_version_1(artifact):
     """Change an artifact of version 2 into the layout that plainlora 0.2 wrote."""
     metadata = json.loads((artifact / "metadata.json").read_text())
     del metadata["format_version"]
-    metadata = {"artifact_version": 1, **metadata}
+    metadata["artifact_version"] = 1
     (artifact / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
     names = ["config.json", "generation_config.json", "model.safetensors"]
     inside = artifact / "backbone"
@@ -137,7 +137,7 @@ def test_an_artifact_is_never_taken_for_an_adapter_or_a_model_alone(configure, t
         with pytest.raises(UserError, match=f"'{name}': missing|no training_config.toml"):
             merging.main(merging.read_arguments([*flags, "--base_model", str(tiny_base)]))
     metadata = json.loads((artifact / "metadata.json").read_text())
-    assert metadata["format_version"] == 2 and "artifact_version" not in metadata
+    assert metadata["format_version"] == 2 and metadata["artifact_version"] is None
     (artifact / "metadata.json").write_text(json.dumps(metadata | {"format_version": 3}))
     (artifact / "checksums.json").unlink()
     flags[1] = str(artifact)

@@ -71,7 +71,7 @@ def test_tensorboard_has_the_curve(configure):
         configure(True, report_to=["tensorboard"], max_steps=9),
         folder / "checkpoints" / "checkpoint_step_6",
     )
-    found = EventAccumulator(str(folder / "logs" / "tensorboard"))
+    found = EventAccumulator(str(folder / "tensorboard"))
     found.Reload()
     curve = {event.step: event.value for event in found.Scalars("val/loss")}
     assert curve == pytest.approx(

@@ -9,6 +9,7 @@ They use the standard library only, because they run before torch is loaded. A r
                 of REVEAL, whose examples have several rows, into what `reveal.chains` takes
 
 A row of our own formats may have a "weight", a number from 0 on, by which its loss is multiplied.
+Any row may have a "category", a text or an integer, by which eval.py takes means as well.
 """
 
 from collections import Counter
@@ -17,7 +18,7 @@ from types import ModuleType
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data import arithmetic, files
-from lora.data.examples import BLANK, Example
+from lora.data.examples import BLANK, Example, category
 from lora.data.readers import chat, pairs, questions, steps, text
 
 # Where a row has the keys of several forms, the first of these readers reads it. Those of published
@@ -64,6 +65,9 @@ def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
             reader = reader_for(where, row, task)
             not_read.update(keys_not_read(reader, row))
             of_row = list(reader.examples([(where, row)], data))
+            for example in of_row:
+                if isinstance(example, Example):
+                    example.category = category(row)
             results.extend(of_row)
             if BLANK in of_row:
                 blank_rows.append(where)
@@ -99,6 +103,8 @@ def keys_not_read(reader: ModuleType, row: dict) -> list[str]:
         return []
     form = next(form for form in reader.FORMS if form <= row.keys())
     read_keys = form | reader.OPTIONAL
+    if category(row):
+        read_keys.add("category")
     return [key for key in row if key not in read_keys and row[key] not in EMPTY]
 
 
