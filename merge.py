@@ -40,6 +40,8 @@ def make_parser() -> Parser:
     portable = "write no merged model but an adapter that PEFT, vLLM and llama.cpp all read"
     portable += " in the same way: of one rank, with the scale in B"
     add("--portable", action="store_true", help=portable)
+    sha256 = "sha256 that the artifact's checksums.json must have, as training printed it"
+    add("--expect_sha256", metavar="SHA256", default="", help=sha256)
     file = "also write the merged model for llama.cpp, to a new file"
     add("--gguf", metavar="FILE", help=file)
     types = ("f32", "f16", "bf16", "q8_0")
@@ -51,6 +53,8 @@ def read_arguments(argv: list[str]) -> Namespace:
     arguments = make_parser().parse_args(argv)
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
+    refuse_inside_artifact("--output", arguments.output)
+    refuse_inside_artifact("--gguf", arguments.gguf)
     if arguments.gguf and Path(arguments.gguf).exists():
         raise UserError(f"--gguf {arguments.gguf} exists; choose another file.")
     if arguments.gguf and find_spec("gguf") is None:
@@ -80,6 +84,7 @@ from transformers import AutoModel
 from lora.adapter import load_adapter
 from lora.common.atomic_files import atomic_folder
 from lora.common.checkpoint_folders import adapter_folder
+from lora.common.saved_files import refuse_inside_artifact, require_sha256
 from lora.export import merging
 from lora.export.merging import AdapterSource, difference, four_bits_of, load_base, outputs
 from lora.export.portable_adapter import write_portable
@@ -88,6 +93,7 @@ from lora.model.weights import add_tokens, load_shape, load_tokenizer
 
 
 def main(arguments: Namespace) -> None:
+    require_sha256(arguments.adapter, arguments.expect_sha256)
     if arguments.portable:
         folder = Path(arguments.adapter)
         folder = adapter_folder(folder) or folder
@@ -157,6 +163,10 @@ def main(arguments: Namespace) -> None:
         if rounding > effect and source.adapter:
             found = f"changes more ({rounding:.3g}) than the adapter does"
             raise UserError(f"rounding to {dtype} {found}; add --dtype float32.")
+        if source.adapter:
+            share = rounding / effect
+            verdict = "fine" if share <= 0.1 else "coarse (--dtype float32 keeps more)"
+            print(f"{verdict}: rounding changes {share:.2g} times what the adapter changes")
     print(f"wrote {Path(arguments.output)}")
     if arguments.gguf:
         write_gguf(Path(arguments.output), Path(arguments.gguf), gguf_type)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora.adapter import load_adapter as load_adapter
     from lora.adapter import save_adapter as save_adapter
-    from lora.common.checksums import verify_artifact as verify_artifact
+    from lora.common.saved_files import verify_artifact as verify_artifact
     from lora.config.schema import Config as Config
     from lora.config.schema import get_lora_config as get_lora_config
     from lora.layer import inject as inject
@@ -31,7 +31,7 @@ _MODULES = {
     "merge": "lora.layer",
     "save_adapter": "lora.adapter",
     "load_adapter": "lora.adapter",
-    "verify_artifact": "lora.common.checksums",
+    "verify_artifact": "lora.common.saved_files",
     "train": "lora.tools.from_python",
     "evaluate": "lora.tools.from_python",
     "generate": "lora.tools.from_python",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora.common.base_model_files import refuse_outside_link
+from lora.common.base_model_files import plain_file
 from lora.common.errors import UserError, library_errors, raise_if_any
 from lora.common.toml_json import read_file
 from lora.layer import LoRALayer, LoRALinear
@@ -100,7 +100,7 @@ def adapter_config(model: nn.Module, layers: dict[str, LoRALayer], prefix: str) 
 
 def read_config(folder: str | Path) -> dict:
     """Read adapter_config.json. Raises UserError if a value is impossible or not supported."""
-    path = refuse_outside_link(Path(folder) / "adapter_config.json")
+    path = plain_file(Path(folder) / "adapter_config.json")
     config = {
         **dict.fromkeys(("r", "lora_alpha", *PATTERNS)),
         **dict.fromkeys(FLAGS, False),
@@ -154,7 +154,7 @@ def read_tensors(folder: str | Path, config: dict) -> tuple[dict[str, Tensors], 
 
     All are fp32. Raises UserError if the file is not what `config` says.
     """
-    path = refuse_outside_link(Path(folder) / "adapter_model.safetensors")
+    path = plain_file(Path(folder) / "adapter_model.safetensors")
     tensors = load_tensors(path)
     named = {}
     for key, tensor in tensors.items():

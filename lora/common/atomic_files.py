@@ -30,6 +30,7 @@ def atomic_file(final: Path) -> Iterator[Path]:
     """Give a temporary path to write to, which becomes `final` unless an error is raised."""
     temporary = final.with_name(f".tmp_{final.name}")
     try:
+        temporary.unlink(missing_ok=True)  # it may be a link, which would be written through
         yield temporary
         fsync_path(temporary)
         temporary.replace(final)

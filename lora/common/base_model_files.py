@@ -1,6 +1,7 @@
 """Checks of base folders, which others wrote, before torch and transformers are loaded."""
 
 import json
+import os
 from pathlib import Path
 import re
 
@@ -39,10 +40,29 @@ def describe_base(base_model: str) -> str:
     return base_model if found == base_model else f"{base_model} (packaged: {found})"
 
 
+MOST_MODULES = 10_000  # layers, experts or labels; a model of a billion would be built for days
+
+
+def check_shape(folder: str | Path) -> None:
+    """Check that config.json is a table of plausible numbers, or raise UserError."""
+    path = plain_file(Path(folder) / "config.json")
+    if not path.is_file():
+        return  # transformers says so
+    tables = [read_file(path)]
+    while tables:
+        for name, value in tables.pop().items():
+            if isinstance(value, dict):
+                tables.append(value)
+            is_number = type(value) in (int, float)
+            if is_number and re.search("layer|expert|labels", name) and value > MOST_MODULES:
+                expected = f"expected at most {MOST_MODULES:,}"
+                raise UserError(f"base_model {path}: {name} = {value}; {expected}.")
+
+
 def check_weight_files(folder: str | Path) -> None:
     """Check that a base has complete safetensors files and no other in its index, or raise."""
     folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
+    files = [plain_file(path) for path in sorted(folder.glob("*.safetensors"))]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_file(index).get("weight_map")
@@ -91,13 +111,24 @@ def check_length(path: Path) -> None:
         raise UserError(f"base_model {path}: {size:,} of {expected:,} bytes; copy it again.")
 
 
-def refuse_outside_link(path: Path) -> Path:
-    """Return `path`. Raises UserError where it is a link that leads out of its folder."""
-    folder = path.parent.resolve()
+MOST_BYTES = 2**28  # of a text file that others may have written
+
+
+def plain_file(path: Path, home: Path | None = None) -> Path:
+    """Return `path`. Raises UserError for a link that leads out of the folder `home`.
+
+    That is the file's own folder unless it is given. Folders, devices and pipes are refused too.
+    """
+    folder = Path(os.path.realpath(home or path.parent))
     allowed = [folder]
     # Links within the folder's repository in the Hub's cache are allowed.
     allowed += [parent for parent in folder.parents if parent.name.startswith("models--")]
-    target = path.resolve()
-    if path.is_symlink() and not any(target.is_relative_to(home) for home in allowed):
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(allowed_folder) for allowed_folder in allowed):
         raise UserError(f"{path}: a link that leads out of its folder; put the file itself there.")
+    if not path.is_file() and (path.exists() or path.is_symlink()):
+        raise UserError(f"{path}: no plain file; expected one.")
+    if path.suffix != ".safetensors" and path.is_file() and path.stat().st_size > MOST_BYTES:
+        size = f"{path.stat().st_size:,} bytes"
+        raise UserError(f"{path}: {size}; expected at most {MOST_BYTES:,}.")
     return path

@@ -98,9 +98,3 @@ def verify_checksums(folder: str | Path, needed: str | None = None) -> None:
     if damage:
         problem = f"not as it was written: {damage}"
         raise UserError(f"{folder}: {problem}. Copy the folder again, or take another.")
-
-
-def verify_artifact(folder: str | Path) -> dict:
-    """Return an artifact's metadata. Raises UserError where it is damaged or no artifact."""
-    verify_checksums(folder, "metadata.json")
-    return json.loads((Path(folder) / "metadata.json").read_bytes())

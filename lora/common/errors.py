@@ -73,14 +73,19 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 @contextmanager
-def library_errors(what: str | Path) -> Iterator[None]:
-    """Raise UserError with the first line of what a library reports of weights it cannot load."""
+def library_errors(what: str | Path, passed: type[Exception] = UserError) -> Iterator[None]:
+    """Raise UserError with the first line of what a library reports of files it cannot load.
+
+    Of files that others wrote a library may raise anything. What is `passed` is left to the caller.
+    """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, (UserError, passed)):
             raise
-        first_line = str(error).strip().partition("\n")[0]
+        first_line = str(error).strip().replace(":\n", ":").partition("\n")[0]
         if "custom code" in first_line:
             first_line = "needs code of its own, which is never run; take a conversion (NAME-hf)."
+        if not isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)):
+            first_line = f"cannot be loaded ({type(error).__name__}: {first_line})"
         raise UserError(f"{what}: {first_line[:300]}") from None

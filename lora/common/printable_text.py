@@ -3,7 +3,9 @@
 import re
 
 TERMINAL_COMMAND = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"
-CONTROL_CHARACTER = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+# Also what turns the direction of a text, and halves of characters, which cannot be written.
+CONTROL_CHARACTER = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+CONTROL_CHARACTER += r"\ud800-\udfff]"
 
 
 def printable(text: str) -> str:

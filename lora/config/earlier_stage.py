@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from lora.common.base_model_files import plain_file
 from lora.common.checkpoint_folders import SHARDS_FILE, adapter_folder, is_artifact, model_folder
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
-from lora.config.schema import Config
+from lora.common.toml_json import read_file
+from lora.config.schema import Config, LoraConfig
 from lora.config.set_keys import saved_config
 
 
@@ -22,6 +24,9 @@ def require_stage(config: Config) -> None:
         raise UserError(f"init_from {start}: no checkpoint, artifact or adapter; {expected}.")
     if is_artifact(start) or not (start / "metadata.json").is_file():  # not others' checksums
         verify_checksums(start)
+    adapter = adapter_folder(start)
+    if adapter and config.lora and config.method == "lora":
+        require_same_shape(start, adapter, config.lora)
     config_files = ("trainer_state.json", "training_config.toml")  # PEFT's adapters have neither
     if not any((start / name).is_file() for name in config_files):
         return
@@ -29,3 +34,18 @@ def require_stage(config: Config) -> None:
     if config.model.add_special_tokens[: len(tokens)] != tokens:
         hint = f"begin with --add_special_tokens {' '.join(tokens)}"
         raise UserError(f"init_from {start}: it has tokens of its own; {hint}.")
+
+
+def require_same_shape(start: Path, adapter: Path, lora: LoraConfig) -> None:
+    """Raise UserError with the flags of an adapter that was made with others than these."""
+    saved = read_file(plain_file(adapter / "adapter_config.json"))
+    patterns = (saved.get("rank_pattern"), saved.get("alpha_pattern"))
+    if any(patterns) or lora.rank_pattern or lora.alpha_pattern:
+        return  # of ranks that differ, the adapter's r is that of the most layers
+    flags = []
+    for key in ("lora_r", "lora_alpha", "use_rslora", "use_dora"):
+        value = saved.get("r" if key == "lora_r" else key, False)
+        if value != getattr(lora, key):
+            flags.append(f"--{key} {str(value).lower()}")
+    if flags:
+        raise UserError(f"init_from {start}: made with other settings; add {' '.join(flags)}.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora.common.base_model_files import require_base
 from lora.common.errors import UserError
+from lora.common.printable_text import printable
 from lora.config.other_words import AUTOMATIC, MEANINGS, SAME, UNSUPPORTED
 from lora.config.parse_values import kind_of, nearest, parse_text
 from lora.config.schema import Config, EvaluationConfig, LoraConfig, tables_of
@@ -196,7 +197,7 @@ class Translation:
     def print_notes(self, where: str) -> None:
         if self.notes and os.environ.get("RANK", "0") == "0":
             words = "1 key needs" if len(self.notes) == 1 else f"{len(self.notes)} keys need"
-            print(f"note: {where}: {words} nothing here: {', '.join(self.notes)}")
+            print(printable(f"note: {where}: {words} nothing here: {', '.join(self.notes)}"))
 
 
 def find_word(parents: list[str], name: str, known: Collection[str]) -> str:

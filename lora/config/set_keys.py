@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from lora.common.base_model_files import plain_file
 from lora.common.checkpoint_folders import require_known_format
 from lora.common.errors import UserError
 from lora.common.toml_json import read_file
@@ -96,19 +97,16 @@ def from_dict(tables: dict[str, Any], where: str) -> Config:
 
 def saved_config(folder: str | Path) -> Config:
     """Return the configuration that a checkpoint or an artifact was made with."""
+    from lora.common.saved_files import read_state
+
     state = Path(folder) / "trainer_state.json"
     toml = Path(folder) / "training_config.toml"
     if state.is_file():
-        saved = read_file(state)
-        require_known_format(Path(folder), saved)
-        tables = saved.get("config")
-        if not isinstance(tables, dict):
-            raise UserError(f"{state}: holds no config; expected a checkpoint of ours.")
-        return from_dict(tables, str(state))
+        return from_dict(read_state(folder)["config"], str(state))
     if toml.is_file():
         metadata = toml.with_name("metadata.json")  # a merged scorer has none
         if metadata.is_file():
-            require_known_format(Path(folder), read_file(metadata))
-        return from_dict(read_file(toml), str(toml))
+            require_known_format(Path(folder), read_file(plain_file(metadata)))
+        return from_dict(read_file(plain_file(toml)), str(toml))
     absent = f"no {state.name} and no {toml.name}"
     raise UserError(f"{folder}: {absent}; expected a checkpoint or a final_artifact of ours.")

@@ -6,7 +6,6 @@ import json
 import re
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora.common.errors import UserError
@@ -23,7 +22,6 @@ LONGEST_RENDER = 10.0
 MOST_ADDED = 2**20  # characters that a template may write beyond ten times its input
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # the names that data sets use
 PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]  # characters that nobody should write
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 Span = tuple[int, int]  # from the first character to the one after the last
 WeightedSpan = tuple[int, int, float]  # a span, and the factor of its targets' losses
 
@@ -119,7 +117,7 @@ class Chat:
         except (TimeoutError, MemoryError) as error:
             kind = type(error).__name__
             raise self.error(f"{template} does not come to an end ({kind})") from None
-        except (*TEMPLATE_ERRORS, OverflowError, RecursionError) as error:
+        except Exception as error:  # it is a program, and may raise anything
             raise self.error(f"{template} refuses it: {error}") from None
         if len(text) > MOST_ADDED + 10 * len(str(messages)):
             raise self.error(f"{template} makes {len(text):,} characters of it")

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lora.common.checkpoint_folders import model_folder
-from lora.common.checksums import verify_artifact, verify_checksums
+from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
+from lora.common.saved_files import (
+    checksums_sha256,
+    refuse_inside_artifact,
+    require_sha256,
+    verify_artifact,
+)
 from lora.config.command_line import find_config
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, tables_of
@@ -58,6 +64,8 @@ def make_parser() -> Parser:
     add("--output", metavar="FILE", help="JSON file for the numbers; the answers go beside it")
     verify_help = "only verify that no file of the artifact has changed"
     add("--verify_only", action="store_true", help=verify_help)
+    sha256_help = "sha256 that checksums.json must have, as training printed it at its end"
+    add("--expect_sha256", metavar="SHA256", default="", help=sha256_help)
     config_help = "TOML or JSON file as for training, where there is no checkpoint"
     add("--config", metavar="FILE", help=config_help)
 
@@ -97,15 +105,19 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
     if arguments.verify_only and not checkpoint:
         raise UserError("--verify_only: no artifact is named; add --artifact_dir DIR.")
     if arguments.verify_only:
-        verify_artifact(checkpoint)
+        verify_artifact(checkpoint, arguments.expect_sha256)
         print(f"{checkpoint}: verified: every file is as it was written")
+        print(f"sha256 of its checksums.json: {checksums_sha256(checkpoint)}")
         raise SystemExit
     config = Config()
+    if arguments.expect_sha256 and not checkpoint:
+        raise UserError("--expect_sha256: no artifact is named; add --checkpoint DIR.")
     if checkpoint and arguments.config:
         mend = "leave --config out, and override keys with flags"
         raise UserError(f"--checkpoint brings its configuration along; {mend}.")
     if checkpoint:
         verify_checksums(checkpoint)
+        require_sha256(checkpoint, arguments.expect_sha256)
         config = saved_config(checkpoint)
     elif arguments.config:
         config = from_file(find_config(arguments.config))
@@ -130,8 +142,10 @@ def check_combinations(arguments: Namespace, config: Config) -> None:
     files = questions or arguments.eval_data or arguments.test_queries
     if output and not Path(output).resolve().parent.is_dir():
         raise UserError(f"--output {output}: its folder is not there; make it first.")
-    if output and Path(output).is_dir():
-        raise UserError(f"--output {output}: a folder; expected the name of a file.")
+    if output and Path(output).exists() and not Path(output).is_file():
+        raise UserError(f"--output {output}: a folder or a device; expected the name of a file.")
+    for flag in ("output", "html", "reliability"):
+        refuse_inside_artifact(f"--{flag}", getattr(arguments, flag))
     if not config.model.base_model:
         raise UserError("nothing to evaluate: add --checkpoint DIR, or --base_model FOLDER.")
     if not has_prompt and not files and not config.data.train_paths:

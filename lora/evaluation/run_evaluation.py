@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora.common.atomic_files import write_text_atomically
 from lora.common.printable_text import printable
 from lora.common.toml_json import without_nan
 from lora.config.schema import Config, max_batch_tokens
@@ -43,10 +44,11 @@ class Results:
         values = without_nan(self.numbers)
         if self.critical_questions:
             values["critical_questions"] = self.critical_questions
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        path = path.resolve()  # a link is written through
+        write_text_atomically(path, json.dumps(values, indent=2) + "\n")
         if self.answers:
             lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
-            path.with_suffix(".generations.jsonl").write_text("".join(lines), encoding="utf-8")
+            write_text_atomically(path.with_suffix(".generations.jsonl"), "".join(lines))
 
 
 def measure_language(
@@ -67,8 +69,8 @@ def measure_language(
             where, text = question.where, question.messages[-1]["content"]
             verdict = {"where": where, "question": text, "passed": passed}
             results.critical_questions.append(verdict)
-            _, _, last_line = printable(text).strip().rpartition("\n")
-            print(f"{'PASS' if passed else 'FAIL'}  {where}  {last_line}")
+            _, _, last_line = text.strip().rpartition("\n")
+            print(printable(f"{'PASS' if passed else 'FAIL'}  {where}  {last_line}"))
         results.answers += answers
         means = means_by_category(request.critical, measures)
         results.numbers.update({f"critical/{name}": mean for name, mean in means.items()})
@@ -178,7 +180,7 @@ def measure_steps(
     if arguments.prompt is not None or arguments.test_set:
         for example, of_chain in zip(examples, scores):
             if arguments.prompt is None:
-                print(f"\n{example.where}\n{printable(example.prompt)}")
+                print(printable(f"\n{example.where}\n{example.prompt}"))
             for line in step_report.lines(example, of_chain, threshold, sys.stdout.isatty()):
                 print(line)
     if arguments.test_set:
@@ -214,7 +216,7 @@ def measure_steps(
     if arguments.html:
         title = f"Step scores of {arguments.checkpoint or config.model.base_model}"
         page = step_report.page(title, examples, scores, threshold, table)
-        Path(arguments.html).write_text(page, encoding="utf-8")
+        write_text_atomically(Path(arguments.html), page)
     if table:
         print(*step_report.aligned(table), sep="\n")
     if len(labels):

@@ -90,12 +90,12 @@ def aligned(rows: Table) -> Iterator[str]:
     name_width = max(map(len, names))
     for name, *cells in rows:
         if len(name) > name_width:
-            yield name
+            yield printable(name)
             name = ""
         line = name.rjust(name_width)
         for cell in cells:
             line += f"  {cell:{cell_width}}"
-        yield line.rstrip()
+        yield printable(line.rstrip())
 
 
 def lines(example: Example, scores: np.ndarray, threshold: float, colours: bool) -> Iterator[str]:

@@ -24,12 +24,12 @@ import torch
 from lora.common.atomic_files import atomic_folder, write_text_atomically
 from lora.common.base_model_files import locate_base
 from lora.common.checkpoint_folders import FORMAT_VERSION
-from lora.common.checksums import find_damage, write_checksums
+from lora.common.checksums import CHECKSUMS_FILE, file_sha256, find_damage, write_checksums
 from lora.common.errors import Stopped, UserError
 from lora.common.operating_system import physical_memory_bytes
 from lora.common.paths import ROOT
-from lora.common.toml_json import read_file
 from lora.config.schema import Config
+from lora.config.set_keys import saved_config
 from lora.distributed.sharding import any_sharded
 from lora.export.model_card import model_card
 from lora.model.load import load_task
@@ -51,10 +51,12 @@ def finished_results(run_dir: Path, config: Config, step: int, max_steps: int) -
     folder = run_dir / "final_artifact"
     if not folder.is_dir() or find_damage(folder, "metadata.json"):
         return None
-    results = read_file(folder / "training_metrics.json")
+    from lora.common.saved_files import RESULTS, read_table  # where a run is started again
+
+    results = read_table(folder / "training_metrics.json", RESULTS)
     has_ended = results["last"]["step"] == step and results.get("max_steps") == max_steps
     # Not from metadata.json, where version 1 has the number of its format under this name.
-    saved = read_file(folder / "training_config.toml")["output"].get("artifact_version", "")
+    saved = saved_config(folder).output.artifact_version
     wanted = config.output.artifact_version
     if has_ended and saved != wanted:
         problem = f"artifact_version {wanted!r}, and it is complete as {saved!r}"
@@ -113,6 +115,7 @@ def write_final_artifact(
         if value is not None and "/" not in name:  # "/": of one of several held-out sets
             metrics.append(f"{name} {value:.4f}")
     log.say(f"best: {', '.join(metrics)}; {results['seconds']} s; weights in {folder}")
+    log.say(f"sha256 of its {CHECKSUMS_FILE}: {file_sha256(folder / CHECKSUMS_FILE)}")
     return results
 
 

@@ -79,8 +79,9 @@ def find_adapter(given: str, base_model: str | None) -> AdapterSource:
 
 def class_for(shape: PretrainedConfig) -> type:
     """Return the class of transformers that the base says it is."""
-    architecture = (shape.architectures or ["AutoModelForCausalLM"])[0]
-    if not hasattr(transformers, architecture):
+    names = shape.architectures or ["AutoModelForCausalLM"]
+    architecture = names[0] if isinstance(names, list) else names
+    if not hasattr(getattr(transformers, str(architecture), None), "from_pretrained"):
         found = f"transformers has no {architecture}, which the base says it is"
         raise UserError(f"{found}; a newer version may.")
     return getattr(transformers, architecture)
@@ -142,6 +143,7 @@ def require_same_outputs(
         raise UserError(f"--adapter {source.given}: {found}; use it unmerged.")
     if effect == 0 and source.adapter:
         raise UserError(f"--adapter {source.given}: it changes nothing; use the base as it is.")
+    print("fine: merged, the model computes what base + adapter compute; the rest is rounding")
     return effect
 
 

@@ -5,7 +5,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from lora.common.base_model_files import locate_base
-from lora.common.errors import UserError
+from lora.common.errors import UserError, library_errors
 from lora.config.schema import Config
 from lora.model.compatibility import find_incompatibility
 from lora.model.device import choose_device, choose_dtype
@@ -49,7 +49,8 @@ def load_task(
             problem = "an encoder sees what it would have to predict"
             raise UserError(f"{where}: {problem}; use --task score.")
         task.packed = layout
-        problem = find_incompatibility(task, compute_dtype)
+        with library_errors(where):
+            problem = find_incompatibility(task, compute_dtype)
         if not problem:
             break
         problems.append(problem)
@@ -99,7 +100,8 @@ def build_model(
         if quantization:
             problem = "random weights are not quantised"
             raise UserError(f"init_from scratch: {problem}; leave load_in_4bit out.")
-        model = model_class.from_config(shape, dtype=dtype, attn_implementation=attention)
+        with library_errors(f"base_model {config.model.base_model}", KeyError):
+            model = model_class.from_config(shape, dtype=dtype, attn_implementation=attention)
         model.config.name_or_path = locate_base(config.model.base_model)[0]
     else:
         model = load_weights(model_class, config.model.base_model, dtype, attention, quantization)

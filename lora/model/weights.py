@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
-from lora.common.base_model_files import check_weight_files, locate_base
+from lora.common.base_model_files import check_shape, check_weight_files, locate_base
 from lora.common.errors import UserError, library_errors, raise_if_any
 from lora.common.toml_json import read_file
 from lora.config.schema import LoraConfig, ModelConfig
@@ -50,6 +50,8 @@ class StoredTensor:
 def from_pretrained(loader: Any, base_model: str) -> Any:
     """Call from_pretrained of one of transformers' classes. Its errors become UserErrors."""
     source, local = locate_base(base_model)
+    if local:
+        check_shape(source)
     with library_errors(f"base_model {base_model}"):
         return loader.from_pretrained(source, trust_remote_code=False, local_files_only=local)
 
@@ -74,6 +76,9 @@ def load_shape(base_model: str) -> tuple[PreTrainedConfig, torch.dtype, PreTrain
 
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     tokenizer = from_pretrained(transformers.AutoTokenizer, base_model)
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        found = f"model_max_length = {tokenizer.model_max_length!r:.60} in tokenizer_config.json"
+        raise UserError(f"base_model {base_model}: {found}; expected a number.")
     if not tokenizer.is_fast:
         problem = "its tokenizer has no fast version (no tokenizer.json), which is needed"
         raise UserError(f"base_model {base_model}: {problem}.")
@@ -140,7 +145,7 @@ def load_weights(
     options["ignore_mismatched_sizes"] = True  # they are reported below
     options["output_loading_info"] = True
     shape = read_shape(base_model)
-    with library_errors(f"base_model {base_model}"):
+    with library_errors(f"base_model {base_model}", KeyError):  # of an attention it does not know
         if not issubclass(model_class, PreTrainedModel):  # one of transformers' Auto classes
             with torch.device("meta"):  # allocates no memory
                 empty = model_class.from_config(shape)

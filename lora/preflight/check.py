@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import sys
 
 from lora.common.errors import Stopped
+from lora.common.printable_text import printable
 from lora.data.raw_data import RawData
 from lora.data.row_display import row_as_text
 from lora.model.run import Run
@@ -24,7 +25,7 @@ def check(run: Run, raw_data: RawData, data_facts: dict) -> None:
     failed = run_checks(DATA, trial)
     print()
     for example, tokenised in trial.tokenised_examples[:3]:
-        print(f"--- {example.where}")
+        print(f"--- {printable(example.where)}")
         for row in tokenised.rows[:3]:
             print(row_as_text(row, run.task.tokenizer, sys.stdout.isatty()).rstrip("\n"))
     if note:
@@ -47,7 +48,7 @@ def run_checks(checks: Mapping[str, Callable[[Trial], Result | None]], trial: Tr
             message = " ".join(str(error).split())[:200]
             result = Result(FAIL, f"ended with {type(error).__name__}: {message}")
         if result is not None:
-            print(f"{result.status}  {name}: {result.text}", flush=True)
+            print(printable(f"{result.status}  {name}: {result.text}"), flush=True)
             if result.status == FAIL:
                 failed.append(name)
     return failed

@@ -4,6 +4,7 @@
     python -m lora compare outputs/r_* --against outputs/r_16    is each better, worse, or neither?
     python -m lora compare outputs/r_* --sweep lora_r=1,4 seed=1,2   the commands of those not run
     python -m lora compare outputs/r_* --plot sweep.png    curves, and losses against the swept key
+    python -m lora compare outputs/r_* --format csv        the table alone, for other programs
 
 Two runs are compared at their best steps, on the validation examples that both were evaluated on:
 a 95 % bootstrap interval of the difference of their losses. That says which of two models is
@@ -14,22 +15,31 @@ nothing but their seed, their spread is included in the interval.
 import argparse
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+import csv
 from importlib.util import find_spec
+import io
 import itertools
 import json
 import math
+import os
 from pathlib import Path
+import re
 import shlex
 import statistics
+import sys
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lora.common.errors import UserError
+from lora.common.atomic_files import atomic_file
+from lora.common.errors import UserError, library_errors
 from lora.common.paths import script_call
+from lora.common.printable_text import printable
 from lora.common.toml_json import read_file
 from lora.config.flags import Parser
-from lora.config.set_keys import from_dict, set_key
+from lora.config.schema import Config
+from lora.config.set_keys import from_dict, key_values, set_key
+from lora.config.table import ALIASES
 from lora.evaluation.statistics import bootstrap_samples, interval_95
 from lora.tools.finished_run import FinishedRun, flat_config, format_value
 
@@ -51,21 +61,40 @@ def differing_keys(runs: Sequence[FinishedRun]) -> list[str]:
     return differing
 
 
-def table(runs: Sequence[FinishedRun]) -> list[list[str]]:
-    """Return rows of cells, the first row a heading."""
+def table(runs: Sequence[FinishedRun]) -> list[dict]:
+    """Return a row for each run, {column: value}, with the same columns in the same order."""
     keys = differing_keys(runs)
     results_of_runs = [run.columns() for run in runs]
     names = {}
     for results in results_of_runs:
         names.update(results)
-    rows = [["run", *keys, *names, ""]]
+    rows = []
     for run, results in zip(runs, results_of_runs):
-        cells = [run.name]
-        cells += [format_value(run.config.get(key)) for key in keys]
-        cells += [format_value(results.get(name)) for name in names]
-        cells.append("" if run.results else "not ended")
-        rows.append(cells)
+        row = {"run": run.name}
+        row.update({key: run.config.get(key) for key in keys})
+        row.update({name: results.get(name) for name in names})
+        rows.append({**row, "ending": run.ending})
     return rows
+
+
+def as_text(rows: list[dict], form: str | None) -> str:
+    """Return the table as csv, json or md (Markdown), or with the endings below it."""
+    if form == "json":
+        return json.dumps(rows, indent=2)
+    if form == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return printable(text.getvalue().rstrip("\n"))
+    cells = [[format_value(value) for value in row.values()] for row in rows]
+    cells.insert(0, list(rows[0]))
+    if form == "md":
+        cells.insert(1, ["---"] * len(rows[0]))
+        escaped = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in cells]
+        return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+    endings = [f"{row['run']}: {row['ending']}" for row in rows if row["ending"]]
+    return "\n".join([aligned([line[:-1] for line in cells]), *endings])
 
 
 def aligned(rows: list[list[str]]) -> str:
@@ -142,7 +171,16 @@ def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> 
     return f"{title} {measured}: {decision} ({note})"
 
 
-def sketch(runs: Sequence[FinishedRun]) -> str:
+def by_loss(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Return the runs by what their loss is: those of two tasks do not stand on one scale."""
+    groups = defaultdict(list)
+    for run in runs:
+        is_scorer = run.config["task"] == "score"
+        groups[run.config["score_loss"] if is_scorer else "cross entropy"].append(run)
+    return groups
+
+
+def sketch(runs: Sequence[FinishedRun], loss_name: str) -> str:
     """Return the validation losses of each run as a line of blocks, all on one scale."""
     curves = {}
     for run in runs:
@@ -154,7 +192,7 @@ def sketch(runs: Sequence[FinishedRun]) -> str:
     high = max(map(max, curves.values()))
     span = high - low if high > low else 1
     name_width = max(map(len, curves))
-    lines = [f"validation loss, from {high:.4g} (high) to {low:.4g}"]
+    lines = [f"validation loss ({loss_name}), from {high:.4g} (high) to {low:.4g}"]
     for name, curve in curves.items():
         width = min(MAX_WIDTH, len(curve))
         blocks = ""
@@ -169,23 +207,26 @@ def plot(path: str, runs: Sequence[FinishedRun], key: str | None) -> None:
     """Draw the learning curves and, where a key is swept, the best losses against it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11 if key else 6, 4), layout="constrained")
-    curves = figure.add_subplot(1, 2 if key else 1, 1)
-    for run in runs:
-        if run.curve():
-            curves.plot(*zip(*run.curve()), marker=".", label=run.name)
-    curves.set(xlabel="step", ylabel="validation loss")
-    if curves.lines:
-        curves.legend(fontsize=7)
-    if key:
-        evaluated = [run for run in runs if run.best_step is not None]
-        values = [run.config[key] for run in evaluated]
-        axes = figure.add_subplot(1, 2, 2)
-        axes.plot(values, [run.best_loss for run in evaluated], marker="o", linestyle="none")
-        axes.set(xlabel=key, ylabel="best validation loss")
-        if values and min(values) > 0 and max(values) / min(values) > 8:
-            axes.set_xscale("log")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    groups, columns = by_loss(runs), 2 if key else 1
+    figure = Figure(figsize=(5.5 * columns, 4 * len(groups)), layout="constrained")
+    for row, (loss_name, group) in enumerate(groups.items()):
+        curves = figure.add_subplot(len(groups), columns, row * columns + 1)
+        for run in group:
+            if run.curve():
+                curves.plot(*zip(*run.curve()), marker=".", label=run.name)
+        curves.set(xlabel="step", ylabel=f"validation loss ({loss_name})")
+        if curves.lines:
+            curves.legend(fontsize=7)
+        if key:
+            evaluated = [run for run in group if run.best_step is not None]
+            values = [run.config[key] for run in evaluated]
+            axes = figure.add_subplot(len(groups), columns, row * columns + 2)
+            axes.plot(values, [run.best_loss for run in evaluated], marker="o", linestyle="none")
+            axes.set(xlabel=key, ylabel=f"best validation loss ({loss_name})")
+            if values and min(values) > 0 and max(values) / min(values) > 8:
+                axes.set_xscale("log")
+    with atomic_file(Path(path)) as temporary, library_errors(f"--plot {path}"):
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
 
 
 def swept_key(runs: Sequence[FinishedRun]) -> str | None:
@@ -196,6 +237,24 @@ def swept_key(runs: Sequence[FinishedRun]) -> str | None:
         if key != "seed" and types <= {int, float}:
             numeric_keys.append(key)
     return numeric_keys[0] if len(numeric_keys) == 1 else None
+
+
+def proposed_name(run: FinishedRun, config: Config, names: Iterable[str]) -> str:
+    """Return the name of `run` with the values of `config` in it for its own, of those keys.
+
+    A value that the name does not hold once is added with its key.
+    """
+    name, values = run.folder.resolve().name, key_values(config)
+    added = ""
+    for key in names:
+        old, new = format_value(run.config[key]), format_value(values[key])
+        # A part of another number, as 1 of 1e-2, is not the value.
+        around = re.split(rf"(?<![\d.])(?<!e-){re.escape(old)}(?![\d.]|e-?\d)", name)
+        if old != new and len(around) == 2:
+            name = new.join(around)
+        elif old != new:
+            added += f"_{key}_{new}"
+    return re.sub(r"[^\w.-]+", "-", name + added)
 
 
 def missing_commands(
@@ -211,19 +270,21 @@ def missing_commands(
         if not values:
             raise UserError(f"--sweep {axis}: expected KEY=VALUE,VALUE,...")
         values_of_key[key] = values.split(",")
-    config_file = first.folder / "logs" / "config.toml"
+    config_file = first.file("logs/config.toml")
     script = "train_lora.py" if "lora_r" in first.config else "train.py"
     ended_configs = [run.config for run in runs if run.results]
+    folder = first.folder.resolve().parent
     commands = []
     for combination in itertools.product(*values_of_key.values()):
         config = from_dict(read_file(config_file), str(config_file))
-        name, flags = [], []
+        flags = []
         for key, text in zip(values_of_key, combination):
             set_key(config, key, text, f"--sweep {key}")  # refuses a key that there is not
-            name.append(f"{key}_{text}")
             flags += [f"--{key}", text]
         if flat_config(config) not in ended_configs:
-            flags += ["--experiment_name", "_".join(name), "--resume_from", "auto"]
+            names = [ALIASES.get(key, key) for key in values_of_key]
+            flags += ["--experiment_name", proposed_name(first, config, names)]
+            flags += ["--output_dir", os.path.relpath(folder), "--resume_from", "auto"]
             commands.append(
                 shlex.join([*script_call(script), "--config", str(config_file), *flags])
             )
@@ -239,7 +300,11 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B", help=sweep)
     picture = "write a .png of the curves, and of the loss against the key that differs"
     parser.add_argument("--plot", metavar="FILE", help=picture)
+    form = "print the table alone, for other programs"
+    parser.add_argument("--format", choices=("csv", "json", "md"), help=form)
     arguments = parser.parse_args(argv)
+    if arguments.format and (arguments.against or arguments.sweep):
+        raise UserError("--format prints the table alone; leave --against and --sweep out.")
     if arguments.plot:
         path = Path(arguments.plot)
         if find_spec("matplotlib") is None:
@@ -259,7 +324,8 @@ def read_runs(folders: Iterable[str]) -> list[FinishedRun]:
         else:
             others.append(folder)
     if others:
-        print(f"left out, because they are no folders of runs: {' '.join(others)}")
+        found = f"left out, because they are no folders of runs: {' '.join(others)}"
+        print(printable(found), file=sys.stderr)
     if not runs:
         raise UserError("no folder of a run is named: expected folders like outputs/RUN.")
     return runs
@@ -269,7 +335,10 @@ def main(argv: Sequence[str]) -> None:
     arguments = read_arguments(argv)
     named = read_runs(arguments.runs)
     runs = sorted(named, key=lambda run: run.best_loss)
-    print(aligned(table(runs)), sketch(runs), sep="\n\n")
+    print(as_text(table(runs), arguments.format))
+    if not arguments.format:
+        for loss_name, group in by_loss(runs).items():
+            print("", sketch(group, loss_name), sep="\n")
     if arguments.against:
         other = FinishedRun.of(arguments.against)
         compared = [run for run in runs if run.folder.resolve() != other.folder.resolve()]
@@ -282,4 +351,4 @@ def main(argv: Sequence[str]) -> None:
     if arguments.sweep:
         commands = missing_commands(named[0], runs, arguments.sweep)
         if commands:
-            print("\nnot yet run:", *commands, sep="\n")
+            print("\nnot yet run:", *map(printable, commands), sep="\n")

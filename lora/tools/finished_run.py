@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-import json
 import math
 from pathlib import Path
 import statistics
+import zipfile
 
 import numpy as np
 
+from lora.common.base_model_files import MOST_BYTES, plain_file
 from lora.common.errors import UserError
-from lora.common.toml_json import read_file
+from lora.common.printable_text import printable
+from lora.common.saved_files import FLOAT32_MAX, METRICS, RESULTS, STATUS, read_table, require_shape
+from lora.common.toml_json import parse_json, read_file
 from lora.config.schema import Config
 from lora.config.set_keys import from_dict
 
@@ -21,35 +24,64 @@ IGNORED_KEYS = ("experiment_name", "output_dir", "report_to", "artifact_version"
 
 @dataclass
 class FinishedRun:
-    """What the folder of a run says about it; the run may also be going on, or have failed."""
+    """What the folder of a run says about it; the run may also be going on, or have failed.
+
+    Somebody else may have written it: no link is followed out of it, and values are checked.
+    """
 
     folder: Path
     config: dict  # as `flat_config` returns it
+    tables: dict = field(default_factory=dict)  # the same, table by table
     lines: list[dict] = field(default_factory=list)  # of logs/train_metrics.jsonl
     results: dict = field(default_factory=dict)  # logs/final_results.json, if it has ended well
+    status: dict = field(default_factory=dict)  # status.json
 
     @classmethod
     def of(cls, folder: str) -> FinishedRun:
         """Read the folder of a run. Raises UserError where it is none."""
-        logs = Path(folder) / "logs"
-        config_file, metrics = logs / "config.json", logs / "train_metrics.jsonl"
-        results = logs / "final_results.json"
+        config_file = Path(folder) / "logs" / "config.json"
         if not config_file.is_file():
             expected = "expected the folder of a run, as outputs/RUN"
             raise UserError(f"{folder}: no logs/config.json there; {expected}.")
+        run = cls(Path(folder), {})
         # Keys that are newer than the run get their defaults.
-        run = cls(Path(folder), flat_config(from_dict(read_file(config_file), str(config_file))))
-        if metrics.is_file():
-            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            # The last line may be being written.
-            run.lines = [json.loads(line) for line in lines if line.endswith("\n")]
-        if results.is_file():
-            run.results = read_file(results)
+        config = from_dict(read_file(run.file("logs/config.json")), str(config_file))
+        run.config, run.tables = flat_config(config), config.as_dict()
+        metrics = run.file("logs/train_metrics.jsonl")
+        # The last line may be being written.
+        lines = run.read_text(metrics).split("\n")[:-1]
+        run.lines = [parse_metrics(f"{metrics}:{i}", line) for i, line in enumerate(lines, 1)]
+        if run.file("logs/final_results.json").exists():
+            run.results = read_table(run.file("logs/final_results.json"), RESULTS, run.folder)
+        if run.file("status.json").exists():
+            run.status = read_table(run.file("status.json"), STATUS, run.folder)
         return run
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file of the run. Raises UserError as `plain_file` does."""
+        return plain_file(self.folder / name, self.folder)
+
+    def read_text(self, path: Path) -> str:
+        """Return the text of a file, "" if there is none."""
+        try:
+            return path.read_text(encoding="utf-8") if path.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); expected UTF-8.") from None
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return printable(self.folder.resolve().name)
+
+    @property
+    def ending(self) -> str:
+        """How a run without results ended: its exit status and the reason; else ""."""
+        exit_status, reason = self.status.get("exit"), self.status.get("error")
+        if self.results:
+            return ""
+        if not exit_status:
+            return "not ended"
+        guard = ", stopped by a guard" if exit_status == 3 else ""
+        return printable(f"exit status {exit_status}{guard}: {reason}")
 
     def curve(self, name: str = "val/loss") -> list[tuple[int, float]]:
         """Return (step, value) of a metric, where it is finite."""
@@ -60,12 +92,23 @@ class FinishedRun:
 
         The file is that of lora/evaluation/example_losses.py.
         """
-        path = self.folder / "logs" / "examples" / f"step_{step}.npz"
+        path = self.file(f"logs/examples/step_{step}.npz")
         if not path.is_file():
             return {}
-        with np.load(path) as saved:
-            losses_and_counts = zip(saved["loss"].tolist(), saved["targets"].tolist())
-            return dict(zip(saved["id"].tolist(), losses_and_counts))
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                    raise ValueError
+            with np.load(path) as saved:
+                ids, losses, counts = saved["id"], saved["loss"], saved["targets"]
+            is_sound = ids.shape == losses.shape == counts.shape == (len(ids),)
+            is_sound &= bool((np.abs(losses) <= FLOAT32_MAX).all() and (counts >= 1).all())
+        except Exception:  # numpy and zipfile raise all kinds
+            is_sound = False
+        if not is_sound:
+            expected = "expected the arrays id, loss and targets of an evaluation"
+            raise UserError(f"{path}: damaged; {expected}.")
+        return dict(zip(ids.tolist(), zip(losses.tolist(), counts.tolist())))
 
     @property
     def best_step(self) -> int | None:
@@ -97,6 +140,15 @@ class FinishedRun:
         return columns
 
 
+def parse_metrics(where: str, line: str) -> dict:
+    try:
+        metrics = parse_json(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}).") from None
+    require_shape(where, metrics, METRICS)
+    return metrics
+
+
 def flat_config(config: Config) -> dict:
     """Return the keys of all tables in one, without IGNORED_KEYS."""
     keys = {}
@@ -111,5 +163,5 @@ def format_value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, list):
-        return " ".join(map(str, value))
-    return str(value)
+        value = " ".join(map(str, value))
+    return printable(str(value))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import sys
 
+from lora.common.printable_text import printable
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, ModelConfig
 from lora.data.data_summary import describe_data
@@ -42,6 +43,6 @@ def main(argv: Sequence[str]) -> None:
     for example in examples[: arguments.rows]:
         (tokenised,) = tokenise([example], tokenizer, config.model.task, config.data, causal)
         for row in tokenised.rows[: arguments.rows]:
-            print(f"--- {example.where}, {len(row.tokens)} tokens")
+            print(f"--- {printable(example.where)}, {len(row.tokens)} tokens")
             print(row_as_text(row, tokenizer, sys.stdout.isatty()).rstrip("\n"))
     print(f"\n{describe_data('data', facts)}")

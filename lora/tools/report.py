@@ -11,8 +11,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from lora.common.atomic_files import write_text_atomically
+from lora.common.checkpoint_folders import checkpoints_by_step
+from lora.common.errors import UserError
 from lora.common.printable_text import printable
-from lora.common.toml_json import read_file
+from lora.common.saved_files import read_state, verify_artifact
 from lora.config.flags import Parser
 from lora.evaluation.html_templates import render_template
 from lora.tools.charts import chart
@@ -22,30 +25,41 @@ TRAINED_FACTS = ("method", "trainable_parameters", "parameters", "base_unchanged
 
 
 def page(run: FinishedRun) -> str:
-    artifact = run.folder / "final_artifact"
-    metadata, samples = {}, None
-    if artifact.is_dir():
-        from lora.tools.report_samples import held_out_samples  # imports torch
+    metadata, samples, problem = {}, None, ""
+    try:
+        metadata = artifact_metadata(run)
+        if metadata:
+            from lora.tools.report_samples import held_out_samples  # imports torch
 
-        metadata = read_file(artifact / "metadata.json")
-        samples = held_out_samples(artifact)
+            samples = held_out_samples(run.folder / "final_artifact", metadata)
+    except UserError as error:
+        problem = str(error)
+        print(printable(f"no samples: {problem}"))
     environment = {**metadata.get("versions", {}), **metadata.get("hardware", {})}
     environment["commit"] = metadata.get("git_commit")
-    config = read_file(run.folder / "logs" / "config.json")
     values = {
         "title": run.name,
         "headline": headline(run),
-        "has_ended": bool(run.results),
+        "ending": run.ending,
+        "problem": problem,
         "result": result_rows(run),
         "charts": metric_charts(run),
-        "checkpoints": checkpoint_table(run.folder / "checkpoints"),
+        "checkpoints": checkpoint_table(run),
         "samples": samples,
-        "startup_log": startup_log(run.folder / "logs"),
+        "startup_log": startup_log(run),
         "trained": value_rows({name: metadata.get(name) for name in TRAINED_FACTS}),
         "environment": value_rows(environment),
-        "configuration": {name: value_rows(table) for name, table in config.items()},
+        "configuration": {name: value_rows(table) for name, table in run.tables.items()},
     }
     return render_template("report.html", values)
+
+
+def artifact_metadata(run: FinishedRun) -> dict:
+    """Return the metadata of the run's artifact, {} without one. Raises UserError as eval.py."""
+    artifact = run.folder / "final_artifact"
+    if artifact.is_symlink():
+        raise UserError(f"{artifact}: a link, which is not followed.")
+    return verify_artifact(artifact) if artifact.exists() else {}
 
 
 def headline(run: FinishedRun) -> str:
@@ -116,22 +130,23 @@ def metric_charts(run: FinishedRun) -> list[Markup]:
     return [drawing for drawing in charts if drawing]
 
 
-def startup_log(folder: Path) -> str:
+def startup_log(run: FinishedRun) -> str:
     """Return the log up to the first step: data, trained parameters, warnings."""
     lines = []
-    for log in sorted(folder.glob("train_*.log"))[:1]:
-        for line in log.read_text(encoding="utf-8").splitlines():
+    for log in sorted((run.folder / "logs").glob("train_*.log"))[:1]:
+        for line in run.read_text(run.file(f"logs/{log.name}")).splitlines():
             if line.startswith("step "):
                 break
-            lines.append(printable(line))
+            lines.append(line)
     return "\n".join(lines)
 
 
-def checkpoint_table(folder: Path) -> list[list[str]]:
+def checkpoint_table(run: FinishedRun) -> list[list[str]]:
     """Return a row for each validation metric, and a column for each checkpoint, the best first."""
-    from lora.training.best_checkpoints import best_first, saved_states  # imports torch
+    from lora.training.best_checkpoints import best_first  # imports torch
 
-    states = saved_states(folder)
+    checkpoints = checkpoints_by_step(run.folder / "checkpoints")
+    states = [read_state(path, run.folder) for _, path in sorted(checkpoints.items())]
     if not states:
         return []
     states = best_first(states) + [state for state in states if not state["val"]]
@@ -151,5 +166,5 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("run", metavar="RUN", help="the run's folder, as outputs/RUN")
     run = FinishedRun.of(parser.parse_args(argv).run)
     path = run.folder / "report.html"
-    path.write_text(page(run), encoding="utf-8")
+    write_text_atomically(path, page(run))
     print(path)

@@ -8,11 +8,14 @@ from markupsafe import Markup
 import numpy as np
 import torch
 
+from lora.common.checksums import file_sha256
+from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.config.schema import Config
 from lora.config.set_keys import saved_config
 from lora.data.examples import Example
-from lora.data.raw_data import RawData
+from lora.data.files import local_path
+from lora.data.raw_data import RawData, held_out_paths
 from lora.evaluation.calibration import calibration, expected_calibration_error
 from lora.evaluation.generate import generate_answers, prompt_tokens, step_scores, text_tokens
 from lora.evaluation.step_metrics import labelled_steps
@@ -40,9 +43,10 @@ class Samples:
     reliability_chart: Markup = Markup("")
 
 
-def held_out_samples(artifact: Path) -> Samples:
+def held_out_samples(artifact: Path, metadata: dict) -> Samples:
     """Run the model of a final artifact on held-out examples."""
     config = saved_config(artifact)
+    require_recorded_data(config, metadata)
     task = load_task(config, torch.float32)
     task.load(artifact)
     task.to(choose_device(config.training.device)).eval()
@@ -50,6 +54,22 @@ def held_out_samples(artifact: Path) -> Samples:
     if config.model.task == "score":
         return score_chains(task, examples[:MAX_SCORED_EXAMPLES], config)
     return Samples(answers_to(task, examples[:MAX_SHOWN_EXAMPLES], config))
+
+
+def require_recorded_data(config: Config, metadata: dict) -> None:
+    """Raise UserError unless the data files are those that the run was made with.
+
+    A page is made to be passed on: somebody's artifact must not put another file of ours into it.
+    """
+    parts = {"train_data": config.data.train_paths, "eval_data": held_out_paths(config.data)}
+    for part, paths in parts.items():
+        recorded = list(metadata[part].values())
+        for i, path in enumerate(dict.fromkeys(paths)):
+            if path.startswith("arithmetic:"):
+                continue
+            if [file_sha256(local_path(path))] != recorded[i : i + 1]:
+                found = "not the file that the run was made with"
+                raise UserError(f"{path}: {found}, so that no example of it is shown.")
 
 
 def score_chains(task: Task, examples: Sequence[Example], config: Config) -> Samples:

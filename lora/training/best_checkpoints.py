@@ -75,6 +75,8 @@ def recover(run_dir: Path, step: int) -> list[str]:
     remove_leftovers(run_dir)
     remove_leftovers(folder)
     for saved_step, path in checkpoints_by_step(folder).items():
+        from lora.common import saved_files  # for a run that is resumed
+
         damage = find_damage(path, "trainer_state.json")
         if damage:
             aside = folder / f"damaged_{path.name}"
@@ -82,7 +84,9 @@ def recover(run_dir: Path, step: int) -> list[str]:
                 remove_folder(aside)
             path.rename(aside)
             warnings.append(f"warning: {path}: damaged ({damage}); set aside as {aside.name}")
-        elif saved_step > step:
+            continue
+        saved_files.read_state(path)  # refuses what no plainlora has written
+        if saved_step > step:
             remove_folder(path)
             warnings.append(f"warning: {path}: later than step {step}; deleted, to be made anew")
     prune(folder)

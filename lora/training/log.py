@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lora.common.atomic_files import write_text_atomically
 from lora.common.errors import UserError
 from lora.common.operating_system import peak_memory_bytes
+from lora.common.printable_text import printable
 from lora.common.toml_json import without_nan
 from lora.config.schema import Config
 from lora.distributed import process_group
@@ -66,6 +67,7 @@ class Log:
             self.trackers = make_trackers(self.run_dir, config, start, self.say)
 
     def say(self, line: str) -> None:
+        line = printable(line)
         tqdm.write(line)
         self.text_file.write(line + "\n")
 

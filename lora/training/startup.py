@@ -6,6 +6,7 @@ import os
 import torch
 
 from lora.common.base_model_files import describe_base
+from lora.common.printable_text import printable
 from lora.config.command_line import Command
 from lora.config.schema import LoraConfig
 from lora.data.data_summary import describe_data
@@ -50,7 +51,7 @@ def start_loading(
         return device, dtype, None
     size = sum(path.stat().st_size for path in weight_files(model))
     base = describe_base(model.base_model)
-    print(f"loading base model {base} ({size / 1e9:.1f} GB) ...", flush=True)
+    print(f"loading base model {printable(base)} ({size / 1e9:.1f} GB) ...", flush=True)
     if command.check or command.dry_run:
         return device, dtype, None
     return device, dtype, base_integrity.start_hashing(model)

@@ -135,6 +135,13 @@ def test_a_saved_configuration_reads_back_equal(tmp_path, suffix):
         assert saved_config(tmp_path) == from_dict(config.as_dict(), "") == config
 
 
+def state_with(tables):
+    """The trainer_state.json of version 0.1.0 with another configuration."""
+    saved = ROOT / "tests" / "fixtures" / "written_by_0_1_0" / "checkpoint_step_4"
+    state = json.loads((saved / "trainer_state.json").read_text())
+    return json.dumps(state | {"config": tables})
+
+
 def test_resume_from_auto_looks_at_script_and_stage_as_a_run_that_is_named_does(tmp_path):
     flags = [*NAMED, "--resume_from=auto", "--experiment_name=a", f"--output_dir={tmp_path}"]
     with pytest.raises(UserError, match="no checkpoint, artifact or adapter; a whole"):
@@ -144,7 +151,7 @@ def test_resume_from_auto_looks_at_script_and_stage_as_a_run_that_is_named_does(
     newest.mkdir(parents=True)
     (newest / "optimizer.safetensors").touch()
     for lora, name in ((True, "train_lora.py"), (False, "train.py")):
-        (newest / "trainer_state.json").write_text(json.dumps({"config": begun[lora].as_dict()}))
+        (newest / "trainer_state.json").write_text(state_with(begun[lora].as_dict()))
         write_checksums(newest)
         assert read(*flags, lora=lora) == begun[lora]
         with pytest.raises(UserError, match=f"checkpoint_step_4: {name} made it"):
@@ -234,7 +241,7 @@ def as_of_an_older_version(folder, name, config, value):
     """`name` in `folder`, as a run saved it that still had the retired keys."""
     tables = config.as_dict()
     tables["data"] |= RETIRED | {"share_prompts": value}
-    text = to_toml(tables) if name.endswith(".toml") else json.dumps({"config": tables})
+    text = to_toml(tables) if name.endswith(".toml") else state_with(tables)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
 
@@ -448,3 +455,14 @@ def test_offloading_asks_for_checkpointed_layers(other):
     with pytest.raises(UserError, match="offload_activations: .* add --gradient_checkpointing."):
         read(*NAMED, "--offload_activations", *other)
     read(*NAMED, "--offload_activations", "--gradient_checkpointing")
+
+
+@pytest.mark.parametrize("name", ["..", "../a", "a/../../b", "/tmp/a", "a/..", "a\0b"])
+@pytest.mark.parametrize("resume", [[], ["--resume_from=auto"]])
+def test_the_name_of_a_run_does_not_lead_out_of_output_dir(tmp_path, name, resume):
+    with pytest.raises(UserError, match="experiment_name .*: it leads out of output_dir"):
+        read(*NAMED, f"--experiment_name={name}", f"--output_dir={tmp_path}", *resume)
+    with pytest.raises(UserError, match="experiment_name .*: it leads out of output_dir"):
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps({"experiment_name": name}))
+        read(*NAMED, "--config", str(path), *resume)

@@ -23,6 +23,7 @@ from lora.config.set_keys import from_dict
 from lora.data.readers import read
 from lora.evaluation import retrieval, text_metrics
 from lora.evaluation.generate import embed
+from lora.evaluation.run_evaluation import Results
 from lora.model.load import load_task
 from lora.tools import cite_or_refuse
 from tests.conftest import run
@@ -637,3 +638,39 @@ def test_every_sample_file_is_read():
         text_metrics.final_number(q.reference)
         for q in text_metrics.read_questions(str(SAMPLES / "questions.jsonl"))
     )
+
+
+# ----------------------------------------------------------------------------- foreign names, files
+
+
+def test_the_names_of_test_sets_have_no_commands_for_the_terminal(configure, tmp_path, capsys):
+    folder = run(configure(True, max_steps=1))
+    row = {"prompt": "1+1", "steps": ["=2", "=3"], "labels": [1, 0]}
+    file = write(tmp_path / "a\x1b[31m\u202eb.jsonl", [row] * 2)
+    page = tmp_path / "page.html"
+    checkpoint = ["--checkpoint", folder / "final_artifact"]
+    evaluate(*checkpoint, "--test_set", file, "--html", page)
+    for text in (capsys.readouterr().out, page.read_text()):
+        assert "/ab.jsonl:1" in text and "\x1b" not in text and "\u202e" not in text
+
+    lm = run(configure(True, "lm", task="lm", max_steps=1))
+    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    file = write(tmp_path / "c\x1b[31m\u202ed.jsonl", [{"messages": chat}])
+    flags = ["--critical_questions", file, "--max_new_tokens", "2"]
+    evaluate("--checkpoint", lm / "final_artifact", *flags)
+    printed = capsys.readouterr().out
+    assert "/cd.jsonl:1" in printed and "\x1b" not in printed and "\u202e" not in printed
+
+
+def test_results_replace_a_file_and_are_not_written_into_it(tmp_path):
+    results = Results({"loss": 1.0}, answers=[{"answer": "a"}])
+    for name in ("r.json", "r.generations.jsonl"):
+        (tmp_path / name).write_text("before")
+        (tmp_path / f"kept_{name}").hardlink_to(tmp_path / name)
+        (tmp_path / f".tmp_{name}").symlink_to(tmp_path / f"kept_{name}")
+    results.save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == {"loss": 1.0}
+    assert json.loads((tmp_path / "r.generations.jsonl").read_text()) == {"answer": "a"}
+    for name in ("r.json", "r.generations.jsonl"):
+        assert (tmp_path / f"kept_{name}").read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 4

@@ -143,7 +143,9 @@ def test_verify_only_answers_without_torch(made):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (
         done.returncode == 0
-        and done.stdout == f"{made}: verified: every file is as it was written\n"
+        and done.stdout
+        == f"{made}: verified: every file is as it was written\n"
+        f"sha256 of its checksums.json: {file_sha256(made / 'checksums.json')}\n"
     )
     (made / "README.md").unlink()
     (made / "new").write_text("")

@@ -128,7 +128,8 @@ def test_an_artifact_is_verified_and_another_base_is_said(configure, tmp_path, c
     tensors["model.layers.0.mlp.up_proj.weight"] += 1e-3
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     call("--adapter", folder, "--output", tmp_path / "same")
-    assert "warning" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "warning" not in printed and printed.count("\nfine: ") == 2
     call("--adapter", folder, "--output", tmp_path / "merged", "--base_model", other)
     assert "does not hold the weights that" in capsys.readouterr().out
     head = bytearray((folder / "mlp_head.safetensors").read_bytes())
@@ -160,3 +161,14 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_left(
     base = [] if portable else ["--base_model", tiny_base]
     with pytest.raises(UserError, match=".*file/merged: Not a directory"):
         call("--adapter", patterned[0], "--output", tmp_path / "file" / "merged", *portable, *base)
+
+
+@pytest.mark.parametrize("architectures", [5, ["NoSuchModel"], [5], {"a": 1}, ["pipeline"]])
+def test_a_base_that_names_no_model_is_one_line(configure, tmp_path, architectures):
+    folder = run(configure(True, task="lm", max_steps=1)) / "final_artifact"
+    base = tmp_path / "odd"
+    shutil.copytree(configure(True).model.base_model, base)
+    shape = json.loads((base / "config.json").read_text()) | {"architectures": architectures}
+    (base / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(UserError, match="which the base says it is"):
+        call("--adapter", folder, "--base_model", base, "--output", tmp_path / "merged")

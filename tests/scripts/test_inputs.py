@@ -625,6 +625,10 @@ HOSTILE = {
         hostile_template(OUT),
         r"the chat template of .* does not come to an end \(TimeoutError\)",
     ),
+    "template that divides by nothing": (
+        hostile_template("{{ 1 / 0 }}"),
+        "the chat template of .* refuses it: division by zero",
+    ),
     "template of two million letters": (
         hostile_template("{{ 'a' * 2 * 10**6 }}"),
         "makes 2,000,000 characters",

@@ -1,6 +1,7 @@
 """`python -m lora render`: rows with their targets marked, and what a file amounts to."""
 
 import json
+import shutil
 
 from lora.common.paths import ROOT
 from lora.tools import preview
@@ -34,3 +35,11 @@ def test_render_is_a_command_with_one_line_errors(monkeypatch, capsys):
         monkeypatch, capsys, ROOT / "lora" / "__main__.py", "render", "/no.jsonl"
     )
     assert status == 2 and err == "error: /no.jsonl: No such file or directory.\n"
+
+
+def test_the_name_of_a_file_has_no_commands_for_the_terminal(tmp_path, capsys):
+    file = tmp_path / "a\x1b[31m\u202eb.jsonl"
+    shutil.copy(SAMPLES / "questions.jsonl", file)
+    preview.main([str(file), "--rows=1", "--max_length=512"])
+    out = capsys.readouterr().out
+    assert "/ab.jsonl:1, " in out and "\x1b" not in out and "\u202e" not in out

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora.adapter import load_adapter
 from lora.common.errors import UserError
 from lora.config.command_line import read_command_line
+from lora.config.earlier_stage import require_stage
 from lora.config.schema import DataConfig, get_lora_config
 from lora.data.chat_template import use_chatml
 from lora.data.examples import Example
@@ -107,7 +108,7 @@ def test_full_fine_tuning_of_an_encoder_starts_from_its_adapter(configure, tiny_
         (
             dict(lora_r=4),
             dict(lora_r=8),
-            r"down_proj.lora_A.weight is \[4, 48\], its place is \[8, 48\]",
+            "init_from .*: made with other settings; add --lora_r 4.",
         ),
         (
             {},
@@ -118,9 +119,19 @@ def test_full_fine_tuning_of_an_encoder_starts_from_its_adapter(configure, tiny_
         (
             dict(lora_alpha=8),
             {},
+            "made with other settings; add --lora_alpha 8.",
+        ),
+        ({}, dict(use_rslora=True), "add --use_rslora false."),
+        (
+            dict(rank_pattern={"q_proj": 4}),
+            {},
+            r"q_proj.lora_A.weight is \[4, 32\], its place is \[16, 32\]",
+        ),
+        (
+            dict(alpha_pattern={"q_proj": 4.0}),
+            {},
             "of another lora_alpha, alpha_pattern or use_rslora than here: model.layers.0",
         ),
-        ({}, dict(use_rslora=True), "of another lora_alpha, alpha_pattern or use_rslora than here"),
         (
             dict(modules_to_save=["norm"]),
             {},
@@ -130,8 +141,10 @@ def test_full_fine_tuning_of_an_encoder_starts_from_its_adapter(configure, tiny_
 )
 def test_an_adapter_of_another_make_is_an_error(configure, first, second, message):
     one = run(configure(True, "one", **LM | first))
+    config = configure(True, "two", init_from=str(one / "final_artifact"), **LM | second)
     with pytest.raises(UserError, match=message):
-        run(configure(True, "two", init_from=str(one / "final_artifact"), **LM | second))
+        require_stage(config)  # before torch is loaded
+        run(config)
 
 
 def test_a_stage_after_one_that_added_tokens_must_add_them_first(configure, tmp_path):

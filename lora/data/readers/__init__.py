@@ -16,6 +16,7 @@ from collections import Counter
 from types import ModuleType
 
 from lora.common.errors import UserError
+from lora.common.printable_text import printable
 from lora.config.schema import DataConfig
 from lora.data import arithmetic, files
 from lora.data.examples import BLANK, Example, category
@@ -87,13 +88,13 @@ def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
     left_out = Counter(result for result in results if isinstance(result, str))
     if left_out:
         reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
-        print(f"note: {path}: left out: {', '.join(reasons)}")
+        print(printable(f"note: {path}: left out: {', '.join(reasons)}"))
     if len(blank_rows) > MAX_BLANK * num_rows:
         share = f"{len(blank_rows)} of {num_rows} rows have a blank message"
         raise UserError(f"{blank_rows[0]}: {share}; expected 1% at most. Take them out.")
     if not_read:
         keys = [f"{key} ({count:,} rows)" for key, count in not_read.most_common()]
-        print(f"note: {path}: keys not read: {', '.join(keys)}")
+        print(printable(f"note: {path}: keys not read: {', '.join(keys)}"))
     return examples
 
 
