@@ -18,6 +18,7 @@ import sys
 from lora.common.allocator import keep_freed_memory
 from lora.common.errors import UserError
 from lora.common.exit_status import one_line_errors, require_one_process
+from lora.common.saved_files import refuse_inside_artifact, require_sha256
 from lora.config.flags import Parser, add_flags
 from lora.config.schema import QUANTIZATION_KEYS, LoraConfig
 
@@ -67,6 +68,8 @@ def read_arguments(argv: list[str]) -> Namespace:
             raise UserError(f"--portable rewrites an adapter and merges nothing; {only}.")
     if arguments.gguf_type and not arguments.gguf:
         raise UserError("--gguf_type says how --gguf FILE is written; add it.")
+    if not Path(arguments.adapter).is_dir():
+        raise UserError(f"--adapter {arguments.adapter}: no such folder.")
     return arguments
 
 
@@ -84,7 +87,6 @@ from transformers import AutoModel
 from lora.adapter import load_adapter
 from lora.common.atomic_files import atomic_folder
 from lora.common.checkpoint_folders import adapter_folder
-from lora.common.saved_files import refuse_inside_artifact, require_sha256
 from lora.export import merging
 from lora.export.merging import AdapterSource, difference, four_bits_of, load_base, outputs
 from lora.export.portable_adapter import write_portable

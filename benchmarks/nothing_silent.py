@@ -900,7 +900,7 @@ def rows_of(cases_tried: list[Case]) -> tuple[list[str], list[str]]:
                 f"{case.line}, {case.what} ({case.tried}): {case.expected!r} not in\n{output}"
             )
             continue
-        line = line.replace(f"{Path.cwd()}/", "")
+        line = line.replace(f"{Path.cwd()}/", "").replace(f"{ROOT}/", "")
         line = re.sub(r"[\w./-]*plainlora_cache/[0-9a-f]+/[0-9a-f]+", "CACHE/ENTRY", line)
         rows.append(f"| {case.line} | {case.what} | {cell(case.tried)} | {cell(line)} |")
     return rows, silent
@@ -919,16 +919,17 @@ token in [a table of its own](../benchmarks/results/chat_masks.md).
 """
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=PAGE)
+def write_page(make_cases: Callable[[], list[Case]], page: Path, head: str) -> int:
+    """Try cases in an empty folder, and write the page; return the exit status."""
+    parser = argparse.ArgumentParser(description=head.partition("\n")[0].strip("# "))
+    parser.add_argument("--output", type=Path, default=page)
     output = parser.parse_args().output.absolute()
     before = Path.cwd(), os.environ.get("PLAINLORA_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PLAINLORA_CACHE"] = f"{folder}/plainlora_cache"
         os.chdir(folder)
         try:
-            rows, silent = rows_of(cases())
+            rows, silent = rows_of(make_cases())
         finally:
             os.chdir(before[0])
             os.environ.pop("PLAINLORA_CACHE")
@@ -938,8 +939,12 @@ def main() -> int:
         print(f"SILENT: {problem}")
     print(f"{len(rows)} cases say what they must, {len(silent)} do not")
     if not silent:
-        output.write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
+        output.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
     return 1 if silent else 0
+
+
+def main() -> int:
+    return write_page(cases, PAGE, HEAD)
 
 
 if __name__ == "__main__":

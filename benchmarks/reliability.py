@@ -558,9 +558,20 @@ def lost_process(bench, stride):
     return repeats, passed, f"the other one exits with status 4, {slowest:.1f} s later at most"
 
 
+NOWHERE = (
+    "eval.py --checkpoint nowhere",
+    "merge.py --adapter nowhere --output merged",
+    "train_lora.py --resume_from nowhere",
+    "-m lora compare nowhere",
+    "-m lora report nowhere",
+    "-m lora render nowhere --base_model embedded",
+    "-m lora nothing",
+)
+
+
 def inputs(bench):
-    """The bad inputs of tests/scripts/test_inputs.py that need no model, as users meet them: the
-    time to the answer.
+    """The bad inputs of tests/scripts/test_inputs.py that need no model, as users meet them, and
+    folders that are not there: the time to the answer.
     """
     from tests.scripts.test_inputs import DATA, FLAGS
 
@@ -569,24 +580,20 @@ def inputs(bench):
     for number, name, content, task, _ in DATA:
         data = bench.folder / f"{number}_{name}"
         data.write_bytes(content.encode() if isinstance(content, str) else content)
-        calls.append(["--base_model", "embedded", "--train_data", str(data), "--task", task])
+        named = ["--base_model", "embedded", "--train_data", str(data), "--task", task]
+        calls.append(["train_lora.py", *named])
     for i, (_, flags, toml, _) in enumerate(FLAGS):
         path = bench.folder / f"{i}.toml"
         path.write_text(toml)
         named = [
-            "--base_model",
-            "embedded",
-            "--train_data",
-            "arithmetic:train:9",
-            "--config",
-            str(path),
+            *("train_lora.py", "--base_model", "embedded"),
+            *("--train_data", "arithmetic:train:9", "--config", str(path)),
         ]
         calls.append([*named, *(flag.format(file=plain) for flag in flags)])
-    for flags in calls:
+    calls += [command.split() for command in NOWHERE]
+    for call in calls:
         began = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "train_lora.py", *flags], cwd=ROOT, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, *call], cwd=ROOT, capture_output=True, text=True)
         seconds.append(time.monotonic() - began if done.returncode == 2 else math.inf)
         if seconds[-1] >= 0.3:
             print(f"    {seconds[-1]:.2f} s: {done.stderr.strip()[-150:]}")

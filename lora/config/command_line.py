@@ -22,6 +22,7 @@ from lora.config.run_folder import continued_folder, new_folder, newest_checkpoi
 from lora.config.schema import Config, tables_of
 from lora.config.set_keys import fields_by_key, refuse_two_dtypes, set_key, set_tables
 from lora.config.table import DTYPE_SWITCHES
+from lora.config.unread_keys import print_unread_keys
 
 EVERYDAY_KEYS = {
     *("base_model", "task", "train_data", "eval_data", "max_length", "lora_r", "learning_rate"),
@@ -90,6 +91,7 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     # Checks that need no folder of a run.
     require_model_and_data(config)
     require_packages(config.output.report_to)
+    print_unread_keys(config)
     if arguments.check:
         require_one_process()
     if arguments.dry_run or arguments.check:

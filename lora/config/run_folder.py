@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lora.common.checkpoint_folders import resumable_by_step
+from lora.common.checkpoint_folders import checkpoints_by_step, resumable_by_step
 from lora.common.checksums import find_damage
 from lora.common.errors import UserError
 from lora.config.schema import Config
@@ -18,8 +18,8 @@ def newest_checkpoint(config: Config) -> str:
     for step in sorted(checkpoints, reverse=True):
         if not find_damage(checkpoints[step], "trainer_state.json"):
             return str(checkpoints[step])
-    if checkpoints:
-        damaged = f"every checkpoint in {folder} is damaged"
+    if checkpoints_by_step(folder / "checkpoints"):
+        damaged = f"every checkpoint in {folder} is damaged or has no optimizer"
         raise UserError(f"--resume_from auto: {damaged}; choose another --experiment_name.")
     return ""
 

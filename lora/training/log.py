@@ -139,13 +139,17 @@ def lock_folder(run_dir: Path, may_exist: bool) -> FileLock:
 
 def cut_metrics_after(step: int, path: Path) -> None:
     """Remove the metrics of later steps (all for step 0), which a resumed run writes again."""
-    if not path.exists():
-        return
     kept = ""
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # A killed run may have left half a line.
-        if line.endswith("\n") and step > 0 and json.loads(line)["step"] <= step:
-            kept += line
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            # A killed run may have left half a line.
+            if line.endswith("\n") and step > 0 and json.loads(line)["step"] <= step:
+                kept += line
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        found = f"no metrics of a run ({type(error).__name__})"
+        raise UserError(f"{path}: {found}; move the file away, or resume to a new run.") from None
     write_text_atomically(path, kept)
 
 

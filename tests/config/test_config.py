@@ -16,6 +16,7 @@ from lora.common.toml_json import to_toml
 from lora.config.command_line import read_command_line
 from lora.config.earlier_stage import require_stage
 from lora.config.retired import RETIRED
+from lora.config.run_folder import newest_checkpoint
 from lora.config.schema import Config, ModelConfig, get_lora_config
 from lora.config.set_keys import fields_by_key, from_dict, from_file, saved_config
 from lora.model.device import choose_device
@@ -448,6 +449,37 @@ def test_layers_that_were_checkpointed_or_not_by_an_older_version_may_be_chosen_
     write_checksums(checkpoint)
     assert read(f"--resume_from={checkpoint}") == config
     assert read(*flags, "--resume_from=auto").training.gradient_checkpointing == "auto"
+
+
+@pytest.mark.parametrize(
+    "flags, note",
+    [
+        (["--head_dropout", "0.1"], "head_dropout (task is lm)"),
+        (["--prm800k_path", "a.jsonl"], "prm800k_path (no use_prm800k)"),
+        (
+            ["--eval_data", "arithmetic:test:9", "--eval_fraction", "0.2"],
+            "eval_fraction (eval_data",
+        ),
+        (["--warmup_steps", "1", "--warmup_ratio", "0.2"], "warmup_ratio (warmup_steps is given)"),
+        (["--bnb_4bit_quant_type", "fp4"], "bnb_4bit_quant_type (no load_in_4bit)"),
+        (["--bnb_4bit_quant_type", "fp4", "--load_in_4bit"], ""),
+        (["--head_dropout", "0.1", "--task", "score"], ""),
+    ],
+)
+def test_a_key_that_is_set_and_not_read_is_named(flags, note, capsys):
+    named = ["--base_model", "embedded", "--train_data", "arithmetic:train:9", *flags]
+    read_command_line(named, get_lora_config(), "", "")
+    printed = capsys.readouterr().out
+    assert printed.startswith("note: set, but not read: " + note) if note else not printed
+
+
+def test_auto_does_not_begin_anew_where_no_checkpoint_has_an_optimizer(tmp_path):
+    config = get_lora_config()
+    config.output.output_dir, config.output.experiment_name = str(tmp_path), "run"
+    assert newest_checkpoint(config) == ""
+    (tmp_path / "run" / "checkpoints" / "checkpoint_step_4").mkdir(parents=True)
+    with pytest.raises(UserError, match="every checkpoint in .*run is damaged or has no optimizer"):
+        newest_checkpoint(config)
 
 
 @pytest.mark.parametrize("other", [[], ["--gradient_checkpointing=auto"]])

@@ -1,11 +1,11 @@
-"""Slow: the checks that docs/nothing_silent.md and benchmarks/results/chat_masks.md are made by."""
+"""Slow: what docs/nothing_silent.md, docs/hostile.md and results/chat_masks.md are made by."""
 
 import re
 import sys
 
 import pytest
 
-from benchmarks import chat_masks, nothing_silent
+from benchmarks import chat_masks, hostile, nothing_silent
 
 pytestmark = pytest.mark.slow
 
@@ -20,9 +20,10 @@ def test_no_chat_of_a_few_hundred_has_a_wrong_target():
     assert sum(tally.right for tally in trl.values()) > 100
 
 
-def test_nothing_of_the_table_is_silent(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("script", [nothing_silent, hostile])
+def test_every_line_of_the_table_is_answered(script, tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
-    monkeypatch.setattr(sys, "argv", ["nothing_silent.py", "--output", str(page)])
-    assert nothing_silent.main() == 0, capsys.readouterr().out
-    tried = re.findall(r"^(\| [AB]\d+ \|.*\|) `", page.read_text(), re.M)
-    assert tried == re.findall(r"^(\| [AB]\d+ \|.*\|) `", nothing_silent.PAGE.read_text(), re.M)
+    monkeypatch.setattr(sys, "argv", ["page", "--output", str(page)])
+    assert script.main() == 0, capsys.readouterr().out
+    row = re.compile(r"^(\| [ABC]\d+ \|.*\|) `", re.M)
+    assert row.findall(page.read_text()) == row.findall(script.PAGE.read_text())

@@ -77,6 +77,8 @@ def test_flags_and_data_are_checked_before_torch_is_loaded():
         done = call("-c", blocked, program, "--base_model=embedded", "--train_data=/nowhere.jsonl")
         assert done.returncode == 2 and "No such file" in done.stderr
         assert call("-c", blocked, program, "--help").returncode == 0
+    done = call("-c", blocked, "merge.py", "--adapter=/nowhere", "--output=merged")
+    assert done.returncode == 2 and done.stderr == "error: --adapter /nowhere: no such folder.\n"
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(configure, monkeypatch):

@@ -20,6 +20,7 @@ from lora.config.run_folder import newest_checkpoint
 from lora.config.schema import Config, get_lora_config
 from lora.data.sampler import TrainingData
 from lora.training import best_checkpoints
+from lora.training.log import cut_metrics_after
 from lora.training.remove_optimizer import remove_optimizer
 from tests.conftest import run
 
@@ -299,3 +300,18 @@ def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(
             "unused.toml",
             "",
         )
+
+
+@pytest.mark.parametrize(
+    "damage", ["<html>\n", "[1]\n", '{"loss": 1}\n', '{"step": "x"}\n', b"\xff"]
+)
+def test_metrics_that_are_none_are_refused_when_a_run_is_resumed(tmp_path, damage):
+    path = tmp_path / "train_metrics.jsonl"
+    content = damage if isinstance(damage, bytes) else damage.encode()
+    path.write_bytes(b'{"step": 1}\n' + content)
+    with pytest.raises(UserError, match="train_metrics.jsonl: no metrics of a run"):
+        cut_metrics_after(1, path)
+    path.unlink()
+    path.symlink_to(path.name)
+    with pytest.raises(UserError, match="train_metrics.jsonl: no metrics of a run"):
+        cut_metrics_after(1, path)
