@@ -20,6 +20,7 @@ import sys
 
 from lora.common.allocator import keep_freed_memory
 from lora.common.exit_status import one_line_errors, require_one_process
+from lora.common.signals import begin_loading_torch
 from lora.config.schema import Config
 from lora.evaluation.eval_arguments import (
     EvaluationRequest,
@@ -36,6 +37,7 @@ if __name__ == "__main__":
         require_one_process()
         arguments, config = read_arguments(sys.argv[1:])
         request = read_request(arguments, config)
+    begin_loading_torch(is_shown=sys.stdout.isatty())  # a file takes the results alone
 
 import torch
 

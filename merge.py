@@ -19,6 +19,7 @@ from lora.common.allocator import keep_freed_memory
 from lora.common.errors import UserError
 from lora.common.exit_status import one_line_errors, require_one_process
 from lora.common.saved_files import refuse_inside_artifact, require_sha256
+from lora.common.signals import begin_loading_torch
 from lora.config.flags import Parser, add_flags
 from lora.config.schema import QUANTIZATION_KEYS, LoraConfig
 
@@ -80,6 +81,7 @@ if __name__ == "__main__":
     with one_line_errors():
         require_one_process()
         arguments = read_arguments(sys.argv[1:])
+    begin_loading_torch()
 
 import torch
 from transformers import AutoModel

@@ -12,6 +12,7 @@ import sys
 
 from lora.common.allocator import keep_freed_memory
 from lora.common.exit_status import one_line_errors
+from lora.common.signals import StopSignal, begin_loading_torch, catch_signals
 from lora.config.command_line import read_command_line
 from lora.config.schema import Config
 from lora.data.raw_data import RawData
@@ -24,6 +25,7 @@ if __name__ == "__main__":
         command = read_command_line(sys.argv[1:], Config(), "tiny_full.toml", "Full fine-tuning.")
         raw_data = RawData(command.config)
         command.require_same(raw_data.files)
+    begin_loading_torch()
 
 from concurrent.futures import Future
 from contextlib import closing
@@ -33,7 +35,6 @@ import time
 import torch
 
 from lora.common.errors import Stopped, UserError
-from lora.common.signals import StopSignal, catch_signals
 from lora.common.toml_json import without_nan
 from lora.config.command_line import Command
 from lora.data.sampler import TrainingData
@@ -50,7 +51,6 @@ from lora.model.run import Run
 from lora.model.task import Task
 from lora.training import best_checkpoints, checkpoint
 from lora.training.base_integrity import compare_base, measure_base
-from lora.training.cached_features import cache_features
 from lora.training.gradients import GradientAccumulation
 from lora.training.log import Log
 from lora.training.optimizer import make_optimizer, optimizer_bytes
@@ -104,13 +104,13 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         if step != resumed_at and (last or step % settings.eval_steps == 0):
             metrics, batches, predictions = evaluate(run)
             save_example_losses(log.run_dir, step, run, batches, predictions)
-            log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
+            is_new_best = step > 0 and metrics["loss"] < best_loss
+            log.evaluation(step, metrics, is_new_best)
         if metrics and step > 0:
             is_among_best = best_checkpoints.is_among_best(folder, metrics["loss"])
             evaluations_without_best += 1
-            if metrics["loss"] < best_loss:
+            if is_new_best:
                 best_loss, evaluations_without_best = metrics["loss"], 0
-                log.say(f"New best validation loss: {best_loss:.6f} at step {step}")
             if 0 < settings.early_stopping_patience <= evaluations_without_best:
                 without = f"{evaluations_without_best} evaluations without a new best"
                 log.say(f"Stopping at step {step}: {without}.")
@@ -139,7 +139,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
 
         # 2. Count the targets of this step's micro-batches over all processes. 3. Run backward on
         # (sum of losses) / (number of targets) for each micro-batch.
-        started = time.monotonic()
+        started = log.begin_step()
         loss, stop = gradients.of_step(step)
 
         # 4. Clip the gradients, set the learning rate, and update the weights. If anything is not
@@ -231,7 +231,10 @@ def run_training(
     facts["gradient_checkpointing"] = checkpointing
     with closing(log), rows.check:
         log.say(f"{description}\noutput: {log.run_dir}")
-        cache_features(run, max_steps)
+        if task.frozen:
+            from lora.training.cached_features import cache_features
+
+            cache_features(run, max_steps, log)
         with catch_signals() as stop_signal:
             train(run, log, facts, resume_from, stop_signal)
         process_group.leave()

@@ -11,6 +11,7 @@ import sys
 
 from lora.common.allocator import keep_freed_memory
 from lora.common.exit_status import one_line_errors
+from lora.common.signals import begin_loading_torch
 from lora.config.command_line import Command, read_command_line
 from lora.config.schema import get_lora_config
 from lora.data.raw_data import RawData
@@ -22,6 +23,7 @@ if __name__ == "__main__":
         command = read_command_line(sys.argv[1:], get_lora_config(), "tiny_lora.toml", description)
         raw_data = RawData(command.config)
         command.require_same(raw_data.files)
+    begin_loading_torch()
 
 import torch
 

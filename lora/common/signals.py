@@ -2,12 +2,15 @@
 
 A second signal ends the process at once. The processes of a run tell each other in the sum that
 they make at every step anyway, so that all of them stop at the same step.
+
+While torch is being imported there is nothing to save: Ctrl-C ends the process at once.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -25,6 +28,8 @@ class StopSignal:
         if self.number:
             os._exit(128 + number)
         self.number = number
+        if os.environ.get("RANK", "0") == "0":
+            say_at_once("finishing this step and saving; again to leave without saving")
 
     def interrupted(self, step: int) -> Interrupted:
         """Return the error that ends a run whose processes have agreed to stop after `step`."""
@@ -46,3 +51,26 @@ def catch_signals() -> Iterator[StopSignal]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def say_at_once(line: str) -> None:
+    """Write a line to stderr from a signal handler: below the progress bar of a terminal."""
+    start = "\n" if os.isatty(2) else ""
+    os.write(2, f"{start}{line}\n".encode())
+
+
+def begin_loading_torch(is_shown: bool = True) -> None:
+    """Say that torch is being loaded, unless it is already, and let Ctrl-C end that in one line."""
+    if "torch" in sys.modules:
+        return
+    if is_shown and os.environ.get("RANK", "0") == "0":
+        print("loading torch ...", flush=True)
+    # Whoever ignores it, as a shell does for what runs in the background, is not disturbed.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave_at_once)
+
+
+def leave_at_once(number: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C during imports, in which KeyboardInterrupt may be taken for another error."""
+    say_at_once("interrupted.")
+    os._exit(128 + number)

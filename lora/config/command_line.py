@@ -112,7 +112,8 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
         require_stage(config)
     if not output.experiment_name:
         stem = Path(config_file).stem if config_file else Path(config.model.base_model).name
-        output.experiment_name = f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
+        now = time.strftime("%Y%m%d-%H%M%S")
+        output.experiment_name = f"{stem}_{now}-{os.getpid()}"  # several may start in one second
     if auto:
         run_dir = run_folder(config)
     elif saved:

@@ -94,6 +94,8 @@ def check_item(where: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> 
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         or_word = f" or {word}" if word else ""
         raise UserError(f"{where} = {value!r}: expected {expected}{or_word}.")
+    if kind is str and "\0" in value:
+        raise UserError(f"{where} = {value!r}: a NUL character; take it out.")
     if choices and value not in choices:
         from lora.config.other_words import VALUES
 

@@ -1,6 +1,7 @@
 """A chat as the tokenizer's template writes it, in pieces that are tokenised by themselves."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 import json
 import re
@@ -66,16 +67,25 @@ class Chat:
         self.specials = re.compile(pattern or "(?!)")  # (?!) matches nothing
 
         written = json.dumps([messages, tools], ensure_ascii=False)
-        unused = (character for character in PRIVATE_USE if character not in written)
+        unused = self.unused_characters(written)
         self.begin_mark = next(unused)
         self.end_mark = next(unused)
         self.stand_ins = defaultdict(lambda: next(unused))  # special token -> character
 
         self.messages = self.without_specials(messages)
+        for message, written_message in zip(self.messages, messages):
+            message["role"] = written_message["role"]  # it may hold the text of an added token
         self.tools = self.without_specials(tools)
         self.text = self.render(self.messages)
         if self.stand_ins:
             self.require_own_render(messages, tools)
+
+    def unused_characters(self, written: str) -> Iterator[str]:
+        """Yield the private-use characters that a text lacks. Raises UserError at their end."""
+        for character in PRIVATE_USE:
+            if character not in written:
+                yield character
+        raise self.error("it holds every character of U+E000..U+F8FF; take some of them out")
 
     def require_own_render(self, messages: list[dict], tools: list | None) -> None:
         """Raise UserError where the template's filters (length, upper, ...) see the stand-ins."""

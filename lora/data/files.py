@@ -15,7 +15,8 @@ from lora.common.toml_json import parse_json
 from lora.data.examples import SourceRows
 
 HUB = "hf://datasets/"
-LISTED = 10  # bad rows of a file that an error names
+LISTED = 10  # problems of a file that an error names
+PLACES = 3  # rows that it names for each of them
 NUMERIC_COLUMNS = ("score", "label", "weight")  # of a table
 PAIR_COLUMNS = ["sentence1", "sentence2", "score"]  # of a table without a header
 # float() would also read 1_6, Arabic digits and "nan"
@@ -72,14 +73,24 @@ def first_undecodable(file: BufferedIOBase, error: UnicodeDecodeError) -> tuple[
 
 
 def raise_bad_rows(path: str, bad_rows: list[UserError]) -> None:
-    """Raise one UserError for all bad rows, which names the first ten, if there are any."""
+    """Raise one UserError for all bad rows, if there are any.
+
+    It says each of the first ten problems once, with its first three rows and their number.
+    """
+    rows_of_problem: dict[str, list[str]] = {}
+    for error in bad_rows:
+        text = str(error).removeprefix(f"{path}:").strip(" .")
+        row, problem = re.fullmatch(r"((?:row )?[\d:]+: )?(.*)", text, re.DOTALL).groups("")
+        rows_of_problem.setdefault(problem, []).append(row.removesuffix(": "))
+    listed = []
+    for problem, rows in list(rows_of_problem.items())[:LISTED]:
+        more = f" and {len(rows) - PLACES} more" if len(rows) > PLACES else ""
+        listed.append(f"{', '.join(rows[:PLACES])}{more}: {problem}".removeprefix(": "))
     if len(bad_rows) == 1:
         raise bad_rows[0]
     if bad_rows:
-        problems = [str(error).removeprefix(f"{path}:") for error in bad_rows[:LISTED]]
-        listed = "; ".join(problem.strip(" .") for problem in problems)
-        end = "; ..." if len(bad_rows) > LISTED else "."
-        raise UserError(f"{path}: {len(bad_rows)} bad rows: {listed}{end}")
+        end = "; ..." if len(rows_of_problem) > LISTED else "."
+        raise UserError(f"{path}: {len(bad_rows)} bad rows: {'; '.join(listed)}{end}")
 
 
 def local_path(path: str) -> Path:

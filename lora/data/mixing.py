@@ -39,8 +39,8 @@ class Mix:
         self.dataset_ids = np.repeat(np.arange(len(self.quotas)), self.quotas)[order]  # [schedule]
         self.earlier = counts[order]  # [schedule], examples of the same set before
 
-    def turn(self, number: int) -> tuple[int, int]:
-        """Return the data set of example `number` of the run, and how many came from it before."""
-        rounds, i = divmod(number, len(self.dataset_ids))
-        dataset_id = self.dataset_ids[i]
-        return dataset_id, int(rounds * self.quotas[dataset_id] + self.earlier[i])
+    def turns(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the data set of these examples of the run, and how many came from it before."""
+        rounds, places = np.divmod(numbers, len(self.dataset_ids))
+        dataset_ids = self.dataset_ids[places]
+        return dataset_ids, rounds * self.quotas[dataset_ids] + self.earlier[places]

@@ -9,14 +9,16 @@ from functools import lru_cache
 
 import numpy as np
 
-from lora.common.errors import LESS_MEMORY, ResourceExhausted
+from lora.common.errors import LESS_MEMORY, ResourceExhausted, UserError
 from lora.common.seeds import seed_for
 from lora.config.schema import Config, rows_per_batch
 from lora.data.batches import Batch, Rows, shard_rows, split_groups
 from lora.data.mixing import Mix, dataset_names
 
+MOST_PASSES = 100  # over the data in one step
 
-@lru_cache(maxsize=64)  # asked for once per example of a step
+
+@lru_cache(maxsize=64)  # asked for several times a step
 def shuffle(seed: int, epoch: int, count: int) -> np.ndarray:
     """Return the order in which a pass over `count` rows visits them."""
     return np.random.default_rng(seed_for(seed, "order", epoch)).permutation(count)
@@ -53,6 +55,11 @@ class TrainingData:
         if layout:
             self.examples_per_step = layout["examples_per_step"]
             self.max_tokens = layout["max_tokens"]
+        if self.examples_per_step > MOST_PASSES * len(rows):
+            step = f"a step of {self.examples_per_step} examples"
+            passes = f"{step} is {self.examples_per_step // len(rows)} passes over the data"
+            mend = "lower batch_size or gradient_accumulation_steps"
+            raise UserError(f"{passes}; expected {MOST_PASSES} at most; {mend}.")
         self.steps_per_epoch = len(rows) / self.examples_per_step
         self.max_eval_rows = training.max_eval_batches * 4 or len(held_out)
 
@@ -138,20 +145,25 @@ class TrainingData:
     def rows_at(self, step: int) -> np.ndarray:
         """Return the rows of a step, over all processes."""
         first = step * self.examples_per_step
-        examples = range(first, first + self.examples_per_step)
-        return np.array([self.row_of_example(number) for number in examples])
+        return self.rows_of_examples(np.arange(first, first + self.examples_per_step))
 
     def longest_rows(self) -> np.ndarray:
         """Return the longest rows that a step could have, over all processes."""
         order = np.argsort(-self.rows.seq_lens(np.arange(len(self.rows))), kind="stable")
         return order[: self.examples_per_step]
 
-    def row_of_example(self, number: int) -> int:
-        """Return the row that is example `number` of the run, counted over all steps."""
-        dataset_id, earlier = self.mix.turn(number)
-        members = self.sets[dataset_id]
-        epoch, place = divmod(earlier, len(members))
-        return members[shuffle(self.seed, epoch, len(members))[place]]
+    def rows_of_examples(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the rows, [n], that are these examples of the run, counted over all steps."""
+        dataset_ids, earlier = self.mix.turns(numbers)
+        rows = np.empty(len(numbers), np.int64)
+        for dataset_id, members in enumerate(self.sets):
+            of_set = np.flatnonzero(dataset_ids == dataset_id)
+            epochs, places = np.divmod(earlier[of_set], len(members))
+            for epoch in np.unique(epochs).tolist():
+                in_epoch = epochs == epoch
+                order = shuffle(self.seed, epoch, len(members))
+                rows[of_set[in_epoch]] = members[order[places[in_epoch]]]
+        return rows
 
     def evaluation(self) -> list[Batch]:
         """Return all processes' micro-batches of an evaluation: the same rows in every run."""

@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 import platform
 import re
+import shlex
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ from lora.common.checkpoint_folders import FORMAT_VERSION
 from lora.common.checksums import CHECKSUMS_FILE, file_sha256, find_damage, write_checksums
 from lora.common.errors import Stopped, UserError
 from lora.common.operating_system import physical_memory_bytes
-from lora.common.paths import ROOT
+from lora.common.paths import ROOT, script_call
 from lora.config.schema import Config
 from lora.config.set_keys import saved_config
 from lora.distributed.sharding import any_sharded
@@ -116,7 +117,20 @@ def write_final_artifact(
             metrics.append(f"{name} {value:.4f}")
     log.say(f"best: {', '.join(metrics)}; {results['seconds']} s; weights in {folder}")
     log.say(f"sha256 of its {CHECKSUMS_FILE}: {file_sha256(folder / CHECKSUMS_FILE)}")
+    log.say(next_commands(folder, config))
     return results
+
+
+def next_commands(folder: Path, config: Config) -> str:
+    """Return the calls that try an artifact, and merge its adapter."""
+    prompt = "'A question'" if config.model.task == "lm" else r"$'A problem\nA step\nA step'"
+    artifact = shlex.quote(folder.as_posix())
+    words = [*script_call("eval.py"), "--checkpoint", artifact, "--prompt", prompt]
+    lines = ["try it:   " + " ".join(words)]
+    if config.lora:
+        words = [*script_call("merge.py"), "--adapter", artifact, "--output", "merged"]
+        lines.append("merge it: " + " ".join(words))
+    return "\n".join(lines)
 
 
 def best_undamaged(states: list[dict]) -> dict | None:

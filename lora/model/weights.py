@@ -205,7 +205,11 @@ def add_tokens(
     # A tokenizer without a template will be given ChatML's, by use_chatml.
     template = str(tokenizer.chat_template or "<|im_start|> <|im_end|>")
     for token in tokens:
-        special = token in template
+        # Letters inside of a word or of <|user|> are no token of the template.
+        pattern = re.escape(token)
+        if re.fullmatch(r"\w+", token):
+            pattern = rf"(?<![\w|]){token}(?![\w|])"
+        special = re.search(pattern, template) is not None
         tokenizer.add_tokens(transformers.AddedToken(token, special=special, normalized=False))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         # On `meta` there is nothing to take the mean of.

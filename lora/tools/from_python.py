@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedModel
 from lora.adapter import load_adapter
 from lora.common.checksums import verify_checksums
 from lora.common.errors import Stopped, UserError
-from lora.common.exit_status import as_known_error
+from lora.common.known_errors import as_known_error
 from lora.common.paths import SCRIPTS
 from lora.config.command_line import Command, read_command_line
 from lora.config.schema import Config, EvaluationConfig, get_lora_config

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import sys
 
 from lora.common.printable_text import printable
+from lora.common.signals import begin_loading_torch
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, ModelConfig
 from lora.data.data_summary import describe_data
@@ -25,6 +26,7 @@ def main(argv: Sequence[str]) -> None:
     examples = read(arguments.files, config.model.task, config.data)
 
     # Imported here, so that a mistake in the files is reported before torch is loaded.
+    begin_loading_torch(is_shown=sys.stdout.isatty())
     import torch
     from transformers import AutoModel
 

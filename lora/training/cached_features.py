@@ -4,6 +4,7 @@ The base's hidden states at the targets are computed once, and kept in main memo
 """
 
 from dataclasses import replace
+import time
 
 import numpy as np
 from tqdm import tqdm
@@ -13,34 +14,39 @@ from lora.data.batches import Rows
 from lora.distributed.process_group import rank
 from lora.evaluation.predict import outputs_at_targets
 from lora.model.run import Run
+from lora.training.log import Log, has_bar, time_left
 
 BATCHES_AT_ONCE = 64  # micro-batches whose hidden states are on the device together
 
 
-def cache_features(run: Run, total_steps: int) -> None:
+def cache_features(run: Run, total_steps: int, log: Log) -> None:
     """Compute the hidden states that `total_steps` steps and the evaluations need, once.
 
-    Does nothing where more than the head is trained. Which rows share a micro-batch depends on no
-    step, so a resumed run computes the same bits.
+    Which rows share a micro-batch depends on no step, so a resumed run computes the same bits.
     """
     data = run.data
-    if not run.task.frozen:
-        return
-    rows_of_steps = [data.rows_at(step) for step in range(total_steps)]
-    used = np.concatenate([data.longest_rows(), *rows_of_steps])
+    is_used = np.zeros(len(data.rows), bool)
+    is_used[data.longest_rows()] = True
+    for step in range(total_steps):
+        is_used[data.rows_at(step)] = True
+        if is_used.all():  # as after an epoch; the run may have many
+            break
     evaluated = np.concatenate([batch.rows for batch in data.evaluation()])
-    data.rows = with_features(run, data.rows, used, "features of train")
-    data.held_out = with_features(run, data.held_out, evaluated, "features of eval")
+    used = np.flatnonzero(is_used)
+    data.rows = with_features(run, data.rows, used, log, "features of train")
+    data.held_out = with_features(run, data.held_out, evaluated, log, "features of eval")
 
 
-def with_features(run: Run, rows: Rows, indices: np.ndarray, desc: str) -> Rows:
-    """Return `rows` with the hidden states of those at `indices`. The progress bar shows `desc`."""
+def with_features(run: Run, rows: Rows, indices: np.ndarray, log: Log, desc: str) -> Rows:
+    """Return `rows` with the hidden states of those at `indices`. Progress is shown as `desc`."""
     task = run.task
     groups = rows.groups(np.unique(indices), max_batch_tokens(run.config), task.packed)
+    total = len(groups)
     features = {}
+    started = time.monotonic()
     quiet = True if rank() > 0 else None  # None: no bar where there is no terminal
-    with tqdm(total=len(groups), desc=desc, unit="batch", disable=quiet, leave=False) as bar:
-        for start in range(0, len(groups), BATCHES_AT_ONCE):
+    with tqdm(total=total, desc=desc, unit="batch", disable=quiet, leave=False) as bar:
+        for start in range(0, total, BATCHES_AT_ONCE):
             chunk = groups[start : start + BATCHES_AT_ONCE]
             batches = [rows.batch(group, task.packed) for group in chunk]
             method = task.target_hidden_states
@@ -49,4 +55,8 @@ def with_features(run: Run, rows: Rows, indices: np.ndarray, desc: str) -> Rows:
             counts = [rows.num_targets([row]) for row in order]
             features.update(zip(order, hidden.split(counts)))
             bar.update(len(chunk))
+            done = start + len(chunk)
+            if not has_bar() and 100 * done // total > 100 * start // total:  # at most 100 lines
+                left = time_left(done, total, time.monotonic() - started)
+                log.say(f"{desc}: micro-batch {done}/{total} ({done / total:.1%}){left}")
     return replace(rows, features=features)

@@ -68,7 +68,7 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
         deque(not_gathered, maxlen=0)  # take part in gathering
     size = broadcast_from_rank_zero(write)
     amount = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-    return f"Saved {final.name}: {amount} in {time.monotonic() - started:.1f} s"
+    return f"Saved {final}: {amount} in {time.monotonic() - started:.1f} s"
 
 
 def load(path: str | Path, task: Task, optimizer: Optimizer) -> dict:

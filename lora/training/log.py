@@ -22,6 +22,8 @@ from lora.distributed import process_group
 
 SPIKE_WINDOW = 50  # steps whose losses a new one is compared with
 SPIKE = 6.0  # standard deviations above their mean
+FIRST_ROUNDS = 10  # of a loop, which may be slow ones: no time is foretold from them
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Log:
@@ -46,7 +48,9 @@ class Log:
         # Older checkpoints have none.
         self.earlier = earlier.get("totals", {"seconds": 0.0, "tokens": 0, "peak_memory": None})
         self.run_tokens = self.earlier["tokens"]
-        self.bar = tqdm(disable=True)  # until the run starts
+        self.bar = tqdm(disable=True)  # until the first step
+        self.first_step, self.total = start, 0
+        self.began: float | None = None  # at the first step, by time.monotonic()
         self.num_tokens, self.seconds = 0, 0.0  # since the last training metrics
         self.losses = deque(maxlen=SPIKE_WINDOW)
         self.trackers = []
@@ -67,13 +71,28 @@ class Log:
             self.trackers = make_trackers(self.run_dir, config, start, self.say)
 
     def say(self, line: str) -> None:
+        """Print a line, and write it to the text log with the time."""
         line = printable(line)
         tqdm.write(line)
-        self.text_file.write(line + "\n")
+        sys.stdout.flush()
+        self.write(line)
+
+    def write(self, line: str) -> None:
+        self.text_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def start(self, step: int, total: int) -> None:
-        quiet = True if process_group.rank() > 0 else None  # None: no bar without a terminal
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
+        """Take the first step and the last one, of which all later lines tell."""
+        self.first_step, self.total = step, total
+
+    def begin_step(self) -> float:
+        """Show the progress bar, before the first step, and return time.monotonic()."""
+        now = time.monotonic()
+        if self.began is None:
+            self.began = now
+            quiet = True if process_group.rank() > 0 else None  # None: no bar without a terminal
+            steps = {"total": self.total, "initial": self.first_step}
+            self.bar = tqdm(**steps, disable=quiet, dynamic_ncols=True, bar_format=BAR)
+        return now
 
     def count(self, step: int, num_tokens: int, seconds: float, loss: float) -> None:
         """Count a step; `seconds` are without evaluations and checkpoints."""
@@ -88,6 +107,19 @@ class Log:
         self.seconds += seconds
         self.bar.update()
 
+    def evaluation(self, step: int, metrics: dict, is_best: bool) -> None:
+        """Log the metrics of an evaluation, "*" where it is the best so far."""
+        self.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
+        found = "New best validation loss" if is_best else "validation loss"
+        line = f"{self.step_of(step)} {found}: {metrics['loss']:.6f}"
+        for name in ("r2", "perplexity"):
+            if name in metrics:
+                line += f", {name} {metrics[name]:.4f}"
+        self.say(line + " *" if is_best else line)
+
+    def step_of(self, step: int) -> str:
+        return f"Step {step}/{self.total} ({step / self.total:.1%})"
+
     def metrics(self, step: int, values: dict) -> None:
         """Write a line of metrics: {"train/loss": ...} or {"val/loss": ...}."""
         if "train/loss" in values:
@@ -96,10 +128,12 @@ class Log:
             self.num_tokens, self.seconds = 0, 0.0
             loss, learning_rate = values["train/loss"], values["train/learning_rate"]
             line = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:.0f} tokens/s"
+            if self.began is not None:
+                seconds = time.monotonic() - self.began
+                line += time_left(step - self.first_step, self.total - self.first_step, seconds)
             self.bar.set_postfix_str(line)
-            self.text_file.write(f"step {step}: {line}\n")
-            if not sys.stderr.isatty():
-                print(f"step {step}: {line}", flush=True)
+            show = self.write if has_bar() else self.say
+            show(f"{self.step_of(step)} {line}")
         record = {"step": step, "timestamp": time.time(), **without_nan(values)}
         self.metrics_file.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
@@ -151,6 +185,18 @@ def cut_metrics_after(step: int, path: Path) -> None:
         found = f"no metrics of a run ({type(error).__name__})"
         raise UserError(f"{path}: {found}; move the file away, or resume to a new run.") from None
     write_text_atomically(path, kept)
+
+
+def has_bar() -> bool:
+    """Return whether somebody sees the progress bar, which is on stderr, beside what is printed."""
+    return sys.stderr.isatty() and sys.stdout.isatty()
+
+
+def time_left(done: int, total: int, seconds: float) -> str:
+    """Return ", 01:20 left" for a loop that has done some rounds in `seconds`; "" at its ends."""
+    if done < FIRST_ROUNDS or done == total:
+        return ""
+    return f", {tqdm.format_interval(seconds / done * (total - done))} left"
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -185,6 +185,8 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
     epochs = max_steps / data.steps_per_epoch
     an_epoch = f"{data.steps_per_epoch:.1f} steps"
     lines.append(f"{max_steps} steps of {a_step}: {epochs:.3g} epochs of {an_epoch}")
+    if data.steps_per_epoch < 1:
+        lines.append(f"one step is {1 / data.steps_per_epoch:.3g} passes over the training data")
     if epochs > MANY_EPOCHS:
         advice = "most of the time is wasted, or the data are learned by heart"
         lines.append(f"warning: {epochs:.0f} epochs over the same data: {advice}")

@@ -5,6 +5,7 @@ way to the targets.
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 import torch
@@ -531,7 +532,7 @@ def mixed(configure, weights, counts=(60, 25, 40), **values):
 def test_the_shares_of_a_mix_are_its_weights_at_every_point(configure, weights):
     data = mixed(configure, weights)
     # Beyond the schedule's end
-    drawn = [data.rows.dataset_ids[data.row_of_example(place)] for place in range(12_000)]
+    drawn = [int(i) for i in data.rows.dataset_ids[data.rows_of_examples(np.arange(12_000))]]
     for end in (100, 1_000, 12_000):
         for source, weight in enumerate(weights):
             share = drawn[:end].count(source) / end
@@ -542,7 +543,7 @@ def test_every_row_of_a_set_is_seen_once_per_pass_whatever_the_weights(configure
     data = mixed(configure, [5.0, 1.0, 2.0])
     seen = {0: [], 1: [], 2: []}
     for place in range(2_000):
-        row = data.row_of_example(place)
+        row = data.rows_of_examples(np.array([place]))[0]
         seen[int(data.rows.dataset_ids[row])].append(int(row))
     for source, count in enumerate((60, 25, 40)):
         members, passes = seen[source], len(seen[source]) // count
@@ -554,7 +555,7 @@ def test_every_row_of_a_set_is_seen_once_per_pass_whatever_the_weights(configure
 
 def test_without_weights_the_sets_are_one(configure):
     one, other = mixed(configure, []), mixed(configure, [], counts=(125,))
-    drawn = [[int(data.row_of_example(i)) for i in range(300)] for data in (one, other)]
+    drawn = [data.rows_of_examples(np.arange(300)).tolist() for data in (one, other)]
     assert drawn[0] == drawn[1]
 
 

@@ -19,6 +19,8 @@ from lora.data.batches import Rows
 from lora.data.chat_template import use_chatml
 from lora.data.examples import Example
 from lora.data.tokenise import NO_TOKEN, encode, tokenise
+from lora.model.weights import add_tokens
+from tests.conftest import tiny_llama
 
 TURN = [{"role": "user", "content": "uone"}, {"role": "assistant", "content": "aone"}]
 CHATS = {
@@ -490,3 +492,36 @@ def test_what_a_filter_puts_between_the_prompt_and_the_answer_is_learned():
     lines = tokenizer_with(CHATML.replace("m.content", "m.content.split('\\n') | join(' / ')"))
     messages = [TURN[0], {"role": "assistant", "content": "\naone"}]
     assert said(row_of(messages, lines).rows[0], lines) == [" / aone<|im_end|>"]
+
+
+def test_a_chat_that_holds_every_private_use_character_is_one_line():
+    content = "".join(chr(code) for code in range(0xE000, 0xF900))
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}]
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
+    with pytest.raises(UserError, match=r"a.jsonl:1: it holds every character of U\+E000..U\+F8FF"):
+        chat_pieces(Example("a.jsonl:1", messages=turns), tokenizer)
+
+
+@pytest.mark.parametrize("token", ["a", "user", "assistant", "im_end"])
+def test_an_added_token_that_is_a_part_of_the_templates_words_is_none_of_its_own(token):
+    """A turn is found as before, and in a content the token is read as the new one."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
+    add_tokens(tiny_llama(), tokenizer, [token])
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"2 {token} 2"}]
+    data = DataConfig(max_length=99)
+    example = Example("a.jsonl:1", messages=turns)
+    (result,) = tokenise([example], tokenizer, "lm", data, True)
+    (row,) = result.rows
+    added = tokenizer.convert_tokens_to_ids(token)
+    assert added in row.targets and tokenizer.decode(
+        [target for target in row.targets if target >= 0]
+    ).startswith(f"2 {token} 2")
+
+
+def test_a_token_that_the_template_writes_is_special():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
+    turn = "<|{{ m.role }}|>[B]{{ m.content }}end<x>"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    add_tokens(tiny_llama(), tokenizer, ["[B]", "<x>", "<y>"])
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    assert {"[B]", "<x>"} <= special and "<y>" not in special

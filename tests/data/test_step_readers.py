@@ -5,6 +5,7 @@ them.
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -337,7 +338,7 @@ def test_named_sets_are_mixed_by_weight_and_validated_one_by_one(tmp_path, confi
     task = load_task(config, torch.float32)
     rows, held_out, _ = load_or_tokenise(RawData(config), task)
     data = TrainingData(rows, held_out, config)
-    drawn = [int(rows.dataset_ids[data.row_of_example(place)]) for place in range(400)]
+    drawn = rows.dataset_ids[data.rows_of_examples(np.arange(400))].tolist()
     assert drawn.count(1) == 300 and drawn.count(0) == 100
     metrics, *_ = evaluate(Run(task, config, data, torch.device("cpu"), torch.float32))
     assert {"loss", "own/loss", "phase1/loss", "reveal/loss"} < metrics.keys()

@@ -29,7 +29,7 @@ def test_their_yaml_trains_under_the_name_of_the_run(call, tmp_path):
         "train_lora.py", *flags, "--max_steps=1", "--experiment_name=crisis_agent_v2"
     )
     assert status == 0, printed
-    assert "1 steps of 4 examples" in printed and "Saved checkpoint_step_1" in printed
+    assert "1 steps of 4 examples" in printed and "/checkpoint_step_1: " in printed
     run = tmp_path / "outputs" / "crisis_agent_v2"
     assert len(losses(run)) == 1 and list((run / "logs").glob("train_*.log"))
 

@@ -214,6 +214,19 @@ FLAGS = [
         "",
         "output_dir .*/file/x: .*/file cannot be written to; name another folder.",
     ),
+    ("long", [f"--output_dir={'a' * 300}"], "", "a{200}: File name too long."),
+    (
+        "NUL",
+        [],
+        '[output]\nexperiment_name = "a\\u0000b"\n',
+        r"config.toml: output.experiment_name = 'a\\x00b': a NUL character; take it out.",
+    ),
+    (
+        "count",
+        ["--train_data=arithmetic:train:99999999999"],
+        "",
+        "arithmetic:train:99999999999: expected arithmetic:SPLIT:COUNT .* COUNT 1..1000000.",
+    ),
 ]
 
 
@@ -261,25 +274,18 @@ def test_bad_flags_are_one_line_before_torch(tmp_path, number, flags, toml, mess
     assert status == 2 and re.fullmatch(message, line.removeprefix(f"{tmp_path}/")), line
 
 
-def test_all_bad_rows_are_counted_and_the_first_ten_listed(tmp_path):
+def test_a_problem_of_many_rows_is_said_once_with_their_number_and_three_of_them(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text((TEXT + '{"text": 1}\n' + "{,}\n") * 6)
     _, line = answer(tmp_path, "--base_model=embedded", "--train_data", str(path))
-    assert line.startswith(
-        f"{path}: 12 bad rows: 2: text is '1'; expected a text that is not empty; 3: not JSON ("
-    )
-    assert [int(number) for number in re.findall(r"(?:; |rows: )(\d+):", line)] == [
-        2,
-        3,
-        5,
-        6,
-        8,
-        9,
-        11,
-        12,
-        14,
-        15,
-    ]
+    text = "2, 5, 8 and 3 more: text is '1'; expected a text that is not empty"
+    assert line.startswith(f"{path}: 12 bad rows: {text}; 3, 6, 9 and 3 more: not JSON (")
+    assert line.count("not JSON") == 1
+
+    # Of different problems the first ten are listed.
+    path.write_text("".join(f'{{"text": {i}}}\n' for i in range(12)))
+    _, line = answer(tmp_path, "--base_model=embedded", "--train_data", str(path))
+    assert re.findall(r"(\d+): text is '(\d+)'", line) == [(str(i + 1), str(i)) for i in range(10)]
     assert line.endswith("; ...")
 
 
@@ -361,6 +367,22 @@ def test_26_a_target_that_matches_nothing_is_refused_and_named(train, base, tmp_
 
 def test_27_a_rank_that_no_layer_has_room_for_is_refused(train, base, tmp_path):
     refused(train, tmp_path, r"lora_r = 999: expected 1\.\.", *base, "--lora_r=999")
+    (tmp_path / "c.toml").write_text("[lora]\nrank_pattern = {q_proj = 999999}\n")
+    message = r"rank_pattern = 999999: expected 1\.\.32, for which the largest layer has room"
+    refused(train, tmp_path, message, *base, f"--config={tmp_path}/c.toml")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--batch_size=1000000000", "--gradient_accumulation_steps=10000000"]
+)
+def test_a_step_of_more_than_a_hundred_passes_is_refused(train, base, tmp_path, flag):
+    message = r"a step of \d+0000000 examples is \d+ passes over the data; expected 100 at most"
+    refused(train, tmp_path, message, *base, flag)
+
+
+def test_a_step_of_more_than_one_pass_says_so(train, base):
+    status, _, out = train(*base, "--batch_size=9", "--max_steps=1", "--experiment_name=wide")
+    assert status == 0 and "one step is 1.8 passes over the training data" in out
 
 
 def test_29_a_base_with_a_weight_that_is_not_finite_is_refused(train, base, tmp_path):

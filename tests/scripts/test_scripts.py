@@ -351,7 +351,7 @@ def test_the_embedded_base_is_small():
 
 @pytest.mark.parametrize("program", ["eval.py", "merge.py"])
 def test_what_runs_in_one_process_says_so_under_torchrun(program):
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
     done = subprocess.run(
         [sys.executable, program], cwd=ROOT, capture_output=True, text=True, env=environment
     )

@@ -140,7 +140,7 @@ def test_of_full_fine_tuning_the_last_checkpoint_alone_holds_the_optimizer(confi
     settings = dict(task="lm", eval_data=["arithmetic:train:60"], learning_rate=1e-3)
     settings |= dict(eval_steps=2, save_steps=4, max_steps=13, warmup_steps=0)
     whole = run(configure(False, "whole", **settings))
-    assert "Saved checkpoint_step_13: " in capsys.readouterr().out
+    assert f"Saved {whole}/checkpoints/checkpoint_step_13: " in capsys.readouterr().out
     steps = {state["step"] for state in best_checkpoints.saved_states(whole / "checkpoints")}
     assert steps == {10, 12, 13} and steps_with_optimizer(whole) == {13}  # 12 has lost it
     assert not any(find_damage(path, "trainer_state.json") for path in whole.glob("checkpoints/*"))
