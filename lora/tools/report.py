@@ -8,6 +8,7 @@ examples: scored steps and how reliable the scores are, or generated answers.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+import re
 
 from markupsafe import Markup
 
@@ -135,7 +136,7 @@ def startup_log(run: FinishedRun) -> str:
     lines = []
     for log in sorted((run.folder / "logs").glob("train_*.log"))[:1]:
         for line in run.read_text(run.file(f"logs/{log.name}")).splitlines():
-            if line.startswith("step "):
+            if re.match(r"[\d: -]*step \d", line, re.IGNORECASE):  # after the time, if any
                 break
             lines.append(line)
     return "\n".join(lines)

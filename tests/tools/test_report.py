@@ -64,6 +64,9 @@ def test_a_scorers_report_has_curves_scores_and_what_it_was_made_of(configure):
 
 
 @pytest.mark.parametrize("max_length", [128, 64])
+    assert "trainable" in text and "Step 0/" not in text  # of the log only what came before
+
+
 def test_a_language_models_report_has_answers(configure, tmp_path, max_length):
     data = {
         "train_data": write(tmp_path / "t", map(chat, range(40))),
