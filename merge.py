@@ -89,10 +89,12 @@ from transformers import AutoModel
 from lora.adapter import load_adapter
 from lora.common.atomic_files import atomic_folder
 from lora.common.checkpoint_folders import adapter_folder
+from lora.evaluation.generate import set_stop_tokens
 from lora.export import merging
 from lora.export.merging import AdapterSource, difference, four_bits_of, load_base, outputs
 from lora.export.portable_adapter import write_portable
 from lora.layer import merge
+from lora.model.tokenizer_file import save_tokenizer
 from lora.model.weights import add_tokens, load_shape, load_tokenizer
 
 
@@ -151,7 +153,7 @@ def main(arguments: Namespace) -> None:
     # 3. Round, write, and compare what was written.
     with atomic_folder(Path(arguments.output)) as temporary:
         model.to(dtype)
-        tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
         if source.is_scorer:
             merging.save_scorer(model, tokenizer, source.folder, temporary)
             # eval.py --checkpoint reads this configuration.
@@ -160,6 +162,7 @@ def main(arguments: Namespace) -> None:
             config.model.add_special_tokens = []
             config.save(temporary / "training_config.toml")
         else:
+            set_stop_tokens(model, tokenizer)
             model.save_pretrained(temporary)
         written = merging.read_back(model, model_class, temporary)
         rounding = difference(outputs(written, tokens), of_adapter)

@@ -60,6 +60,12 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return sorted(stops - {None})
 
 
+def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have generation by other programs end where ours does, once the model is saved."""
+    if model.can_generate():
+        model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the special token that a chat is trained to end an answer with, or nothing."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -32,6 +32,7 @@ from lora.common.paths import ROOT, script_call
 from lora.config.schema import Config
 from lora.config.set_keys import saved_config
 from lora.distributed.sharding import any_sharded
+from lora.evaluation.generate import set_stop_tokens
 from lora.export.model_card import model_card
 from lora.model.load import load_task
 from lora.model.run import Run
@@ -102,6 +103,7 @@ def write_final_artifact(
     folder = log.run_dir / "final_artifact"
     config = with_absolute_paths(run.config)
     facts = metadata(task, config, results, base_files, data_files)
+    set_stop_tokens(task.model, task.tokenizer)
     with atomic_folder(folder) as temporary:
         task.save_artifact(temporary)
         config.save(temporary / "training_config.toml")

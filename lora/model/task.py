@@ -21,6 +21,7 @@ from lora.layer import lora_layers, merge
 from lora.model.attention import Documents
 from lora.model.heads import LMHead, MLPHead
 from lora.model.pretrained_heads import load_two_class_head
+from lora.model.tokenizer_file import save_tokenizer
 from lora.target_modules import is_causal, is_tied, require_all_grads
 
 
@@ -99,7 +100,7 @@ class Task(nn.Module):
             save_adapter(self.model, folder / "lora_adapter")
         elif not self.frozen:
             self.model.save_pretrained(folder / "backbone", state_dict=model_state)
-            self.tokenizer.save_pretrained(folder / "backbone")
+            save_tokenizer(self.tokenizer, folder / "backbone")
         self.save_head(folder, head_state or self.head.state_dict())
 
     def save_artifact(self, folder: Path) -> None:
@@ -111,7 +112,7 @@ class Task(nn.Module):
             save_adapter(self.model, folder)
         elif not self.frozen:
             self.model.to(self.base_dtype).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         self.save_head(folder, self.head.state_dict())
 
     def save_head(self, folder: Path, state: dict[str, Tensor]) -> None:

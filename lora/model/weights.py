@@ -24,6 +24,7 @@ from lora.common.base_model_files import check_shape, check_weight_files, locate
 from lora.common.errors import UserError, library_errors, raise_if_any
 from lora.common.toml_json import read_file
 from lora.config.schema import LoraConfig, ModelConfig
+from lora.model.tokenizer_file import follows_its_file
 from lora.quantization import FourBitSettings, import_bitsandbytes
 from lora.target_modules import decoder_layers, is_pooler
 
@@ -82,7 +83,11 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         problem = "its tokenizer has no fast version (no tokenizer.json), which is needed"
         raise UserError(f"base_model {base_model}: {problem}.")
-    return tokenizer
+    if follows_its_file(tokenizer):
+        return tokenizer
+    why = f"transformers' {type(tokenizer).__name__} splits text otherwise"
+    print(f"note: base_model {base_model}: its tokenizer.json is used as it is; {why}")
+    return from_pretrained(transformers.PreTrainedTokenizerFast, base_model)
 
 
 def model_files(base_model: str) -> list[Path]:

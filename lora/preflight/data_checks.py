@@ -10,6 +10,7 @@ from lora.data.batches import is_target
 from lora.data.examples import Example
 from lora.data.tokenise import NO_TOKEN, Row
 from lora.evaluation.generate import stop_tokens
+from lora.model.tokenizer_file import follows_its_file, tokenizer_file
 from lora.preflight.check_result import (
     BUG,
     FAIL,
@@ -56,6 +57,14 @@ def overlap(trial: Trial) -> Result:
     measured = f"{count} of {total} held-out prompts or texts are in the training data"
     advice = "the validation loss will look too good: split by prompt, or leave --eval_data out"
     return require(count == 0, measured, advice, FAIL if 100 * count > total else WARN)
+
+
+def tokens_of_the_file(trial: Trial) -> Result | None:
+    tokenizer = trial.task.tokenizer
+    if tokenizer_file(tokenizer) is None:
+        return None
+    measured = "a text of digits, blanks, accents and code has the tokens of tokenizer.json"
+    return require(follows_its_file(tokenizer), measured, f"it has not: {BUG}")
 
 
 def doubled_bos(trial: Trial) -> Result:
@@ -198,6 +207,7 @@ DATA = {
     "examples cut off": cut_off,
     "duplicates": duplicates,
     "overlap with held-out data": overlap,
+    "tokenizer": tokens_of_the_file,
     "doubled BOS token": doubled_bos,
     "end token learned": end_tokens,
     "special tokens in texts": special_tokens,
