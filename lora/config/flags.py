@@ -49,14 +49,14 @@ def add_flags(parser: Any, table: Any, names: Collection[str], default: str = ""
     """
     for field in dataclasses.fields(table):
         container, kind = kind_of(field.type)
-        if field.name not in names or container is dict:
-            continue  # a dict is given as a table in the file
+        if field.name not in names or (container is dict and not field.metadata["metavar"]):
+            continue  # most tables are given in the file only
         options = {"metavar": metavar_of(field), "type": partial(parse_text, kind=kind)}
         if kind is bool:
             options = SWITCH
             if field.metadata["word"]:
                 options = SWITCH | {"metavar": f"{{true,false,{field.metadata['word']}}}"}
-        elif container is list:
+        elif container in (list, dict):
             options |= {"nargs": "+", "action": "extend"}
         help = help_line(field, getattr(table, field.name), default)
         parser.add_argument(f"--{field.name}", help=help, **options)
@@ -87,7 +87,7 @@ def aliases_of(name: str) -> list[str]:
 
 def help_line(field: dataclasses.Field, value: Any, default: str) -> str:
     notes = []
-    if not default and value is not False and value not in (None, "", []):
+    if not default and value is not False and value not in (None, "", [], {}):
         default = " ".join(value) if isinstance(value, list) else str(value)
     if default:
         notes.append("default: " + default.replace("\n", "\\n"))

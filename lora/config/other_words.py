@@ -228,7 +228,7 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "tokenizer_name": ((), TOKENIZER),
     "chat_template": ((), TOKENIZER),
     "datasets": ((), MIXED),
-    "dataset_name": ((), "give train_data = hf://datasets/OWNER/NAME/FILE"),
+    "dataset_name": ((), "give train_data = hf://datasets/OWNER/NAME"),
     "dataset_text_field": (("text",), "the text of a row is `text`"),
     "merge_adapter": ((False,), MERGE),
     "save_merged": ((False,), MERGE),

@@ -59,6 +59,8 @@ def check_value(where: str, value: Any, annotation: Any, limits: Mapping[str, An
         return [check_item(where, item, kind, limits) for item in items]
     if container is not dict:
         return check_item(where, value, kind, limits)
+    if limits["metavar"] and not isinstance(value, dict):
+        value = parse_pairs(where, value if isinstance(value, list) else [value])
     if not isinstance(value, dict):
         expected = "expected a table, which only a config file can hold"
         raise UserError(f"{where} = {value!r}: {expected}.")
@@ -69,6 +71,18 @@ def check_value(where: str, value: Any, annotation: Any, limits: Mapping[str, An
             expected = f"expected some of {', '.join(known)}"
             raise UserError(f"{where}.{name}: no such key; {expected}.{nearest(name, known)}")
         table[name] = check_item(f"{where}.{name}", item, kind, {**limits, "choices": None})
+    return table
+
+
+def parse_pairs(where: str, pairs: list[Any]) -> dict[str, str]:
+    """Return the table that texts OURS=THEIRS stand for. Raises UserError."""
+    table: dict[str, str] = {}
+    for pair in pairs:
+        ours, equals, theirs = str(pair).partition("=")
+        if not ours or not theirs or ours in table:
+            problem = "is given twice" if ours in table else "expected OURS=THEIRS"
+            raise UserError(f"{where} {pair}: {problem}.")
+        table[ours] = theirs
     return table
 
 

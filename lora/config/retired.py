@@ -7,7 +7,7 @@ from lora.common.errors import UserError
 from lora.common.toml_json import toml_value
 
 # Former keys -> the default they had; a run saved with that default is read.
-RETIRED = {"share_prompts": False}
+RETIRED: dict[str, Any] = {"share_prompts": False, "reveal_columns": {}}
 
 
 def without_retired(tables: dict[str, Any], where: str) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from lora.common.toml_json import to_toml
 from lora.config.parse_values import key, nearest
 from lora.config.table import Table
 
-REVEAL_LABELS = ("type_label", "attribution_label", "correctness_label")
-REVEAL_COLUMNS = ("answer_id", "question", "step_idx", "step", *REVEAL_LABELS)
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATION_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
@@ -32,13 +30,14 @@ class ModelConfig(Table):
 
 @dataclass
 class DataConfig(Table):
-    train_data: list[str] = key([], "files, or hf://datasets/OWNER/NAME/PATH", metavar="FILE")
+    train_data: list[str] = key([], "files, folders, or hf://datasets/OWNER/NAME", metavar="FILE")
     data_weights: list[float] = key([], "weight of each file of train_data in a step", above=0)
     eval_data: list[str] = key([], "held-out files, in place of eval_fraction", metavar="FILE")
     eval_fraction: float = key(0.1, "share of the prompts to hold out", above=0, high=0.9)
     max_length: int = key(
         "auto", "most tokens of an example; auto: 2048, or what the base can", low=2, word="auto"
     )
+    columns: dict[str, str] = key({}, "our key = theirs, for all files", metavar="OURS=THEIRS")
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
     label_max: float = key(1.0, "the files' labels, 0 to label_max, are divided by it", above=0)
     prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for causal models")
@@ -55,7 +54,6 @@ class DataConfig(Table):
     use_reveal: bool = key(False, "evaluate on REVEAL (reveal_path); its owners permit no training")
     reveal_path: str = key("", "reveal_eval.csv or reveal_open.csv")
     reveal_weight: float = key(1.0, "weight of REVEAL beside data_weights", above=0)
-    reveal_columns: dict[str, str] = key({}, "REVEAL's columns, if renamed", choices=REVEAL_COLUMNS)
     reveal_train_i_have_permission: bool = key(False, "train on REVEAL with its owners' permission")
 
     @property

@@ -72,13 +72,22 @@ class Chat:
         self.end_mark = next(unused)
         self.stand_ins = defaultdict(lambda: next(unused))  # special token -> character
 
-        self.messages = self.without_specials(messages)
-        for message, written_message in zip(self.messages, messages):
-            message["role"] = written_message["role"]  # it may hold the text of an added token
         self.tools = self.without_specials(tools)
+        if any(message.get("tool_calls") for message in messages):
+            from lora.data.tool_calls import with_printable_arguments
+
+            messages = with_printable_arguments(self, messages)
+        self.messages = self.with_stand_ins(messages)
         self.text = self.render(self.messages)
         if self.stand_ins:
             self.require_own_render(messages, tools)
+
+    def with_stand_ins(self, messages: list[dict]) -> list[dict]:
+        """Return messages without special tokens, but for the names of roles."""
+        results = self.without_specials(messages)
+        for result, message in zip(results, messages):
+            result["role"] = message["role"]  # it may hold the text of an added token
+        return results
 
     def unused_characters(self, written: str) -> Iterator[str]:
         """Yield the private-use characters that a text lacks. Raises UserError at their end."""

@@ -1,133 +1,153 @@
-"""Rows of JSONL, JSON (a list), CSV, TSV and text files, also as .gz, each with its file:line."""
+"""Rows of JSON, CSV, TSV and text files, packed or not, each with its file:line.
 
+Parquet and Arrow files, the Hub, and what cannot be read are in files that are imported for them.
+"""
+
+import bz2
 from collections.abc import Iterator
-import csv
+from csv import Error as CsvError
 import gzip
-from io import BufferedIOBase
+from itertools import chain
 import json
+import lzma
 from pathlib import Path
 import re
 from typing import Any, TextIO
 import zlib
 
 from lora.common.errors import UserError
+from lora.common.printable_text import printable
 from lora.common.toml_json import parse_json
 from lora.data.examples import SourceRows
+from lora.data.file_kinds import HUB, kind_of
 
-HUB = "hf://datasets/"
-LISTED = 10  # problems of a file that an error names
-PLACES = 3  # rows that it names for each of them
-NUMERIC_COLUMNS = ("score", "label", "weight")  # of a table
-PAIR_COLUMNS = ["sentence1", "sentence2", "score"]  # of a table without a header
-# float() would also read 1_6, Arabic digits and "nan"
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+# How a file begins tells what it is, as its name may be wrong.
+PACKERS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\x00": lzma}
+# Parquet, Arrow (two kinds), zstd, zip, SQLite, PDF
+BINARY = (b"PAR1", b"ARROW1", b"\xff" * 4, b"(\xb5/\xfd", b"PK\3\4", b"SQLite", b"%PDF")
+JSON_ROW = re.compile(r"\s*(\[\s*)?\{\s*\"")
 Values = Iterator[tuple[str, Any]]  # file:line, and what should be a row
 
 
 def read_rows(path: str, bad_rows: list[UserError] | None = None) -> SourceRows:
-    """Yield the rows of a file with their file:line.
+    """Yield the rows of a file, or of the files of a folder, with their file:line.
 
     Args:
-        path: a local file, or one of the Hub: hf://datasets/OWNER/NAME[@REVISION]/PATH.
+        path: a local file, folder or glob, or one of the Hub (hub_files.py).
         bad_rows: takes what cannot be read, for `raise_bad_rows`; without it, that is called here.
     """
-    readers: dict = {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "tsv": csv_rows}
-    readers.update({"txt": text_rows, "text": text_rows, "md": text_rows})
-    name = path.lower().removesuffix(".gz")
-    suffix = name.rpartition(".")[2]
-    if suffix not in readers:
-        expected = f"a file named .{', .'.join(readers)} (or one of these with .gz)"
-        raise UserError(f"{path}: expected {expected}.")
     collected = [] if bad_rows is None else bad_rows
-    opener = gzip.open if name != path.lower() else open
     try:
-        with opener(local_path(path), "rt", encoding="utf-8-sig", newline="") as file:
-            for where, row in readers[suffix](path, file, collected):
-                if isinstance(row, dict):
-                    yield where, row
-                else:
-                    problem = f"expected a JSON object, found {type(row).__name__}"
-                    collected.append(UserError(f"{where}: {problem}."))
+        for name, file in local_files(path).items():
+            yield from rows_of_file(name, file, collected)
     except UserError as error:
         collected.append(error)
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        collected.append(UserError(f"{path}: {reason}."))
-    except UnicodeDecodeError as error:
-        line, byte = first_undecodable(opener(local_path(path), "rb"), error)
-        advice = "convert it: iconv -f ITS_ENCODING -t utf-8"
-        collected.append(UserError(f"{path}:{line}: byte {byte:#04x} is not UTF-8; {advice}."))
     if bad_rows is None:
         raise_bad_rows(path, collected)
 
 
-def first_undecodable(file: BufferedIOBase, error: UnicodeDecodeError) -> tuple[int | str, int]:
-    """Return the first line that is not UTF-8, and its first byte that is not."""
-    with file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error_in_line:
-                return number, line[error_in_line.start]
-    return "", error.object[error.start]
+def rows_of_file(name: str, path: Path, bad_rows: list[UserError]) -> SourceRows:
+    """Yield the rows of the file at `path`, which messages call `name`."""
+    opener: Any = open
+    try:
+        with open(path, "rb") as raw:
+            beginning = raw.read(16)
+        for magic, packer in PACKERS.items():
+            if beginning.startswith(magic):
+                opener = packer.open
+        if beginning.startswith(BINARY):
+            from lora.data.other_files import binary_rows
+
+            yield from binary_rows(name, path, beginning)
+            return
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            for where, row in reader_of(name, file)(name, file, bad_rows):
+                if isinstance(row, dict):
+                    yield where, row
+                else:
+                    problem = f"expected a JSON object, found {type(row).__name__}"
+                    bad_rows.append(UserError(f"{where}: {problem}."))
+    except UserError as error:
+        bad_rows.append(error)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, CsvError) as error:
+        reason = getattr(error, "strerror", None) or error
+        bad_rows.append(UserError(f"{name}: {reason}."))
+    except UnicodeDecodeError as error:
+        from lora.data.bad_rows import first_undecodable
+
+        line, byte = first_undecodable(opener(path, "rb"), error)
+        advice = "convert it: iconv -f ITS_ENCODING -t utf-8"
+        bad_rows.append(UserError(f"{name}:{line}: byte {byte:#04x} is not UTF-8; {advice}."))
+
+
+def reader_of(name: str, file: TextIO) -> Any:
+    """Return the function that yields the rows of a file, by its ending and its first line."""
+    kind = kind_of(name)
+    if kind != "json":
+        first_line = file.readline(2**16)
+        file.seek(0)
+        if JSON_ROW.match(first_line):
+            print(printable(f"note: {name}: read as JSON, which it holds"))
+            kind = "json"
+    if not kind:
+        from lora.data.other_files import how_to_convert
+
+        raise UserError(f"{name}: {how_to_convert(name)}")
+    if kind == "table":
+        from lora.data.tables import csv_rows
+
+        return csv_rows
+    return json_rows if kind == "json" else text_rows
+
+
+def local_files(path: str) -> dict[str, Path]:
+    """Return {name in messages: file} of what a path names, in order. Raises UserError."""
+    if path.startswith(HUB):
+        from lora.data.hub_files import hub_files
+
+        return hub_files(path)
+    if Path(path).is_file():
+        return {path: Path(path)}
+    from lora.data.file_sets import files_of_set
+
+    return files_of_set(path)
 
 
 def raise_bad_rows(path: str, bad_rows: list[UserError]) -> None:
-    """Raise one UserError for all bad rows, if there are any.
-
-    It says each of the first ten problems once, with its first three rows and their number.
-    """
-    rows_of_problem: dict[str, list[str]] = {}
-    for error in bad_rows:
-        text = str(error).removeprefix(f"{path}:").strip(" .")
-        row, problem = re.fullmatch(r"((?:row )?[\d:]+: )?(.*)", text, re.DOTALL).groups("")
-        rows_of_problem.setdefault(problem, []).append(row.removesuffix(": "))
-    listed = []
-    for problem, rows in list(rows_of_problem.items())[:LISTED]:
-        more = f" and {len(rows) - PLACES} more" if len(rows) > PLACES else ""
-        listed.append(f"{', '.join(rows[:PLACES])}{more}: {problem}".removeprefix(": "))
+    """Raise one UserError for all bad rows, if there are any."""
     if len(bad_rows) == 1:
         raise bad_rows[0]
     if bad_rows:
-        end = "; ..." if len(rows_of_problem) > LISTED else "."
-        raise UserError(f"{path}: {len(bad_rows)} bad rows: {'; '.join(listed)}{end}")
+        from lora.data.bad_rows import summary
 
-
-def local_path(path: str) -> Path:
-    """Return where a file lies; a file of the Hub is downloaded once. Raises UserError."""
-    if not path.startswith(HUB):
-        if Path(path).is_dir():
-            raise UserError(f"{path}: a folder; name its files.")
-        if not Path(path).is_file():
-            raise UserError(f"{path}: No such file or directory.")
-        return Path(path)
-    match = re.fullmatch(HUB + r"([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
-    if not match:
-        raise UserError(f"{path}: expected {HUB}OWNER/NAME/PATH (or OWNER/NAME@REVISION/PATH).")
-    # Imported here because it takes half a second, which only a file of the Hub is worth.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repository, revision, name = match.groups()
-    try:
-        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
-    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
-        raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{path}: {len(bad_rows):,} bad rows: {summary(path, bad_rows)}")
 
 
 def parse_json_row(where: str, text: str) -> Any:
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
-        if "\n" in text.strip():
-            where = f"{where}:{error.lineno}"
         raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON that can be read ({error}).") from None
 
 
-def jsonl_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
-    for number, line in enumerate(file, 1):
+def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
+    """Yield the rows of lines of JSON, or of a document of JSON, which the first line tells."""
+    lines = []
+    for line in file:
+        lines.append(line)
+        if line.strip():
+            break
+    first = lines[-1].strip() if lines else ""
+    lines.append(file.readline())
+    is_alone = first.endswith("]}") and not lines[-1]
+    if is_alone or first.startswith("[") or first.endswith(("{", "[", ",")):
+        from lora.data.json_documents import document_rows
+
+        yield from document_rows(path, "".join(lines) + file.read())
+        return
+    for number, line in enumerate(chain(lines, file), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -139,52 +159,8 @@ def jsonl_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
             yield where, value
 
 
-def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
-    values = parse_json_row(path, file.read())
-    if not isinstance(values, list):
-        raise UserError(f"{path}: expected a JSON list of objects, found {type(values).__name__}.")
-    for number, value in enumerate(values, 1):
-        yield f"{path}: row {number}", value
-
-
-def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
-    """Yield rows under the names in the first line, or pairs if it is two texts and a number."""
-    csv.field_size_limit(2**31 - 1)  # a cell may hold a document; csv's own limit is 128 KiB
-    is_tsv = path.lower().removesuffix(".gz").endswith("tsv")
-    if is_tsv:  # a quote is a character like any other there
-        table = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        table = csv.reader(file)
-    names = None
-    for values in table:
-        if not values:  # a blank line
-            continue
-        where = f"{path}:{table.line_num}"
-        if names is None:
-            has_header = len(values) != 3 or not is_number(values[2])
-            names = values if has_header else PAIR_COLUMNS
-            for name in names:
-                if name and names.count(name) > 1:
-                    raise UserError(f"{where}: the column {name!r} is there twice; rename one.")
-            if has_header:
-                continue
-        if len(values) != len(names):
-            expected = f"expected {len(names)} ({', '.join(names)})"
-            bad_rows.append(UserError(f"{where}: {len(values)} columns, {expected}."))
-            continue
-        row: dict[str, Any] = dict(zip(names, values))
-        for name in NUMERIC_COLUMNS:
-            if name in row and is_number(row[name]):
-                row[name] = float(row[name])
-        yield where, row
-
-
 def text_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
     """Yield a text file as one document, with line ends read as "\\n"."""
     text = file.read().replace("\r\n", "\n")
     if text.strip():
         yield path, {"text": text}
-
-
-def is_number(text: str) -> bool:
-    return NUMBER.fullmatch(text.strip()) is not None

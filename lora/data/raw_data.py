@@ -94,8 +94,16 @@ def sums_of(paths: list[str]) -> dict[str, str | None]:
         if path.startswith("arithmetic:"):
             sums[path] = None
         elif path not in sums:  # a file may be named in both train_data and eval_data
-            sums[path] = remembered_sha256(files.local_path(path))
+            sums[path] = sha256_of_files(path, files.local_files(path))
     return sums
+
+
+def sha256_of_files(path: str, local_files: dict[str, Path]) -> str:
+    """Return the sha256 of a file, or a hash of those of a folder or a glob and their kinds."""
+    if list(local_files) == [path]:
+        return remembered_sha256(local_files[path])
+    parts = [(Path(name).suffixes, remembered_sha256(file)) for name, file in local_files.items()]
+    return digest(parts)
 
 
 def remembered_sha256(path: Path) -> str:

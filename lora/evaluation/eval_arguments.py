@@ -26,7 +26,7 @@ from lora.data.split import read_data
 from lora.evaluation.retrieval import Query, read_corpus, read_queries
 from lora.evaluation.text_metrics import Question, check_settings, read_questions
 
-MODEL_KEYS = ("base_model", "task")
+MODEL_KEYS = ("base_model", "task", "columns")
 ANSWER_KEYS = (
     *("max_new_tokens", "temperature", "top_p", "refusal_pattern", "citation_pattern", "json_keys"),
 )
@@ -200,9 +200,9 @@ def read_request(arguments: Namespace, config: Config) -> EvaluationRequest:
     if arguments.test_set and task == "score":
         request.examples = read([arguments.test_set], task, config.data)
     elif arguments.test_set:
-        request.test_set = read_questions(arguments.test_set)
+        request.test_set = read_questions(arguments.test_set, config.data)
     if arguments.critical_questions:
-        request.critical = read_questions(arguments.critical_questions)
+        request.critical = read_questions(arguments.critical_questions, config.data)
     if arguments.test_queries:
         request.corpus = read_corpus(arguments.corpus)
         request.queries = read_queries(arguments.test_queries, request.corpus)

@@ -23,7 +23,7 @@ import re
 from typing import Any
 
 from lora.common.errors import UserError
-from lora.config.schema import EvaluationConfig
+from lora.config.schema import DataConfig, EvaluationConfig
 from lora.data.examples import Example
 from lora.data.readers import read
 
@@ -49,10 +49,10 @@ def last_question(example: Example) -> Question:
     return Question(example.where, messages[:last], example.tools, reference, example.category)
 
 
-def read_questions(path: str) -> list[Question]:
+def read_questions(path: str, data: DataConfig | None = None) -> list[Question]:
     """Read chats in any form of training; each asks for its last answer. Raises UserError."""
     questions = []
-    for example in read([path], "lm"):
+    for example in read([path], "lm", data):
         where = example.where
         if not example.messages:
             raise UserError(f"{where}: a text has no question and no answer; expected a chat.")

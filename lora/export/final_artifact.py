@@ -9,6 +9,7 @@ README.md                       lora/export/model_card.py
 checksums.json                  of all of these; lora/common/checksums.py
 """
 
+from collections.abc import Iterable
 import copy
 from importlib.metadata import version
 import json
@@ -31,6 +32,8 @@ from lora.common.operating_system import physical_memory_bytes
 from lora.common.paths import ROOT, script_call
 from lora.config.schema import Config
 from lora.config.set_keys import saved_config
+from lora.data.file_kinds import HUB
+from lora.data.files import local_files
 from lora.distributed.sharding import any_sharded
 from lora.evaluation.generate import set_stop_tokens
 from lora.export.model_card import model_card
@@ -156,7 +159,19 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def absolute_if_file(path: str) -> str:
-    return os.path.abspath(path) if Path(path).is_file() else path
+    """Return the absolute path of a file, a folder or a glob, and other paths as they are."""
+    is_local = path and not path.startswith((HUB, "arithmetic:"))
+    return os.path.abspath(path) if is_local else path
+
+
+def hub_revisions(paths: Iterable[str]) -> dict[str, str]:
+    """Return {path: commit} of those of the data's paths that are of the Hub."""
+    commits = {}
+    for path in paths:
+        if path.startswith(HUB):
+            in_cache = next(iter(local_files(path).values())).parts
+            commits[path] = in_cache[in_cache.index("snapshots") + 1]
+    return commits
 
 
 def metadata(task: Task, config: Config, results: dict, base_files: dict, data_files: dict) -> dict:
@@ -171,6 +186,7 @@ def metadata(task: Task, config: Config, results: dict, base_files: dict, data_f
         # A run whose base has changed stops before this; None: there was nothing to compare.
         "base_unchanged": True if base_files or config.lora else None,
         **data_files,
+        "data_revisions": hub_revisions(data_files["train_data"] | data_files["eval_data"]),
         "best": results["best"],
         "seed": config.training.seed,
         "seconds": results["seconds"],

@@ -1,16 +1,23 @@
 """`python -m lora render FILE`: rows as the model will read them, and a summary of the file."""
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
 import sys
 
+from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.common.signals import begin_loading_torch
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, ModelConfig
+from lora.data import files
 from lora.data.data_summary import describe_data
-from lora.data.readers import read
+from lora.data.readers import form_of, read, reader_for
+from lora.data.readers.columns import with_columns
 
-KEYS = ("base_model", "task", "max_length", "label_max")
+FIRST = 1000  # rows of a file whose shapes are told
+KEYS = ("base_model", "task", "max_length", "label_max", "columns")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
     add_flags(parser, config.data, KEYS)
     arguments = parser.parse_args(argv)
     apply_flags(config, arguments, KEYS)
+    for path in arguments.files:
+        print_shapes(path, config, arguments.task)
     examples = read(arguments.files, config.model.task, config.data)
 
     # Imported here, so that a mistake in the files is reported before torch is loaded.
@@ -48,3 +57,21 @@ def main(argv: Sequence[str]) -> None:
             print(f"--- {printable(example.where)}, {len(row.tokens)} tokens")
             print(row_as_text(row, tokenizer, sys.stdout.isatty()).rstrip("\n"))
     print(f"\n{describe_data('data', facts)}")
+
+
+def print_shapes(path: str, config: Config, task: str | None) -> None:
+    """Print the keys by which a file's first rows are read, and choose the task they are for."""
+    if path.startswith("arithmetic:"):
+        return
+    tasks = [task] if task else [config.model.task, "lm", "score"]
+    shapes: Counter[str] = Counter()
+    for where, row in islice(files.read_rows(path), FIRST):
+        row = with_columns(row, config.data.columns)
+        for name in tasks:
+            with suppress(UserError):  # `read` will say it
+                form = form_of(reader_for(where, row, name), row)
+                shapes[f"{', '.join(key for key in row if key in form)} (--task {name})"] += 1
+                config.model.task = name
+                break
+    for shape, count in shapes.most_common():
+        print(printable(f"{path}: {count:,} rows of {shape}"))

@@ -8,14 +8,12 @@ from markupsafe import Markup
 import numpy as np
 import torch
 
-from lora.common.checksums import file_sha256
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.config.schema import Config
 from lora.config.set_keys import saved_config
 from lora.data.examples import Example
-from lora.data.files import local_path
-from lora.data.raw_data import RawData, held_out_paths
+from lora.data.raw_data import RawData, held_out_paths, sums_of
 from lora.evaluation.calibration import calibration, expected_calibration_error
 from lora.evaluation.generate import generate_answers, prompt_tokens, step_scores, text_tokens
 from lora.evaluation.step_metrics import labelled_steps
@@ -67,7 +65,7 @@ def require_recorded_data(config: Config, metadata: dict) -> None:
         for i, path in enumerate(dict.fromkeys(paths)):
             if path.startswith("arithmetic:"):
                 continue
-            if [file_sha256(local_path(path))] != recorded[i : i + 1]:
+            if [sums_of([path])[path]] != recorded[i : i + 1]:
                 found = "not the file that the run was made with"
                 raise UserError(f"{path}: {found}, so that no example of it is shown.")
 

@@ -155,7 +155,7 @@ BAD = [  # and those of tests/scripts/test_inputs.py
     (
         "a.jsonl",
         GOOD + '{"question": 1, "reply": 2}',
-        "a.jsonl:2: keys found: question, reply; expected one of: labels, prompt, steps",
+        "a.jsonl:2: keys found: question (number), reply (number); expected one of: ",
     ),
     (
         "a.jsonl",
@@ -173,11 +173,13 @@ BAD = [  # and those of tests/scripts/test_inputs.py
         '{"prompt": "\\ud800", "steps": ["s"], "labels": [1]}',
         "a.jsonl:1: prompt holds half of a surrogate pair",
     ),
-    ("a.json", GOOD, "a.json: expected a JSON list of objects, found dict"),
+    ("a.json", '[1, {"a": 2}]', "a.json: 2 bad rows: row 1: expected a JSON object, found int"),
+    ("a.json", '[{"a": 1},\n{"b" 2}]', "a.json:2: not JSON (Expecting ':' delimiter, column 6)"),
     ("a.csv", "a,b,0.5\na,b\n", "a.csv:2: 2 columns, expected 3 (sentence1, sentence2, score)"),
     ("a.csv", "a,b,0.5\na,b,high\n", "a.csv:2: label 'high'; expected 0..1"),
     ("a.csv", "text,text\none,two\n", "a.csv:1: the column 'text' is there twice"),
-    ("a.parquet", "", "a.parquet: expected a file named .jsonl, .json, .csv, .tsv, .txt"),
+    ("a.parquet", "", "a.parquet: no Parquet or Arrow file"),
+    ("a.xyz", "one", "a.xyz: expected a file named .jsonl, .json, .ndjson, .csv, .tsv, .txt"),
 ]
 
 
@@ -217,7 +219,7 @@ def test_a_damaged_gz_file_is_an_error(tmp_path):
     for name, damage in {
         "bits": packed[:200] + bytes(60) + packed[260:],
         "end": packed[:-9],
-        "start": b"text",
+        "start": packed[:2] + b"text",
     }.items():
         (tmp_path / f"{name}.jsonl.gz").write_bytes(damage)
         with pytest.raises(UserError, match=f"{name}.jsonl.gz: "):
@@ -240,30 +242,41 @@ CODES = {
     "o": "eobqa",
     "r": "reveal",
     "u": "outcomes",
+    "g": "glaive",
     "-": "none: the row belongs to the other task",
 }
 # The keys of a form; then, for a row that has them and those of each form from this one on, the
 # reader in a run of --task lm, and in one of --task score.
 PAIRS_OF_FORMS = [
-    ("messages", "ccccccccccccccccccc", "----sspp-8mffbeoruu"),
-    ("completion prompt", "qqqqqqqqqqqqqqqqqq", "---sspp-8mffbeoruu"),
-    ("answer question", "qqqqqqqqqqqqqqqqq", "--sspp-8mffbeoruu"),
-    ("instruction output", "qqqqqqqqqqqqqqqq", "-sspp-8mffbeoruu"),
-    ("labels prompt steps", "----t----------", "sssssssssssssss"),
-    ("completions labels prompt", "---t----------", "ssssssssssssss"),
-    ("score sentence1 sentence2", "--t----------", "ppppppppppppp"),
-    ("label sentence1 sentence2", "-t----------", "pppppppppppp"),
-    ("text", "ttttttttttt", "-8mffbeoruu"),
-    ("label labeler question", "----------", "8888888888"),
-    ("input label task", "---------", "mmmmmmmmm"),
-    ("input mistake_index steps", "--------", "ffffffff"),
-    ("label problem steps", "-------", "fffffff"),
-    ("error_steps modified_process modified_question", "------", "bbbbbb"),
-    ("answerKey fact1 fact2 question", "-----", "eeeee"),
-    ("Answer DF Fact1 Fact2 QID Question Turks", "----", "oooo"),
-    ("answer_id full_answer", "---", "rrr"),
-    ("is_correct prompt steps", "--", "uu"),
-    ("ground_truth question", "-", "u"),
+    ("messages", "ccccccccccccccccccccccccccccc", "------------sspp-8mfffbeoruu-"),
+    ("conversations", "cccccccccccccccccccccccccccc", "-----------sspp-8mfffbeoruu-"),
+    ("conversation", "ccccccccccccccccccccccccccc", "----------sspp-8mfffbeoruu-"),
+    ("completion prompt", "qqqqqqqqqqqqqqqqqqqqqqqqqq", "---------sspp-8mfffbeoruu-"),
+    ("answer question", "qqqqqqqqqqqqqqqqqqqqqqqqq", "--------sspp-8mfffbeoruu-"),
+    ("instruction output", "qqqqqqqqqqqqqqqqqqqqqqqq", "-------sspp-8mfffbeoruu-"),
+    ("instruction response", "qqqqqqqqqqqqqqqqqqqqqqq", "------sspp-8mfffbeoruu-"),
+    ("question response", "qqqqqqqqqqqqqqqqqqqqqq", "-----sspp-8mfffbeoruu-"),
+    ("query response", "qqqqqqqqqqqqqqqqqqqqq", "----sspp-8mfffbeoruu-"),
+    ("prompt response", "qqqqqqqqqqqqqqqqqqqq", "---sspp-8mfffbeoruu-"),
+    ("problem solution", "qqqqqqqqqqqqqqqqqqq", "--sspp-8mfffbeoruu-"),
+    ("input output", "qqqqqqqqqqqqqqqqqq", "-sspp-8mfffbeoruu-"),
+    ("labels prompt steps", "----t-----------g", "sssssssssssssssss"),
+    ("completions labels prompt", "---t-----------g", "ssssssssssssssss"),
+    ("score sentence1 sentence2", "--t-----------g", "ppppppppppppppp"),
+    ("label sentence1 sentence2", "-t-----------g", "pppppppppppppp"),
+    ("text", "ttttttttttttt", "-8mfffbeoruu-"),
+    ("label labeler question", "-----------g", "888888888888"),
+    ("input label task", "----------g", "mmmmmmmmmmm"),
+    ("input mistake_index steps", "---------g", "ffffffffff"),
+    ("label problem steps", "--------g", "fffffffff"),
+    ("Model_Solution_First_Error_Step Model_Solution_Steps Question", "-------g", "ffffffff"),
+    ("error_steps modified_process modified_question", "------g", "bbbbbbb"),
+    ("answerKey fact1 fact2 question", "-----g", "eeeeee"),
+    ("Answer DF Fact1 Fact2 QID Question Turks", "----g", "ooooo"),
+    ("answer_id full_answer", "---g", "rrrr"),
+    ("is_correct prompt steps", "--g", "uuu"),
+    ("ground_truth question", "-g", "uu"),
+    ("chat system", "g", "-"),
 ]
 
 
@@ -388,6 +401,8 @@ def test_a_tsv_is_not_quoted_and_numbers_are_those_of_json(tmp_path):
     text = 'text\tweight\n"one\t2\nit\'s 5" wide\t1\n'
     path = write(tmp_path, "a.tsv", text)
     assert [(e.text, e.weight) for e in read([path], "lm")] == [('"one', 2), ("it's 5\" wide", 1)]
+    path = write(tmp_path, "a.tsv.gz", 'text\n"one, two\n')  # a single column
+    assert [e.text for e in read([path], "lm")] == ['"one, two']
     for number in ("1_6", "0_1", "\u0661", "nan", "inf"):
         path = write(tmp_path, "b.csv", f"sentence1,sentence2,score\na,b,{number}\n")
         with pytest.raises(UserError, match="b.csv:2: label"):

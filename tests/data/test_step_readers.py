@@ -260,10 +260,10 @@ def test_reveal_takes_the_best_evidence_of_a_step_and_the_lower_of_two_kinds(tmp
     ]
     assert chains(reveal(tmp_path)) == expected
     with pytest.raises(
-        UserError, match=r"2: no column step; name yours in \[data.reveal_columns\]"
+        UserError, match="2, 3, 4 and 4 more: no column step; name yours: --columns step=YOURS"
     ):
         chains(reveal(tmp_path, "step_text"))
-    assert chains(reveal(tmp_path, "step_text"), reveal_columns={"step": "step_text"}) == expected
+    assert chains(reveal(tmp_path, "step_text"), columns={"step": "step_text"}) == expected
 
 
 def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, configure):

@@ -21,6 +21,7 @@ from lora.data import data_summary, raw_data, token_cache
 from lora.data.batches import ARRAYS
 from lora.data.raw_data import NOT_IN_KEY, RawData, cache_folder, cache_key, sums_of
 from lora.data.tokenise import NO_TOKEN
+from lora.export.final_artifact import hub_revisions
 from lora.model.load import load_task
 from tests.conftest import run
 
@@ -129,15 +130,16 @@ def test_held_out_files_are_hashed_and_not_their_paths(configure, chats):
 
 
 def test_the_same_bytes_under_another_suffix_are_another_entry(configure, chats):
-    """The suffix chooses the reader: a text file is one document, whatever stands in it."""
-    renamed = chats.with_suffix(".txt")
-    renamed.write_bytes(chats.read_bytes())
+    """The suffix chooses the reader: a text file is one document, a table has one in each row."""
+    table, renamed = chats.with_suffix(".csv"), chats.with_suffix(".txt")
+    for path in (table, renamed):
+        path.write_text("text\n" + "".join(f"Document {i}.\n" for i in range(40)))
     task = load_task(settings(configure, chats), torch.float32)
     counts = [
         token_cache.load_or_tokenise(RawData(settings(configure, path)), task)[2]["train"][
             "examples"
         ]
-        for path in (renamed, chats)
+        for path in (renamed, table)
     ]
     assert counts == [1, 36]
 
@@ -209,6 +211,7 @@ def test_gz_hub_and_plain_files_give_the_same_rows(configure, chats, tmp_path, m
         token_cache.load_or_tokenise(RawData(settings(configure, path)), task)[0] for path in paths
     ]
     assert equal(tables[0], tables[1]) and equal(tables[0], tables[2])
+    assert hub_revisions(paths) == {paths[2]: "abc"}
 
 
 def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chats):

@@ -63,7 +63,8 @@ DATA = [
         "a.jsonl",
         TEXT + '{"prompt": "p", "reply": "r"}\n',
         "lm",
-        ":2: keys found: prompt, reply; expected one of: messages",
+        r":2: keys found: prompt \(text\), reply \(text\); expected one of: completion, prompt; "
+        ".*; add --columns completion=reply",
     ),
     (
         4,
@@ -139,7 +140,6 @@ DATA = [
         ":2: byte 0xe9 is not UTF-8; .*iconv",
     ),
     (12, "a.jsonl", TEXT.encode("utf-16"), "lm", ":1: byte 0xff is not UTF-8"),
-    (12, "a.jsonl", gzip.compress(TEXT.encode()), "lm", ":1: byte 0x8b is not UTF-8"),
     (
         16,
         "a.jsonl",

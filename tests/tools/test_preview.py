@@ -43,3 +43,21 @@ def test_the_name_of_a_file_has_no_commands_for_the_terminal(tmp_path, capsys):
     preview.main([str(file), "--rows=1", "--max_length=512"])
     out = capsys.readouterr().out
     assert "/ab.jsonl:1, " in out and "\x1b" not in out and "\u202e" not in out
+
+
+def test_render_says_by_which_keys_a_file_is_read_and_finds_its_task(tmp_path, capsys):
+    lines = {
+        "steps.jsonl": {"prompt": "p", "steps": ["s"], "labels": [1]},
+        "asked.jsonl": {"id": 1, "ask": "q", "reply": "a"},
+    }
+    for name, row in lines.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    path = str(tmp_path / "steps.jsonl")
+    preview.main([path, "--max_length=64"])
+    out = capsys.readouterr().out
+    assert f"{path}: 1 rows of prompt, steps, labels (--task score)\n" in out and "⟦1⟧" in out
+    path = str(tmp_path / "asked.jsonl")
+    preview.main([path, "--max_length=64", "--columns", "prompt=ask", "completion=reply"])
+    out = capsys.readouterr().out
+    assert f"{path}: 1 rows of prompt, completion (--task lm)\n" in out
+    assert "keys not read: id (1 rows)" in out and "⟦a<|im_end|>⟧" in out

@@ -62,6 +62,10 @@ def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
     num_rows = 0
     for where, row in files.read_rows(path, bad_rows):
         num_rows += 1
+        if data.columns:
+            from lora.data.readers.columns import with_columns
+
+            row = with_columns(row, data.columns)
         try:
             reader = reader_for(where, row, task)
             not_read.update(keys_not_read(reader, row))
@@ -102,15 +106,19 @@ def keys_not_read(reader: ModuleType, row: dict) -> list[str]:
     """Return the keys of a row that have a value and that its reader does not look at."""
     if reader.OPTIONAL is None:
         return []
-    form = next(form for form in reader.FORMS if form <= row.keys())
-    read_keys = form | reader.OPTIONAL
+    read_keys = form_of(reader, row) | reader.OPTIONAL
     if category(row):
         read_keys.add("category")
     return [key for key in row if key not in read_keys and row[key] not in EMPTY]
 
 
+def form_of(reader: ModuleType, row: dict) -> set[str]:
+    """Return the keys by which a reader reads a row; empty, where it does not."""
+    return next((form for form in reader.FORMS if form <= row.keys()), set())
+
+
 def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleType]:
-    return [reader for reader in readers if any(form <= row.keys() for form in reader.FORMS)]
+    return [reader for reader in readers if form_of(reader, row)]
 
 
 def reader_for(where: str, row: dict, task: str) -> ModuleType:
@@ -126,9 +134,8 @@ def reader_for(where: str, row: dict, task: str) -> ModuleType:
     if fitting:
         keys = f"keys {', '.join(row)} in a run of --task {task}"
         raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")
-    forms = []
-    for reader in (*READERS, *PUBLISHED):
-        if reader.TASK == task:
-            forms.extend(", ".join(sorted(form)) for form in reader.FORMS)
-    keys = ", ".join(str(key) for key in row)
-    raise UserError(f"{where}: keys found: {keys}; expected one of: {'; '.join(forms)}.")
+    from lora.data.readers.advice import why_not_read
+
+    of_task = [reader for reader in (*READERS, *PUBLISHED) if reader.TASK == task]
+    forms = [form for reader in of_task for form in reader.FORMS]
+    raise UserError(f"{where}: {why_not_read(row, forms, task)}")

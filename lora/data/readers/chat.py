@@ -1,5 +1,7 @@
 """{"messages": [{"role", "content"}, ...]}, maybe with "tools" and "system": a chat.
 
+The words of other tools for it (ShareGPT's, OpenAI's) are read by chat_dialects.py.
+
 A message of the assistant may say whether or how much it is learnt, in the words of several
 libraries: "weight" or "loss_weight" (a number), "train" or "training" (true or false).
 """
@@ -21,21 +23,27 @@ from lora.data.examples import (
 )
 
 TASK = "lm"
-FORMS = ({"messages"},)
-OPTIONAL = {"system", "tools", "weight"}
+FORMS = ({"messages"}, {"conversations"}, {"conversation"})
+OPTIONAL = {"system", "system_prompt", "tools", "functions", "weight"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM = ("system", "system_prompt")  # keys beside the messages
 NUMBERS = ("weight", "loss_weight")  # switches of a message
 BOOLEANS = ("train", "training")
+OWN_KEYS = {"role", "content", *NUMBERS, *BOOLEANS}  # of a message of text
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:
     for where, row in rows:
         refuse_other_training(where, row)
+        if not is_in_our_words(row):
+            from lora.data.readers.chat_dialects import in_our_words
+
+            row = in_our_words(where, row)
         messages = row["messages"]
         if not isinstance(messages, list) or not messages:
             found = f"messages is {str(messages)[:40]!r}"
             raise UserError(f"{where}: {found}; expected objects with role and content.")
-        messages = with_system(where, row.get("system"), messages)
+        messages = with_system(where, row, messages)
         messages = [checked(where, i, message) for i, message in enumerate(messages, 1)]
         if all(message["role"] != "assistant" for message in messages):
             problem = "no message has role assistant, so there is nothing to learn"
@@ -59,11 +67,28 @@ def examples(rows: SourceRows, data: DataConfig) -> Examples:
         )
 
 
-def with_system(where: str, system: Any, messages: list) -> list:
+def is_in_our_words(row: dict) -> bool:
+    """Return whether the messages are plain text under our keys, and tools are a list."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or row.get("functions") or isinstance(row.get("tools"), str):
+        return False
+    for message in messages:
+        if not isinstance(message, dict) or not message.keys() <= OWN_KEYS:
+            return False
+        if isinstance(message.get("content"), list) or message.get("role") not in ROLES:
+            return False
+    return True
+
+
+def with_system(where: str, row: dict, messages: list) -> list:
     """Put a system prompt that stands beside the messages, as Anthropic's, in front of them."""
-    if is_blank(system):
+    prompts = [row[name] for name in SYSTEM if not is_blank(row.get(name))]
+    if not prompts:
         return messages
-    first = {"role": "system", "content": string(where, "system", system)}
+    system = string(where, "system", prompts[0])
+    if prompts[-1] != system:
+        raise UserError(f"{where}: {' and '.join(SYSTEM)} differ; keep one.")
+    first = {"role": "system", "content": system}
     if not isinstance(messages[0], dict) or messages[0].get("role") != "system":
         return [first, *messages]
     if messages[0].get("content") != system:

@@ -1,7 +1,5 @@
 """A prompt and its answer under the names that public sets use: a chat of two turns.
 
-{"prompt", "completion"}    {"question", "answer"}    {"instruction", "output"}
-
 "input" and "context" follow an instruction or a question after a blank line. "system" is the
 system prompt. "history" has earlier turns, [[instruction, output], ...], which are learnt as well.
 """
@@ -10,43 +8,48 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import (
-    BLANK,
-    Example,
-    Examples,
-    SourceRows,
-    is_blank,
-    refuse_other_training,
-    string,
-    weight,
-)
+from lora.data.examples import BLANK, Examples, SourceRows, is_blank, string
+from lora.data.readers import chat
 
 TASK = "lm"
-NAMES = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+NAMES = (  # the first pair that a row has is read
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("instruction", "output"),  # Alpaca
+    ("instruction", "response"),  # Dolly
+    ("question", "response"),  # OpenOrca
+    ("query", "response"),  # MetaMath
+    ("prompt", "response"),
+    ("problem", "solution"),
+    ("input", "output"),
+)
 FORMS = tuple(set(pair) for pair in NAMES)
-OPTIONAL = {"input", "context", "system", "history", "weight"}
+OPTIONAL = {"input", "context", "system", "system_prompt", "history", "tools", "weight"}
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:
     for where, row in rows:
-        refuse_other_training(where, row)
         prompt_name, answer_name = next(pair for pair in NAMES if row.keys() >= set(pair))
-        turns = [*earlier_turns(where, row.get("history")), (row[prompt_name], row[answer_name])]
+        prompt, answer = row[prompt_name], row[answer_name]
+        if isinstance(prompt, list) or isinstance(answer, list):
+            from lora.data.readers.chat_dialects import joined_chat
+
+            yield from chat.examples([(where, joined_chat(where, row, prompt, answer))], data)
+            continue
+        turns = [*earlier_turns(where, row.get("history")), (prompt, answer)]
         if any(is_blank(text) for turn in turns for text in turn):
             yield BLANK
             continue
         messages = []
-        if not is_blank(row.get("system")):
-            messages.append(("system", string(where, "system", row["system"])))
         for prompt, answer in turns:
             messages.append(("user", string(where, prompt_name, prompt)))
             messages.append(("assistant", string(where, answer_name, answer)))
         for name in ("input", "context"):
-            if not is_blank(row.get(name)):
+            if name != prompt_name and not is_blank(row.get(name)):
                 role, prompt = messages[-2]
                 messages[-2] = role, f"{prompt}\n\n{string(where, name, row[name])}"
-        chat = [{"role": role, "content": content} for role, content in messages]
-        yield Example(where, messages=chat, weight=weight(where, row))
+        of_row = [{"role": role, "content": content} for role, content in messages]
+        yield from chat.examples([(where, {**row, "messages": of_row})], data)
 
 
 def earlier_turns(where: str, history: Any) -> list[tuple[Any, Any]]:

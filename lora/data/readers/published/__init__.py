@@ -4,6 +4,7 @@ from lora.data.readers.published import (
     eobqa,
     eqasc,
     first_error,
+    glaive,
     math_shepherd,
     outcomes,
     prm800k,
@@ -14,4 +15,5 @@ from lora.data.readers.published import (
 # Where a row has the keys of several forms, the first of these readers reads it.
 PUBLISHED = (
     prm800k, math_shepherd, first_error, prmbench, eqasc, eobqa, reveal, outcomes,
+    glaive,
 )  # fmt: skip

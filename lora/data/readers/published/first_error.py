@@ -2,6 +2,7 @@
 
 BIG-Bench-Mistake   {"input", "steps", "mistake_index"}: 0-based, null where no step is wrong
 ProcessBench        {"problem", "steps", "label"}: 0-based, -1 where no step is wrong
+MR-Ben              a text from "1" on under MR_BEN[2], "N/A" where no step is wrong
 """
 
 from lora.common.errors import UserError
@@ -10,12 +11,18 @@ from lora.data.examples import Examples, SourceRows
 from lora.data.readers.steps import chain
 
 TASK = "score"
-FORMS = ({"input", "steps", "mistake_index"}, {"problem", "steps", "label"})
-OPTIONAL: set[str] = set()
+MR_BEN = ("Question", "Model_Solution_Steps", "Model_Solution_First_Error_Step")
+FORMS = ({"input", "steps", "mistake_index"}, {"problem", "steps", "label"}, set(MR_BEN))
+OPTIONAL: set[str] = {"Options", "Model_Solution_Correctness"}
 
 
 def examples(rows: SourceRows, data: DataConfig) -> Examples:
     for where, row in rows:
+        if "mistake_index" not in row and row.keys() >= set(MR_BEN):
+            row = as_process_bench(where, row)
+            if row["label"] is None:
+                yield "a wrong solution without its first error"
+                continue
         is_big_bench = "mistake_index" in row
         prompt = row["input" if is_big_bench else "problem"]
         name = "mistake_index" if is_big_bench else "label"
@@ -32,3 +39,19 @@ def examples(rows: SourceRows, data: DataConfig) -> Examples:
             expected = f"expected {none}, or 0 to {count - 1} (the first wrong step)"
             raise UserError(f"{where}: {name} {first_wrong!r}; {expected}.")
         yield chain(where, prompt, steps, labels)
+
+
+def as_process_bench(where: str, row: dict) -> dict:
+    """Return a row of MR-Ben as one of ProcessBench; its label is None where it is not known."""
+    question, steps, first_wrong = [row[name] for name in MR_BEN]
+    if first_wrong == "N/A":
+        label = -1 if row.get("Model_Solution_Correctness", "correct") == "correct" else None
+    elif str(first_wrong).isdigit():
+        label = int(first_wrong) - 1
+    else:
+        raise UserError(f"{where}: {MR_BEN[2]} {first_wrong!r}; expected N/A, or 1, 2, ...")
+    return {
+        "problem": f"{question}\n{row.get('Options') or ''}".strip(),
+        "steps": steps,
+        "label": label,
+    }

@@ -19,9 +19,12 @@ def examples(rows: SourceRows, data: DataConfig) -> Examples:
         steps = row["modified_process"]
         wrong = row["error_steps"]
         numbers = range(1, len(steps) + 1 if isinstance(steps, list) else 1)
-        if not isinstance(wrong, list) or not all(type(i) is int and i in numbers for i in wrong):
+        if not isinstance(wrong, list) or not all(type(i) is int and i > 0 for i in wrong):
             expected = f"expected a list of numbers from 1 to {len(numbers)}"
             raise UserError(f"{where}: error_steps {wrong!r}; {expected}.")
+        if isinstance(steps, list) and any(i not in numbers for i in wrong):
+            yield "an error step past the last"
+            continue
         labels = [0.0 if i in wrong else 1.0 for i in numbers]
         yield chain(where, row["modified_question"], steps, labels)
         if row.get("classification") == "redundency":

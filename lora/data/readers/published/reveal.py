@@ -2,19 +2,23 @@
 
 A logical step is right (1) or not (0). An attributed step is supported fully (1), partially (0.5)
 or not (0) by its best piece of evidence. A step of both kinds has the lower of the two labels.
-[data.reveal_columns] names columns that are called otherwise: not all names could be verified, as
-the data may not be passed on in plain text.
+--columns names columns that are called otherwise: not all names could be verified, as the data may
+not be passed on in plain text.
 """
 
 from collections.abc import Iterator
 
 from lora.common.errors import UserError
-from lora.config.schema import REVEAL_COLUMNS, DataConfig
+from lora.config.schema import DataConfig
 from lora.data.examples import Examples, SourceRows
 from lora.data.readers.steps import chain
 
 TASK = "score"
 FORMS = ({"answer_id", "full_answer"},)
+REVEAL_COLUMNS = (
+    *("answer_id", "question", "step_idx", "step"),
+    *("type_label", "attribution_label", "correctness_label"),
+)
 OPTIONAL: set[str] = set(REVEAL_COLUMNS)
 LABELS = {
     "attribution_label": {"fully": 1.0, "partially": 0.5, "unsupported": 0.0, "contradictory": 0.0},
@@ -27,19 +31,18 @@ TERMS = "REVEAL's owners permit it as a test set, not as a training set (its gat
 def examples(rows: SourceRows, data: DataConfig) -> Iterator[dict]:
     """Yield a row as `chains` takes it."""
     for where, row in rows:
-        yield read_evidence(where, row, data)
+        yield read_evidence(where, row)
 
 
-def read_evidence(where: str, row: dict, data: DataConfig) -> dict[str, str]:
+def read_evidence(where: str, row: dict) -> dict[str, str]:
     """Return the REVEAL_COLUMNS of a row as texts, and its "where". Raises UserError."""
-    names = {column: data.reveal_columns.get(column, column) for column in REVEAL_COLUMNS}
-    absent = [name for name in names.values() if name not in row]
+    absent = [name for name in REVEAL_COLUMNS if name not in row]
     if absent:
-        advice = "name yours in [data.reveal_columns]"
+        advice = f"name yours: --columns {absent[0]}=YOURS"
         raise UserError(f"{where}: no column {', '.join(absent)}; {advice}.")
     evidence = {"where": where}
-    for column, name in names.items():
-        evidence[column] = "" if row[name] is None else str(row[name]).strip()
+    for column in REVEAL_COLUMNS:
+        evidence[column] = "" if row[column] is None else str(row[column]).strip()
     if not evidence["step_idx"].isdigit():
         raise UserError(f"{where}: step_idx {evidence['step_idx']!r}; expected a number.")
     for column, labels in LABELS.items():

@@ -1,0 +1,47 @@
+"""Files of one kind that a folder or a glob names; imported for these."""
+
+import glob
+import os
+from pathlib import Path
+import re
+
+from lora.common.errors import UserError
+from lora.data.file_kinds import ARROW, kind_of
+
+SPLITS = re.compile(r"(?<![a-z])(train|test|valid|validation|val|dev|eval)(?![a-z])")
+
+
+def files_of_set(path: str) -> dict[str, Path]:
+    """Return {name in messages: file} of a folder or a glob, sorted. Raises UserError."""
+    folder = Path(path)
+    if (folder / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir()))
+        raise UserError(f"{path}: a data set of several splits; name the folder of one: {splits}.")
+    if (folder / "state.json").is_file():  # of `datasets.Dataset.save_to_disk`
+        found = [str(file) for file in folder.glob("*.arrow")]
+    elif path and folder.is_dir():
+        found = [str(file) for file in folder.rglob("*") if is_data(file)]
+    else:
+        found = glob.glob(path, recursive=True) if glob.has_magic(path) else []
+    files = {file: Path(file) for file in sorted(found) if Path(file).is_file()}
+    if not files:
+        problem = "a folder without data files" if folder.is_dir() else "No such file or directory"
+        raise UserError(f"{path}: {problem}.")
+
+    # What must not be one set: a text beside its table, a test set beside the training data
+    common = os.path.commonpath([os.path.dirname(file) for file in files]) or "."
+    splits_found = set()
+    for file in files:
+        splits_found.update(SPLITS.findall(os.path.relpath(file, common).lower()))
+    kinds = {kind_of(file) or Path(file).suffix for file in files}
+    for several, what in ((kinds, "kinds"), (splits_found, "splits")):
+        if len(several) > 1:
+            found_here = f"its files are of several {what} ({', '.join(sorted(several))})"
+            raise UserError(f"{path}: {found_here}; name the files, or a glob such as '*.jsonl'.")
+    return files
+
+
+def is_data(file: Path) -> bool:
+    """Return whether a file of a folder is data, by its name."""
+    is_note = file.stem.upper() in ("README", "LICENSE", "NOTICE") or file.name[0] in "._"
+    return not is_note and bool(kind_of(file.name) or file.suffix in ARROW)

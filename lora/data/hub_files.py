@@ -1,0 +1,115 @@
+"""Files of data sets on the Hugging Face Hub, downloaded once into its cache.
+
+    hf://datasets/OWNER/NAME/PATH               a file, or the files that a glob matches
+    hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]   what the data set's card says, or its Parquet files,
+                                                or else the Hub's own conversion to Parquet
+
+OWNER/NAME@REVISION is a branch, tag or commit. Without SPLIT it is "train".
+"""
+
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+import re
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download, metadata_load, snapshot_download
+from huggingface_hub.errors import HTTPError
+from yaml import YAMLError
+
+from lora.common.errors import UserError
+from lora.data.file_kinds import ARROW, HUB, kind_of
+
+ADDRESS = re.compile(HUB + r"([^/@:]+/[^/@:]+)(?:@([^/:]+))?(?:/(.+?))?(?::([\w.-]+))?")
+DATA_SET: dict[str, Any] = {"repo_type": "dataset"}
+# FOLDER/SPLIT-00000-of-00001.parquet, FOLDER/SPLIT/0000.parquet, FOLDER/SPLIT.parquet
+SPLIT_FILE = re.compile(
+    r"(?:(.*)/)?(?:partial-)?([A-Za-z][\w.]*?)(?:-\d+-of-\d+\S*|/\d+|)\.parquet"
+)
+Splits = dict[str, dict[str, list[str]]]  # {config: {split: files or globs}}
+
+
+@cache  # a path names the same files during a run
+def hub_files(path: str) -> dict[str, Path]:
+    """Return {name in messages: file} of the files that a path names. Raises UserError."""
+    match = ADDRESS.fullmatch(path)
+    if not match:
+        expected = f"{HUB}OWNER/NAME/FILE or {HUB}OWNER/NAME/CONFIG:SPLIT"
+        raise UserError(f"{path}: expected {expected} (or OWNER/NAME@REVISION).")
+    repository, revision, name, split = match.groups()
+    try:
+        if name and not split and is_file(name) and "*" not in name:
+            return {path: Path(hf_hub_download(repository, name, revision=revision, **DATA_SET))}
+        folder, files = folder_and_names(repository, revision)
+        patterns = [name]
+        if "*" not in (name or ""):
+            configs = configs_of_card(folder / "README.md") or configs_of_names(files)
+            if not configs:
+                folder, files = folder_and_names(repository, "refs/convert/parquet")
+                configs = configs_of_names(files)
+            splits = configs[chosen(path, "config", name, configs)]
+            patterns = splits[chosen(path, "split", split, splits)]
+        files = [file for file in sorted(files) if any(fnmatch(file, p) for p in patterns)]
+        files = [file for file in files if is_file(file)]
+        if not files:
+            raise UserError(f"{path}: no data file matches {', '.join(patterns)}.")
+        snapshot_download(repository, revision=folder.name, allow_patterns=files, **DATA_SET)
+    except (HTTPError, OSError, ValueError, YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    if any("partial-" in file for file in files):
+        print(f"note: {path}: the Hub's conversion to Parquet holds only a part of it")
+    return {f"{HUB}{repository}/{file}": folder / file for file in files}
+
+
+def is_file(name: str) -> bool:
+    return bool(kind_of(name)) or name.endswith(ARROW)
+
+
+def folder_and_names(repository: str, revision: str | None) -> tuple[Path, list[str]]:
+    """Return the folder of a revision in the cache, with its card, and the names of its files."""
+    small = ["README.md", ".gitattributes"]
+    snapshot = snapshot_download(repository, revision=revision, allow_patterns=small, **DATA_SET)
+    folder = Path(snapshot)
+    try:
+        return folder, HfApi().list_repo_files(repository, revision=folder.name, **DATA_SET)
+    except (HTTPError, OSError):  # without a network, what was downloaded before
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        return folder, [file.relative_to(folder).as_posix() for file in files]
+
+
+def configs_of_card(card: Path) -> Splits:
+    """Return the files that a data set's card gives for each configuration and split."""
+    metadata = metadata_load(card) if card.is_file() else None
+    configs: Splits = {}
+    for config in (metadata or {}).get("configs") or []:
+        entries = config.get("data_files") or []
+        if isinstance(entries, str) or all(isinstance(entry, str) for entry in entries):
+            entries = [{"split": "train", "path": entries}] if entries else []
+        splits = {}
+        for entry in entries:
+            paths = entry["path"]
+            splits[entry["split"]] = paths if isinstance(paths, list) else [paths]
+        if splits:
+            configs[config["config_name"]] = splits
+            if config.get("default"):
+                configs["default"] = splits
+    return configs
+
+
+def configs_of_names(names: list[str]) -> Splits:
+    """Return the Parquet files of each configuration and split, by their names."""
+    configs: Splits = {}
+    for match in filter(None, map(SPLIT_FILE.fullmatch, names)):
+        config = match[1] if match[1] not in (None, "data") else "default"
+        configs.setdefault(config, {}).setdefault(match[2], []).append(match[0])
+    return configs
+
+
+def chosen(path: str, what: str, wanted: str | None, known: dict) -> str:
+    """Return the configuration or the split that is wanted, or the default. Raises UserError."""
+    usual = {"config": "default", "split": "train"}[what]
+    choice = wanted or (next(iter(known)) if len(known) == 1 else usual)
+    if choice not in known:
+        found = f"its {what}s are {', '.join(sorted(known)) or 'unknown'}"
+        raise UserError(f"{path}: {found}; name one, {HUB}OWNER/NAME/CONFIG:SPLIT, or a file.")
+    return choice

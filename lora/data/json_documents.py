@@ -1,0 +1,51 @@
+"""Rows of a JSON document over several lines: a list, an object that holds lists, or objects."""
+
+from collections.abc import Iterator
+from itertools import chain
+import json
+import re
+from typing import Any
+
+from lora.common.errors import UserError
+from lora.common.toml_json import dict_of_different_keys
+
+NOT_BLANK = re.compile(r"\S")
+
+
+def document_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
+    """Yield where a row stands, and the row. Raises UserError."""
+    decoder = json.JSONDecoder(object_pairs_hook=dict_of_different_keys)
+    values: list[Any] = []
+    start = NOT_BLANK.search(text)
+    try:
+        while start:
+            value, end = decoder.raw_decode(text, start.start())
+            values.append(value)
+            start = NOT_BLANK.search(text, end)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{error.lineno}"
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON that can be read ({error}).") from None
+
+    rows = rows_in(values[0]) if len(values) == 1 else values
+    if rows == values and len(rows) == 1:  # the document is a row
+        yield f"{path}:1", rows[0]
+        return
+    for number, row in enumerate(rows, 1):
+        yield f"{path}: row {number}", row
+
+
+def rows_in(value: Any) -> list:
+    """Return the rows of [row, ...], {"data": [row, ...]} or {NAME: [row, ...], ...}; or [row]."""
+    if isinstance(value, dict) and is_table(value.get("data")):
+        return value["data"]
+    if isinstance(value, dict) and value and all(is_table(part) for part in value.values()):
+        return list(chain.from_iterable(value.values()))
+    return value if isinstance(value, list) else [value]
+
+
+def is_table(value: Any) -> bool:
+    """Return whether this is a list of objects which are not the messages of a chat."""
+    is_list = isinstance(value, list) and all(isinstance(row, dict) for row in value)
+    return is_list and bool(value) and not {"role", "from"} & value[0].keys()

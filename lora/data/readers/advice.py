@@ -1,0 +1,108 @@
+"""What would make a row readable that no reader takes; imported where there is such a row."""
+
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from functools import lru_cache
+import re
+from typing import Any
+
+# Words in the keys of other data sets that mean ours, the likeliest first
+PROMPTS = ("prompt", "question", "query", "instruction", "input", "user", "human", "problem", "q")
+ANSWERS = (
+    *("completion", "answer", "answers", "response", "output", "reply", "assistant", "solution"),
+    *("target", "summary", "translation", "a"),
+)
+PREFERENCES = (
+    "chosen and rejected: a preference row (DPO); here a model learns from good answers alone, "
+    "not from comparisons; --columns {}=chosen learns the chosen ones."
+)
+TO_MESSAGES = (
+    "if {key} holds the turns of a chat: python -c 'import json; "
+    '[print(json.dumps({{"messages": [{{"role": ["user", "assistant"][i % 2], "content": t}} '
+    """for i, t in enumerate(json.loads(r)["{key}"])]}})) for r in open("FILE")]' > chats.jsonl"""
+)
+
+
+def why_not_read(row: dict, forms: Sequence[set[str]], task: str) -> str:
+    """Return what was found in a row, the nearest forms, and how to read it, if that is known."""
+    if "chosen" in row and "rejected" in row:
+        return PREFERENCES.format("messages" if isinstance(row["chosen"], list) else "completion")
+    kinds = {}
+    for key, value in row.items():
+        kinds[str(key)] = kind(value)
+        if isinstance(value, dict):
+            kinds.update({f"{key}.{inner}": kind(item) for inner, item in value.items()})
+    return advice(tuple(kinds.items()), tuple(map(frozenset, forms)), task)
+
+
+@lru_cache(maxsize=1000)  # all rows of a file may have the same keys
+def advice(kinds: tuple, forms: tuple, task: str) -> str:
+    keys = {name: kind for name, kind in kinds if "." not in name}
+    columns = (score_columns if task == "score" else chat_columns)(dict(kinds))
+    own = " ".join(sorted(keys))
+
+    def nearness(form: frozenset) -> tuple[bool, float]:
+        return form == columns.keys(), SequenceMatcher(None, " ".join(sorted(form)), own).ratio()
+
+    shapes = [", ".join(sorted(form)) for form in sorted(forms, key=nearness, reverse=True)[:3]]
+    turns = [key for key in keys if keys[key] == "list of texts"]
+    mend = "name the keys that have these meanings: --columns OURS=THEIRS"
+    if columns:
+        pairs = [f"{ours}={theirs}" for ours, theirs in columns.items() if ours != theirs]
+        mend = f"add --columns {' '.join(pairs)}"
+    elif turns and task == "lm":
+        mend = TO_MESSAGES.format(key=turns[0])
+    found = ", ".join(f"{key} ({kind})" for key, kind in keys.items())
+    return f"keys found: {found or 'none'}; expected one of: {'; '.join(shapes)}; {mend}."
+
+
+def kind(value: Any) -> str:
+    """Return what a value is, in words."""
+    if isinstance(value, list):
+        kinds = {kind(item) for item in value if item is not None}
+        return f"list of {kinds.pop()}s" if len(kinds) == 1 else "list"
+    if isinstance(value, dict):
+        return "message" if {"role", "from"} & value.keys() else "object"
+    names = {str: "text", int: "number", float: "number", bool: "number"}
+    return names.get(type(value), "no value")
+
+
+def meaning(keys: list[str], words: Sequence[str]) -> str:
+    """Return the key with the first of these words, or ""."""
+    for word in words:
+        for key in keys:
+            if word in re.split(r"[^a-z]+", key.lower()):
+                return key
+    return ""
+
+
+def chat_columns(kinds: dict[str, str]) -> dict[str, str]:
+    """Return {our key: theirs} of a chat, of a prompt and its answer, or of a text; or {}."""
+    for key in kinds:
+        if kinds[key] == "list of messages":
+            return {"messages": key}
+    texts = [key for key in kinds if kinds[key] == "text"]
+    lists = [f"{key}.0" for key in kinds if kinds[key] == "list of texts"]
+    answer = meaning(texts, ANSWERS) or meaning(lists, ANSWERS)
+    prompt = meaning([text for text in texts if text != answer], PROMPTS)
+    if len(texts) == 2 and answer in ("", *texts):  # of two texts, one tells the other
+        prompt = prompt or next(text for text in texts if text != answer)
+        answer = next(text for text in texts if text != prompt)
+    if prompt and answer:
+        return {"prompt": prompt, "completion": answer}
+    return {"text": texts[0]} if len(texts) == 1 and not lists else {}
+
+
+def score_columns(kinds: dict[str, str]) -> dict[str, str]:
+    """Return {our key: theirs} of a chain with labels, or of a pair with a score; or {}."""
+    of_kind: dict[str, list[str]] = {}
+    for key in kinds:
+        of_kind.setdefault(kinds[key], []).append(key)
+    texts, numbers = of_kind.get("text", []), of_kind.get("number", [])
+    steps, labels = of_kind.get("list of texts"), of_kind.get("list of numbers")
+    if texts and steps and labels:
+        prompt = meaning(texts, PROMPTS) or texts[0]
+        return {"prompt": prompt, "steps": steps[0], "labels": labels[0]}
+    if len(texts) == 2 and len(numbers) == 1:
+        return {"sentence1": texts[0], "sentence2": texts[1], "score": numbers[0]}
+    return {}

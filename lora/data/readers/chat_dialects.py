@@ -1,0 +1,106 @@
+"""Chats in the words of other tools, in ours; imported where a chat has such words.
+
+    ShareGPT            {"conversations": [{"from": "human" or "gpt", "value"}, ...]}
+    OpenAI, Anthropic   a content that is a list of {"type": "text", "text"}
+    OpenAI              "function_call" of a message, the role "function", "functions" beside them
+    TRL                 {"prompt": [messages], "completion": [messages]}
+
+The arguments of calls become objects and "tools" a list, where they are written as JSON in a text.
+"""
+
+from typing import Any
+
+from lora.common.errors import UserError
+from lora.common.toml_json import parse_json
+
+THEIR_KEYS = {"from": "role", "value": "content"}
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+ROLES |= dict.fromkeys(("function", "observation", "function_response", "tool_response"), "tool")
+CALLS = ("function_call", "tool_call")  # roles of a message whose content is a call, as JSON
+
+
+def in_our_words(where: str, row: dict) -> dict:
+    """Return a copy of a row with "messages" and "tools" as `chat` reads them. Raises UserError."""
+    name = next(n for n in ("messages", "conversations", "conversation") if n in row)
+    messages = parsed(row[name])
+    if isinstance(messages, list):
+        messages = [message_of(where, i, message) for i, message in enumerate(messages, 1)]
+    tools = parsed(row.get("tools") or [])
+    if not isinstance(tools, list):
+        raise UserError(f"{where}: tools is {str(tools)[:40]!r}; expected a list of objects.")
+    tools = [parsed(tool) for tool in tools]
+    for function in row.get("functions") or []:
+        tools.append({"type": "function", "function": function})
+    return {**row, "messages": messages, "tools": tools}
+
+
+def joined_chat(where: str, row: dict, prompt: Any, answer: Any) -> dict:
+    """Return a row whose "messages" are those of a prompt, which is not learnt, and an answer."""
+    for name in ("history", "input", "context"):
+        if row.get(name) and not isinstance(row[name], dict):
+            raise UserError(f"{where}: {name} beside a list of messages; put it into the list.")
+    messages = []
+    for role, part in (("user", prompt), ("assistant", answer)):
+        of_part = part if isinstance(part, list) else [{"role": role, "content": part}]
+        for i, message in enumerate(of_part, 1):
+            message = message_of(where, i, message)
+            if role == "user" and isinstance(message, dict) and message.get("role") == "assistant":
+                message["train"] = False
+            messages.append(message)
+    return {**row, "messages": messages}
+
+
+def message_of(where: str, number: int, message: Any) -> Any:
+    """Return a message in our words. What is none is returned as it is, and refused later."""
+    if not isinstance(message, dict):
+        return message
+    result: dict[str, Any] = {}
+    for key, value in message.items():
+        ours = THEIR_KEYS.get(key, key)
+        if ours == "role":
+            value = ROLES.get(str(value), value)
+        if result.get(ours, value) != value:
+            raise UserError(f"{where}: message {number} has two of {ours}, which differ; keep one.")
+        result[ours] = value
+    if isinstance(result.get("content"), list):
+        result["content"] = text_of_parts(where, number, result["content"])
+    functions = result.pop("function_call", None)
+    if result.get("role") in CALLS:
+        functions = parsed(result.get("content"))
+        result |= {"role": "assistant", "content": ""}
+    if functions:
+        functions = functions if isinstance(functions, list) else [functions]
+        result["tool_calls"] = [{"type": "function", "function": each} for each in functions]
+    calls = parsed(result.get("tool_calls"))
+    if isinstance(calls, list):
+        result["tool_calls"] = [with_arguments(call) for call in calls]
+    return result
+
+
+def text_of_parts(where: str, number: int, parts: list) -> str:
+    """Return the text of a content's parts, one after the other as chat templates print them."""
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    for part, text in zip(parts, texts):
+        if not isinstance(text, str):
+            problem = f"content of message {number} has the part {str(part)[:40]}"
+            raise UserError(f"{where}: {problem}; only text is read, so take other rows.")
+    return "".join(texts)
+
+
+def with_arguments(call: Any) -> Any:
+    """Return a call, {"function": {"name", "arguments"}} or without "function", with an object."""
+    if isinstance(call, dict) and "function" in call:
+        return {**call, "function": with_arguments(call["function"])}
+    if isinstance(call, dict) and "arguments" in call:
+        return {**call, "arguments": parsed(call["arguments"])}
+    return call
+
+
+def parsed(value: Any) -> Any:
+    """Return what a text of JSON holds, if it holds an object or a list; else the value."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return parse_json(value)
+        except (ValueError, RecursionError):
+            return value
+    return value

@@ -1,0 +1,53 @@
+"""Rows of CSV and TSV files; imported for these."""
+
+from collections.abc import Iterable
+import csv
+from itertools import chain
+import re
+from typing import Any, TextIO
+
+from lora.common.errors import UserError
+from lora.data.examples import SourceRows
+
+NUMERIC_COLUMNS = ("score", "label", "weight")
+PAIR_COLUMNS = ["sentence1", "sentence2", "score"]  # of a table without a header
+# float() would also read 1_6, Arabic digits and "nan"
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
+    """Yield rows under the names in the first line, or pairs if it is two texts and a number."""
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a document; csv's own limit is 128 KiB
+    first_line = file.readline()
+    lines: Iterable[str] = chain([first_line], file)
+    if ".tsv" in path.lower() or ("\t" in first_line and "," not in first_line):
+        # A quote is a character like any other there.
+        table = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        table = csv.reader(lines)
+    names = None
+    for values in table:
+        if not values:  # a blank line
+            continue
+        where = f"{path}:{table.line_num}"
+        if names is None:
+            has_header = len(values) != 3 or not is_number(values[2])
+            names = values if has_header else PAIR_COLUMNS
+            for name in names:
+                if name and names.count(name) > 1:
+                    raise UserError(f"{where}: the column {name!r} is there twice; rename one.")
+            if has_header:
+                continue
+        if len(values) != len(names):
+            expected = f"expected {len(names)} ({', '.join(names)})"
+            bad_rows.append(UserError(f"{where}: {len(values)} columns, {expected}."))
+            continue
+        row: dict[str, Any] = dict(zip(names, values))
+        for name in NUMERIC_COLUMNS:
+            if name in row and is_number(row[name]):
+                row[name] = float(row[name])
+        yield where, row
+
+
+def is_number(text: str) -> bool:
+    return NUMBER.fullmatch(text.strip()) is not None
