@@ -374,16 +374,16 @@ def token_cache() -> Iterator[Case]:
     yield Case(
         "A6",
         "a flipped bit in the token cache",
-        "train_lora twice, one bit of train_tokens.npy changed between",
+        "train_lora twice, one bit of train_tokens.bin changed between",
         "train_tokens changed since they were written; the entry is removed",
-        lambda: after_damage("train_tokens.npy", flip),
+        lambda: after_damage("train_tokens.bin", flip),
     )
     yield Case(
         "A6",
         "a file of the cache cut short",
-        "the same, with half of train_tokens.npy",
+        "the same, with half of train_tokens.bin",
         "damaged .*; the data are tokenised again",
-        lambda: after_damage("train_tokens.npy", halve),
+        lambda: after_damage("train_tokens.bin", halve),
     )
     yield Case(
         "A6",

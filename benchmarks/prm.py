@@ -37,7 +37,7 @@ from lora.config.schema import Config, EvaluationConfig, get_lora_config
 from lora.data.batches import Rows
 from lora.data.raw_data import RawData
 from lora.data.readers import read
-from lora.data.split import split_by_prompt
+from lora.data.split import chosen_by_hash, hash64
 from lora.data.tokenise import Row, tokenise
 from lora.evaluation import best_of_n, step_metrics
 from lora.evaluation.eval_arguments import read_arguments
@@ -101,6 +101,13 @@ def configure(arguments, base, folder, training, validation):
     settings.max_eval_batches, settings.dtype, settings.device = 0, "bfloat16", "cpu"
     config.output.output_dir, config.output.experiment_name = str(folder), "run"
     return config
+
+
+def split_by_prompt(examples, fraction):
+    """Training and held-out examples, as a run splits them."""
+    subjects = np.array([hash64(example.subject) for example in examples], np.uint64)
+    pairs = list(zip(examples, chosen_by_hash(subjects, fraction)))
+    return [e for e, chosen in pairs if not chosen], [e for e, chosen in pairs if chosen]
 
 
 def trained(arguments, base, folder, training):

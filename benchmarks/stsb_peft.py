@@ -34,7 +34,7 @@ from lora.common.paths import ROOT
 from lora.common.seeds import seed_for
 from lora.common.signals import StopSignal
 from lora.data.sampler import TrainingData, shuffle
-from lora.data.split import read_data
+from lora.data.split import Split
 from lora.data.token_cache import tokenise_examples
 from lora.evaluation.predict import predict
 from lora.evaluation.statistics import pearson, spearman
@@ -90,9 +90,10 @@ def ours(config, dropout):
     set_dropout(task.model, dropout)  # the base's own; neither side drops anything in LoRA or head
     torch.manual_seed(seed_for(config.training.seed, "lora"))
     inject(task.model, config.lora.lora_r, config.lora.lora_alpha)
+    split = Split(config)
     (rows, _), (held_out, _) = (
         tokenise_examples(part, task.tokenizer, task.causal, config, "stsb")
-        for part in read_data(config)
+        for part in (list(split.examples(False)), list(split.examples(True)))
     )
     data = TrainingData(rows, held_out, config)
     data.max_eval_rows = 1  # the evaluations of the loop are not what is compared

@@ -45,17 +45,19 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def atomic_folder(final: str | Path) -> Iterator[Path]:
+def atomic_folder(final: str | Path, resumable: bool = False) -> Iterator[Path]:
     """Give a temporary folder to write to, which becomes `final` unless an error is raised.
 
-    An OSError becomes a UserError; that is a ResourceExhausted where the disk is full.
+    An OSError becomes a UserError; that is a ResourceExhausted where the disk is full. With
+    `resumable`, what an interrupted or killed process has written is there again in the next one.
     """
     final = Path(final)
     temporary = final.with_name(f".tmp_{final.name}")
     old = final.with_name(f".old_{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if not resumable:
+        shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
         yield temporary
         fsync_folder(temporary)
         if final.exists():
@@ -65,7 +67,8 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
         fsync_path(final.parent)
         fsync_path(final.parent.parent)  # the parent folder may be new as well
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not resumable or isinstance(error, (UserError, OSError)):
+            shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):
             no_room = "no room for it; nothing of it is kept, the rest is as it was"
             raise ResourceExhausted(f"{final}: {no_room}.") from None

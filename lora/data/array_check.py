@@ -2,17 +2,12 @@
 
 from concurrent.futures import Future
 import hashlib
+from io import BufferedReader
 from pathlib import Path
 import shutil
 from threading import Thread
 
-import numpy as np
-
 from lora.common.errors import UserError
-
-
-def array_sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 class ArrayCheck:
@@ -27,16 +22,23 @@ class ArrayCheck:
         self.changed: Future[list[str]] = Future()
         self.changed.set_result([])
 
-    def start(self, entry: Path, arrays: dict[str, np.ndarray], sums: dict[str, str]) -> None:
+    def start(self, entry: Path, sums: dict[str, str]) -> None:
         """Begin to compare the arrays of the folder `entry` with their hashes, by name."""
         self.entry = entry
         self.changed = Future()
+        # They are read as files: what is read of a mapping counts as this process's memory. And
+        # they are opened here, because a temporary folder may be gone when it is their turn.
+        files = {name: open(entry / f"{name}.bin", "rb") for name in sums}
         # A daemon: a run that ends does not wait for it.
-        Thread(target=self.compare, args=(arrays, sums), daemon=True).start()
+        Thread(target=self.compare, args=(files, sums), daemon=True).start()
 
-    def compare(self, arrays: dict[str, np.ndarray], sums: dict[str, str]) -> None:
+    def compare(self, files: dict[str, BufferedReader], sums: dict[str, str]) -> None:
+        changed = []
         try:
-            changed = [name for name, array in arrays.items() if array_sha256(array) != sums[name]]
+            for name, file in files.items():
+                with file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != sums[name]:
+                        changed.append(name)
         except Exception as error:
             self.changed.set_exception(error)
         else:

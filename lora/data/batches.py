@@ -17,8 +17,6 @@ from lora.data.array_check import ArrayCheck
 from lora.data.tokenise import NO_TOKEN, Row
 
 MAX_PADDING = 0.05  # of the positions of a padded micro-batch
-# The fields of Rows that are stored
-ARRAYS = ("tokens", "targets", "token_type_ids", "offsets", "loss_weights", "dataset_ids")
 
 
 @dataclass
@@ -157,6 +155,18 @@ class Rows:
     def batches(self, rows: Sequence[int], max_tokens: int, packed: bool = True) -> list[Batch]:
         """Return these rows in micro-batches of at most `max_tokens` positions."""
         return [self.batch(group, packed) for group in self.groups(rows, max_tokens, packed)]
+
+
+def array_types(task: str) -> dict[str, type]:
+    """Return the dtype of each field of Rows that is stored. `task` is "lm" or "score"."""
+    return {
+        "tokens": np.int32,
+        "targets": np.int32 if task == "lm" else np.float32,
+        "token_type_ids": np.int8,
+        "offsets": np.int64,
+        "loss_weights": np.float32,
+        "dataset_ids": np.int16,
+    }
 
 
 def is_target(targets: np.ndarray) -> np.ndarray:

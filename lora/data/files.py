@@ -26,6 +26,7 @@ PACKERS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\x00": lz
 # Parquet, Arrow (two kinds), zstd, zip, SQLite, PDF
 BINARY = (b"PAR1", b"ARROW1", b"\xff" * 4, b"(\xb5/\xfd", b"PK\3\4", b"SQLite", b"%PDF")
 JSON_ROW = re.compile(r"\s*(\[\s*)?\{\s*\"")
+LONGEST_TEXT = 2**21  # characters of a text file that are one document
 Values = Iterator[tuple[str, Any]]  # file:line, and what should be a row
 
 
@@ -160,7 +161,13 @@ def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
 
 
 def text_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
-    """Yield a text file as one document, with line ends read as "\\n"."""
-    text = file.read().replace("\r\n", "\n")
-    if text.strip():
-        yield path, {"text": text}
+    """Yield a text file as one document, with line ends read as "\\n".
+
+    A longer one than the memory may hold comes in parts, each up to the end of a line.
+    """
+    where = path
+    while part := file.read(LONGEST_TEXT):
+        part = (part + file.readline(LONGEST_TEXT)).replace("\r\n", "\n")
+        if part.strip():
+            yield where, {"text": part}
+        where = f"{path} (continued)"

@@ -10,8 +10,7 @@ from lora.common.atomic_files import write_text_atomically
 from lora.common.checksums import file_sha256
 from lora.config.schema import Config, DataConfig
 from lora.data import files
-from lora.data.examples import Example
-from lora.data.split import read_data
+from lora.data.split import Split
 
 # Keys of [model] and [data] that change no token, so that runs which differ in nothing else share
 # the tokenised data. Of data files their contents are hashed, and of the base its tokenizer.
@@ -61,9 +60,9 @@ def cache_key(config: Config, sums: dict[str, str | None]) -> str:
 
 
 class RawData:
-    """The training and the held-out examples of a run.
+    """The data that a configuration names.
 
-    They are read, and so checked, at once unless an earlier run has tokenised them. `files` holds
+    It is read, and so checked, at once unless an earlier run has tokenised it. `files` holds
     "train_data" and "eval_data", each {path: sha256}; that of arithmetic:... is None, because it is
     made, not read.
     """
@@ -79,13 +78,13 @@ class RawData:
         }
         self.key = cache_key(config, sums)
         self.folder = cache_folder() / self.key
-        is_tokenised = any(self.folder.glob("*/facts.json"))
-        self.read = None if is_tokenised else read_data(config)
+        is_tokenised = any(self.folder.glob("[!.]*/facts.json"))
+        self.split = None if is_tokenised else Split(config)
 
-    def examples(self) -> tuple[list[Example], list[Example]]:
-        if self.read is None:
-            self.read = read_data(self.config)
-        return self.read
+    def split_data(self) -> Split:
+        if self.split is None:
+            self.split = Split(self.config)
+        return self.split
 
 
 def sums_of(paths: list[str]) -> dict[str, str | None]:

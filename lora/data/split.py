@@ -1,45 +1,169 @@
-"""The training and the held-out examples that a configuration names."""
+"""Which examples a run trains on and which it holds out, told by hashes of their prompts.
 
+The data is read twice, so that it may be larger than the memory: first it is checked, and hashes of
+each example are kept; then the examples are read again, shard by shard.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 import hashlib
+from itertools import islice
+
+import numpy as np
+from tqdm import tqdm
 
 from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.data.examples import Example
-from lora.data.readers import read
+from lora.data.readers import iterate
+
+SHARD_SIZE = 2**19  # characters of the examples that are tokenised together
+LONG_TEXT = 2**18  # characters; most books are longer
+KEPT_SIZE = 2**23  # characters of a data set that is kept in memory, and so read once
+Part = tuple[bool, Example]  # whether it is held out, and an example or a part of one
 
 
-def read_data(config: Config) -> tuple[list[Example], list[Example]]:
-    """Read the training and the held-out examples of a configuration. Raises UserError."""
+class Split:
+    """The training and the held-out examples of a configuration, in shards.
+
+    Equal prompts or texts have equal hashes, of 64 bits. Of a million different ones, any two have
+    the same hash with a probability of 3 in 10^8.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Read and check the data. Raises UserError."""
+        self.config = config
+        self.documents: set[int] = set()  # indices of texts of which only the end is held out
+        kept: list[Part] = []
+        total_size = 0
+        subjects, contents = array("Q"), array("Q")
+        sizes, text_sizes, dataset_ids = array("q"), array("q"), array("h")
+        of_held_out_file = bytearray()
+        has_chats = False
+        parts = read_parts(config)
+        for part in tqdm(parts, "reading", unit=" examples", delay=3, disable=None, leave=False):
+            is_held_out, example = part
+            content = str(replace(example, where="", dataset_id=0, category=""))
+            subjects.append(hash64(example.subject))
+            contents.append(hash64(content))
+            sizes.append(len(content))
+            text_sizes.append(len(example.text))
+            dataset_ids.append(example.dataset_id)
+            of_held_out_file.append(is_held_out)
+            has_chats = has_chats or bool(example.messages)
+            total_size += len(content)
+            kept.append(part)
+            if total_size > KEPT_SIZE:
+                kept.clear()
+
+        self.kept = kept if total_size <= KEPT_SIZE else None
+        self.shard_sizes = shard_sizes(sizes)
+        self.subjects = np.array(subjects)  # hashes [examples]
+        self.is_held_out = np.array(of_held_out_file, bool)  # [examples]
+        if not config.data.eval_data:
+            self.hold_out(np.array(dataset_ids), np.array(text_sizes))
+        training = self.subjects[~self.is_held_out]
+        held_out = np.unique(self.subjects[self.is_held_out])
+        num_distinct = len(np.unique(np.array(contents)[~self.is_held_out]))
+        self.facts = {
+            "chats": has_chats,
+            "repeated": len(training) - num_distinct,  # the same as an earlier training example
+            "overlap": len(np.intersect1d(training, held_out)),  # prompts or texts in both parts
+            "held_out_subjects": len(held_out) + len(self.documents),
+        }
+
+    def hold_out(self, dataset_ids: np.ndarray, text_sizes: np.ndarray) -> None:
+        """Choose what is held out of the training files. Raises UserError.
+
+        To hold out one of a few books would be to hold out much. So where long texts, or texts
+        that are a set of their own, are too few to hold out one, the end of each is held out.
+        """
+        fraction = self.config.data.eval_fraction
+        is_candidate = ~self.is_held_out
+        set_sizes = np.bincount(dataset_ids[is_candidate], minlength=dataset_ids.max() + 1)
+        is_alone = (text_sizes > 0) & (set_sizes[dataset_ids] == 1)
+        is_document = is_candidate & (is_alone | (text_sizes >= LONG_TEXT))
+        documents = np.flatnonzero(is_document)
+        if len(documents) * fraction < 1:
+            self.documents.update(documents.tolist())
+            is_candidate &= ~is_document
+        chosen = chosen_by_hash(self.subjects[is_candidate], fraction)
+        self.is_held_out[is_candidate] = chosen
+        if not self.documents and not chosen.any():
+            path = self.config.data.train_paths[0]
+            problem = "all rows have the same prompt, so none can be held out; add --eval_data"
+            raise UserError(f"{path}: {problem}.")
+
+    def shards(self) -> Iterator[list[Part]]:
+        """Yield the examples again, shard by shard."""
+        parts = read_parts(self.config, notes=False) if self.kept is None else self.kept
+        numbered = enumerate(parts)
+        for size in self.shard_sizes:
+            shard = []
+            for i, (_, example) in islice(numbered, size):
+                if i in self.documents:
+                    end = int(len(example.text) * (1 - self.config.data.eval_fraction))
+                    shard.append((False, replace(example, text=example.text[:end])))
+                    shard.append((True, replace(example, text=example.text[end:])))
+                else:
+                    shard.append((bool(self.is_held_out[i]), example))
+            yield shard
+
+    def examples(self, held_out: bool) -> Iterator[Example]:
+        """Yield the held-out examples, or those to train on."""
+        for shard in self.shards():
+            for is_held_out, example in shard:
+                if is_held_out == held_out:
+                    yield example
+
+
+def read_parts(config: Config, notes: bool = True) -> Iterator[Part]:
+    """Yield the examples of the training files, then those of files that are held out as a whole.
+
+    `notes` are those of `iterate`. Raises UserError.
+    """
     data, task = config.data, config.model.task
-    training = read(data.train_paths, task, data)[: data.max_samples]
-    for example in training:
+    paths = enumerate(data.train_paths)
+    for example in iterate(paths, task, data, data.max_samples, notes):
         if example.terms:
             advice = "name it in eval_data, or set use_reveal and reveal_path"
             raise UserError(f"{example.where}: {example.terms}; {advice}.")
-    if data.eval_data:
-        return training, read(data.eval_paths, task, data)
-    training, held_out = split_by_prompt(training, data.eval_fraction)
-    return training, held_out + read(data.only_evaluated, task, data, len(data.train_paths))
+        yield False, example
+    paths = enumerate(data.eval_paths)
+    if not data.eval_data:
+        paths = enumerate(data.only_evaluated, len(data.train_paths))
+    for example in iterate(paths, task, data, notes=notes):
+        yield True, example
 
 
-def split_by_prompt(
-    examples: list[Example], fraction: float
-) -> tuple[list[Example], list[Example]]:
-    """Return training and held-out examples. Those that share a prompt or a text stay together.
+def chosen_by_hash(subjects: np.ndarray, fraction: float) -> np.ndarray:
+    """Return which examples are held out [examples], those with the same subject together.
 
-    The order of the prompts' hashes decides. Of a single document the end is held out.
+    `subjects` are their hashes, whose order decides. None is held out where it would be all.
     """
-    subjects = {example.subject for example in examples}
-    if len(subjects) == 1 and examples[0].text:
-        document = examples[0]
-        end = int(len(document.text) * (1 - fraction))
-        beginning = replace(document, text=document.text[:end])
-        return [beginning], [replace(document, text=document.text[end:])]
-    ordered = sorted(subjects, key=lambda subject: hashlib.sha256(subject.encode()).digest())
-    held_out = set(ordered[: max(1, round(fraction * len(ordered)))])
-    if held_out == subjects:
-        problem = "all rows have the same prompt, so none can be held out; add --eval_data"
-        raise UserError(f"{examples[0].where}: {problem}.")
-    training = [example for example in examples if example.subject not in held_out]
-    return training, [example for example in examples if example.subject in held_out]
+    distinct = np.unique(subjects)
+    count = max(1, round(fraction * len(distinct)))
+    if count >= len(distinct):
+        return np.zeros(len(subjects), bool)
+    return subjects <= distinct[count - 1]
+
+
+def shard_sizes(sizes: Sequence[int]) -> list[int]:
+    """Return the number of examples in each shard, for the characters of each example."""
+    counts = []
+    count = size = 0
+    for example_size in sizes:
+        count += 1
+        size += example_size
+        if size >= SHARD_SIZE:
+            counts.append(count)
+            count = size = 0
+    if count:
+        counts.append(count)
+    return counts
+
+
+def hash64(text: str) -> int:
+    """Return the first 64 bits of a text's sha256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -3,13 +3,15 @@
     <cache>/<hash of the data, the settings and the code of lora/data/>/<hash of the tokenizer>/
 
 So an entry is never stale, and any of them may be deleted at any time. Of several processes that
-start at once one tokenises. Arrays are mapped and used at once, and meanwhile compared with their
-hashes in facts.json; a run that finds one changed ends before its first checkpoint.
+start at once one tokenises: shard by shard, and an interrupted one is continued by the next run.
+Arrays are mapped and used at once, and meanwhile compared with their hashes in facts.json; a run
+that finds one changed ends before its first checkpoint.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from itertools import islice
 import json
 import os
 from pathlib import Path
@@ -24,15 +26,18 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lora.common.atomic_files import atomic_folder
 from lora.common.errors import UserError
 from lora.config.schema import Config
-from lora.data.array_check import ArrayCheck, array_sha256
-from lora.data.batches import ARRAYS, Rows, is_target
+from lora.data.array_check import ArrayCheck
+from lora.data.batches import Rows, array_types, is_target
 from lora.data.chat_template import use_chatml
+from lora.data.counts import Counts, part_facts
+from lora.data.entry_writer import ARRAYS, NAMES, PARTS, Arrays, EntryWriter
 from lora.data.examples import Example
 from lora.data.raw_data import RawData, digest
-from lora.data.tokenise import Row, TokenisedExample, tokenise
+from lora.data.split import Part
+from lora.data.tokenise import Row, tokenise
 
-PARTS = ("train", "eval")
 CHUNK = 1000  # examples that the tokenizer's threads share at a time
+MANY_SHARDS = 16  # from here on, the time to start processes is little
 
 
 def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
@@ -45,13 +50,13 @@ def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
         entry = folder / digest(settings, max_length, task.causal)
         if entry.is_dir():
             try:
-                train, held_out, facts = read_entry(entry)
+                train, held_out, facts = read_entry(entry, source.config.model.task)
             except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
                 print(f"note: {entry}: damaged ({error}); the data are tokenised again")
                 shutil.rmtree(entry)
         if not entry.is_dir():
             write_entry(entry, source, tokenizer, task.causal)
-            train, held_out, facts = read_entry(entry)
+            train, held_out, facts = read_entry(entry, source.config.model.task)
     if facts["chats"]:
         use_chatml(tokenizer)
     largest_token = max(facts["train"]["largest_token"], facts["eval"]["largest_token"])
@@ -66,27 +71,23 @@ def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
     return train, held_out, facts
 
 
-def read_entry(entry: Path) -> tuple[Rows, Rows, dict]:
+def read_entry(entry: Path, task: str) -> tuple[Rows, Rows, dict]:
     """Map the arrays of an entry, and begin to check them. Raises ValueError where one is wrong."""
     facts = json.loads((entry / "facts.json").read_bytes())
-    arrays = {}
-    for part in PARTS:
-        for name in ARRAYS:
-            arrays[f"{part}_{name}"] = np.load(entry / f"{part}_{name}.npy", mmap_mode="r")
-        num_rows, num_tokens = facts[part]["rows"], facts[part]["tokens"]
-        for name in ARRAYS:
-            expected = {"offsets": num_rows + 1, "dataset_ids": num_rows}.get(name, num_tokens)
-            if arrays[f"{part}_{name}"].shape != (expected,):
-                raise ValueError(f"{part}_{name} has another length than facts.json says")
-    sums = {name: facts["sha256"][name] for name in arrays}
     check = ArrayCheck()
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine is enough
-        check.start(entry, arrays, sums)
-    rows = []
+    tables = []
     for part in PARTS:
-        of_part = {name: arrays[f"{part}_{name}"] for name in ARRAYS}
-        rows.append(Rows(**of_part, check=check))
-    return rows[0], rows[1], facts
+        num_rows, num_tokens = facts[part]["rows"], facts[part]["tokens"]
+        arrays = {}
+        for name, dtype in array_types(task).items():
+            arrays[name] = np.memmap(entry / f"{part}_{name}.bin", dtype, "r")
+            expected = {"offsets": num_rows + 1, "dataset_ids": num_rows}.get(name, num_tokens)
+            if len(arrays[name]) != expected:
+                raise ValueError(f"{part}_{name} has another length than facts.json says")
+        tables.append(Rows(**arrays, check=check))
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine is enough
+        check.start(entry, {name: facts["sha256"][name] for name in NAMES})
+    return tables[0], tables[1], facts
 
 
 @contextmanager
@@ -106,31 +107,46 @@ def locked(folder: Path) -> Iterator[Path]:
 
 
 def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool) -> None:
-    """Tokenise the data of a run and write it to the folder `entry`."""
-    training, held_out = source.examples()
-    distinct = {str(replace(example, where="", dataset_id=0, category="")) for example in training}
-    subjects = {example.subject for example in training}
-    facts: dict = {
-        "chats": any(example.messages for example in [*training, *held_out]),
-        "repeated": len(training) - len(distinct),  # the same as an earlier training example
-        "overlap": len(subjects & {example.subject for example in held_out}),  # in both parts
-    }
-    facts["sha256"] = {}
-    with atomic_folder(entry) as temporary:
-        for part, examples in zip(PARTS, (training, held_out)):
-            rows, facts[part] = tokenise_examples(examples, tokenizer, causal, source.config, part)
-            for name in ARRAYS:
-                array = getattr(rows, name)
-                facts["sha256"][f"{part}_{name}"] = array_sha256(array)
-                save_array(temporary / f"{part}_{name}.npy", array)
-        (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    """Tokenise the data of a run, shard by shard, and write it to the folder `entry`.
+
+    An interrupted call leaves finished shards in a temporary folder, which the next one continues.
+    """
+    split = source.split_data()
+    if split.facts["chats"]:
+        use_chatml(tokenizer)
+    tokenise_one = partial(tokenise_shard, tokenizer=tokenizer, causal=causal, config=source.config)
+    with atomic_folder(entry, resumable=True) as folder, closing(EntryWriter(folder)) as writer:
+        total = len(split.shard_sizes)
+        shards = islice(split.shards(), writer.num_shards, None)
+        results: Iterator[dict]
+        if total - writer.num_shards < MANY_SHARDS:
+            results = map(tokenise_one, shards)
+        else:
+            from lora.data.processes import in_processes
+
+            results = in_processes(tokenise_one, shards, os.cpu_count() or 1)
+        done = writer.num_shards
+        bar = tqdm(results, "tokenising", total, leave=False, disable=None, initial=done)
+        for result in bar:
+            writer.append(result)
+        facts: dict = dict(split.facts)
+        for part in PARTS:
+            seq_lens = writer.seq_lens(part)
+            facts[part] = part_facts(writer.counts[part], seq_lens, part, source.config)
+        facts["sha256"] = writer.hashes()
+        (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array as numpy.save does, which does not always say that a disk is full."""
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)
+def tokenise_shard(
+    shard: list[Part], tokenizer: Tokenizer, causal: bool, config: Config
+) -> dict[str, tuple[Arrays, Counts]]:
+    """Return the rows of a shard, and what is counted of them, for each of PARTS."""
+    results = {}
+    for part in PARTS:
+        examples = [example for is_held_out, example in shard if is_held_out == (part == "eval")]
+        rows, counts = tokenise_chunks([examples], tokenizer, causal, config)
+        results[part] = ({name: getattr(rows, name) for name in ARRAYS}, counts)
+    return results
 
 
 def tokenise_examples(
@@ -139,52 +155,44 @@ def tokenise_examples(
     """Return the rows of examples, and the facts for `describe_data`. Raises UserError."""
     if any(example.messages for example in examples):
         use_chatml(tokenizer)
-    facts: dict = dict.fromkeys(("cut", "without_target", "unprinted_reasoning"), 0)
-    facts["examples"] = len(examples)
+
+    starts = range(0, len(examples), CHUNK)
+    bar = tqdm(starts, f"tokenising {part}", unit_scale=CHUNK, disable=None, leave=False)
+    chunks = (examples[start : start + CHUNK] for start in bar)
+    rows, counts = tokenise_chunks(chunks, tokenizer, causal, config)
+    return rows, part_facts(counts, np.diff(rows.offsets), part, config)
+
+
+def tokenise_chunks(
+    chunks: Iterable[Sequence[Example]], tokenizer: Tokenizer, causal: bool, config: Config
+) -> tuple[Rows, Counts]:
+    """Tokenise examples a chunk at a time, so that only the flat arrays hold all of them."""
+    task = config.model.task
+    counts = Counts()
 
     def rows() -> Iterator[tuple[Row, int]]:
-        for example, result in tokenise_in_chunks(examples, tokenizer, causal, config, part):
-            facts["cut"] += result.cut
-            facts["without_target"] += not result.rows
-            facts["unprinted_reasoning"] += result.unprinted_reasoning
-            for row in result.rows:
-                yield row, example.dataset_id
+        for chunk in chunks:
+            results = tokenise(chunk, tokenizer, task, config.data, causal)
+            for example, result in zip(chunk, results):
+                counts.where = counts.where or example.where
+                counts.examples += 1
+                counts.cut += result.cut
+                counts.without_target += not result.rows
+                counts.unprinted_reasoning += result.unprinted_reasoning
+                counts.labels += len(example.labels) - example.labels.count(None)
+                for row in result.rows:
+                    yield row, example.dataset_id
 
-    table = Rows.from_rows(rows(), config.model.task)
-    if len(table) == 0:
-        raise UserError(
-            f"{examples[0].where}: no {part} example has a target within max_length = "
-            f"{config.data.max_length}; raise it, or see what becomes of the rows: "
-            "python -m lora render FILE."
-        )
-
+    table = Rows.from_rows(rows(), task)
     has_target = is_target(table.targets)
-    if not table.loss_weights[has_target].any():
-        raise UserError(f"{examples[0].where}: every {part} example has weight 0; give some more.")
     targets = table.targets[has_target]
-    lengths = np.quantile(np.diff(table.offsets), (0.5, 0.95, 1.0), method="higher")
-    facts["rows"] = len(table)
-    facts["tokens"] = len(table.tokens)
-    facts["targets"] = len(targets)
-    facts["largest_token"] = int(table.tokens.max())
-    facts["lengths"] = lengths.tolist()
-    if config.model.task == "score":
-        facts["label_mean"] = targets.mean().item()
-        facts["label_shares"] = [(targets == 0).mean().item(), (targets == 1).mean().item()]
-        num_labels = sum(len(e.labels) - e.labels.count(None) for e in examples)
-        facts["labels_left_out"] = num_labels - len(targets)
-    return table, facts
-
-
-def tokenise_in_chunks(
-    examples: Sequence[Example], tokenizer: Tokenizer, causal: bool, config: Config, part: str
-) -> Iterator[tuple[Example, TokenisedExample]]:
-    """Tokenise examples a chunk at a time, so that only the flat arrays hold all of them."""
-    description = f"tokenising {part}"
-    count = len(examples)
-    with tqdm(total=count, desc=description, unit="example", disable=None, leave=False) as bar:
-        for start in range(0, count, CHUNK):
-            chunk = examples[start : start + CHUNK]
-            results = tokenise(chunk, tokenizer, config.model.task, config.data, causal)
-            yield from zip(chunk, results)
-            bar.update(len(chunk))
+    counts.rows = len(table)
+    counts.tokens = len(table.tokens)
+    counts.targets = len(targets)
+    counts.weighted_targets = int(np.count_nonzero(table.loss_weights[has_target]))
+    counts.largest_token = int(table.tokens.max(initial=-1))
+    if task == "score":
+        counts.target_sum = targets.sum(dtype=np.float64).item()
+        counts.zeros = int((targets == 0).sum())
+        counts.ones = int((targets == 1).sum())
+    return table, counts

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 import math
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora.common.errors import UserError
@@ -201,24 +202,17 @@ def span_weights(offsets: list[Span], spans: list[WeightedSpan]) -> list[float]:
 
     `offsets` are the characters of each token.
     """
-    starts = []
-    previous_end = 0
-    for start, end in offsets:
-        # In Llama 3 the offsets of blanks are empty; such a token begins where the last one ended.
-        starts.append(start if start < end else previous_end)
-        previous_end = end
-
-    weights = [0.0] * len(offsets)
+    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    # In Llama 3 the offsets of blanks are empty; such a token begins where the last one ended.
+    previous_ends = np.concatenate(([0], ends[:-1]))
+    starts = np.where(starts < ends, starts, previous_ends)
+    weights = np.zeros(len(offsets))
     for span_start, span_end, weight in spans:
-        inside = []
-        for i, (_, end) in enumerate(offsets):
-            if starts[i] < span_end and end > span_start:
-                inside.append(i)
-        if inside:
+        inside = np.flatnonzero((starts < span_end) & (ends > span_start))
+        if len(inside):
             # The offsets of some tokenizers leave blanks out, so all tokens in between count.
-            for i in range(inside[0], inside[-1] + 1):
-                weights[i] = weight
-    return weights
+            weights[inside[0] : inside[-1] + 1] = weight
+    return weights.tolist()
 
 
 def chat_row(tokens: list[int], weights: list[float], max_length: int) -> TokenisedExample:

@@ -22,7 +22,7 @@ from lora.config.schema import Config, tables_of
 from lora.config.set_keys import from_file, saved_config
 from lora.data.examples import Example
 from lora.data.readers import read
-from lora.data.split import read_data
+from lora.data.split import Split
 from lora.evaluation.retrieval import Query, read_corpus, read_queries
 from lora.evaluation.text_metrics import Question, check_settings, read_questions
 
@@ -209,7 +209,7 @@ def read_request(arguments: Namespace, config: Config) -> EvaluationRequest:
     if arguments.eval_data:
         request.examples = read(arguments.eval_data, task, config.data)
     elif not (request.examples or request.test_set or request.critical or request.queries):
-        _, request.examples = read_data(config)
+        request.examples = list(Split(config).examples(held_out=True))
     return request
 
 

@@ -35,25 +35,27 @@ def share_of_targets(trial: Trial) -> Result:
 
 
 def without_target(trial: Trial) -> Result:
-    count, total = trial.facts["train"]["without_target"], len(trial.train_examples)
+    facts = trial.facts["train"]
+    count, total = facts["without_target"], facts["examples"]
     measured = f"{count} of {total} examples have no target and are left out"
     return require_no_faults(count, total, measured, "raise --max_length")
 
 
 def cut_off(trial: Trial) -> Result:
-    count, total = trial.facts["train"]["cut"], len(trial.train_examples)
+    facts = trial.facts["train"]
+    count, total = facts["cut"], facts["examples"]
     measured = f"{count} of {total} examples are cut off at max_length"
     return require_no_faults(count, total, measured, "raise --max_length, or split them")
 
 
 def duplicates(trial: Trial) -> Result:
-    count, total = trial.facts["repeated"], len(trial.train_examples)
+    count, total = trial.facts["repeated"], trial.facts["train"]["examples"]
     measured = f"{count} of {total} examples repeat an earlier one word for word"
     return require_no_faults(count, total, measured, "take them out, or give them a weight")
 
 
 def overlap(trial: Trial) -> Result:
-    count, total = trial.facts["overlap"], len({e.subject for e in trial.eval_examples})
+    count, total = trial.facts["overlap"], trial.facts["held_out_subjects"]
     measured = f"{count} of {total} held-out prompts or texts are in the training data"
     advice = "the validation loss will look too good: split by prompt, or leave --eval_data out"
     return require(count == 0, measured, advice, FAIL if 100 * count > total else WARN)
@@ -110,15 +112,19 @@ def special_tokens(trial: Trial) -> Result:
     if not tokens:
         return Result(PASS, "this tokenizer has no special tokens")
     pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens)))
-    examples = trial.train_examples
-    with_tokens = [example for example in examples if pattern.search(text_of(example))]
-    measured = f"{len(with_tokens)} of {len(examples)} examples have special tokens in their text"
-    if not with_tokens:
+    first, count = None, 0
+    for example in trial.split.examples(held_out=False):
+        if pattern.search(text_of(example)):
+            first = first or example
+            count += 1
+    total = trial.facts["train"]["examples"]
+    measured = f"{count} of {total} examples have special tokens in their text"
+    if first is None:
         return Result(PASS, measured)
     reading = "they are read as special tokens"
-    if with_tokens[0].messages:
+    if first.messages:
         reading = "in a chat they are read as ordinary text"
-    return Result(WARN, f"{measured}, {with_tokens[0].where} first: {reading}")
+    return Result(WARN, f"{measured}, {first.where} first: {reading}")
 
 
 def text_of(example: Example) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -46,8 +47,8 @@ class Trial:
         self.task, self.config, self.device = task, config, run.device
         self.rows = run.data.rows
         self.facts = data_facts  # as `load_or_tokenise` returned them
-        self.train_examples, self.eval_examples = raw_data.examples()
-        examples = self.train_examples[:MAX_EXAMPLES]
+        self.split = raw_data.split_data()
+        examples = list(islice(self.split.examples(held_out=False), MAX_EXAMPLES))
         tokenised = tokenise(examples, task.tokenizer, config.model.task, config.data, task.causal)
         self.tokenised_examples = list(zip(examples, tokenised))
 

@@ -13,7 +13,8 @@ from lora.common.printable_text import printable
 from lora.config.schema import Config
 from lora.config.set_keys import saved_config
 from lora.data.examples import Example
-from lora.data.raw_data import RawData, held_out_paths, sums_of
+from lora.data.raw_data import held_out_paths, sums_of
+from lora.data.split import Split
 from lora.evaluation.calibration import calibration, expected_calibration_error
 from lora.evaluation.generate import generate_answers, prompt_tokens, step_scores, text_tokens
 from lora.evaluation.step_metrics import labelled_steps
@@ -48,7 +49,7 @@ def held_out_samples(artifact: Path, metadata: dict) -> Samples:
     task = load_task(config, torch.float32)
     task.load(artifact)
     task.to(choose_device(config.training.device)).eval()
-    _, examples = RawData(config).examples()
+    examples = list(Split(config).examples(held_out=True))
     if config.model.task == "score":
         return score_chains(task, examples[:MAX_SCORED_EXAMPLES], config)
     return Samples(answers_to(task, examples[:MAX_SHOWN_EXAMPLES], config))

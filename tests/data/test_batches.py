@@ -28,7 +28,7 @@ from lora.data.batches import Rows
 from lora.data.examples import Example
 from lora.data.readers import read
 from lora.data.sampler import TrainingData
-from lora.data.split import read_data, split_by_prompt
+from lora.data.split import Split, chosen_by_hash, hash64
 from lora.data.tokenise import NO_TOKEN, Row, split_text, tokenise
 from lora.evaluation.predict import predict
 from lora.model.attention import Documents, packed_attention
@@ -464,6 +464,12 @@ def test_a_long_text_is_tokenised_in_stretches_that_are_the_text_and_end_with_a_
 # ---------------------------------------------------------------------------------------- splitting
 
 
+def split_by_prompt(examples, fraction):
+    subjects = np.array([hash64(example.subject) for example in examples], np.uint64)
+    pairs = list(zip(examples, chosen_by_hash(subjects, fraction)))
+    return [e for e, chosen in pairs if not chosen], [e for e, chosen in pairs if chosen]
+
+
 def test_rows_that_share_a_prompt_stay_on_one_side():
     examples = [Example("", prompt=f"p{i % 10}", steps=["s"], labels=[1.0]) for i in range(40)]
     training, held_out = split_by_prompt(examples, 0.3)
@@ -505,7 +511,8 @@ def test_evaluation_reads_the_first_n_times_4_rows_whatever_the_batch_size(confi
 
 
 def test_max_samples_takes_the_first_training_examples(configure):
-    training, held_out = read_data(configure(lora=False, max_samples=7))
+    split = Split(configure(lora=False, max_samples=7))
+    training, held_out = ([*split.examples(part)] for part in (False, True))
     assert len(training) == 7 and len(held_out) == 8
 
 

@@ -15,7 +15,7 @@ from lora.config.schema import DataConfig, get_lora_config
 from lora.data.raw_data import RawData
 from lora.data.readers import read
 from lora.data.sampler import TrainingData
-from lora.data.split import read_data
+from lora.data.split import Split
 from lora.data.token_cache import load_or_tokenise
 from lora.evaluation.predict import evaluate
 from lora.model.load import load_task
@@ -275,7 +275,7 @@ def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, co
     config = configure(
         True, train_data=[train], eval_data=[], use_reveal=True, reveal_path=path, eval_fraction=0.1
     )
-    training, held_out = read_data(config)
+    training, held_out = ([*Split(config).examples(part)] for part in (False, True))
     assert (len(training), len(held_out)) == (27, 3 + 2) and not any(e.terms for e in training)
     assert [e.dataset_id for e in held_out] == [0] * 3 + [1] * 2
     assert RawData(config).files["eval_data"].keys() == {path}
@@ -286,10 +286,10 @@ def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, co
         UserError,
         match="reveal.csv:2: REVEAL's owners permit it as a test set, not as a training set",
     ):
-        read_data(config)
+        Split(config)
     config.data.train_data, config.data.eval_data, config.data.use_reveal = [train], [], True
     config.data.reveal_train_i_have_permission = True
-    training, held_out = read_data(config)
+    training, held_out = ([*Split(config).examples(part)] for part in (False, True))
     assert {e.dataset_id for e in training} == {0, 1} and config.data.weights == [1.0, 1.0]
 
 

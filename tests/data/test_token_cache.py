@@ -9,6 +9,8 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
+import signal
 import tempfile
 
 import numpy as np
@@ -17,8 +19,9 @@ import torch
 
 from lora.common.errors import ResourceExhausted, UserError
 from lora.config.parse_values import kind_of
-from lora.data import data_summary, raw_data, token_cache
-from lora.data.batches import ARRAYS
+from lora.data import data_summary, raw_data, split, token_cache
+from lora.data.entry_writer import ARRAYS, EntryWriter
+from lora.data.processes import AHEAD, in_processes
 from lora.data.raw_data import NOT_IN_KEY, RawData, cache_folder, cache_key, sums_of
 from lora.data.tokenise import NO_TOKEN
 from lora.export.final_artifact import hub_revisions
@@ -62,7 +65,7 @@ def test_a_second_run_reads_no_data_and_tokenises_nothing(configure, chats, monk
     *first, facts = token_cache.load_or_tokenise(RawData(config), task)
     monkeypatch.setattr(token_cache, "tokenise", None)
     source = RawData(config)
-    assert source.read is None
+    assert source.split is None
     *second, again = token_cache.load_or_tokenise(source, task)
     assert facts == again and all(equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(isinstance(rows.tokens, np.memmap) for rows in second)
@@ -91,7 +94,7 @@ def test_a_change_of_data_settings_or_template_is_another_entry(configure, chats
         }[change]
     after, _, facts = token_cache.load_or_tokenise(RawData(config), task)
     assert not equal(before, after)
-    examples, _ = RawData(config).examples()
+    examples = list(RawData(config).split_data().examples(held_out=False))
     fresh, _ = token_cache.tokenise_examples(examples, task.tokenizer, task.causal, config, "train")
     assert equal(fresh, after) and facts["train"]["rows"] == len(after)
 
@@ -163,7 +166,9 @@ def test_processes_that_start_at_once_share_one_entry(configure, chats, own_cach
         assert process.exitcode == 0
     said = {found.get() for _ in processes}
     assert len(said) == 1 and said.pop()[0] == 36
-    assert len(list(own_cache.glob("*/*/facts.json"))) == 1 and not list(own_cache.glob("*/.tmp*"))
+    assert len(list(own_cache.glob("*/[!.]*/facts.json"))) == 1 and not list(
+        own_cache.glob("*/.tmp*")
+    )
 
 
 def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch, own_cache):
@@ -178,7 +183,7 @@ def test_an_interrupted_entry_is_made_again(configure, chats, monkeypatch, own_c
         patch.setattr("lora.common.atomic_files.fsync_folder", fail)
         with pytest.raises(KeyboardInterrupt):
             token_cache.load_or_tokenise(RawData(config), task)
-    assert not list(own_cache.glob("*/*/facts.json"))
+    assert not list(own_cache.glob("*/[!.]*/facts.json"))
     rows, _, _ = token_cache.load_or_tokenise(RawData(config), task)
     assert len(rows) == 36 and not list(own_cache.glob("*/.tmp_*"))
 
@@ -217,7 +222,7 @@ def test_gz_hub_and_plain_files_give_the_same_rows(configure, chats, tmp_path, m
 def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chats):
     config = settings(configure, chats, max_length=24)
     task = load_task(config, torch.float32)
-    examples, _ = RawData(config).examples()
+    examples = list(RawData(config).split_data().examples(held_out=False))
     rows, facts = token_cache.tokenise_examples(
         examples, task.tokenizer, task.causal, config, "train"
     )
@@ -239,6 +244,175 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "plainlora"
 
 
+# ------------------------------------------------------------------------------------------ shards
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(split, "SHARD_SIZE", 1000)  # of characters: a few of the chats
+    monkeypatch.setattr(split, "KEPT_SIZE", 0)
+
+
+def in_one_shard(config, task):
+    source = RawData(config)
+    assert len(source.split.shard_sizes) == 1
+    *tables, facts = token_cache.load_or_tokenise(source, task)
+    copies = [[np.array(getattr(rows, name)) for name in ARRAYS] for rows in tables]
+    shutil.rmtree(source.folder)
+    return copies, facts
+
+
+def same_entry(tables, facts, expected):
+    copies, expected_facts = expected
+    arrays = [[getattr(rows, name) for name in ARRAYS] for rows in tables]
+    for of_part, copies_of_part in zip(arrays, copies, strict=True):
+        for array, copy in zip(of_part, copies_of_part, strict=True):
+            assert array.tobytes() == copy.tobytes()  # NaN is where no score is
+    assert facts == expected_facts  # with the hashes of all arrays
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_many_shards_in_any_number_of_processes_are_one_table(
+    configure, chats, request, monkeypatch, num_processes
+):
+    config = settings(configure, chats, max_length=40)
+    task = load_task(config, torch.float32)
+    expected = in_one_shard(config, task)
+    request.getfixturevalue("small_shards")
+    monkeypatch.setattr(token_cache, "MANY_SHARDS", 2 if num_processes > 1 else 10**9)
+    monkeypatch.setattr(os, "cpu_count", lambda: num_processes)
+    source = RawData(config)
+    assert len(source.split.shard_sizes) > 4
+    *tables, facts = token_cache.load_or_tokenise(source, task)
+    same_entry(tables, facts, expected)
+
+
+def test_scores_in_many_shards_have_the_same_facts(configure, request):
+    config = configure(False, train_data=["arithmetic:train:60"], eval_data=[])
+    task = load_task(config, torch.float32)
+    expected = in_one_shard(config, task)
+    request.getfixturevalue("small_shards")
+    *tables, facts = token_cache.load_or_tokenise(RawData(config), task)
+    assert facts["train"].pop("label_mean") == pytest.approx(  # a sum in another order
+        expected[1]["train"].pop("label_mean"), abs=1e-12
+    )
+    assert facts["eval"].pop("label_mean") == pytest.approx(
+        expected[1]["eval"].pop("label_mean"), abs=1e-12
+    )
+    same_entry(tables, facts, expected)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_killed_tokenisation_goes_on_where_it_stopped(
+    configure, chats, request, own_cache, monkeypatch, damaged
+):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    expected = in_one_shard(config, task)
+    request.getfixturevalue("small_shards")
+    append = EntryWriter.append
+    num_shards = len(RawData(config).split.shard_sizes)
+
+    def killed_in_the_third(writer, shard):
+        if writer.num_shards == 2:
+            for file in writer.files.values():
+                file.write(b"half of a shard")
+                file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(writer, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EntryWriter, "append", killed_in_the_third)
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=token_cache.load_or_tokenise, args=(RawData(config), task))
+        process.start()
+        process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    (tokens,) = own_cache.glob("*/.tmp_*/train_tokens.bin")
+    if damaged:  # a power cut may lose what was not yet on the disk
+        damage(tokens, place=0)
+
+    done = []
+    monkeypatch.setattr(
+        EntryWriter, "append", lambda writer, shard: (done.append(1), append(writer, shard))
+    )
+    source = RawData(config)
+    assert source.split is not None  # half an entry is none
+    *tables, facts = token_cache.load_or_tokenise(source, task)
+    assert len(done) == num_shards - (0 if damaged else 2)
+    same_entry(tables, facts, expected)
+    assert not list(own_cache.glob("*/.tmp_*"))
+
+
+def test_an_error_in_a_process_is_the_users_and_leaves_nothing(
+    configure, chats, own_cache, small_shards, monkeypatch
+):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    template = task.tokenizer.chat_template
+    refusal = "{% if 'say 30' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+    task.tokenizer.chat_template = refusal + template
+    monkeypatch.setattr(token_cache, "MANY_SHARDS", 2)
+    with pytest.raises(UserError, match="chats.jsonl:31: the chat template of .* refuses it: no"):
+        token_cache.load_or_tokenise(RawData(config), task)
+    assert not list(own_cache.glob("*/*/"))
+
+
+def test_a_killed_process_is_a_want_of_resources(
+    configure, chats, own_cache, small_shards, monkeypatch
+):
+    config = settings(configure, chats)
+    task = load_task(config, torch.float32)
+    monkeypatch.setattr(token_cache, "MANY_SHARDS", 2)
+    monkeypatch.setattr(
+        "lora.data.token_cache.tokenise", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    with pytest.raises(ResourceExhausted, match="is kept, so start again"):
+        token_cache.load_or_tokenise(RawData(config), task)
+
+
+def test_the_data_is_read_only_a_few_shards_ahead_of_the_processes():
+    read = 0
+
+    def arguments():
+        nonlocal read
+        for i in range(40):
+            read += 1
+            yield i
+
+    results = []
+    for result in in_processes(str, arguments(), 2):
+        results.append(result)
+        assert read - len(results) < 2 * AHEAD
+    assert results == [str(i) for i in range(40)]
+
+
+def test_a_resumed_run_on_many_shards_is_the_uninterrupted_one_on_one(
+    configure, chats, request, own_cache
+):
+    config = settings(
+        configure, chats, max_steps=4, eval_steps=2, save_steps=2, save_optimizer="all"
+    )
+    folders = {}
+    for name in ("one shard", "many shards"):
+        config.output.experiment_name = name
+        folders[name] = run(config)
+        shutil.rmtree(own_cache)
+        request.getfixturevalue("small_shards")
+    config.output.experiment_name = "resumed"
+    resumed = run(config, folders["many shards"] / "checkpoints" / "checkpoint_step_2")
+    (entry,) = own_cache.glob("*/*/facts.json")
+    progress = json.loads(entry.with_name("progress.json").read_text())
+    assert progress["shards"] > 4
+    last = "checkpoints/checkpoint_step_4"
+    for folder in (folders["many shards"], resumed):
+        files = sorted((folder / last).rglob("*.safetensors"))
+        assert len(files) > 1
+        for path in files:
+            other = folders["one shard"] / last / path.relative_to(folder / last)
+            assert path.read_bytes() == other.read_bytes()
+
+
 # ------------------------------------------------------------------------------------------ damage
 
 
@@ -255,7 +429,7 @@ def test_a_changed_bit_ends_the_run_before_its_first_checkpoint(
 ):
     config = settings(configure, chats, max_steps=2, save_steps=1)
     token_cache.load_or_tokenise(RawData(config), load_task(config, torch.float32))
-    (path,) = own_cache.glob(f"*/*/{name}.npy")
+    (path,) = own_cache.glob(f"*/*/{name}.bin")
     damage(path)
     with pytest.raises(UserError, match=f"{path.parent}: {name} changed since .* is removed"):
         run(config)
@@ -271,11 +445,11 @@ def test_a_damaged_entry_is_tokenised_again(configure, chats, own_cache, capsys,
     before, *_ = token_cache.load_or_tokenise(RawData(config), task)
     tokens = before.tokens.copy()
     before.check.require_undamaged()  # it is read no more
-    (path,) = own_cache.glob("*/*/train_tokens.npy")
+    (path,) = own_cache.glob("*/*/train_tokens.bin")
     facts = path.with_name("facts.json")
     if kind == "short":
         path.unlink()  # it is mapped
-        np.save(path, tokens[:-1])
+        tokens[:-1].tofile(path)
     elif kind == "empty":
         path.unlink()
         path.write_bytes(b"")
@@ -301,7 +475,7 @@ def test_a_limit_of_file_sizes_is_a_full_disk_and_leaves_no_entry(configure, cha
             token_cache.load_or_tokenise(RawData(config), task)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list(own_cache.glob("*/*/facts.json"))
+    assert not list(own_cache.glob("*/[!.]*/facts.json"))
 
 
 def test_the_hash_of_a_data_file_is_taken_again_when_the_file_changes(chats, monkeypatch):

@@ -13,6 +13,8 @@ Any row may have a "category", a text or an integer, by which eval.py takes mean
 """
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from types import ModuleType
 
 from lora.common.errors import UserError
@@ -38,28 +40,57 @@ def read(
         task: "lm" for texts and chats, "score" for steps with labels.
         first_dataset_id: the dataset_id of the first path's examples; the next path has the next.
     """
-    data = data or DataConfig()
-    examples = []
-    for dataset_id, path in enumerate(paths, first_dataset_id):
+    return list(iterate(enumerate(paths, first_dataset_id), task, data or DataConfig()))
+
+
+def iterate(
+    paths: Iterable[tuple[int, str]],
+    task: str,
+    data: DataConfig,
+    limit: int | None = None,
+    notes: bool = True,
+) -> Iterator[Example]:
+    """Yield the examples of paths and their dataset_ids while they are read. Raises UserError.
+
+    Args:
+        limit: number of examples after which nothing more is read.
+        notes: whether it is printed how many rows of a file are left out, and which keys.
+    """
+    total = 0
+    for dataset_id, path in paths:
+        if total == limit:
+            return
+        room = None if limit is None else limit - total
+        examples: Iterator[Example]
         if path.startswith("arithmetic:"):
-            examples_of_path = list(arithmetic.read(path, task))
+            examples = islice(arithmetic.read(path, task), room)
         else:
-            examples_of_path = read_file(path, task, data)
-        if not examples_of_path:
-            raise UserError(f"{path}: 0 examples; expected one at least.")
-        for example in examples_of_path:
+            examples = read_file(path, task, data, room, notes)
+        before = total
+        for example in examples:
+            if total == limit:  # the last row had several
+                continue
             example.dataset_id = dataset_id
-        examples.extend(examples_of_path)
-    return examples
+            total += 1
+            yield example
+        if total == before:
+            raise UserError(f"{path}: 0 examples; expected one at least.")
 
 
-def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
-    """Read the examples of a file, and print how many rows are left out, and why."""
-    results: list[Example | str | dict] = []
+def read_file(
+    path: str, task: str, data: DataConfig, limit: int | None = None, notes: bool = True
+) -> Iterator[Example]:
+    """Yield the examples of a file, and print how many rows are left out, and why.
+
+    Raises UserError for all bad rows at once, behind the last example. No row is read after the
+    one that completes `limit` examples.
+    """
     bad_rows: list[UserError] = []
+    evidence: list[dict] = []
     not_read: Counter[str] = Counter()
-    blank_rows = []
-    num_rows = 0
+    left_out: Counter[str] = Counter()
+    first_blank = ""
+    num_rows = num_blank = num_examples = 0
     for where, row in files.read_rows(path, bad_rows):
         num_rows += 1
         if data.columns:
@@ -69,37 +100,48 @@ def read_file(path: str, task: str, data: DataConfig) -> list[Example]:
         try:
             reader = reader_for(where, row, task)
             not_read.update(keys_not_read(reader, row))
-            of_row = list(reader.examples([(where, row)], data))
-            for example in of_row:
-                if isinstance(example, Example):
-                    example.category = category(row)
-            results.extend(of_row)
-            if BLANK in of_row:
-                blank_rows.append(where)
+            results = list(reader.examples([(where, row)], data))
         except UserError as error:
             bad_rows.append(error)
+            continue
+        if BLANK in results:
+            first_blank = first_blank or where
+            num_blank += 1
+        for result in results:
+            if isinstance(result, Example):
+                num_examples += 1
+                result.category = category(row)
+                yield with_first_steps(result, data.max_steps_per_example)
+            elif isinstance(result, str):
+                left_out[result] += 1
+            else:
+                evidence.append(result)
+        if limit is not None and num_examples >= limit:
+            break
     files.raise_bad_rows(path, bad_rows)
-    evidence = [result for result in results if isinstance(result, dict)]
     if evidence:
         from lora.data.readers.published import reveal
 
-        results.extend(reveal.chains(evidence, data))
-
-    examples = [result for result in results if isinstance(result, Example)]
-    for example in examples:
-        example.steps = example.steps[: data.max_steps_per_example]
-        example.labels = example.labels[: data.max_steps_per_example]
-    left_out = Counter(result for result in results if isinstance(result, str))
-    if left_out:
+        for result in reveal.chains(evidence, data):
+            if isinstance(result, Example):
+                yield with_first_steps(result, data.max_steps_per_example)
+            else:
+                left_out[result] += 1
+    if left_out and notes:
         reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
         print(printable(f"note: {path}: left out: {', '.join(reasons)}"))
-    if len(blank_rows) > MAX_BLANK * num_rows:
-        share = f"{len(blank_rows)} of {num_rows} rows have a blank message"
-        raise UserError(f"{blank_rows[0]}: {share}; expected 1% at most. Take them out.")
-    if not_read:
+    if num_blank > MAX_BLANK * num_rows:
+        share = f"{num_blank} of {num_rows} rows have a blank message"
+        raise UserError(f"{first_blank}: {share}; expected 1% at most. Take them out.")
+    if not_read and notes:
         keys = [f"{key} ({count:,} rows)" for key, count in not_read.most_common()]
         print(printable(f"note: {path}: keys not read: {', '.join(keys)}"))
-    return examples
+
+
+def with_first_steps(example: Example, count: int | None) -> Example:
+    example.steps = example.steps[:count]
+    example.labels = example.labels[:count]
+    return example
 
 
 def keys_not_read(reader: ModuleType, row: dict) -> list[str]:

@@ -1,0 +1,58 @@
+"""What is counted of tokenised examples, shard by shard, and what is told of them all."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora.common.errors import UserError
+from lora.config.schema import Config
+
+
+@dataclass
+class Counts:
+    """Sums over the examples of a part of the data."""
+
+    where: str = ""  # of the first example
+    examples: int = 0
+    cut: int = 0
+    without_target: int = 0
+    unprinted_reasoning: int = 0
+    rows: int = 0
+    tokens: int = 0
+    targets: int = 0
+    weighted_targets: int = 0  # whose weight is not 0
+    largest_token: int = -1
+    labels: int = 0  # in the examples, also where no target was made of them
+    target_sum: float = 0.0  # this and the next two: of scores
+    zeros: int = 0
+    ones: int = 0
+
+    def add(self, other: "Counts") -> None:
+        where = self.where or other.where
+        largest_token = max(self.largest_token, other.largest_token)
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        self.where = where
+        self.largest_token = largest_token
+
+
+def part_facts(counts: Counts, seq_lens: np.ndarray, part: str, config: Config) -> dict:
+    """Return what `describe_data` tells of a part. Raises UserError where nothing is learned."""
+    if counts.rows == 0:
+        raise UserError(
+            f"{counts.where}: no {part} example has a target within max_length = "
+            f"{config.data.max_length}; raise it, or see what becomes of the rows: "
+            "python -m lora render FILE."
+        )
+    if counts.weighted_targets == 0:
+        raise UserError(f"{counts.where}: every {part} example has weight 0; give some more.")
+    names = ("examples", "cut", "without_target", "unprinted_reasoning")
+    facts: dict = {name: getattr(counts, name) for name in names}
+    facts.update(rows=counts.rows, tokens=counts.tokens, targets=counts.targets)
+    facts["largest_token"] = counts.largest_token
+    facts["lengths"] = np.quantile(seq_lens, (0.5, 0.95, 1.0), method="higher").tolist()
+    if config.model.task == "score":
+        facts["label_mean"] = counts.target_sum / counts.targets
+        facts["label_shares"] = [counts.zeros / counts.targets, counts.ones / counts.targets]
+        facts["labels_left_out"] = counts.labels - counts.targets
+    return facts
