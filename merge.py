@@ -89,7 +89,7 @@ from transformers import AutoModel
 from lora.adapter import load_adapter
 from lora.common.atomic_files import atomic_folder
 from lora.common.checkpoint_folders import adapter_folder
-from lora.evaluation.generate import set_stop_tokens
+from lora.evaluation.stop_tokens import set_stop_tokens
 from lora.export import merging
 from lora.export.merging import AdapterSource, difference, four_bits_of, load_base, outputs
 from lora.export.portable_adapter import write_portable

@@ -1,8 +1,10 @@
 """Speed and memory of the preparation of data, and of the training that follows.
 
-    python benchmarks/data_speed.py speed --megabytes 200      beside datasets.map, if installed
-    python benchmarks/data_speed.py memory --megabytes 100 500
-    python benchmarks/data_speed.py start --megabytes 5 500    with the data tokenised before
+    python benchmarks/data_speed.py --megabytes 5 100 200 500 --beside 200
+
+For each size of text it prints the preparation ("plainlora"), a start with the data tokenised
+before ("again") and five steps of training with an evaluation ("training"). At --beside MB it also
+prints the preparation by datasets.map, which must be installed (`pip install datasets`).
 
 The data are the chats of sgd_chat and gsm8k in PLAINLORA_DATA, repeated with a number in each first
 message, so that no two prompts are alike. Both sides use the embedded tokenizer and a process per
@@ -176,22 +178,19 @@ def line(side: str, megabytes: float, found: dict) -> str:
     return "; ".join(parts)
 
 
-def main(what: str, sizes: list[float]) -> None:
+def main(sizes: list[float], beside: float | None) -> None:
     for megabytes in sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "chats.jsonl"
             write_chats(path, megabytes)
             time.sleep(2.1)  # the hash of a file is remembered when it is no longer being written
             cache = f"{folder}/cache"
-            if what == "speed":
-                print(line("datasets.map", megabytes, measure("theirs", path, f"{folder}/theirs")))
-            found = measure("ours", path, cache)
-            print(line("plainlora", megabytes, found), flush=True)
-            if what == "memory":
-                print(line("training", megabytes, measure("train", path, cache)), flush=True)
-            if what == "start":
-                found = measure("ours", path, cache)
-                print(line("again", megabytes, found), flush=True)
+            sides = {"plainlora": "ours", "again": "ours", "training": "train"}
+            if megabytes == beside:
+                sides = {"datasets.map": "theirs", **sides}
+            for name, side in sides.items():
+                folder_of_side = f"{folder}/theirs" if side == "theirs" else cache
+                print(line(name, megabytes, measure(side, path, folder_of_side)), flush=True)
 
 
 if __name__ == "__main__":
@@ -201,7 +200,7 @@ if __name__ == "__main__":
         print(json.dumps(result), flush=True)
         os._exit(0)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "memory", "start"])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[20.0])
+    parser.add_argument("--beside", type=float, metavar="MEGABYTES")
     arguments = parser.parse_args()
-    main(arguments.what, arguments.megabytes)
+    main(arguments.megabytes, arguments.beside)

@@ -18,12 +18,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lora.common.errors import UserError
 from lora.config.schema import Config, max_batch_tokens
-from lora.data.assistant_mask import chat_pieces
 from lora.data.batches import Rows
 from lora.data.chat_template import Chat, use_chatml
 from lora.data.examples import Example
 from lora.data.tokenise import Row, bos_tokens, encode, tokenise
 from lora.evaluation.predict import predict
+from lora.evaluation.stop_tokens import stop_tokens
 from lora.model.device import autocast
 from lora.model.task import Task
 
@@ -48,36 +48,6 @@ def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of a text that is to be continued."""
     tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return bos_tokens(tokenizer) + tokens
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: those of tokenizer, model and chat template."""
-    stops = {tokenizer.eos_token_id}
-    of_model = model.generation_config.eos_token_id
-    stops.update(of_model if isinstance(of_model, list) else [of_model])
-    if tokenizer.chat_template:
-        stops.update(turn_end(tokenizer))
-    return sorted(stops - {None})
-
-
-def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have generation by other programs end where ours does, once the model is saved."""
-    if model.can_generate():
-        model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
-
-
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the special token that a chat is trained to end an answer with, or nothing."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        pieces, _ = chat_pieces(Example("a chat of one turn", messages=chat), tokenizer)
-    except UserError:  # the template refuses such a chat
-        return set()
-    targets = []
-    for tokens, weights in encode(pieces, tokenizer):
-        targets += [token for token, weight in zip(tokens, weights) if weight]
-    token = tokenizer.added_tokens_decoder.get(targets[-1])
-    return {targets[-1]} if token and token.special else set()
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from lora.config.set_keys import saved_config
 from lora.data.file_kinds import HUB
 from lora.data.files import local_files
 from lora.distributed.sharding import any_sharded
-from lora.evaluation.generate import set_stop_tokens
+from lora.evaluation.stop_tokens import set_stop_tokens
 from lora.export.model_card import model_card
 from lora.model.load import load_task
 from lora.model.run import Run

@@ -13,7 +13,7 @@ import gguf
 from transformers import PreTrainedTokenizerBase
 
 from lora.common.errors import UserError
-from lora.evaluation.generate import turn_end
+from lora.evaluation.stop_tokens import turn_end
 
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 WORDS = (

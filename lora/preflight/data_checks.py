@@ -9,7 +9,7 @@ import numpy as np
 from lora.data.batches import is_target
 from lora.data.examples import Example
 from lora.data.tokenise import NO_TOKEN, Row
-from lora.evaluation.generate import stop_tokens
+from lora.evaluation.stop_tokens import stop_tokens
 from lora.model.tokenizer_file import follows_its_file, tokenizer_file
 from lora.preflight.check_result import (
     BUG,

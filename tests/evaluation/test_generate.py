@@ -14,7 +14,8 @@ from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.config.set_keys import fields_by_key
-from lora.evaluation.generate import generate_answers, prompt_tokens, stop_tokens, text_tokens
+from lora.evaluation.generate import generate_answers, prompt_tokens, text_tokens
+from lora.evaluation.stop_tokens import stop_tokens
 import merge as merging
 from tests.conftest import run, tiny_llama
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora.common.paths import ROOT
-from lora.evaluation.generate import stop_tokens
+from lora.evaluation.stop_tokens import stop_tokens
 from lora.model.tokenizer_file import PROBE
 from lora.model.weights import load_tokenizer
 from tests.conftest import run, script
