@@ -186,6 +186,8 @@ def same_value(meant: Any, found: Any) -> bool:
     """Whether a value that was given, perhaps as text, is the one in the configuration."""
     if meant == "auto" or meant == found or str(meant) == str(found):
         return True
+    if isinstance(found, str) and os.path.isabs(found):  # an artifact has absolute paths
+        return os.path.basename(found) == os.path.basename(str(meant))
     if isinstance(found, list):
         items = meant if isinstance(meant, list) else [meant]
         items = [item for item in items if item not in ("", "none")]
@@ -218,7 +220,6 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--only", type=int, nargs="+", metavar="K", help="these cases alone")
-    parser.add_argument("--show", action="store_true", help="print every case")
     parser.add_argument("--limit", type=float, default=60, help="seconds for an answer")
     parser.add_argument("--workers", type=int, default=2, help="cases at a time")
     arguments = parser.parse_args()
@@ -239,7 +240,7 @@ def main() -> int:
                 kind, case, answer, wrong = found
                 tally[kind]["wrong" if wrong else str(answer.status)] += 1
                 failed += bool(wrong)
-                if wrong or arguments.show or len(numbers) == 1:
+                if wrong or len(numbers) == 1:
                     tqdm.write(described(number, arguments.seed, found, len(numbers) == 1))
                     sys.stdout.flush()
     print(table(tally))

@@ -6,22 +6,29 @@ The cases run as those of nothing_silent.py do. A new case is one more entry of 
 """
 
 from collections.abc import Callable, Iterator
+import contextlib
+import functools
 import json
 import os
 from pathlib import Path
+import pty
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.nothing_silent import (
     BASE,
+    CHATML,
     CHATS,
     Case,
+    base_with,
     chat,
     chats,
     program,
@@ -37,6 +44,12 @@ PAGE = ROOT / "docs" / "hostile.md"
 RUN = Path("outputs/changed")
 CHECKPOINT = RUN / "checkpoints" / "checkpoint_step_1"
 ARTIFACT = RUN / "final_artifact"
+
+FROZEN = (
+    *("--base_model", "embedded", "--task", "score", "--lora_r", 0, "--max_length", 64),
+    *("--train_data", "arithmetic:train:60"),
+)
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 HEAD = """# Hostile, odd and interrupted
 
@@ -139,6 +152,20 @@ def security() -> Iterator[Case]:
         tool("report", with_secret_data),
     )
     yield Case(
+        "A2",
+        "a chat template that loops for hours",
+        "render: two loops of 99,999 rounds in chat_template.jinja",
+        "error: .*does not come to an end",
+        lambda: render(*chats(1), base=base_with(CHATML + ENDLESS)),
+    )
+    yield Case(
+        "A3",
+        "an artifact without its list of checksums",
+        "eval: without checksums.json",
+        r"error: .*checksums\.json: no such file",
+        without_checksums,
+    )
+    yield Case(
         "A3",
         "an artifact without its weights, sealed again",
         "eval --verify_only: without adapter_model.safetensors",
@@ -199,6 +226,11 @@ def without_weights() -> str:
     changed_run((ARTIFACT / "adapter_model.safetensors").unlink)
     write_checksums(ARTIFACT)
     return program("eval.py", "--checkpoint", ARTIFACT, "--verify_only")
+
+
+def without_checksums() -> str:
+    changed_run((ARTIFACT / "checksums.json").unlink)
+    return program("eval.py", "--checkpoint", ARTIFACT)
 
 
 def odd_base_name() -> None:
@@ -326,6 +358,20 @@ def no_hangs() -> Iterator[Case]:
         )
     yield Case(
         "B1",
+        "a step of more examples than the data have",
+        "train_lora --batch_size 50, of 12 examples",
+        r"one step is 4\.17 passes over the training data",
+        lambda: train(*CHATS, "few.jsonl", "--batch_size", 50),
+    )
+    yield Case(
+        "B1",
+        "a frozen base and more steps than there is time for",
+        "train_lora --lora_r 0 --max_steps 1000000000000000, ended after its first line",
+        "Step 0/1000000000000000 .*validation loss",
+        lambda: watched("Step 0", interrupt, *FROZEN, "--max_steps", 10**15),
+    )
+    yield Case(
+        "B1",
         "a rank larger than any layer",
         'train_lora: rank_pattern = {"q_proj": 999999}',
         "error: .*rank",
@@ -367,6 +413,30 @@ def no_tracebacks() -> Iterator[Case]:
         r"loading .*status (0|141)",
         read_one_line,
     )
+    yield Case(
+        "B2",
+        "an added token that is a letter of the chat template",
+        "train_lora --add_special_tokens a --modules_to_save embed_tokens",
+        "Step 1/1 .*New best validation loss",
+        lambda: train(
+            *(*CHATS, "few.jsonl", "--add_special_tokens", "a"),
+            *("--modules_to_save", "embed_tokens"),
+        ),
+    )
+    yield Case(
+        "B2",
+        "a run folder that is deleted while it trains",
+        "train_lora, rm -r outputs/RUN after its first step",
+        "error: outputs/watched.*No such file or directory",
+        lambda: watched("Step 1", delete_run, *CHATS, "few.jsonl", "--max_steps", 10_000),
+    )
+    yield Case(
+        "B2",
+        "two runs without a name that start in one second",
+        "train_lora & train_lora &",
+        r"two folders, [^,]*\d{8}-\d{6}-\d+, .*-\d+$",
+        two_unnamed_runs,
+    )
     private = {"content": "".join(map(chr, range(0xE000, 0xF900)))}
     yield Case(
         "B2",
@@ -398,6 +468,64 @@ def read_one_line() -> str:
     return subprocess.run(call, env=environment, capture_output=True, text=True).stdout
 
 
+def watched(first: str, react: Callable[[subprocess.Popen], object], *flags: object) -> str:
+    """What a run says. After its first line that begins with `first`, `react` is called."""
+    shutil.rmtree("outputs/watched", ignore_errors=True)
+    flags = (*flags, "--logging_steps", 1, "--save_steps", 5)
+    process = start(*flags, "--output_dir", "outputs", "--experiment_name", "watched")
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(first):
+            react(process)
+            break
+    rest, _ = process.communicate()
+    return "".join(lines) + rest
+
+
+def start(*flags: object, output: int = subprocess.PIPE) -> subprocess.Popen:
+    """Start a run in a process of its own."""
+    command = [sys.executable, str(ROOT / "train_lora.py"), *map(str, flags)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # What this process ignores, as in the background of a shell, the new one would ignore too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    errors = subprocess.STDOUT
+    return subprocess.Popen(command, text=True, env=environment, stdout=output, stderr=errors)
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGINT)
+
+
+def delete_run(process: subprocess.Popen) -> None:
+    while Path("outputs/watched").exists():
+        shutil.rmtree("outputs/watched", ignore_errors=True)
+
+
+def two_unnamed_runs() -> str:
+    flags = (*CHATS, "few.jsonl", "--max_steps", 1, "--output_dir", "unnamed")
+    for process in [start(*flags), start(*flags)]:
+        process.communicate()
+    names = sorted(path.name for path in Path("unnamed").iterdir())
+    return f"two folders, {', '.join(names)}"
+
+
+def in_a_terminal(*flags: object) -> str:
+    """What a run shows in a terminal."""
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(ours, (40, 160))
+    process = start(*flags, output=its)
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # of Linux, at the end
+        while part := os.read(ours, 1024):
+            shown += part
+    process.wait()
+    os.close(ours)
+    return shown.decode()
+
+
 def words() -> Iterator[Case]:
     for what, expected in (
         ("a step, in a run whose output is a file", r"Step 1/1 \(100\.0%\) loss .*tokens/s"),
@@ -409,14 +537,45 @@ def words() -> Iterator[Case]:
             what,
             "train_lora",
             expected,
-            lambda: train(*CHATS, "few.jsonl", "--logging_steps", 1),
+            finished,
         )
+    yield Case(
+        "C1",
+        "the pass over a frozen base, in a run whose output is a file",
+        "train_lora --lora_r 0",
+        r"features of train: micro-batch \d+/\d+ \(100\.0%\)",
+        lambda: train(*FROZEN),
+    )
+    yield Case(
+        "C1",
+        "a terminal",
+        "train_lora --max_steps 14 --logging_steps 2",
+        r" 1\d/14 \[.*tokens/s, \d\d:\d\d left\]",
+        lambda: in_a_terminal(
+            *(*CHATS, "few.jsonl", "--max_steps", 14, "--logging_steps", 2),
+            *("--output_dir", "outputs", "--experiment_name", "shown"),
+        ),
+    )
     yield Case(
         "C2",
         "the end of a run, with the next commands",
         "train_lora",
         "eval.py --checkpoint .*--prompt",
-        lambda: train(*CHATS, "few.jsonl"),
+        finished,
+    )
+    yield Case(
+        "C2",
+        "Ctrl-C while torch is loaded",
+        'train_lora, SIGINT after "loading torch ..."',
+        r"^interrupted\.$",
+        lambda: watched("loading", interrupt, *CHATS, "few.jsonl"),
+    )
+    yield Case(
+        "C2",
+        "the same mistakes in many rows",
+        'train_lora: 6 rows {"text": 1} in turn with 6 of {,}',
+        "error: .*12 bad rows: 2, 5, 8 and 3 more: .* 3, 6, 9 and 3 more: not JSON",
+        lambda: train(*CHATS, write("bad.jsonl", *([{"text": "a"}, {"text": 1}, "{,}"] * 6))),
     )
     yield Case(
         "C2",
@@ -457,6 +616,27 @@ def words() -> Iterator[Case]:
     )
     yield Case(
         "C3",
+        "runs of two tasks, compared",
+        "compare --plot, of chats and of step scores",
+        "cross entropy and mse; the picture is 2 times as high|mse and cross entropy; .* 2 times",
+        compared_by_two_losses,
+    )
+    yield Case(
+        "C3",
+        "the commands of a sweep",
+        "compare --sweep seed=42,7",
+        "--experiment_name original_seed_7 --output_dir outputs",
+        lambda: program("lora", "compare", "outputs/original", "--sweep", "seed=42,7"),
+    )
+    yield Case(
+        "C3",
+        "an evaluation into a file that has a second name",
+        "eval --output",
+        "new: True; the other name has: before",
+        output_beside_a_link,
+    )
+    yield Case(
+        "C3",
         "--init_from of another rank",
         "train_lora --init_from an adapter of rank 16 --lora_r 8",
         "error: .*add --lora_r 16",
@@ -482,36 +662,40 @@ def stopped_by_a_guard() -> None:
     write(str(RUN / "status.json"), {"exit": 3, "error": "step 2: loss nan"})
 
 
+@functools.cache
 def interrupted() -> str:
     """What a run says in which Ctrl-C is pressed after its first step."""
-    shutil.rmtree("outputs/interrupted", ignore_errors=True)
-    flags = (*CHATS, "few.jsonl", "--output_dir", "outputs", "--experiment_name", "interrupted")
-    command = [
-        sys.executable,
-        ROOT / "train_lora.py",
-        *flags,
-        "--max_steps",
-        10_000,
-        "--logging_steps",
-        1,
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        list(map(str, command)),
-        text=True,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.lower().startswith("step ") and process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            break
-    rest, _ = process.communicate()
-    return "".join(lines) + rest
+    return watched("Step 1", interrupt, *CHATS, "few.jsonl", "--max_steps", 10_000)
+
+
+@functools.cache
+def finished() -> str:
+    return train(*CHATS, "few.jsonl", "--logging_steps", 1)
+
+
+def compared_by_two_losses() -> str:
+    """The axes for a run of texts and one of a scorer, in the terminal and in the picture."""
+    train(*FROZEN, name="scorer")
+    heights = []
+    for runs in (["original"], ["original", "scorer"]):
+        folders = [f"outputs/{name}" for name in runs]
+        said = program("lora", "compare", *folders, "--plot", "runs.png")
+        heights.append(int.from_bytes(Path("runs.png").read_bytes()[20:24], "big"))
+    axes = re.findall(r"validation loss \((.*?)\)", said)
+    times = round(heights[1] / heights[0])
+    return f"{' and '.join(axes)}; the picture is {times} times as high as of one"
+
+
+def output_beside_a_link() -> str:
+    """Evaluate into a file that has a second name, and return what that has then."""
+    kept, output = Path("kept.json"), Path("output.json")
+    kept.write_text("before", encoding="utf-8")
+    output.unlink(missing_ok=True)
+    output.hardlink_to(kept)
+    flags = ("--checkpoint", "outputs/original/final_artifact", "--output", output)
+    said = program("eval.py", *flags, "--eval_data", "few.jsonl")
+    is_new = output.read_text(encoding="utf-8") != "before"
+    return f"{said}\nnew: {is_new}; the other name has: {kept.read_text(encoding='utf-8')}"
 
 
 def main() -> int:

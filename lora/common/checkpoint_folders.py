@@ -41,6 +41,12 @@ def is_artifact(folder: Path) -> bool:
     return path.is_file() and "base_files" in read_file(path)
 
 
+def is_written_by_us(folder: Path) -> bool:
+    """Return whether this is an artifact or a checkpoint of ours, which has checksums.json."""
+    state = folder / "trainer_state.json"  # other trainers write one too
+    return is_artifact(folder) or (state.is_file() and "facts" in read_file(state))
+
+
 def adapter_folder(folder: Path) -> Path | None:
     """Return where a checkpoint, an artifact or an adapter alone has its adapter, if it has one."""
     if (folder / "lora_adapter").is_dir():

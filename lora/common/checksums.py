@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora.common.checkpoint_folders import is_written_by_us
 from lora.common.errors import UserError
 
 CHECKSUMS_FILE = "checksums.json"
@@ -92,8 +93,9 @@ def find_damage(folder: str | Path, needed: str) -> str:
 
 def verify_checksums(folder: str | Path, needed: str | None = None) -> None:
     """Raise UserError where a folder is not as a run wrote it, as `find_damage` reports."""
-    if needed is None and not (Path(folder) / CHECKSUMS_FILE).exists():
-        return  # others wrote it
+    is_listed = (Path(folder) / CHECKSUMS_FILE).exists()
+    if needed is None and not is_listed and not is_written_by_us(Path(folder)):
+        return
     damage = find_damage(folder, needed or CHECKSUMS_FILE)
     if damage:
         problem = f"not as it was written: {damage}"

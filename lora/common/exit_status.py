@@ -33,14 +33,15 @@ class RunStatus:
         """Write status.json, and error.log where an error is being handled."""
         if self.run_dir is None:
             return
-        path = self.run_dir / "status.json"
         try:
-            if exit_status and sys.exc_info()[0]:
-                (self.run_dir / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
             status = {"exit": exit_status, "error": line, **facts}
-            temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
-            temporary.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            texts = {"status.json": json.dumps(status, indent=2) + "\n"}
+            if exit_status and sys.exc_info()[0]:
+                texts["error.log"] = traceback.format_exc()
+            for name, text in texts.items():
+                temporary = self.run_dir / f".tmp_{name}_{os.getpid()}"
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(self.run_dir / name)
         except OSError:  # the disk may be what is full
             pass
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora.common.atomic_files import write_text_atomically
 from lora.common.toml_json import to_toml
 from lora.config.parse_values import key, nearest
 from lora.config.table import Table
@@ -247,7 +248,7 @@ class Config:
         text = to_toml(self.as_dict())
         if Path(path).suffix == ".json":
             text = json.dumps(self.as_dict(), indent=2) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        write_text_atomically(Path(path), text)
 
 
 def get_lora_config() -> Config:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora.common.errors import UserError
 from lora.common.operating_system import time_limit
+from lora.data.examples import REASONING_KEYS
 
 # For tokenizers that bring no template
 CHATML = (
@@ -21,7 +22,6 @@ CHATML = (
 # Seconds for one chat, because a template is a program that came with somebody's tokenizer
 LONGEST_RENDER = 10.0
 MOST_ADDED = 2**20  # characters that a template may write beyond ten times its input
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # the names that data sets use
 PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]  # characters that nobody should write
 Span = tuple[int, int]  # from the first character to the one after the last
 WeightedSpan = tuple[int, int, float]  # a span, and the factor of its targets' losses

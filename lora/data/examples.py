@@ -7,6 +7,10 @@ from typing import Any
 
 from lora.common.errors import UserError
 
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # the names that data sets use
+# Of a message, beside the switches that readers take out of it.
+MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING_KEYS}
+
 
 @dataclass(slots=True)
 class Example:

@@ -1,7 +1,6 @@
 """The files of a base model: config.json, weights, tokenizer."""
 
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 import re
 import sys
@@ -158,8 +157,7 @@ def load_weights(
         model, info = model_class.from_pretrained(None, config=shape, **options)
         model.config.name_or_path = source
         if model.can_generate():
-            with suppress(OSError):  # without generation_config.json, it is made of config.json
-                model.generation_config = GenerationConfig.from_pretrained(source)
+            read_generation_config(model, source)
     beyond = more_layers(model, info["unexpected_keys"])
     fewer = "its files have more layers than config.json says; mend num_hidden_layers"
     raise_if_any(beyond, f"base_model {base_model}: {fewer}")
@@ -178,6 +176,18 @@ def load_weights(
         # Whatever is saved of the model has the base's own config.
         model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def read_generation_config(model: PreTrainedModel, source: str) -> None:
+    """Read generation_config.json where a base has it; else it is made of config.json already."""
+    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    if cached_file(source, "generation_config.json", **dict.fromkeys(quiet, False)):
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    stops = model.generation_config.eos_token_id
+    tokens = stops if isinstance(stops, list) else [stops]
+    if not {type(token) for token in tokens} <= {int, type(None)}:
+        found = f"base_model {source}: eos_token_id is {stops!r:.60}"
+        raise UserError(f"{found}; expected numbers of tokens.")
 
 
 def more_layers(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from lora.common.atomic_files import write_text_atomically
+from lora.common.base_model_files import plain_file
 from lora.common.errors import UserError
 from lora.common.operating_system import peak_memory_bytes
 from lora.common.printable_text import printable
@@ -175,7 +176,7 @@ def cut_metrics_after(step: int, path: Path) -> None:
     """Remove the metrics of later steps (all for step 0), which a resumed run writes again."""
     kept = ""
     try:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in plain_file(path).read_text(encoding="utf-8").splitlines(keepends=True):
             # A killed run may have left half a line.
             if line.endswith("\n") and step > 0 and json.loads(line)["step"] <= step:
                 kept += line

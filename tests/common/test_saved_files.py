@@ -15,9 +15,11 @@ from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.common.saved_files import refuse_inside_artifact, verify_artifact
 from lora.config.command_line import read_command_line
+from lora.config.earlier_stage import require_stage
 from lora.config.schema import get_lora_config
 from lora.config.set_keys import saved_config
 from lora.evaluation.eval_arguments import read_arguments
+from lora.export.merging import find_adapter
 from lora.training.best_checkpoints import recover
 import merge
 from tests.conftest import run
@@ -138,6 +140,22 @@ def test_odd_metadata_are_named(artifact, values):
     seal(artifact)
     with pytest.raises(UserError, match="metadata.json: |config.json|format_version 9|no weights"):
         verify_artifact(artifact)
+
+
+@pytest.mark.parametrize("saved", ["artifact", "checkpoint"])
+def test_what_is_ours_has_checksums(saved, request):
+    folder = request.getfixturevalue(saved)
+    source = find_adapter(str(folder), None)
+    stage = get_lora_config()
+    stage.model.init_from = str(folder)
+    (folder / "checksums.json").unlink()
+    for read in (
+        source.verify,
+        lambda: read_arguments(["--checkpoint", str(folder)]),
+        lambda: require_stage(stage),
+    ):
+        with pytest.raises(UserError, match="checksums.json: no such file"):
+            read()
 
 
 def test_the_sha256_of_the_checksums_tells_a_sealed_change(configure, capsys):

@@ -372,6 +372,26 @@ def test_keys_that_nothing_reads_are_named_once_for_the_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"content": "b"}]},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_keys_of_messages_that_nothing_reads_are_named(tmp_path, capsys, row):
+    *_, last = row.values()
+    known = {"name": "n", "weight": 1, "thinking": "t", "none": None, "role": "assistant"}
+    last[-1].update(known if "from" not in last[-1] else {"name": "n"}, surprise=-1)
+    read_rows(tmp_path, row, row)
+    out = capsys.readouterr().out
+    path = tmp_path / "rows.jsonl"
+    assert out.startswith(f"note: {path}: keys not read: messages.surprise, unless ")
+    assert out.endswith("(2 rows)\n") and out.count("messages.") == 1
+
+
+@pytest.mark.parametrize(
     "row, problem",
     [
         (

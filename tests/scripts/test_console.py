@@ -16,6 +16,7 @@ from lora.common.errors import Interrupted, UserError
 from lora.common.exit_status import one_line_errors
 from lora.common.known_errors import as_known_error
 from lora.common.paths import ROOT
+from lora.common.signals import begin_loading_torch, leave_at_once
 from lora.config.command_line import read_command_line
 from lora.config.schema import Config
 from lora.data.sampler import TrainingData
@@ -164,7 +165,7 @@ def slow_torch(tmp_path):
     [
         ["train_lora.py", "--max_steps=1"],
         ["train.py", "--max_steps=1"],
-        ["merge.py", "--adapter=a", "--output=b"],
+        ["merge.py", "--adapter=.", "--output=b"],
     ],
     ids=lambda words: words[0],
 )
@@ -173,6 +174,24 @@ def test_before_torch_a_line_is_printed_and_ctrl_c_ends_it_in_one(slow_torch, tm
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=slow_torch)
     assert done.stdout == "loading torch ...\n"
     assert done.stderr == "interrupted.\n" and done.returncode == 130
+
+
+def test_ctrl_c_is_awaited_before_the_line_is_printed(monkeypatch):
+    handlers = []
+
+    class Output(io.StringIO):
+        def write(self, text):
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "torch")
+            patch.setattr(sys, "stdout", Output())
+            begin_loading_torch()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert set(handlers) == {leave_at_once}
 
 
 def test_help_does_not_load_torch(slow_torch):

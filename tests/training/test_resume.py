@@ -15,12 +15,13 @@ import torch
 from lora.common.atomic_files import remove_leftovers
 from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import UserError
+from lora.common.exit_status import RunStatus
 from lora.config.command_line import read_command_line
 from lora.config.run_folder import newest_checkpoint
 from lora.config.schema import Config, get_lora_config
 from lora.data.sampler import TrainingData
 from lora.training import best_checkpoints
-from lora.training.log import cut_metrics_after
+from lora.training.log import Log, cut_metrics_after
 from lora.training.remove_optimizer import remove_optimizer
 from tests.conftest import run
 
@@ -313,5 +314,29 @@ def test_metrics_that_are_none_are_refused_when_a_run_is_resumed(tmp_path, damag
         cut_metrics_after(1, path)
     path.unlink()
     path.symlink_to(path.name)
-    with pytest.raises(UserError, match="train_metrics.jsonl: no metrics of a run"):
+    with pytest.raises(UserError, match="train_metrics.jsonl: no plain file"):
         cut_metrics_after(1, path)
+
+
+def test_a_run_in_an_odd_folder_writes_through_no_link(configure, tmp_path):
+    config = configure(True)
+    folder = tmp_path / "odd"
+    names = ["logs/config.json", "logs/config.toml", "status.json", "error.log"]
+    (folder / "logs").mkdir(parents=True)
+    (tmp_path / "private").write_text("mine")
+    for name in names:
+        (folder / name).symlink_to(tmp_path / "private")
+    Log(folder, config, may_exist=True).close()
+    status = RunStatus()
+    status.run_dir = folder
+    try:
+        raise ValueError
+    except ValueError:
+        status.write(1)
+    assert (tmp_path / "private").read_text() == "mine"
+    assert not any((folder / name).is_symlink() for name in names)
+    metrics_file = folder / "logs" / "train_metrics.jsonl"
+    metrics_file.unlink()
+    metrics_file.symlink_to(tmp_path / "private")
+    with pytest.raises(UserError, match="train_metrics.jsonl: a link that leads out"):
+        Log(folder, config, may_exist=True)

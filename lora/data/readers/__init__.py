@@ -21,7 +21,7 @@ from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.config.schema import DataConfig
 from lora.data import arithmetic, files
-from lora.data.examples import BLANK, Example, category
+from lora.data.examples import BLANK, MESSAGE_KEYS, Example, category
 from lora.data.readers import chat, pairs, questions, steps, text
 
 # Where a row has the keys of several forms, the first of these readers reads it. Those of published
@@ -111,6 +111,7 @@ def read_file(
             if isinstance(result, Example):
                 num_examples += 1
                 result.category = category(row)
+                not_read.update(keys_of_messages_not_read(result))
                 yield with_first_steps(result, data.max_steps_per_example)
             elif isinstance(result, str):
                 left_out[result] += 1
@@ -152,6 +153,14 @@ def keys_not_read(reader: ModuleType, row: dict) -> list[str]:
     if category(row):
         read_keys.add("category")
     return [key for key in row if key not in read_keys and row[key] not in EMPTY]
+
+
+def keys_of_messages_not_read(example: Example) -> set[str]:
+    """Return the other keys of a chat's messages that have a value, as messages.KEY."""
+    keys: set[str] = set()
+    for message in example.messages:
+        keys.update(key for key in message.keys() - MESSAGE_KEYS if message[key] not in EMPTY)
+    return {f"messages.{key}, unless the base's chat template reads it" for key in keys}
 
 
 def form_of(reader: ModuleType, row: dict) -> set[str]:
