@@ -71,7 +71,7 @@ def changed(tmp_path, section):
 def test_a_new_data_format_is_a_file_and_its_name(tmp_path):
     out = changed(tmp_path, "Add a data format")
     assert "What is 1 and 1?" in out and "⟦It is 2.<|im_end|>⟧" in out
-    assert "train: 36 examples" in out and "at step 1" in out
+    assert "train: 36 examples" in out and "Step 1/1 (100.0%)" in out
 
 
 def test_a_new_schedule_is_a_choice_and_a_formula(tmp_path):
