@@ -38,6 +38,7 @@ NOT_RUN = {  # how a command or an example begins -> why it is not run here
     "python train_lora.py --load_in_4bit": DEFAULT_RUN,
     "python train.py --config configs/tiny_full.toml": DEFAULT_RUN,
     "python eval.py --checkpoint outputs/RUN/final_artifact --eval_data arithmetic": DEFAULT_RUN,
+    "python train_lora.py --config outputs/original": "what compare prints; docs/hostile.md",
     "python train.py --config configs/tiny_base.toml": "pretraining of a quarter of an hour",
     "torchrun --nnodes=2": "two machines; tests/distributed/test_distributed.py has two processes",
     "scontrol show": "Slurm",
