@@ -49,8 +49,7 @@ def hub_files(path: str) -> dict[str, Path]:
                 configs = configs_of_names(files)
             splits = configs[chosen(path, "config", name, configs)]
             patterns = splits[chosen(path, "split", split, splits)]
-        files = [file for file in sorted(files) if any(fnmatch(file, p) for p in patterns)]
-        files = [file for file in files if is_file(file)]
+        files = [file for file in sorted(files) if is_file(file) and matches(file, patterns)]
         if not files:
             raise UserError(f"{path}: no data file matches {', '.join(patterns)}.")
         snapshot_download(repository, revision=folder.name, allow_patterns=files, **DATA_SET)
@@ -63,6 +62,10 @@ def hub_files(path: str) -> dict[str, Path]:
 
 def is_file(name: str) -> bool:
     return bool(kind_of(name)) or name.endswith(ARROW)
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def folder_and_names(repository: str, revision: str | None) -> tuple[Path, list[str]]:

@@ -18,13 +18,9 @@ from collections.abc import Iterable, Sequence
 import csv
 from importlib.util import find_spec
 import io
-import itertools
 import json
 import math
-import os
 from pathlib import Path
-import re
-import shlex
 import statistics
 import sys
 
@@ -33,15 +29,11 @@ from numpy.typing import ArrayLike
 
 from lora.common.atomic_files import atomic_file
 from lora.common.errors import UserError, library_errors
-from lora.common.paths import script_call
 from lora.common.printable_text import printable
-from lora.common.toml_json import read_file
 from lora.config.flags import Parser
-from lora.config.schema import Config
-from lora.config.set_keys import from_dict, key_values, set_key
-from lora.config.table import ALIASES
 from lora.evaluation.statistics import bootstrap_samples, interval_95
-from lora.tools.finished_run import FinishedRun, flat_config, format_value
+from lora.tools.finished_run import FinishedRun, format_value
+from lora.tools.sweep import missing_commands
 
 BLOCKS = "▁▂▃▄▅▆▇█"  # heights of a curve in the terminal
 MAX_WIDTH = 40  # of a curve in the terminal
@@ -87,12 +79,15 @@ def as_text(rows: list[dict], form: str | None) -> str:
         writer.writeheader()
         writer.writerows(rows)
         return printable(text.getvalue().rstrip("\n"))
-    cells = [[format_value(value) for value in row.values()] for row in rows]
-    cells.insert(0, list(rows[0]))
+    cells = [list(rows[0])]
+    cells += [list(map(format_value, row.values())) for row in rows]
     if form == "md":
         cells.insert(1, ["---"] * len(rows[0]))
-        escaped = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in cells]
-        return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+        lines = []
+        for line in cells:
+            in_a_cell = [" ".join(cell.replace("|", "/").split()) for cell in line]
+            lines.append(f"| {' | '.join(in_a_cell)} |")
+        return "\n".join(lines)
     endings = [f"{row['run']}: {row['ending']}" for row in rows if row["ending"]]
     return "\n".join([aligned([line[:-1] for line in cells]), *endings])
 
@@ -237,58 +232,6 @@ def swept_key(runs: Sequence[FinishedRun]) -> str | None:
         if key != "seed" and types <= {int, float}:
             numeric_keys.append(key)
     return numeric_keys[0] if len(numeric_keys) == 1 else None
-
-
-def proposed_name(run: FinishedRun, config: Config, names: Iterable[str]) -> str:
-    """Return the name of `run` with the values of `config` in it for its own, of those keys.
-
-    A value that the name does not hold once is added with its key.
-    """
-    name, values = run.folder.resolve().name, key_values(config)
-    added = ""
-    for key in names:
-        old, new = format_value(run.config[key]), format_value(values[key])
-        # A part of another number, as 1 of 1e-2, is not the value.
-        around = re.split(rf"(?<![\d.])(?<!e-){re.escape(old)}(?![\d.]|e-?\d)", name)
-        if old != new and len(around) == 2:
-            name = new.join(around)
-        elif old != new:
-            added += f"_{key}_{new}"
-    return re.sub(r"[^\w.-]+", "-", name + added)
-
-
-def missing_commands(
-    first: FinishedRun, runs: Sequence[FinishedRun], sweep: Sequence[str]
-) -> list[str]:
-    """Return the commands of the combinations of a sweep that no run has ended with.
-
-    The sweep is "key=a,b,c" for each key. All other keys are those of the first run.
-    """
-    values_of_key = {}
-    for axis in sweep:
-        key, _, values = axis.partition("=")
-        if not values:
-            raise UserError(f"--sweep {axis}: expected KEY=VALUE,VALUE,...")
-        values_of_key[key] = values.split(",")
-    config_file = first.file("logs/config.toml")
-    script = "train_lora.py" if "lora_r" in first.config else "train.py"
-    ended_configs = [run.config for run in runs if run.results]
-    folder = first.folder.resolve().parent
-    commands = []
-    for combination in itertools.product(*values_of_key.values()):
-        config = from_dict(read_file(config_file), str(config_file))
-        flags = []
-        for key, text in zip(values_of_key, combination):
-            set_key(config, key, text, f"--sweep {key}")  # refuses a key that there is not
-            flags += [f"--{key}", text]
-        if flat_config(config) not in ended_configs:
-            names = [ALIASES.get(key, key) for key in values_of_key]
-            flags += ["--experiment_name", proposed_name(first, config, names)]
-            flags += ["--output_dir", os.path.relpath(folder), "--resume_from", "auto"]
-            commands.append(
-                shlex.join([*script_call(script), "--config", str(config_file), *flags])
-            )
-    return commands
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from lora.common.checksums import write_checksums
 from lora.common.errors import UserError
 from lora.tools import compare, report
+from lora.tools.sweep import missing_commands
 from tests.conftest import configuration, run
 from tests.preflight.test_check import chat, write
 
@@ -300,7 +302,7 @@ def test_a_sweep_proposes_names_and_folders_like_the_runs_own(
     monkeypatch.chdir(tmp_path)
     first = compare.FinishedRun.of(str(folder))
     axes = [f"{key}={value}" for key, value in sweep.items()]
-    (command,) = compare.missing_commands(first, [first], axes)
-    words = compare.shlex.split(command)
+    (command,) = missing_commands(first, [first], axes)
+    words = shlex.split(command)
     assert words[words.index("--experiment_name") + 1] == expected
     assert words[words.index("--output_dir") + 1] == "elsewhere"

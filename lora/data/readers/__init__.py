@@ -187,6 +187,8 @@ def reader_for(where: str, row: dict, task: str) -> ModuleType:
         raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")
     from lora.data.readers.advice import why_not_read
 
-    of_task = [reader for reader in (*READERS, *PUBLISHED) if reader.TASK == task]
-    forms = [form for reader in of_task for form in reader.FORMS]
+    forms: list[set[str]] = []
+    for reader in (*READERS, *PUBLISHED):
+        if reader.TASK == task:
+            forms += reader.FORMS
     raise UserError(f"{where}: {why_not_read(row, forms, task)}")

@@ -4,6 +4,7 @@
 system prompt. "history" has earlier turns, [[instruction, output], ...], which are learnt as well.
 """
 
+from itertools import chain
 from typing import Any
 
 from lora.common.errors import UserError
@@ -37,7 +38,7 @@ def examples(rows: SourceRows, data: DataConfig) -> Examples:
             yield from chat.examples([(where, joined_chat(where, row, prompt, answer))], data)
             continue
         turns = [*earlier_turns(where, row.get("history")), (prompt, answer)]
-        if any(is_blank(text) for turn in turns for text in turn):
+        if any(is_blank(text) for text in chain.from_iterable(turns)):
             yield BLANK
             continue
         messages = []

@@ -1,0 +1,67 @@
+"""The commands of a sweep that have not been run yet."""
+
+from collections.abc import Iterable, Sequence
+import itertools
+import os
+import re
+import shlex
+
+from lora.common.errors import UserError
+from lora.common.paths import script_call
+from lora.common.toml_json import read_file
+from lora.config.schema import Config
+from lora.config.set_keys import from_dict, key_values, set_key
+from lora.config.table import ALIASES
+from lora.tools.finished_run import FinishedRun, flat_config, format_value
+
+
+def proposed_name(run: FinishedRun, config: Config, names: Iterable[str]) -> str:
+    """Return the name of `run` with the values of `config` in it for its own, of those keys.
+
+    A value that the name does not hold once is added with its key.
+    """
+    name, values = run.folder.resolve().name, key_values(config)
+    added = ""
+    for key in names:
+        old, new = format_value(run.config[key]), format_value(values[key])
+        # A part of another number, as 1 of 1e-2, is not the value.
+        around = re.split(rf"(?<![\d.])(?<!e-){re.escape(old)}(?![\d.]|e-?\d)", name)
+        if old != new and len(around) == 2:
+            name = new.join(around)
+        elif old != new:
+            added += f"_{key}_{new}"
+    return re.sub(r"[^\w.-]+", "-", name + added)
+
+
+def missing_commands(
+    first: FinishedRun, runs: Sequence[FinishedRun], sweep: Sequence[str]
+) -> list[str]:
+    """Return the commands of the combinations of a sweep that no run has ended with.
+
+    The sweep is "key=a,b,c" for each key. All other keys are those of the first run.
+    """
+    values_of_key = {}
+    for axis in sweep:
+        key, _, values = axis.partition("=")
+        if not values:
+            raise UserError(f"--sweep {axis}: expected KEY=VALUE,VALUE,...")
+        values_of_key[key] = values.split(",")
+    config_file = first.file("logs/config.toml")
+    script = "train_lora.py" if "lora_r" in first.config else "train.py"
+    ended_configs = [run.config for run in runs if run.results]
+    folder = first.folder.resolve().parent
+    commands = []
+    for combination in itertools.product(*values_of_key.values()):
+        config = from_dict(read_file(config_file), str(config_file))
+        flags = []
+        for key, text in zip(values_of_key, combination):
+            set_key(config, key, text, f"--sweep {key}")  # refuses a key that there is not
+            flags += [f"--{key}", text]
+        if flat_config(config) not in ended_configs:
+            names = [ALIASES.get(key, key) for key in values_of_key]
+            flags += ["--experiment_name", proposed_name(first, config, names)]
+            flags += ["--output_dir", os.path.relpath(folder), "--resume_from", "auto"]
+            commands.append(
+                shlex.join([*script_call(script), "--config", str(config_file), *flags])
+            )
+    return commands
