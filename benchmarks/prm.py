@@ -35,9 +35,10 @@ from eval import load
 from lora.config.command_line import Command
 from lora.config.schema import Config, EvaluationConfig, get_lora_config
 from lora.data.batches import Rows
+from lora.data.hold_out import chosen_by_hash
 from lora.data.raw_data import RawData
 from lora.data.readers import read
-from lora.data.split import chosen_by_hash, hash64
+from lora.data.split import hash64
 from lora.data.tokenise import Row, tokenise
 from lora.evaluation import best_of_n, step_metrics
 from lora.evaluation.eval_arguments import read_arguments

@@ -5,12 +5,12 @@ import hashlib
 import os
 from pathlib import Path
 import time
-from typing import TYPE_CHECKING
 
 from lora.common.atomic_files import write_text_atomically
 from lora.common.checksums import file_sha256
 from lora.config.schema import Config, DataConfig
 from lora.data import files
+from lora.data.split import Split
 
 # Keys of [model] and [data] that change no token, so that runs which differ in nothing else share
 # the tokenised data. Of data files their contents are hashed, and of the base its tokenizer.
@@ -22,9 +22,6 @@ NOT_IN_KEY = {
 }
 SETTLED = 2.0  # seconds
 CODE = sorted(Path(__file__).parent.rglob("*.py"))
-
-if TYPE_CHECKING:
-    from lora.data.split import Split
 
 
 def cache_folder() -> Path:
@@ -82,15 +79,10 @@ class RawData:
         self.key = cache_key(config, sums)
         self.folder = cache_folder() / self.key
         is_tokenised = any(self.folder.glob("[!.]*/facts.json"))
-        self.split: Split | None = None
-        if not is_tokenised:
-            self.split_data()
+        self.split = None if is_tokenised else Split(config)
 
-    def split_data(self) -> "Split":
+    def split_data(self) -> Split:
         if self.split is None:
-            # Imported here: numpy would more than double the time in which a wrong flag is told.
-            from lora.data.split import Split
-
             self.split = Split(self.config)
         return self.split
 

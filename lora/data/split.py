@@ -10,7 +10,6 @@ from dataclasses import replace
 import hashlib
 from itertools import islice
 
-import numpy as np
 from tqdm import tqdm
 
 from lora.common.errors import UserError
@@ -19,7 +18,6 @@ from lora.data.examples import Example
 from lora.data.readers import iterate
 
 SHARD_SIZE = 2**19  # characters of the examples that are tokenised together
-LONG_TEXT = 2**18  # characters; most books are longer
 KEPT_SIZE = 2**23  # characters of a data set that is kept in memory, and so read once
 Part = tuple[bool, Example]  # whether it is held out, and an example or a part of one
 
@@ -59,41 +57,20 @@ class Split:
 
         self.kept = kept if total_size <= KEPT_SIZE else None
         self.shard_sizes = shard_sizes(sizes)
-        self.subjects = np.array(subjects)  # hashes [examples]
-        self.is_held_out = np.array(of_held_out_file, bool)  # [examples]
+        # Imported when all rows are checked: numpy takes as long as to report a mistake in them.
+        from lora.data.hold_out import choose_held_out, count_subjects
+
+        self.is_held_out: Sequence[int] = of_held_out_file  # [examples]
         if not config.data.eval_data:
-            self.hold_out(np.array(dataset_ids), np.array(text_sizes))
-        training = self.subjects[~self.is_held_out]
-        held_out = np.unique(self.subjects[self.is_held_out])
-        num_distinct = len(np.unique(np.array(contents)[~self.is_held_out]))
-        self.facts = {
-            "chats": has_chats,
-            "repeated": len(training) - num_distinct,  # the same as an earlier training example
-            "overlap": len(np.intersect1d(training, held_out)),  # prompts or texts in both parts
-            "held_out_subjects": len(held_out) + len(self.documents),
-        }
-
-    def hold_out(self, dataset_ids: np.ndarray, text_sizes: np.ndarray) -> None:
-        """Choose what is held out of the training files. Raises UserError.
-
-        To hold out one of a few books would be to hold out much. So where long texts, or texts
-        that are a set of their own, are too few to hold out one, the end of each is held out.
-        """
-        fraction = self.config.data.eval_fraction
-        is_candidate = ~self.is_held_out
-        set_sizes = np.bincount(dataset_ids[is_candidate], minlength=dataset_ids.max() + 1)
-        is_alone = (text_sizes > 0) & (set_sizes[dataset_ids] == 1)
-        is_document = is_candidate & (is_alone | (text_sizes >= LONG_TEXT))
-        documents = np.flatnonzero(is_document)
-        if len(documents) * fraction < 1:
-            self.documents.update(documents.tolist())
-            is_candidate &= ~is_document
-        chosen = chosen_by_hash(self.subjects[is_candidate], fraction)
-        self.is_held_out[is_candidate] = chosen
-        if not self.documents and not chosen.any():
-            path = self.config.data.train_paths[0]
-            problem = "all rows have the same prompt, so none can be held out; add --eval_data"
-            raise UserError(f"{path}: {problem}.")
+            self.is_held_out, self.documents = choose_held_out(
+                subjects, of_held_out_file, dataset_ids, text_sizes, config.data.eval_fraction
+            )
+            if not self.documents and sum(self.is_held_out) == sum(of_held_out_file):
+                path = config.data.train_paths[0]
+                problem = "all rows have the same prompt, so none can be held out; add --eval_data"
+                raise UserError(f"{path}: {problem}.")
+        self.facts = {"chats": has_chats, **count_subjects(subjects, contents, self.is_held_out)}
+        self.facts["held_out_subjects"] += len(self.documents)
 
     def shards(self) -> Iterator[list[Part]]:
         """Yield the examples again, shard by shard."""
@@ -135,18 +112,6 @@ def read_parts(config: Config, notes: bool = True) -> Iterator[Part]:
         paths = enumerate(data.only_evaluated, len(data.train_paths))
     for example in iterate(paths, task, data, notes=notes):
         yield True, example
-
-
-def chosen_by_hash(subjects: np.ndarray, fraction: float) -> np.ndarray:
-    """Return which examples are held out [examples], those with the same subject together.
-
-    `subjects` are their hashes, whose order decides. None is held out where it would be all.
-    """
-    distinct = np.unique(subjects)
-    count = max(1, round(fraction * len(distinct)))
-    if count >= len(distinct):
-        return np.zeros(len(subjects), bool)
-    return subjects <= distinct[count - 1]
 
 
 def shard_sizes(sizes: Sequence[int]) -> list[int]:

@@ -26,9 +26,10 @@ from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.batches import Rows
 from lora.data.examples import Example
+from lora.data.hold_out import chosen_by_hash
 from lora.data.readers import read
 from lora.data.sampler import TrainingData
-from lora.data.split import Split, chosen_by_hash, hash64
+from lora.data.split import Split, hash64
 from lora.data.tokenise import NO_TOKEN, Row, split_text, tokenise
 from lora.evaluation.predict import predict
 from lora.model.attention import Documents, packed_attention

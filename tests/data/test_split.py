@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora.common.errors import UserError
-from lora.data import files, readers, split
+from lora.data import files, hold_out, readers, split
 from lora.data.examples import Example
 from lora.data.readers import read
 from lora.data.split import Split
@@ -114,7 +114,7 @@ def test_a_long_text_file_is_read_in_parts_that_end_with_a_line(configure, tmp_p
     assert all(example.text.endswith("\n") and len(example.text) < 130 for example in examples)
 
     # Three of them are too few to hold out a whole one.
-    monkeypatch.setattr(split, "LONG_TEXT", 50)
+    monkeypatch.setattr(hold_out, "LONG_TEXT", 50)
     path.write_bytes("".join(lines[:14]).encode())
     config = configure(False, task="lm", train_data=[str(path)], eval_data=[], eval_fraction=0.1)
     training, held_out = parts(config)
