@@ -10,13 +10,12 @@ from dataclasses import replace
 import hashlib
 from itertools import islice
 
-from tqdm import tqdm
-
 from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.data.readers import iterate
 
+WITHOUT_BAR = 1000  # examples, which are read at once
 SHARD_SIZE = 2**19  # characters of the examples that are tokenised together
 KEPT_SIZE = 2**23  # characters of a data set that is kept in memory, and so read once
 Part = tuple[bool, Example]  # whether it is held out, and an example or a part of one
@@ -39,8 +38,7 @@ class Split:
         sizes, text_sizes, dataset_ids = array("q"), array("q"), array("h")
         of_held_out_file = bytearray()
         has_chats = False
-        parts = read_parts(config)
-        for part in tqdm(parts, "reading", unit=" examples", delay=3, disable=None, leave=False):
+        for part in with_bar(read_parts(config)):
             is_held_out, example = part
             content = str(replace(example, where="", dataset_id=0, category=""))
             subjects.append(hash64(example.subject))
@@ -112,6 +110,16 @@ def read_parts(config: Config, notes: bool = True) -> Iterator[Part]:
         paths = enumerate(data.only_evaluated, len(data.train_paths))
     for example in iterate(paths, task, data, notes=notes):
         yield True, example
+
+
+def with_bar(parts: Iterator[Part]) -> Iterator[Part]:
+    """Yield the parts, with a progress bar where they are many."""
+    yield from islice(parts, WITHOUT_BAR)
+    # Imported here: importing it takes as long as reporting a mistake in the first of them.
+    from tqdm import tqdm
+
+    settings = {"delay": 3, "disable": None, "leave": False, "initial": WITHOUT_BAR}
+    yield from tqdm(parts, "reading", unit=" examples", **settings)
 
 
 def shard_sizes(sizes: Sequence[int]) -> list[int]:

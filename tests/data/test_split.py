@@ -169,3 +169,7 @@ def test_the_hashes_of_a_split_have_the_order_of_its_whole_digests():
     hashes = np.array([split.hash64(text) for text in texts], np.uint64)
     by_digest = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
     assert [texts[i] for i in hashes.argsort()] == by_digest
+
+
+def test_a_bar_changes_no_row():
+    assert list(split.with_bar(iter(range(2500)))) == list(range(2500))
