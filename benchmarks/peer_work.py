@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 import json
 import os
 from pathlib import Path
+import shutil
 
 from common import QWEN_05B
 
@@ -46,7 +47,7 @@ class Work:
         sides: keys of peers.SIDES. The first one is compared with the others.
         control: two of the sides that differ only in how they split a step. Their losses differ
             by the rounding of this machine. None where losses are not compared.
-        shape: of the base, a key of SHAPES.
+        shape: of the base, a key of SHAPES; or "smollm2", the base of real_base.py.
         data: "mixed" or "dense", which are synthetic, or a file below PLAINLORA_DATA.
         batch: examples of a step. With task "score", every step reads the same `batch` chains.
     """
@@ -88,10 +89,8 @@ def prepare(work: Work, folder: Path) -> None:
     steps.json holds the sequences of each step, [{"input_ids", "labels"}, ...].
     """
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from lora.adapter import save_adapter
-    from lora.common.base_model_files import EMBEDDED_BASE
     from lora.data.raw_data import RawData
     from lora.data.sampler import TrainingData
     from lora.data.token_cache import load_or_tokenise
@@ -99,16 +98,8 @@ def prepare(work: Work, folder: Path) -> None:
     from lora.model.load import load_task
 
     torch.manual_seed(0)
-    shape = AutoConfig.for_model(**SHAPES[work.shape])
-    model_class = AutoModel if work.task == "score" else AutoModelForCausalLM
-    model = model_class.from_config(shape, dtype=shape.dtype or torch.float32)
-    model.save_pretrained(folder / "base")
-    if is_synthetic(work):
-        tokenizer = numbered_words(shape.vocab_size)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
-    tokenizer.save_pretrained(folder / "base")
-    write_data(work, folder, shape.vocab_size)
+    model = make_base(work, folder / "base")
+    write_data(work, folder, model.config.vocab_size)
 
     inject(model, RANK, ALPHA)
     for layer in lora_layers(model).values():
@@ -129,6 +120,30 @@ def prepare(work: Work, folder: Path) -> None:
             sequences.append({"input_ids": tokens, "labels": labels})
         steps.append(sequences)
     (folder / "steps.json").write_text(json.dumps(steps))
+
+
+def make_base(work: Work, folder: Path):
+    """Write the base, and return it."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from lora.common.base_model_files import EMBEDDED_BASE
+
+    if work.shape == "smollm2":
+        from real_base import real_base  # needs gguf
+
+        shutil.copytree(real_base(), folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shape = AutoConfig.for_model(**SHAPES[work.shape])
+    model_class = AutoModel if work.task == "score" else AutoModelForCausalLM
+    model = model_class.from_config(shape, dtype=shape.dtype or torch.float32)
+    model.save_pretrained(folder)
+    if is_synthetic(work):
+        tokenizer = numbered_words(shape.vocab_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
+    tokenizer.save_pretrained(folder)
+    return model
 
 
 def is_synthetic(work: Work) -> bool:

@@ -86,6 +86,7 @@ SIDES = {
     "TRL, defaults (bf16, checkpointing)": Side("trl", "float32"),
     "TRL, bf16, padding_free": Side("trl", settings=PADDING_FREE),
     "TRL in halves, bf16, padding_free": Side("trl", settings=PADDING_FREE, parts=2),
+    "TRL, fp32, padding_free": Side("trl", "float32", PADDING_FREE | {"bf16": False}),
 }
 
 # Pairs of sides that differ only in how a step is split into micro-batches.
@@ -123,6 +124,13 @@ WORKS = {
         SPLIT_PLAINLORA,
         data="prmbench_train/prmbench_train.jsonl",
         task="score",
+    ),
+    # A real model: dequantised from Q4_1, not the published weights.
+    "smollm2": Work(
+        (*FP32, "TRL, fp32, padding_free"),
+        SPLIT_FP32,
+        shape="smollm2",
+        data="gsm8k/train.jsonl",
     ),
     # 4-bit weights are other weights, so the losses are shown and not compared.
     "qlora": Work(("plainlora", "plainlora, base in 4 bits"), None),
