@@ -185,6 +185,10 @@ def refuse_other_kinds(arguments: Namespace, source: AdapterSource) -> None:
     if arguments.gguf and source.is_scorer:
         found = f"{source.given} is a step scorer, whose head llama.cpp does not know"
         raise UserError(f"--gguf: {found}; leave it out.")
+    if source.is_scorer and source.config.model.score_layer:
+        found = f"its head reads layer {source.config.model.score_layer}"
+        no_room = "a merged model would have no place to say so"
+        raise UserError(f"--adapter {source.given}: {found}, and {no_room}; use it unmerged.")
     if arguments.merge_into == "dequantized" and source.config is not None and not source.is_4bit:
         found = f"{source.given} was not trained in 4 bits"
         raise UserError(f"--merge_into dequantized: {found}; leave it out.")

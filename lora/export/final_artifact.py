@@ -132,7 +132,7 @@ def next_commands(folder: Path, config: Config) -> str:
     artifact = shlex.quote(folder.as_posix())
     words = [*script_call("eval.py"), "--checkpoint", artifact, "--prompt", prompt]
     lines = ["try it:   " + " ".join(words)]
-    if config.lora:
+    if config.lora and not config.model.score_layer:
         words = [*script_call("merge.py"), "--adapter", artifact, "--output", "merged"]
         lines.append("merge it: " + " ".join(words))
     return "\n".join(lines)

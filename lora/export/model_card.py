@@ -52,6 +52,7 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
         adds_tokens=bool(config.model.add_special_tokens),
         chat=task.tokenizer.chat_template is not None,
         causal=task.causal,
+        score_layer=config.model.score_layer,
         begins_with_bos=bool(bos_tokens(task.tokenizer)),
         prompt_format=config.data.prompt_format,
         step_format=config.data.step_format,

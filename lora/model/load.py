@@ -107,6 +107,10 @@ def build_model(
         model = load_weights(model_class, config.model.base_model, dtype, attention, quantization)
         if quantization:
             model.to(quantization.device)  # where its 4-bit weights are already
+    if config.model.task == "score" and config.model.score_layer:
+        from lora.model.first_layers import cut_above  # asked for by few
+
+        cut_above(model, config.model.score_layer)
     if config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
     require_all_grads(model)

@@ -15,12 +15,12 @@ from lora.model.run import Run
 from lora.preflight.check_result import FAIL, Result
 from lora.preflight.data_checks import DATA
 from lora.preflight.model_checks import MODEL
-from lora.preflight.trial import Trial, keep_first_layers
+from lora.preflight.trial import Trial, keep_layers_to_check
 
 
 def check(run: Run, raw_data: RawData, data_facts: dict) -> None:
     """Print the result of every check. Raises Stopped where one says FAIL."""
-    note = keep_first_layers(run.task)
+    note = keep_layers_to_check(run.task)
     trial = Trial(run, raw_data, data_facts)
     failed = run_checks(DATA, trial)
     print()

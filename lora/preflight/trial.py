@@ -15,6 +15,7 @@ from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
 from lora.data.tokenise import tokenise
 from lora.layer import lora_layers
+from lora.model.first_layers import keep_first_layers
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.preflight.check_result import Result, require_at_most
@@ -131,7 +132,7 @@ def sample_rows(rows: Rows, max_tokens: int) -> Rows:
     )
 
 
-def keep_first_layers(task: Task) -> str:
+def keep_layers_to_check(task: Task) -> str:
     """Keep the first layers of a large model, two at least; return a note, "" if all are kept."""
     layers = decoder_layers(task.model)
     total = len(layers)
@@ -143,12 +144,7 @@ def keep_first_layers(task: Task) -> str:
     kept = max(2, kept)
     if kept >= total:
         return ""
-    del layers[kept:]
-    shape = task.model.config.get_text_config()
-    shape.num_hidden_layers = kept
-    for key in ("layer_types", "mlp_layer_types"):
-        if getattr(shape, key, None):
-            setattr(shape, key, getattr(shape, key)[:kept])
+    keep_first_layers(task.model, kept)
     return f"the model is large, so only the first {kept} of its {total} layers are checked"
 
 

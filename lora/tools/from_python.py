@@ -29,6 +29,7 @@ from lora.evaluation.text_metrics import check_settings
 from lora.export.merging import class_for, find_adapter
 from lora.layer import lora_layers
 from lora.model.device import choose_device, choose_dtype
+from lora.model.first_layers import cut_above
 from lora.model.weights import add_tokens, four_bits, load_shape, load_weights
 from lora.training.base_integrity import file_sums, only_adapters_train
 from lora.training.other_base import warn_other_base
@@ -191,5 +192,7 @@ def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTr
         model.to(quantization.device)  # where its 4-bit weights are already
     if config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
+    if config.model.score_layer:
+        cut_above(model, config.model.score_layer)
     load_adapter(model, source.adapter)
     return model

@@ -257,6 +257,7 @@ CARDS = {
     ),
     "lora on random weights": (True, dict(init_from="scratch")),
     "head alone": (True, dict(lora_r=0)),
+    "lora scorer of the first layer": (True, dict(base_model="embedded", score_layer=1)),
     "full lm": (False, dict(task="lm")),
     "full scorer": (False, {}),
 }  # fmt: skip
@@ -294,7 +295,8 @@ def test_the_cards_commands_and_its_code_work_as_they_stand(
         ["bash", "-c", catch + shell], capture_output=True, text=True, check=True
     ).stdout
     calls = [call.split("\0")[:-1] for call in words.split("CALL\0")[:-1]]
-    assert len(calls) == 3 + (lora and values.get("init_from") != "scratch")
+    is_merged = lora and values.get("init_from") != "scratch" and "score_layer" not in values
+    assert len(calls) == 3 + is_merged
     for command, *flags in calls:
         status, said, errors = script(monkeypatch, capsys, ROOT / f"{command}.py", *flags)
         assert status == 0, errors

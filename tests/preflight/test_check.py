@@ -101,6 +101,12 @@ def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task)
     assert found.keys() == {*data_checks.DATA, *model_checks.MODEL} - skipped
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_scorer_of_the_first_layer_passes_every_line(configure, lines, lora):
+    found = lines(configure(lora, score_layer=1))
+    assert {*found.values()} == {"PASS"}, found
+
+
 def test_on_a_gpu_resuming_is_checked_with_and_without_deterministic_algorithms(
     configure, capsys, monkeypatch
 ):
@@ -190,7 +196,7 @@ def test_of_a_large_model_the_first_layers_are_checked(configure, monkeypatch):
     monkeypatch.setattr(trial, "MAX_PARAMETERS", 1)
     task = lora.model.load.load_task(configure(False, base_model="embedded"), torch.float32)
     layers = len(task.model.layers)
-    assert f"only the first 2 of its {layers} layers" in trial.keep_first_layers(task)
+    assert f"only the first 2 of its {layers} layers" in trial.keep_layers_to_check(task)
     assert (
         len(task.model.layers) == task.model.config.num_hidden_layers == 2
         and lora.model.compatibility.find_incompatibility(task) is None
