@@ -165,8 +165,14 @@ def main(arguments: Namespace) -> None:
             set_stop_tokens(model, tokenizer)
             model.save_pretrained(temporary)
         written = merging.read_back(model, model_class, temporary)
-        rounding = difference(outputs(written, tokens), of_adapter)
+        of_written = outputs(written, tokens)
+        rounding = difference(of_written, of_adapter)
         print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounding:.3g}")
+        if model.get_output_embeddings() is not None:  # a language model
+            print(f"the likeliest next token is {merging.same_tokens(of_written, of_adapter)}")
+            if dtype != torch.float32:
+                in_fp32 = f"{difference(of_merged, of_adapter):.3g}, and the token"
+                print(f"--dtype float32: {in_fp32} {merging.same_tokens(of_merged, of_adapter)}")
         if rounding > effect and source.adapter:
             found = f"changes more ({rounding:.3g}) than the adapter does"
             raise UserError(f"rounding to {dtype} {found}; add --dtype float32.")

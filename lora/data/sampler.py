@@ -167,5 +167,8 @@ class TrainingData:
 
     def evaluation(self) -> list[Batch]:
         """Return all processes' micro-batches of an evaluation: the same rows in every run."""
+        return self.held_out.batches(self.evaluation_rows(), self.max_tokens, self.packed)
+
+    def evaluation_rows(self) -> np.ndarray:
         order = np.random.default_rng(0).permutation(len(self.held_out))
-        return self.held_out.batches(order[: self.max_eval_rows], self.max_tokens, self.packed)
+        return order[: self.max_eval_rows]

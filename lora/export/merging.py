@@ -125,6 +125,12 @@ def difference(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
+def same_tokens(a: Tensor, b: Tensor) -> str:
+    """Count the positions at which two models' logits [b, t, vocabulary] have the same largest."""
+    is_same = a.argmax(-1) == b.argmax(-1)
+    return f"the same at {is_same.sum()} of {is_same.numel()} positions"
+
+
 def require_same_outputs(
     source: AdapterSource, of_base: Tensor, of_adapter: Tensor, of_merged: Tensor
 ) -> float:

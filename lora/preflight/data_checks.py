@@ -11,15 +11,7 @@ from lora.data.examples import Example
 from lora.data.tokenise import NO_TOKEN, Row
 from lora.evaluation.stop_tokens import stop_tokens
 from lora.model.tokenizer_file import follows_its_file, tokenizer_file
-from lora.preflight.check_result import (
-    BUG,
-    FAIL,
-    PASS,
-    WARN,
-    Result,
-    require,
-    require_no_faults,
-)
+from lora.preflight.check_result import BUG, FAIL, PASS, WARN, Result, require, require_no_faults
 from lora.preflight.trial import Trial
 
 MIN_QUOTE = 12  # characters; a shorter message may be in an answer by chance

@@ -1,18 +1,26 @@
 """`--dry_run`: the memory of a run by part, and its time, without training."""
 
+from collections.abc import Callable
 import math
 import time
 
+import numpy as np
 import torch
 
 from lora.common.operating_system import physical_memory_bytes
+from lora.data.batches import Batch
 from lora.distributed.collectives import broadcast_from_rank_zero
-from lora.evaluation.predict import evaluate
+from lora.distributed.process_group import world_size
+from lora.evaluation.predict import predict
 from lora.model.placement import place_on_device
 from lora.model.run import Run
+from lora.training.checkpoint import trainable_parameters
 from lora.training.gradients import backward
 from lora.training.memory_plan import plan_memory
+from lora.training.optimizer import make_optimizer
 from lora.training.schedule import total_steps
+
+ENOUGH_SECONDS = 4.0  # of a step or an evaluation, to know how long all of it takes
 
 
 def dry_run(run: Run) -> None:
@@ -21,10 +29,7 @@ def dry_run(run: Run) -> None:
     if not broadcast_from_rank_zero(print_memory, run):
         return
     place_on_device(run.task, run.config, run.device, run.dtype)
-    steps = total_steps(run.config.training, run.data.steps_per_epoch)
-    if run.task.frozen:  # a frozen base reads each row only once
-        steps = min(steps, math.ceil(run.data.steps_per_epoch))
-    print(describe_time(run, steps))
+    print(describe_time(run))
 
 
 def print_memory(run: Run) -> bool:
@@ -44,26 +49,72 @@ def print_memory(run: Run) -> bool:
         if needed >= available:
             print(f"{total}: it does not fit")
             return False
-    print(total)
+    print(total, flush=True)
     return True
 
 
-def describe_time(run: Run, steps: int) -> str:
-    """Time a step and an evaluation, and say how long `steps` steps with their evaluations take."""
-    train_step(run)  # the first one is slower
-    started = time.monotonic()
-    train_step(run)
-    step_seconds = time.monotonic() - started
-    started = time.monotonic()
-    evaluate(run)
-    evaluation_seconds = time.monotonic() - started
-    evaluations = 1 + math.ceil(steps / run.config.training.eval_steps)
+def describe_time(run: Run) -> str:
+    """Time a part of a step and of an evaluation, and say how long the whole run takes."""
+    data, settings = run.data, run.config.training
+    steps = total_steps(settings, data.steps_per_epoch)
+    evaluations = 1 + math.ceil(steps / settings.eval_steps)
+    if run.task.frozen:  # a frozen base reads each row only once
+        steps = min(steps, math.ceil(data.steps_per_epoch))
+        evaluations = 1
+
+    def step_batches(rows: np.ndarray) -> list[Batch]:
+        return data.make_batches(data.local_groups(rows), rows)
+
+    def train(batches: list[Batch]) -> None:
+        scaler = torch.amp.GradScaler(enabled=False)
+        backward(run, batches, data.num_targets_at(0), 0, scaler)
+
+    def evaluation_batches(rows: np.ndarray) -> list[Batch]:
+        return data.held_out.batches(rows, data.max_tokens, data.packed)
+
+    def evaluate(batches: list[Batch]) -> None:
+        predict(run.task, batches, run.device, run.dtype)
+
+    run.task.train()
+    step_seconds = time_part(data.rows_at(0), step_batches, train, 1)
+    # A new optimizer's learning rate is 0: the weights stay as they are.
+    optimizer = make_optimizer(trainable_parameters(run.task), run.config, run.device)
+    optimizer.step()  # makes its state
+    step_seconds += seconds_of(optimizer.step)
+    rows = data.evaluation_rows()
+    evaluation_seconds = time_part(rows, evaluation_batches, evaluate, world_size())
     seconds = steps * step_seconds + evaluations * evaluation_seconds
-    each = f"{steps} steps of {step_seconds:.2f} s and {evaluations} evaluations of"
+    plural = "s" if evaluations > 1 else ""
+    each = f"{steps} steps of {step_seconds:.2f} s and {evaluations} evaluation{plural} of"
     return f"time: about {seconds:.0f} s: {each} {evaluation_seconds:.2f} s"
 
 
-def train_step(run: Run) -> None:
-    batches, num_targets = run.data.batch_at(0), run.data.num_targets_at(0)
-    loss, _ = backward(run, batches, num_targets, 0, torch.amp.GradScaler(enabled=False))
-    loss.item()  # waits for the device
+def time_part(rows: np.ndarray, make_batches: Callable, work: Callable, num_dealt: int) -> float:
+    """Return the seconds that `work` takes for all rows, from a part of them.
+
+    A part is the first rows, as many as take ENOUGH_SECONDS. What counts is the tokens of the first
+    process, which has one in `num_dealt` of the micro-batches. Its clock decides for all processes,
+    which must run a sharded model equally often.
+    """
+    # Each part is twice the last one, for which that was the warm-up.
+    count = world_size()
+    while True:
+        part = make_batches(rows[:count])
+        seconds = broadcast_from_rank_zero(float, seconds_of(work, part))
+        if seconds >= ENOUGH_SECONDS or count >= len(rows):
+            break
+        count *= 2
+    share = num_tokens(part[::num_dealt]) / num_tokens(make_batches(rows)[::num_dealt])
+    return seconds_of(work, part) / share
+
+
+def seconds_of(work: Callable, *arguments: list[Batch]) -> float:
+    started = time.monotonic()
+    work(*arguments)
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.monotonic() - started
+
+
+def num_tokens(batches: list[Batch]) -> int:
+    return sum(sum(batch.seq_lens) for batch in batches)

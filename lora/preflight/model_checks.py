@@ -13,15 +13,7 @@ from lora.layer import LoRALinear, lora_layers, merge
 from lora.model.compatibility import find_incompatibility
 from lora.model.heads import LMHead
 from lora.model.weights import is_finite
-from lora.preflight.check_result import (
-    BUG,
-    FAIL,
-    PASS,
-    WARN,
-    Result,
-    require,
-    require_at_most,
-)
+from lora.preflight.check_result import BUG, FAIL, PASS, WARN, Result, require, require_at_most
 from lora.preflight.trial import Trial, largest_difference, same_gradients, same_tensors
 from lora.target_modules import is_pooler, is_tied, matches_ending
 from lora.training import checkpoint

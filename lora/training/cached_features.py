@@ -31,7 +31,7 @@ def cache_features(run: Run, total_steps: int, log: Log) -> None:
         is_used[data.rows_at(step)] = True
         if is_used.all():  # as after an epoch; the run may have many
             break
-    evaluated = np.concatenate([batch.rows for batch in data.evaluation()])
+    evaluated = data.evaluation_rows()
     used = np.flatnonzero(is_used)
     data.rows = with_features(run, data.rows, used, log, "features of train")
     data.held_out = with_features(run, data.held_out, evaluated, log, "features of eval")

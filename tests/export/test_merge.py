@@ -3,6 +3,7 @@ models.
 """
 
 import json
+import re
 import shutil
 
 import peft
@@ -73,10 +74,11 @@ def test_what_has_no_portable_form_is_refused(kind, message, tmp_path):
 
 
 def test_a_merged_scorer_is_a_model_of_two_classes_that_others_serve_and_we_read_back(
-    configure, tmp_path
+    configure, tmp_path, capsys
 ):
     folder, merged = run(configure(True, learning_rate=3e-2)), tmp_path / "merged"
     call("--adapter", folder / "final_artifact", "--output", merged)
+    assert "token" not in capsys.readouterr().out.partition("merged against adapter")[2]
     config = json.loads((merged / "config.json").read_text())
     assert config["architectures"] == ["LlamaForProcessRewardModel"]
     tensors = load_file(merged / "model.safetensors")
@@ -118,6 +120,31 @@ def test_a_merged_model_loads_in_plain_transformers_and_generates(configure, tmp
         model.generate(**tokens, max_new_tokens=3, do_sample=False).shape[1]
         > tokens.input_ids.shape[1]
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_says_how_often_the_likeliest_token_is_the_same(configure, tmp_path, capsys, dtype):
+    config = configure(True, task="lm", train_data=["arithmetic:train:60"], learning_rate=3e-2)
+    adapter, merged = run(config) / "final_artifact", tmp_path / "merged"
+    capsys.readouterr()
+    call("--adapter", adapter, "--output", merged, "--dtype", dtype)
+    printed = capsys.readouterr().out
+
+    base = AutoModelForCausalLM.from_pretrained(config.model.base_model, dtype=torch.float32)
+    with_adapter = peft.PeftModel.from_pretrained(base, adapter).eval()
+    rounded = AutoModelForCausalLM.from_pretrained(merged, dtype=getattr(torch, dtype)).eval()
+    torch.manual_seed(0)
+    tokens = torch.randint(base.config.vocab_size, (4, 32))
+    likeliest = [model(tokens).logits.argmax(-1) for model in (rounded, with_adapter)]
+    same = int((likeliest[0] == likeliest[1]).sum())
+    assert f"\nthe likeliest next token is the same at {same} of 128 positions\n" in printed
+    if dtype == "float32":
+        assert same == 128 and "--dtype" not in printed
+    else:
+        assert 0 < same < 128  # or the count would prove little
+        error = re.search(r"adapter, fp32: +(\S+)\n", printed)[1]
+        in_fp32 = f"{error}, and the token the same at 128 of 128 positions"
+        assert f"\n--dtype float32: {in_fp32}\n" in printed
 
 
 def test_an_artifact_is_verified_and_another_base_is_said(configure, tmp_path, capsys):
