@@ -44,7 +44,7 @@ def make_parser() -> Parser:
     add("--portable", action="store_true", help=portable)
     sha256 = "sha256 that the artifact's checksums.json must have, as training printed it"
     add("--expect_sha256", metavar="SHA256", default="", help=sha256)
-    file = "also write the merged model for llama.cpp, to a new file"
+    file = "also write the merged model for llama.cpp, to a new file, and a Modelfile for Ollama"
     add("--gguf", metavar="FILE", help=file)
     types = ("f32", "f16", "bf16", "q8_0")
     add("--gguf_type", choices=types, help="type of its matrices; default: f16")
@@ -59,6 +59,8 @@ def read_arguments(argv: list[str]) -> Namespace:
     refuse_inside_artifact("--gguf", arguments.gguf)
     if arguments.gguf and Path(arguments.gguf).exists():
         raise UserError(f"--gguf {arguments.gguf} exists; choose another file.")
+    if arguments.gguf and Path(arguments.gguf).with_name("Modelfile").exists():
+        raise UserError(f"--gguf {arguments.gguf}: a Modelfile is there; choose another folder.")
     if arguments.gguf and find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
     if arguments.portable:
@@ -87,9 +89,9 @@ import torch
 from transformers import AutoModel
 
 from lora.adapter import load_adapter
-from lora.common.atomic_files import atomic_folder
+from lora.common.atomic_files import atomic_folder, write_text_atomically
 from lora.common.checkpoint_folders import adapter_folder
-from lora.evaluation.stop_tokens import set_stop_tokens
+from lora.evaluation.stop_tokens import set_stop_tokens, stop_tokens
 from lora.export import merging
 from lora.export.merging import AdapterSource, difference, four_bits_of, load_base, outputs
 from lora.export.portable_adapter import write_portable
@@ -128,8 +130,11 @@ def main(arguments: Namespace) -> None:
     gguf_type = arguments.gguf_type or "f16"
     if arguments.gguf:
         from lora.export.gguf import make_writer, write_gguf  # an extra
+        from lora.export.modelfile import modelfile
 
         make_writer(model.config, tokenizer, gguf_type)  # refuses what it cannot, before the work
+        stops = stop_tokens(model, tokenizer)
+        for_ollama = modelfile(Path(arguments.gguf).name, stops, tokenizer)
 
     # 2. Merge, and compare the outputs of the base, of base + adapter, and of the merged model.
     torch.manual_seed(0)
@@ -184,6 +189,7 @@ def main(arguments: Namespace) -> None:
     if arguments.gguf:
         write_gguf(Path(arguments.output), Path(arguments.gguf), gguf_type)
         print(f"wrote {arguments.gguf}")
+        write_text_atomically(Path(arguments.gguf).with_name("Modelfile"), for_ollama)
 
 
 def refuse_other_kinds(arguments: Namespace, source: AdapterSource) -> None:

@@ -14,6 +14,7 @@ from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.config.set_keys import fields_by_key
+from lora.evaluation import generate
 from lora.evaluation.generate import generate_answers, prompt_tokens, text_tokens
 from lora.evaluation.stop_tokens import stop_tokens
 import merge as merging
@@ -61,6 +62,23 @@ def test_an_answer_does_not_depend_on_what_shares_its_batch_and_comes_in_the_ord
     assert say(model, prompts(), max_tokens=1) == together
     assert say(model, prompts()[::-1], max_tokens=150) == together[::-1]
     assert len(set(together)) > 4
+
+
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
+def test_the_greedy_tokens_of_a_batch_are_those_of_each_prompt_alone(attention, monkeypatch):
+    """In fp32, beside transformers' own generation of one prompt, which pads nothing."""
+    model = tiny_llama(initializer_range=0.5)
+    alone = []
+    for _, tokens in prompts():
+        greedy = dict(max_new_tokens=12, do_sample=False, eos_token_id=[], pad_token_id=0)
+        said = model.generate(torch.tensor([tokens]), **greedy)[0, len(tokens) :].tolist()
+        stops = [i for i, token in enumerate(said) if token in stop_tokens(model, TOKENIZER)]
+        alone.append(said[: stops[0]] if stops else said)
+    model.set_attn_implementation(attention)
+    monkeypatch.setattr(generate, "plain_text", lambda tokens, tokenizer: tokens)
+    assert len({len(tokens) for _, tokens in prompts()}) > 4 and len(set(map(tuple, alone))) > 4
+    assert say(model, prompts()) == alone  # all in one batch
+    assert say(model, prompts(), max_tokens=150) == alone  # in several
 
 
 def test_an_answer_ends_before_a_stop_token(model):

@@ -11,6 +11,7 @@ ANNEXES = (
     "preflight",
     "export/gguf.py",
     "export/gguf_tokenizer.py",
+    "export/modelfile.py",
     "training/trackers.py",
     "evaluation/retrieval.py",
 )
