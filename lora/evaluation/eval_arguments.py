@@ -23,7 +23,6 @@ from lora.config.set_keys import from_file, saved_config
 from lora.data.examples import Example
 from lora.data.readers import read
 from lora.data.split import Split
-from lora.evaluation.retrieval import Query, read_corpus, read_queries
 from lora.evaluation.text_metrics import Question, check_settings, read_questions
 
 MODEL_KEYS = ("base_model", "task", "columns")
@@ -45,7 +44,7 @@ class EvaluationRequest:
     test_set: list[Question] = field(default_factory=list)
     critical: list[Question] = field(default_factory=list)
     corpus: dict[str, str] = field(default_factory=dict)
-    queries: list[Query] = field(default_factory=list)
+    queries: list[tuple[str, set[int]]] = field(default_factory=list)  # of retrieval.py
 
 
 def make_parser() -> Parser:
@@ -204,6 +203,8 @@ def read_request(arguments: Namespace, config: Config) -> EvaluationRequest:
     if arguments.critical_questions:
         request.critical = read_questions(arguments.critical_questions, config.data)
     if arguments.test_queries:
+        from lora.evaluation.retrieval import read_corpus, read_queries  # with numpy
+
         request.corpus = read_corpus(arguments.corpus)
         request.queries = read_queries(arguments.test_queries, request.corpus)
     if arguments.eval_data:

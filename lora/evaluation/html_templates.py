@@ -1,26 +1,41 @@
 """Pages and drawings made from the jinja2 templates in lora/evaluation/templates/."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from __future__ import annotations
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from markupsafe import Markup
 
 from lora.common.printable_text import printable
 
-# Every value is escaped, whatever the template's file is called; a missing name is an error.
-ENVIRONMENT = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
-    # A drawing (Markup) was made of texts that had no control characters any more.
-    finalize=lambda value: printable(value) if type(value) is str else value,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+@cache
+def environment() -> Environment:
+    """Return what reads the templates.
+
+    Every value is escaped, whatever the template's file is called; a missing name is an error.
+    """
+    # Imported here: it takes as long as to report that a folder holds no run.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        # A drawing (Markup) was made of texts that had no control characters any more.
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
 def render_template(name: str, values: Mapping[str, object]) -> Markup:
     """Fill in a template. Its values are escaped; it is not, so a page may include a drawing."""
-    return Markup(ENVIRONMENT.get_template(name).render(values))
+    return Markup(environment().get_template(name).render(values))

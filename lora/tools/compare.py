@@ -24,14 +24,10 @@ from pathlib import Path
 import statistics
 import sys
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from lora.common.atomic_files import atomic_file
 from lora.common.errors import UserError, library_errors
 from lora.common.printable_text import printable
 from lora.config.flags import Parser
-from lora.evaluation.statistics import bootstrap_samples, interval_95
 from lora.tools.finished_run import FinishedRun, format_value
 from lora.tools.sweep import missing_commands
 
@@ -102,12 +98,20 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def interval(
-    losses: ArrayLike, other_losses: ArrayLike, counts: ArrayLike, draws: int = 2000, seed: int = 0
+    losses: Sequence[float],
+    other_losses: Sequence[float],
+    counts: Sequence[int],
+    draws: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, list[float]]:
     """Return the difference of the losses of two runs, and its 95 % interval [low, high].
 
     The losses [examples] are summed over the targets of each example, `counts` [examples].
     """
+    import numpy as np  # see FinishedRun.example_losses
+
+    from lora.evaluation.statistics import bootstrap_samples, interval_95
+
     differences = np.asarray(losses, np.float64) - np.asarray(other_losses, np.float64)
     targets = np.asarray(counts, np.float64)
     samples = bootstrap_samples(len(differences), draws, seed)

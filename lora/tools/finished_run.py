@@ -8,8 +8,6 @@ from pathlib import Path
 import statistics
 import zipfile
 
-import numpy as np
-
 from lora.common.base_model_files import MOST_BYTES, plain_file
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
@@ -95,6 +93,8 @@ class FinishedRun:
         path = self.file(f"logs/examples/step_{step}.npz")
         if not path.is_file():
             return {}
+        import numpy as np  # which takes as long to import as the rest of `compare`
+
         try:
             with zipfile.ZipFile(path) as archive:
                 if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
