@@ -188,8 +188,9 @@ def main(arguments: Namespace) -> None:
     print(f"wrote {Path(arguments.output)}")
     if arguments.gguf:
         write_gguf(Path(arguments.output), Path(arguments.gguf), gguf_type)
-        print(f"wrote {arguments.gguf}")
-        write_text_atomically(Path(arguments.gguf).with_name("Modelfile"), for_ollama)
+        path = Path(arguments.gguf).with_name("Modelfile")
+        write_text_atomically(path, for_ollama)
+        print(f"wrote {arguments.gguf} and {path}")
 
 
 def refuse_other_kinds(arguments: Namespace, source: AdapterSource) -> None:

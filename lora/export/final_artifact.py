@@ -121,6 +121,9 @@ def write_final_artifact(
         if value is not None and "/" not in name:  # "/": of one of several held-out sets
             metrics.append(f"{name} {value:.4f}")
     log.say(f"best: {', '.join(metrics)}; {results['seconds']} s; weights in {folder}")
+    if log.untrained_loss < best["val"]["loss"]:
+        before = f"it was {log.untrained_loss:.4f} before training; try a lower --learning_rate"
+        log.say(f"warning: no step has made the validation loss better: {before}")
     log.say(f"sha256 of its {CHECKSUMS_FILE}: {file_sha256(folder / CHECKSUMS_FILE)}")
     log.say(next_commands(folder, config))
     return results

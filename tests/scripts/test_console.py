@@ -53,6 +53,16 @@ def test_an_evaluation_that_is_no_better_has_no_star(configure, capsys):
     assert lines[0].endswith(" *") and lines[1].endswith(" *") == (second < first)
 
 
+@pytest.mark.parametrize("learning_rate, is_worse", [(3.0, True), (1e-3, False)])
+def test_a_run_that_is_worse_than_its_beginning_says_so(configure, capsys, learning_rate, is_worse):
+    run(configure(True, learning_rate=learning_rate, max_steps=4, eval_steps=2))
+    out = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"validation loss: ([\d.]+), r2", out)]
+    assert is_worse == (losses[0] < min(losses[1:]))
+    warning = f"warning: no step has made the validation loss better: it was {losses[0]:.4f} before"
+    assert (warning in out) == is_worse
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
