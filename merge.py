@@ -51,6 +51,10 @@ def make_parser() -> Parser:
     return parser
 
 
+def modelfile_path(gguf: str) -> Path:
+    return Path(gguf).with_suffix(".Modelfile")
+
+
 def read_arguments(argv: list[str]) -> Namespace:
     arguments = make_parser().parse_args(argv)
     if Path(arguments.output).exists():
@@ -59,8 +63,9 @@ def read_arguments(argv: list[str]) -> Namespace:
     refuse_inside_artifact("--gguf", arguments.gguf)
     if arguments.gguf and Path(arguments.gguf).exists():
         raise UserError(f"--gguf {arguments.gguf} exists; choose another file.")
-    if arguments.gguf and Path(arguments.gguf).with_name("Modelfile").exists():
-        raise UserError(f"--gguf {arguments.gguf}: a Modelfile is there; choose another folder.")
+    if arguments.gguf and modelfile_path(arguments.gguf).exists():
+        found = f"{modelfile_path(arguments.gguf)} exists"
+        raise UserError(f"--gguf {arguments.gguf}: {found}; choose another file.")
     if arguments.gguf and find_spec("gguf") is None:
         raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
     if arguments.portable:
@@ -174,10 +179,11 @@ def main(arguments: Namespace) -> None:
         rounding = difference(of_written, of_adapter)
         print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounding:.3g}")
         if model.get_output_embeddings() is not None:  # a language model
-            print(f"the likeliest next token is {merging.same_tokens(of_written, of_adapter)}")
+            print(f"the most likely token is {merging.same_tokens(of_written, of_adapter)}")
             if dtype != torch.float32:
                 in_fp32 = f"{difference(of_merged, of_adapter):.3g}, and the token"
-                print(f"--dtype float32: {in_fp32} {merging.same_tokens(of_merged, of_adapter)}")
+                in_fp32 += f" {merging.same_tokens(of_merged, of_adapter)}"
+                print(f"with --dtype float32 the difference would be {in_fp32}")
         if rounding > effect and source.adapter:
             found = f"changes more ({rounding:.3g}) than the adapter does"
             raise UserError(f"rounding to {dtype} {found}; add --dtype float32.")
@@ -188,7 +194,7 @@ def main(arguments: Namespace) -> None:
     print(f"wrote {Path(arguments.output)}")
     if arguments.gguf:
         write_gguf(Path(arguments.output), Path(arguments.gguf), gguf_type)
-        path = Path(arguments.gguf).with_name("Modelfile")
+        path = modelfile_path(arguments.gguf)
         write_text_atomically(path, for_ollama)
         print(f"wrote {arguments.gguf} and {path}")
 
@@ -200,8 +206,8 @@ def refuse_other_kinds(arguments: Namespace, source: AdapterSource) -> None:
         raise UserError(f"--gguf: {found}; leave it out.")
     if source.is_scorer and source.config.model.score_layer:
         found = f"its head reads layer {source.config.model.score_layer}"
-        no_room = "a merged model would have no place to say so"
-        raise UserError(f"--adapter {source.given}: {found}, and {no_room}; use it unmerged.")
+        problem = "only whole models are merged"
+        raise UserError(f"--adapter {source.given}: {found}, and {problem}; use it unmerged.")
     if arguments.merge_into == "dequantized" and source.config is not None and not source.is_4bit:
         found = f"{source.given} was not trained in 4 bits"
         raise UserError(f"--merge_into dequantized: {found}; leave it out.")

@@ -5,9 +5,9 @@
 
 The merged folder is written as a GGUF file of each type. Twenty questions are answered greedily: by
 transformers from the merged folder in fp32, and by llama.cpp's server as a chat, so that the chat
-template and the tokens are those of the file. Where a text is another, llama.cpp is given the
-answer of transformers, and at every position names the next token. It needs xllamacpp, which is
-llama.cpp's server as a Python module.
+template and the tokens are those of the file. Where the texts differ, llama.cpp is given the
+answer of transformers, and at every position names the most likely token. It needs xllamacpp,
+which is llama.cpp's server as a Python module.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Answer:
     tokens: list[int]  # with the token that ended it, if one did
     text: str
     has_stopped: bool
-    margins: list[float]  # of each token's log-probability over the next likely one's
+    margins: list[float]  # of each token's log-probability over the second most likely token's
 
 
 def main():

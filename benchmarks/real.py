@@ -1,6 +1,6 @@
 """A real chat model from beginning to end: what training does to SmolLM2-135M-Instruct.
 
-    pip install -e '.[bench,eval]'
+    pip install -e '.[bench,eval,gguf]'
     PLAINLORA_DATA=... python benchmarks/real.py ROW [--folder DIR]
 
 ROW is one of
@@ -94,11 +94,9 @@ def summarise(numbers: dict, answers: list[dict]) -> dict:
     return loss | {"questions": len(answers)} | with_intervals(answers)
 
 
-def of_run(run: Path) -> dict:
-    """Return how long a run took and what it read, as it says itself."""
-    results = json.loads((run / "logs" / "final_results.json").read_text())
-    curve = [[line["step"], round(line["val/loss"], 4)] for line in metrics(run, "val/loss")]
-    return {"seconds": round(results["seconds"]), "validation_loss": curve}
+def losses_of(run: Path) -> list[list[float]]:
+    """Return [step, validation loss] of each evaluation of a run."""
+    return [[line["step"], round(line["val/loss"], 4)] for line in metrics(run, "val/loss")]
 
 
 def before_and_after(
@@ -121,7 +119,8 @@ def before_and_after(
         run = train(folder, name, script, *config, *flags)
         checkpoint = ("--checkpoint", str(run / "final_artifact"))
         numbers, answers = evaluate(folder, f"{name}_answers", *checkpoint, *measured)
-        found[name], texts[name] = summarise(numbers, answers) | of_run(run), answers
+        found[name] = summarise(numbers, answers) | {"validation_loss": losses_of(run)}
+        texts[name] = answers
     write_answers(folder, texts)
     return found
 
@@ -232,17 +231,15 @@ def learning_rate(folder: Path) -> dict:
             run = train(folder, f"{name}_{rate}", script, *config, "--learning_rate", rate)
             ends[rate] = last_losses(run)
         best = min(ends, key=lambda rate: ends[rate]["loss"])
-        run = train(
-            *(folder, f"{name}_{best}_seed1", script, *config, "--learning_rate", best),
-            *("--seed", "1"),
-        )
+        again = ("--learning_rate", best, "--seed", "1")
+        run = train(folder, f"{name}_{best}_seed1", script, *config, *again)
         found[name] = {"rates": ends, "best": best, "another_seed": last_losses(run)}
     return found
 
 
 def last_losses(run: Path) -> dict:
     """Return the loss before and after, and the interval of that after, over the examples."""
-    curve = of_run(run)["validation_loss"]
+    curve = losses_of(run)
     step, loss = curve[-1]
     examples = np.load(run / "logs" / "examples" / f"step_{step}.npz")
     sums, targets = examples["loss"].astype(float), examples["targets"]
@@ -282,13 +279,11 @@ def rates_table(found: dict) -> list[str]:
 
 def answers_table(found: dict[str, dict]) -> list[str]:
     measures = [name for name in ("loss", *MEASURES) if name in found["before"]]
-    head = " | ".join(["", *measures, "training"])
-    lines = [f"|{head} |", "|---" * (len(measures) + 2) + "|"]
+    lines = [f"| | {' | '.join(measures)} |", "|---" * (len(measures) + 1) + "|"]
     for name, of_run in found.items():
         values = [of_run.get(measure) for measure in measures]
         cells = [with_range(value if isinstance(value, list) else [value]) for value in values]
-        seconds = f"{of_run['seconds'] / 60:.0f} min" if "seconds" in of_run else ""
-        lines.append(f"| {name} | {' | '.join(cells)} | {seconds} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

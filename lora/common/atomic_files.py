@@ -41,7 +41,7 @@ def atomic_file(final: Path) -> Iterator[Path]:
 
 def write_text_atomically(path: Path, text: str) -> None:
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")  # on Windows too
 
 
 @contextmanager

@@ -32,8 +32,11 @@ def require_stage(config: Config) -> None:
         return
     saved = saved_config(start).model
     if saved.score_layer != config.model.score_layer:
-        hint = f"add --score_layer {saved.score_layer}" if saved.score_layer else "leave it out"
-        raise UserError(f"init_from {start}: of another score_layer than here; {hint}.")
+        found = "it was trained with all layers; leave --score_layer out, or merge it first"
+        if saved.score_layer:
+            flag = f"--score_layer {saved.score_layer}"
+            found = f"it was trained with {flag}; add that"
+        raise UserError(f"init_from {start}: {found}.")
     tokens = saved.add_special_tokens
     if config.model.add_special_tokens[: len(tokens)] != tokens:
         hint = f"begin with --add_special_tokens {' '.join(tokens)}"

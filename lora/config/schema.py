@@ -26,7 +26,7 @@ class ModelConfig(Table):
     add_special_tokens: list[str] = key([], "tokens to add; with LoRA also set modules_to_save")
     head_dropout: float = key(0.0, "dropout inside the score head", low=0.0, high=0.9)
     head_tokens: list[str] = key([], "two tokens, good and bad, that the score head starts from")
-    score_layer: int | None = key(None, "layer that the score head reads; default: the last", low=1)
+    score_layer: int | None = key(None, "layer, from 1, that the score head reads (last)", low=1)
     score_loss: str = key("mse", "squared error or binary cross entropy", choices=("mse", "bce"))
 
 

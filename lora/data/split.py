@@ -15,7 +15,7 @@ from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.data.readers import iterate
 
-WITHOUT_BAR = 1000  # examples, which are read at once
+WITHOUT_BAR = 1000  # examples, too few to need a progress bar
 SHARD_SIZE = 2**19  # characters of the examples that are tokenised together
 KEPT_SIZE = 2**23  # characters of a data set that is kept in memory, and so read once
 Part = tuple[bool, Example]  # whether it is held out, and an example or a part of one
@@ -118,8 +118,10 @@ def with_bar(parts: Iterator[Part]) -> Iterator[Part]:
     # Imported here: importing it takes as long as reporting a mistake in the first of them.
     from tqdm import tqdm
 
-    settings = {"delay": 3, "disable": None, "leave": False, "initial": WITHOUT_BAR}
-    yield from tqdm(parts, "reading", unit=" examples", **settings)
+    bar = tqdm(
+        parts, "reading", unit=" examples", delay=3, disable=None, leave=False, initial=WITHOUT_BAR
+    )
+    yield from bar
 
 
 def shard_sizes(sizes: Sequence[int]) -> list[int]:

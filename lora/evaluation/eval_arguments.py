@@ -1,11 +1,13 @@
 """The command line of eval.py, and the files that it names."""
 
+from __future__ import annotations
+
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora.common.checkpoint_folders import model_folder
 from lora.common.checksums import verify_checksums
@@ -24,6 +26,9 @@ from lora.data.examples import Example
 from lora.data.readers import read
 from lora.data.split import Split
 from lora.evaluation.text_metrics import Question, check_settings, read_questions
+
+if TYPE_CHECKING:
+    from lora.evaluation.retrieval import Query
 
 MODEL_KEYS = ("base_model", "task", "columns")
 ANSWER_KEYS = (
@@ -44,7 +49,7 @@ class EvaluationRequest:
     test_set: list[Question] = field(default_factory=list)
     critical: list[Question] = field(default_factory=list)
     corpus: dict[str, str] = field(default_factory=dict)
-    queries: list[tuple[str, set[int]]] = field(default_factory=list)  # of retrieval.py
+    queries: list[Query] = field(default_factory=list)
 
 
 def make_parser() -> Parser:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import copy
 from importlib.metadata import version
 import json
+import math
 import os
 from pathlib import Path
 import platform
@@ -121,12 +122,23 @@ def write_final_artifact(
         if value is not None and "/" not in name:  # "/": of one of several held-out sets
             metrics.append(f"{name} {value:.4f}")
     log.say(f"best: {', '.join(metrics)}; {results['seconds']} s; weights in {folder}")
-    if log.untrained_loss < best["val"]["loss"]:
-        before = f"it was {log.untrained_loss:.4f} before training; try a lower --learning_rate"
-        log.say(f"warning: no step has made the validation loss better: {before}")
+    untrained = loss_before_training(log.run_dir)
+    if untrained < best["val"]["loss"]:
+        before = f"its value before training ({untrained:.4f}); try a lower --learning_rate"
+        log.say(f"warning: the validation loss never fell below {before}")
     log.say(f"sha256 of its {CHECKSUMS_FILE}: {file_sha256(folder / CHECKSUMS_FILE)}")
     log.say(next_commands(folder, config))
     return results
+
+
+def loss_before_training(run_dir: Path) -> float:
+    """Return the validation loss at step 0; infinite where there is none.
+
+    A run that was resumed in a folder of its own has none.
+    """
+    with open(run_dir / "logs" / "train_metrics.jsonl", encoding="utf-8") as file:
+        first = json.loads(file.readline())
+    return math.inf if first["step"] else first["val/loss"] or math.inf
 
 
 def next_commands(folder: Path, config: Config) -> str:

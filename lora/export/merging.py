@@ -126,7 +126,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def same_tokens(a: Tensor, b: Tensor) -> str:
-    """Count the positions at which two models' logits [b, t, vocabulary] have the same largest."""
+    """Say at how many positions two models' logits [b, t, vocabulary] have the same argmax."""
     is_same = a.argmax(-1) == b.argmax(-1)
     return f"the same at {is_same.sum()} of {is_same.numel()} positions"
 

@@ -25,7 +25,11 @@ def modelfile(gguf_name: str, stops: list[int], tokenizer: Tokenizer) -> str:
             lines += template_lines(tokenizer)
     except UserError as error:
         print(printable(f"note: the Modelfile has no TEMPLATE, so Ollama takes another: {error}"))
-    lines += [f"PARAMETER stop {quoted(tokenizer.decode([stop]))}" for stop in stops]
+    for stop in stops:
+        try:
+            lines.append(f"PARAMETER stop {quoted(tokenizer.decode([stop]))}")
+        except UserError as error:
+            print(printable(f"note: the Modelfile lacks a stop token: {error}"))
     return "\n".join(lines) + "\n"
 
 
@@ -67,7 +71,9 @@ def template_lines(tokenizer: Tokenizer) -> list[str]:
                 raise UserError(f"it cannot write {content!r} ({roles}) as the chat template does.")
     blanks = (CHATS[-1], f" {MARK}\n")
     if by_ollama(*blanks) != rendered(tokenizer, *blanks):
-        print("note: the chat template strips contents, Ollama does not: give it stripped ones.")
+        print(
+            "note: the chat template strips contents and Ollama does not: give it stripped texts."
+        )
 
     # 3. Write them in Go.
     template = start + "{{ range .Messages }}"

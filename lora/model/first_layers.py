@@ -32,3 +32,9 @@ def cut_above(model: PreTrainedModel, score_layer: int) -> None:
     if score_layer > total:
         raise UserError(f"{where} has {total} layers; expected a number from 1 to {total}.")
     keep_first_layers(model, score_layer)
+    shape = model.config
+    try:
+        type(shape).from_dict(shape.to_dict())
+    except Exception:  # of a family with other lists; libraries raise all kinds
+        problem = f"a {shape.model_type} of fewer layers needs another configuration"
+        raise UserError(f"{where}: {problem}; leave score_layer out.") from None

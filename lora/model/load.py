@@ -61,7 +61,10 @@ def load_task(
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
         files, tokens = weight_files(config.model), config.model.head_tokens
         embeddings = task.model.get_input_embeddings().weight
-        if not tokens and any(path.name == "mlp_head.safetensors" for path in files):
+        last_layer = shape.get_text_config().num_hidden_layers
+        if not tokens and config.model.score_layer not in (None, last_layer):
+            pass  # a head that the base brings was trained on its last layer
+        elif not tokens and any(path.name == "mlp_head.safetensors" for path in files):
             task.load_head(locate_base(base_model)[0])  # a scorer's artifact is the base
         else:
             initialise_head(task.head, files, tokens, tokenizer, embeddings)

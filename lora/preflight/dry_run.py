@@ -20,7 +20,7 @@ from lora.training.memory_plan import plan_memory
 from lora.training.optimizer import make_optimizer
 from lora.training.schedule import total_steps
 
-ENOUGH_SECONDS = 4.0  # of a step or an evaluation, to know how long all of it takes
+ENOUGH_SECONDS = 4.0  # that a part of a step or of an evaluation takes, at least
 
 
 def dry_run(run: Run) -> None:
@@ -76,36 +76,36 @@ def describe_time(run: Run) -> str:
         predict(run.task, batches, run.device, run.dtype)
 
     run.task.train()
-    step_seconds = time_part(data.rows_at(0), step_batches, train, 1)
+    step_seconds = time_part(data.rows_at(0), step_batches, train, stride=1)
     # A new optimizer's learning rate is 0: the weights stay as they are.
     optimizer = make_optimizer(trainable_parameters(run.task), run.config, run.device)
     optimizer.step()  # makes its state
     step_seconds += seconds_of(optimizer.step)
     rows = data.evaluation_rows()
-    evaluation_seconds = time_part(rows, evaluation_batches, evaluate, world_size())
+    evaluation_seconds = time_part(rows, evaluation_batches, evaluate, stride=world_size())
     seconds = steps * step_seconds + evaluations * evaluation_seconds
     plural = "s" if evaluations > 1 else ""
     each = f"{steps} steps of {step_seconds:.2f} s and {evaluations} evaluation{plural} of"
     return f"time: about {seconds:.0f} s: {each} {evaluation_seconds:.2f} s"
 
 
-def time_part(rows: np.ndarray, make_batches: Callable, work: Callable, num_dealt: int) -> float:
+def time_part(rows: np.ndarray, make_batches: Callable, work: Callable, stride: int) -> float:
     """Return the seconds that `work` takes for all rows, from a part of them.
 
-    A part is the first rows, as many as take ENOUGH_SECONDS. What counts is the tokens of the first
-    process, which has one in `num_dealt` of the micro-batches. Its clock decides for all processes,
-    which must run a sharded model equally often.
+    A part is the first rows; it is doubled until it takes ENOUGH_SECONDS. The time is scaled by the
+    tokens of the first process, which has every `stride`-th micro-batch.
     """
-    # Each part is twice the last one, for which that was the warm-up.
     count = world_size()
+    work(make_batches(rows[:count]))  # the first pass is slower
     while True:
         part = make_batches(rows[:count])
+        # All processes must run a sharded model equally often: the first one's clock decides.
         seconds = broadcast_from_rank_zero(float, seconds_of(work, part))
         if seconds >= ENOUGH_SECONDS or count >= len(rows):
             break
         count *= 2
-    share = num_tokens(part[::num_dealt]) / num_tokens(make_batches(rows)[::num_dealt])
-    return seconds_of(work, part) / share
+    share = num_tokens(part[::stride]) / num_tokens(make_batches(rows)[::stride])
+    return seconds / share
 
 
 def seconds_of(work: Callable, *arguments: list[Batch]) -> float:

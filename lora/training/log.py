@@ -2,7 +2,6 @@
 
 from collections import deque
 import json
-import math
 import os
 from pathlib import Path
 import statistics
@@ -55,7 +54,6 @@ class Log:
         self.began: float | None = None  # at the first step, by time.monotonic()
         self.num_tokens, self.seconds = 0, 0.0  # since the last training metrics
         self.losses = deque(maxlen=SPIKE_WINDOW)
-        self.untrained_loss = math.inf  # not known where the run was resumed
         self.trackers = []
         if process_group.rank() > 0:
             self.metrics_file = self.text_file = open(os.devnull, "w", encoding="utf-8")
@@ -113,8 +111,6 @@ class Log:
     def evaluation(self, step: int, metrics: dict, is_best: bool) -> None:
         """Log the metrics of an evaluation, "*" where it is the best so far."""
         self.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
-        if step == 0:
-            self.untrained_loss = metrics["loss"]
         found = "New best validation loss" if is_best else "validation loss"
         line = f"{self.step_of(step)} {found}: {metrics['loss']:.6f}"
         for name in ("r2", "perplexity"):

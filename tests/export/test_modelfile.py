@@ -123,7 +123,7 @@ def test_ollama_writes_what_the_chat_template_writes(template, adds_bos, capsys)
 def test_a_template_that_strips_is_written_with_a_note(capsys):
     tokenizer = tokenizer_with(CHATML.replace("message['content']", "message['content'].strip()"))
     assert modelfile("m", [], tokenizer) == modelfile("m", [], tokenizer_with(CHATML))
-    assert "note: the chat template strips contents, Ollama does not" in capsys.readouterr().out
+    assert "note: the chat template strips contents and Ollama does not" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -154,17 +154,29 @@ def test_stop_tokens_with_quotes_are_read_back():
     assert found["stop"] == stops
 
 
+def test_a_stop_token_that_cannot_be_written_is_told_and_left_out(capsys):
+    tokenizer = tokenizer_with(None)
+    tokenizer.add_tokens("<\u200bend>")
+    stops = [tokenizer.convert_tokens_to_ids("<\u200bend>"), tokenizer.eos_token_id]
+    assert commands(modelfile("m", stops, tokenizer))["stop"] == [tokenizer.eos_token]
+    assert "note: the Modelfile lacks a stop token" in capsys.readouterr().out
+
+
 def test_merge_writes_it_beside_the_gguf_and_overwrites_none(configure, tmp_path, monkeypatch):
     artifact = run(configure(True, task="lm", max_steps=1)) / "final_artifact"
     flags = ["--adapter", str(artifact), "--output", str(tmp_path / "m")]
-    flags += ["--gguf", str(tmp_path / "new" / "m.gguf")]
+    flags += ["--gguf", str(tmp_path / "new" / "Modelfile")]  # an odd name
     merging.main(merging.read_arguments(flags))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
-    written = (tmp_path / "new" / "Modelfile").read_text()
-    assert written == modelfile("m.gguf", stop_tokens(model, tokenizer), tokenizer)
-    assert "TEMPLATE" in written and 'PARAMETER stop "<|im_end|>"' in written
+    written = tmp_path / "new" / "Modelfile.Modelfile"
+    text = written.read_text()
+    assert text == modelfile("Modelfile", stop_tokens(model, tokenizer), tokenizer)
+    assert "TEMPLATE" in text and 'PARAMETER stop "<|im_end|>"' in text
 
-    flags[3:] = [str(tmp_path / "again"), "--gguf", str(tmp_path / "new" / "again.gguf")]
-    with pytest.raises(UserError, match="again.gguf: a Modelfile is there; choose another folder"):
-        merging.read_arguments(flags)
+    # Another type of file may stand in the same folder.
+    (tmp_path / "new" / "Modelfile").unlink()
+    with pytest.raises(UserError, match="Modelfile.Modelfile exists; choose another file"):
+        merging.read_arguments([*flags[:3], str(tmp_path / "again"), *flags[4:]])
+    flags[-1] = str(tmp_path / "new" / "m.q8_0.gguf")
+    merging.read_arguments([*flags[:3], str(tmp_path / "again"), *flags[4:]])

@@ -5,7 +5,14 @@ import json
 import pytest
 from safetensors.torch import load_file
 import torch
-from transformers import AlbertConfig, AlbertModel, AutoModel, AutoTokenizer
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoModel,
+    AutoTokenizer,
+    GPTNeoConfig,
+    GPTNeoModel,
+)
 
 import lora
 from lora.common.errors import UserError
@@ -111,14 +118,14 @@ def test_what_cannot_be_done_with_such_a_scorer_is_refused(configure, tiny_base,
     artifact = folder / "final_artifact"
     merged = tmp_path / "merged"
     arguments = merge.read_arguments(["--adapter", str(artifact), "--output", str(merged)])
-    with pytest.raises(UserError, match="reads layer 1, and a merged model .*; use it unmerged"):
+    with pytest.raises(UserError, match="reads layer 1, and only whole models .*; use it unmerged"):
         merge.main(arguments)
     assert not merged.exists()
     # An adapter for one layer on a model of one layer, from Python too
     assert len(decoder_layers(lora.load_and_verify_adapter(tiny_base, artifact))) == 1
 
     settings = configure(True, "next", init_from=str(artifact), dtype="float32", max_steps=1)
-    with pytest.raises(UserError, match="of another score_layer than here; add --score_layer 1"):
+    with pytest.raises(UserError, match="it was trained with --score_layer 1; add that"):
         require_stage(settings)
     settings.score_layer = 1
     require_stage(settings)
@@ -144,6 +151,26 @@ def test_a_language_model_and_a_base_with_shared_layers_have_no_such_layer(tmp_p
     )  # fmt: skip
     with pytest.raises(UserError, match="albert does not keep its layers in one list; leave"):
         hidden_states(save(tmp_path, AlbertModel(shape)), 1)
+
+
+def test_a_family_whose_configuration_lists_its_layers_otherwise_is_refused(tmp_path):
+    shape = GPTNeoConfig(
+        vocab_size=2048, hidden_size=32, num_heads=4, num_layers=2, intermediate_size=48,
+        attention_types=[[["global", "local"], 1]],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="a gpt_neo of fewer layers needs another conf.*; leave"):
+        hidden_states(save(tmp_path, GPTNeoModel(shape)), 1)
+
+
+def test_the_head_of_a_scorer_is_not_put_on_another_of_its_layers(configure, tmp_path):
+    scorer = str(run(configure(False, max_steps=1)) / "final_artifact")
+
+    def first_weights(**settings):
+        config = configure(True, base_model=scorer, **settings)
+        return load_task(config, torch.float32).head.layers[0].weight
+
+    assert torch.equal(first_weights(), first_weights(score_layer=2))  # its last layer
+    assert not torch.equal(first_weights(), first_weights(score_layer=1))
 
 
 def test_processes_that_read_no_file_have_the_same_layers(configure):

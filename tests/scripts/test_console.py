@@ -59,7 +59,8 @@ def test_a_run_that_is_worse_than_its_beginning_says_so(configure, capsys, learn
     out = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"validation loss: ([\d.]+), r2", out)]
     assert is_worse == (losses[0] < min(losses[1:]))
-    warning = f"warning: no step has made the validation loss better: it was {losses[0]:.4f} before"
+    before = f"its value before training ({losses[0]:.4f}); try a lower --learning_rate"
+    warning = f"warning: the validation loss never fell below {before}"
     assert (warning in out) == is_worse
 
 

@@ -76,4 +76,4 @@ def test_the_real_example_of_the_readme(environment, tmp_path):
         commands = commands.replace(program, "# not here:")
     run_in(tmp_path, environment, commands)
     assert (tmp_path / "merged" / "config.json").is_file()
-    assert (tmp_path / "desk.gguf").is_file() and (tmp_path / "Modelfile").is_file()
+    assert (tmp_path / "desk.gguf").is_file() and (tmp_path / "desk.Modelfile").is_file()
