@@ -247,8 +247,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B", help=sweep)
     picture = "write a .png of the curves, and of the loss against the key that differs"
     parser.add_argument("--plot", metavar="FILE", help=picture)
-    form = "print the table alone, for other programs"
-    parser.add_argument("--format", choices=("csv", "json", "md"), help=form)
+    parser.add_argument("--format", choices=("csv", "json", "md"), help="print the table alone")
     arguments = parser.parse_args(argv)
     if arguments.format and (arguments.against or arguments.sweep):
         raise UserError("--format prints the table alone; leave --against and --sweep out.")
