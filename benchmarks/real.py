@@ -27,7 +27,6 @@ import json
 import os
 from pathlib import Path
 import pydoc_data.topics
-import sys
 
 from common import ROOT, call, metrics
 import numpy as np
@@ -306,7 +305,7 @@ def main() -> None:
     folder = arguments.folder.resolve() / arguments.row
     folder.mkdir(parents=True, exist_ok=True)
     found = ROWS[arguments.row](folder)
-    found["command"] = " ".join(["python", "benchmarks/real.py", *sys.argv[1:]])
+    found["command"] = f"python benchmarks/real.py {arguments.row}"
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results |= {arguments.row: found}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
