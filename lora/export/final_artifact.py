@@ -122,6 +122,11 @@ def write_final_artifact(
         if value is not None and "/" not in name:  # "/": of one of several held-out sets
             metrics.append(f"{name} {value:.4f}")
     log.say(f"best: {', '.join(metrics)}; {results['seconds']} s; weights in {folder}")
+    if config.method == "full" and task.base_dtype != torch.float32:
+        dtype = str(task.base_dtype).removeprefix("torch.")
+        log.say(
+            f"note: the artifact is rounded to {dtype}, the base's; these numbers are of float32"
+        )
     untrained = loss_before_training(log.run_dir)
     if untrained < best["val"]["loss"]:
         before = f"its value before training ({untrained:.4f}); try a lower --learning_rate"

@@ -11,6 +11,9 @@ import sys
 
 import pytest
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora.common.errors import Interrupted, UserError
 from lora.common.exit_status import one_line_errors
@@ -62,6 +65,20 @@ def test_a_run_that_is_worse_than_its_beginning_says_so(configure, capsys, learn
     before = f"its value before training ({losses[0]:.4f}); try a lower --learning_rate"
     warning = f"warning: the validation loss never fell below {before}"
     assert (warning in out) == is_worse
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_run_says_that_its_whole_model_is_rounded(configure, tiny_base, tmp_path, capsys, lora):
+    base = tmp_path / "bfloat16"
+    AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(base)
+    folder = run(configure(lora, task="lm", base_model=str(base), max_steps=2))
+    note = "note: the artifact is rounded to bfloat16, the base's; these numbers are of float32"
+    assert (note in capsys.readouterr().out) != lora
+    tensors = load_file(next((folder / "final_artifact").glob("*model.safetensors")))
+    assert {tensor.dtype for tensor in tensors.values()} == {
+        torch.float32 if lora else torch.bfloat16
+    }
 
 
 class Terminal(io.StringIO):
