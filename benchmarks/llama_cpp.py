@@ -1,6 +1,6 @@
 """What llama.cpp answers from GGUF files of a merged model, beside transformers.
 
-    python merge.py --adapter outputs/RUN/final_artifact --output merged --dtype float32
+    python merge.py --adapter outputs/RUN/final_artifact --output merged
     python benchmarks/llama_cpp.py --merged merged --data instructions.json
 
 The merged folder is written as a GGUF file of each type. Twenty questions are answered greedily: by

@@ -15,8 +15,8 @@ The base is the one of `real_base.py`: dequantised from Q4_1, not the published 
 is done by the product's own commands, in float32, and kept in --folder: a row that was interrupted
 goes on where it was, and what has ended is not repeated. The results are added to
 `results/real.json`, whose tables are `results/real.md`, and ten answers of each row stand in
-`results/real_ROW.md`. Intervals are 95 %
-of a bootstrap over the questions or, for a loss, over the held-out examples.
+`results/real_ROW.md`. Intervals are 95 % of a bootstrap over the questions or, for a loss, over the
+held-out examples.
 
 Step scorers on this base are measured by `prm.py scorer --base smollm2`, and peers by
 `peers.py smollm2`.
@@ -33,6 +33,8 @@ import numpy as np
 from real_base import real_base
 
 from lora.evaluation.statistics import bootstrap_samples, interval_95
+from lora.tools.compare import interval
+from lora.tools.finished_run import FinishedRun
 
 DATA = Path(os.environ.get("PLAINLORA_DATA", "data"))
 RESULTS = ROOT / "benchmarks" / "results" / "real.json"
@@ -155,15 +157,20 @@ def methods(lora_rate: str, full_rate: str) -> dict[str, Flags]:
     }
 
 
-def instruct(folder: Path) -> dict:
+def instructions(folder: Path) -> tuple[str, str]:
+    """Write the instructions to train on and the 110 that are held out; return the two files."""
     rows = json.loads((DATA / "rasbt_instruct" / "instruction-data.json").read_text())
-    training, test = write_rows(folder / "train.jsonl", rows[:-110]), folder / "test.jsonl"
-    write_rows(test, rows[-110:])
-    config = ("--task", "lm", "--train_data", training, "--eval_data", str(test))
+    training = write_rows(folder / "train.jsonl", rows[:-110])
+    return training, write_rows(folder / "test.jsonl", rows[-110:])
+
+
+def instruct(folder: Path) -> dict:
+    training, test = instructions(folder)
+    config = ("--task", "lm", "--train_data", training, "--eval_data", test)
     steps = ("--batch_size", "16", "--gradient_accumulation_steps", "1", "--num_train_epochs", "1")
     config += (*steps, "--warmup_ratio", "0.03", "--eval_steps", "31")
     runs = methods("5e-4", "5e-5")
-    return before_and_after(folder, runs, str(test), str(test), config, "--max_new_tokens", "128")
+    return before_and_after(folder, runs, test, test, config, "--max_new_tokens", "128")
 
 
 def chat(folder: Path) -> dict:
@@ -213,9 +220,7 @@ def gsm8k(folder: Path) -> dict:
 
 def learning_rate(folder: Path) -> dict:
     """60 steps of 8 instructions at each rate; the best rate of each method with another seed."""
-    rows = json.loads((DATA / "rasbt_instruct" / "instruction-data.json").read_text())
-    training = write_rows(folder / "train.jsonl", rows[:-110])
-    test = write_rows(folder / "test.jsonl", rows[-110:])
+    training, test = instructions(folder)
     steps = ("--batch_size", "8", "--gradient_accumulation_steps", "1", "--max_steps", "60")
     config = ("--task", "lm", "--train_data", training, "--eval_data", test, *steps)
     config += ("--warmup_ratio", "0.05", "--eval_steps", "60")
@@ -240,12 +245,10 @@ def last_losses(run: Path) -> dict:
     """Return the loss before and after, and the interval of that after, over the examples."""
     curve = losses_of(run)
     step, loss = curve[-1]
-    examples = np.load(run / "logs" / "examples" / f"step_{step}.npz")
-    sums, targets = examples["loss"].astype(float), examples["targets"]
-    samples = bootstrap_samples(len(sums))
-    means = [sums[sample].sum() / targets[sample].sum() for sample in samples]
-    interval = [round(end, 4) for end in interval_95(means)]
-    return {"before": curve[0][1], "loss": loss, "interval": interval}
+    sums, targets = zip(*FinishedRun.of(str(run)).example_losses(step).values())
+    _, ends = interval(sums, [0.0] * len(sums), targets)
+    rounded = [round(end, 4) for end in ends]
+    return {"before": curve[0][1], "loss": loss, "interval": rounded}
 
 
 def tables(results: dict) -> str:

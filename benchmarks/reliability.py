@@ -590,12 +590,13 @@ def inputs(bench):
             *("--train_data", "arithmetic:train:9", "--config", str(path)),
         ]
         calls.append([*named, *(flag.format(file=plain) for flag in flags)])
-    calls += [command.split() for command in NOWHERE]
+    nowhere = [command.split() for command in NOWHERE]
+    calls += nowhere
     # As a user's second call: what was compiled by the first one is kept.
     environment = os.environ | {"PYTHONPYCACHEPREFIX": str(bench.folder / "compiled")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     run = partial(subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True)
-    for call in calls[:1] + [command.split() for command in NOWHERE]:
+    for call in [calls[0], *nowhere]:
         run([sys.executable, *call])
     for call in calls:
         began = time.monotonic()

@@ -61,12 +61,13 @@ def load_task(
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
         files, tokens = weight_files(config.model), config.model.head_tokens
         embeddings = task.model.get_input_embeddings().weight
+        # A head that the base brings was trained on its last layer.
         last_layer = shape.get_text_config().num_hidden_layers
-        if not tokens and config.model.score_layer not in (None, last_layer):
-            pass  # a head that the base brings was trained on its last layer
-        elif not tokens and any(path.name == "mlp_head.safetensors" for path in files):
+        reads_last = config.model.score_layer in (None, last_layer)
+        is_scorer = any(path.name == "mlp_head.safetensors" for path in files)
+        if is_scorer and reads_last and not tokens:
             task.load_head(locate_base(base_model)[0])  # a scorer's artifact is the base
-        else:
+        elif reads_last or tokens:
             initialise_head(task.head, files, tokens, tokenizer, embeddings)
 
     set_max_length(config, shape, task.first_position)

@@ -96,14 +96,15 @@ def time_part(rows: np.ndarray, make_batches: Callable, work: Callable, stride: 
     tokens of the first process, which has every `stride`-th micro-batch.
     """
     count = world_size()
-    work(make_batches(rows[:count]))  # the first pass is slower
+    part = make_batches(rows[:count])
+    work(part)  # the first pass is slower
     while True:
-        part = make_batches(rows[:count])
         # All processes must run a sharded model equally often: the first one's clock decides.
         seconds = broadcast_from_rank_zero(float, seconds_of(work, part))
         if seconds >= ENOUGH_SECONDS or count >= len(rows):
             break
         count *= 2
+        part = make_batches(rows[:count])
     share = num_tokens(part[::stride]) / num_tokens(make_batches(rows)[::stride])
     return seconds / share
 
