@@ -105,6 +105,8 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     output = config.output
     if saved:
         output.experiment_name = output.experiment_name or saved.output.experiment_name
+        if config.data.max_length == "auto":  # the checkpoint has the number that it became
+            config.data.max_length = saved.data.max_length
         refuse_changed_keys(saved, config, resume_from, arguments.allow_change)
     elif config.model.init_from not in ("", "scratch"):
         from lora.config.earlier_stage import require_stage

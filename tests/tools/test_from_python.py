@@ -28,7 +28,7 @@ def status(folder):
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 def test_train_and_evaluate_are_the_scripts(configure, tmp_path, adapter):
-    config = configure(adapter, "from_python", dtype="float32")
+    config = configure(adapter, "from_python", dtype="float32", max_length="auto")
     before = config.as_dict()
     results = lora.train(config)
     assert config.as_dict() == before
