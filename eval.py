@@ -59,7 +59,8 @@ from lora.training.other_base import warn_other_base
 
 def load(arguments: Namespace, config: Config, device: torch.device) -> Task:
     """Return the task with its trained weights, on `device`."""
-    task, checkpoint = load_task(config, torch.float32), arguments.checkpoint
+    task = load_task(config, torch.float32)
+    checkpoint = arguments.checkpoint
     if full_model_folder(checkpoint):
         task.load_head(checkpoint)
     elif checkpoint:
@@ -68,8 +69,8 @@ def load(arguments: Namespace, config: Config, device: torch.device) -> Task:
         warning = warn_other_base(checkpoint, base_model, file_sums(config.model))
         if warning:
             print(warning)
-    elif config.model.task == "score":
-        print("note: a base has no score head, so the scores are those of random weights")
+    elif task.head_is_random:
+        print("note: the base has no score head, so the scores are those of random weights")
     return task.to(device)
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import sys
 
 from lora.common.allocator import keep_freed_memory
+from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.common.exit_status import one_line_errors, require_one_process
 from lora.common.saved_files import refuse_inside_artifact, require_sha256
 from lora.common.signals import begin_loading_torch
 from lora.config.flags import Parser, add_flags
-from lora.config.schema import QUANTIZATION_KEYS, LoraConfig
+from lora.config.schema import DTYPES, QUANTIZATION_KEYS, LoraConfig
 
 
 def make_parser() -> Parser:
@@ -33,8 +34,7 @@ def make_parser() -> Parser:
     add("--base_model", metavar="MODEL", help=base)
     output = "folder to write, which must not exist"
     add("--output", metavar="DIR", required=True, help=output)
-    dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, help="dtype of the weights; default: the base's")
+    add("--dtype", choices=DTYPES, help="dtype of the weights; default: the base's")
     into = "16bit: the base's own weights (default); dequantized: its 4-bit weights, as QLoRA"
     into += " saw them, made dense again"
     add("--merge_into", choices=("16bit", "dequantized"), default="16bit", help=into)
@@ -61,13 +61,12 @@ def read_arguments(argv: list[str]) -> Namespace:
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
     refuse_inside_artifact("--output", arguments.output)
     refuse_inside_artifact("--gguf", arguments.gguf)
-    if arguments.gguf and Path(arguments.gguf).exists():
-        raise UserError(f"--gguf {arguments.gguf} exists; choose another file.")
-    if arguments.gguf and modelfile_path(arguments.gguf).exists():
-        found = f"{modelfile_path(arguments.gguf)} exists"
-        raise UserError(f"--gguf {arguments.gguf}: {found}; choose another file.")
-    if arguments.gguf and find_spec("gguf") is None:
-        raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
+    if arguments.gguf:
+        for path in (Path(arguments.gguf), modelfile_path(arguments.gguf)):
+            if path.exists():
+                raise UserError(f"--gguf {arguments.gguf}: {path} exists; choose another file.")
+        if find_spec("gguf") is None:
+            raise UserError("--gguf needs the package gguf: pip install 'plainlora[gguf]'.")
     if arguments.portable:
         names = ("gguf", "dtype", "base_model", *QUANTIZATION_KEYS)
         is_merged = any(getattr(arguments, name) is not None for name in names)
@@ -83,7 +82,7 @@ def read_arguments(argv: list[str]) -> Namespace:
 
 if __name__ == "__main__":
     # Above `import torch`: torch reads the allocators' settings when it is imported, and a mistake
-    # in the command line or the data is reported before the seconds that importing torch takes.
+    # in the command line is reported before the seconds that importing torch takes.
     keep_freed_memory()
     with one_line_errors():
         require_one_process()
@@ -107,6 +106,7 @@ from lora.model.weights import add_tokens, load_shape, load_tokenizer
 
 def main(arguments: Namespace) -> None:
     require_sha256(arguments.adapter, arguments.expect_sha256)
+    verify_checksums(arguments.adapter)
     if arguments.portable:
         folder = Path(arguments.adapter)
         folder = adapter_folder(folder) or folder
@@ -123,7 +123,7 @@ def main(arguments: Namespace) -> None:
         dtype = getattr(torch, arguments.dtype)
     # Of a scorer, the bare backbone.
     model_class = AutoModel if source.is_scorer else merging.class_for(shape)
-    source.verify()
+    source.warn_if_base_differs()
     into_4bit = arguments.merge_into == "dequantized"
     quantization = four_bits_of(arguments, source.config) if into_4bit else None
     model = load_base(model_class, source.base_model, quantization)

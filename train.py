@@ -83,9 +83,12 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     evaluations_without_best, skipped_steps = 0, 0
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
-        step = resumed_at = state["step"]
+        step = state["step"]
+        # A run that is shortened to where it was stopped has yet to be evaluated there.
+        resumed_at = step if state["val"] or step < max_steps else None
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty: it was not computed in float16
+            scaler.load_state_dict(state["scaler"])
     best_loss = best_checkpoints.best_loss(folder)
 
     task.train()
@@ -106,15 +109,16 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
             save_example_losses(log.run_dir, step, run, batches, predictions)
             is_new_best = step > 0 and metrics["loss"] < best_loss
             log.evaluation(step, metrics, is_new_best)
-        if metrics and step > 0:
-            is_among_best = best_checkpoints.is_among_best(folder, metrics["loss"])
-            evaluations_without_best += 1
+            if step > 0:
+                is_among_best = best_checkpoints.is_among_best(folder, metrics["loss"])
+                evaluations_without_best += 1
             if is_new_best:
                 best_loss, evaluations_without_best = metrics["loss"], 0
-            if 0 < settings.early_stopping_patience <= evaluations_without_best:
-                without = f"{evaluations_without_best} evaluations without a new best"
-                log.say(f"Stopping at step {step}: {without}.")
-                last = True
+        # A resumed run may have stopped here before, without its artifact.
+        if 0 < settings.early_stopping_patience <= evaluations_without_best:
+            without = f"{evaluations_without_best} evaluations without a new best"
+            log.say(f"Stopping at step {step}: {without}.")
+            last = True
         is_last = last or stop or step % config.output.save_steps == 0
         if (is_among_best or is_last) and step not in (0, resumed_at):
             data.rows.check.require_undamaged()
@@ -193,7 +197,7 @@ def run_training(
     device = choose_device(config.training.device)
     dtype = choose_dtype(config, device)
     is_later_stage = config.model.init_from not in ("", "scratch") and not resume_from
-    if is_later_stage and task.model.device.type != "meta":  # there, weights are still to come
+    if is_later_stage and task.model.device.type != "meta":  # on "meta" they come later
         task.start_from(config.model.init_from)
     rows, held_out, data_facts = load_or_tokenise(raw_data, task)
     state = best_checkpoints.read_state(resume_from) if resume_from else None
@@ -202,15 +206,16 @@ def run_training(
     data = TrainingData(rows, held_out, config, task.packed, rank, world_size, layout=state)
     run = Run(task, config, data, device, dtype)
     max_steps = total_steps(config.training, data.steps_per_epoch)
-    if state and state["step"] >= max_steps and not command.auto:
-        complete = f"that run of {max_steps} steps is complete"
-        raise UserError(f"--resume_from {resume_from}: {complete}; raise --max_steps.")
-    if state and command.auto:
-        results = finished_results(command.run_dir, config, state["step"], max_steps)
-        if results:
+    if state and (command.auto or state["step"] >= max_steps):
+        results = finished_results(command.run_dir, config, state, max_steps)
+        if results and command.auto:
             print(f"{command.run_dir}: complete since step {state['step']}; nothing to do")
             process_group.leave()
             return results if rank == 0 else None
+        # A run that was stopped at its last step has yet to write its artifact.
+        if state["step"] >= max_steps and (results or not command.continues):
+            complete = f"that run of {max_steps} steps is complete"
+            raise UserError(f"--resume_from {resume_from}: {complete}; raise --max_steps.")
     checkpointing = choose_checkpointing(run, state)
     prepare_layers(task.model, config.training, checkpointing)
     description = describe_run(run, data_facts, checkpointing)
@@ -241,7 +246,7 @@ def run_training(
         if rank > 0:
             return None
         log.say(compare_base(base, measure_base(task, config)))
-        return write_final_artifact(run, log, base.files, raw_data.files, max_steps)
+        return write_final_artifact(run, log, base.files, raw_data.files)
 
 
 def main(command: Command, raw_data: RawData) -> dict | None:

@@ -61,7 +61,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
     A model without LoRA layers gets them; in one that has them, their factors are replaced. Full
     weights that come along (modules to save, biases, embeddings with more rows) replace the base's.
-    Raises UserError unless every tensor has a place of its shape, and all that is trained a tensor.
+    Raises UserError where a tensor has no parameter of its name and shape, or a trained parameter
+    has no tensor.
     """
     folder = Path(folder)
     config = adapter_format.read_config(folder)
@@ -159,7 +160,7 @@ def require_scales(model: nn.Module, folder: Path, alphas: dict[str, float], rsl
         if layer.alpha != alphas[name] or layer.rslora != rslora:
             differing.append(name)
     settings = "lora_alpha, alpha_pattern or use_rslora"
-    raise_if_any(differing, f"{folder}: of another {settings} than here")
+    raise_if_any(differing, f"{folder}: {settings} differ from the model's for")
 
 
 def require_shapes(folder: Path, tensors: Tensors, parameters: Tensors) -> None:

@@ -128,7 +128,7 @@ def read_config(folder: str | Path) -> dict:
     for key in PATTERNS:
         is_valid[key] = are_patterns(config[key] or {})
     invalid = [f"{key} = {config[key]!r:.300}" for key, valid in is_valid.items() if not valid]
-    raise_if_any(invalid, f"{path}: nothing that LoRA can have")
+    raise_if_any(invalid, f"{path}: invalid values")
     return config
 
 
@@ -205,12 +205,12 @@ def check_factors(path: Path, modules: dict[str, Tensors], config: dict) -> None
     raise_if_any(unpaired, f"{path}: not a pair of LoRA factors")
     ranks = {name: pattern_value(config["rank_pattern"], name, config["r"]) for name in modules}
     mismatched = [name for name, factors in modules.items() if lora_rank(factors) != ranks[name]]
-    raise_if_any(mismatched, f"{path}: of another rank than r and rank_pattern say")
+    raise_if_any(mismatched, f"{path}: the rank differs from r and rank_pattern for")
     linear = {name: factors for name, factors in modules.items() if "lora_A.weight" in factors}
     for key, extra in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
         belied = [name for name, factors in linear.items() if (extra in factors) != config[key]]
         setting = f"{key} = {config[key]} in the config"
-        raise_if_any(belied, f"{path}: {setting} is not so of these layers")
+        raise_if_any(belied, f"{path}: {setting} does not match the tensors of")
 
 
 def is_pair(factors: Tensors) -> bool:

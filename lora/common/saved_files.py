@@ -126,10 +126,12 @@ def verify_artifact(folder: str | Path, expect_sha256: str = "") -> dict:
     require_known_format(folder, metadata)
     read_table(folder / "training_metrics.json", RESULTS)
     adapter, model = adapter_folder(folder) or folder, model_folder(folder) or folder
-    files = {"lora": adapter / "adapter_model.safetensors", "full": model / "config.json"}
     needed = [folder / "training_config.toml", folder / "tokenizer.json"]
-    needed.append(files.get(metadata["method"], folder / "mlp_head.safetensors"))
-    if metadata["task"] == "score":
+    if metadata["method"] == "lora":
+        needed.append(adapter / "adapter_model.safetensors")
+    elif metadata["method"] == "full":
+        needed.append(model / "config.json")
+    if metadata["method"] not in ("lora", "full") or metadata["task"] == "score":
         needed.append(folder / "mlp_head.safetensors")
     absent = [path.name for path in needed if not path.is_file()]
     raise_if_any(absent, f"{folder}: an artifact of ours must have it")

@@ -46,7 +46,9 @@ class Command:
     @property
     def continues(self) -> bool:
         """Whether the run's folder is that of the resumed run, so that it may exist."""
-        return self.auto or Path(self.resume_from).resolve().parent.parent == self.run_dir.resolve()
+        if self.auto or not self.resume_from:
+            return self.auto
+        return Path(self.resume_from).resolve().parent.parent == self.run_dir.resolve()
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """Raise UserError where facts, {name: JSON}, differ from those of the checkpoint."""
@@ -61,10 +63,11 @@ class Command:
 
 
 def read_command_line(argv: list[str], config: Config, default_file: str, summary: str) -> Command:
-    """Return `config` changed by the --config file, then by the flags. Raises UserError.
+    """Return what a call of a script asks for. Raises UserError.
 
-    A resumed run starts from the configuration in its checkpoint. Where neither a checkpoint nor a
-    config file nor a model nor data is named, `default_file` in configs/ is the config file.
+    The flags override the --config file, or else the configuration of the resumed checkpoint, and
+    that overrides the defaults in `config`. Where neither a checkpoint nor a config file nor a
+    model nor data is named, `default_file` in configs/ is the config file.
     """
     arguments = parse_arguments(argv, config, summary)
     if config.lora:
@@ -79,8 +82,10 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
         require_checkpoint(resume_from)
         saved = checkpoint_config(resume_from, config)
     config_file = find_config(arguments.config)
-    named = (arguments.base_model, arguments.train_data, arguments.eval_data)
-    if not config_file and not saved and all(value is None for value in named):
+    files = (arguments.train_data, arguments.eval_data)
+    sets = (arguments.use_prm800k, arguments.use_eqasc, arguments.use_reveal)
+    names_nothing = all(value is None for value in (arguments.base_model, *files, *sets))
+    if not config_file and not saved and names_nothing:
         config_file = str(ROOT / "configs" / default_file)
     if config_file:
         set_tables(config, read_file(config_file), config_file)

@@ -14,7 +14,8 @@ from lora.config.set_keys import saved_config
 def require_stage(config: Config) -> None:
     """Check that `init_from` names an earlier stage that this run can start from."""
     start = Path(config.model.init_from)
-    weights = adapter_folder(start) or model_folder(start)
+    adapter = adapter_folder(start)
+    weights = adapter or model_folder(start)
     if weights and config.method == "head":
         problem = "holds more than a head, and lora_r 0 begins from a head"
         raise UserError(f"init_from {start}: {problem}; name the merged base_model.")
@@ -24,8 +25,7 @@ def require_stage(config: Config) -> None:
         raise UserError(f"init_from {start}: no checkpoint, artifact or adapter; {expected}.")
     if is_artifact(start) or not (start / "metadata.json").is_file():  # not others' checksums
         verify_checksums(start)
-    adapter = adapter_folder(start)
-    if adapter and config.lora and config.method == "lora":
+    if adapter and config.lora:
         require_same_shape(start, adapter, config.lora)
     config_files = ("trainer_state.json", "training_config.toml")  # PEFT's adapters have neither
     if not any((start / name).is_file() for name in config_files):

@@ -12,7 +12,8 @@ from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.config.other_words import AUTOMATIC, MEANINGS, SAME, UNSUPPORTED
 from lora.config.parse_values import kind_of, nearest, parse_text
-from lora.config.schema import Config, EvaluationConfig, LoraConfig, tables_of
+from lora.config.schema import Config, EvaluationConfig, LoraConfig, get_lora_config
+from lora.config.set_keys import fields_by_key
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 
 # These words are LoRA's in one of these tables, or outside of any table.
@@ -98,12 +99,8 @@ class Translation:
     def __init__(self, config: Config, prefix: str = "") -> None:
         self.config = config
         self.prefix = prefix  # of a word in a message
-        self.title_of = {}
-        for title, table in tables_of(config).items():
-            for name in vars(table):
-                self.title_of[name] = title
         # An own key is its own meaning.
-        own_names = {name: name for name in (*self.title_of, *DTYPE_SWITCHES)}
+        own_names = {name: name for name in (*fields_by_key(config), *DTYPE_SWITCHES)}
         self.key_of = {**SAME, **ALIASES, **own_names}
         self.tables: dict[str, dict[str, Any]] = {}
         self.report_to: list[str] = []
@@ -138,7 +135,7 @@ class Translation:
         elif word in AUTOMATIC:
             self.notes.append(f"{label} ({AUTOMATIC[word]})")
         elif plain(value) in UNSUPPORTED[word][0]:
-            self.notes.append(f"{label} (it is so here)")
+            self.notes.append(f"{label} (already so here)")
         else:
             self.problems.append(f"{label}: not supported: {UNSUPPORTED[word][1]}.")
 
@@ -210,12 +207,8 @@ def find_word(parents: list[str], name: str, known: Collection[str]) -> str:
 
 def table_keys() -> list[str]:
     """Return our keys that have a table as their value."""
-    names = []
-    for table in tables_of(Config(lora=LoraConfig())).values():
-        for name, field in table.__dataclass_fields__.items():
-            if kind_of(field.type)[0] is dict:
-                names.append(name)
-    return names
+    fields = fields_by_key(get_lora_config()).items()
+    return [name for name, (_, field) in fields if kind_of(field.type)[0] is dict]
 
 
 def plain(value: Any) -> Any:
@@ -232,7 +225,5 @@ def why_unknown(config: Config, name: str) -> str:
     """Return why the configuration has no key of this name."""
     if config.lora is None and ALIASES.get(name, name) in vars(LoraConfig()):
         return "train.py trains all weights and has no such key; use train_lora.py."
-    known = [*ALIASES, *DTYPE_SWITCHES]
-    for table in tables_of(config).values():
-        known += vars(table)
+    known = [*ALIASES, *DTYPE_SWITCHES, *fields_by_key(config)]
     return f"no such key.{nearest(name, known) or ' See --help.'}"

@@ -97,7 +97,7 @@ VALUES = {
     "sft": "lm",
 }
 
-# word -> {its value: the script that it means, or a key and its value; None: it is so here}
+# word -> {its value: the script that it means, or a key and its value; None: already so here}
 METHODS: dict[Any, Any] = {
     "qlora": ("load_in_4bit", True),
     "lora": "train_lora.py",
@@ -174,7 +174,7 @@ AUTOMATIC = {
     "ddp_find_unused_parameters": "gradients are summed once a step",
 }
 
-# word -> (its values that are so here, what is to be done about any other)
+# word -> (its values that are already so here, what is to be done about any other)
 SHARDED = "torchrun shards full fine-tuning (FSDP2) and replicates LoRA; leave it out"
 ASSISTANT = "only what the assistant says is trained; leave it out"
 BY_STEPS = "give the number of steps: logging_steps, eval_steps, save_steps"

@@ -22,7 +22,7 @@ def key(
 
     Args:
         low, above, high: bounds; a value may equal low and high, but not above.
-        choices: the values it may have; of a table, the keys that it may have.
+        choices: the values it may have.
         word: a text that may take the place of a number, of true and false, or of a list ("none").
         metavar: what --help calls its value, if `flags.metavar_of` cannot tell from the rest.
     """
@@ -64,13 +64,9 @@ def check_value(where: str, value: Any, annotation: Any, limits: Mapping[str, An
     if not isinstance(value, dict):
         expected = "expected a table, which only a config file can hold"
         raise UserError(f"{where} = {value!r}: {expected}.")
-    known = limits["choices"]
     table = {}
     for name, item in value.items():
-        if known and name not in known:
-            expected = f"expected some of {', '.join(known)}"
-            raise UserError(f"{where}.{name}: no such key; {expected}.{nearest(name, known)}")
-        table[name] = check_item(f"{where}.{name}", item, kind, {**limits, "choices": None})
+        table[name] = check_item(f"{where}.{name}", item, kind, limits)
     return table
 
 

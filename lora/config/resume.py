@@ -11,9 +11,11 @@ from lora.config.set_keys import key_values, saved_config
 
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "early_stopping_patience", "skip_nonfinite")
 INTERVAL_KEYS = ("logging_steps", "eval_steps", "save_steps", "save_optimizer", "max_eval_batches")
-# Layers that are computed twice give the same gradients.
+# gradient_checkpointing computes layers again in the backward pass, which changes no gradient.
 PLACE_KEYS = ("experiment_name", "output_dir", "report_to", "device", "gradient_checkpointing")
 NAME_KEYS = ("artifact_version",)
+# A resumed run keeps its examples per step and the size of its micro-batches.
+LAYOUT_KEYS = ("batch_size", "gradient_accumulation_steps")
 EVALUATION_KEYS = [field.name for field in dataclasses.fields(EvaluationConfig)]  # of eval.py
 # The keys that may differ between a checkpoint and the run that continues it.
 FREE_ON_RESUME = {*LENGTH_KEYS, *INTERVAL_KEYS, *PLACE_KEYS, *NAME_KEYS, *EVALUATION_KEYS}
@@ -35,6 +37,9 @@ def refuse_changed_keys(saved: Config, new: Config, folder: str, allowed: Collec
     for name in now:
         if now[name] != before[name] and name not in FREE_ON_RESUME:
             changed[name] = (before[name], now[name])
+        if name in LAYOUT_KEYS and name in changed:
+            kept = f"{name} {now[name]}: a resumed run keeps its {before[name]}"
+            raise UserError(f"--resume_from {folder}: {kept}; start another run with --init_from.")
     refuse_changes(folder, changed, allowed)
 
 

@@ -27,7 +27,7 @@ def newest_checkpoint(config: Config) -> str:
 def run_folder(config: Config) -> Path:
     """Return the folder of a run. Raises UserError where its name leads out of output_dir."""
     name = config.output.experiment_name
-    if Path(name).anchor or ".." in Path(name).parts or "\0" in name:
+    if Path(name).anchor or ".." in Path(name).parts:
         problem = "it leads out of output_dir; expected the name of a folder"
         raise UserError(f"experiment_name {name!r}: {problem}.")
     return Path(config.output.output_dir) / name

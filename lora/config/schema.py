@@ -26,7 +26,7 @@ class ModelConfig(Table):
     add_special_tokens: list[str] = key([], "tokens to add; with LoRA also set modules_to_save")
     head_dropout: float = key(0.0, "dropout inside the score head", low=0.0, high=0.9)
     head_tokens: list[str] = key([], "two tokens, good and bad, that the score head starts from")
-    score_layer: int | None = key(None, "layer, from 1, that the score head reads (last)", low=1)
+    score_layer: int | None = key(None, "layer that the score head reads; default: the last", low=1)
     score_loss: str = key("mse", "squared error or binary cross entropy", choices=("mse", "bce"))
 
 
@@ -37,11 +37,11 @@ class DataConfig(Table):
     eval_data: list[str] = key([], "held-out files, in place of eval_fraction", metavar="FILE")
     eval_fraction: float = key(0.1, "share of the prompts to hold out", above=0, high=0.9)
     max_length: int = key(
-        "auto", "most tokens of an example; auto: 2048, or what the base can", low=2, word="auto"
+        "auto", "most tokens of an example; auto: 2048, or the base's limit", low=2, word="auto"
     )
     columns: dict[str, str] = key({}, "our key = theirs, for all files", metavar="OURS=THEIRS")
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
-    label_max: float = key(1.0, "the files' labels, 0 to label_max, are divided by it", above=0)
+    label_max: float = key(1.0, "the files' labels are divided by it, their maximum", above=0)
     prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for causal models")
     step_format: str = key("{step}\n", "how a step is written, with {step}, {number} and {marker}")
     step_marker: str = key("", "token after every step, at which its score is read")
@@ -98,8 +98,12 @@ class LoraConfig(Table):
     lora_r: int = key(16, "rank of the update; 0: only the score head is trained", low=0)
     lora_alpha: float = key(32, "the update is scaled by lora_alpha / lora_r", above=0)
     lora_dropout: float = key(0.0, "dropout on the input of A; it costs speed", low=0.0, high=0.9)
-    target_modules: list[str] = key(["all-linear"], "name endings or expressions", word="none")
-    modules_to_save: list[str] = key([], "trained in full: lm_head", metavar="MODULE", word="none")
+    target_modules: list[str] = key(
+        ["all-linear"], "ends of layer names, or regular expressions", word="none"
+    )
+    modules_to_save: list[str] = key(
+        [], "also trained, in full: lm_head", metavar="MODULE", word="none"
+    )
     use_rslora: bool = key(False, "scale the update by lora_alpha / sqrt(lora_r)")
     use_dora: bool = key(False, "DoRA: also train the magnitude of each row of a weight")
     rank_pattern: dict[str, int] = key({}, "name endings -> a rank of their own, as in PEFT", low=1)
@@ -116,9 +120,13 @@ class TrainingConfig(Table):
     learning_rate: float = key(2e-5, "peak learning rate", above=0)
     batch_size: int = key(4, "up to N x max_length tokens a micro-batch", low=1, word="auto")
     gradient_accumulation_steps: int = key(4, "a step is batch_size x N examples", low=1)
-    max_steps: int | None = key(None, "optimizer steps; default: num_train_epochs", low=1)
-    num_train_epochs: float | None = key(None, "default: 3, without max_steps", above=0)
-    warmup_steps: int | None = key(None, "default: 5 % of the run, at most 500", low=0)
+    max_steps: int | None = key(None, "optimizer steps, unless the epochs end before", low=1)
+    num_train_epochs: float | None = key(
+        None, "passes over the data; default: 3, if no max_steps", above=0
+    )
+    warmup_steps: int | None = key(
+        None, "steps of warmup; default: 5 % of the run, 500 at most", low=0
+    )
     warmup_ratio: float | None = key(None, "warmup as a share of the run", low=0.0, high=1.0)
     lr_scheduler_type: str = key("cosine", "after warmup", choices=("cosine", "linear", "constant"))
     max_grad_norm: float = key(1.0, "clip gradients to this norm; 0: no clipping", low=0.0)
@@ -131,7 +139,9 @@ class TrainingConfig(Table):
     seed: int = key(42, "for initial weights, data order and dropout", low=0, high=2**63 - 1)
     eval_steps: int = key(100, "evaluate every N steps", low=1)
     max_eval_batches: int = key(100, "evaluate on the first 4 x N sequences; 0: on all", low=0)
-    early_stopping_patience: int = key(0, "evaluations without a new best; 0: never stop", low=0)
+    early_stopping_patience: int = key(
+        0, "stop after N evaluations without a new best; 0: never", low=0
+    )
     gradient_checkpointing: bool = key("auto", "recompute activations: less memory", word="auto")
     offload_activations: bool = key(False, "keep checkpointed layers' inputs in main memory")
     compile: bool = key(False, "torch.compile each layer; the first steps are slow")
@@ -171,10 +181,12 @@ class OutputConfig(Table):
     save_steps: int = key(500, "save a checkpoint every N steps", low=1)
     save_optimizer: str = key(
         "auto",
-        "in all checkpoints or the last; auto: last in train.py",
+        "which checkpoints hold its state; auto: the last in train.py, else all",
         choices=("auto", "all", "last"),
     )
-    report_to: list[str] = key([], "log there too", choices=("tensorboard", "wandb"), word="none")
+    report_to: list[str] = key(
+        [], "also log to these", choices=("tensorboard", "wandb"), word="none"
+    )
 
 
 @dataclass
@@ -183,7 +195,9 @@ class EvaluationConfig(Table):
 
     max_new_tokens: int = key(256, "maximum number of tokens of an answer", low=1)
     temperature: float = key(0.0, "sampling temperature; 0: greedy decoding", low=0.0)
-    top_p: float = key(1.0, "sample from the likeliest tokens of this share", above=0, high=1.0)
+    top_p: float = key(
+        1.0, "sample from the likeliest tokens of this total probability", above=0, high=1.0
+    )
     refusal_pattern: str = key("", "regular expression: an answer that matches is a refusal")
     citation_pattern: str = key("", "regular expression: its matches in an answer are citations")
     json_keys: list[str] = key([], "keys that an answer must have, as a JSON object")

@@ -1,4 +1,4 @@
-"""The base of the configuration's tables: their keys have other names as well, and no others."""
+"""The base of the configuration's tables: keys have aliases, and an unknown name is an error."""
 
 import dataclasses
 from dataclasses import dataclass

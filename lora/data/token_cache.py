@@ -45,7 +45,7 @@ def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
     tokenizer = task.tokenizer
     written = tokenizer.backend_tokenizer.to_str()
     settings = (written, tokenizer.chat_template, tokenizer.special_tokens_map)
-    max_length = source.config.data.max_length  # "auto" in the folder's name, and a number by now
+    max_length = source.config.data.max_length
     with locked(source.folder) as folder:
         entry = folder / digest(settings, max_length, task.causal)
         if entry.is_dir():

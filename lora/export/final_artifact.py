@@ -49,8 +49,8 @@ from lora.training.log import Log
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes")
 
 
-def finished_results(run_dir: Path, config: Config, step: int, max_steps: int) -> dict | None:
-    """Return the results of a run of `max_steps` that has ended at `step` with its artifact.
+def finished_results(run_dir: Path, config: Config, state: dict, max_steps: int) -> dict | None:
+    """Return the results of a run that has ended at a checkpoint's `state` with its artifact.
 
     Raises UserError where its artifact has another artifact_version than `config`.
     """
@@ -60,7 +60,9 @@ def finished_results(run_dir: Path, config: Config, step: int, max_steps: int) -
     from lora.common.saved_files import RESULTS, read_table  # where a run is started again
 
     results = read_table(folder / "training_metrics.json", RESULTS)
-    has_ended = results["last"]["step"] == step and results.get("max_steps") == max_steps
+    has_stopped = 0 < config.training.early_stopping_patience <= state["without_best"]
+    is_of_state = results["last"]["step"] == state["step"]
+    has_ended = is_of_state and (state["step"] >= max_steps or has_stopped)
     # Not from metadata.json, where version 1 has the number of its format under this name.
     saved = saved_config(folder).output.artifact_version
     wanted = config.output.artifact_version
@@ -70,16 +72,13 @@ def finished_results(run_dir: Path, config: Config, step: int, max_steps: int) -
     return results if has_ended else None
 
 
-def write_final_artifact(
-    run: Run, log: Log, base_files: dict, data_files: dict, max_steps: int
-) -> dict:
+def write_final_artifact(run: Run, log: Log, base_files: dict, data_files: dict) -> dict:
     """Write the results and the artifact, with the best checkpoint's weights; return the results.
 
     Args:
         run: a run that has ended, and whose base was found unchanged.
         base_files: sha256 of the base's weight files.
         data_files: sha256 of the data's files, as `RawData.files`.
-        max_steps: of the run, which may have stopped before.
     """
     states = saved_states(log.run_dir / "checkpoints")
     best = best_undamaged(states)
@@ -96,7 +95,6 @@ def write_final_artifact(
     results = {
         "best": {"step": best["step"], **best["val"]},
         "last": {"step": last["step"], **last["val"]},
-        "max_steps": max_steps,
         "seconds": totals["seconds"],
         "tokens": totals["tokens"],
         "peak_memory_gb": peak and round(peak / 1e9, 3),
@@ -143,7 +141,8 @@ def loss_before_training(run_dir: Path) -> float:
     """
     with open(run_dir / "logs" / "train_metrics.jsonl", encoding="utf-8") as file:
         first = json.loads(file.readline())
-    return math.inf if first["step"] else first["val/loss"] or math.inf
+    is_evaluated = first["step"] == 0 and first["val/loss"] is not None
+    return first["val/loss"] if is_evaluated else math.inf
 
 
 def next_commands(folder: Path, config: Config) -> str:
@@ -152,7 +151,9 @@ def next_commands(folder: Path, config: Config) -> str:
     artifact = shlex.quote(folder.as_posix())
     words = [*script_call("eval.py"), "--checkpoint", artifact, "--prompt", prompt]
     lines = ["try it:   " + " ".join(words)]
-    if config.lora and not config.model.score_layer:
+    # Random weights are in no folder, and only whole models are merged.
+    is_merged = config.model.init_from != "scratch" and not config.model.score_layer
+    if config.lora and is_merged:
         words = [*script_call("merge.py"), "--adapter", artifact, "--output", "merged"]
         lines.append("merge it: " + " ".join(words))
     return "\n".join(lines)

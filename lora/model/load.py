@@ -68,7 +68,8 @@ def load_task(
         if is_scorer and reads_last and not tokens:
             task.load_head(locate_base(base_model)[0])  # a scorer's artifact is the base
         elif reads_last or tokens:
-            initialise_head(task.head, files, tokens, tokenizer, embeddings)
+            found = initialise_head(task.head, files, tokens, tokenizer, embeddings)
+            task.head_is_random = not found
 
     set_max_length(config, shape, task.first_position)
     return task

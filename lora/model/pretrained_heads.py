@@ -70,11 +70,15 @@ def initialise_head(
     tokens: list[str],
     tokenizer: PreTrainedTokenizerBase,
     embeddings: Tensor,
-) -> None:
-    """Initialise a score head from the base's weight files; without any known form it stays random.
+) -> bool:
+    """Initialise a score head from the base's weight files; return whether they hold one.
 
-    `tokens` are none, or a good and a bad one, whose rows of the output layer are taken. That is
-    `embeddings`, the input embeddings, where the files have none. Raises UserError.
+    Args:
+        tokens: none, or a good and a bad one, whose rows of the output layer are taken.
+        embeddings: the input embeddings, which are the output layer where the files have none.
+
+    Raises:
+        UserError: where `tokens` are not two tokens of the base.
     """
     value, score = read_tensors(files, "v_head.summary."), read_tensors(files, "score.")
     if tokens:
@@ -91,4 +95,5 @@ def initialise_head(
         weight, bias = score["score.weight"], score.get("score.bias", torch.zeros(2))
         load_linear(head, weight[1] - weight[0], bias[1:] - bias[:1])
     else:
-        load_two_class_head(head, files)
+        return load_two_class_head(head, files)
+    return True

@@ -44,6 +44,7 @@ class Task(nn.Module):
             self.head = LMHead(model.get_output_embeddings, model.config.get_text_config())
         else:
             self.head = MLPHead(model.config.hidden_size, head_dropout, score_loss)
+        self.head_is_random = isinstance(self.head, MLPHead)  # until one is loaded
         self.causal = is_causal(model)
         self.packed = True  # False: padded, as the model cannot be told where documents end
         # RoBERTa counts positions from its padding index + 1, the others from 0.
@@ -196,6 +197,7 @@ class Task(nn.Module):
         """Load the MLP head, if the task has one, from its file or a merged scorer's weights."""
         if not isinstance(self.head, MLPHead):
             return
+        self.head_is_random = False
         path = Path(folder) / "mlp_head.safetensors"
         with library_errors(path):
             if not path.is_file():

@@ -2,6 +2,7 @@
 
 from collections import deque
 import json
+import math
 import os
 from pathlib import Path
 import statistics
@@ -82,7 +83,7 @@ class Log:
         self.text_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def start(self, step: int, total: int) -> None:
-        """Take the first step and the last one, of which all later lines tell."""
+        """Set the first and the last step, which later lines refer to."""
         self.first_step, self.total = step, total
 
     def begin_step(self) -> float:
@@ -102,7 +103,8 @@ class Log:
             if loss > mean + SPIKE * statistics.pstdev(self.losses):
                 before = f"the mean of the {SPIKE_WINDOW} steps before is {mean:.4f}"
                 self.say(f"step {step}: loss spike: {loss:.4f}; {before}")
-        self.losses.append(loss)
+        if math.isfinite(loss):
+            self.losses.append(loss)
         self.num_tokens += num_tokens
         self.run_tokens += num_tokens
         self.seconds += seconds

@@ -19,7 +19,6 @@ from lora.config.earlier_stage import require_stage
 from lora.config.schema import get_lora_config
 from lora.config.set_keys import saved_config
 from lora.evaluation.eval_arguments import read_arguments
-from lora.export.merging import find_adapter
 from lora.training.best_checkpoints import recover
 import merge
 from tests.conftest import run
@@ -145,12 +144,12 @@ def test_odd_metadata_are_named(artifact, values):
 @pytest.mark.parametrize("saved", ["artifact", "checkpoint"])
 def test_what_is_ours_has_checksums(saved, request):
     folder = request.getfixturevalue(saved)
-    source = find_adapter(str(folder), None)
+    to_merge = merge.read_arguments(["--adapter", str(folder), "--output", "merged"])
     stage = get_lora_config()
     stage.model.init_from = str(folder)
     (folder / "checksums.json").unlink()
     for read in (
-        source.verify,
+        lambda: merge.main(to_merge),
         lambda: read_arguments(["--checkpoint", str(folder)]),
         lambda: require_stage(stage),
     ):
@@ -181,6 +180,9 @@ def test_the_sha256_of_the_checksums_tells_a_sealed_change(configure, capsys):
     ):
         with pytest.raises(UserError, match=f"expected {sha256}: not the files that were meant"):
             verify()
+    (artifact / "README.md").write_text("changed again")
+    with pytest.raises(UserError, match="'README.md': changed"):
+        merge.main(merge.read_arguments([*to_merge[:4], "--portable"]))
     with pytest.raises(UserError, match="no artifact is named"):
         read_arguments(["--base_model", "embedded", "--eval_data", "x", "--expect_sha256", sha256])
 

@@ -502,3 +502,19 @@ def test_the_name_of_a_run_does_not_lead_out_of_output_dir(tmp_path, name, resum
         path = tmp_path / "a.json"
         path.write_text(json.dumps({"experiment_name": name}))
         read(*NAMED, "--config", str(path), *resume)
+
+
+def test_the_size_of_a_step_is_kept_on_resume_whatever_is_allowed(tmp_path):
+    flags = [*NAMED, "--experiment_name=a", f"--output_dir={tmp_path}"]
+    checkpoint = tmp_path / "a" / "checkpoints" / "checkpoint_step_4"
+    as_of_an_older_version(checkpoint, "trainer_state.json", read(*flags), False)
+    (checkpoint / "optimizer.safetensors").write_bytes(b"")
+    write_checksums(checkpoint)
+    kept = "batch_size 8: a resumed run keeps its 4; start another run with --init_from"
+    with pytest.raises(UserError, match=kept):
+        read(*flags, "--resume_from=auto", "--batch_size=8", "--allow_change=batch_size")
+
+
+def test_a_named_data_set_is_data_that_is_named():
+    with pytest.raises(UserError, match="base_model"):  # and not the built-in example beside it
+        read("--use_prm800k", "--prm800k_path=phase1_train.jsonl")

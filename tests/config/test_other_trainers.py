@@ -161,7 +161,7 @@ def test_words_that_need_nothing_are_counted_in_one_note(tmp_path, capsys):
     assert re.search(
         r"note: .*c.yaml: 5 keys need nothing here: save_total_limit \(the three", line
     )
-    assert "load_in_8bit (it is so here)" in line and "eval.batch_size (evaluation has" in line
+    assert "load_in_8bit (already so here)" in line and "eval.batch_size (evaluation has" in line
 
 
 def test_methods_and_trackers(tmp_path):

@@ -76,6 +76,18 @@ def test_a_second_run_reads_no_data_and_tokenises_nothing(configure, chats, monk
     )
 
 
+def test_max_length_auto_and_its_number_share_an_entry(configure, chats, monkeypatch):
+    """A resumed run has the number, where the command says auto."""
+    config = settings(configure, chats)
+    config.data.max_length = "auto"
+    source = RawData(config)
+    task = load_task(config, torch.float32)
+    token_cache.load_or_tokenise(source, task)
+    assert config.data.max_length == 512  # all that the base can read
+    monkeypatch.setattr(token_cache, "tokenise", None)
+    token_cache.load_or_tokenise(RawData(config), task)
+
+
 @pytest.mark.parametrize("change", ["data", "max_length", "template", "split"])
 def test_a_change_of_data_settings_or_template_is_another_entry(configure, chats, change):
     config = settings(configure, chats)

@@ -251,13 +251,15 @@ def test_a_two_class_head_among_the_bases_weights_is_gone_on_from(configure, tmp
         "score.2.bias": (2,),
     }
     t = {name: torch.randn(shape) for name, shape in names.items()}
-    scores, hidden, _ = scores_and_hidden(configure, other_base(tmp_path, **t))
+    scores, hidden, task = scores_and_hidden(configure, other_base(tmp_path, **t))
+    assert not task.head_is_random  # or eval.py would say so
     logits = (
         torch.relu(hidden @ t["score.0.weight"].T + t["score.0.bias"]) @ t["score.2.weight"].T
         + t["score.2.bias"]
     )
     torch.testing.assert_close(scores, logits.softmax(-1)[:, 1], rtol=0, atol=1e-5)
-    random, _, _ = scores_and_hidden(configure, other_base(tmp_path, **t), init_from="scratch")
+    random, _, task = scores_and_hidden(configure, other_base(tmp_path, **t), init_from="scratch")
+    assert task.head_is_random
     assert (random - scores).abs().max() > 1e-3
 
 

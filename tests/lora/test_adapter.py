@@ -169,7 +169,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ),
         (
             lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)}),
-            "use_dora = False .* not so of .*q_proj",
+            "use_dora = False .* does not match .*q_proj",
         ),
         (
             lambda t: [t.update({k.replace("q_proj", "z_proj"): t.pop(k)}) for k in list(t)],
@@ -203,7 +203,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
                     for x, shape in (("A", (5, 32)), ("B", (32, 5)))
                 }
             ),
-            "of another rank than r and rank_pattern say: .*q_proj",
+            "the rank differs from r and rank_pattern for: .*q_proj",
         ),
         (
             lambda t: t.update(
@@ -289,7 +289,7 @@ def test_a_config_that_no_lora_can_have_is_one_line(ours, values):
     path = ours[1] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     with pytest.raises(
-        UserError, match=f"nothing that LoRA can have: {next(iter(values))}|no regular expression"
+        UserError, match=f"invalid values: {next(iter(values))}|no regular expression"
     ):
         load_adapter(tiny_llama(), ours[1])
     path.write_text("[]")

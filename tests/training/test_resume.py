@@ -16,14 +16,16 @@ from lora.common.atomic_files import remove_leftovers
 from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import UserError
 from lora.common.exit_status import RunStatus
-from lora.config.command_line import read_command_line
+from lora.config.command_line import Command, read_command_line
 from lora.config.run_folder import newest_checkpoint
 from lora.config.schema import Config, get_lora_config
+from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
 from lora.training import best_checkpoints
 from lora.training.log import Log, cut_metrics_after
 from lora.training.remove_optimizer import remove_optimizer
 from tests.conftest import run
+import train_lora
 
 
 def files(folder):
@@ -77,9 +79,7 @@ SEVERAL_MICRO_BATCHES = {"batch_size": 1, "gradient_accumulation_steps": 8, "max
 def test_resumed_equals_uninterrupted_bitwise(configure, monkeypatch, lora, settings, step):
     whole = run(configure(lora, "whole", save_steps=step, **settings))
     config = configure(lora, "cut", save_steps=step, **settings)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TrainingData, "batch_at", interrupted_at(step + 1))
-        run(config)
+    run_until(step + 1, config, monkeypatch)
     torch.manual_seed(12345)  # whatever the generator's state is
     cut = run(config, f"{config.output.output_dir}/cut/checkpoints/checkpoint_step_{step}")
     last = "checkpoints/checkpoint_step_12"
@@ -102,6 +102,44 @@ def interrupted_at(stop):
         return undisturbed(self, step)
 
     return batch_at
+
+
+def run_until(stop, config, monkeypatch):
+    """Run until the run is killed in its step `stop`."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingData, "batch_at", interrupted_at(stop))
+        run(config)
+
+
+def test_a_run_that_is_shortened_to_where_it_was_stopped_ends_as_a_run_of_that_length(
+    configure, monkeypatch
+):
+    settings = dict(save_steps=4, eval_steps=3, lr_scheduler_type="constant", warmup_steps=0)
+    whole = run(configure(True, "whole", max_steps=4, **settings))
+    config = configure(True, "cut", **settings)
+    run_until(5, config, monkeypatch)
+    config.training.max_steps = 4
+    checkpoint = f"{config.output.output_dir}/cut/checkpoints/checkpoint_step_4"
+    cut = run(config, checkpoint, auto=True)
+    assert metrics(cut) == metrics(whole) and files(cut) == files(whole)
+
+
+def test_a_run_without_its_artifact_is_ended_by_the_command_that_the_program_prints(configure):
+    config = configure(True, max_steps=4)
+    folder = run(config)
+    before = files(folder)
+    shutil.rmtree(folder / "final_artifact")
+    assert files(run(config, folder / "checkpoints" / "checkpoint_step_4")) == before
+
+
+def test_a_float32_run_is_resumed_in_float16(configure, monkeypatch):
+    config = configure(True, save_steps=4, dtype="float32")
+    run_until(5, config, monkeypatch)
+    folder = Path(config.output.output_dir) / "run"
+    config.training.dtype = "float16"
+    checkpoint = str(folder / "checkpoints" / "checkpoint_step_4")
+    command = Command(config, folder, checkpoint, allowed=("dtype",))
+    assert train_lora.main(command, RawData(config))["last"]["step"] == 12
 
 
 def test_the_three_best_and_the_last_stay_and_survive_a_resume(configure):
@@ -216,7 +254,7 @@ def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
 
 
 def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume(
-    configure, monkeypatch
+    configure, monkeypatch, capsys
 ):
     settings = dict(
         max_steps=300, learning_rate=1.0, early_stopping_patience=3, eval_steps=2, save_steps=2
@@ -234,15 +272,21 @@ def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume
     # Three in a row were no better
     assert stop < 300 and losses.index(min(losses)) == len(losses) - 4
     config = configure(True, "cut", **settings)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TrainingData, "batch_at", interrupted_at(stop - 2))
-        run(config)
-    assert (
-        evaluations(
-            run(config, f"{config.output.output_dir}/cut/checkpoints/checkpoint_step_{stop - 2}")
-        )
-        == whole
-    )
+    run_until(stop - 2, config, monkeypatch)
+    checkpoints = Path(config.output.output_dir) / "cut" / "checkpoints"
+    folder = run(config, checkpoints / f"checkpoint_step_{stop - 2}")
+    assert evaluations(folder) == whole
+
+    # It has ended, with or without its artifact, and goes on with more patience.
+    shutil.rmtree(folder / "final_artifact")
+    last = checkpoints / f"checkpoint_step_{stop}"
+    assert evaluations(run(config, last)) == whole
+    assert (folder / "final_artifact").is_dir()
+    capsys.readouterr()
+    run(config, last, auto=True)
+    assert f"complete since step {stop}; nothing to do" in capsys.readouterr().out
+    config.training.early_stopping_patience = 4
+    assert len(evaluations(run(config, last, auto=True))) > len(whole)
 
 
 def test_a_checkpoint_without_its_optimizer_state_is_refused(configure):

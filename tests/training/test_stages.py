@@ -130,7 +130,7 @@ def test_full_fine_tuning_of_an_encoder_starts_from_its_adapter(configure, tiny_
         (
             dict(alpha_pattern={"q_proj": 4.0}),
             {},
-            "of another lora_alpha, alpha_pattern or use_rslora than here: model.layers.0",
+            "lora_alpha, alpha_pattern or use_rslora differ from the model's for: model.layers.0",
         ),
         (
             dict(modules_to_save=["norm"]),
