@@ -132,6 +132,9 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
     if full_model:
         config.model.base_model = full_model
         config.model.init_from = ""
+    if checkpoint and config.model.init_from == "scratch" and arguments.seed is not None:
+        drawn = "the base's random weights are drawn with the seed of the run"
+        raise UserError(f"--seed {arguments.seed}: {drawn}; leave it out.")
     apply_flags(config, arguments, KEYS)
     check_combinations(arguments, config)
     check_scorer_flags(arguments, config.model.task == "score")

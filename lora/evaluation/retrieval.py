@@ -24,7 +24,7 @@ def read_corpus(path: str) -> dict[str, str]:
     for where, row in files.read_rows(path):
         document_id = read_id(where, row.get("id"))
         if document_id in corpus:
-            second = f"id {document_id} is there a second time"
+            second = f"id {document_id} occurs twice"
             raise UserError(f"{where}: {second}; each needs its own.")
         corpus[document_id] = string(where, "text", row.get("text"))
     if not corpus:

@@ -82,7 +82,7 @@ def categories_of(rows: Sequence[Example] | Sequence[Question]) -> list[str]:
     categories = [row.category for row in rows]
     count = len(set(categories))
     if count > MAX_CATEGORIES:
-        print(f"note: {count} categories; each has its own means where there are {MAX_CATEGORIES}")
+        print(f"note: {count} categories, too many to give the means of each ({MAX_CATEGORIES})")
         return [""] * len(rows)
     return categories
 
@@ -177,6 +177,15 @@ def measure_steps(
     if has_no_score.any():
         too_long = f"do not fit max_length {config.data.max_length} and have no score"
         print(f"note: {has_no_score.sum()} of {len(has_no_score)} steps {too_long}")
+    labels, labelled_scores = step_metrics.labelled_steps(examples, scores)
+    report: dict[str, dict] = {}
+    if len(labels):
+        paths = arguments.eval_data or config.data.eval_paths
+        if arguments.test_set:
+            paths = [arguments.test_set]
+        report = compare_with_baselines(paths, examples, scores, config)
+        threshold = report["thresholds"]["scores"]  # perhaps a tuned one
+
     if arguments.prompt is not None or arguments.test_set:
         for example, of_chain in zip(examples, scores):
             if arguments.prompt is None:
@@ -188,12 +197,7 @@ def measure_steps(
         print(f"<- first error: the first step with a score below the threshold, {threshold:g}.")
 
     numbers, table = {}, []
-    labels, labelled_scores = step_metrics.labelled_steps(examples, scores)
-    if len(labels):
-        paths = arguments.eval_data or config.data.eval_paths
-        if arguments.test_set:
-            paths = [arguments.test_set]
-        report = compare_with_baselines(paths, examples, scores, config)
+    if report:
         values, targets = torch.from_numpy(labelled_scores), torch.from_numpy(labels)
         loss, right = task.head.metrics(values, targets)["loss"], (labels >= 0.5).mean()
         print(f"{len(labels)} labelled steps, {right:.1%} of them right; loss {loss:.6f}")
@@ -219,14 +223,12 @@ def measure_steps(
         write_text_atomically(Path(arguments.html), page)
     if table:
         print(*step_report.aligned(table), sep="\n")
-    if len(labels):
+    if report:
         print(step_report.INTERVALS, step_report.verdict(report), sep="\n")
-
-    tuned = report["thresholds"]["scores"] if len(labels) else threshold
 
     def metrics(chosen: list[int]) -> dict:
         chains, of_chains = [examples[i] for i in chosen], [scores[i] for i in chosen]
-        scored = step_metrics.ScoredChains(chains, of_chains, tuned)
+        scored = step_metrics.ScoredChains(chains, of_chains, threshold)
         measures = scored.measures() if scored.labels else {}
         for way, (value, _) in best_of_n(chains, of_chains).items():
             measures[f"best_of_n/{way}"] = value

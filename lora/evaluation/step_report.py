@@ -87,7 +87,7 @@ def aligned(rows: Table) -> Iterator[str]:
     most_cells = max(map(len, rows)) - 1
     longest_name = MAX_COLUMNS - most_cells * (cell_width + 2)
     names = [row[0] for row in rows if len(row[0]) <= longest_name]
-    name_width = max(map(len, names))
+    name_width = max(map(len, names), default=0)
     for name, *cells in rows:
         if len(name) > name_width:
             yield printable(name)

@@ -106,7 +106,12 @@ def build_model(
             problem = "random weights are not quantised"
             raise UserError(f"init_from scratch: {problem}; leave load_in_4bit out.")
         with library_errors(f"base_model {config.model.base_model}", KeyError):
-            model = model_class.from_config(shape, dtype=dtype, attn_implementation=attention)
+            model = model_class.from_config(
+                shape, dtype=torch.float32, attn_implementation=attention
+            )
+        # Drawn in float32 whatever they are computed in, so that an evaluation has the same base.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         model.config.name_or_path = locate_base(config.model.base_model)[0]
     else:
         model = load_weights(model_class, config.model.base_model, dtype, attention, quantization)

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import torch
 
+from lora.common.errors import ResourceExhausted
 from lora.common.operating_system import physical_memory_bytes
 from lora.data.batches import Batch
 from lora.distributed.collectives import broadcast_from_rank_zero
@@ -16,7 +17,7 @@ from lora.model.placement import place_on_device
 from lora.model.run import Run
 from lora.training.checkpoint import trainable_parameters
 from lora.training.gradients import backward
-from lora.training.memory_plan import plan_memory
+from lora.training.memory_plan import USABLE, fits, plan_memory
 from lora.training.optimizer import make_optimizer
 from lora.training.schedule import total_steps
 
@@ -46,8 +47,11 @@ def print_memory(run: Run) -> bool:
     total = f"  {'total':12}{needed / 1e9:9.3f} GB"
     if available:
         total += f" of {available / 1e9:.0f} GB on this {run.device.type}"
-        if needed >= available:
-            print(f"{total}: it does not fit")
+        if not fits(needed, available):
+            then = ""
+            if run.config.training.batch_size == "auto":
+                then = "; training would halve its micro-batches"
+            print(f"{total}: it does not fit in {USABLE:.0%} of that{then}")
             return False
     print(total, flush=True)
     return True
@@ -67,7 +71,9 @@ def describe_time(run: Run) -> str:
 
     def train(batches: list[Batch]) -> None:
         scaler = torch.amp.GradScaler(enabled=False)
-        backward(run, batches, data.num_targets_at(0), 0, scaler)
+        _, out_of_memory = backward(run, batches, data.num_targets_at(0), 0, scaler)
+        if out_of_memory:
+            raise ResourceExhausted("out of memory in a part of a step; lower --batch_size.")
 
     def evaluation_batches(rows: np.ndarray) -> list[Batch]:
         return data.held_out.batches(rows, data.max_tokens, data.packed)

@@ -12,7 +12,7 @@ from lora.common.toml_json import read_file
 from lora.config.schema import Config
 from lora.config.set_keys import from_dict, key_values, set_key
 from lora.config.table import ALIASES
-from lora.tools.finished_run import FinishedRun, flat_config, format_value
+from lora.tools.finished_run import IGNORED_KEYS, FinishedRun, flat_config, format_value
 
 
 def proposed_name(run: FinishedRun, config: Config, names: Iterable[str]) -> str:
@@ -45,6 +45,8 @@ def missing_commands(
         key, _, values = axis.partition("=")
         if not values:
             raise UserError(f"--sweep {axis}: expected KEY=VALUE,VALUE,...")
+        if key in IGNORED_KEYS:
+            raise UserError(f"--sweep {key}: it changes no numbers; expected a key that does.")
         values_of_key[key] = values.split(",")
     config_file = first.file("logs/config.toml")
     script = "train_lora.py" if "lora_r" in first.config else "train.py"

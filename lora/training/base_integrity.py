@@ -36,12 +36,10 @@ def start_hashing(model: ModelConfig) -> Future[dict[str, str]]:
     return ThreadPoolExecutor(1).submit(file_sums, model)
 
 
-def measure_base(task: Task, config: Config) -> BaseSums:
-    return BaseSums(file_sums(config.model), measure_frozen(task, config))
-
-
-def measure_frozen(task: Task, config: Config) -> dict[str, str]:
-    return frozen_sums(task.model) if config.lora else {}
+def measure_base(task: Task, config: Config, files: dict[str, str] | None = None) -> BaseSums:
+    """Hash a base; `files` are the hashes of its weight files, where they are known already."""
+    frozen = frozen_sums(task.model) if config.lora else {}
+    return BaseSums(file_sums(config.model) if files is None else files, frozen)
 
 
 def file_sums(model: ModelConfig) -> dict[str, str]:
@@ -54,7 +52,7 @@ def frozen_sums(model: nn.Module) -> dict[str, str]:
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what the model's state holds and is not trained, a 4-bit weight's scales among it.
+    """Return the frozen tensors of the model's state, with the scales of 4-bit weights.
 
     The model itself makes the other buffers anew (rotary frequencies, for the length it reads).
     """

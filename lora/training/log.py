@@ -68,9 +68,10 @@ class Log:
         self.metrics_file = open(folder / metrics, "a", buffering=1, encoding="utf-8")
         self.text_file = open(folder / text, "a", buffering=1, encoding="utf-8")
         if config.output.report_to:
-            from lora.training.trackers import make_trackers
+            from lora.training.trackers import Tracker
 
-            self.trackers = make_trackers(self.run_dir, config, start, self.say)
+            for name in config.output.report_to:
+                self.trackers.append(Tracker(name, self.run_dir, config, start, self.say))
 
     def say(self, line: str) -> None:
         """Print a line, and write it to the text log with the time."""

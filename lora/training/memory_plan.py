@@ -105,7 +105,7 @@ def plan_memory(run: Run) -> dict[str, int]:
     """Return the bytes of each part of what this process would hold at its peak.
 
     On a CPU one part is "program": Python, the libraries, and what is left of loading. The task is
-    not sharded yet, and on the CPU (a 4-bit base: on the device).
+    not sharded yet, and may be on the CPU or on the device.
     """
     parameters = list(trainable_parameters(run.task).values())
     num_shards = 1 if run.config.lora else process_group.world_size()
@@ -165,7 +165,7 @@ def count_step(run: Run) -> tuple[int, int]:
     before = task.head.register_forward_pre_hook(head_memory.forward_begins)
     after = task.head.register_forward_hook(head_memory.forward_ends)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.compiler.set_stance("force_eager"), fake_mode:
+    with before, after, torch.compiler.set_stance("force_eager"), fake_mode:  # removes the hooks
         fakes = {}
         for name, tensor in (*task.named_parameters(), *task.named_buffers()):
             # 4-bit weights are of bitsandbytes' own type, and on the device already.
@@ -183,8 +183,6 @@ def count_step(run: Run) -> tuple[int, int]:
             except (RuntimeError, AttributeError) as error:
                 found = f"this model cannot be counted in {run.dtype} ({str(error)[:120]})"
                 raise UserError(f"--dry_run: {found}.") from None
-    before.remove()
-    after.remove()
     return counter.peak, head_memory.peak
 
 

@@ -77,8 +77,9 @@ def begin(
     config = run.config
     base, base_files = None, None
     if process_group.rank() == 0:
-        base_files = hashing.result() if hashing else base_integrity.file_sums(config.model)
-        base = BaseSums(base_files, base_integrity.measure_frozen(run.task, config))
+        files = hashing.result() if hashing else None
+        base = base_integrity.measure_base(run.task, config, files)
+        base_files = base.files
         command.require_same({"base_model": base_files, "dtype": str(run.dtype)})
     # The number of threads decides the order of sums, and so the last bits of a resumed run.
     # torchrun sets OMP_NUM_THREADS itself; in one process it is what the user asked for.
@@ -171,9 +172,9 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
     if training.deterministic and run.device.type == "cuda":
         lines.append("deterministic: a resumed run gives the same bits, at the price of speed")
     if training.gradient_checkpointing == "auto" and run.device.type == "cuda":
-        reason = (
-            "on: the GPU could not hold a step without" if checkpointing else "off: a step fits"
-        )
+        reason = "off: no step was found that needs it"
+        if checkpointing:
+            reason = "on: the GPU could not hold a step without"
         lines.append(f"gradient checkpointing (auto) is {reason}")
     if training.max_steps and training.num_train_epochs:
         lines.append("max_steps and num_train_epochs given: the run ends at whichever comes first")

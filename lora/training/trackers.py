@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import hashlib
 from pathlib import Path
 
-from lora.config.parse_values import split_names
 from lora.config.schema import Config
 
 
@@ -35,16 +34,6 @@ class Tracker:
             self.say(f"report_to {self.name}: {text}; the run goes on without it")
 
 
-def make_trackers(
-    run_dir: Path, config: Config, start: int, say: Callable[[str], None]
-) -> list[Tracker]:
-    """Return a tracker for each name in `report_to`."""
-    names = config.output.report_to
-    if isinstance(names, str):  # a configuration that was set from Python
-        names = split_names([names])
-    return [Tracker(name, run_dir, config, start, say) for name in names]
-
-
 def tensorboard(run_dir: Path, config: Config, start: int) -> Callable:
     """Return a function that writes metrics to RUN/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter
@@ -69,6 +58,7 @@ def wandb(run_dir: Path, config: Config, start: int) -> Callable:
         name=run_dir.name,
         id=hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16],
         resume="allow",  # a resumed run continues the same one
+        reinit="finish_previous",  # one that lora.train has ended in this process
         dir=run_dir / "logs",
         config=config.as_dict(),
         settings=package.Settings(init_timeout=30),

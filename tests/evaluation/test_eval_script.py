@@ -125,6 +125,10 @@ def test_rouge_is_f1_of_words_pairs_and_subsequences():
         ("I do not know, perhaps 150.", "no", False),
         ("I do not know, perhaps 150.", "15", False),
         ("It is (15).", "15", True),
+        ("It is 5.", "5", True),
+        ("It is 0.5.", "5", False),
+        ("It is 5.25.", "5", False),
+        ("About 1,500.", "500", False),
         ("それは東京です", "東京", True),
     ],
 )

@@ -1,6 +1,7 @@
 """What a run survives. The slow tests are benchmarks/reliability.py, which kills its own runs."""
 
 import json
+import math
 import os
 from pathlib import Path
 import signal
@@ -163,21 +164,17 @@ def test_a_step_that_is_not_finite_may_be_left_out(configure, monkeypatch, capsy
     assert losses.pop(5) is None and None not in losses.values() and len(losses) == 11
 
 
-def test_a_loss_far_above_the_others_is_said(configure, monkeypatch, capsys):
-    at_call(
-        monkeypatch, Task, "forward", SPIKE_WINDOW + 6, lambda result: (result[0] * 1000, result[1])
-    )
-    run(
-        configure(
-            True,
-            max_steps=SPIKE_WINDOW + 10,
-            batch_size=8,
-            gradient_accumulation_steps=1,
-            max_grad_norm=1e-3,
+def test_a_loss_far_above_the_others_is_said_also_after_one_that_is_no_number(
+    configure, monkeypatch, capsys
+):
+    for call, factor in ((4, math.nan), (SPIKE_WINDOW + 7, 1000)):
+        at_call(
+            monkeypatch, Task, "forward", call, lambda result, f=factor: (result[0] * f, result[1])
         )
-    )
+    settings = dict(batch_size=8, gradient_accumulation_steps=1, max_grad_norm=1e-3)
+    run(configure(True, max_steps=SPIKE_WINDOW + 10, skip_nonfinite=1, **settings))
     said = [line for line in capsys.readouterr().out.splitlines() if "loss spike" in line]
-    assert len(said) == 1 and said[0].startswith(f"step {SPIKE_WINDOW + 5}: loss spike: ")
+    assert len(said) == 1 and said[0].startswith(f"step {SPIKE_WINDOW + 6}: loss spike: ")
 
 
 def test_status_json_says_how_a_run_ended(tiny_base, tmp_path, monkeypatch, capsys):

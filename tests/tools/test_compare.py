@@ -166,6 +166,7 @@ def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_pa
             "--plot /no/such/a.png: expected the name of a .png file",
         ),
         (["{run}", "--sweep", "lora_r"], "--sweep lora_r: expected KEY=VALUE"),
+        (["{run}", "--sweep", "artifact_version=a,b"], "artifact_version: it changes no numbers"),
         (["{run}", "--sweep", "lora_x=1"], "--sweep lora_x: no such key"),
         (["{run}", "--against", "/no/such"], "/no/such: no logs/config.json"),
     ],
