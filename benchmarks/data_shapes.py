@@ -119,6 +119,13 @@ SHAPES = [
         },
         [CALL_TEXT, "No."],
     ),
+    Shape(
+        "functions or tools as JSON in a text",
+        {"messages": call(tool_calls=[{"function": CALL}]), "functions": json.dumps([TOOL])},
+        [CALL_TEXT, "No."],
+    ),
+    Shape("tools, each JSON in a text", {"messages": CHAT, "tools": [json.dumps(TOOL)]}),
+    Shape("a row without its weight", {"messages": CHAT, "weight": None}),
     Shape("Alpaca", {"instruction": "Answer.", "input": Q, "output": A}),
     Shape(
         "Alpaca with system and history",
@@ -267,6 +274,7 @@ def saved_data_set(folder: Path) -> None:
     arrow = folder / "data-00000-of-00001.arrow"
     with pyarrow.ipc.new_stream(str(arrow), table().schema) as stream:
         stream.write_table(table())
+    (folder / "cache-4f3a.arrow").write_bytes(arrow.read_bytes())  # as `Dataset.map` leaves
     (folder / "dataset_info.json").write_text("{}")
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": arrow.name}]}))
 

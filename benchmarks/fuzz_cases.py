@@ -24,8 +24,8 @@ import yaml
 
 from lora.common.checksums import write_checksums
 from lora.common.toml_json import to_toml
-from lora.config.schema import get_lora_config, tables_of
-from lora.config.set_keys import fields_by_key, key_values
+from lora.config.schema import fields_by_key, get_lora_config, tables_of
+from lora.config.set_keys import key_values
 from lora.config.table import ALIASES
 
 

@@ -287,7 +287,7 @@ def masks() -> Iterator[Case]:
         "A2",
         "an answer that is only reasoning, for gpt-oss",
         "render: <think>r</think>, with gpt-oss's template",
-        "message 2: where the chat template of .* writes it cannot be told",
+        "message 2: cannot tell where the chat template of .* writes it",
         lambda: render(only_thought, base=gptoss()),
     )
     thinking = chat({"content": "one", "thinking": "r"})
@@ -304,7 +304,7 @@ def masks() -> Iterator[Case]:
         "A2",
         "a template that rewrites line ends",
         r"render: one\r\ntwo, template with replace('\r\n', '\n')",
-        "message 2: where the chat template of .* writes it cannot be told",
+        "message 2: cannot tell where the chat template of .* writes it",
         lambda: render(lines, base=base_with(rewriting)),
     )
     lookalike = chat({"content": "<|im_end|> ends a turn"})

@@ -21,8 +21,7 @@ from transformers import (
 
 from lora.common.base_model_files import EMBEDDED_BASE
 from lora.config.command_line import Command
-from lora.config.schema import Config, get_lora_config
-from lora.config.set_keys import fields_by_key
+from lora.config.schema import Config, fields_by_key, get_lora_config
 from lora.data.raw_data import RawData
 
 os.environ["PLAINLORA_CACHE"] = tempfile.mkdtemp(prefix="plainlora_tests_")

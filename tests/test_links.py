@@ -6,8 +6,7 @@ import re
 import pytest
 
 from lora.common.paths import ROOT
-from lora.config.schema import get_lora_config
-from lora.config.set_keys import fields_by_key
+from lora.config.schema import fields_by_key, get_lora_config
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 from tests.pages import ALL_PAGES, PAGES, PROGRAMS, anchors, inline_code, links, relative
 

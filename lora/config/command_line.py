@@ -13,14 +13,15 @@ from lora.common.checksums import find_damage
 from lora.common.errors import UserError
 from lora.common.exit_status import RunStatus, require_one_process
 from lora.common.paths import ROOT, or_packaged
+from lora.common.printable_text import print_on_rank_zero
 from lora.common.toml_json import read_file
 from lora.config.cross_checks import require_model_and_data, require_packages
 from lora.config.flags import SWITCH, Parser, add_flags, apply_flags
 from lora.config.parse_values import nearest, parse_text
 from lora.config.resume import checkpoint_config, describe_fact, refuse_changed_keys, refuse_changes
 from lora.config.run_folder import continued_folder, new_folder, newest_checkpoint, run_folder
-from lora.config.schema import Config, tables_of
-from lora.config.set_keys import fields_by_key, refuse_two_dtypes, set_key, set_tables
+from lora.config.schema import Config, fields_by_key, tables_of
+from lora.config.set_keys import refuse_two_dtypes, set_key, set_tables
 from lora.config.table import DTYPE_SWITCHES
 from lora.config.unread_keys import print_unread_keys
 
@@ -133,8 +134,8 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
 def find_config(name: str | None) -> str | None:
     """Return the --config file `name`, or the packaged one of that name, and print which."""
     found = or_packaged(name or "", ".", "configs")
-    if name and found != name and os.environ.get("RANK", "0") == "0":
-        print(f"--config {name}: there is no such file here; using the packaged {found}")
+    if name and found != name:
+        print_on_rank_zero(f"--config {name}: no such file here; using the packaged {found}")
     return found or None
 
 

@@ -4,16 +4,20 @@ Imported where a key, a table, a flag or a value is none of ours. The words are 
 """
 
 from collections.abc import Collection, Sequence
-import os
 from typing import Any
 
 from lora.common.base_model_files import require_base
 from lora.common.errors import UserError
-from lora.common.printable_text import printable
+from lora.common.printable_text import print_on_rank_zero
 from lora.config.other_words import AUTOMATIC, MEANINGS, SAME, UNSUPPORTED
 from lora.config.parse_values import kind_of, nearest, parse_text
-from lora.config.schema import Config, EvaluationConfig, LoraConfig, get_lora_config
-from lora.config.set_keys import fields_by_key
+from lora.config.schema import (
+    Config,
+    EvaluationConfig,
+    LoraConfig,
+    fields_by_key,
+    get_lora_config,
+)
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 
 # These words are LoRA's in one of these tables, or outside of any table.
@@ -192,9 +196,9 @@ class Translation:
         return self.tables
 
     def print_notes(self, where: str) -> None:
-        if self.notes and os.environ.get("RANK", "0") == "0":
+        if self.notes:
             words = "1 key needs" if len(self.notes) == 1 else f"{len(self.notes)} keys need"
-            print(printable(f"note: {where}: {words} nothing here: {', '.join(self.notes)}"))
+            print_on_rank_zero(f"note: {where}: {words} nothing here: {', '.join(self.notes)}")
 
 
 def find_word(parents: list[str], name: str, known: Collection[str]) -> str:

@@ -284,3 +284,12 @@ def max_batch_tokens(config: Config) -> int:
 def tables_of(config: Config) -> dict[str, Any]:
     """Return {"model": the ModelConfig, ...} of the tables that the configuration has."""
     return {title: table for title, table in vars(config).items() if table is not None}
+
+
+def fields_by_key(config: Config) -> dict[str, tuple[Any, dataclasses.Field]]:
+    """Return {key: (its table, its dataclass field)}."""
+    fields = {}
+    for table in tables_of(config).values():
+        for key_field in dataclasses.fields(table):
+            fields[key_field.name] = (table, key_field)
+    return fields

@@ -1,6 +1,5 @@
 """Setting the keys of a configuration, from the tables of a file or one by one."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +8,8 @@ from lora.common.checkpoint_folders import require_known_format
 from lora.common.errors import UserError
 from lora.common.toml_json import read_file
 from lora.config.parse_values import check_value, key
-from lora.config.schema import Config, get_lora_config, tables_of
+from lora.config.schema import Config, fields_by_key, get_lora_config, tables_of
 from lora.config.table import ALIASES, DTYPE_SWITCHES
-
-
-def fields_by_key(config: Config) -> dict[str, tuple[Any, dataclasses.Field]]:
-    """Return {key: (its table, its dataclass field)}."""
-    fields = {}
-    for table in tables_of(config).values():
-        for field in dataclasses.fields(table):
-            fields[field.name] = (table, field)
-    return fields
 
 
 def key_values(config: Config) -> dict[str, Any]:

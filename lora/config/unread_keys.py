@@ -1,7 +1,6 @@
 """Keys that were set, and that a run of this kind does not read."""
 
-import os
-
+from lora.common.printable_text import print_on_rank_zero
 from lora.config.schema import QUANTIZATION_KEYS, Config, get_lora_config
 from lora.config.set_keys import key_values
 
@@ -33,5 +32,5 @@ def unread_keys(config: Config) -> dict[str, str]:
 
 def print_unread_keys(config: Config) -> None:
     unread = [f"{name} ({reason})" for name, reason in unread_keys(config).items()]
-    if unread and os.environ.get("RANK", "0") == "0":
-        print(f"note: set, but not read: {', '.join(unread)}")
+    if unread:
+        print_on_rank_zero(f"note: set, but not read: {', '.join(unread)}")

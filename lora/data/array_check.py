@@ -11,10 +11,10 @@ from lora.common.errors import UserError
 
 
 class ArrayCheck:
-    """Hashes arrays in a thread, which does not hold up the training. Without any it is passed.
+    """Hashes arrays in a thread while training begins; without a call of `start` it passes.
 
-    Used as a context manager, it checks the data first where an error ends the block: damaged data
-    may be the reason.
+    As a context manager: if an exception ends the block, damaged arrays are reported in its place,
+    since they may be its cause.
     """
 
     def __init__(self) -> None:

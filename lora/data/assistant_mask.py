@@ -110,13 +110,12 @@ def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:
             span_of_turn[i] = prompted_span(chat, i, turn_format) or answer_span(chat, i)
         elif i in span_of_turn:
             span = from_prompt(chat, i, span_of_turn[i], turn_format)
-            has_more = chat.messages[i]["content"].strip() != chat.answer(i)  # empty reasoning
-            is_answer = chat.text[span[0] : span[1]].strip() == chat.answer(i)
-            is_whole = not (has_more and is_answer) or chat.drops_reasoning(i)
-            span_of_turn[i] = span if is_whole else None
+            has_empty_reasoning = chat.messages[i]["content"].strip() != chat.answer(i)
+            is_answer_alone = chat.text[span[0] : span[1]].strip() == chat.answer(i)
+            lacks_part = has_empty_reasoning and is_answer_alone and not chat.drops_reasoning(i)
+            span_of_turn[i] = None if lacks_part else span
         if span_of_turn.get(i) is None:
-            template = f"the chat template of {chat.tokenizer.name_or_path}"
-            raise chat.error(f"message {i + 1}: where {template} writes it cannot be told")
+            raise chat.error(f"message {i + 1}: cannot tell where {chat.template} writes it")
     return [span_of_turn[i] for i in turns]
 
 
@@ -157,8 +156,8 @@ def spans_between_marks(text: str, begin: str, end: str) -> list[Span]:
 def from_prompt(chat: Chat, i: int, span: Span, turn_format: TurnFormat) -> Span:
     """Let turn i begin at the end of its generation prompt, where that leads up to it.
 
-    What stands between them the model has to write itself, as gpt-oss's name of a channel. What
-    the prompt holds already, as <think>, it has not.
+    The model must write what stands between prompt and answer, such as the name of gpt-oss's
+    channel. It need not write what the prompt already holds, such as <think>.
     """
     start, end = span
     if turn_format.prompt is not None and chat.text.endswith(turn_format.prompt, 0, start):
@@ -250,7 +249,8 @@ def with_ending(chat: Chat, span: Span, turn_format: TurnFormat) -> Span:
         return start, end + len(ending)
     match = re.compile(rf"\s*(?:{chat.specials.pattern})").match(chat.text, end)
     if ending != "" and not match:
-        template = f"the chat template of {chat.tokenizer.name_or_path}"
         usual = repr(ending) if ending else "the same"
-        raise chat.error(f"{template} does not end a turn with {usual} here as it does elsewhere")
+        raise chat.error(
+            f"{chat.template} does not end a turn with {usual} here as it does elsewhere"
+        )
     return start, match.end() if match else end

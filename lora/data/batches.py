@@ -65,22 +65,17 @@ class Rows:
     @classmethod
     def from_rows(cls, rows: Iterable[tuple[Row, int]], task: str) -> Rows:
         """Collect pairs of (row, dataset id). `task` is "lm" or "score"."""
-        tokens = array("i")
-        targets: array = array("i" if task == "lm" else "f")
-        token_type_ids = array("b")
-        offsets = array("q", [0])
-        loss_weights = array("f")
-        dataset_ids = array("h")
+        columns = {name: array(np.dtype(kind).char) for name, kind in array_types(task).items()}
+        columns["offsets"].append(0)
         for row, dataset_id in rows:
-            tokens.extend(row.tokens)
-            targets.extend(row.targets)
-            token_type_ids.extend(row.token_type_ids or bytes(len(row.tokens)))
-            offsets.append(len(tokens))
+            columns["tokens"].extend(row.tokens)
+            columns["targets"].extend(row.targets)
+            columns["token_type_ids"].extend(row.token_type_ids or bytes(len(row.tokens)))
+            columns["offsets"].append(len(columns["tokens"]))
             target_weights = row.target_weights or [1.0] * len(row.tokens)
-            loss_weights.extend(row.loss_weight * weight for weight in target_weights)
-            dataset_ids.append(dataset_id)
-        columns = (tokens, targets, token_type_ids, offsets, loss_weights, dataset_ids)
-        return cls(*(np.array(column) for column in columns))
+            columns["loss_weights"].extend(row.loss_weight * weight for weight in target_weights)
+            columns["dataset_ids"].append(dataset_id)
+        return cls(**{name: np.array(column) for name, column in columns.items()})
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -60,6 +60,7 @@ class Chat:
     def __init__(self, where: str, messages: list[dict], tools: list | None, tokenizer: Tokenizer):
         self.where = where  # file:line
         self.tokenizer = tokenizer
+        self.template = f"the chat template of {tokenizer.name_or_path}"  # for messages
         added_tokens = tokenizer.added_tokens_decoder.values()
         special_tokens = [token.content for token in added_tokens if token.special]
         special_tokens.sort(key=len, reverse=True)  # the longest that matches
@@ -103,8 +104,9 @@ class Chat:
             text = text.replace(character, special)
         if text != self.render(messages, tools=tools):
             written = " and ".join(self.stand_ins)
-            template = f"the chat template of {self.tokenizer.name_or_path}"
-            raise self.error(f"{template} does more than print {written}, which the chat holds")
+            raise self.error(
+                f"{self.template} does more than print {written}, which the chat holds"
+            )
 
     def assistant_turns(self) -> list[int]:
         """Return the indices of the assistant's messages."""
@@ -124,7 +126,6 @@ class Chat:
         self, messages: list[dict], add_generation_prompt: bool = False, tools: list | None = None
     ) -> str:
         """Render messages, with the chat's tools where no others are given."""
-        template = f"the chat template of {self.tokenizer.name_or_path}"
         try:
             with time_limit(LONGEST_RENDER):
                 text = self.tokenizer.apply_chat_template(
@@ -135,11 +136,11 @@ class Chat:
                 )
         except (TimeoutError, MemoryError) as error:
             kind = type(error).__name__
-            raise self.error(f"{template} does not come to an end ({kind})") from None
+            raise self.error(f"{self.template} does not come to an end ({kind})") from None
         except Exception as error:  # it is a program, and may raise anything
-            raise self.error(f"{template} refuses it: {error}") from None
+            raise self.error(f"{self.template} refuses it: {error}") from None
         if len(text) > MOST_ADDED + 10 * len(str(messages)):
-            raise self.error(f"{template} makes {len(text):,} characters of it")
+            raise self.error(f"{self.template} makes {len(text):,} characters of it")
         return text
 
     def error(self, problem: str) -> UserError:

@@ -65,7 +65,9 @@ def is_blank(text: Any) -> bool:
 
 def weight(where: str, row: dict[str, Any], key: str = "weight") -> float:
     """Return the row's "weight", the factor of its loss; 1 where it has none. Raises UserError."""
-    value = row.get(key, 1.0)
+    value = row.get(key)
+    if value in (None, ""):
+        return 1.0
     if type(value) not in (int, float) or not 0 <= value < float("inf"):  # nor a boolean
         raise UserError(f"{where}: {key} {value!r}; expected a number from 0 on.")
     return float(value)
@@ -80,7 +82,7 @@ def category(row: dict[str, Any]) -> str:
 def refuse_other_training(where: str, row: dict[str, Any]) -> None:
     """Raise UserError where a conversation comes with what this kind of training cannot use."""
     if row.get("label") is not None:
-        problem = "a label beside a conversation (as for KTO), and every answer would be learnt"
+        problem = "a label beside a conversation (as for KTO), and every answer would be learned"
         raise UserError(f"{where}: {problem}; keep the good ones and take the key label out.")
     for key in ("images", "videos", "audio"):
         if row.get(key):

@@ -18,7 +18,8 @@ def files_of_set(path: str) -> dict[str, Path]:
         splits = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir()))
         raise UserError(f"{path}: a data set of several splits; name the folder of one: {splits}.")
     if (folder / "state.json").is_file():  # of `datasets.Dataset.save_to_disk`
-        found = [str(file) for file in folder.glob("*.arrow")]
+        files_there = folder.glob("*.arrow")  # with what `map` and others keep there
+        found = [str(file) for file in files_there if not file.name.startswith("cache-")]
     elif path and folder.is_dir():
         found = [str(file) for file in folder.rglob("*") if is_data(file)]
     else:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import zlib
 
 from lora.common.errors import UserError
-from lora.common.printable_text import printable
+from lora.common.printable_text import print_on_rank_zero
 from lora.common.toml_json import parse_json
 from lora.data.examples import SourceRows
 from lora.data.file_kinds import HUB, kind_of
@@ -88,7 +88,7 @@ def reader_of(name: str, file: TextIO) -> Any:
         first_line = file.readline(2**16)
         file.seek(0)
         if JSON_ROW.match(first_line):
-            print(printable(f"note: {name}: read as JSON, which it holds"))
+            print_on_rank_zero(f"note: {name}: read as JSON, which it holds")
             kind = "json"
     if not kind:
         from lora.data.other_files import how_to_convert
@@ -124,15 +124,6 @@ def raise_bad_rows(path: str, bad_rows: list[UserError]) -> None:
         raise UserError(f"{path}: {len(bad_rows):,} bad rows: {summary(path, bad_rows)}")
 
 
-def parse_json_row(where: str, text: str) -> Any:
-    try:
-        return parse_json(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON that can be read ({error}).") from None
-
-
 def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
     """Yield the rows of lines of JSON, or of a document of JSON, which the first line tells."""
     lines = []
@@ -153,9 +144,12 @@ def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
             continue
         where = f"{path}:{number}"
         try:
-            value = parse_json_row(where, line)
-        except UserError as error:
-            bad_rows.append(error)
+            value = parse_json(line)
+        except json.JSONDecodeError as error:
+            problem = f"not JSON ({error.msg}, column {error.colno})"
+            bad_rows.append(UserError(f"{where}: {problem}."))
+        except (ValueError, RecursionError) as error:
+            bad_rows.append(UserError(f"{where}: not JSON that can be read ({error})."))
         else:
             yield where, value
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from lora.common.errors import UserError
@@ -59,12 +60,17 @@ def batches(pa: Any, path: Path, beginning: bytes) -> Iterator[Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value without the null fields of objects, which a column's other rows have."""
+    """Return a value as JSON would hold it: of dates and decimals, their text.
+
+    The null fields of objects, which a column's other rows have, are left out, and binary ones.
+    """
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if item is not None}
+        kept = {key: item for key, item in value.items() if not isinstance(item, (NoneType, bytes))}
+        return {key: plain(item) for key, item in kept.items()}
     if isinstance(value, list):
         return [plain(item) for item in value]
-    return value
+    is_json = isinstance(value, (str, int, float, NoneType))
+    return value if is_json or isinstance(value, bytes) else str(value)
 
 
 def how_to_convert(name: str, beginning: bytes = b"") -> str:

@@ -35,8 +35,8 @@ class Row:
     tokens: list[int]
     targets: list[int] | list[float]  # as long as tokens
     token_type_ids: list[int] | None = None  # of an encoder's pair of texts
-    target_weights: list[float] | None = None  # factors of its losses, as long as tokens
-    loss_weight: float = 1.0  # another one, of all of them
+    target_weights: list[float] | None = None  # factor of the loss at each position
+    loss_weight: float = 1.0  # the example's weight, which multiplies all of these
 
 
 @dataclass(slots=True)

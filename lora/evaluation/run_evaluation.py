@@ -16,7 +16,7 @@ from lora.common.atomic_files import write_text_atomically
 from lora.common.printable_text import printable
 from lora.common.toml_json import without_nan
 from lora.config.schema import Config, max_batch_tokens
-from lora.data.data_summary import describe_data
+from lora.data.counts import describe_data
 from lora.data.examples import Example
 from lora.data.mixing import dataset_names
 from lora.data.token_cache import tokenise_examples

@@ -27,9 +27,10 @@ SHORT = 512  # positions up to which plain matrix products beat SDPA in bfloat16
 class Documents:
     """The lengths of a row's documents, and what all layers share: where they end, and masks."""
 
-    # A compiled layer reads a tensor and a number of it. It would be compiled anew for every list.
     def __init__(self, seq_lens: list[int], device: torch.device | None = None) -> None:
         self.has_flash = has_flash(device)
+        # Compiled layers read this number and tensors alone: for every list of lengths,
+        # torch.compile would compile anew.
         self.longest = max(seq_lens)
         bounds = torch.tensor([0, *seq_lens]).cumsum(0, dtype=torch.int32)
         self.cu_seq_lens = bounds.to(device, non_blocking=True)  # [documents + 1]

@@ -25,7 +25,7 @@ def find_incompatibility(task: Task, dtype: torch.dtype | None = None) -> str | 
     for half_dtype in (torch.float16, torch.bfloat16):
         if half_dtype in dtypes or half_dtype == dtype:
             half = half_dtype
-    # Of the largest output, with room to spare.
+    # Relative to the largest output, with room to spare.
     tolerance = 1e-4 if half is None and dtypes == {torch.float32} else 0.05
     vocabulary = task.model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)

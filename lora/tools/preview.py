@@ -12,7 +12,7 @@ from lora.common.signals import begin_loading_torch
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, ModelConfig
 from lora.data import files
-from lora.data.data_summary import describe_data
+from lora.data.counts import describe_data
 from lora.data.readers import form_of, read, reader_for
 from lora.data.readers.columns import with_columns
 

@@ -9,7 +9,7 @@ from lora.common.base_model_files import describe_base
 from lora.common.printable_text import printable
 from lora.config.command_line import Command
 from lora.config.schema import LoraConfig
-from lora.data.data_summary import describe_data
+from lora.data.counts import describe_data
 from lora.data.raw_data import RawData
 from lora.distributed import process_group
 from lora.distributed.collectives import broadcast_from_rank_zero

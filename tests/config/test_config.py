@@ -17,8 +17,8 @@ from lora.config.command_line import read_command_line
 from lora.config.earlier_stage import require_stage
 from lora.config.retired import RETIRED
 from lora.config.run_folder import newest_checkpoint
-from lora.config.schema import Config, ModelConfig, get_lora_config
-from lora.config.set_keys import fields_by_key, from_dict, from_file, saved_config
+from lora.config.schema import Config, ModelConfig, fields_by_key, get_lora_config
+from lora.config.set_keys import from_dict, from_file, saved_config
 from lora.model.device import choose_device
 
 NAMED = ["--base_model=m", "--train_data=d"]

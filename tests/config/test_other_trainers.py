@@ -10,8 +10,8 @@ from lora.common.errors import UserError, library_errors
 from lora.common.paths import ROOT
 from lora.config.command_line import read_command_line
 from lora.config.other_words import AUTOMATIC, MEANINGS, SAME, UNSUPPORTED, VALUES
-from lora.config.schema import Config, get_lora_config
-from lora.config.set_keys import fields_by_key, from_file
+from lora.config.schema import Config, fields_by_key, get_lora_config
+from lora.config.set_keys import from_file
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 
 NAMED = ["--base_model=embedded", "--train_data=arithmetic:train:9"]

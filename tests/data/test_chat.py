@@ -161,8 +161,7 @@ def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path)
         if name in CHATS and "aone" not in plain:
             with pytest.raises(
                 UserError,
-                match="chats.jsonl:7: message .: where the chat template of .* writes it cannot be "
-                "told",
+                match="chats.jsonl:7: message .: cannot tell where the chat template of ",
             ):
                 row_of(messages, tokenizer)  # a template for images, which drops plain texts
             continue
@@ -339,10 +338,10 @@ def test_a_chat_that_the_template_refuses_names_row_and_template():
 
 def test_a_template_that_moves_the_text_is_an_error_and_never_a_wrong_mask():
     shouting = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n{% endfor %}"
-    with pytest.raises(UserError, match="chats.jsonl:7: message 2: .* cannot be told"):
+    with pytest.raises(UserError, match="chats.jsonl:7: message 2: cannot tell where"):
         row_of(TURN, tokenizer_with(shouting.replace("upper", "reverse")))
     twice = "{% for m in messages %}{{ m.role }}: {{ m.content }} {{ m.content }}\n{% endfor %}"
-    with pytest.raises(UserError, match="chats.jsonl:7: message 2: .* cannot be told"):
+    with pytest.raises(UserError, match="chats.jsonl:7: message 2: cannot tell where"):
         row_of(TURN, tokenizer_with(twice))
 
 
@@ -412,7 +411,7 @@ def test_of_gpt_oss_the_channels_that_follow_the_prompt_are_learned(gptoss):
         f"<|channel|>analysis<|message|>r1{end}<|start|>assistant{final}aone<|return|>"
     ]
     only_thought = [TURN[0], {"role": "assistant", "content": "<think>r1</think>"}]
-    with pytest.raises(UserError, match="message 2: where the chat template"):
+    with pytest.raises(UserError, match="message 2: cannot tell where the chat template"):
         row_of(only_thought, gptoss)
 
 

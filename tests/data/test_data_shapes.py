@@ -2,6 +2,8 @@
 how a row that is refused can be read.
 """
 
+import datetime
+from decimal import Decimal
 import json
 import re
 import shlex
@@ -179,6 +181,21 @@ def test_rows_of_parquet_and_saved_data_sets_are_those_of_datasets(tmp_path):
         assert [example.messages for example in examples] == [CHAT, CHAT]
     with pytest.raises(UserError, match="name the folder of one: test, train"):
         read([str(tmp_path / "splits")], "lm")
+
+
+def test_dates_and_bytes_beside_the_words_of_a_message_are_not_in_the_way(tmp_path):
+    """WildChat's messages have a timestamp."""
+    pa = pytest.importorskip("pyarrow")
+    now = datetime.datetime(2026, 11, 30)
+    chat = [{**message, "timestamp": now, "id": b"\xff"} for message in CHAT]
+    table = pa.Table.from_pylist([{"conversation": chat, "cost": Decimal("0.1")}])
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    (example,) = read([str(tmp_path / "a.parquet")], "lm")
+    assert example.messages == [{**message, "timestamp": str(now)} for message in CHAT]
+    text = pa.Table.from_pylist([{"text": b"words"}])
+    pa.parquet.write_table(text, tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="expected a text that is not empty"):
+        read([str(tmp_path / "b.parquet")], "lm")
 
 
 def test_without_pyarrow_a_parquet_file_names_the_extra(tmp_path, monkeypatch):

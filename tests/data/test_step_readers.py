@@ -31,6 +31,19 @@ def chains(path, **settings):
     return [(e.prompt, e.steps, e.labels) for e in read([path], "score", DataConfig(**settings))]
 
 
+def test_a_label_that_is_a_list_is_refused_in_one_line(tmp_path):
+    row = {"sentence1": "a", "sentence2": "b", "label": ["x", "y"]}
+    with pytest.raises(UserError, match=r"label \['x', 'y'\]; expected 0..1"):
+        read([write(tmp_path / "a.jsonl", [row])], "score")
+
+
+def test_generated_chains_are_cut_to_their_first_steps_too():
+    read_all = read(["arithmetic:test:4"], "score")
+    cut = read(["arithmetic:test:4"], "score", DataConfig(max_steps_per_example=2))
+    assert [e.steps for e in cut] == [e.steps[:2] for e in read_all]
+    assert [e.labels for e in cut] == [e.labels[:2] for e in read_all]
+
+
 def rating(text, value, flagged=False):
     return {"text": text, "rating": value, "flagged": flagged}
 

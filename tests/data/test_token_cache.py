@@ -19,7 +19,7 @@ import torch
 
 from lora.common.errors import ResourceExhausted, UserError
 from lora.config.parse_values import kind_of
-from lora.data import data_summary, raw_data, split, token_cache
+from lora.data import counts, raw_data, split, token_cache
 from lora.data.entry_writer import ARRAYS, EntryWriter
 from lora.data.processes import AHEAD, in_processes
 from lora.data.raw_data import NOT_IN_KEY, RawData, cache_folder, cache_key, sums_of
@@ -246,7 +246,7 @@ def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chat
         lengths.max() == facts["lengths"][2] == 24
         and facts["targets"] == (rows.targets != NO_TOKEN).sum()
     )
-    line = data_summary.describe_data("train", facts)
+    line = counts.describe_data("train", facts)
     assert f"{facts['cut']} examples (" in line and "cut off at max_length" in line
 
 

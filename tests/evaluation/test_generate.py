@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval as evaluation
 from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import UserError
-from lora.config.schema import Config
-from lora.config.set_keys import fields_by_key
+from lora.config.schema import Config, fields_by_key
 from lora.evaluation import generate
 from lora.evaluation.generate import generate_answers, prompt_tokens, text_tokens
 from lora.evaluation.stop_tokens import stop_tokens

@@ -5,8 +5,8 @@ They use the standard library only, because they run before torch is loaded. A r
     TASK        "lm" or "score"
     FORMS       sets of keys; it reads a row that has all keys of one of them
     OPTIONAL    the other keys that it reads, where a row has them; None: any may be one
-    examples    turns (file:line, row) into examples, or into the reason why a row is left out;
-                of REVEAL, whose examples have several rows, into what `reveal.chains` takes
+    examples    yields the examples of a row, or the reason why it is left out; of REVEAL,
+                whose examples have several rows, what `reveal.chains` takes
 
 A row of our own formats may have a "weight", a number from 0 on, by which its loss is multiplied.
 Any row may have a "category", a text or an integer, by which eval.py takes means as well.
@@ -18,7 +18,7 @@ from itertools import islice
 from types import ModuleType
 
 from lora.common.errors import UserError
-from lora.common.printable_text import printable
+from lora.common.printable_text import print_on_rank_zero
 from lora.config.schema import DataConfig
 from lora.data import arithmetic, files
 from lora.data.examples import BLANK, MESSAGE_KEYS, Example, category
@@ -31,16 +31,12 @@ EMPTY = (None, "", [], {})
 MAX_BLANK = 0.01  # of the rows of a file
 
 
-def read(
-    paths: list[str], task: str, data: DataConfig | None = None, first_dataset_id: int = 0
-) -> list[Example]:
+def read(paths: list[str], task: str, data: DataConfig | None = None) -> list[Example]:
     """Read the examples of files and of arithmetic:SPLIT:COUNT. Raises UserError.
 
-    Args:
-        task: "lm" for texts and chats, "score" for steps with labels.
-        first_dataset_id: the dataset_id of the first path's examples; the next path has the next.
+    The task is "lm" for texts and chats, and "score" for steps with labels.
     """
-    return list(iterate(enumerate(paths, first_dataset_id), task, data or DataConfig()))
+    return list(iterate(enumerate(paths), task, data or DataConfig()))
 
 
 def iterate(
@@ -71,6 +67,8 @@ def iterate(
             if total == limit:  # the last row had several
                 continue
             example.dataset_id = dataset_id
+            example.steps = example.steps[: data.max_steps_per_example]
+            example.labels = example.labels[: data.max_steps_per_example]
             total += 1
             yield example
         if total == before:
@@ -82,7 +80,7 @@ def read_file(
 ) -> Iterator[Example]:
     """Yield the examples of a file, and print how many rows are left out, and why.
 
-    Raises UserError for all bad rows at once, behind the last example. No row is read after the
+    Raises UserError for all bad rows at once, after the last example. No row is read after the
     one that completes `limit` examples.
     """
     bad_rows: list[UserError] = []
@@ -100,7 +98,7 @@ def read_file(
         try:
             reader = reader_for(where, row, task)
             not_read.update(keys_not_read(reader, row))
-            results = list(reader.examples([(where, row)], data))
+            results = list(reader.examples(where, row, data))
         except UserError as error:
             bad_rows.append(error)
             continue
@@ -112,7 +110,7 @@ def read_file(
                 num_examples += 1
                 result.category = category(row)
                 not_read.update(keys_of_messages_not_read(result))
-                yield with_first_steps(result, data.max_steps_per_example)
+                yield result
             elif isinstance(result, str):
                 left_out[result] += 1
             else:
@@ -125,24 +123,18 @@ def read_file(
 
         for result in reveal.chains(evidence, data):
             if isinstance(result, Example):
-                yield with_first_steps(result, data.max_steps_per_example)
+                yield result
             else:
                 left_out[result] += 1
     if left_out and notes:
         reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
-        print(printable(f"note: {path}: left out: {', '.join(reasons)}"))
+        print_on_rank_zero(f"note: {path}: left out: {', '.join(reasons)}")
     if num_blank > MAX_BLANK * num_rows:
         share = f"{num_blank} of {num_rows} rows have a blank message"
         raise UserError(f"{first_blank}: {share}; expected 1% at most. Take them out.")
     if not_read and notes:
         keys = [f"{key} ({count:,} rows)" for key, count in not_read.most_common()]
-        print(printable(f"note: {path}: keys not read: {', '.join(keys)}"))
-
-
-def with_first_steps(example: Example, count: int | None) -> Example:
-    example.steps = example.steps[:count]
-    example.labels = example.labels[:count]
-    return example
+        print_on_rank_zero(f"note: {path}: keys not read: {', '.join(keys)}")
 
 
 def keys_not_read(reader: ModuleType, row: dict) -> list[str]:

@@ -2,7 +2,7 @@
 
 The words of other tools for it (ShareGPT's, OpenAI's) are read by chat_dialects.py.
 
-A message of the assistant may say whether or how much it is learnt, in the words of several
+A message of the assistant may say whether or how much it is learned, in the words of several
 libraries: "weight" or "loss_weight" (a number), "train" or "training" (true or false).
 """
 
@@ -15,7 +15,6 @@ from lora.data.examples import (
     BLANK,
     Example,
     Examples,
-    SourceRows,
     is_blank,
     refuse_other_training,
     string,
@@ -32,45 +31,46 @@ BOOLEANS = ("train", "training")
 OWN_KEYS = {"role", "content", *NUMBERS, *BOOLEANS}  # of a message of text
 
 
-def examples(rows: SourceRows, data: DataConfig) -> Examples:
-    for where, row in rows:
-        refuse_other_training(where, row)
-        if not is_in_our_words(row):
-            from lora.data.readers.chat_dialects import in_our_words
+def examples(where: str, row: dict, data: DataConfig) -> Examples:
+    refuse_other_training(where, row)
+    if not is_in_our_words(row):
+        from lora.data.readers.chat_dialects import in_our_words
 
-            row = in_our_words(where, row)
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages:
-            found = f"messages is {str(messages)[:40]!r}"
-            raise UserError(f"{where}: {found}; expected objects with role and content.")
-        messages = with_system(where, row, messages)
-        messages = [checked(where, i, message) for i, message in enumerate(messages, 1)]
-        if all(message["role"] != "assistant" for message in messages):
-            problem = "no message has role assistant, so there is nothing to learn"
-            raise UserError(f"{where}: {problem}.")
-        if any(lacks_content(message) for message in messages):
-            yield BLANK
-            continue
-        tools = row.get("tools") or None
-        # The characters of tool calls and reasoning are checked as well.
-        string(where, "the chat", json.dumps([messages, tools], ensure_ascii=False))
-        weights = [message_weight(where, i, message) for i, message in enumerate(messages, 1)]
-        for message in messages:
-            for switch in (*NUMBERS, *BOOLEANS):
-                message.pop(switch, None)  # nothing for the chat template
-        yield Example(
-            where,
-            messages=messages,
-            message_weights=[] if set(weights) == {1.0} else weights,
-            tools=tools,
-            weight=weight(where, row),
-        )
+        row = in_our_words(where, row)
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        found = f"messages is {str(messages)[:40]!r}"
+        raise UserError(f"{where}: {found}; expected objects with role and content.")
+    messages = with_system(where, row, messages)
+    messages = [checked(where, i, message) for i, message in enumerate(messages, 1)]
+    if all(message["role"] != "assistant" for message in messages):
+        problem = "no message has role assistant, so there is nothing to learn"
+        raise UserError(f"{where}: {problem}.")
+    if any(lacks_content(message) for message in messages):
+        yield BLANK
+        return
+    tools = row.get("tools") or None
+    # The characters of tool calls and reasoning are checked as well.
+    string(where, "the chat", json.dumps([messages, tools], ensure_ascii=False))
+    weights = [message_weight(where, i, message) for i, message in enumerate(messages, 1)]
+    for message in messages:
+        for switch in (*NUMBERS, *BOOLEANS):
+            message.pop(switch, None)  # nothing for the chat template
+    yield Example(
+        where,
+        messages=messages,
+        message_weights=[] if set(weights) == {1.0} else weights,
+        tools=tools,
+        weight=weight(where, row),
+    )
 
 
 def is_in_our_words(row: dict) -> bool:
-    """Return whether the messages are plain text under our keys, and tools are a list."""
+    """Return whether the messages are plain text under our keys, and tools are objects."""
     messages = row.get("messages")
-    if not isinstance(messages, list) or row.get("functions") or isinstance(row.get("tools"), str):
+    if not isinstance(messages, list) or row.get("functions"):
+        return False
+    if any(isinstance(tool, str) for tool in row.get("tools") or []):  # JSON in a text
         return False
     for message in messages:
         if not isinstance(message, dict) or not message.keys() <= OWN_KEYS:

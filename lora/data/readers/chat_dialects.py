@@ -25,17 +25,22 @@ def in_our_words(where: str, row: dict) -> dict:
     messages = parsed(row[name])
     if isinstance(messages, list):
         messages = [message_of(where, i, message) for i, message in enumerate(messages, 1)]
-    tools = parsed(row.get("tools") or [])
-    if not isinstance(tools, list):
-        raise UserError(f"{where}: tools is {str(tools)[:40]!r}; expected a list of objects.")
-    tools = [parsed(tool) for tool in tools]
-    for function in row.get("functions") or []:
+    tools = objects(where, "tools", row)
+    for function in objects(where, "functions", row):
         tools.append({"type": "function", "function": function})
     return {**row, "messages": messages, "tools": tools}
 
 
+def objects(where: str, name: str, row: dict) -> list:
+    """Return the list under a key, which may be JSON in a text, as its items may. Or raise."""
+    items = parsed(row.get(name) or [])
+    if not isinstance(items, list):
+        raise UserError(f"{where}: {name} is {str(items)[:40]!r}; expected a list of objects.")
+    return [parsed(item) for item in items]
+
+
 def joined_chat(where: str, row: dict, prompt: Any, answer: Any) -> dict:
-    """Return a row whose "messages" are those of a prompt, which is not learnt, and an answer."""
+    """Return a row whose "messages" are those of a prompt, which is not learned, and an answer."""
     for name in ("history", "input", "context"):
         if row.get(name) and not isinstance(row[name], dict):
             raise UserError(f"{where}: {name} beside a list of messages; put it into the list.")

@@ -1,7 +1,7 @@
 """A prompt and its answer under the names that public sets use: a chat of two turns.
 
 "input" and "context" follow an instruction or a question after a blank line. "system" is the
-system prompt. "history" has earlier turns, [[instruction, output], ...], which are learnt as well.
+system prompt. "history" has earlier turns, [[instruction, output], ...], which are learned as well.
 """
 
 from itertools import chain
@@ -9,7 +9,7 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import BLANK, Examples, SourceRows, is_blank, string
+from lora.data.examples import BLANK, Examples, is_blank, string
 from lora.data.readers import chat
 
 TASK = "lm"
@@ -28,29 +28,28 @@ FORMS = tuple(set(pair) for pair in NAMES)
 OPTIONAL = {"input", "context", "system", "system_prompt", "history", "tools", "weight"}
 
 
-def examples(rows: SourceRows, data: DataConfig) -> Examples:
-    for where, row in rows:
-        prompt_name, answer_name = next(pair for pair in NAMES if row.keys() >= set(pair))
-        prompt, answer = row[prompt_name], row[answer_name]
-        if isinstance(prompt, list) or isinstance(answer, list):
-            from lora.data.readers.chat_dialects import joined_chat
+def examples(where: str, row: dict, data: DataConfig) -> Examples:
+    prompt_name, answer_name = next(pair for pair in NAMES if row.keys() >= set(pair))
+    prompt, answer = row[prompt_name], row[answer_name]
+    if isinstance(prompt, list) or isinstance(answer, list):
+        from lora.data.readers.chat_dialects import joined_chat
 
-            yield from chat.examples([(where, joined_chat(where, row, prompt, answer))], data)
-            continue
-        turns = [*earlier_turns(where, row.get("history")), (prompt, answer)]
-        if any(is_blank(text) for text in chain.from_iterable(turns)):
-            yield BLANK
-            continue
-        messages = []
-        for prompt, answer in turns:
-            messages.append(("user", string(where, prompt_name, prompt)))
-            messages.append(("assistant", string(where, answer_name, answer)))
-        for name in ("input", "context"):
-            if name != prompt_name and not is_blank(row.get(name)):
-                role, prompt = messages[-2]
-                messages[-2] = role, f"{prompt}\n\n{string(where, name, row[name])}"
-        of_row = [{"role": role, "content": content} for role, content in messages]
-        yield from chat.examples([(where, {**row, "messages": of_row})], data)
+        yield from chat.examples(where, joined_chat(where, row, prompt, answer), data)
+        return
+    turns = [*earlier_turns(where, row.get("history")), (prompt, answer)]
+    if any(is_blank(text) for text in chain.from_iterable(turns)):
+        yield BLANK
+        return
+    messages = []
+    for prompt, answer in turns:
+        messages.append(("user", string(where, prompt_name, prompt)))
+        messages.append(("assistant", string(where, answer_name, answer)))
+    for name in ("input", "context"):
+        if name != prompt_name and not is_blank(row.get(name)):
+            role, prompt = messages[-2]
+            messages[-2] = role, f"{prompt}\n\n{string(where, name, row[name])}"
+    of_row = [{"role": role, "content": content} for role, content in messages]
+    yield from chat.examples(where, {**row, "messages": of_row}, data)
 
 
 def earlier_turns(where: str, history: Any) -> list[tuple[Any, Any]]:

@@ -4,28 +4,27 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Example, Examples, SourceRows, label, string, weight
+from lora.data.examples import Example, Examples, label, string, weight
 
 TASK = "score"
 FORMS = ({"prompt", "steps", "labels"}, {"prompt", "completions", "labels"})
 OPTIONAL: set[str] = {"steps", "completions", "weight"}
 
 
-def examples(rows: SourceRows, data: DataConfig) -> Examples:
-    for where, row in rows:
-        steps = row.get("steps", row.get("completions"))
-        if "completions" in row and steps != row["completions"]:
-            raise UserError(f"{where}: steps and completions differ; keep one.")
-        labels = row["labels"]
-        if not isinstance(labels, list) or not isinstance(steps, list) or len(labels) != len(steps):
-            found = f"{count(steps, 'steps')} and {count(labels, 'labels')}"
-            raise UserError(f"{where}: {found}; expected a label for each step (null: none).")
-        labels = [label(where, value, data.label_max) for value in labels]
-        loss_weight = weight(where, row)
-        result = chain(where, row["prompt"], steps, labels)
-        if isinstance(result, Example):
-            result.weight = loss_weight
-        yield result
+def examples(where: str, row: dict, data: DataConfig) -> Examples:
+    steps = row.get("steps", row.get("completions"))
+    if "completions" in row and steps != row["completions"]:
+        raise UserError(f"{where}: steps and completions differ; keep one.")
+    labels = row["labels"]
+    if not isinstance(labels, list) or not isinstance(steps, list) or len(labels) != len(steps):
+        found = f"{count(steps, 'steps')} and {count(labels, 'labels')}"
+        raise UserError(f"{where}: {found}; expected a label for each step (null: none).")
+    labels = [label(where, value, data.label_max) for value in labels]
+    loss_weight = weight(where, row)
+    result = chain(where, row["prompt"], steps, labels)
+    if isinstance(result, Example):
+        result.weight = loss_weight
+    yield result
 
 
 def count(values: Any, name: str) -> str:

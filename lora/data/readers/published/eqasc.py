@@ -7,7 +7,7 @@ from are right without a judgement.
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, SourceRows
+from lora.data.examples import Examples
 from lora.data.readers.steps import chain
 
 TASK = "score"
@@ -15,17 +15,16 @@ FORMS = ({"question", "answerKey", "fact1", "fact2"},)
 OPTIONAL: set[str] = set()
 
 
-def examples(rows: SourceRows, data: DataConfig) -> Examples:
-    for where, row in rows:
-        try:
-            stem, choices = row["question"]["stem"], row["question"]["choices"]
-            known_facts = {row["fact1"], row["fact2"]}
-            for choice in choices:
-                if choice["label"] == row["answerKey"]:
-                    yield from chains(where, f"{stem} {choice['text']}", choice, known_facts)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            problem = f"not a row of eQASC ({type(error).__name__}: {error})"
-            raise UserError(f"{where}: {problem}.") from None
+def examples(where: str, row: dict, data: DataConfig) -> Examples:
+    try:
+        stem, choices = row["question"]["stem"], row["question"]["choices"]
+        known_facts = {row["fact1"], row["fact2"]}
+        for choice in choices:
+            if choice["label"] == row["answerKey"]:
+                yield from chains(where, f"{stem} {choice['text']}", choice, known_facts)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        problem = f"not a row of eQASC ({type(error).__name__}: {error})"
+        raise UserError(f"{where}: {problem}.") from None
 
 
 def chains(where: str, question: str, choice: dict, known_facts: set) -> Examples:

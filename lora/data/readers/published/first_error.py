@@ -7,7 +7,7 @@ MR-Ben              a text from "1" on under MR_BEN[2], "N/A" where no step is w
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, SourceRows
+from lora.data.examples import Examples
 from lora.data.readers.steps import chain
 
 TASK = "score"
@@ -16,29 +16,28 @@ FORMS = ({"input", "steps", "mistake_index"}, {"problem", "steps", "label"}, set
 OPTIONAL: set[str] = {"Options", "Model_Solution_Correctness"}
 
 
-def examples(rows: SourceRows, data: DataConfig) -> Examples:
-    for where, row in rows:
-        if "mistake_index" not in row and row.keys() >= set(MR_BEN):
-            row = as_process_bench(where, row)
-            if row["label"] is None:
-                yield "a wrong solution without its first error"
-                continue
-        is_big_bench = "mistake_index" in row
-        prompt = row["input" if is_big_bench else "problem"]
-        name = "mistake_index" if is_big_bench else "label"
-        none_is_wrong = None if is_big_bench else -1
-        steps = row["steps"]
-        first_wrong = row[name]
-        count = len(steps) if isinstance(steps, list) else 0
-        if first_wrong == none_is_wrong:
-            labels = [1.0] * count
-        elif type(first_wrong) is int and 0 <= first_wrong < count:
-            labels = [1.0] * first_wrong + [0.0] + [None] * (count - first_wrong - 1)
-        else:
-            none = "null" if is_big_bench else "-1"
-            expected = f"expected {none}, or 0 to {count - 1} (the first wrong step)"
-            raise UserError(f"{where}: {name} {first_wrong!r}; {expected}.")
-        yield chain(where, prompt, steps, labels)
+def examples(where: str, row: dict, data: DataConfig) -> Examples:
+    if "mistake_index" not in row and row.keys() >= set(MR_BEN):
+        row = as_process_bench(where, row)
+        if row["label"] is None:
+            yield "a wrong solution without its first error"
+            return
+    is_big_bench = "mistake_index" in row
+    prompt = row["input" if is_big_bench else "problem"]
+    name = "mistake_index" if is_big_bench else "label"
+    none_is_wrong = None if is_big_bench else -1
+    steps = row["steps"]
+    first_wrong = row[name]
+    count = len(steps) if isinstance(steps, list) else 0
+    if first_wrong == none_is_wrong:
+        labels = [1.0] * count
+    elif type(first_wrong) is int and 0 <= first_wrong < count:
+        labels = [1.0] * first_wrong + [0.0] + [None] * (count - first_wrong - 1)
+    else:
+        none = "null" if is_big_bench else "-1"
+        expected = f"expected {none}, or 0 to {count - 1} (the first wrong step)"
+        raise UserError(f"{where}: {name} {first_wrong!r}; {expected}.")
+    yield chain(where, prompt, steps, labels)
 
 
 def as_process_bench(where: str, row: dict) -> dict:

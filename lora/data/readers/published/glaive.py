@@ -9,7 +9,7 @@ import re
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, SourceRows, string
+from lora.data.examples import Examples, string
 from lora.data.readers import chat
 
 TASK = "lm"
@@ -19,14 +19,13 @@ SPEAKERS = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool
 TURN = re.compile(rf"^\s*({'|'.join(SPEAKERS)}): ?", re.MULTILINE)
 
 
-def examples(rows: SourceRows, data: DataConfig) -> Examples:
-    for where, row in rows:
-        before, *turns = TURN.split(string(where, "chat", row["chat"]))
-        if before.strip() or not turns:
-            raise UserError(f"{where}: chat is {row['chat'][:40]!r}; expected USER: at its start.")
-        messages = []
-        for speaker, text in zip(turns[::2], turns[1::2]):
-            content = text.strip().removesuffix("<|endoftext|>").strip()
-            messages.append({"role": SPEAKERS[speaker], "content": content})
-        system = (row["system"] or "").removeprefix("SYSTEM:").strip()
-        yield from chat.examples([(where, {"messages": messages, "system": system})], data)
+def examples(where: str, row: dict, data: DataConfig) -> Examples:
+    before, *turns = TURN.split(string(where, "chat", row["chat"]))
+    if before.strip() or not turns:
+        raise UserError(f"{where}: chat is {row['chat'][:40]!r}; expected USER: at its start.")
+    messages = []
+    for speaker, text in zip(turns[::2], turns[1::2]):
+        content = text.strip().removesuffix("<|endoftext|>").strip()
+        messages.append({"role": SPEAKERS[speaker], "content": content})
+    system = (row["system"] or "").removeprefix("SYSTEM:").strip()
+    yield from chat.examples(where, {"messages": messages, "system": system}, data)

@@ -7,7 +7,7 @@ where a step is a line.
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, SourceRows, string
+from lora.data.examples import Examples, string
 from lora.data.readers.steps import chain
 
 TASK = "score"
@@ -15,15 +15,14 @@ FORMS = ({"prompt", "steps", "is_correct"}, {"question", "ground_truth"})
 OPTIONAL = None  # the keys of GSM8K's solutions are names of models
 
 
-def examples(rows: SourceRows, data: DataConfig) -> Examples:
-    for where, row in rows:
-        prompt = row["prompt" if "steps" in row else "question"]
-        for steps, correct in solutions(where, row):
-            if not isinstance(correct, bool) or not isinstance(steps, list):
-                expected = "expected true or false, and steps in a list"
-                raise UserError(f"{where}: is_correct {correct!r}; {expected}.")
-            steps = [step for step in steps if not isinstance(step, str) or step.strip()]
-            yield chain(where, prompt, steps, [None] * len(steps), outcome=correct)
+def examples(where: str, row: dict, data: DataConfig) -> Examples:
+    prompt = row["prompt" if "steps" in row else "question"]
+    for steps, correct in solutions(where, row):
+        if not isinstance(correct, bool) or not isinstance(steps, list):
+            expected = "expected true or false, and steps in a list"
+            raise UserError(f"{where}: is_correct {correct!r}; {expected}.")
+        steps = [step for step in steps if not isinstance(step, str) or step.strip()]
+        yield chain(where, prompt, steps, [None] * len(steps), outcome=correct)
 
 
 def solutions(where: str, row: dict) -> list[tuple]:

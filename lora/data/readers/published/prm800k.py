@@ -8,7 +8,7 @@ rating 0 ("not wrong, no progress") becomes `neutral_label`.
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, SourceRows
+from lora.data.examples import Examples
 from lora.data.readers.steps import chain
 
 TASK = "score"
@@ -16,23 +16,22 @@ FORMS = ({"labeler", "question", "label"},)
 OPTIONAL: set[str] = {"is_quality_control_question", "is_initial_screening_question"}
 
 
-def examples(rows: SourceRows, data: DataConfig) -> Examples:
+def examples(where: str, row: dict, data: DataConfig) -> Examples:
     ratings = {1: 1.0, 0: data.neutral_label, -1: 0.0, None: None}
-    for where, row in rows:
-        try:
-            problem = row["question"]["problem"]
-            steps = row["label"]["steps"]
-            finish = row["label"]["finish_reason"]
-            if row.get("is_quality_control_question") or row.get("is_initial_screening_question"):
-                yield "quality control or screening"
-            elif finish in ("bad_problem", "give_up"):
-                yield finish.replace("_", " ")
-            else:
-                for texts, labels in chains(steps, ratings):
-                    yield chain(where, problem, texts, labels)
-        except (TypeError, KeyError, IndexError, AttributeError) as error:
-            problem = f"not a row of PRM800K ({type(error).__name__}: {error})"
-            raise UserError(f"{where}: {problem}.") from None
+    try:
+        problem = row["question"]["problem"]
+        steps = row["label"]["steps"]
+        finish = row["label"]["finish_reason"]
+        if row.get("is_quality_control_question") or row.get("is_initial_screening_question"):
+            yield "quality control or screening"
+        elif finish in ("bad_problem", "give_up"):
+            yield finish.replace("_", " ")
+        else:
+            for texts, labels in chains(steps, ratings):
+                yield chain(where, problem, texts, labels)
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        problem = f"not a row of PRM800K ({type(error).__name__}: {error})"
+        raise UserError(f"{where}: {problem}.") from None
 
 
 def chains(steps: list[dict], ratings: dict) -> list[tuple[list, list]]:

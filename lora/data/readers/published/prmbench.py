@@ -6,7 +6,7 @@ authors' evaluation it is read once, with the kind "redundency" (so spelt there)
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, SourceRows
+from lora.data.examples import Examples
 from lora.data.readers.steps import chain
 
 TASK = "score"
@@ -14,19 +14,18 @@ FORMS = ({"modified_question", "modified_process", "error_steps"},)
 OPTIONAL: set[str] = {"classification", "original_question", "original_process"}
 
 
-def examples(rows: SourceRows, data: DataConfig) -> Examples:
-    for where, row in rows:
-        steps = row["modified_process"]
-        wrong = row["error_steps"]
-        numbers = range(1, len(steps) + 1 if isinstance(steps, list) else 1)
-        if not isinstance(wrong, list) or not all(type(i) is int and i > 0 for i in wrong):
-            expected = f"expected a list of numbers from 1 to {len(numbers)}"
-            raise UserError(f"{where}: error_steps {wrong!r}; {expected}.")
-        if isinstance(steps, list) and any(i not in numbers for i in wrong):
-            yield "an error step past the last"
-            continue
-        labels = [0.0 if i in wrong else 1.0 for i in numbers]
-        yield chain(where, row["modified_question"], steps, labels)
-        if row.get("classification") == "redundency":
-            steps = row.get("original_process")
-            yield chain(where, row.get("original_question"), steps, [1.0] * len(steps or []))
+def examples(where: str, row: dict, data: DataConfig) -> Examples:
+    steps = row["modified_process"]
+    wrong = row["error_steps"]
+    numbers = range(1, len(steps) + 1 if isinstance(steps, list) else 1)
+    if not isinstance(wrong, list) or not all(type(i) is int and i > 0 for i in wrong):
+        expected = f"expected a list of numbers from 1 to {len(numbers)}"
+        raise UserError(f"{where}: error_steps {wrong!r}; {expected}.")
+    if isinstance(steps, list) and any(i not in numbers for i in wrong):
+        yield "an error step past the last"
+        return
+    labels = [0.0 if i in wrong else 1.0 for i in numbers]
+    yield chain(where, row["modified_question"], steps, labels)
+    if row.get("classification") == "redundency":
+        steps = row.get("original_process")
+        yield chain(where, row.get("original_question"), steps, [1.0] * len(steps or []))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, SourceRows
+from lora.data.examples import Examples
 from lora.data.readers.steps import chain
 
 TASK = "score"
@@ -28,10 +28,9 @@ OTHER_KIND = {"attribution_label": "logic", "correctness_label": "attribution"} 
 TERMS = "REVEAL's owners permit it as a test set, not as a training set (its gate; CC BY-ND 4.0)"
 
 
-def examples(rows: SourceRows, data: DataConfig) -> Iterator[dict]:
+def examples(where: str, row: dict, data: DataConfig) -> Iterator[dict]:
     """Yield a row as `chains` takes it."""
-    for where, row in rows:
-        yield read_evidence(where, row)
+    yield read_evidence(where, row)
 
 
 def read_evidence(where: str, row: dict) -> dict[str, str]:
