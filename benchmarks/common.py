@@ -1,5 +1,5 @@
-"""What several benchmarks do: find this project, make a random base, call a script, read what a run
-has logged, name the CPU.
+"""What several benchmarks do: find this project, make a random base, call a script, write and read
+JSON Lines, read what a run has logged, name the CPU.
 """
 
 import json
@@ -52,6 +52,18 @@ def call(*command, **environment):
     return subprocess.run(
         command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
+
+
+def write_jsonl(path: Path, rows: list) -> str:
+    """Write a line of JSON for each row; return the path as text."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def read_jsonl(path: Path) -> list:
+    with open(path, encoding="utf-8") as file:  # splitlines() would also split at U+2028
+        return [json.loads(line) for line in file]
 
 
 def metrics(run, name="step"):

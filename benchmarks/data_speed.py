@@ -23,17 +23,13 @@ import sys
 import tempfile
 import time
 
-from common import ROOT
+from common import ROOT, read_jsonl
 
 
 def write_chats(path: Path, megabytes: float) -> None:
     data = Path(os.environ["PLAINLORA_DATA"])
-    chats = []
-    for line in (data / "sgd_chat" / "train.jsonl").read_text().splitlines():
-        messages = json.loads(line)["messages"]
-        chats.append([{"role": m["role"], "content": m["content"]} for m in messages])
-    for line in (data / "gsm8k" / "train.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    chats = [row["messages"] for row in read_jsonl(data / "sgd_chat" / "train.jsonl")]
+    for row in read_jsonl(data / "gsm8k" / "train.jsonl"):
         question = {"role": "user", "content": row["question"]}
         chats.append([question, {"role": "assistant", "content": row["answer"]}])
     size = number = 0

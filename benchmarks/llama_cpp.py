@@ -99,7 +99,7 @@ def start_server(file: Path) -> xllamacpp.Server:
 
 
 def compare(kind: str, server: xllamacpp.Server, answers: list[Answer]) -> list[str]:
-    """Print a row of the table; return a line for each answer or token that is another."""
+    """Print a row of the table; return a line for each answer or token that differs."""
     notes = []
     num_equal = num_stopped = num_same = num_tokens = 0
     for number, answer in enumerate(answers, 1):

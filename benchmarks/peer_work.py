@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 import shutil
 
-from common import QWEN_05B
+from common import QWEN_05B, read_jsonl, write_jsonl
 
 LEARNING_RATE = 1e-3
 RANK = 16
@@ -170,8 +170,8 @@ def write_data(work: Work, folder: Path, vocab_size: int) -> None:
     if is_synthetic(work):
         examples = synthetic_examples(work.data, count + NUM_HELD_OUT, vocab_size)
     else:
-        lines = (Path(os.environ["PLAINLORA_DATA"]) / work.data).read_text().splitlines()
-        examples = [json.loads(line) for line in lines[: count + NUM_HELD_OUT]]
+        rows = read_jsonl(Path(os.environ["PLAINLORA_DATA"]) / work.data)
+        examples = rows[: count + NUM_HELD_OUT]
     training, held_out = examples[:count], examples[count:]
     if work.task == "score":
         write_jsonl(folder / "prefixes.jsonl", prefixes(training, work.batch))
@@ -219,10 +219,6 @@ def synthetic_examples(kind: str, count: int, vocab_size: int) -> list[dict]:
     return examples
 
 
-def write_jsonl(path: Path, examples: list[dict]) -> None:
-    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
-
-
 def plainlora_command(work: Work, folder: Path, side: Side):
     from lora.config.command_line import read_command_line
     from lora.config.schema import Config, get_lora_config
@@ -252,7 +248,7 @@ def plainlora_command(work: Work, folder: Path, side: Side):
     settings["train_data"] = folder / settings["train_data"]
     num_examples = work.batch
     if work.task == "score":  # a step reads the whole file: the chains, or all of their prefixes
-        num_examples = len(settings["train_data"].read_text().splitlines())
+        num_examples = len(read_jsonl(settings["train_data"]))
     settings["gradient_accumulation_steps"] = num_examples // settings["batch_size"]
     config = Config()
     if work.script == "train_lora":

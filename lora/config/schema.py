@@ -41,7 +41,7 @@ class DataConfig(Table):
     )
     columns: dict[str, str] = key({}, "our key = theirs, for all files", metavar="OURS=THEIRS")
     max_samples: int | None = key(None, "use only the first N training examples", low=1)
-    label_max: float = key(1.0, "the files' labels are divided by it, their maximum", above=0)
+    label_max: float = key(1.0, "maximum of the files' labels, which are divided by it", above=0)
     prompt_format: str = key("{prompt}\n", "how a chain's problem is written, for causal models")
     step_format: str = key("{step}\n", "how a step is written, with {step}, {number} and {marker}")
     step_marker: str = key("", "token after every step, at which its score is read")

@@ -55,6 +55,7 @@ class EvaluationRequest:
 def make_parser() -> Parser:
     parser = Parser("Evaluate a checkpoint, a final artifact or a base, or put one question to it.")
     parser.usage = "%(prog)s --checkpoint DIR [--eval_data FILE ...] [--output FILE] [options]"
+    parser.epilog = "With --checkpoint, the defaults are those of its run."
     add = parser.add_argument
     checkpoint_help = "a checkpoint_step_N, final_artifact or merged scorer to evaluate"
     add("--checkpoint", "--artifact_dir", metavar="DIR", help=checkpoint_help)
@@ -99,7 +100,7 @@ def make_parser() -> Parser:
 
 def add_keys(group: Any, names: Sequence[str]) -> None:
     for table in tables_of(Config()).values():
-        add_flags(group, table, names, "the checkpoint's")
+        add_flags(group, table, names)
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:

@@ -213,7 +213,7 @@ def test_a_mistake_in_corpus_or_queries_names_the_line(tmp_path):
         ("r", {1}),
     ]
     for row, message in (
-        ({"id": "1", "text": "three"}, "id 1 is there a second time"),
+        ({"id": "1", "text": "three"}, "id 1 occurs twice"),
         ({"id": "c", "text": ""}, "text is ''"),
         ({"text": "three"}, "id None; expected a text or an integer"),
     ):
