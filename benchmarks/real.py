@@ -8,6 +8,7 @@ ROW is one of
     instruct       answers to instructions: LoRA, QLoRA and all weights, before and after
     chat           the assistant's turns of SGD chats: the same
     cite           cite a source or refuse, on the language reference that Python brings along
+    cite_json      the same, and the answer is an object of JSON
     gsm8k          word problems: loss and exact match
     learning_rate  five rates of LoRA and of full fine-tuning, two seeds at the best
 
@@ -40,7 +41,7 @@ DATA = Path(os.environ.get("PLAINLORA_DATA", "data"))
 RESULTS = ROOT / "benchmarks" / "results" / "real.json"
 PRECISION = ("--dtype", "float32")
 QLORA = ("--load_in_4bit", "--bnb_4bit_compute_dtype", "float32")
-CITATIONS = ("--refusal_pattern", r"^\s*The sources do not say", "--citation_pattern", r"\[\d+\]")
+CITATIONS = ("--citation_pattern", r"\[\d+\]", "--max_new_tokens", "96")
 MEASURES = (
     *("exact_answer", "exact_match", "rougeL", "refusal_accuracy", "refusal_rate"),
     *("citation_rate", "citation_accuracy", "citation_precision", "json_validity"),
@@ -176,19 +177,27 @@ def chat(folder: Path) -> dict:
 
 
 def cite(folder: Path) -> dict:
+    return cite_or_refuse(folder, ("--refusal_pattern", r"^\s*The sources do not say"))
+
+
+def cite_json(folder: Path) -> dict:
+    ask = ("--refusal_pattern", '"answer": null', "--json_keys", "answer", "sources")
+    return cite_or_refuse(folder, ask, "--templates", ROOT / "benchmarks" / "cite_json.toml")
+
+
+def cite_or_refuse(folder: Path, ask: Flags, *templates: str | Path) -> dict:
     """Python's language reference (PSF licence) is in the standard library, for `help()`."""
     if not (folder / "cited").exists():
         topics = pydoc_data.topics.topics.items()
         corpus = [{"title": name, "text": prose(text)} for name, text in sorted(topics)]
         write_jsonl(folder / "corpus.jsonl", corpus)
-        command = ("-m", "lora", "cite_or_refuse", folder / "corpus.jsonl")
+        command = ("-m", "lora", "cite_or_refuse", folder / "corpus.jsonl", *templates)
         call(*command, "--output", folder / "cited")
     training, test = (str(folder / "cited" / name) for name in ("train.jsonl", "test.jsonl"))
     config = ("--config", "configs/cite_or_refuse.toml", "--train_data", training)
     config += ("--eval_data", test, "--num_train_epochs", "1", "--eval_steps", "30")
     lora = ("train_lora.py", "--learning_rate", "5e-4")
-    ask = (*CITATIONS, "--max_new_tokens", "96")
-    return before_and_after(folder, {"lora": lora}, test, test, config, *ask)
+    return before_and_after(folder, {"lora": lora}, test, test, config, *CITATIONS, *ask)
 
 
 def prose(text: str) -> str:
@@ -287,7 +296,7 @@ def with_range(values: list[float]) -> str:
     return f"{value:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
 
 
-ROWS = {row.__name__: row for row in (instruct, chat, cite, gsm8k, learning_rate)}
+ROWS = {row.__name__: row for row in (instruct, chat, cite, cite_json, gsm8k, learning_rate)}
 
 
 def main() -> None:
