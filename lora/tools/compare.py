@@ -38,13 +38,18 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def differing_keys(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return the keys that differ among the runs that have them.
+
+    Full fine-tuning has none of LoRA's keys; lora_r tells that beside a run with LoRA.
+    """
     keys = {}
     for run in runs:
         keys.update(run.config)
     differing = []
     for key in keys:
-        values = [run.config.get(key) for run in runs]
-        if any(value != values[0] for value in values):
+        values = [run.config[key] for run in runs if key in run.config]
+        tells_method = key == "lora_r" and len(values) < len(runs)
+        if tells_method or any(value != values[0] for value in values):
             differing.append(key)
     return differing
 
