@@ -12,10 +12,12 @@ frozen base (lora_r 0) is written with that base.
 
 from argparse import Namespace
 from importlib.util import find_spec
+import math
 from pathlib import Path
 import sys
 
 from lora.common.allocator import keep_freed_memory
+from lora.common.base_model_files import plain_file
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.common.exit_status import one_line_errors, require_one_process
@@ -130,8 +132,11 @@ def main(arguments: Namespace) -> None:
     config = source.config
     if config is not None and config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
-    if config is not None and (source.folder / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(str(source.folder))  # a final artifact's, with its template
+    if (source.folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(str(source.folder))  # with the tokens and template of the run
+    elif (source.folder / "chat_template.jinja").is_file():  # a checkpoint
+        template = source.folder / "chat_template.jinja"
+        tokenizer.chat_template = plain_file(template).read_text(encoding="utf-8")
     gguf_type = arguments.gguf_type or "f16"
     if arguments.gguf:
         from lora.export.gguf import make_writer, write_gguf  # an extra
@@ -184,6 +189,8 @@ def main(arguments: Namespace) -> None:
                 in_fp32 = f"{difference(of_merged, of_adapter):.3g}, and the token"
                 in_fp32 += f" {merging.same_tokens(of_merged, of_adapter)}"
                 print(f"with --dtype float32 the difference would be {in_fp32}")
+        if not math.isfinite(rounding):
+            raise UserError(f"the outputs in {dtype} are not finite; add --dtype float32.")
         if rounding > effect and source.adapter:
             found = f"changes more ({rounding:.3g}) than the adapter does"
             raise UserError(f"rounding to {dtype} {found}; add --dtype float32.")

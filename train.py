@@ -79,17 +79,20 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     max_steps = total_steps(settings, data.steps_per_epoch)
     folder = log.run_dir / "checkpoints"
 
-    step, resumed_at = 0, None
+    step, resumed_at, is_evaluated = 0, None, False
     evaluations_without_best, skipped_steps = 0, 0
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
         step = state["step"]
         # A run that is shortened to where it was stopped has yet to be evaluated there.
         resumed_at = step if state["val"] or step < max_steps else None
+        is_evaluated = state["val"] is not None
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
     best_loss = best_checkpoints.best_loss(folder)
+    if best_loss == math.inf:  # also in a folder of its own, where the best is yet to come
+        evaluations_without_best = 0
 
     task.train()
     # What does not fit in memory shows now and not after forty steps. A fresh run keeps room for
@@ -104,7 +107,9 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         # lost. A resumed run has done both at its first step.
         last = step >= max_steps
         metrics, is_among_best = None, False
-        if step != resumed_at and (last or step % settings.eval_steps == 0):
+        if step != resumed_at:
+            is_evaluated = last or step % settings.eval_steps == 0
+        if step != resumed_at and is_evaluated:
             metrics, batches, predictions = evaluate(run)
             save_example_losses(log.run_dir, step, run, batches, predictions)
             is_new_best = step > 0 and metrics["loss"] < best_loss
@@ -115,7 +120,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
             if is_new_best:
                 best_loss, evaluations_without_best = metrics["loss"], 0
         # A resumed run may have stopped here before, without its artifact.
-        if 0 < settings.early_stopping_patience <= evaluations_without_best:
+        if is_evaluated and 0 < settings.early_stopping_patience <= evaluations_without_best:
             without = f"{evaluations_without_best} evaluations without a new best"
             log.say(f"Stopping at step {step}: {without}.")
             last = True
@@ -158,6 +163,9 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         grad_norm_is_fine = scaler.is_enabled() or math.isfinite(grad_norm)
         if math.isfinite(loss) and grad_norm_is_fine:
             scaler.step(optimizer)
+            if not math.isfinite(grad_norm):
+                found = f"step {step}: gradient norm {grad_norm}"
+                log.say(f"{found}; float16 skips the update and lowers its loss scale")
         else:
             skipped_steps += 1
             found = f"step {step}: loss {loss}, gradient norm {grad_norm}"

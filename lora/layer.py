@@ -4,7 +4,9 @@ W and b are frozen, and only A [r, in] and B [out, r] are trained. The names are
 (`base_layer`, `lora_A`, `lora_B`), so exporting an adapter is a rename.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+import copy
 from dataclasses import dataclass
 import math
 
@@ -110,7 +112,9 @@ class LoRALinear(LoRALayer):
     def dora_scale(self) -> Tensor:
         """Return, for each row of W + update, its trained length / its norm, [out]."""
         with torch.no_grad():
-            row_lengths = self.updated_weight().norm(dim=1)
+            # A row of zeros stays one, because its magnitude is 0 too.
+            smallest = torch.finfo(torch.float32).tiny
+            row_lengths = self.updated_weight().norm(dim=1).clamp_min(smallest)
         return self.lora_magnitude_vector / row_lengths
 
     def merged_weight(self) -> Tensor:
@@ -193,6 +197,11 @@ def inject(
     if not targets:
         why = "modules_to_save names all of target_modules, and leaves nothing for LoRA"
         raise UserError(f"{why}; name other targets.")
+    for name in targets:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            found = f"{type(parent).__name__} computes with its weight itself"
+            raise UserError(f"target_modules: {name}: {found}; name other layers.")
     largest_rank = max(min(layer_sizes(model.get_submodule(name))) for name in targets)
     for rank in (r, *(rank_pattern or {}).values()):
         if not 1 <= rank <= largest_rank:
@@ -230,7 +239,11 @@ def wrap(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     embeddings = embedding_modules(model)
     if any(layer.base_layer in embeddings for layer in layers.values()):
         untie(model)
+    parameters = model.named_parameters(remove_duplicate=False)
+    uses = Counter(id(parameter) for _, parameter in parameters)
     for name, layer in layers.items():
+        if uses[id(layer.base_layer.weight)] > 1:  # merging must not change the other place
+            layer.base_layer = copy.deepcopy(layer.base_layer)
         layer.train(model.training)  # a model in eval mode must not drop anything
         model.set_submodule(name, layer)
 

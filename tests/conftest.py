@@ -126,7 +126,9 @@ def run(config, resume_from="", auto=False):
 
     folder = Path(config.output.output_dir) / config.output.experiment_name
     script = train_lora if config.lora else train
-    script.main(Command(config, folder, str(resume_from), auto), RawData(config))
+    command = Command(config, folder, str(resume_from), auto)
+    script.main(command, RawData(config))
+    command.status.write(0)
     return folder
 
 

@@ -67,7 +67,8 @@ def atomic_folder(final: str | Path, resumable: bool = False) -> Iterator[Path]:
         fsync_path(final.parent)
         fsync_path(final.parent.parent)  # the parent folder may be new as well
     except BaseException as error:
-        if not resumable or isinstance(error, (UserError, OSError)):
+        is_mistake = isinstance(error, (UserError, OSError))
+        if not resumable or (is_mistake and not isinstance(error, ResourceExhausted)):
             shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):
             no_room = "no room for it; nothing of it is kept, the rest is as it was"

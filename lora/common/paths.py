@@ -19,5 +19,7 @@ def or_packaged(path: str, *folders: str) -> str:
 
 
 def script_call(script: str) -> list[str]:
-    """Return the words that call a script, without its flags."""
-    return ["plainlora", Path(script).stem] if INSTALLED else ["python", script]
+    """Return the words that call a script in the current folder, without its flags."""
+    if INSTALLED:
+        return ["plainlora", Path(script).stem]
+    return ["python", script if Path(script).is_file() else str(SCRIPTS / Path(script).name)]

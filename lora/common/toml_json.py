@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, dict):
         pairs = [f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items()]
         return "{" + ", ".join(pairs) + "}"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False, default=os.fspath).replace("\x7f", "\\u007f")
 
 
 def read_file(path: str | Path) -> dict[str, Any]:

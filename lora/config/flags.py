@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Collection
 import dataclasses
 from functools import partial
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -26,12 +27,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         # An installed script is called as `plainlora SCRIPT`.
         name = " ".join(script_call(sys.argv[0])) if INSTALLED else None
+        if " " in sys.argv[0]:  # a tool: "plainlora compare"
+            name = sys.argv[0]
         super().__init__(name, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")
 
     def parse_known_args(self, args=None, namespace=None):
+        for argument in args:
+            if re.search("[\ud800-\udfff]", argument):  # bytes of a name that are not UTF-8
+                raise UserError(f"{argument!r}: not UTF-8; rename the file, or write it in UTF-8.")
         return super().parse_known_args([with_underscores(a) for a in args], namespace)
 
 

@@ -30,7 +30,7 @@ def run_folder(config: Config) -> Path:
     if Path(name).anchor or ".." in Path(name).parts:
         problem = "it leads out of output_dir; expected the name of a folder"
         raise UserError(f"experiment_name {name!r}: {problem}.")
-    return Path(config.output.output_dir) / name
+    return Path(config.output.output_dir).expanduser() / name
 
 
 def new_folder(config: Config) -> Path:
@@ -51,7 +51,8 @@ def continued_folder(saved: Config, config: Config, checkpoint: Path) -> Path:
 
     Raises UserError where the checkpoint is not the last one of a run's folder.
     """
-    same_directory = config.output.output_dir == saved.output.output_dir
+    directory, saved_directory = Path(config.output.output_dir), Path(saved.output.output_dir)
+    same_directory = directory.resolve() == saved_directory.resolve()
     if not same_directory or config.output.experiment_name != saved.output.experiment_name:
         return new_folder(config)
     path = checkpoint.resolve()

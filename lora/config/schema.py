@@ -6,6 +6,7 @@ It is read before torch is loaded, so that a wrong flag is reported at once.
 import dataclasses
 from dataclasses import dataclass, field
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,7 +263,7 @@ class Config:
         """Write TOML, or JSON where the path ends in .json."""
         text = to_toml(self.as_dict())
         if Path(path).suffix == ".json":
-            text = json.dumps(self.as_dict(), indent=2) + "\n"
+            text = json.dumps(self.as_dict(), indent=2, default=os.fspath) + "\n"
         write_text_atomically(Path(path), text)
 
 

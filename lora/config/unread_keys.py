@@ -9,6 +9,11 @@ SCORE_KEYS = (
     *("prompt_format", "step_format", "step_marker"),
 )
 
+LORA_KEYS = (
+    *("lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
+    *("alpha_pattern", "loraplus_lr_ratio"),
+)
+
 
 def unread_keys(config: Config) -> dict[str, str]:
     """Return {key: why it is not read} of the keys with another value than the default."""
@@ -25,6 +30,10 @@ def unread_keys(config: Config) -> dict[str, str]:
         reasons["warmup_ratio"] = "warmup_steps is given"
     if config.lora and not config.lora.load_in_4bit:
         reasons |= dict.fromkeys((*QUANTIZATION_KEYS, "bnb_4bit_compute_dtype"), "no load_in_4bit")
+    if config.model.init_from == "scratch":
+        reasons["head_tokens"] = "init_from is scratch"
+    if config.method == "head":
+        reasons |= dict.fromkeys(LORA_KEYS, "lora_r is 0")
     values = key_values(config)
     defaults = key_values(get_lora_config())
     return {name: why for name, why in reasons.items() if values[name] != defaults[name]}

@@ -58,7 +58,7 @@ class Rows:
     token_type_ids: np.ndarray  # [tokens], int8
     offsets: np.ndarray  # [rows + 1], int64
     loss_weights: np.ndarray  # [tokens], float32, of the target at this place
-    dataset_ids: np.ndarray  # [rows], int16
+    dataset_ids: np.ndarray  # [rows], int32
     features: dict[int, Tensor] | None = None  # row -> cached hidden states [its targets, width]
     check: ArrayCheck = field(default_factory=ArrayCheck)  # of the files that are mapped
 
@@ -160,7 +160,7 @@ def array_types(task: str) -> dict[str, type]:
         "token_type_ids": np.int8,
         "offsets": np.int64,
         "loss_weights": np.float32,
-        "dataset_ids": np.int16,
+        "dataset_ids": np.int32,
     }
 
 

@@ -44,7 +44,7 @@ def part_facts(counts: Counts, seq_lens: np.ndarray, part: str, config: Config) 
             f"{config.data.max_length}; raise it, or see what becomes of the rows: "
             "python -m lora render FILE."
         )
-    if counts.weighted_targets == 0:
+    if counts.weighted_targets == 0 and part != "eval":  # an evaluation reads no weights
         raise UserError(f"{counts.where}: every {part} example has weight 0; give some more.")
     names = ("examples", "cut", "without_target", "unprinted_reasoning")
     facts: dict = {name: getattr(counts, name) for name in names}

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 import json
+import re
 from typing import Any
 
 from lora.common.errors import UserError
@@ -46,6 +47,8 @@ class Example:
 SourceRows = Iterable[tuple[str, dict[str, Any]]]  # file:line, and the row
 Examples = Iterator[Example | str]  # a text says why a row is left out
 BLANK = "a blank message"
+# float() would also read 1_6, Arabic digits and "nan"
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def string(where: str, name: str, value: Any) -> str:
@@ -63,10 +66,23 @@ def is_blank(text: Any) -> bool:
     return text is None or (isinstance(text, str) and not text.strip())
 
 
+def from_text(value: Any) -> Any:
+    """Return the number or the truth that a cell of a table holds as text; None for a blank one.
+
+    Any other value is returned as it is.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if NUMBER.fullmatch(text):
+        return float(text)
+    return {"": None, "true": True, "false": False}.get(text.lower(), value)
+
+
 def weight(where: str, row: dict[str, Any], key: str = "weight") -> float:
     """Return the row's "weight", the factor of its loss; 1 where it has none. Raises UserError."""
-    value = row.get(key)
-    if value in (None, ""):
+    value = from_text(row.get(key))
+    if value is None:
         return 1.0
     if type(value) not in (int, float) or not 0 <= value < float("inf"):  # nor a boolean
         raise UserError(f"{where}: {key} {value!r}; expected a number from 0 on.")
@@ -76,7 +92,9 @@ def weight(where: str, row: dict[str, Any], key: str = "weight") -> float:
 def category(row: dict[str, Any]) -> str:
     """Return the row's "category", by which eval.py takes means as well; "" without one."""
     value = row.get("category")
-    return str(value).strip() if isinstance(value, (str, int)) else ""
+    if not isinstance(value, (str, int)):
+        return ""
+    return str(value).encode("utf-8", "replace").decode().strip()  # half a surrogate pair is "?"
 
 
 def refuse_other_training(where: str, row: dict[str, Any]) -> None:
@@ -91,6 +109,7 @@ def refuse_other_training(where: str, row: dict[str, Any]) -> None:
 
 def label(where: str, value: Any, label_max: float) -> float | None:
     """Return a label as a share of `label_max`, or None for null. Raises UserError."""
+    value = from_text(value)
     if value is None:
         return None
     if not isinstance(value, (int, float)) or not 0 <= value <= label_max:

@@ -29,7 +29,12 @@ def files_of_set(path: str) -> dict[str, Path]:
         problem = "a folder without data files" if folder.is_dir() else "No such file or directory"
         raise UserError(f"{path}: {problem}.")
 
-    # What must not be one set: a text beside its table, a test set beside the training data
+    require_one_set(path, list(files))
+    return files
+
+
+def require_one_set(path: str, files: list[str]) -> None:
+    """Raise UserError for a text beside its table, or a test set beside the training data."""
     common = os.path.commonpath([os.path.dirname(file) for file in files]) or "."
     splits_found = set()
     for file in files:
@@ -39,7 +44,6 @@ def files_of_set(path: str) -> dict[str, Path]:
         if len(several) > 1:
             found_here = f"its files are of several {what} ({', '.join(sorted(several))})"
             raise UserError(f"{path}: {found_here}; name the files, or a glob such as '*.jsonl'.")
-    return files
 
 
 def is_data(file: Path) -> bool:

@@ -133,7 +133,7 @@ def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
             break
     first = lines[-1].strip() if lines else ""
     lines.append(file.readline())
-    is_alone = first.endswith("]}") and not lines[-1]
+    is_alone = bool(first) and not lines[-1]
     if is_alone or first.startswith("[") or first.endswith(("{", "[", ",")):
         from lora.data.json_documents import document_rows
 

@@ -17,8 +17,8 @@ def choose_held_out(
 ) -> tuple[np.ndarray, set[int]]:
     """Return which examples are held out in all, and of which texts only the end is.
 
-    To hold out one of a few books would be to hold out much. So where long texts, or texts that
-    are a set of their own, are too few to hold out one, the end of each is held out.
+    To hold out one of a few books would be to hold out much. So where long texts, or the texts of
+    a set, are too few to hold out one, the end of each is held out.
 
     Args:
         subjects: hashes of the prompts or texts [examples].
@@ -32,8 +32,8 @@ def choose_held_out(
     chosen = np.array(is_held_out, bool)
     is_candidate = ~chosen
     set_sizes = np.bincount(sets[is_candidate], minlength=sets.max() + 1)
-    is_alone = (sizes > 0) & (set_sizes[sets] == 1)
-    is_document = is_candidate & (is_alone | (sizes >= LONG_TEXT))
+    is_of_few = (sizes > 0) & (set_sizes[sets] * fraction < 1)
+    is_document = is_candidate & (is_of_few | (sizes >= LONG_TEXT))
     documents = set()
     if is_document.sum() * fraction < 1:
         documents = set(np.flatnonzero(is_document).tolist())
@@ -61,7 +61,7 @@ def chosen_by_hash(subjects: np.ndarray, fraction: float) -> np.ndarray:
     `subjects` are their hashes, whose order decides. None is held out where it would be all.
     """
     distinct = np.unique(subjects)
-    count = max(1, round(fraction * len(distinct)))
-    if count >= len(distinct):
+    if len(distinct) < 2:
         return np.zeros(len(subjects), bool)
+    count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
     return subjects <= distinct[count - 1]

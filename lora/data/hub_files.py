@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from lora.common.errors import UserError
 from lora.data.file_kinds import ARROW, HUB, kind_of
+from lora.data.file_sets import is_data, require_one_set
 
 ADDRESS = re.compile(HUB + r"([^/@:]+/[^/@:]+)(?:@([^/:]+))?(?:/(.+?))?(?::([\w.-]+))?")
 DATA_SET: dict[str, Any] = {"repo_type": "dataset"}
@@ -50,8 +51,12 @@ def hub_files(path: str) -> dict[str, Path]:
             splits = configs[chosen(path, "config", name, configs)]
             patterns = splits[chosen(path, "split", split, splits)]
         files = [file for file in sorted(files) if is_file(file) and matches(file, patterns)]
+        if "*" in (name or ""):
+            files = [file for file in files if is_data(Path(file))]
         if not files:
             raise UserError(f"{path}: no data file matches {', '.join(patterns)}.")
+        if "*" in (name or ""):
+            require_one_set(path, files)
         snapshot_download(repository, revision=folder.name, allow_patterns=files, **DATA_SET)
     except (HTTPError, OSError, ValueError, YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None

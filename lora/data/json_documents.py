@@ -9,6 +9,7 @@ from typing import Any
 from lora.common.errors import UserError
 from lora.common.toml_json import dict_of_different_keys
 
+SPLIT_NAMES = {"train", "test", "valid", "validation", "val", "dev", "eval"}
 NOT_BLANK = re.compile(r"\S")
 
 
@@ -28,7 +29,7 @@ def document_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON that can be read ({error}).") from None
 
-    rows = rows_in(values[0]) if len(values) == 1 else values
+    rows = rows_in(path, values[0]) if len(values) == 1 else values
     if rows == values and len(rows) == 1:  # the document is a row
         yield f"{path}:1", rows[0]
         return
@@ -36,11 +37,15 @@ def document_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
         yield f"{path}: row {number}", row
 
 
-def rows_in(value: Any) -> list:
+def rows_in(path: str, value: Any) -> list:
     """Return the rows of [row, ...], {"data": [row, ...]} or {NAME: [row, ...], ...}; or [row]."""
     if isinstance(value, dict) and is_table(value.get("data")):
         return value["data"]
     if isinstance(value, dict) and value and all(is_table(part) for part in value.values()):
+        splits = SPLIT_NAMES & value.keys()
+        if len(splits) > 1:
+            found = f"the splits {', '.join(sorted(splits))} in one object"
+            raise UserError(f"{path}: {found}; write each to a file of its own.")
         return list(chain.from_iterable(value.values()))
     return value if isinstance(value, list) else [value]
 

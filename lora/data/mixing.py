@@ -12,10 +12,13 @@ SCHEDULE = 10_000  # examples over which the shares of a mix come out exactly
 
 def dataset_names(paths: Sequence[str]) -> list[str]:
     """Return a short name for each path: its file's, with a number where two are alike."""
-    stems = [Path(path).name.split(".")[0] for path in paths]
-    names = []
+    stems = [Path(path).name.split(".")[0] or "data" for path in paths]
+    names: list[str] = []
     for number, stem in enumerate(stems, 1):
-        names.append(stem if stems.count(stem) == 1 else f"{stem}_{number}")
+        name = stem if stems.count(stem) == 1 else f"{stem}_{number}"
+        while stems.count(stem) > 1 and name in (*stems, *names):  # another file has that name
+            name += "_"
+        names.append(name)
     return names
 
 
@@ -26,7 +29,7 @@ class Mix:
         """`sets` holds the rows of each path. Raises UserError where one would never be read."""
         for path, rows in zip(paths, sets):
             if len(rows) == 0:
-                advice = "leave it out, and its weight"
+                advice = "leave it out, and its weight, or raise max_samples"
                 raise UserError(f"{path}: none of its rows is left to train on; {advice}.")
         self.quotas = np.round(np.array(weights) / sum(weights) * SCHEDULE).astype(int)
         if not self.quotas.all():

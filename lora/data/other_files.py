@@ -1,6 +1,7 @@
 """Parquet and Arrow files, through pyarrow, and how to convert what is not read at all."""
 
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -60,7 +61,7 @@ def batches(pa: Any, path: Path, beginning: bytes) -> Iterator[Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON would hold it: of dates and decimals, their text.
+    """Return a value as JSON would hold it: of dates, their text.
 
     The null fields of objects, which a column's other rows have, are left out, and binary ones.
     """
@@ -69,6 +70,8 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in kept.items()}
     if isinstance(value, list):
         return [plain(item) for item in value]
+    if isinstance(value, Decimal):
+        return float(value)
     is_json = isinstance(value, (str, int, float, NoneType))
     return value if is_json or isinstance(value, bytes) else str(value)
 

@@ -28,7 +28,7 @@ CODE = sorted(Path(__file__).parent.rglob("*.py"))
 def cache_folder() -> Path:
     """Return PLAINLORA_CACHE, or else plainlora/ in the user's cache folder."""
     if os.environ.get("PLAINLORA_CACHE"):
-        return Path(os.environ["PLAINLORA_CACHE"])
+        return Path(os.environ["PLAINLORA_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainlora"
 
 

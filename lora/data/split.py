@@ -35,7 +35,7 @@ class Split:
         kept: list[Part] = []
         total_size = 0
         subjects, contents = array("Q"), array("Q")
-        sizes, text_sizes, dataset_ids = array("q"), array("q"), array("h")
+        sizes, text_sizes, dataset_ids = array("q"), array("q"), array("i")
         of_held_out_file = bytearray()
         has_chats = False
         for part in with_bar(read_parts(config)):

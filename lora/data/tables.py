@@ -3,16 +3,12 @@
 from collections.abc import Iterable
 import csv
 from itertools import chain
-import re
-from typing import Any, TextIO
+from typing import TextIO
 
 from lora.common.errors import UserError
-from lora.data.examples import SourceRows
+from lora.data.examples import SourceRows, from_text
 
-NUMERIC_COLUMNS = ("score", "label", "weight")
 PAIR_COLUMNS = ["sentence1", "sentence2", "score"]  # of a table without a header
-# float() would also read 1_6, Arabic digits and "nan"
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
@@ -31,7 +27,7 @@ def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
             continue
         where = f"{path}:{table.line_num}"
         if names is None:
-            has_header = len(values) != 3 or not is_number(values[2])
+            has_header = len(values) != 3 or not isinstance(from_text(values[2]), float)
             names = values if has_header else PAIR_COLUMNS
             for name in names:
                 if name and names.count(name) > 1:
@@ -42,12 +38,4 @@ def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
             expected = f"expected {len(names)} ({', '.join(names)})"
             bad_rows.append(UserError(f"{where}: {len(values)} columns, {expected}."))
             continue
-        row: dict[str, Any] = dict(zip(names, values))
-        for name in NUMERIC_COLUMNS:
-            if name in row and is_number(row[name]):
-                row[name] = float(row[name])
-        yield where, row
-
-
-def is_number(text: str) -> bool:
-    return NUMBER.fullmatch(text.strip()) is not None
+        yield where, dict(zip(names, values))

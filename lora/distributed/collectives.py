@@ -1,8 +1,6 @@
 """Sums over all processes, and values that one process sends to the others."""
 
 from collections.abc import Callable
-from datetime import timedelta
-from functools import cache
 from typing import Any
 
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor
 import torch.distributed as dist
 
 from lora.common.errors import ProcessLost, UserError
-from lora.distributed.process_group import micro_batch_index, rank, world_size
+from lora.distributed.process_group import micro_batch_index, patient_group, rank, world_size
 
 
 def sum_over_all(tensor: Tensor) -> Tensor:
@@ -48,15 +46,6 @@ def broadcast_from_rank_zero(function: Callable, *arguments: Any) -> Any:
     if world_size() > 1:
         dist.broadcast_object_list(values, 0, patient_group())
     return values[0]
-
-
-@cache
-def patient_group() -> dist.ProcessGroup:
-    """Return the processes as those that wait for the first one while it reads, hashes or writes.
-
-    Such work may last longer than `process_group.TIMEOUT`. A process that ends is noticed at once.
-    """
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=24))
 
 
 def gather_in_order(local_parts: list[Tensor], lengths: list[int], device: torch.device) -> Tensor:

@@ -1,6 +1,8 @@
 """The processes of a run: joining, leaving, rank and world size. Without torchrun there is one."""
 
 from datetime import timedelta
+from functools import cache
+import itertools
 import os
 import sys
 
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from lora.common.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # of a process that waits for the others
+JOINED = itertools.count()  # the groups that this process has joined
 
 
 def rank() -> int:
@@ -47,9 +50,10 @@ def join(device: torch.device) -> None:
     is_master = rank() == 0 and not agent_keeps_store
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, size, is_master=is_master, timeout=TIMEOUT)
-    # After a restart by torchrun the store still holds entries of processes that are gone.
+    # The store still holds entries of processes that are gone after a restart by torchrun, and of
+    # the group that this process has left before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    store = dist.PrefixStore(f"attempt_{attempt}_{next(JOINED)}", store)
     dist.init_process_group(
         backend, store=store, rank=rank(), world_size=size, timeout=TIMEOUT, device_id=gpu
     )
@@ -57,6 +61,16 @@ def join(device: torch.device) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
+@cache
+def patient_group() -> dist.ProcessGroup:
+    """Return the processes as those that wait for the first one while it reads, hashes or writes.
+
+    Such work may last longer than TIMEOUT. A process that ends is noticed at once.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=24))
+
+
 def leave() -> None:
     if world_size() > 1:
+        patient_group.cache_clear()
         dist.destroy_process_group()

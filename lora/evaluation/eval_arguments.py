@@ -126,6 +126,9 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
         config = saved_config(checkpoint)
     elif arguments.config:
         config = from_file(find_config(arguments.config))
+        if config.model.init_from not in ("", "scratch"):
+            hint = "--config evaluates the base alone; name those weights with --checkpoint"
+            raise UserError(f"init_from {config.model.init_from}: {hint}.")
     full_model = full_model_folder(checkpoint)
     if full_model and arguments.base_model:
         holds = f"{checkpoint} holds a whole model"
@@ -137,6 +140,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
         drawn = "the base's random weights are drawn with the seed of the run"
         raise UserError(f"--seed {arguments.seed}: {drawn}; leave it out.")
     apply_flags(config, arguments, KEYS)
+    if arguments.temperature == 0 and arguments.top_p is None:
+        config.evaluation.top_p = 1.0  # a run's own is for sampling
     check_combinations(arguments, config)
     check_scorer_flags(arguments, config.model.task == "score")
     check_settings(config.evaluation)
@@ -219,7 +224,10 @@ def read_request(arguments: Namespace, config: Config) -> EvaluationRequest:
     if arguments.eval_data:
         request.examples = read(arguments.eval_data, task, config.data)
     elif not (request.examples or request.test_set or request.critical or request.queries):
-        request.examples = list(Split(config).examples(held_out=True))
+        if config.data.eval_data:
+            request.examples = read(config.data.eval_paths, task, config.data)
+        else:
+            request.examples = list(Split(config).examples(held_out=True))
     return request
 
 

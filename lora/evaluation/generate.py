@@ -182,6 +182,8 @@ def step_scores(
         rows = Rows.from_rows(pairs, "score")
         batches = rows.batches(range(len(rows)), max_batch_tokens(config), task.packed)
         predictions = predict(task, batches, task.model.device, dtype).values.numpy()
+        if np.isnan(predictions).any():
+            raise UserError(f"scores are not finite in {dtype}; add --dtype float32.")
         order = np.concatenate([batch.rows for batch in batches])
         scores[np.concatenate([steps_of_rows[row] for row in order])] = predictions
     ends = np.cumsum([len(example.steps) for example in examples])

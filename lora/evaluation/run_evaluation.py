@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.common.atomic_files import write_text_atomically
+from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.common.toml_json import without_nan
 from lora.config.schema import Config, max_batch_tokens
@@ -185,6 +186,8 @@ def measure_steps(
             paths = [arguments.test_set]
         report = compare_with_baselines(paths, examples, scores, config)
         threshold = report["thresholds"]["scores"]  # perhaps a tuned one
+    elif arguments.reliability or config.evaluation.tune_threshold_on:
+        raise UserError("no step has a label: --reliability and --tune_threshold_on need them.")
 
     if arguments.prompt is not None or arguments.test_set:
         for example, of_chain in zip(examples, scores):

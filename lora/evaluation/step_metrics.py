@@ -193,6 +193,10 @@ def report(
     for name, scores in scores_of_scorer.items():
         threshold = settings.threshold
         if tuned_on:
+            tuning_set = ScoredChains(examples, scores, threshold, dataset_ids[tuned_on])
+            if np.isnan(tuning_set.measures()["processbench_f1"]):
+                needs = "it needs chains with an error and chains without one"
+                raise UserError(f"tune_threshold_on {tuned_on}: {needs}.")
             threshold = best_threshold(examples, scores, dataset_ids[tuned_on])
         thresholds[name] = threshold
         scorers[name] = ScoredChains(examples, scores, threshold)

@@ -21,7 +21,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Have generation by other programs end where ours does, once the model is saved."""
     if model.can_generate():
-        model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
+        model.generation_config.eos_token_id = stop_tokens(model, tokenizer) or None
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -128,7 +128,8 @@ def passes(answer: str, reference: str, settings: EvaluationConfig) -> bool:
     if refuses(reference, settings):
         return refuses(answer, settings)
     plain_reference = re.escape(" ".join(reference.casefold().split()))
-    pattern = rf"(?<![a-z0-9])(?<![0-9][.,]){plain_reference}(?![a-z0-9]|[.,][0-9])"
+    before = "(?<![a-z0-9])(?<![0-9][.,])(?<![-\u2212](?=[0-9]))"
+    pattern = rf"{before}{plain_reference}(?![a-z0-9]|[.,][0-9])"
     return bool(re.search(pattern, " ".join(answer.casefold().split())))
 
 

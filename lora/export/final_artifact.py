@@ -149,13 +149,13 @@ def next_commands(folder: Path, config: Config) -> str:
     """Return the calls that try an artifact, and merge its adapter."""
     prompt = "'A question'" if config.model.task == "lm" else r"$'A problem\nA step\nA step'"
     artifact = shlex.quote(folder.as_posix())
-    words = [*script_call("eval.py"), "--checkpoint", artifact, "--prompt", prompt]
-    lines = ["try it:   " + " ".join(words)]
+    call = shlex.join(script_call("eval.py"))
+    lines = [f"try it:   {call} --checkpoint {artifact} --prompt {prompt}"]
     # Random weights are in no folder, and only whole models are merged.
     is_merged = config.model.init_from != "scratch" and not config.model.score_layer
     if config.lora and is_merged:
-        words = [*script_call("merge.py"), "--adapter", artifact, "--output", "merged"]
-        lines.append("merge it: " + " ".join(words))
+        call = shlex.join(script_call("merge.py"))
+        lines.append(f"merge it: {call} --adapter {artifact} --output merged")
     return "\n".join(lines)
 
 
@@ -172,6 +172,8 @@ def with_absolute_paths(config: Config) -> Config:
     if model.base_model != "embedded":
         source, is_folder = locate_base(model.base_model)
         model.base_model = os.path.abspath(source) if is_folder else source
+    if Path(model.init_from).is_dir():  # also "", which is the current folder
+        model.init_from = model.init_from and os.path.abspath(model.init_from)
     data.train_data = [absolute_if_file(path) for path in data.train_data]
     data.eval_data = [absolute_if_file(path) for path in data.eval_data]
     for key in ("prm800k_path", "eqasc_path", "reveal_path"):

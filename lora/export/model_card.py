@@ -30,7 +30,8 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
     step = metrics.pop("step")
     data = {}
     for path, sha256 in {**facts["train_data"], **facts["eval_data"]}.items():
-        data[path if "://" in path else Path(path).name] = sha256
+        name = path if "://" in path else Path(path).name
+        data[path if data.get(name, sha256) != sha256 else name] = sha256
     # PEFT's names of the layers are those of a model with its output layer.
     with_output = config.method == "lora" or config.model.task == "lm"
     return TEMPLATES.get_template("README.jinja").render(

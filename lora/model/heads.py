@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 from lora.layer import LoRALinear
 from lora.target_modules import layer_sizes
 
+MAX_LOSS = 88.0  # whose exponential is a number of float32
+
 
 class LMHead(nn.Module):
     """The model's own output layer, with cross entropy on the next token.
@@ -76,7 +78,11 @@ class LMHead(nn.Module):
     def metrics(predictions: Tensor, targets: Tensor) -> dict[str, float]:
         """Return the loss (nats per target), the perplexity, and the accuracy of the tokens."""
         loss, accuracy = predictions.double().mean(0).tolist()
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, MAX_LOSS)),
+            "token_accuracy": accuracy,
+        }
 
 
 class ChunkedLoss(torch.autograd.Function):

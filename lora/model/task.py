@@ -99,6 +99,9 @@ class Task(nn.Module):
         folder = Path(folder)
         if lora_layers(self.model):
             save_adapter(self.model, folder / "lora_adapter")
+            if self.tokenizer.chat_template:  # it may be the run's, where the base has none
+                template = folder / "chat_template.jinja"
+                template.write_text(self.tokenizer.chat_template, encoding="utf-8")
         elif not self.frozen:
             self.model.save_pretrained(folder / "backbone", state_dict=model_state)
             save_tokenizer(self.tokenizer, folder / "backbone")

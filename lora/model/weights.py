@@ -182,7 +182,12 @@ def read_generation_config(model: PreTrainedModel, source: str) -> None:
     """Read generation_config.json where a base has it; else it is made of config.json already."""
     quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     if cached_file(source, "generation_config.json", **dict.fromkeys(quiet, False)):
-        model.generation_config = GenerationConfig.from_pretrained(source)
+        settings = GenerationConfig.from_pretrained(source)
+        try:
+            settings.validate(strict=True)
+        except ValueError:  # sampling values without do_sample, with which it could not be saved
+            settings.do_sample = True
+        model.generation_config = settings
     stops = model.generation_config.eos_token_id
     tokens = stops if isinstance(stops, list) else [stops]
     if not {type(token) for token in tokens} <= {int, type(None)}:

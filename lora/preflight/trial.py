@@ -128,7 +128,7 @@ def sample_rows(rows: Rows, max_tokens: int) -> Rows:
         token_type_ids=rows.token_type_ids[tokens],
         offsets=np.cumsum([0, *(len(part) for part in positions)]),
         loss_weights=rows.loss_weights[tokens],
-        dataset_ids=np.zeros(len(indices), np.int16),
+        dataset_ids=np.zeros(len(indices), np.int32),
     )
 
 

@@ -80,7 +80,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
     share = arguments.eval_fraction
-    if share <= 0 or share >= 1:
+    if not 0 < share < 1:  # nor "nan"
         raise UserError(f"--eval_fraction {share}: expected a share between 0 and 1.")
     return arguments
 

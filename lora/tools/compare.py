@@ -150,6 +150,8 @@ def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> 
     of_other = other.example_losses(other.best_step)
     shared = [key for key in of_run if key in of_other]
     title = f"{run.name} minus {other.name}:"
+    if len(by_loss([run, other])) > 1:
+        return f"{title} cannot tell: their losses are not on one scale"
     if not shared:
         return f"{title} cannot tell: no validation examples that both were evaluated on"
     losses = [of_run[key][0] for key in shared]
@@ -186,18 +188,15 @@ def by_loss(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
 
 def sketch(runs: Sequence[FinishedRun], loss_name: str) -> str:
     """Return the validation losses of each run as a line of blocks, all on one scale."""
-    curves = {}
-    for run in runs:
-        if run.curve():
-            curves[run.name] = [loss for _, loss in run.curve()]
+    curves = [(run.name, [loss for _, loss in run.curve()]) for run in runs if run.curve()]
     if not curves:
         return ""
-    low = min(map(min, curves.values()))
-    high = max(map(max, curves.values()))
+    low = min(min(curve) for _, curve in curves)
+    high = max(max(curve) for _, curve in curves)
     span = high - low if high > low else 1
-    name_width = max(map(len, curves))
+    name_width = max(len(name) for name, _ in curves)
     lines = [f"validation loss ({loss_name}), from {high:.4g} (high) to {low:.4g}"]
-    for name, curve in curves.items():
+    for name, curve in curves:
         width = min(MAX_WIDTH, len(curve))
         blocks = ""
         for i in range(width):

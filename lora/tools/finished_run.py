@@ -71,10 +71,15 @@ class FinishedRun:
         return printable(self.folder.resolve().name)
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the run is complete: its results may be of a part that was prolonged later."""
+        return bool(self.results) and self.status.get("exit", 0) == 0
+
+    @property
     def ending(self) -> str:
-        """How a run without results ended: its exit status and the reason; else ""."""
+        """How a run that is not complete ended: its exit status and the reason; else ""."""
         exit_status, reason = self.status.get("exit"), self.status.get("error")
-        if self.results:
+        if self.has_ended:
             return ""
         if not exit_status:
             return "not ended"

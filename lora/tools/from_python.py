@@ -18,6 +18,7 @@ from transformers import AutoModel, PreTrainedModel
 from lora.adapter import load_adapter
 from lora.common.checksums import verify_checksums
 from lora.common.errors import Stopped, UserError
+from lora.common.exit_status import require_one_process
 from lora.common.known_errors import as_known_error
 from lora.common.paths import SCRIPTS
 from lora.config.command_line import Command, read_command_line
@@ -51,7 +52,7 @@ def import_script(name: str) -> ModuleType:
     return script
 
 
-def train(config: Config, resume_from: str = "") -> dict | None:
+def train(config: Config, resume_from: str | Path = "") -> dict | None:
     """Train all weights, or with a [lora] table the adapter, and write the run's folder.
 
     Args:
@@ -65,7 +66,7 @@ def train(config: Config, resume_from: str = "") -> dict | None:
         UserError: for what a script would report in one line. status.json is written as there.
     """
     script = import_script("train_lora" if config.lora else "train")
-    command = command_for(config, resume_from)
+    command = command_for(config, str(resume_from))
     raw_data = RawData(command.config)
     command.require_same(raw_data.files)
     try:
@@ -95,8 +96,8 @@ def command_for(config: Config, resume_from: str) -> Command:
 
 def evaluate(
     folder: str | Path,
-    eval_data: Sequence[str] = (),
-    test_set: str = "",
+    eval_data: Sequence[str | Path] = (),
+    test_set: str | Path = "",
     settings: EvaluationConfig | None = None,
     base_model: str = "",
 ) -> dict:
@@ -108,12 +109,15 @@ def evaluate(
         settings: the [evaluation] table; default: the run's.
         base_model: the base, where it does not lie where it was at training.
     """
+    require_one_process()
     script = import_script("eval")
     argv = ["--checkpoint", str(folder)]
+    if isinstance(eval_data, (str, Path)):
+        eval_data = [eval_data]
     if eval_data:
-        argv += ["--eval_data", *eval_data]
+        argv += ["--eval_data", *map(str, eval_data)]
     if test_set:
-        argv += ["--test_set", test_set]
+        argv += ["--test_set", str(test_set)]
     if base_model:
         argv += ["--base_model", base_model]
     arguments, config = script.read_arguments(argv)

@@ -11,8 +11,10 @@ from lora.common.paths import script_call
 from lora.common.toml_json import read_file
 from lora.config.schema import Config
 from lora.config.set_keys import from_dict, key_values, set_key
-from lora.config.table import ALIASES
+from lora.config.table import ALIASES, DTYPE_SWITCHES
 from lora.tools.finished_run import IGNORED_KEYS, FinishedRun, flat_config, format_value
+
+NAMES = ALIASES | dict.fromkeys(DTYPE_SWITCHES, "dtype")
 
 
 def proposed_name(run: FinishedRun, config: Config, names: Iterable[str]) -> str:
@@ -23,10 +25,10 @@ def proposed_name(run: FinishedRun, config: Config, names: Iterable[str]) -> str
     name, values = run.folder.resolve().name, key_values(config)
     added = ""
     for key in names:
-        old, new = format_value(run.config[key]), format_value(values[key])
+        old, new = format_value(run.config.get(key)), format_value(values[key])
         # A part of another number, as 1 of 1e-2, is not the value.
         around = re.split(rf"(?<![\d.])(?<!e-){re.escape(old)}(?![\d.]|e-?\d)", name)
-        if old != new and len(around) == 2:
+        if key in run.config and old != new and len(around) == 2:
             name = new.join(around)
         elif old != new:
             added += f"_{key}_{new}"
@@ -50,7 +52,7 @@ def missing_commands(
         values_of_key[key] = values.split(",")
     config_file = first.file("logs/config.toml")
     script = "train_lora.py" if "lora_r" in first.config else "train.py"
-    ended_configs = [run.config for run in runs if run.results]
+    ended_configs = [run.config for run in runs if run.has_ended]
     folder = first.folder.resolve().parent
     commands = []
     for combination in itertools.product(*values_of_key.values()):
@@ -60,7 +62,7 @@ def missing_commands(
             set_key(config, key, text, f"--sweep {key}")  # refuses a key that there is not
             flags += [f"--{key}", text]
         if flat_config(config) not in ended_configs:
-            names = [ALIASES.get(key, key) for key in values_of_key]
+            names = [NAMES.get(key, key) for key in values_of_key]
             flags += ["--experiment_name", proposed_name(first, config, names)]
             flags += ["--output_dir", os.path.relpath(folder), "--resume_from", "auto"]
             commands.append(

@@ -46,6 +46,8 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
     model_state = gather(task.model.state_dict(keep_vars=True) if sharded else {})
     head_state = gather(task.head.state_dict(keep_vars=True) if sharded else {})
     parameters = trainable_parameters(task)
+    if optimizer and not optimizer.state:  # every update so far was skipped
+        init_state(optimizer)
     optimizer_state = gather(state_tensors(optimizer, parameters) if optimizer else {})
     not_gathered = chain(model_state, head_state, optimizer_state)
 

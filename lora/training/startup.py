@@ -14,7 +14,7 @@ from lora.data.raw_data import RawData
 from lora.distributed import process_group
 from lora.distributed.collectives import broadcast_from_rank_zero
 from lora.distributed.process_group import world_size
-from lora.layer import lora_layers
+from lora.layer import LoRALayer, lora_layers
 from lora.model.attention import why_without_flash
 from lora.model.device import choose_device, choose_dtype, set_determinism
 from lora.model.run import Run
@@ -205,6 +205,8 @@ def describe_lora(task: Task, lora: LoraConfig) -> str:
     text += "; the base is frozen"
     if lora.load_in_4bit:
         text += f", {share_4bit(task.model):.0%} of it in 4 bits ({lora.bnb_4bit_quant_type})"
+    if lora.lora_dropout and isinstance(task.model.get_output_embeddings(), LoRALayer):
+        text += "\nwarning: lora_dropout is not applied to the output layer"
     stacked = stacked_weights(task.model)
     if "all-linear" in lora.target_modules and stacked:
         names = ", ".join(sorted({name.partition(".")[2] for name in stacked}))

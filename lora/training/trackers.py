@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-import hashlib
 from pathlib import Path
+import secrets
 
+from lora.common.atomic_files import write_text_atomically
+from lora.common.base_model_files import plain_file
 from lora.config.schema import Config
 
 
@@ -39,7 +41,7 @@ def tensorboard(run_dir: Path, config: Config, start: int) -> Callable:
     from torch.utils.tensorboard import SummaryWriter
 
     # What a resumed run writes again takes the place of what was there.
-    purge_step = start + 1 if start else None
+    purge_step = start + 1 if start else 0
     writer = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step)
 
     def send(step: int, values: dict[str, float]) -> None:
@@ -54,9 +56,12 @@ def wandb(run_dir: Path, config: Config, start: int) -> Callable:
     """Return a function that sends metrics to the project of WANDB_PROJECT and WANDB_ENTITY."""
     import wandb as package
 
+    id_file = run_dir / "logs" / "wandb_id"
+    if start == 0 or not id_file.is_file():
+        write_text_atomically(id_file, secrets.token_hex(8))
     run = package.init(
         name=run_dir.name,
-        id=hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16],
+        id=plain_file(id_file).read_text(encoding="utf-8"),
         resume="allow",  # a resumed run continues the same one
         reinit="finish_previous",  # one that lora.train has ended in this process
         dir=run_dir / "logs",

@@ -427,3 +427,68 @@ def test_a_tsv_is_not_quoted_and_numbers_are_those_of_json(tmp_path):
         path = write(tmp_path, "b.csv", f"sentence1,sentence2,score\na,b,{number}\n")
         with pytest.raises(UserError, match="b.csv:2: label"):
             examples(path)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.json", '{"data": [{"text": "a"}, {"text": "b"}], "version": "1.1"}'),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n'),
+    ],
+)
+def test_an_object_on_one_line_holds_rows_as_over_several_lines(tmp_path, name, text):
+    assert [e.text for e in read([write(tmp_path, name, text)], "lm")] == ["a", "b"]
+
+
+def test_splits_in_one_object_are_refused(tmp_path):
+    path = write(tmp_path, "a.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}')
+    with pytest.raises(UserError, match="the splits test, train in one object; write each"):
+        read([path], "lm")
+
+
+def test_columns_of_a_table_that_are_renamed_are_numbers_too(tmp_path):
+    path = write(tmp_path, "a.csv", "a,b,similarity\nx,y,0.5\nx,z,\nx,u,True\n")
+    columns = {"sentence1": "a", "sentence2": "b", "score": "similarity"}
+    found = read([path], "score", DataConfig(columns=columns))
+    assert [e.labels for e in found] == [[0.5], [None], [1.0]]
+    path = write(tmp_path, "b.csv", "text,label\nx,1\n")
+    (found,) = read([path], "lm", DataConfig(columns={"prompt": "text", "completion": "label"}))
+    assert found.messages[1]["content"] == "1"
+
+
+def test_blank_columns_of_other_data_sets_do_not_choose_the_reading(tmp_path):
+    row = {"prompt": None, "completion": None, "question": "q", "answer": "a"}
+    (found,) = read([write(tmp_path, "a.jsonl", json.dumps(row))], "lm")
+    assert [message["content"] for message in found.messages] == ["q", "a"]
+    row = {"prompt": "p", "steps": None, "completions": ["s"], "labels": [1]}
+    (found,) = read([write(tmp_path, "b.jsonl", json.dumps(row))], "score")
+    assert found.steps == ["s"]
+
+
+@pytest.mark.parametrize(
+    "row, task, problem",
+    [
+        (chat({"content": "a"}, tools=True), "lm", "tools is 'True'; expected a list"),
+        ({"system": 5, "chat": "USER: a ASSISTANT: b"}, "lm", "system is '5'; expected a text"),
+        (
+            {
+                "modified_question": "q",
+                "modified_process": ["s"],
+                "error_steps": [],
+                "classification": "redundency",
+                "original_question": "q",
+                "original_process": 5,
+            },
+            "score",
+            "steps is '5'; expected a list",
+        ),
+    ],
+)
+def test_odd_values_are_one_line(tmp_path, row, task, problem):
+    with pytest.raises(UserError, match=problem):
+        read_rows(tmp_path, row, task=task)
+
+
+def test_half_a_character_in_a_category_is_written_as_a_question_mark(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"text": "a", "category": "\\ud83d"}')
+    assert read([path], "lm")[0].category == "?"

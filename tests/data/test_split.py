@@ -11,6 +11,7 @@ import pytest
 from lora.common.errors import UserError
 from lora.data import files, hold_out, readers, split
 from lora.data.examples import Example
+from lora.data.mixing import dataset_names
 from lora.data.readers import read
 from lora.data.split import Split
 
@@ -179,3 +180,24 @@ def test_the_hashes_of_a_split_have_the_order_of_its_whole_digests():
 
 def test_a_bar_changes_no_row():
     assert list(split.with_bar(iter(range(2500)))) == list(range(2500))
+
+
+@pytest.mark.parametrize("count, fraction, held_out", [(4, 0.9, 3), (2, 0.8, 1), (1, 0.5, 0)])
+def test_one_prompt_at_least_is_left_to_train_on(count, fraction, held_out):
+    hashes = np.arange(count, dtype=np.uint64)
+    assert hold_out.chosen_by_hash(hashes, fraction).sum() == held_out
+
+
+def test_of_a_folder_of_few_texts_the_end_of_each_is_held_out(configure, tmp_path):
+    (tmp_path / "books").mkdir()
+    for name in "ab":
+        (tmp_path / "books" / f"{name}.txt").write_text(name * 1000)
+    config = configure(True, task="lm", train_data=[str(tmp_path / "books")], eval_data=[])
+    training, held_out = parts(config)
+    assert [len(e.text) for e in training] == [900, 900]
+    assert [len(e.text) for e in held_out] == [100, 100]
+
+
+def test_names_of_data_sets_are_different():
+    names = dataset_names(["a/x.jsonl", "b/x.jsonl", "x_1.jsonl", ".h.jsonl"])
+    assert len(set(names)) == 4 and names[2:] == ["x_1", "data"]

@@ -214,6 +214,10 @@ def test_an_encoder_has_no_layout():
         (["--prompt_format=x"], "prompt_format 'x': expected {prompt} in it"),
         (["--step_format={marker}"], "step_format '{marker}': expected {step} in it"),
         (
+            ["--step_format={step}\\n"],
+            "a backslash and an n; for a line break write",
+        ),
+        (
             ["--step_format={step}{marker}"],
             "step_format '{step}{marker}' has a {marker}; add --step_marker TOKEN",
         ),

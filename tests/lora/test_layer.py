@@ -129,3 +129,44 @@ def test_a_pattern_must_be_one_and_match_a_layer():
         inject(tiny_llama(), r=4, alpha_pattern={"q_prj": 2})
     with pytest.raises(UserError, match="is no regular expression"):
         inject(tiny_llama(), r=4, rank_pattern={"q_proj(": 2})
+
+
+class SharedHead(torch.nn.Module):
+    """As nanoGPT: the head has the embedding's weight, and the model no get_output_embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(12, 8)
+        self.head = torch.nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+def test_merging_leaves_what_shares_a_weight_with_a_layer_as_it_is():
+    torch.manual_seed(0)
+    model = SharedHead()
+    embedding = model.embedding.weight.detach().clone()
+    inject(model, r=4)
+    randomise(model)
+    adapted = model(torch.arange(12)).detach()
+    merge(model)
+    assert torch.equal(model.embedding.weight, embedding)
+    # Sums in another order
+    torch.testing.assert_close(model(torch.arange(12)), adapted, rtol=0, atol=1e-5)
+
+
+def test_a_layer_whose_weight_torch_reads_itself_is_refused():
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    with pytest.raises(UserError, match="MultiheadAttention computes with its weight itself"):
+        inject(layer, r=4)
+
+
+def test_dora_keeps_a_row_of_zeros():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model[0].weight.data[1] = 0
+    x = torch.randn(3, 4)
+    before = model(x)
+    inject(model, r=2, alpha=2, dora=True)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)  # each length is divided out

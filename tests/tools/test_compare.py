@@ -175,3 +175,18 @@ def test_a_mistake_is_one_line(configure, arguments, message):
     folder = run(configure(True, max_steps=1)) if "{run}" in arguments else ""
     with pytest.raises(UserError, match=message):
         main([argument.format(run=folder) for argument in arguments])
+
+
+def test_losses_of_two_kinds_are_not_compared_and_a_run_that_was_prolonged_has_not_ended(
+    configure, capsys
+):
+    mse = run(configure(True, "mse", max_steps=2))
+    bce = run(configure(True, "bce", max_steps=2, score_loss="bce"))
+    main([str(mse), str(bce), "--against", str(mse)])
+    not_told = "bce minus mse: cannot tell: their losses are not on one scale"
+    assert not_told in capsys.readouterr().out
+    (bce / "status.json").write_text('{"exit": 143, "error": "stopped", "run_dir": "bce"}')
+    assert not FinishedRun.of(bce).has_ended and FinishedRun.of(bce).ending
+    main([str(mse), "--sweep", "max_samples=10,20", "bf16=true,false"])
+    printed = capsys.readouterr().out
+    assert "mse_max_samples_10_dtype_bfloat16" in printed and "--max_samples 20" in printed

@@ -1,6 +1,7 @@
 """Resumed = uninterrupted, bit for bit; the best three and the last checkpoint stay."""
 
 import json
+import math
 import multiprocessing
 import os
 from pathlib import Path
@@ -130,6 +131,38 @@ def test_a_run_without_its_artifact_is_ended_by_the_command_that_the_program_pri
     before = files(folder)
     shutil.rmtree(folder / "final_artifact")
     assert files(run(config, folder / "checkpoints" / "checkpoint_step_4")) == before
+
+
+def test_early_stopping_that_is_added_on_resume_waits_for_the_next_evaluation(
+    configure, monkeypatch
+):
+    settings = dict(learning_rate=1.0, eval_steps=2, save_steps=5, max_steps=8)
+    whole = run(configure(True, "whole", early_stopping_patience=1, **settings))
+    config = configure(True, "cut", **settings)
+    run_until(5, config, monkeypatch)
+    config.training.early_stopping_patience = 1
+    checkpoints = Path(config.output.output_dir) / "cut" / "checkpoints"
+    cut = run(config, checkpoints / "checkpoint_step_5", auto=True)
+    assert metrics(cut)[-1]["step"] >= 6 and (cut / "final_artifact").is_dir()
+    # In a folder of its own, a run that had stopped goes on to its first evaluation.
+    last = max(best_checkpoints.checkpoints_by_step(whole / "checkpoints").values())
+    own = configure(True, "own", early_stopping_patience=1, **settings)
+    assert (run(own, last) / "final_artifact").is_dir()
+
+
+def test_a_run_whose_every_update_was_skipped_is_resumed(configure, monkeypatch, capsys):
+    """A first step of float16 may overflow, and then the optimizer has no state of its own."""
+    settings = dict(dtype="float16", optimizer="adamw_8bit", save_steps=1, max_steps=3)
+    config = configure(False, **settings)
+    with monkeypatch.context() as patch:
+        overflow = torch.full((), math.inf)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: overflow)
+        patch.setattr(torch.amp.GradScaler, "step", lambda *_: None)
+        run_until(1, config, monkeypatch)
+    said = "step 0: gradient norm inf; float16 skips the update and lowers its loss scale"
+    assert said in capsys.readouterr().out
+    checkpoint = Path(config.output.output_dir) / "run" / "checkpoints" / "checkpoint_step_1"
+    assert run(config, checkpoint, auto=True).is_dir()
 
 
 def test_a_float32_run_is_resumed_in_float16(configure, monkeypatch):

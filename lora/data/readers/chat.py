@@ -70,8 +70,9 @@ def is_in_our_words(row: dict) -> bool:
     messages = row.get("messages")
     if not isinstance(messages, list) or row.get("functions"):
         return False
-    if any(isinstance(tool, str) for tool in row.get("tools") or []):  # JSON in a text
-        return False
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or any(isinstance(tool, str) for tool in tools):
+        return False  # perhaps JSON in a text
     for message in messages:
         if not isinstance(message, dict) or not message.keys() <= OWN_KEYS:
             return False

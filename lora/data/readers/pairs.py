@@ -10,10 +10,11 @@ OPTIONAL: set[str] = {"score", "label", "weight"}
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
-    values = [row[key] for key in ("score", "label") if row.get(key) is not None]
-    if len(values) == 2 and values[0] != values[1]:
+    values = [label(where, row.get(key), data.label_max) for key in ("score", "label")]
+    given = [value for value in values if value is not None]
+    if len(given) == 2 and given[0] != given[1]:
         raise UserError(f"{where}: score and label disagree; keep one.")
-    labels = [label(where, values[0] if values else None, data.label_max)]
+    labels = given[:1] or [None]
     prompt = string(where, "sentence1", row["sentence1"])
     steps = [string(where, "sentence2", row["sentence2"])]
     yield Example(where, prompt=prompt, steps=steps, labels=labels, weight=weight(where, row))

@@ -29,7 +29,10 @@ OPTIONAL = {"input", "context", "system", "system_prompt", "history", "tools", "
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
-    prompt_name, answer_name = next(pair for pair in NAMES if row.keys() >= set(pair))
+    pairs = [pair for pair in NAMES if row.keys() >= set(pair)]
+    # Data sets that were put together have blank columns of others.
+    filled = [pair for pair in pairs if not any(is_blank(row[name]) for name in pair)]
+    prompt_name, answer_name = (filled or pairs)[0]
     prompt, answer = row[prompt_name], row[answer_name]
     if isinstance(prompt, list) or isinstance(answer, list):
         from lora.data.readers.chat_dialects import joined_chat

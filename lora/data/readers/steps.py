@@ -12,9 +12,10 @@ OPTIONAL: set[str] = {"steps", "completions", "weight"}
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
-    steps = row.get("steps", row.get("completions"))
-    if "completions" in row and steps != row["completions"]:
+    given = [row[name] for name in ("steps", "completions") if row.get(name) is not None]
+    if len(given) == 2 and given[0] != given[1]:
         raise UserError(f"{where}: steps and completions differ; keep one.")
+    steps = given[0] if given else None
     labels = row["labels"]
     if not isinstance(labels, list) or not isinstance(steps, list) or len(labels) != len(steps):
         found = f"{count(steps, 'steps')} and {count(labels, 'labels')}"

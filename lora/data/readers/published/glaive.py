@@ -9,7 +9,7 @@ import re
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, string
+from lora.data.examples import Examples, is_blank, string
 from lora.data.readers import chat
 
 TASK = "lm"
@@ -27,5 +27,6 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
     for speaker, text in zip(turns[::2], turns[1::2]):
         content = text.strip().removesuffix("<|endoftext|>").strip()
         messages.append({"role": SPEAKERS[speaker], "content": content})
-    system = (row["system"] or "").removeprefix("SYSTEM:").strip()
+    system = "" if is_blank(row["system"]) else string(where, "system", row["system"])
+    system = system.removeprefix("SYSTEM:").strip()
     yield from chat.examples(where, {"messages": messages, "system": system}, data)

@@ -21,7 +21,7 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
     try:
         problem = row["question"]["problem"]
         steps = row["label"]["steps"]
-        finish = row["label"]["finish_reason"]
+        finish = row["label"].get("finish_reason")
         if row.get("is_quality_control_question") or row.get("is_initial_screening_question"):
             yield "quality control or screening"
         elif finish in ("bad_problem", "give_up"):
@@ -40,9 +40,9 @@ def chains(steps: list[dict], ratings: dict) -> list[tuple[list, list]]:
     path_labels: list[float | None] = []
     beside_path = []
     for step in steps:
-        completions = step["completions"] or []
-        rated = [(completion["text"], ratings[completion["rating"]]) for completion in completions]
-        chosen = step["chosen_completion"]
+        completions = step.get("completions") or []
+        rated = [(each["text"], ratings[each.get("rating")]) for each in completions]
+        chosen = step.get("chosen_completion")
         human = step.get("human_completion")
         if chosen is None and human:
             text = human["text"] if isinstance(human, dict) else human

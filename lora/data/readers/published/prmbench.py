@@ -28,4 +28,5 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
     yield chain(where, row["modified_question"], steps, labels)
     if row.get("classification") == "redundency":
         steps = row.get("original_process")
-        yield chain(where, row.get("original_question"), steps, [1.0] * len(steps or []))
+        labels = [1.0] * len(steps) if isinstance(steps, list) else []
+        yield chain(where, row.get("original_question"), steps, labels)
