@@ -96,7 +96,7 @@ from transformers import AutoModel
 
 from lora.adapter import load_adapter
 from lora.common.atomic_files import atomic_folder, write_text_atomically
-from lora.common.checkpoint_folders import adapter_folder
+from lora.common.checkpoint_folders import adapter_folder, is_written_by_us
 from lora.evaluation.stop_tokens import set_stop_tokens, stop_tokens
 from lora.export import merging
 from lora.export.merging import AdapterSource, difference, four_bits_of, load_base, outputs
@@ -108,9 +108,10 @@ from lora.model.weights import add_tokens, load_shape, load_tokenizer
 
 def main(arguments: Namespace) -> None:
     require_sha256(arguments.adapter, arguments.expect_sha256)
-    verify_checksums(arguments.adapter)
     if arguments.portable:
         folder = Path(arguments.adapter)
+        if is_written_by_us(folder):
+            verify_checksums(folder)
         folder = adapter_folder(folder) or folder
         with atomic_folder(Path(arguments.output)) as temporary:
             write_portable(folder, temporary)
@@ -125,7 +126,7 @@ def main(arguments: Namespace) -> None:
         dtype = getattr(torch, arguments.dtype)
     # Of a scorer, the bare backbone.
     model_class = AutoModel if source.is_scorer else merging.class_for(shape)
-    source.warn_if_base_differs()
+    source.verify()
     into_4bit = arguments.merge_into == "dequantized"
     quantization = four_bits_of(arguments, source.config) if into_4bit else None
     model = load_base(model_class, source.base_model, quantization)

@@ -11,6 +11,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora.common.checkpoint_folders import adapter_folder, is_artifact
+from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.config.flags import apply_flags
 from lora.config.schema import QUANTIZATION_KEYS, Config, get_lora_config
@@ -44,10 +45,11 @@ class AdapterSource:
     def is_4bit(self) -> bool:
         return self.config is not None and self.config.lora.load_in_4bit
 
-    def warn_if_base_differs(self) -> None:
-        """Print a warning where the base is another one than at training."""
+    def verify(self) -> None:
+        """Raise UserError where a file has changed, and warn of another base than at training."""
         if self.config is None:
             return
+        verify_checksums(self.folder)
         model = replace(self.config.model, base_model=self.base_model)
         warning = warn_other_base(self.folder, self.base_model, file_sums(model))
         if warning:

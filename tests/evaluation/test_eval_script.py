@@ -678,3 +678,29 @@ def test_results_replace_a_file_and_are_not_written_into_it(tmp_path):
     for name in ("r.json", "r.generations.jsonl"):
         assert (tmp_path / f"kept_{name}").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_configuration_that_starts_from_other_weights_is_refused(configure, tmp_path):
+    config = configure(True, init_from="outputs/other/final_artifact")
+    config.save(tmp_path / "mine.toml")
+    with pytest.raises(UserError, match="evaluates the base alone; name those weights with --che"):
+        evaluate("--config", tmp_path / "mine.toml")
+
+
+def test_what_needs_labels_is_refused_without_any(configure, tmp_path):
+    artifact = run(configure(True, max_steps=1)) / "final_artifact"
+    row = {"prompt": "1+1", "steps": ["=2"], "labels": [None]}
+    flags = ["--checkpoint", artifact, "--eval_data", write(tmp_path / "a.jsonl", [row])]
+    with pytest.raises(UserError, match="no step has a label"):
+        evaluate(*flags, "--reliability", tmp_path / "a.png")
+
+
+def test_held_out_files_are_read_without_the_training_files(configure, tmp_path, capsys):
+    data = write(tmp_path / "t.jsonl", [{"text": "a b c"}] * 2)
+    files = dict(
+        task="lm", train_data=[data], eval_data=[write(tmp_path / "e.jsonl", [{"text": "d"}])]
+    )
+    artifact = run(configure(True, max_steps=1, **files)) / "final_artifact"
+    (tmp_path / "t.jsonl").unlink()
+    evaluate("--checkpoint", artifact)
+    assert "eval: 1 examples" in capsys.readouterr().out

@@ -199,3 +199,42 @@ def test_a_base_that_names_no_model_is_one_line(configure, tmp_path, architectur
     (base / "config.json").write_text(json.dumps(shape))
     with pytest.raises(UserError, match="which the base says it is"):
         call("--adapter", folder, "--base_model", base, "--output", tmp_path / "merged")
+
+
+def test_the_chat_template_of_a_run_is_merged_from_its_checkpoint_and_from_beside_an_adapter(
+    configure, tmp_path
+):
+    base = tmp_path / "base"
+    shutil.copytree(configure(True).model.base_model, base)
+    (base / "chat_template.jinja").unlink()
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    files = [str(tmp_path / "chats.jsonl")]
+    data = dict(base_model=str(base), task="lm", train_data=files, eval_data=files)
+    # A rate at which rounding to the base's bfloat16 changes less than the adapter does.
+    folder = run(configure(True, max_steps=2, learning_rate=1.0, **data))
+    template = AutoTokenizer.from_pretrained(folder / "final_artifact").chat_template
+    assert template and not AutoTokenizer.from_pretrained(base).chat_template
+    call("--adapter", folder / "checkpoints" / "checkpoint_step_2", "--output", tmp_path / "one")
+    assert AutoTokenizer.from_pretrained(tmp_path / "one").chat_template == template
+
+    theirs = tmp_path / "theirs"  # as TRL saves an adapter: with its tokenizer
+    theirs.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / "final_artifact" / name, theirs)
+    AutoTokenizer.from_pretrained(folder / "final_artifact").save_pretrained(theirs)
+    call("--adapter", theirs, "--base_model", base, "--output", tmp_path / "two")
+    assert AutoTokenizer.from_pretrained(tmp_path / "two").chat_template == template
+
+
+def test_sampling_values_without_do_sample_do_not_keep_a_model_from_being_saved(
+    configure, tmp_path
+):
+    """Some published chat models have such a generation_config.json."""
+    base = tmp_path / "base"
+    shutil.copytree(configure(True).model.base_model, base)
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    folder = run(configure(False, task="lm", base_model=str(base), max_steps=1))
+    written = json.loads((folder / "final_artifact" / "generation_config.json").read_text())
+    assert written["do_sample"] and written["temperature"] == 0.9
