@@ -17,7 +17,8 @@ def eqasc_row(n):
 
 
 def chain(n):
-    return {"prompt": f"{n}+{n}+1", "steps": [f"{n}+{n}={2 * n}", "wrong"], "labels": [1, 0]}
+    labels = [1, int(n % 3 == 0)]  # some chains have no error
+    return {"prompt": f"{n}+{n}+1", "steps": [f"{n}+{n}={2 * n}", "then"], "labels": labels}
 
 
 def write_files(folder):

@@ -66,12 +66,16 @@ def is_blank(text: Any) -> bool:
     return text is None or (isinstance(text, str) and not text.strip())
 
 
-def from_text(value: Any) -> Any:
-    """Return the number or the truth that a cell of a table holds as text; None for a blank one.
+class Cell(str):
+    """A cell of a CSV or TSV file, in which numbers are texts as well."""
+
+
+def from_cell(value: Any) -> Any:
+    """Return the number or the truth that a cell stands for, or None for a blank one.
 
     Any other value is returned as it is.
     """
-    if not isinstance(value, str):
+    if not isinstance(value, Cell):
         return value
     text = value.strip()
     if NUMBER.fullmatch(text):
@@ -81,7 +85,7 @@ def from_text(value: Any) -> Any:
 
 def weight(where: str, row: dict[str, Any], key: str = "weight") -> float:
     """Return the row's "weight", the factor of its loss; 1 where it has none. Raises UserError."""
-    value = from_text(row.get(key))
+    value = from_cell(row.get(key))
     if value is None:
         return 1.0
     if type(value) not in (int, float) or not 0 <= value < float("inf"):  # nor a boolean
@@ -109,7 +113,7 @@ def refuse_other_training(where: str, row: dict[str, Any]) -> None:
 
 def label(where: str, value: Any, label_max: float) -> float | None:
     """Return a label as a share of `label_max`, or None for null. Raises UserError."""
-    value = from_text(value)
+    value = from_cell(value)
     if value is None:
         return None
     if not isinstance(value, (int, float)) or not 0 <= value <= label_max:

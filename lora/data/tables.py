@@ -6,7 +6,7 @@ from itertools import chain
 from typing import TextIO
 
 from lora.common.errors import UserError
-from lora.data.examples import SourceRows, from_text
+from lora.data.examples import Cell, SourceRows, from_cell
 
 PAIR_COLUMNS = ["sentence1", "sentence2", "score"]  # of a table without a header
 
@@ -27,7 +27,7 @@ def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
             continue
         where = f"{path}:{table.line_num}"
         if names is None:
-            has_header = len(values) != 3 or not isinstance(from_text(values[2]), float)
+            has_header = len(values) != 3 or not isinstance(from_cell(Cell(values[2])), float)
             names = values if has_header else PAIR_COLUMNS
             for name in names:
                 if name and names.count(name) > 1:
@@ -38,4 +38,4 @@ def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
             expected = f"expected {len(names)} ({', '.join(names)})"
             bad_rows.append(UserError(f"{where}: {len(values)} columns, {expected}."))
             continue
-        yield where, dict(zip(names, values))
+        yield where, dict(zip(names, map(Cell, values)))
