@@ -79,20 +79,22 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     max_steps = total_steps(settings, data.steps_per_epoch)
     folder = log.run_dir / "checkpoints"
 
-    step, resumed_at, is_evaluated = 0, None, False
+    step, resumed_at, has_stopped = 0, None, False
     evaluations_without_best, skipped_steps = 0, 0
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
         step = state["step"]
         # A run that is shortened to where it was stopped has yet to be evaluated there.
         resumed_at = step if state["val"] or step < max_steps else None
-        is_evaluated = state["val"] is not None
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
+        # A run that has stopped early may have yet to write its artifact.
+        patience = settings.early_stopping_patience
+        has_stopped = bool(state["val"]) and 0 < patience <= evaluations_without_best
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
     best_loss = best_checkpoints.best_loss(folder)
     if best_loss == math.inf:  # also in a folder of its own, where the best is yet to come
-        evaluations_without_best = 0
+        evaluations_without_best, has_stopped = 0, False
 
     task.train()
     # What does not fit in memory shows now and not after forty steps. A fresh run keeps room for
@@ -105,11 +107,9 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     while True:
         # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never
         # lost. A resumed run has done both at its first step.
-        last = step >= max_steps
+        last = step >= max_steps or has_stopped
         metrics, is_among_best = None, False
-        if step != resumed_at:
-            is_evaluated = last or step % settings.eval_steps == 0
-        if step != resumed_at and is_evaluated:
+        if step != resumed_at and (last or step % settings.eval_steps == 0):
             metrics, batches, predictions = evaluate(run)
             save_example_losses(log.run_dir, step, run, batches, predictions)
             is_new_best = step > 0 and metrics["loss"] < best_loss
@@ -119,11 +119,10 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 evaluations_without_best += 1
             if is_new_best:
                 best_loss, evaluations_without_best = metrics["loss"], 0
-        # A resumed run may have stopped here before, without its artifact.
-        if is_evaluated and 0 < settings.early_stopping_patience <= evaluations_without_best:
-            without = f"{evaluations_without_best} evaluations without a new best"
-            log.say(f"Stopping at step {step}: {without}.")
-            last = True
+            if 0 < settings.early_stopping_patience <= evaluations_without_best:
+                without = f"{evaluations_without_best} evaluations without a new best"
+                log.say(f"Stopping at step {step}: {without}.")
+                last = True
         is_last = last or stop or step % config.output.save_steps == 0
         if (is_among_best or is_last) and step not in (0, resumed_at):
             data.rows.check.require_undamaged()
