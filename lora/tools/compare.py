@@ -188,7 +188,11 @@ def by_loss(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
 
 def sketch(runs: Sequence[FinishedRun], loss_name: str) -> str:
     """Return the validation losses of each run as a line of blocks, all on one scale."""
-    curves = [(run.name, [loss for _, loss in run.curve()]) for run in runs if run.curve()]
+    curves = []
+    for run in runs:
+        losses = [loss for _, loss in run.curve()]
+        if losses:
+            curves.append((run.name, losses))
     if not curves:
         return ""
     low = min(min(curve) for _, curve in curves)
