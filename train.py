@@ -54,7 +54,7 @@ from lora.training.base_integrity import compare_base, measure_base
 from lora.training.gradients import GradientAccumulation
 from lora.training.log import Log
 from lora.training.optimizer import make_optimizer, optimizer_bytes
-from lora.training.schedule import learning_rate_at, total_steps
+from lora.training.schedule import learning_rate_at, stops_early, total_steps
 from lora.training.startup import begin, choose_checkpointing, describe_run, start_loading
 
 
@@ -88,8 +88,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         resumed_at = step if state["val"] or step < max_steps else None
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
         # A run that has stopped early may have yet to write its artifact.
-        patience = settings.early_stopping_patience
-        has_stopped = bool(state["val"]) and 0 < patience <= evaluations_without_best
+        has_stopped = bool(state["val"]) and stops_early(settings, evaluations_without_best)
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
     best_loss = best_checkpoints.best_loss(folder)
@@ -119,7 +118,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 evaluations_without_best += 1
             if is_new_best:
                 best_loss, evaluations_without_best = metrics["loss"], 0
-            if 0 < settings.early_stopping_patience <= evaluations_without_best:
+            if stops_early(settings, evaluations_without_best):
                 without = f"{evaluations_without_best} evaluations without a new best"
                 log.say(f"Stopping at step {step}: {without}.")
                 last = True

@@ -10,13 +10,13 @@ from lora.common.base_model_files import require_base
 from lora.common.errors import UserError
 from lora.common.printable_text import print_on_rank_zero
 from lora.config.other_words import AUTOMATIC, MEANINGS, SAME, UNSUPPORTED
-from lora.config.parse_values import kind_of, nearest, parse_text
+from lora.config.parse_values import nearest, parse_text
 from lora.config.schema import (
     Config,
     EvaluationConfig,
     LoraConfig,
     fields_by_key,
-    get_lora_config,
+    table_keys,
 )
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 
@@ -207,12 +207,6 @@ def find_word(parents: list[str], name: str, known: Collection[str]) -> str:
         if word in known:
             return word
     return ""
-
-
-def table_keys() -> list[str]:
-    """Return our keys that have a table as their value."""
-    fields = fields_by_key(get_lora_config()).items()
-    return [name for name, (_, field) in fields if kind_of(field.type)[0] is dict]
 
 
 def plain(value: Any) -> Any:

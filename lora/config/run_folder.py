@@ -51,9 +51,7 @@ def continued_folder(saved: Config, config: Config, checkpoint: Path) -> Path:
 
     Raises UserError where the checkpoint is not the last one of a run's folder.
     """
-    directory, saved_directory = Path(config.output.output_dir), Path(saved.output.output_dir)
-    same_directory = directory.resolve() == saved_directory.resolve()
-    if not same_directory or config.output.experiment_name != saved.output.experiment_name:
+    if run_folder(config).resolve() != run_folder(saved).resolve():
         return new_folder(config)
     path = checkpoint.resolve()
     checkpoints = resumable_by_step(path.parent)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora.common.atomic_files import write_text_atomically
 from lora.common.toml_json import to_toml
-from lora.config.parse_values import key, nearest
+from lora.config.parse_values import key, kind_of, nearest
 from lora.config.table import Table
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -294,3 +294,9 @@ def fields_by_key(config: Config) -> dict[str, tuple[Any, dataclasses.Field]]:
         for key_field in dataclasses.fields(table):
             fields[key_field.name] = (table, key_field)
     return fields
+
+
+def table_keys() -> list[str]:
+    """Return our keys that have a table as their value."""
+    fields = fields_by_key(get_lora_config()).items()
+    return [name for name, (_, key_field) in fields if kind_of(key_field.type)[0] is dict]

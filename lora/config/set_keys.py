@@ -1,6 +1,5 @@
 """Setting the keys of a configuration, from the tables of a file or one by one."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,8 @@ from lora.common.base_model_files import plain_file
 from lora.common.checkpoint_folders import require_known_format
 from lora.common.errors import UserError
 from lora.common.toml_json import read_file
-from lora.config.parse_values import check_value, key, kind_of
-from lora.config.schema import Config, fields_by_key, get_lora_config, tables_of
+from lora.config.parse_values import check_value, key
+from lora.config.schema import Config, fields_by_key, get_lora_config, table_keys, tables_of
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 
 
@@ -65,13 +64,10 @@ def is_own_table(config: Config, title: str, table: Any) -> bool:
     own_table = tables_of(config).get(title)
     if own_table is None or not isinstance(table, dict) or None in table.values():
         return False
-    fields = {field.name: field for field in dataclasses.fields(own_table)}
     for name, value in table.items():
-        if name not in fields and not hasattr(own_table, name):
-            return False
         # [training.optimizer] and max_steps = -1 are other trainers'.
-        is_table = isinstance(value, dict) and kind_of(fields[name].type)[0] is not dict
-        if is_table or (name == "max_steps" and value == -1):
+        is_table = isinstance(value, dict) and name not in table_keys()
+        if not hasattr(own_table, name) or is_table or (name == "max_steps" and value == -1):
             return False
     return True
 

@@ -38,12 +38,13 @@ def hub_files(path: str) -> dict[str, Path]:
         expected = f"{HUB}OWNER/NAME/FILE or {HUB}OWNER/NAME/CONFIG:SPLIT"
         raise UserError(f"{path}: expected {expected} (or OWNER/NAME@REVISION).")
     repository, revision, name, split = match.groups()
+    is_glob = "*" in (name or "")
     try:
-        if name and not split and is_file(name) and "*" not in name:
+        if name and not split and is_file(name) and not is_glob:
             return {path: Path(hf_hub_download(repository, name, revision=revision, **DATA_SET))}
         folder, files = folder_and_names(repository, revision)
         patterns = [name]
-        if "*" not in (name or ""):
+        if not is_glob:
             configs = configs_of_card(folder / "README.md") or configs_of_names(files)
             if not configs:
                 folder, files = folder_and_names(repository, "refs/convert/parquet")
@@ -51,11 +52,11 @@ def hub_files(path: str) -> dict[str, Path]:
             splits = configs[chosen(path, "config", name, configs)]
             patterns = splits[chosen(path, "split", split, splits)]
         files = [file for file in sorted(files) if is_file(file) and matches(file, patterns)]
-        if "*" in (name or ""):
+        if is_glob:
             files = [file for file in files if is_data(Path(file))]
         if not files:
             raise UserError(f"{path}: no data file matches {', '.join(patterns)}.")
-        if "*" in (name or ""):
+        if is_glob:
             require_one_set(path, files)
         snapshot_download(repository, revision=folder.name, allow_patterns=files, **DATA_SET)
     except (HTTPError, OSError, ValueError, YAMLError) as error:

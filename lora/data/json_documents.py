@@ -8,8 +8,8 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.common.toml_json import dict_of_different_keys
+from lora.data.file_sets import SPLITS
 
-SPLIT_NAMES = {"train", "test", "valid", "validation", "val", "dev", "eval"}
 NOT_BLANK = re.compile(r"\S")
 
 
@@ -42,7 +42,7 @@ def rows_in(path: str, value: Any) -> list:
     if isinstance(value, dict) and is_table(value.get("data")):
         return value["data"]
     if isinstance(value, dict) and value and all(is_table(part) for part in value.values()):
-        splits = SPLIT_NAMES & value.keys()
+        splits = [name for name in value if SPLITS.fullmatch(name)]
         if len(splits) > 1:
             found = f"the splits {', '.join(sorted(splits))} in one object"
             raise UserError(f"{path}: {found}; write each to a file of its own.")

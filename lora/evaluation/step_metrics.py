@@ -193,10 +193,6 @@ def report(
     for name, scores in scores_of_scorer.items():
         threshold = settings.threshold
         if tuned_on:
-            tuning_set = ScoredChains(examples, scores, threshold, dataset_ids[tuned_on])
-            if np.isnan(tuning_set.measures()["processbench_f1"]):
-                needs = "it needs chains with an error and chains without one"
-                raise UserError(f"tune_threshold_on {tuned_on}: {needs}.")
             threshold = best_threshold(examples, scores, dataset_ids[tuned_on])
         thresholds[name] = threshold
         scorers[name] = ScoredChains(examples, scores, threshold)
@@ -205,6 +201,9 @@ def report(
             f1_of_sets = []
             for set_name, dataset_id in dataset_ids.items():
                 of_set = ScoredChains(examples, scores, threshold, dataset_id).measures()
+                if set_name == tuned_on and np.isnan(of_set["processbench_f1"]):
+                    needs = "it needs chains with an error and chains without one"
+                    raise UserError(f"tune_threshold_on {tuned_on}: {needs}.")
                 f1_of_sets.append(of_set["processbench_f1"])
                 measures[name][f"{set_name}/processbench_f1"] = of_set["processbench_f1"]
             measures[name]["mean_processbench_f1"] = float(np.mean(f1_of_sets))

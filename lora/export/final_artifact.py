@@ -45,6 +45,7 @@ from lora.quantization import count_parameters
 from lora.training.best_checkpoints import best_first, saved_states
 from lora.training.checkpoint import trainable_parameters
 from lora.training.log import Log
+from lora.training.schedule import stops_early
 
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes")
 
@@ -60,7 +61,7 @@ def finished_results(run_dir: Path, config: Config, state: dict, max_steps: int)
     from lora.common.saved_files import RESULTS, read_table  # where a run is started again
 
     results = read_table(folder / "training_metrics.json", RESULTS)
-    has_stopped = 0 < config.training.early_stopping_patience <= state["without_best"]
+    has_stopped = stops_early(config.training, state["without_best"])
     is_of_state = results["last"]["step"] == state["step"]
     has_ended = is_of_state and (state["step"] >= max_steps or has_stopped)
     # Not from metadata.json, where version 1 has the number of its format under this name.
@@ -172,8 +173,8 @@ def with_absolute_paths(config: Config) -> Config:
     if model.base_model != "embedded":
         source, is_folder = locate_base(model.base_model)
         model.base_model = os.path.abspath(source) if is_folder else source
-    if Path(model.init_from).is_dir():  # also "", which is the current folder
-        model.init_from = model.init_from and os.path.abspath(model.init_from)
+    if model.init_from != "scratch":
+        model.init_from = absolute_if_file(model.init_from)
     data.train_data = [absolute_if_file(path) for path in data.train_data]
     data.eval_data = [absolute_if_file(path) for path in data.eval_data]
     for key in ("prm800k_path", "eqasc_path", "reveal_path"):

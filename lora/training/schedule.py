@@ -16,6 +16,11 @@ def total_steps(settings: TrainingConfig, steps_per_epoch: float) -> int:
     return min(steps, settings.max_steps or steps)
 
 
+def stops_early(settings: TrainingConfig, evaluations_without_best: int) -> bool:
+    """Return whether a run ends after so many evaluations without a new best."""
+    return 0 < settings.early_stopping_patience <= evaluations_without_best
+
+
 def learning_rate_at(step: int, total: int, settings: TrainingConfig) -> float:
     """Return the learning rate of step 0..total-1, as transformers' schedules have it.
 

@@ -213,6 +213,7 @@ FILE_ERRORS = [
     ("seed = 3\n[training]\nseed = 4", "training.seed: seed is given twice."),
     ("[lora]\nr = 4\nlora_r = 4", "lora_r is given twice"),
     ("[training\nseed = 3", "line 1, column 10"),
+    ("[training]\nbf16 = {a = 1}", "training.bf16.a: no such key"),
 ]
 
 

@@ -191,6 +191,11 @@ def test_a_report_has_a_number_for_every_set_and_may_tune_the_threshold_on_one()
     with pytest.raises(UserError, match="tune_threshold_on c: no such set; there is a, b"):
         settings = EvaluationConfig(tune_threshold_on="c")
         step_metrics.report(examples, scorers, settings, ids, draws=10)
+    for right in examples[::2]:  # all of the set a
+        right.labels = [1.0, 1.0]
+    with pytest.raises(UserError, match="tune_threshold_on a: it needs chains with an error and"):
+        settings = EvaluationConfig(tune_threshold_on="a")
+        step_metrics.report(examples, scorers, settings, ids, draws=10)
 
 
 # -------------------------------------------------------------------------------------- one forward
