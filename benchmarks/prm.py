@@ -104,8 +104,8 @@ def configure(arguments, base, folder, training, validation):
     config.data.eval_data = [write_jsonl(folder / "validation.jsonl", step_rows(validation))]
     settings = config.training
     settings.learning_rate = arguments.learning_rate
-    settings.batch_size = 8
-    settings.gradient_accumulation_steps = 2
+    settings.batch_size = 4
+    settings.gradient_accumulation_steps = 4
     settings.max_steps = arguments.steps
     settings.warmup_steps = arguments.steps // 10
     settings.eval_steps = 50

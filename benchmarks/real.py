@@ -213,7 +213,8 @@ def gsm8k(folder: Path) -> dict:
     held_out = write_jsonl(folder / "held_out.jsonl", questions[::3])
     config = ("--config", "configs/gsm8k_lora.toml", "--train_data", training)
     config += ("--eval_data", held_out, "--max_steps", "60", "--eval_steps", "30")
-    runs = {"lora": ("train_lora.py", "--learning_rate", "5e-4")}
+    memory = ("--batch_size", "4", "--gradient_accumulation_steps", "4")  # 16 at once hold 12 GB
+    runs = {"lora": ("train_lora.py", "--learning_rate", "5e-4", *memory)}
     return before_and_after(folder, runs, held_out, test, config, "--max_new_tokens", "256")
 
 

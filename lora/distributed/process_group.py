@@ -23,6 +23,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def processes_on_this_machine() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def micro_batch_index(i: int) -> int:
     """Return the index of this process's micro-batch i among those of all, dealt in turn."""
     return i * world_size() + rank()

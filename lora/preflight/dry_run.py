@@ -17,7 +17,8 @@ from lora.model.placement import place_on_device
 from lora.model.run import Run
 from lora.training.checkpoint import trainable_parameters
 from lora.training.gradients import backward
-from lora.training.memory_plan import USABLE, fits, plan_memory
+from lora.training.memory_limit import USABLE
+from lora.training.memory_plan import fits, plan_memory
 from lora.training.optimizer import make_optimizer
 from lora.training.schedule import total_steps
 
@@ -48,10 +49,8 @@ def print_memory(run: Run) -> bool:
     if available:
         total += f" of {available / 1e9:.0f} GB on this {run.device.type}"
         if not fits(needed, available):
-            then = ""
-            if run.config.training.batch_size == "auto":
-                then = "; training would halve its micro-batches"
-            print(f"{total}: it does not fit in {USABLE:.0%} of that{then}")
+            then = "training would halve its micro-batches"
+            print(f"{total}: it does not fit in {USABLE:.0%} of that; {then}")
             return False
     print(total, flush=True)
     return True

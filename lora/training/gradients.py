@@ -19,6 +19,7 @@ from lora.model.device import autocast
 from lora.model.run import Run
 from lora.training.checkpoint import trainable_parameters
 from lora.training.log import Log
+from lora.training.memory_limit import memory_limit
 
 
 def backward(
@@ -102,10 +103,11 @@ class GradientAccumulation:
         num_targets = data.rows.num_targets(rows)
         reserved = torch.empty(reserved_bytes, dtype=torch.int8, device=self.run.device)
         out_of_memory = True
-        while out_of_memory:
-            _, out_of_memory, _ = self.attempt(data.largest_batches(), num_targets, step=0)
-            if out_of_memory:
-                self.log.say(data.halve_micro_batches(rows))
+        with memory_limit(self.run.device):
+            while out_of_memory:
+                _, out_of_memory, _ = self.attempt(data.largest_batches(), num_targets, step=0)
+                if out_of_memory:
+                    self.log.say(data.halve_micro_batches(rows))
         self.run.task.zero_grad()
         del reserved
 

@@ -25,10 +25,8 @@ from lora.model.run import Run
 from lora.model.task import Task
 from lora.target_modules import decoder_layers
 from lora.training.checkpoint import trainable_parameters
+from lora.training.memory_limit import USABLE
 from lora.training.optimizer import optimizer_bytes
-
-# Of a GPU's memory: the plan counts tensors, and CUDA itself, its kernels and gaps take some too.
-USABLE = 0.9
 
 
 class MemoryCounter(TorchDispatchMode):

@@ -2,13 +2,19 @@
 
 import json
 from pathlib import Path
+import sys
 
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lora import inject
-from lora.common.errors import ResourceExhausted, UserError, library_errors
+from lora.common.errors import (
+    ResourceExhausted,
+    UserError,
+    is_out_of_memory,
+    library_errors,
+)
 from lora.config.command_line import Command
 from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
@@ -19,7 +25,8 @@ from lora.model.placement import prepare_layers
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.training import best_checkpoints
-from lora.training.memory_plan import USABLE, MemoryCounter, needs_checkpointing, plan_memory
+from lora.training.memory_limit import USABLE, memory_limit
+from lora.training.memory_plan import MemoryCounter, needs_checkpointing, plan_memory
 from lora.training.startup import choose_checkpointing
 from tests.conftest import run
 import train_lora
@@ -127,6 +134,36 @@ def test_batch_size_auto_is_the_default_batch_size_in_one_micro_batch_where_it_f
     torch.testing.assert_close(
         lines(auto, "train/loss"), lines(fixed, "train/loss"), rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not kill for memory")
+def test_on_a_cpu_an_allocation_beyond_the_available_memory_fails_and_can_be_handled(monkeypatch):
+    size = 500_000_000  # bytes: more than a 10,000th of a machine's memory
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "10000")
+    with memory_limit(torch.device("cpu")):
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(size, dtype=torch.int8)
+    assert is_out_of_memory(caught.value)
+    torch.empty(size, dtype=torch.int8)
+    with memory_limit(torch.device("cuda")):
+        torch.empty(size, dtype=torch.int8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not kill for memory")
+def test_the_largest_step_of_a_run_on_a_cpu_is_tried_under_that_limit(configure, monkeypatch):
+    import resource
+
+    forward, limits = Task.forward, []
+
+    def recorded(self, batch):
+        limits.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+        return forward(self, batch)
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    monkeypatch.setattr(Task, "forward", recorded)
+    run(configure(True, **WHOLE))
+    assert limits[0] not in (before, resource.RLIM_INFINITY)
+    assert set(limits[1:]) == {before}
 
 
 def planned_run(config, checkpointing):

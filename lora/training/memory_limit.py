@@ -1,0 +1,45 @@
+"""A limit on this process's memory on a CPU: beyond it an allocation fails, as on a GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+import sys
+
+import torch
+
+from lora.distributed.process_group import processes_on_this_machine
+
+# Of a device's memory: on a GPU the kernels and gaps take some, on a CPU other programs do.
+USABLE = 0.9
+
+
+@contextmanager
+def memory_limit(device: torch.device) -> Iterator[None]:
+    """Let allocations in the block fail that the machine's available memory has no room for.
+
+    Linux grants them all, and kills the process when it uses what is not there: a step could not be
+    done again in smaller micro-batches. A limit that the process has already stays. Start no thread
+    in the block: one that finds no memory for its first lines leaves Python waiting for it forever.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        yield
+        return
+    import resource  # Windows has none
+
+    before, maximum = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = before
+    if before == resource.RLIM_INFINITY:
+        available = kilobytes("/proc/meminfo", "MemAvailable") / processes_on_this_machine()
+        held = kilobytes("/proc/self/status", "VmData")
+        limit = int(1024 * (held + USABLE * available))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, maximum))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, maximum))
+
+
+def kilobytes(file: str, name: str) -> int:
+    """Return the number in the line "NAME: 123 kB" of a file in /proc."""
+    lines = Path(file).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
