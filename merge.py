@@ -6,8 +6,8 @@
     python merge.py --adapter PEFT_ADAPTER --output rewritten --portable
 
 The result is a plain Hugging Face folder. The sums are computed in fp32 and rounded once, to the
-base's own dtype (or --dtype). The head of a scorer is written beside it; one that was trained on a
-frozen base (lora_r 0) is written with that base.
+base's own dtype (or --dtype). A scorer is written with its head as one model of two classes; one
+that was trained on a frozen base (lora_r 0), with that base.
 """
 
 from argparse import Namespace
@@ -63,6 +63,8 @@ def read_arguments(argv: list[str]) -> Namespace:
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
     refuse_inside_artifact("--output", arguments.output)
     refuse_inside_artifact("--gguf", arguments.gguf)
+    if arguments.gguf and Path(arguments.gguf).suffix == ".Modelfile":
+        raise UserError(f"--gguf {arguments.gguf}: expected the name of a .gguf file.")
     if arguments.gguf:
         for path in (Path(arguments.gguf), modelfile_path(arguments.gguf)):
             if path.exists():
@@ -75,6 +77,9 @@ def read_arguments(argv: list[str]) -> Namespace:
         if is_merged or arguments.merge_into != "16bit":
             only = "it goes with --adapter and --output only"
             raise UserError(f"--portable rewrites an adapter and merges nothing; {only}.")
+    given = [name for name in QUANTIZATION_KEYS if getattr(arguments, name) is not None]
+    if given and arguments.merge_into == "16bit":
+        raise UserError(f"--{given[0]} is of --merge_into dequantized; add that.")
     if arguments.gguf_type and not arguments.gguf:
         raise UserError("--gguf_type says how --gguf FILE is written; add it.")
     if not Path(arguments.adapter).is_dir():
@@ -108,6 +113,8 @@ from lora.model.weights import add_tokens, load_shape, load_tokenizer
 
 def main(arguments: Namespace) -> None:
     require_sha256(arguments.adapter, arguments.expect_sha256)
+    if arguments.expect_sha256:  # so its checksums.json is ours, and not another program's
+        verify_checksums(arguments.adapter)
     if arguments.portable:
         folder = Path(arguments.adapter)
         if is_written_by_us(folder):
@@ -126,7 +133,9 @@ def main(arguments: Namespace) -> None:
         dtype = getattr(torch, arguments.dtype)
     # Of a scorer, the bare backbone.
     model_class = AutoModel if source.is_scorer else merging.class_for(shape)
-    source.verify()
+    warning = source.verify()
+    if warning:
+        print(warning)
     into_4bit = arguments.merge_into == "dequantized"
     quantization = four_bits_of(arguments, source.config) if into_4bit else None
     model = load_base(model_class, source.base_model, quantization)
@@ -138,6 +147,13 @@ def main(arguments: Namespace) -> None:
     elif (source.folder / "chat_template.jinja").is_file():  # a checkpoint
         template = source.folder / "chat_template.jinja"
         tokenizer.chat_template = plain_file(template).read_text(encoding="utf-8")
+
+    # 2. Merge, and compare the outputs of the base, of base + adapter, and of the merged model.
+    torch.manual_seed(0)
+    tokens = torch.randint(shape.get_text_config().vocab_size, (4, 32))
+    of_base = outputs(model, tokens)
+    if source.adapter:
+        load_adapter(model, source.adapter)
     gguf_type = arguments.gguf_type or "f16"
     if arguments.gguf:
         from lora.export.gguf import make_writer, write_gguf  # an extra
@@ -146,18 +162,11 @@ def main(arguments: Namespace) -> None:
         make_writer(model.config, tokenizer, gguf_type)  # refuses what it cannot, before the work
         stops = stop_tokens(model, tokenizer)
         for_ollama = modelfile(Path(arguments.gguf).name, stops, tokenizer)
-
-    # 2. Merge, and compare the outputs of the base, of base + adapter, and of the merged model.
-    torch.manual_seed(0)
-    tokens = torch.randint(shape.get_text_config().vocab_size, (4, 32))
-    of_base = outputs(model, tokens)
-    if source.adapter:
-        load_adapter(model, source.adapter)
     of_adapter = outputs(model, tokens)
     merge(model)
     of_merged = outputs(model, tokens)
     effect = merging.require_same_outputs(source, of_base, of_adapter, of_merged)
-    if source.is_4bit and not into_4bit:
+    if source.is_4bit and not into_4bit and find_spec("bitsandbytes"):
         base_4bit = load_base(model_class, source.base_model, four_bits_of(arguments, config))
         if source.adapter:
             load_adapter(base_4bit, source.adapter)
@@ -180,10 +189,11 @@ def main(arguments: Namespace) -> None:
         else:
             set_stop_tokens(model, tokenizer)
             model.save_pretrained(temporary)
-        written = merging.read_back(model, model_class, temporary)
+        written = merging.read_back(model, temporary)
         of_written = outputs(written, tokens)
         rounding = difference(of_written, of_adapter)
-        print(f"merged against adapter, {str(dtype).removeprefix('torch.')}: {rounding:.3g}")
+        dtype_name = str(dtype).removeprefix("torch.")
+        print(f"merged against adapter, {dtype_name}: {rounding:.3g}")
         if model.get_output_embeddings() is not None:  # a language model
             print(f"the most likely token is {merging.same_tokens(of_written, of_adapter)}")
             if dtype != torch.float32:
@@ -191,15 +201,15 @@ def main(arguments: Namespace) -> None:
                 in_fp32 += f" {merging.same_tokens(of_merged, of_adapter)}"
                 print(f"with --dtype float32 the difference would be {in_fp32}")
         if not math.isfinite(rounding):
-            raise UserError(f"the outputs in {dtype} are not finite; add --dtype float32.")
+            raise UserError(f"the outputs in {dtype_name} are not finite; add --dtype float32.")
         if rounding > effect and source.adapter:
             found = f"changes more ({rounding:.3g}) than the adapter does"
-            raise UserError(f"rounding to {dtype} {found}; add --dtype float32.")
+            raise UserError(f"rounding to {dtype_name} {found}; add --dtype float32.")
         if source.adapter:
             share = rounding / effect
             verdict = "fine" if share <= 0.1 else "coarse (--dtype float32 keeps more)"
             print(f"{verdict}: rounding changes {share:.2g} times what the adapter changes")
-    print(f"wrote {Path(arguments.output)}")
+    print(f"wrote {arguments.output}")
     if arguments.gguf:
         write_gguf(Path(arguments.output), Path(arguments.gguf), gguf_type)
         path = modelfile_path(arguments.gguf)

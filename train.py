@@ -206,7 +206,7 @@ def run_training(
     if is_later_stage and task.model.device.type != "meta":  # on "meta" they come later
         task.start_from(config.model.init_from)
     rows, held_out, data_facts = load_or_tokenise(raw_data, task)
-    state = best_checkpoints.read_state(resume_from) if resume_from else None
+    state = best_checkpoints.trainer_state(resume_from) if resume_from else None
     rank, world_size = process_group.rank(), process_group.world_size()
     # A resumed run keeps the layout of its batches, which stands in the checkpoint's state.
     data = TrainingData(rows, held_out, config, task.packed, rank, world_size, layout=state)

@@ -155,7 +155,7 @@ class Bench:
             {key: value for key, value in line.items() if key not in timing}
             for line in metrics(run)
         ]
-        state = best_checkpoints.read_state(last)
+        state = best_checkpoints.trainer_state(last)
         state["totals"] = state["totals"]["tokens"]  # the others are seconds and peak memory
         results = json.loads((run / "logs" / "final_results.json").read_text())
         kept = sorted(path.name for path in (run / "checkpoints").iterdir())

@@ -44,6 +44,14 @@ def is_causal(model: nn.Module) -> bool:
     return all(module.is_causal for module in model.modules() if hasattr(module, "is_causal"))
 
 
+def first_position(model: nn.Module) -> int:
+    """Return the position of a text's first token: RoBERTa's padding index + 1, otherwise 0."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    padding_idx = getattr(table, "padding_idx", None)
+    return 0 if padding_idx is None else padding_idx + 1
+
+
 def embedding_modules(model: nn.Module) -> list[nn.Module]:
     """Return the input embeddings and the output head, as far as the model has them."""
     if not hasattr(model, "get_output_embeddings"):

@@ -62,7 +62,10 @@ def model_folder(folder: Path) -> Path | None:
 
 
 def require_known_format(checkpoint: Path, state: dict) -> None:
-    """Raise UserError for a checkpoint, or an artifact, whose `state` is of a newer version."""
+    """Raise UserError for a checkpoint or an artifact that this version does not read.
+
+    Those are the sharded ones of version 0.1, and those whose `state` is of a newer version.
+    """
     if (checkpoint / SHARDS_FILE).is_file():
         found = f"in parts ({SHARDS_FILE}), written by plainlora 0.1"
         raise UserError(f"{checkpoint}: {found}, which reads it; end the run with that version.")

@@ -18,6 +18,13 @@ def physical_memory_bytes() -> int | None:
         return None
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def peak_memory_bytes() -> int | None:
     """Return the most main memory that this process has held."""
     try:

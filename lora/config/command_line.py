@@ -83,9 +83,8 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
         require_checkpoint(resume_from)
         saved = checkpoint_config(resume_from, config)
     config_file = find_config(arguments.config)
-    files = (arguments.train_data, arguments.eval_data)
-    sets = (arguments.use_prm800k, arguments.use_eqasc, arguments.use_reveal)
-    names_nothing = all(value is None for value in (arguments.base_model, *files, *sets))
+    named = ("base_model", "train_data", "eval_data", "use_prm800k", "use_eqasc", "use_reveal")
+    names_nothing = all(getattr(arguments, name) is None for name in named)
     if not config_file and not saved and names_nothing:
         config_file = str(ROOT / "configs" / default_file)
     if config_file:
@@ -100,10 +99,8 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     print_unread_keys(config)
     if arguments.check:
         require_one_process()
-    if arguments.dry_run or arguments.check:
-        return Command(config, Path(), dry_run=arguments.dry_run, check=arguments.check)
 
-    # The run to continue, its name and its folder.
+    # The run to continue, or the stage to begin from.
     if auto:
         resume_from = newest_checkpoint(config)
         if resume_from:
@@ -118,6 +115,12 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
         from lora.config.earlier_stage import require_stage
 
         require_stage(config)
+    if arguments.check:  # of the data and the method: it trains weights of its own
+        return Command(config, Path(), check=True)
+    if arguments.dry_run:
+        return Command(config, Path(), resume_from, dry_run=True)
+
+    # The name and the folder of the run.
     if not output.experiment_name:
         stem = Path(config_file).stem if config_file else Path(config.model.base_model).name
         now = time.strftime("%Y%m%d-%H%M%S")

@@ -21,6 +21,9 @@ def newest_checkpoint(config: Config) -> str:
     if checkpoints_by_step(folder / "checkpoints"):
         damaged = f"every checkpoint in {folder} is damaged or has no optimizer"
         raise UserError(f"--resume_from auto: {damaged}; choose another --experiment_name.")
+    if (folder / "final_artifact").exists():
+        found = f"{folder} has an artifact and no checkpoint"
+        raise UserError(f"--resume_from auto: {found}; choose another --experiment_name.")
     return ""
 
 

@@ -28,12 +28,11 @@ class Counts:
     ones: int = 0
 
     def add(self, other: "Counts") -> None:
-        where = self.where or other.where
-        largest_token = max(self.largest_token, other.largest_token)
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-        self.where = where
-        self.largest_token = largest_token
+            if name not in ("where", "largest_token"):
+                setattr(self, name, getattr(self, name) + value)
+        self.where = self.where or other.where
+        self.largest_token = max(self.largest_token, other.largest_token)
 
 
 def part_facts(counts: Counts, seq_lens: np.ndarray, part: str, config: Config) -> dict:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HTTPError
 from yaml import YAMLError
 
 from lora.common.errors import UserError
+from lora.common.printable_text import print_on_rank_zero
 from lora.data.file_kinds import ARROW, HUB, kind_of
 from lora.data.file_sets import is_data, require_one_set
 
@@ -62,7 +63,7 @@ def hub_files(path: str) -> dict[str, Path]:
     except (HTTPError, OSError, ValueError, YAMLError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     if any("partial-" in file for file in files):
-        print(f"note: {path}: the Hub's conversion to Parquet holds only a part of it")
+        print_on_rank_zero(f"note: {path}: the Hub's conversion to Parquet holds only a part of it")
     return {f"{HUB}{repository}/{file}": folder / file for file in files}
 
 

@@ -72,8 +72,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Decimal):
         return float(value)
-    is_json = isinstance(value, (str, int, float, NoneType))
-    return value if is_json or isinstance(value, bytes) else str(value)
+    return value if isinstance(value, (str, int, float, bytes, NoneType)) else str(value)
 
 
 def how_to_convert(name: str, beginning: bytes = b"") -> str:

@@ -81,7 +81,10 @@ class TrainingData:
 
     def batch_at(self, step: int) -> list[Batch]:
         """Return this process's micro-batches of a step, whatever came before."""
-        rows = self.rows_at(step)
+        return self.local_batches(self.rows_at(step))
+
+    def local_batches(self, rows: np.ndarray) -> list[Batch]:
+        """Return this process's micro-batches of a step that has these rows."""
         return self.make_batches(self.local_groups(rows), rows)
 
     def largest_batches(self) -> list[Batch]:
@@ -127,7 +130,7 @@ class TrainingData:
         for groups_of_process in self.groups_by_process(rows):
             groups.extend(groups_of_process)
         largest = max(self.num_tokens(group) for group in groups)
-        if all(len(group) == 1 for group in groups):
+        if all(len(group) <= 1 for group in groups):
             found = f"out of memory on a single example of {largest} tokens"
             raise ResourceExhausted(f"{found}. {LESS_MEMORY}")
         self.max_tokens = min(self.max_tokens, largest) // 2

@@ -65,7 +65,7 @@ class Split:
             )
             if not self.documents and sum(self.is_held_out) == sum(of_held_out_file):
                 path = config.data.train_paths[0]
-                problem = "all rows have the same prompt, so none can be held out; add --eval_data"
+                problem = "only one prompt or text, so none can be held out; add --eval_data"
                 raise UserError(f"{path}: {problem}.")
         self.facts = {"chats": has_chats, **count_subjects(subjects, contents, self.is_held_out)}
         self.facts["held_out_subjects"] += len(self.documents)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 import csv
 from itertools import chain
+from pathlib import Path
 from typing import TextIO
 
 from lora.common.errors import UserError
@@ -16,7 +17,7 @@ def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
     csv.field_size_limit(2**31 - 1)  # a cell may hold a document; csv's own limit is 128 KiB
     first_line = file.readline()
     lines: Iterable[str] = chain([first_line], file)
-    if ".tsv" in path.lower() or ("\t" in first_line and "," not in first_line):
+    if ".tsv" in Path(path.lower()).suffixes or ("\t" in first_line and "," not in first_line):
         # A quote is a character like any other there.
         table = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:

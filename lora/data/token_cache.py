@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora.common.atomic_files import atomic_folder
 from lora.common.errors import UserError
+from lora.common.operating_system import usable_cores
 from lora.config.schema import Config
 from lora.data.array_check import ArrayCheck
 from lora.data.batches import Rows, array_types, is_target
@@ -124,7 +125,7 @@ def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool
         else:
             from lora.data.processes import in_processes
 
-            results = in_processes(tokenise_one, shards, os.cpu_count() or 1)
+            results = in_processes(tokenise_one, shards, usable_cores())
         done = writer.num_shards
         bar = tqdm(results, "tokenising", total, leave=False, disable=None, initial=done)
         for result in bar:

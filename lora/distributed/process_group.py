@@ -8,6 +8,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from lora.common.errors import UserError
 
@@ -49,11 +50,7 @@ def join(device: torch.device) -> None:
             raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: {problem}.")
         gpu = torch.device("cuda", local_rank)
         torch.cuda.set_device(gpu)
-    # Where torchrun's agent keeps the store itself, no process of the run is its master.
-    agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = rank() == 0 and not agent_keeps_store
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, size, is_master=is_master, timeout=TIMEOUT)
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     # The store still holds entries of processes that are gone after a restart by torchrun, and of
     # the group that this process has left before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)

@@ -21,7 +21,7 @@ def environment() -> Environment:
 
     Every value is escaped, whatever the template's file is called; a missing name is an error.
     """
-    # Imported here: that takes as long as all else before a folder without a run is reported.
+    # Imported here, because it takes as long as all that runs before a wrong folder is reported.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(

@@ -143,9 +143,12 @@ def mean_scores(rows: Sequence[Measures]) -> Measures:
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return the number after the last "####", without "$", commas and blanks; None without one."""
+    """Return the number after the last "####", without "$", commas and blanks; None without one.
+
+    None too for a fraction or a power.
+    """
     _, mark, after = text.rpartition("####")
-    match = re.match(r"[-+$0-9., \t]*[0-9]", after)
+    match = re.match(r"[-+$0-9., \t]*[0-9](?![ \t]*([0-9]|[/^][ \t]*[0-9]))", after)
     if not mark or not match:
         return None
     try:

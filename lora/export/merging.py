@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from dataclasses import dataclass, replace
-import json
 from pathlib import Path
 
 import torch
@@ -45,15 +44,16 @@ class AdapterSource:
     def is_4bit(self) -> bool:
         return self.config is not None and self.config.lora.load_in_4bit
 
-    def verify(self) -> None:
-        """Raise UserError where a file has changed, and warn of another base than at training."""
+    def verify(self) -> str:
+        """Return a warning if the base is another than at training, else "".
+
+        Raises UserError where a file of the adapter has changed.
+        """
         if self.config is None:
-            return
+            return ""
         verify_checksums(self.folder)
         model = replace(self.config.model, base_model=self.base_model)
-        warning = warn_other_base(self.folder, self.base_model, file_sums(model))
-        if warning:
-            print(warning)
+        return warn_other_base(self.folder, self.base_model, file_sums(model))
 
 
 def find_adapter(given: str, base_model: str | None) -> AdapterSource:
@@ -89,14 +89,14 @@ def class_for(shape: PretrainedConfig) -> type:
 
 def load_base(model_class: type, folder: str, settings: FourBitSettings | None) -> PreTrainedModel:
     """Load the base in fp32: its own weights, or what is left of them in 4 bits."""
-    model = load_weights(model_class, folder, torch.float32, "sdpa", settings)
+    model = load_weights(model_class, folder, torch.float32, None, settings)
     if settings:
         dequantize(model)
     return model
 
 
 def dequantize(model: nn.Module) -> None:
-    """Replace every Linear4bit by the dense layer that it stands for, in place."""
+    """Replace every Linear4bit by a dense layer of its dequantised weights, in place."""
     for name, layer in list(model.named_modules()):
         if is_4bit(layer):
             model.set_submodule(name, dense(layer))
@@ -117,7 +117,7 @@ def outputs(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     values = out.get("logits", out.get("last_hidden_state"))
     if values is None:
         found = f"{type(model).__name__} gives neither logits nor hidden states"
-        raise UserError(f"{found}, so nothing can be proved of it.")
+        raise UserError(f"{found}, so its outputs cannot be compared.")
     return values.float()
 
 
@@ -143,19 +143,21 @@ def require_same_outputs(
     print(f"adapter against base:           {effect:.3g}")
     print(f"merged against adapter, fp32:   {error:.3g}")
     # The sums are the same but for their order. fp32 rounds each to 6e-8, which layers multiply.
-    is_rounding = error <= 1e-4 * size and error <= effect  # not where the error is not a number
-    if not is_rounding:
+    if not error <= 1e-4 * size:  # NaN is not
         found = f"merged it differs from base + adapter by {error:.3g}, more than rounding"
         raise UserError(f"--adapter {source.given}: {found}; use it unmerged.")
     if effect == 0 and source.adapter:
         raise UserError(f"--adapter {source.given}: it changes nothing; use the base as it is.")
+    if error > effect:
+        found = f"merging rounds by {error:.3g}, more than the adapter changes"
+        raise UserError(f"--adapter {source.given}: {found}; use it unmerged, or train it longer.")
     print("fine: merged, the model computes what base + adapter compute; the rest is rounding")
     return effect
 
 
-def read_back(model: PreTrainedModel, model_class: type, folder: Path) -> PreTrainedModel:
+def read_back(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Return the model that was written to `folder`, whose weights must be those of `model`."""
-    written = load_weights(model_class, str(folder), model.dtype, "sdpa")
+    written = load_weights(type(model), str(folder), model.dtype, None)
     merged = model.state_dict()
     for name, tensor in written.state_dict().items():
         if not torch.equal(tensor, merged[name]):
@@ -179,7 +181,6 @@ def save_scorer(
     for name, tensor in two_class_state(task.head).items():
         state[name] = tensor.detach()  # fp32, as it was trained
     model.save_pretrained(output, state_dict=state)
-    shape = json.loads((output / "config.json").read_bytes())
     family = type(model).__name__.removesuffix("Model")
-    shape["architectures"] = [f"{family}ForProcessRewardModel"]
-    (output / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
+    model.config.architectures = [f"{family}ForProcessRewardModel"]
+    model.config.save_pretrained(output)  # in place of the model's own, which names the backbone

@@ -36,7 +36,8 @@ def choose_device(name: str) -> torch.device:
 def set_determinism(command: Command, device: torch.device) -> None:
     """Choose algorithms whose sums have a fixed order, where a run on a GPU asks for them.
 
-    cuBLAS reads its variable when it starts; --check needs it for one of its lines.
+    `--check` compares a resumed run bit for bit. It needs cuBLAS's variable too, which is read when
+    cuBLAS starts.
     """
     deterministic = command.config.training.deterministic
     if device.type == "cuda" and (deterministic or command.check):

@@ -44,7 +44,8 @@ def load_task(
             continue
         settings = config.model
         task = Task(model, tokenizer, base_dtype, settings.head_dropout, settings.score_loss)
-        task.to(device)
+        # Weights in 4 bits stay on the device that they were quantised on.
+        task.to(model.device if config.lora and config.lora.load_in_4bit else device)
         if settings.task == "lm" and not task.causal:
             problem = "an encoder sees what it would have to predict"
             raise UserError(f"{where}: {problem}; use --task score.")
@@ -54,6 +55,7 @@ def load_task(
         if not problem:
             break
         problems.append(problem)
+        task.to("meta")  # frees the weights before they are read again
     if len(problems) == len(layouts):
         mend = "" if device.type == "cpu" else "; use --device cpu, or another --dtype"
         raise UserError(f"{where}: {shape.model_type} is not supported: {problems[0]}{mend}.")
@@ -66,7 +68,7 @@ def load_task(
         reads_last = config.model.score_layer in (None, last_layer)
         is_scorer = any(path.name == "mlp_head.safetensors" for path in files)
         if is_scorer and reads_last and not tokens:
-            task.load_head(locate_base(base_model)[0])  # a scorer's artifact is the base
+            task.load_head(files[0].parent)  # a scorer's artifact is the base
         elif reads_last or tokens:
             found = initialise_head(task.head, files, tokens, tokenizer, embeddings)
             task.head_is_random = not found

@@ -22,7 +22,7 @@ from lora.model.attention import Documents
 from lora.model.heads import LMHead, MLPHead
 from lora.model.pretrained_heads import load_two_class_head
 from lora.model.tokenizer_file import save_tokenizer
-from lora.target_modules import is_causal, is_tied, require_all_grads
+from lora.target_modules import first_position, is_causal, is_tied, require_all_grads
 
 
 class Task(nn.Module):
@@ -47,11 +47,7 @@ class Task(nn.Module):
         self.head_is_random = isinstance(self.head, MLPHead)  # until one is loaded
         self.causal = is_causal(model)
         self.packed = True  # False: padded, as the model cannot be told where documents end
-        # RoBERTa counts positions from its padding index + 1, the others from 0.
-        embeddings = getattr(model.base_model, "embeddings", None)
-        table = getattr(embeddings, "position_embeddings", None)
-        padding_idx = getattr(table, "padding_idx", None)
-        self.first_position = 0 if padding_idx is None else padding_idx + 1
+        self.first_position = first_position(model)
         num_token_types = getattr(model.config, "type_vocab_size", 0)
         self.uses_token_type_ids = not self.causal and num_token_types > 1
 

@@ -82,11 +82,19 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         problem = "its tokenizer has no fast version (no tokenizer.json), which is needed"
         raise UserError(f"base_model {base_model}: {problem}.")
-    if follows_its_file(tokenizer):
-        return tokenizer
-    why = f"transformers' {type(tokenizer).__name__} splits text otherwise"
-    print(f"note: base_model {base_model}: its tokenizer.json is used as it is; {why}")
-    return from_pretrained(transformers.PreTrainedTokenizerFast, base_model)
+    if not follows_its_file(tokenizer):
+        why = f"transformers' {type(tokenizer).__name__} splits text otherwise"
+        print(f"note: base_model {base_model}: its tokenizer.json is used as it is; {why}")
+        tokenizer = from_pretrained(transformers.PreTrainedTokenizerFast, base_model)
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):  # several, by name
+        if "default" not in templates:
+            found = f"chat templates {', '.join(templates)}"
+            raise UserError(f"base_model {base_model}: {found}; expected one called default.")
+        tokenizer.chat_template = templates["default"]
+        others = ", ".join(name for name in templates if name != "default")
+        print(f"note: base_model {base_model}: of its chat templates, {others} is not used")
+    return tokenizer
 
 
 def model_files(base_model: str) -> list[Path]:

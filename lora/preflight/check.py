@@ -7,7 +7,7 @@ run in the order of DATA and MODEL. They train the task they are given, and the 
 from collections.abc import Callable, Mapping
 import sys
 
-from lora.common.errors import Stopped
+from lora.common.errors import ResourceExhausted, Stopped
 from lora.common.printable_text import printable
 from lora.data.raw_data import RawData
 from lora.data.row_display import row_as_text
@@ -41,9 +41,11 @@ def check(run: Run, raw_data: RawData, data_facts: dict) -> None:
 def run_checks(checks: Mapping[str, Callable[[Trial], Result | None]], trial: Trial) -> list[str]:
     """Print a line for each check; return the names of those that failed or ended in an error."""
     failed = []
-    for name, check in checks.items():
+    for name, run_check in checks.items():
         try:
-            result = check(trial)
+            result = run_check(trial)
+        except ResourceExhausted:
+            raise
         except Exception as error:
             message = " ".join(str(error).split())[:200]
             result = Result(FAIL, f"ended with {type(error).__name__}: {message}")

@@ -57,8 +57,10 @@ def tokens_of_the_file(trial: Trial) -> Result | None:
     tokenizer = trial.task.tokenizer
     if tokenizer_file(tokenizer) is None:
         return None
-    measured = "a text of digits, blanks, accents and code has the tokens of tokenizer.json"
-    return require(follows_its_file(tokenizer), measured, f"it has not: {BUG}")
+    follows = follows_its_file(tokenizer)
+    words = "has" if follows else "does not have"
+    measured = f"a text of digits, blanks, accents and code {words} the tokens of tokenizer.json"
+    return require(follows, measured, BUG)
 
 
 def doubled_bos(trial: Trial) -> Result:
@@ -73,7 +75,7 @@ def doubled_bos(trial: Trial) -> Result:
 
 
 def end_tokens(trial: Trial) -> Result | None:
-    """The last thing that is learned of an answer or a text is to stop there."""
+    """The last targets of an answer or a text include an end token, so the model learns to stop."""
     if trial.config.model.task == "score":
         return None
     stops = set(stop_tokens(trial.task.model, trial.task.tokenizer))
@@ -96,7 +98,7 @@ def targets_of(rows: list[Row]) -> list[int] | list[float]:
 
 
 def special_tokens(trial: Trial) -> Result:
-    """Texts that contain special tokens: chats read them as mere text, texts and steps do not."""
+    """Special tokens in a text are read as ordinary text in a chat, as special tokens elsewhere."""
     tokenizer = trial.task.tokenizer
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     tokens.update(tokenizer.all_special_tokens)
@@ -139,7 +141,11 @@ def target_mask(trial: Trial) -> Result | None:
         num_chats += bool(example.messages)
         if example.messages and tokenised.rows and not tokenised.cut:
             learned = letters(trial.task.tokenizer.decode(targets_of(tokenised.rows)))
-            answers = [m.get("content") for m in example.messages if m["role"] == "assistant"]
+            weights = example.message_weights or [1.0] * len(example.messages)
+            answers = []
+            for message, weight in zip(example.messages, weights):
+                if message["role"] == "assistant" and weight > 0:
+                    answers.append(message.get("content"))
             if not all(letters(answer) in learned for answer in answers):
                 not_learned.append(example.where)
             if learns_from_others(example.messages, learned):

@@ -11,7 +11,7 @@ from lora.common.errors import ResourceExhausted
 from lora.common.operating_system import physical_memory_bytes
 from lora.data.batches import Batch
 from lora.distributed.collectives import broadcast_from_rank_zero
-from lora.distributed.process_group import world_size
+from lora.distributed.process_group import processes_on_this_machine, world_size
 from lora.evaluation.predict import predict
 from lora.model.placement import place_on_device
 from lora.model.run import Run
@@ -41,13 +41,15 @@ def print_memory(run: Run) -> bool:
     if run.device.type == "cuda":
         available = torch.cuda.get_device_properties(run.device).total_memory
     else:
-        available = physical_memory_bytes()
+        available = (physical_memory_bytes() or 0) // processes_on_this_machine()
     print("peak memory, at a step of the longest examples:")
     for name, size in parts.items():
         print(f"  {name:12}{size / 1e9:9.3f} GB")
     total = f"  {'total':12}{needed / 1e9:9.3f} GB"
     if available:
         total += f" of {available / 1e9:.0f} GB on this {run.device.type}"
+        if world_size() > 1:
+            total += " for each process"
         if not fits(needed, available):
             then = "training would halve its micro-batches"
             print(f"{total}: it does not fit in {USABLE:.0%} of that; {then}")
@@ -65,9 +67,6 @@ def describe_time(run: Run) -> str:
         steps = min(steps, math.ceil(data.steps_per_epoch))
         evaluations = 1
 
-    def step_batches(rows: np.ndarray) -> list[Batch]:
-        return data.make_batches(data.local_groups(rows), rows)
-
     def train(batches: list[Batch]) -> None:
         scaler = torch.amp.GradScaler(enabled=False)
         _, out_of_memory = backward(run, batches, data.num_targets_at(0), 0, scaler)
@@ -81,7 +80,7 @@ def describe_time(run: Run) -> str:
         predict(run.task, batches, run.device, run.dtype)
 
     run.task.train()
-    step_seconds = time_part(data.rows_at(0), step_batches, train, stride=1)
+    step_seconds = time_part(data.rows_at(0), data.local_batches, train, stride=1)
     # A new optimizer's learning rate is 0: the weights stay as they are.
     optimizer = make_optimizer(trainable_parameters(run.task), run.config, run.device)
     optimizer.step()  # makes its state

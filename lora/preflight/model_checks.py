@@ -4,7 +4,7 @@ from pathlib import Path
 import tempfile
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora.adapter import load_adapter, save_adapter
 from lora.evaluation.example_losses import per_target_losses
@@ -15,7 +15,7 @@ from lora.model.heads import LMHead
 from lora.model.weights import is_finite
 from lora.preflight.check_result import BUG, FAIL, PASS, WARN, Result, require, require_at_most
 from lora.preflight.trial import Trial, largest_difference, same_gradients, same_tensors
-from lora.target_modules import is_pooler, is_tied, matches_ending
+from lora.target_modules import find_modules_to_save, is_pooler, is_tied
 from lora.training import checkpoint
 from lora.training.base_integrity import frozen_sums
 from lora.training.optimizer import make_optimizer
@@ -116,10 +116,10 @@ def adapter_acts(trial: Trial) -> Result | None:
 def trained_tensors(trial: Trial) -> Result:
     """All tensors that are meant to be trained get gradients, and no other does."""
     gradients = trial.step().gradients
-    tensors = [name for name, p in trial.task.named_parameters() if p.is_floating_point()]
-    expected = sorted(name for name in tensors if is_meant_to_train(name, trial))
+    tensors = {n: p for n, p in trial.task.named_parameters() if p.is_floating_point()}
+    expected = names_to_train(tensors, trial)
     unexpected = sorted(gradients.keys() - expected)
-    missing = [name for name in expected if gradients.get(name) is None]
+    missing = [name for name in expected if name not in gradients]
     zero = [name for name in expected if name not in missing and not gradients[name].any()]
     if unexpected:
         frozen = first_names(unexpected)
@@ -134,13 +134,19 @@ def trained_tensors(trial: Trial) -> Result:
     return Result(PASS, f"{trained}, and none of the other {len(tensors) - len(expected)}")
 
 
-def is_meant_to_train(name: str, trial: Trial) -> bool:
-    lora = trial.config.lora
+def names_to_train(tensors: dict[str, nn.Parameter], trial: Trial) -> list[str]:
+    """Return the names, of all `tensors` of the task, that are meant to be trained."""
+    lora, model = trial.config.lora, trial.task.model
     if not lora:
-        return not is_pooler(name)
-    module = name.rpartition(".")[0]
-    is_adapter_or_head = ".lora_" in name or name.startswith("head.")
-    return is_adapter_or_head or matches_ending(module, lora.modules_to_save)
+        return sorted(name for name in tensors if not is_pooler(name))
+    saved = set()  # tensors by their id, since one that is tied has two names and is listed once
+    for module in find_modules_to_save(model, lora.modules_to_save):
+        saved.update(id(parameter) for parameter in model.get_submodule(module).parameters())
+    return sorted(
+        name
+        for name, parameter in tensors.items()
+        if ".lora_" in name or name.startswith("head.") or id(parameter) in saved
+    )
 
 
 def loss_is_mean(trial: Trial) -> Result:
@@ -167,8 +173,7 @@ def two_processes(trial: Trial) -> Result:
     # rounding.
     total = trial.step(trial.data(rank=1, world_size=2))
     for name, gradient in trial.step(trial.data(rank=0, world_size=2)).gradients.items():
-        if gradient is not None and total.gradients[name] is not None:
-            total.gradients[name] = total.gradients[name] + gradient
+        total.gradients[name] = total.gradients.get(name, 0) + gradient
     return same_gradients(total, trial.step(), trial.tolerance)
 
 

@@ -18,7 +18,7 @@ from lora.layer import lora_layers
 from lora.model.first_layers import keep_first_layers
 from lora.model.run import Run
 from lora.model.task import Task
-from lora.preflight.check_result import Result, require_at_most
+from lora.preflight.check_result import BUG, FAIL, Result, require_at_most
 from lora.quantization import is_4bit
 from lora.target_modules import decoder_layers
 from lora.training.base_integrity import frozen_sums
@@ -36,7 +36,7 @@ Tensors = Sequence[Tensor]
 class Step:
     """The gradients and the loss of a training step."""
 
-    gradients: dict[str, Tensor | None]  # of each trained tensor
+    gradients: dict[str, Tensor]  # of each tensor that gets one
     loss: float
 
 
@@ -83,10 +83,8 @@ class Trial:
         loss, out_of_memory = backward(run, batches, num_targets, 0, no_scaler)
         if out_of_memory:
             raise ResourceExhausted("out of memory in a check; add --device cpu.")
-        gradients = {}
-        for name, parameter in self.task.named_parameters():
-            if parameter.requires_grad or parameter.grad is not None:
-                gradients[name] = parameter.grad
+        named_parameters = self.task.named_parameters()
+        gradients = {name: p.grad for name, p in named_parameters if p.grad is not None}
         return Step(gradients, loss.item())
 
     @torch.no_grad()
@@ -154,8 +152,8 @@ def largest_difference(values: Tensors, references: Tensors) -> float:
     for value, reference in zip(values, references, strict=True):
         if reference.numel():
             scale = reference.abs().max().clamp_min(1e-12)
-            differences.append(((value - reference).abs().max() / scale).item())
-    return max(differences)
+            differences.append((value - reference).abs().max() / scale)
+    return torch.stack(differences).max().item()  # NaN where one is
 
 
 def same_tensors(values: Tensors, references: Tensors, limit: float, what: str) -> Result:
@@ -164,11 +162,12 @@ def same_tensors(values: Tensors, references: Tensors, limit: float, what: str) 
 
 def same_gradients(step: Step, reference: Step, limit: float) -> Result:
     """Return PASS where the gradients are equal up to `limit`, relative to the reference's norm."""
+    if step.gradients.keys() != reference.gradients.keys():
+        return Result(FAIL, f"other tensors get gradients; {BUG}")
     difference_norms, reference_norms = [], []
     for name, gradient in step.gradients.items():
         expected = reference.gradients[name]
-        if gradient is not None and expected is not None:
-            difference_norms.append((gradient - expected).norm())
-            reference_norms.append(expected.norm())
+        difference_norms.append((gradient - expected).norm())
+        reference_norms.append(expected.norm())
     difference = torch.stack(difference_norms).norm() / torch.stack(reference_norms).norm()
     return require_at_most(difference.item(), limit, "relative difference of the gradients")

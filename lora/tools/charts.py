@@ -26,7 +26,7 @@ class Scale:
         self.start, self.end = start, end
         self.low, self.high = min(values), max(values)
         if self.low == self.high:
-            self.high = self.low + 1
+            self.high = self.low + max(1, abs(self.low))
 
     def position(self, value: float) -> float:
         fraction = (value - self.low) / (self.high - self.low)

@@ -40,7 +40,7 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 def differing_keys(runs: Sequence[FinishedRun]) -> list[str]:
     """Return the keys that differ among the runs that have them.
 
-    Full fine-tuning has none of LoRA's keys; lora_r tells that beside a run with LoRA.
+    Full fine-tuning has none of LoRA's keys, so lora_r tells the two methods apart.
     """
     keys = {}
     for run in runs:
@@ -129,16 +129,16 @@ def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
 
     Both are 0 where no two runs differ in nothing but their seed.
     """
-    losses_of_setting = defaultdict(list)
+    losses_of_setting: dict[str, dict[int, float]] = defaultdict(dict)  # {seed: loss}
     for run in runs:
         if run.best_step is not None:
             setting = json.dumps({**run.config, "seed": None}, sort_keys=True)
-            losses_of_setting[setting].append(run.best_loss)
+            losses_of_setting[setting][run.config["seed"]] = run.best_loss
     freedom, squares = 0, []
     for losses in losses_of_setting.values():
         freedom += len(losses) - 1
-        mean = statistics.fmean(losses)
-        squares += [(loss - mean) ** 2 for loss in losses]
+        mean = statistics.fmean(losses.values())
+        squares += [(loss - mean) ** 2 for loss in losses.values()]
     if freedom == 0:
         return 0.0, 0
     return math.sqrt(sum(squares) / freedom), freedom
@@ -150,7 +150,7 @@ def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> 
     of_other = other.example_losses(other.best_step)
     shared = [key for key in of_run if key in of_other]
     title = f"{run.name} minus {other.name}:"
-    if len(by_loss([run, other])) > 1:
+    if loss_name(run) != loss_name(other):
         return f"{title} cannot tell: their losses are not on one scale"
     if not shared:
         return f"{title} cannot tell: no validation examples that both were evaluated on"
@@ -177,16 +177,19 @@ def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> 
     return f"{title} {measured}: {decision} ({note})"
 
 
+def loss_name(run: FinishedRun) -> str:
+    """Return what the loss of a run is; losses of different names are not on one scale."""
+    return run.config["score_loss"] if run.config["task"] == "score" else "cross entropy"
+
+
 def by_loss(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
-    """Return the runs by what their loss is: those of two tasks do not stand on one scale."""
     groups = defaultdict(list)
     for run in runs:
-        is_scorer = run.config["task"] == "score"
-        groups[run.config["score_loss"] if is_scorer else "cross entropy"].append(run)
+        groups[loss_name(run)].append(run)
     return groups
 
 
-def sketch(runs: Sequence[FinishedRun], loss_name: str) -> str:
+def sketch(runs: Sequence[FinishedRun], loss: str) -> str:
     """Return the validation losses of each run as a line of blocks, all on one scale."""
     curves = []
     for run in runs:
@@ -199,7 +202,7 @@ def sketch(runs: Sequence[FinishedRun], loss_name: str) -> str:
     high = max(max(curve) for _, curve in curves)
     span = high - low if high > low else 1
     name_width = max(len(name) for name, _ in curves)
-    lines = [f"validation loss ({loss_name}), from {high:.4g} (high) to {low:.4g}"]
+    lines = [f"validation loss ({loss}), from {high:.4g} (high) to {low:.4g}"]
     for name, curve in curves:
         width = min(MAX_WIDTH, len(curve))
         blocks = ""
@@ -216,12 +219,12 @@ def plot(path: str, runs: Sequence[FinishedRun], key: str | None) -> None:
 
     groups, columns = by_loss(runs), 2 if key else 1
     figure = Figure(figsize=(5.5 * columns, 4 * len(groups)), layout="constrained")
-    for row, (loss_name, group) in enumerate(groups.items()):
+    for row, (loss, group) in enumerate(groups.items()):
         curves = figure.add_subplot(len(groups), columns, row * columns + 1)
         for run in group:
             if run.curve():
                 curves.plot(*zip(*run.curve()), marker=".", label=run.name)
-        curves.set(xlabel="step", ylabel=f"validation loss ({loss_name})")
+        curves.set(xlabel="step", ylabel=f"validation loss ({loss})")
         if curves.lines:
             curves.legend(fontsize=7)
         if key:
@@ -229,7 +232,7 @@ def plot(path: str, runs: Sequence[FinishedRun], key: str | None) -> None:
             values = [run.config[key] for run in evaluated]
             axes = figure.add_subplot(len(groups), columns, row * columns + 2)
             axes.plot(values, [run.best_loss for run in evaluated], marker="o", linestyle="none")
-            axes.set(xlabel=key, ylabel=f"best validation loss ({loss_name})")
+            axes.set(xlabel=key, ylabel=f"best validation loss ({loss})")
             if values and min(values) > 0 and max(values) / min(values) > 8:
                 axes.set_xscale("log")
     with atomic_file(Path(path)) as temporary, library_errors(f"--plot {path}"):
@@ -291,12 +294,13 @@ def main(argv: Sequence[str]) -> None:
     runs = sorted(named, key=lambda run: run.best_loss)
     print(as_text(table(runs), arguments.format))
     if not arguments.format:
-        for loss_name, group in by_loss(runs).items():
-            print("", sketch(group, loss_name), sep="\n")
+        for loss, group in by_loss(runs).items():
+            print("", sketch(group, loss), sep="\n")
     if arguments.against:
         other = FinishedRun.of(arguments.against)
         compared = [run for run in runs if run.folder.resolve() != other.folder.resolve()]
-        spread = spread_of_seeds([other, *compared])
+        same_loss = [run for run in compared if loss_name(run) == loss_name(other)]
+        spread = spread_of_seeds([other, *same_loss])
         print("\nvalidation losses (lower is better):")
         for run in compared:
             print(verdict(run, other, spread))

@@ -22,7 +22,7 @@ IGNORED_KEYS = ("experiment_name", "output_dir", "report_to", "artifact_version"
 
 @dataclass
 class FinishedRun:
-    """What the folder of a run says about it; the run may also be going on, or have failed.
+    """What the folder of a run says about it. The run may still be in progress, or have failed.
 
     Somebody else may have written it: no link is followed out of it, and values are checked.
     """
@@ -47,7 +47,7 @@ class FinishedRun:
         run.config, run.tables = flat_config(config), config.as_dict()
         metrics = run.file("logs/train_metrics.jsonl")
         # The last line may be being written.
-        lines = run.read_text(metrics).split("\n")[:-1]
+        lines = run.read_text("logs/train_metrics.jsonl").split("\n")[:-1]
         run.lines = [parse_metrics(f"{metrics}:{i}", line) for i, line in enumerate(lines, 1)]
         if run.file("logs/final_results.json").exists():
             run.results = read_table(run.file("logs/final_results.json"), RESULTS, run.folder)
@@ -59,8 +59,9 @@ class FinishedRun:
         """Return the path of a file of the run. Raises UserError as `plain_file` does."""
         return plain_file(self.folder / name, self.folder)
 
-    def read_text(self, path: Path) -> str:
-        """Return the text of a file, "" if there is none."""
+    def read_text(self, name: str) -> str:
+        """Return the text of a file of the run, "" if there is none."""
+        path = self.file(name)
         try:
             return path.read_text(encoding="utf-8") if path.exists() else ""
         except (OSError, UnicodeDecodeError) as error:
@@ -72,7 +73,7 @@ class FinishedRun:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the run is complete: its results may be of a part that was prolonged later."""
+        """Whether the run is complete. Its results alone may be older than a continuation of it."""
         return bool(self.results) and self.status.get("exit", 0) == 0
 
     @property
@@ -129,15 +130,12 @@ class FinishedRun:
     def columns(self) -> dict:
         """Return the results in a table of runs, by the column's name; None if not known."""
         step, curve = self.best_step, self.curve()
-        columns: dict = {"best loss": None, "at step": step, "last loss": None}
-        if step is not None:
-            columns["best loss"] = self.best_loss
-        if curve:
-            columns["last loss"] = curve[-1][1]
-        evaluations = {line["step"]: line for line in self.lines if "val/loss" in line}
-        for name, value in evaluations.get(step, {}).items():
-            if name in ("val/r2", "val/token_accuracy"):
-                columns[name.removeprefix("val/")] = value
+        last_loss = curve[-1][1] if curve else None
+        columns = {"best loss": dict(curve).get(step), "at step": step, "last loss": last_loss}
+        for name in ("r2", "token_accuracy"):
+            values = dict(self.curve(f"val/{name}"))
+            if step in values:
+                columns[name] = values[step]
         speeds = [value for _, value in self.curve("train/tokens_per_second")]
         columns["tokens/s"] = statistics.median(speeds) if speeds else None
         columns["GB"] = self.results.get("peak_memory_gb")

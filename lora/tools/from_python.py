@@ -5,7 +5,6 @@ scripts are imported from where the command `plainlora` finds them.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 import importlib
 from pathlib import Path
 import sys
@@ -16,7 +15,6 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from lora.adapter import load_adapter
-from lora.common.checksums import verify_checksums
 from lora.common.errors import Stopped, UserError
 from lora.common.exit_status import require_one_process
 from lora.common.known_errors import as_known_error
@@ -32,8 +30,7 @@ from lora.layer import lora_layers
 from lora.model.device import choose_device, choose_dtype
 from lora.model.first_layers import cut_above
 from lora.model.weights import add_tokens, four_bits, load_shape, load_weights
-from lora.training.base_integrity import file_sums, only_adapters_train
-from lora.training.other_base import warn_other_base
+from lora.training.base_integrity import only_adapters_train
 
 
 def import_script(name: str) -> ModuleType:
@@ -73,7 +70,9 @@ def train(config: Config, resume_from: str | Path = "") -> dict | None:
         results = script.main(command, raw_data)
     except BaseException as error:
         known = as_known_error(error)
-        command.status.write(known.status if known else 1, f"{type(error).__name__}: {error}")
+        line = str(known) if known else f"{type(error).__name__}: {error}"
+        facts = known.facts if isinstance(known, Stopped) else {}
+        command.status.write(known.status if known else 1, line, **facts)
         raise
     if results is not None:
         command.status.write(0)
@@ -182,12 +181,9 @@ def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTr
     if source.adapter is None:
         raise UserError(f"{folder}: a score head alone, on the base as it is; expected an adapter.")
     config = source.config or get_lora_config()
-    if source.config is not None:
-        verify_checksums(source.folder)
-        files = file_sums(replace(config.model, base_model=base_model))
-        warning = warn_other_base(source.folder, base_model, files)
-        if warning:
-            raise UserError(f"{warning.removeprefix('warning: ')}; name that base.")
+    warning = source.verify()
+    if warning:
+        raise UserError(f"{warning.removeprefix('warning: ')}; name that base.")
     shape, dtype, tokenizer = load_shape(base_model)
     model_class = AutoModel if source.is_scorer else class_for(shape)
     quantization = four_bits(config.lora, choose_device("auto"))

@@ -16,8 +16,11 @@ from lora.data.counts import describe_data
 from lora.data.readers import form_of, read, reader_for
 from lora.data.readers.columns import with_columns
 
-FIRST = 1000  # rows of a file whose shapes are told
-KEYS = ("base_model", "task", "max_length", "label_max", "columns")
+FIRST = 1000  # rows of a file whose keys are counted
+KEYS = (
+    *("base_model", "task", "max_length", "label_max", "columns"),
+    *("step_marker", "prompt_format", "step_format", "max_steps_per_example"),
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,12 +47,13 @@ def main(argv: Sequence[str]) -> None:
     from lora.data.tokenise import tokenise
     from lora.model.load import set_max_length
     from lora.model.weights import load_shape
-    from lora.target_modules import is_causal
+    from lora.target_modules import first_position, is_causal
 
     shape, _, tokenizer = load_shape(config.model.base_model)
-    set_max_length(config, shape, first_position=0)
     with torch.device("meta"):  # the class of the model is enough, no weights are needed
-        causal = is_causal(AutoModel.from_config(shape))
+        model = AutoModel.from_config(shape)
+    causal = is_causal(model)
+    set_max_length(config, shape, first_position(model))
     _, facts = tokenise_examples(examples, tokenizer, causal, config, "data")
     for example in examples[: arguments.rows]:
         (tokenised,) = tokenise([example], tokenizer, config.model.task, config.data, causal)
@@ -70,7 +74,8 @@ def print_shapes(path: str, config: Config, task: str | None) -> None:
         for name in tasks:
             with suppress(UserError):  # `read` will say it
                 form = form_of(reader_for(where, row, name), row)
-                shapes[f"{', '.join(key for key in row if key in form)} (--task {name})"] += 1
+                keys = ", ".join(key for key in row if key in form)
+                shapes[f"{keys} (--task {name})"] += 1
                 config.model.task = name
                 break
     for shape, count in shapes.most_common():

@@ -135,7 +135,7 @@ def startup_log(run: FinishedRun) -> str:
     """Return the log up to the first step: data, trained parameters, warnings."""
     lines = []
     for log in sorted((run.folder / "logs").glob("train_*.log"))[:1]:
-        for line in run.read_text(run.file(f"logs/{log.name}")).splitlines():
+        for line in run.read_text(f"logs/{log.name}").splitlines():
             if re.match(r"[\d: -]*step \d", line, re.IGNORECASE):  # after the time, if any
                 break
             lines.append(line)
@@ -154,12 +154,11 @@ def checkpoint_table(run: FinishedRun) -> list[list[str]]:
     names = {}
     for state in states:
         names.update(state["val"] or {})
-    rows = [[name, *metric_values(name, states)] for name in names]
-    return [["", *(f"step {state['step']}" for state in states)], *rows]
-
-
-def metric_values(name: str, states: list[dict]) -> list[str]:
-    return [format_value((state["val"] or {}).get(name)) for state in states]
+    rows = [["", *(f"step {state['step']}" for state in states)]]
+    for name in names:
+        values = [(state["val"] or {}).get(name) for state in states]
+        rows.append([name, *map(format_value, values)])
+    return rows
 
 
 def main(argv: Sequence[str]) -> None:

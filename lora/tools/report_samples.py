@@ -21,9 +21,9 @@ from lora.evaluation.step_metrics import labelled_steps
 from lora.evaluation.step_report import chains
 from lora.evaluation.text_metrics import last_question
 from lora.model.device import choose_device
-from lora.model.load import load_task
 from lora.model.task import Task
 from lora.tools.charts import Point, chart
+from lora.tools.from_python import import_script
 
 MAX_SHOWN_EXAMPLES = 5
 MAX_SCORED_EXAMPLES = 200  # for the reliability chart
@@ -46,9 +46,9 @@ def held_out_samples(artifact: Path, metadata: dict) -> Samples:
     """Run the model of a final artifact on held-out examples."""
     config = saved_config(artifact)
     require_recorded_data(config, metadata)
-    task = load_task(config, torch.float32)
-    task.load(artifact)
-    task.to(choose_device(config.training.device)).eval()
+    evaluation = import_script("eval")
+    arguments, config = evaluation.read_arguments(["--checkpoint", str(artifact)])
+    task = evaluation.load(arguments, config, choose_device(config.training.device)).eval()
     examples = list(Split(config).examples(held_out=True))
     if config.model.task == "score":
         return score_chains(task, examples[:MAX_SCORED_EXAMPLES], config)
@@ -102,6 +102,8 @@ def answers_to(task: Task, examples: Sequence[Example], config: Config) -> list[
     for example in examples:
         if example.messages:
             chat = last_question(example)
+            if not chat.messages:  # an assistant's message that nobody asked for
+                continue
             tokens = prompt_tokens(chat.where, chat.messages, chat.tools, tokenizer)
             prompts.append((example.where, tokens[-(config.data.max_length - max_new_tokens) :]))
             references.append(chat.reference)

@@ -18,20 +18,24 @@ NAMES = ALIASES | dict.fromkeys(DTYPE_SWITCHES, "dtype")
 
 
 def proposed_name(run: FinishedRun, config: Config, names: Iterable[str]) -> str:
-    """Return the name of `run` with the values of `config` in it for its own, of those keys.
+    """Return the name of `run` with the values that some keys have in `config` in place of its own.
 
-    A value that the name does not hold once is added with its key.
+    A value that does not stand in the name exactly once is added with its key.
     """
     name, values = run.folder.resolve().name, key_values(config)
+    places: dict[tuple[int, int], str] = {}  # (start, end) in the name: the new value
     added = ""
     for key in names:
         old, new = format_value(run.config.get(key)), format_value(values[key])
         # A part of another number, as 1 of 1e-2, is not the value.
-        around = re.split(rf"(?<![\d.])(?<!e-){re.escape(old)}(?![\d.]|e-?\d)", name)
-        if key in run.config and old != new and len(around) == 2:
-            name = new.join(around)
+        pattern = rf"(?<![\d.])(?<!e-){re.escape(old)}(?![\d.]|e-?\d)"
+        found = [match.span() for match in re.finditer(pattern, name)]
+        if key in run.config and len(found) == 1 and found[0] not in places:
+            places[found[0]] = new
         elif old != new:
             added += f"_{key}_{new}"
+    for (start, end), new in sorted(places.items(), reverse=True):
+        name = name[:start] + new + name[end:]
     return re.sub(r"[^\w.-]+", "-", name + added)
 
 

@@ -1,7 +1,6 @@
 """The base, hashed before and after training: that it is unchanged is measured."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 import hashlib
 from itertools import chain
@@ -29,11 +28,6 @@ class BaseSums:
 
     files: dict[str, str]  # of its weight files; none for random weights
     frozen: dict[str, str]  # of the frozen tensors, as they lie in memory
-
-
-def start_hashing(model: ModelConfig) -> Future[dict[str, str]]:
-    """Hash the base's weight files in threads, beside what this one does."""
-    return ThreadPoolExecutor(1).submit(file_sums, model)
 
 
 def measure_base(task: Task, config: Config, files: dict[str, str] | None = None) -> BaseSums:

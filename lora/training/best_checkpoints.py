@@ -16,14 +16,14 @@ from lora.distributed.collectives import broadcast_from_rank_zero
 KEPT = 3
 
 
-def read_state(checkpoint: str | Path) -> dict:
+def trainer_state(checkpoint: str | Path) -> dict:
     return read_file(Path(checkpoint) / "trainer_state.json")
 
 
 def saved_states(folder: Path) -> list[dict]:
     """Return the states of the checkpoints in `folder`, the oldest first, each with its "path"."""
     checkpoints = checkpoints_by_step(Path(folder))
-    return [{**read_state(path), "path": path} for _, path in sorted(checkpoints.items())]
+    return [{**trainer_state(path), "path": path} for _, path in sorted(checkpoints.items())]
 
 
 def best_first(states: list[dict]) -> list[dict]:
@@ -75,7 +75,7 @@ def recover(run_dir: Path, step: int) -> list[str]:
     remove_leftovers(run_dir)
     remove_leftovers(folder)
     for saved_step, path in checkpoints_by_step(folder).items():
-        from lora.common import saved_files  # for a run that is resumed
+        from lora.common.saved_files import read_state  # for a run that is resumed
 
         damage = find_damage(path, "trainer_state.json")
         if damage:
@@ -85,7 +85,7 @@ def recover(run_dir: Path, step: int) -> list[str]:
             path.rename(aside)
             warnings.append(f"warning: {path}: damaged ({damage}); set aside as {aside.name}")
             continue
-        saved_files.read_state(path)  # refuses what no plainlora has written
+        read_state(path)  # refuses what no plainlora has written
         if saved_step > step:
             remove_folder(path)
             warnings.append(f"warning: {path}: later than step {step}; deleted, to be made anew")

@@ -76,7 +76,7 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
 def load(path: str | Path, task: Task, optimizer: Optimizer) -> dict:
     """Put weights and optimizer state in their places, where they must fit; return the `state`."""
     path = Path(path)
-    state = best_checkpoints.read_state(path)
+    state = best_checkpoints.trainer_state(path)
     task.load(path)
     load_optimizer(path / OPTIMIZER_FILE, trainable_parameters(task), optimizer)
     return state

@@ -63,11 +63,11 @@ def sum_gradients(parameters: list[nn.Parameter], totals: Tensor) -> None:
     for parameter in parameters:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parts.append(gradient.flatten())
-    sums = sum_over_all(torch.cat([*parts, totals]))
-    *gradients, summed_totals = sums.split([len(part) for part in (*parts, totals)])
-    for parameter, gradient in zip(parameters, gradients):
+    parts.append(totals)
+    sums = sum_over_all(torch.cat(parts)).split([len(part) for part in parts])
+    for parameter, gradient in zip(parameters, sums):
         parameter.grad = gradient.view_as(parameter)
-    totals.copy_(summed_totals)
+    totals.copy_(sums[-1])
 
 
 class GradientAccumulation:
@@ -101,9 +101,10 @@ class GradientAccumulation:
         data = self.run.data
         rows = data.longest_rows()
         num_targets = data.rows.num_targets(rows)
-        reserved = torch.empty(reserved_bytes, dtype=torch.int8, device=self.run.device)
         out_of_memory = True
         with memory_limit(self.run.device):
+            # In the block, because on a CPU it takes no memory and only counts against the limit.
+            reserved = torch.empty(reserved_bytes, dtype=torch.int8, device=self.run.device)
             while out_of_memory:
                 _, out_of_memory, _ = self.attempt(data.largest_batches(), num_targets, step=0)
                 if out_of_memory:

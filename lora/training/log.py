@@ -24,7 +24,7 @@ from lora.distributed import process_group
 
 SPIKE_WINDOW = 50  # steps whose losses a new one is compared with
 SPIKE = 6.0  # standard deviations above their mean
-FIRST_ROUNDS = 10  # of a loop, which may be slow ones: no time is foretold from them
+FIRST_ROUNDS = 10  # of a loop, which may be slow: the time left is not estimated from them
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -63,10 +63,11 @@ class Log:
         folder = self.run_dir / "logs"
         config.save(folder / "config.json")
         config.save(folder / "config.toml")
-        cut_metrics_after(start, folder / "train_metrics.jsonl")
-        metrics, text = "train_metrics.jsonl", time.strftime("train_%Y%m%d-%H%M%S.log")
-        self.metrics_file = open(folder / metrics, "a", buffering=1, encoding="utf-8")
-        self.text_file = open(folder / text, "a", buffering=1, encoding="utf-8")
+        metrics_path = folder / "train_metrics.jsonl"
+        text_path = folder / time.strftime("train_%Y%m%d-%H%M%S.log")
+        cut_metrics_after(start, metrics_path)
+        self.metrics_file = open(metrics_path, "a", buffering=1, encoding="utf-8")
+        self.text_file = open(text_path, "a", buffering=1, encoding="utf-8")
         if config.output.report_to:
             from lora.training.trackers import Tracker
 

@@ -21,11 +21,13 @@ def memory_limit(device: torch.device) -> Iterator[None]:
     done again in smaller micro-batches. A limit that the process has already stays. Start no thread
     in the block: one that finds no memory for its first lines leaves Python waiting for it forever.
     """
-    if device.type != "cpu" or sys.platform != "linux":
+    try:
+        import resource
+    except ImportError:  # on Windows
+        resource = None
+    if not resource or device.type != "cpu" or sys.platform != "linux":
         yield
         return
-    import resource  # Windows has none
-
     before, maximum = resource.getrlimit(resource.RLIMIT_DATA)
     limit = before
     if before == resource.RLIM_INFINITY:
@@ -41,5 +43,5 @@ def memory_limit(device: torch.device) -> Iterator[None]:
 
 def kilobytes(file: str, name: str) -> int:
     """Return the number in the line "NAME: 123 kB" of a file in /proc."""
-    lines = Path(file).read_text().splitlines()
+    lines = Path(file).read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -166,7 +166,7 @@ def count_step(run: Run) -> tuple[int, int]:
     with before, after, torch.compiler.set_stance("force_eager"), fake_mode:  # removes the hooks
         fakes = {}
         for name, tensor in (*task.named_parameters(), *task.named_buffers()):
-            # 4-bit weights are of bitsandbytes' own type, and on the device already.
+            # 4-bit weights, of bitsandbytes' own type, are on the device already.
             if type(tensor) in (Tensor, nn.Parameter):
                 fake = fake_mode.from_tensor(tensor.detach()).to(run.device)
                 fakes[name] = fake.requires_grad_(tensor.requires_grad)
@@ -180,7 +180,7 @@ def count_step(run: Run) -> tuple[int, int]:
             # torch cannot tell the shapes of some operations, such as float32 experts.
             except (RuntimeError, AttributeError) as error:
                 found = f"this model cannot be counted in {run.dtype} ({str(error)[:120]})"
-                raise UserError(f"--dry_run: {found}.") from None
+                raise UserError(f"memory: {found}.") from None
     return counter.peak, head_memory.peak
 
 

@@ -18,11 +18,8 @@ def make_optimizer(parameters: Parameters, config: Config, device: torch.device)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, **values)
     bnb = import_bitsandbytes(f"optimizer {settings.optimizer}", device)
-    if settings.optimizer == "paged_adamw_8bit":
-        if device.type != "cpu":
-            return bnb.optim.PagedAdamW8bit(groups, **values)
-        reason = "on the CPU there is nothing to page to"
-        print(f"optimizer paged_adamw_8bit: {reason}; it is adamw_8bit here")
+    if settings.optimizer == "paged_adamw_8bit" and device.type != "cpu":
+        return bnb.optim.PagedAdamW8bit(groups, **values)
     return bnb.optim.AdamW8bit(groups, **values)
 
 

@@ -1,6 +1,6 @@
 """What happens around a task's loading, before its first step: what a run prints and records."""
 
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 import os
 
 import torch
@@ -44,6 +44,8 @@ def start_loading(
     device = choose_device(config.training.device)
     set_determinism(command, device)
     process_group.join(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of a run before it in this process
     dtype = choose_dtype(config, device)
     if command.dry_run:
         device = torch.device("cpu")  # what it counts may not fit on the device
@@ -54,7 +56,7 @@ def start_loading(
     print(f"loading base model {printable(base)} ({size / 1e9:.1f} GB) ...", flush=True)
     if command.check or command.dry_run:
         return device, dtype, None
-    return device, dtype, base_integrity.start_hashing(model)
+    return device, dtype, ThreadPoolExecutor(1).submit(base_integrity.file_sums, model)
 
 
 def begin(
@@ -169,6 +171,9 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
         reason = "this model's attention does not support packing"
         lines.append(f"{reason}: sequences are sorted by length and padded")
     training = config.training
+    if training.optimizer == "paged_adamw_8bit" and run.device.type == "cpu":
+        reason = "on the CPU there is nothing to page to"
+        lines.append(f"optimizer paged_adamw_8bit: {reason}; it is adamw_8bit here")
     if training.deterministic and run.device.type == "cuda":
         lines.append("deterministic: a resumed run gives the same bits, at the price of speed")
     if training.gradient_checkpointing == "auto" and run.device.type == "cuda":

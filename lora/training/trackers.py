@@ -12,7 +12,7 @@ from lora.config.schema import Config
 
 @dataclass
 class Tracker:
-    """Sends the metrics to one service; what goes wrong there is logged once and ends only that."""
+    """Sends the metrics to one service. An error there ends this tracker, and not the run."""
 
     name: str  # tensorboard or wandb
     run_dir: Path

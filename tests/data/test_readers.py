@@ -466,6 +466,32 @@ def test_blank_columns_of_other_data_sets_do_not_choose_the_reading(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": None, "prompt": "q", "completion": "a"},
+        {"messages": None, "conversations": chat({"content": "a"})["messages"]},
+        {"question": None, "answer": None, "conversation": chat({"content": "a"})["messages"]},
+    ],
+)
+def test_keys_of_another_form_that_are_null_do_not_choose_the_reader(tmp_path, row):
+    (found,) = read_rows(tmp_path, row)
+    assert [message["content"] for message in found.messages] == ["q", "a"]
+
+
+def test_texts_beside_null_chats_are_read(tmp_path):
+    (found,) = read_rows(tmp_path, {"messages": None, "prompt": None, "text": "t"})
+    assert found.text == "t"
+
+
+def test_a_null_under_a_renamed_column_is_a_blank_as_under_our_own_name(tmp_path, capsys):
+    rows = [{"q": "x", "a": "y"}] * 200 + [{"q": "x", "a": None}]
+    path = write(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    columns = DataConfig(columns={"prompt": "q", "completion": "a"})
+    assert len(read([path], "lm", columns)) == 200
+    assert "1 rows (a blank message)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     "row, task, problem",
     [
         (chat({"content": "a"}, tools=True), "lm", "tools is 'True'; expected a list"),

@@ -58,6 +58,11 @@ SETTINGS = EvaluationConfig(
         ("#### A heading", None),
         ("#### 5\n#### none", None),
         ("#### 1.2.3", None),
+        ("#### 1/2", None),
+        ("#### 12 / 7", None),
+        ("#### 2^10", None),
+        ("#### $20/hour", 20),
+        ("#### 5 apples", 5),
         ("18", None),
     ],
 )

@@ -3,6 +3,7 @@ models.
 """
 
 import json
+from pathlib import Path
 import re
 import shutil
 
@@ -15,11 +16,14 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import eval as evaluation
 from lora.common.checksums import write_checksums
 from lora.common.errors import UserError
+from lora.common.saved_files import checksums_sha256
 from lora.evaluation.generate import step_scores
+from lora.export.merging import require_same_outputs
 import merge as merging
 from tests.conftest import run, tiny_llama
 from tests.lora.test_adapter_kinds import KINDS
 from tests.lora.test_layer import TOKENS
+from tests.model.test_families import PACKED, PADDED, base
 
 
 def call(*flags):
@@ -238,3 +242,37 @@ def test_sampling_values_without_do_sample_do_not_keep_a_model_from_being_saved(
     folder = run(configure(False, task="lm", base_model=str(base), max_steps=1))
     written = json.loads((folder / "final_artifact" / "generation_config.json").read_text())
     assert written["do_sample"] and written["temperature"] == 0.9
+
+
+@pytest.mark.parametrize("family", ["GptOss", "Bloom"])
+def test_families_without_sdpa_are_merged(configure, tmp_path, family):
+    model = base(family, (PACKED | PADDED)[family], tmp_path / "base")
+    settings = {"target_modules": ["all-linear"], "learning_rate": 3e-2, "max_length": 64}
+    run_dir = run(configure(True, task="lm", base_model=str(model), max_steps=2, **settings))
+    call("--adapter", run_dir / "final_artifact", "--output", tmp_path / "merged")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_a_sum_that_is_expected_is_that_of_every_file(configure, tmp_path):
+    folder = run(configure(True, max_steps=1)) / "final_artifact"
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    expected = ("--expect_sha256", checksums_sha256(folder))
+    for name in ("metadata.json", "training_config.toml"):
+        (folder / name).unlink()
+        with pytest.raises(UserError, match="changed|missing"):
+            call("--adapter", folder, "--portable", "--output", tmp_path / "p", *expected)
+
+
+def test_settings_of_4_bits_that_nothing_would_read_are_refused(patterned, tmp_path):
+    flags = ("--adapter", patterned[0], "--output", tmp_path / "m")
+    with pytest.raises(UserError, match="--bnb_4bit_quant_type is of --merge_into dequantized"):
+        call(*flags, "--bnb_4bit_quant_type", "fp4")
+
+
+def test_an_adapter_that_changes_less_than_rounding_is_told_so():
+    small = torch.full((1, 1, 2), 1e-7)
+    source = merging.AdapterSource("folder", Path("folder"), "base", None)
+    base_outputs = torch.ones(1, 1, 2)
+    with pytest.raises(UserError, match="more than the adapter changes"):
+        require_same_outputs(source, base_outputs, base_outputs + small, base_outputs - small)

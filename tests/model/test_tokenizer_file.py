@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.evaluation.stop_tokens import stop_tokens
 from lora.model.tokenizer_file import PROBE
@@ -83,3 +84,18 @@ def test_a_merged_folder_has_the_bases_own_file(base_of_own_splits, configure, m
     assert status == 0, error
     assert (folder / "final_artifact" / "tokenizer.json").read_bytes() == before
     assert (folder / "merged" / "tokenizer.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("names", [["default", "tool_use"], ["rag", "tool_use"]])
+def test_of_several_chat_templates_the_default_is_used(tiny_base, tmp_path, capsys, names):
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": name, "template": f"{name}!"} for name in names]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if "default" in names:
+        assert load_tokenizer(str(folder)).chat_template == "default!"
+        assert "tool_use is not used" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match="rag, tool_use; expected one called default"):
+            load_tokenizer(str(folder))

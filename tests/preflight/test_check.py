@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora import adapter
-from lora.common.errors import Stopped
+from lora.common.errors import ResourceExhausted, Stopped
 from lora.common.paths import ROOT
 from lora.config.command_line import Command
 from lora.data import tokenise
@@ -530,3 +530,31 @@ def test_the_script_exits_with_3_and_writes_no_run(tmp_path, monkeypatch, capsys
     assert err.startswith("error: --check: 1 failed: overlap with held-out data.") and {
         *tmp_path.iterdir()
     } == {Path(rows)}
+
+
+def test_answers_that_are_not_to_be_learned_are_no_fault(configure, lines, tmp_path):
+    rows = []
+    for i in range(40):
+        first, second = chat(i), chat(i + 50)
+        first["messages"][1]["train"] = False
+        rows.append({"messages": first["messages"] + second["messages"]})
+    data = {"train_data": write(tmp_path / "train", rows), "eval_data": write(tmp_path / "e", rows)}
+    assert lines(configure(True, task="lm", **data))["target mask"] == "PASS"
+
+
+def test_an_output_layer_that_is_tied_may_be_trained(configure, lines):
+    found = lines(configure(True, task="lm", modules_to_save=["lm_head"]))
+    assert found["trained tensors"] == "PASS"
+
+
+def test_a_difference_that_is_no_number_is_found():
+    zeros, broken = torch.zeros(3), torch.tensor([0.0, torch.nan, 0.0])
+    for values in ((zeros, broken), (broken, zeros)):
+        result = trial.same_tensors(values, (torch.ones(3), torch.ones(3)), 1e9, "difference")
+        assert result.status == "FAIL"
+
+
+def test_memory_that_runs_out_in_a_check_ends_it(configure, lines, monkeypatch):
+    monkeypatch.setattr(trial, "backward", lambda *arguments: (torch.zeros(()), True))
+    with pytest.raises(ResourceExhausted, match="out of memory in a check"):
+        lines(configure(True, task="lm"))

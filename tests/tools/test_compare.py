@@ -2,6 +2,7 @@
 
 from functools import partial
 import json
+from pathlib import Path
 import shlex
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from lora.common.errors import UserError
 from lora.config.command_line import read_command_line
 from lora.config.schema import get_lora_config
+from lora.config.set_keys import set_key
 from lora.evaluation.statistics import bootstrap_samples
 from lora.tools import compare
 from lora.tools.compare import interval, main, spread_of_seeds, table, verdict
 from lora.tools.finished_run import FinishedRun
+from lora.tools.sweep import proposed_name
 from tests.conftest import configuration, run
 
 
@@ -138,6 +141,29 @@ def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
     run(command.config)
     main([*folders, str(command.run_dir), "--sweep", "seed=1,2,3", "lora_r=16"])
     assert "not yet run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, of_run, values, expected",
+    [
+        ("r16", {"lora_r": 16, "lora_alpha": 32.0}, (32, 64.0), "r32_lora_alpha_64"),
+        ("r16", {"lora_r": 16, "lora_alpha": 32.0}, (64, 32.0), "r64"),
+        ("r4", {"lora_r": 4, "seed": 1}, (1, 2), "r1_seed_2"),
+        ("r4_s1", {"lora_r": 4, "seed": 1}, (1, 2), "r1_s2"),
+    ],
+)
+def test_every_combination_has_a_name_of_its_own(name, of_run, values, expected):
+    config = get_lora_config()
+    for key, value in zip(of_run, values):
+        set_key(config, key, value, "test")
+    assert proposed_name(FinishedRun(Path(name), of_run), config, of_run) == expected
+
+
+def test_only_other_seeds_tell_how_much_chance_there_is(sweep):
+    runs = {name: FinishedRun.of(folder) for name, folder in sweep.items()}
+    assert spread_of_seeds([runs["s1"], runs["s1"]]) == (0.0, 0)
+    again = spread_of_seeds([*runs.values(), runs["s1"]])
+    assert again == spread_of_seeds(runs.values())
 
 
 def test_the_picture_of_the_runs_is_written(sweep, tmp_path):

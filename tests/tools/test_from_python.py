@@ -57,6 +57,8 @@ def test_what_is_wrong_is_a_user_error_without_the_name_of_a_file(configure, tmp
     with pytest.raises(Stopped):
         lora.train(config)
     assert status(tmp_path / "run") == 3
+    saved = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert saved["error"].startswith("step ") and saved["rows"]
     with pytest.raises(UserError, match="run exists; choose another"):
         lora.train(config)
 

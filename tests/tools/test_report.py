@@ -74,11 +74,28 @@ def test_a_language_models_report_has_answers(configure, tmp_path, max_length):
     assert text.count("How many are 1 boxes") == 3 and "There are 7 pears in all." in text
 
 
+def test_of_full_fine_tuning_the_base_is_not_needed(configure, tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    data = {"train_data": write(tmp_path / "t", map(chat, range(40)))}
+    data["eval_data"] = write(tmp_path / "e", [chat(1)])
+    folder = run(configure(False, base_model=str(base), task="lm", max_steps=1, **data))
+    shutil.rmtree(base)
+    assert "There are 7 pears in all." in report(folder)
+
+
+def test_a_chat_that_nobody_began_leaves_the_other_samples(configure, tmp_path):
+    data = {"train_data": write(tmp_path / "t", map(chat, range(40)))}
+    begun = {"messages": [{"role": "assistant", "content": "Nobody asked."}]}
+    data["eval_data"] = write(tmp_path / "e", [begun, chat(1)])
+    text = report(run(configure(True, task="lm", max_steps=1, **data)))
+    assert "There are 7 pears in all." in text
+
+
 def test_a_run_that_has_not_ended_has_a_report(configure):
     folder = run(configure(True, max_steps=2))
     shutil.rmtree(folder / "final_artifact")
     (folder / "logs" / "final_results.json").unlink()
-    assert "has not ended" in report(folder)
+    assert "This run is not complete" in report(folder)
     (folder / "logs" / "train_metrics.jsonl").unlink()
     shutil.rmtree(folder / "checkpoints")
     assert "Configuration" in report(folder)
@@ -98,6 +115,7 @@ def test_ticks_are_few_round_numbers_within(low, high):
 
 
 def test_a_curve_of_one_point_or_none_is_drawn():
+    assert "circle" in chart("t", "x", {"a": [(0, 1e17)]})
     assert chart("t", "x", {"a": []}) == "" and "circle" in chart(
         "t", "x", {"a": [(0, 1.0)], "b": []}
     )

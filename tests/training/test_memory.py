@@ -25,7 +25,7 @@ from lora.model.placement import prepare_layers
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.training import best_checkpoints
-from lora.training.memory_limit import USABLE, memory_limit
+from lora.training.memory_limit import USABLE, kilobytes, memory_limit
 from lora.training.memory_plan import MemoryCounter, needs_checkpointing, plan_memory
 from lora.training.startup import choose_checkpointing
 from tests.conftest import run
@@ -114,6 +114,14 @@ def test_a_single_example_that_does_not_fit_ends_the_run_in_one_line(configure, 
         run(configure(True, **WHOLE))
 
 
+def test_a_process_without_rows_does_not_keep_the_others_from_reporting_it(configure):
+    config = configure(True, batch_size=1, gradient_accumulation_steps=1)
+    data = planned_run(config, False).data
+    of_two = TrainingData(data.rows, data.held_out, config, True, 0, 2, data.layout)
+    with pytest.raises(ResourceExhausted, match="on a single example"):
+        of_two.halve_micro_batches(of_two.rows_at(0))
+
+
 def test_an_error_that_is_not_for_want_of_memory_stays_one(configure, monkeypatch):
     monkeypatch.setattr(Task, "forward", lambda self, batch: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
@@ -166,6 +174,16 @@ def test_the_largest_step_of_a_run_on_a_cpu_is_tried_under_that_limit(configure,
     assert set(limits[1:]) == {before}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not kill for memory")
+def test_what_the_optimizer_will_take_counts_against_that_limit(configure, monkeypatch):
+    available = 1024 * kilobytes("/proc/meminfo", "MemAvailable")
+    # Linux would grant as much as the machine has.
+    monkeypatch.setattr("train.optimizer_bytes", lambda *arguments: int(0.97 * available))
+    with pytest.raises(RuntimeError) as caught:
+        run(configure(True, **WHOLE))
+    assert is_out_of_memory(caught.value)
+
+
 def planned_run(config, checkpointing):
     cpu = torch.device("cpu")
     task = load_task(config, torch.float32).train()
@@ -194,7 +212,7 @@ def test_the_choice_is_in_the_checkpoint_and_a_resumed_run_keeps_it(configure, m
         patch.setattr("train.choose_checkpointing", lambda run, state: True)
         folder = run(configure(True, **WHOLE))
     saved = folder / "checkpoints" / "checkpoint_step_6"
-    state = best_checkpoints.read_state(saved)
+    state = best_checkpoints.trainer_state(saved)
     assert state["facts"]["gradient_checkpointing"]
     assert state["config"]["training"]["gradient_checkpointing"] == "auto"
     choices = []
@@ -261,7 +279,7 @@ def test_what_cannot_be_counted_is_said_in_one_line(configure, tmp_path, monkeyp
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     config = configure(True, **WHOLE | {"dtype": "float32"})
-    with pytest.raises(UserError, match="--dry_run: this model cannot be counted in torch.float32"):
+    with pytest.raises(UserError, match="memory: this model cannot be counted in torch.float32"):
         train_lora.main(Command(config, tmp_path / "run", dry_run=True), RawData(config))
 
 

@@ -86,7 +86,7 @@ def test_resumed_equals_uninterrupted_bitwise(configure, monkeypatch, lora, sett
     last = "checkpoints/checkpoint_step_12"
     assert files(cut / last) == files(whole / last)
     assert metrics(cut) == metrics(whole)
-    states = [best_checkpoints.read_state(folder / last) for folder in (cut, whole)]
+    states = [best_checkpoints.trainer_state(folder / last) for folder in (cut, whole)]
     for state in states:
         assert state.pop("config")
         state["totals"] = state["totals"]["tokens"]  # time and memory differ
@@ -341,6 +341,28 @@ def test_a_complete_run_has_nothing_to_resume(configure):
     config = configure(True)
     with pytest.raises(UserError, match="that run of 12 steps is complete; raise --max_steps"):
         run(config, run(config) / "checkpoints" / "checkpoint_step_12")
+
+
+def test_a_dry_run_of_a_resumed_run_counts_what_that_run_would_do(configure, capsys):
+    config = configure(True)
+    last = run(config) / "checkpoints" / "checkpoint_step_12"
+    state = json.loads((last / "trainer_state.json").read_text())
+    state["examples_per_step"] = 16  # as of two processes
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    write_checksums(last)
+    flags = [f"--resume_from={last}", "--max_steps=20", "--dry_run"]
+    command = read_command_line(flags, get_lora_config(), "none.toml", "")
+    capsys.readouterr()
+    train_lora.main(command, RawData(command.config))
+    assert "20 steps of 16 examples" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(configure, tmp_path):
+    folder = run(configure(True, max_steps=1))
+    shutil.rmtree(folder / "checkpoints")
+    config = configure(True, max_steps=1)
+    with pytest.raises(UserError, match="has an artifact and no checkpoint"):
+        newest_checkpoint(config)
 
 
 def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(

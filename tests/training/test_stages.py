@@ -216,6 +216,18 @@ def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path, name):
         read_command_line(flags, get_lora_config(), "none.toml", "")
 
 
+def test_a_stage_is_verified_before_a_check_or_a_dry_run(configure):
+    artifact = run(configure(True, **LM)) / "final_artifact"
+    path = artifact / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for flag in ("--check", "--dry_run"):
+        flags = ["--base_model=embedded", "--train_data=arithmetic:train:9", flag]
+        with pytest.raises(UserError, match="changed"):
+            read_command_line([*flags, f"--init_from={artifact}"], get_lora_config(), "", "")
+
+
 def test_a_run_is_resumed_without_the_stage_it_began_with(configure):
     one = run(configure(True, "one", **LM))
     two = run(configure(True, "two", init_from=str(one / "final_artifact"), **LM))

@@ -88,7 +88,7 @@ def read_file(
     not_read: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     first_blank = ""
-    num_rows = num_blank = num_examples = 0
+    num_rows = num_examples = 0
     for where, row in files.read_rows(path, bad_rows):
         num_rows += 1
         if data.columns:
@@ -104,7 +104,6 @@ def read_file(
             continue
         if BLANK in results:
             first_blank = first_blank or where
-            num_blank += 1
         for result in results:
             if isinstance(result, Example):
                 num_examples += 1
@@ -129,8 +128,8 @@ def read_file(
     if left_out and notes:
         reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
         print_on_rank_zero(f"note: {path}: left out: {', '.join(reasons)}")
-    if num_blank > MAX_BLANK * num_rows:
-        share = f"{num_blank} of {num_rows} rows have a blank message"
+    if left_out[BLANK] > MAX_BLANK * num_rows:
+        share = f"{left_out[BLANK]} of {num_rows} rows have a blank message"
         raise UserError(f"{first_blank}: {share}; expected 1% at most. Take them out.")
     if not_read and notes:
         keys = [f"{key} ({count:,} rows)" for key, count in not_read.most_common()]
@@ -157,7 +156,13 @@ def keys_of_messages_not_read(example: Example) -> set[str]:
 
 def form_of(reader: ModuleType, row: dict) -> set[str]:
     """Return the keys by which a reader reads a row; empty, where it does not."""
-    return next((form for form in reader.FORMS if form <= row.keys()), set())
+    forms = [form for form in reader.FORMS if form <= row.keys()]
+    return min(forms, key=lambda form: has_null(form, row), default=set())
+
+
+def has_null(form: set[str], row: dict) -> bool:
+    """Return whether a key of a form is null, as those of other sets are in sets put together."""
+    return any(row[key] is None for key in form)
 
 
 def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleType]:
@@ -171,6 +176,7 @@ def reader_for(where: str, row: dict, task: str) -> ModuleType:
         from lora.data.readers.published import PUBLISHED
 
         fitting += readers_that_fit(row, PUBLISHED)
+    fitting.sort(key=lambda reader: has_null(form_of(reader, row), row))
     for reader in fitting:
         if reader.TASK == task:
             return reader

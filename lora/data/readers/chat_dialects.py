@@ -21,8 +21,9 @@ CALLS = ("function_call", "tool_call")  # roles of a message whose content is a 
 
 def in_our_words(where: str, row: dict) -> dict:
     """Return a copy of a row with "messages" and "tools" as `chat` reads them. Raises UserError."""
-    name = next(n for n in ("messages", "conversations", "conversation") if n in row)
-    messages = parsed(row[name])
+    names = [name for name in ("messages", "conversations", "conversation") if name in row]
+    given = [name for name in names if row[name] is not None]
+    messages = parsed(row[(given or names)[0]])
     if isinstance(messages, list):
         messages = [message_of(where, i, message) for i, message in enumerate(messages, 1)]
     tools = objects(where, "tools", row)
@@ -32,7 +33,7 @@ def in_our_words(where: str, row: dict) -> dict:
 
 
 def objects(where: str, name: str, row: dict) -> list:
-    """Return the list under a key, which may be JSON in a text, as its items may. Or raise."""
+    """Return the list under a key. It, and each item, may be JSON in a text. Raises UserError."""
     items = parsed(row.get(name) or [])
     if not isinstance(items, list):
         raise UserError(f"{where}: {name} is {str(items)[:40]!r}; expected a list of objects.")

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+ABSENT = object()
+
 
 def with_columns(row: dict, columns: dict[str, str]) -> dict:
     """Return a row with the value of each of their keys under ours, {ours: theirs}.
@@ -14,8 +16,8 @@ def with_columns(row: dict, columns: dict[str, str]) -> dict:
         for part in [theirs] if theirs in row else theirs.split("."):
             if isinstance(value, list):
                 value = {str(index): item for index, item in enumerate(value)}
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
+            value = value.get(part, ABSENT) if isinstance(value, dict) else ABSENT
+        if value is not ABSENT and not (value is None and ours in row):
             found[ours] = value
     read = {columns[ours] for ours in found}
     return {name: value for name, value in row.items() if name not in read} | found

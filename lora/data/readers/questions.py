@@ -25,7 +25,7 @@ NAMES = (  # the first pair that a row has is read
     ("input", "output"),
 )
 FORMS = tuple(set(pair) for pair in NAMES)
-OPTIONAL = {"input", "context", "system", "system_prompt", "history", "tools", "weight"}
+OPTIONAL = {"input", "context", "history", *chat.OPTIONAL}
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
@@ -44,15 +44,13 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
         yield BLANK
         return
     messages = []
-    for prompt, answer in turns:
-        messages.append(("user", string(where, prompt_name, prompt)))
-        messages.append(("assistant", string(where, answer_name, answer)))
+    for question, reply in turns:
+        messages.append({"role": "user", "content": string(where, prompt_name, question)})
+        messages.append({"role": "assistant", "content": string(where, answer_name, reply)})
     for name in ("input", "context"):
         if name != prompt_name and not is_blank(row.get(name)):
-            role, prompt = messages[-2]
-            messages[-2] = role, f"{prompt}\n\n{string(where, name, row[name])}"
-    of_row = [{"role": role, "content": content} for role, content in messages]
-    yield from chat.examples(where, {**row, "messages": of_row}, data)
+            messages[-2]["content"] += f"\n\n{string(where, name, row[name])}"
+    yield from chat.examples(where, {**row, "messages": messages}, data)
 
 
 def earlier_turns(where: str, history: Any) -> list[tuple[Any, Any]]:

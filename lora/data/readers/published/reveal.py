@@ -28,13 +28,8 @@ OTHER_KIND = {"attribution_label": "logic", "correctness_label": "attribution"} 
 TERMS = "REVEAL's owners permit it as a test set, not as a training set (its gate; CC BY-ND 4.0)"
 
 
-def examples(where: str, row: dict, data: DataConfig) -> Iterator[dict]:
-    """Yield a row as `chains` takes it."""
-    yield read_evidence(where, row)
-
-
-def read_evidence(where: str, row: dict) -> dict[str, str]:
-    """Return the REVEAL_COLUMNS of a row as texts, and its "where". Raises UserError."""
+def examples(where: str, row: dict, data: DataConfig) -> Iterator[dict[str, str]]:
+    """Yield the REVEAL_COLUMNS of a row as texts, and its "where". Raises UserError."""
     absent = [name for name in REVEAL_COLUMNS if name not in row]
     if absent:
         advice = f"name yours: --columns {absent[0]}=YOURS"
@@ -48,7 +43,7 @@ def read_evidence(where: str, row: dict) -> dict[str, str]:
         text = evidence[column]
         if text and text.lower() not in labels:
             raise UserError(f"{where}: {column} {text!r}; expected one of {', '.join(labels)}.")
-    return evidence
+    yield evidence
 
 
 def chains(rows: list[dict[str, str]], data: DataConfig) -> Examples:
