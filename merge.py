@@ -63,8 +63,6 @@ def read_arguments(argv: list[str]) -> Namespace:
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
     refuse_inside_artifact("--output", arguments.output)
     refuse_inside_artifact("--gguf", arguments.gguf)
-    if arguments.gguf and Path(arguments.gguf).suffix == ".Modelfile":
-        raise UserError(f"--gguf {arguments.gguf}: expected the name of a .gguf file.")
     if arguments.gguf:
         for path in (Path(arguments.gguf), modelfile_path(arguments.gguf)):
             if path.exists():
@@ -79,7 +77,7 @@ def read_arguments(argv: list[str]) -> Namespace:
             raise UserError(f"--portable rewrites an adapter and merges nothing; {only}.")
     given = [name for name in QUANTIZATION_KEYS if getattr(arguments, name) is not None]
     if given and arguments.merge_into == "16bit":
-        raise UserError(f"--{given[0]} is of --merge_into dequantized; add that.")
+        raise UserError(f"--{given[0]} goes with --merge_into dequantized; add it.")
     if arguments.gguf_type and not arguments.gguf:
         raise UserError("--gguf_type says how --gguf FILE is written; add it.")
     if not Path(arguments.adapter).is_dir():

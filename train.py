@@ -79,7 +79,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     max_steps = total_steps(settings, data.steps_per_epoch)
     folder = log.run_dir / "checkpoints"
 
-    step, resumed_at, has_stopped = 0, None, False
+    step, resumed_at = 0, None
     evaluations_without_best, skipped_steps = 0, 0
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
@@ -87,17 +87,18 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         # A run that is shortened to where it was stopped has yet to be evaluated there.
         resumed_at = step if state["val"] or step < max_steps else None
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
-        # A run that has stopped early may have yet to write its artifact.
-        has_stopped = bool(state["val"]) and stops_early(settings, evaluations_without_best)
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
     best_loss = best_checkpoints.best_loss(folder)
     if best_loss == math.inf:  # also in a folder of its own, where the best is yet to come
-        evaluations_without_best, has_stopped = 0, False
+        evaluations_without_best = 0
+    # A run that has stopped early may have yet to write its artifact.
+    was_evaluated = bool(resume_from and state["val"])
+    has_stopped = was_evaluated and stops_early(settings, evaluations_without_best)
 
     task.train()
-    # What does not fit in memory shows now and not after forty steps. A fresh run keeps room for
-    # what the optimizer takes at its first update.
+    # The largest step is tried first: a run that does not fit in memory shows it before step 1. A
+    # fresh run keeps room for what the optimizer takes at its first update.
     gradients.try_largest_step(
         reserved_bytes=0 if resume_from else optimizer_bytes(parameters, settings.optimizer)
     )
@@ -212,7 +213,7 @@ def run_training(
     data = TrainingData(rows, held_out, config, task.packed, rank, world_size, layout=state)
     run = Run(task, config, data, device, dtype)
     max_steps = total_steps(config.training, data.steps_per_epoch)
-    if state and (command.auto or state["step"] >= max_steps):
+    if state and not command.dry_run and (command.auto or state["step"] >= max_steps):
         results = finished_results(command.run_dir, config, state, max_steps)
         if results and command.auto:
             print(f"{command.run_dir}: complete since step {state['step']}; nothing to do")

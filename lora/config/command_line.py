@@ -115,10 +115,10 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
         from lora.config.earlier_stage import require_stage
 
         require_stage(config)
-    if arguments.check:  # of the data and the method: it trains weights of its own
+    if arguments.check:  # begins with the weights of the base, or of a stage, and writes no run
         return Command(config, Path(), check=True)
     if arguments.dry_run:
-        return Command(config, Path(), resume_from, dry_run=True)
+        return Command(config, Path(), resume_from, False, arguments.allow_change, dry_run=True)
 
     # The name and the folder of the run.
     if not output.experiment_name:

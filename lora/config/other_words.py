@@ -125,7 +125,7 @@ MEANINGS: dict[str, dict[Any, Any]] = {
 
 # word -> why nothing is to be done for it, whatever its value: no number of a run depends on it
 KEPT = "the three best checkpoints and the last are kept"
-FLASH = "FlashAttention is used where it is installed and can be"
+FLASH = "torch's own FlashAttention is used where the GPU and the model allow it"
 NO_WORKERS = "the tokens lie in a file that is mapped, so there are no workers"
 PACKED = "sequences are packed, which changes no number"
 EVAL_BATCHES = "evaluation has the batches of training, which changes no number"
@@ -143,7 +143,7 @@ AUTOMATIC = {
     "attn_implementation": FLASH,
     "use_cache": "training has none",
     "device_map": "the base is put on `device`",
-    "low_cpu_mem_usage": "the base is read file by file",
+    "low_cpu_mem_usage": "the base is read tensor by tensor",
     "dataloader_num_workers": NO_WORKERS,
     "dataloader_pin_memory": NO_WORKERS,
     "num_workers": NO_WORKERS,

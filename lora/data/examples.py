@@ -116,7 +116,9 @@ def label(where: str, value: Any, label_max: float) -> float | None:
     value = from_cell(value)
     if value is None:
         return None
+    if isinstance(value, bool):
+        return float(value)
     if not isinstance(value, (int, float)) or not 0 <= value <= label_max:
         expected = f"expected 0..{label_max:g}, true, false or null (see --label_max)"
         raise UserError(f"{where}: label {value!r}; {expected}.")
-    return float(value) / (1.0 if isinstance(value, bool) else label_max)
+    return value / label_max

@@ -15,9 +15,9 @@ def choose_held_out(
     text_sizes: array,
     fraction: float,
 ) -> tuple[np.ndarray, set[int]]:
-    """Return which examples are held out in all, and of which texts only the end is.
+    """Return which examples are held out whole, and the texts of which only the end is held out.
 
-    To hold out one of a few books would be to hold out much. So where long texts, or the texts of
+    Holding out one of a few books would hold out too much. So where long texts, or the texts of
     a set, are too few to hold out one, the end of each is held out.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which examples a run trains on and which it holds out, told by hashes of their prompts.
+"""Which examples a run trains on and which it holds out, decided by hashes of their prompts.
 
 The data is read twice, so that it may be larger than the memory: first it is checked, and hashes of
 each example are kept; then the examples are read again, shard by shard.

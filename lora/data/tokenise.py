@@ -247,7 +247,8 @@ def chain_row(
     targets = [NO_SCORE] * len(tokens)
     result = TokenisedExample()
     for step, label in zip(steps, labels):
-        # A step that tokenises to nothing has no position for its label: it and later ones go.
+        # A step that tokenises to nothing has no position for its label. It and later ones are left
+        # out.
         if not step or len(tokens) + len(step) > max_length:
             result.cut = True
             break

@@ -8,7 +8,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from lora.common.errors import UserError
 
@@ -50,7 +49,7 @@ def join(device: torch.device) -> None:
             raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: {problem}.")
         gpu = torch.device("cuda", local_rank)
         torch.cuda.set_device(gpu)
-    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     # The store still holds entries of processes that are gone after a restart by torchrun, and of
     # the group that this process has left before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)

@@ -13,7 +13,7 @@ AGGREGATES = {"min": np.min, "product": np.prod, "last": lambda scores: scores[-
 
 
 def final_answer(example: Example) -> float | str:
-    """Return what a majority is counted of: the last number of the last step, or its text."""
+    """Return the answer that the majority vote counts: the last step's last number, or its text."""
     numbers = re.findall(r"-?\d+(?:\.\d+)?", example.steps[-1].replace(",", ""))
     return float(numbers[-1]) if numbers else example.steps[-1].strip().lower()
 

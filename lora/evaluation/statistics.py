@@ -6,12 +6,18 @@ import math
 import numpy as np
 
 
+def varies(values: np.ndarray) -> bool:
+    """Return whether there are two values; the variance of equal ones may be rounded above 0."""
+    return bool(np.ptp(values) > 0)
+
+
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Return the linear correlation of two arrays [n]; NaN where one of them does not vary."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if not (varies(a) and varies(b)):
+        return math.nan
     a, b = a - a.mean(), b - b.mean()
-    norm = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / norm) if norm else math.nan
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

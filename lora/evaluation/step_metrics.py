@@ -15,7 +15,14 @@ from lora.common.errors import UserError
 from lora.config.schema import EvaluationConfig
 from lora.data.examples import Example
 from lora.evaluation.calibration import expected_calibration_error
-from lora.evaluation.statistics import bootstrap_samples, interval_95, pearson, ranks, spearman
+from lora.evaluation.statistics import (
+    bootstrap_samples,
+    interval_95,
+    pearson,
+    ranks,
+    spearman,
+    varies,
+)
 from lora.evaluation.trivial_scorers import BASELINES, baseline_scores
 
 Chains = Sequence[Example]
@@ -73,14 +80,18 @@ class ScoredChains:
         self.problems: list[str] = []  # of each chain
         self.labels: list[np.ndarray] = []  # of each chain, [steps]
         self.scores: list[np.ndarray] = []
+        # The index of each chain's first wrong step, or -1: by the labels, and by the scores. A
+        # wrong step without a score, as one beyond max_length, is there and is not found.
+        first_errors = []
         for example, of_chain in zip(examples, scores):
             labels, labelled_scores = labelled_steps([example], [of_chain])
             if len(labels) and dataset_id in (None, example.dataset_id):
                 self.problems.append(example.prompt)
                 self.labels.append(labels)
                 self.scores.append(labelled_scores)
-        # The index of each chain's first wrong step, or -1: by the labels, and by the scores.
-        self.first_errors = np.array([first_below(labels, 0.5) for labels in self.labels])
+                all_labels = [label for label in example.labels if label is not None]
+                first_errors.append(first_below(all_labels, 0.5))
+        self.first_errors = np.array(first_errors)
         self.predicted_errors = np.array([first_below(s, threshold) for s in self.scores])
 
     def measures(self, chains: np.ndarray | None = None) -> Measures:
@@ -97,11 +108,11 @@ class ScoredChains:
         first_error_accuracy = located[has_error].mean() if has_error.any() else math.nan
         no_error_accuracy = located[~has_error].mean() if (~has_error).any() else math.nan
 
-        mse, variance = ((scores - labels) ** 2).mean(), labels.var()
+        mse = ((scores - labels) ** 2).mean()
         values = {
             "mse": mse,
             "mae": np.abs(scores - labels).mean(),
-            "r2": 1 - mse / variance if variance else math.nan,
+            "r2": 1 - mse / labels.var() if varies(labels) else math.nan,
             "pearson": pearson(scores, labels),
             "spearman": spearman(scores, labels),
             "auc": auc(scores, right),

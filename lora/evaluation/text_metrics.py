@@ -148,7 +148,7 @@ def final_number(text: str) -> Decimal | None:
     None too for a fraction or a power.
     """
     _, mark, after = text.rpartition("####")
-    match = re.match(r"[-+$0-9., \t]*[0-9](?![ \t]*([0-9]|[/^][ \t]*[0-9]))", after)
+    match = re.match(r"(?>[-+$0-9., \t]*[0-9])(?![ \t]*([/^]|\*\*)[ \t]*[0-9])", after)
     if not mark or not match:
         return None
     try:

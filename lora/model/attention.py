@@ -29,8 +29,8 @@ class Documents:
 
     def __init__(self, seq_lens: list[int], device: torch.device | None = None) -> None:
         self.has_flash = has_flash(device)
-        # Compiled layers read this number and tensors alone: for every list of lengths,
-        # torch.compile would compile anew.
+        # Compiled layers read only this number and tensors. If they read the list of lengths,
+        # torch.compile would compile again for every new list.
         self.longest = max(seq_lens)
         bounds = torch.tensor([0, *seq_lens]).cumsum(0, dtype=torch.int32)
         self.cu_seq_lens = bounds.to(device, non_blocking=True)  # [documents + 1]

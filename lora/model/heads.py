@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from lora.layer import LoRALinear
 from lora.target_modules import layer_sizes
 
-MAX_LOSS = 88.0  # whose exponential is a number of float32
+MAX_LOSS = 88.0  # its exponential is still finite in float32
 
 
 class LMHead(nn.Module):
@@ -177,6 +177,7 @@ class MLPHead(nn.Module):
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each score, [n]."""
         if self.loss == "bce":
+            scores = scores.clamp(max=1 - 2**-24)  # float32 rounds higher ones to 1
             return F.binary_cross_entropy(scores, targets, reduction="none")
         return (scores - targets).square()
 
@@ -192,12 +193,11 @@ class MLPHead(nn.Module):
         return (losses if loss_weights is None else losses * loss_weights).sum()
 
     def metrics(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-        """Return loss, mse, mae, and r2 = 1 - mse / variance of the targets (NaN without any)."""
-        errors = (predictions - targets).double()
+        """Return loss, mse, mae, and r2 = 1 - mse / variance of the targets (NaN without one)."""
+        predictions, targets = predictions.double(), targets.double()
+        errors = predictions - targets
         mse = errors.square().mean().item()
-        variance = targets.double().var(correction=0).item()
+        variance = targets.var(correction=0).item()
         r2 = 1 - mse / variance if variance else math.nan
-        loss = mse
-        if self.loss == "bce":
-            loss = self.losses(predictions.double(), targets.double()).mean().item()
+        loss = self.losses(predictions, targets).mean().item()
         return {"loss": loss, "mse": mse, "mae": errors.abs().mean().item(), "r2": r2}

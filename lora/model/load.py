@@ -34,14 +34,13 @@ def load_task(
     shape, base_dtype, tokenizer = load_shape(base_model)
     if shape.is_encoder_decoder:
         raise UserError(f"{where}: an encoder-decoder; expected a decoder or an encoder.")
-    layouts = [True, False] if packed is None else [packed]
-    problems = []
-    for layout in layouts:
+
+    def try_layout(packed: bool) -> tuple[Task | None, str]:
+        """Return the task, or None and the reason why the model cannot have this layout."""
         try:
-            model = build_model(config, shape, tokenizer, dtype, layout)
+            model = build_model(config, shape, tokenizer, dtype, packed)
         except KeyError as error:  # some models know only their own kinds of attention
-            problems.append(f"it has no attention {error}")
-            continue
+            return None, f"it has no attention {error}"
         settings = config.model
         task = Task(model, tokenizer, base_dtype, settings.head_dropout, settings.score_loss)
         # Weights in 4 bits stay on the device that they were quantised on.
@@ -49,16 +48,17 @@ def load_task(
         if settings.task == "lm" and not task.causal:
             problem = "an encoder sees what it would have to predict"
             raise UserError(f"{where}: {problem}; use --task score.")
-        task.packed = layout
+        task.packed = packed
         with library_errors(where):
             problem = find_incompatibility(task, compute_dtype)
-        if not problem:
-            break
-        problems.append(problem)
-        task.to("meta")  # frees the weights before they are read again
-    if len(problems) == len(layouts):
+        return (None, problem) if problem else (task, "")
+
+    task, problem = try_layout(packed is not False)
+    if task is None and packed is None:
+        task, _ = try_layout(False)
+    if task is None:
         mend = "" if device.type == "cpu" else "; use --device cpu, or another --dtype"
-        raise UserError(f"{where}: {shape.model_type} is not supported: {problems[0]}{mend}.")
+        raise UserError(f"{where}: {shape.model_type} is not supported: {problem}{mend}.")
 
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
         files, tokens = weight_files(config.model), config.model.head_tokens

@@ -92,8 +92,8 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
             found = f"chat templates {', '.join(templates)}"
             raise UserError(f"base_model {base_model}: {found}; expected one called default.")
         tokenizer.chat_template = templates["default"]
-        others = ", ".join(name for name in templates if name != "default")
-        print(f"note: base_model {base_model}: of its chat templates, {others} is not used")
+        names = ", ".join(templates)
+        print(f"note: base_model {base_model}: of its chat templates ({names}), default is used")
     return tokenizer
 
 
@@ -117,7 +117,11 @@ def weight_files(model: ModelConfig) -> list[Path]:
     if model.init_from == "scratch":
         return []
     source, local = locate_base(model.base_model)
-    folder = Path(source) if local else model_files(model.base_model)[0].parent
+    folder = Path(source)
+    if not local:
+        folder = model_files(model.base_model)[0].parent
+        # The head of a scorer, if the repository has one.
+        cached_file(source, "mlp_head.safetensors", _raise_exceptions_for_missing_entries=False)
     return sorted(folder.glob("*.safetensors"))
 
 

@@ -7,7 +7,7 @@ run in the order of DATA and MODEL. They train the task they are given, and the 
 from collections.abc import Callable, Mapping
 import sys
 
-from lora.common.errors import ResourceExhausted, Stopped
+from lora.common.errors import Stopped, is_out_of_memory
 from lora.common.printable_text import printable
 from lora.data.raw_data import RawData
 from lora.data.row_display import row_as_text
@@ -44,9 +44,9 @@ def run_checks(checks: Mapping[str, Callable[[Trial], Result | None]], trial: Tr
     for name, run_check in checks.items():
         try:
             result = run_check(trial)
-        except ResourceExhausted:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             message = " ".join(str(error).split())[:200]
             result = Result(FAIL, f"ended with {type(error).__name__}: {message}")
         if result is not None:

@@ -51,8 +51,10 @@ def print_memory(run: Run) -> bool:
         if world_size() > 1:
             total += " for each process"
         if not fits(needed, available):
-            then = "training would halve its micro-batches"
-            print(f"{total}: it does not fit in {USABLE:.0%} of that; {then}")
+            then = ""
+            if run.config.lora or world_size() == 1:
+                then = "; training would try smaller micro-batches"
+            print(f"{total}: it does not fit in {USABLE:.0%} of that{then}")
             return False
     print(total, flush=True)
     return True

@@ -135,11 +135,11 @@ def trained_tensors(trial: Trial) -> Result:
 
 
 def names_to_train(tensors: dict[str, nn.Parameter], trial: Trial) -> list[str]:
-    """Return the names, of all `tensors` of the task, that are meant to be trained."""
+    """Return the names of the tensors that are meant to be trained."""
     lora, model = trial.config.lora, trial.task.model
     if not lora:
         return sorted(name for name in tensors if not is_pooler(name))
-    saved = set()  # tensors by their id, since one that is tied has two names and is listed once
+    saved = set()  # by id: a tied tensor has two names, and named_parameters() lists it once
     for module in find_modules_to_save(model, lora.modules_to_save):
         saved.update(id(parameter) for parameter in model.get_submodule(module).parameters())
     return sorted(

@@ -71,8 +71,7 @@ def train(config: Config, resume_from: str | Path = "") -> dict | None:
     except BaseException as error:
         known = as_known_error(error)
         line = str(known) if known else f"{type(error).__name__}: {error}"
-        facts = known.facts if isinstance(known, Stopped) else {}
-        command.status.write(known.status if known else 1, line, **facts)
+        command.status.write(known.status if known else 1, line, **getattr(known, "facts", {}))
         raise
     if results is not None:
         command.status.write(0)

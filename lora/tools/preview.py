@@ -17,10 +17,8 @@ from lora.data.readers import form_of, read, reader_for
 from lora.data.readers.columns import with_columns
 
 FIRST = 1000  # rows of a file whose keys are counted
-KEYS = (
-    *("base_model", "task", "max_length", "label_max", "columns"),
-    *("step_marker", "prompt_format", "step_format", "max_steps_per_example"),
-)
+STEP_KEYS = ("step_marker", "prompt_format", "step_format", "max_steps_per_example")
+KEYS = ("base_model", "task", "max_length", "label_max", "columns", *STEP_KEYS)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,7 +11,6 @@ import torch
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.config.schema import Config
-from lora.config.set_keys import saved_config
 from lora.data.examples import Example
 from lora.data.raw_data import held_out_paths, sums_of
 from lora.data.split import Split
@@ -44,10 +43,9 @@ class Samples:
 
 def held_out_samples(artifact: Path, metadata: dict) -> Samples:
     """Run the model of a final artifact on held-out examples."""
-    config = saved_config(artifact)
-    require_recorded_data(config, metadata)
     evaluation = import_script("eval")
     arguments, config = evaluation.read_arguments(["--checkpoint", str(artifact)])
+    require_recorded_data(config, metadata)
     task = evaluation.load(arguments, config, choose_device(config.training.device)).eval()
     examples = list(Split(config).examples(held_out=True))
     if config.model.task == "score":

@@ -22,7 +22,8 @@ BATCHES_AT_ONCE = 64  # micro-batches whose hidden states are on the device toge
 def cache_features(run: Run, total_steps: int, log: Log) -> None:
     """Compute the hidden states that `total_steps` steps and the evaluations need, once.
 
-    Which rows share a micro-batch depends on no step, so a resumed run computes the same bits.
+    Which rows share a micro-batch depends on the length of the run alone, so a run that is resumed
+    to the same length computes the same bits.
     """
     data = run.data
     is_used = np.zeros(len(data.rows), bool)

@@ -43,7 +43,7 @@ def backward(
                 loss_sum, _ = run.task(batch.to(run.device))
             scaler.scale(loss_sum / num_targets).backward()
             loss += loss_sum.detach() / num_targets
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # Where weights are sharded, the other processes wait in the middle of a layer, so this one
         # cannot start the step again alone.
         if not is_out_of_memory(error) or any_sharded(run.task.parameters()):

@@ -15,7 +15,7 @@ USABLE = 0.9
 
 @contextmanager
 def memory_limit(device: torch.device) -> Iterator[None]:
-    """Let allocations in the block fail that the machine's available memory has no room for.
+    """Make allocations in the block fail where they exceed the machine's available memory.
 
     Linux grants them all, and kills the process when it uses what is not there: a step could not be
     done again in smaller micro-batches. A limit that the process has already stays. Start no thread

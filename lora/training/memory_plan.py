@@ -180,7 +180,7 @@ def count_step(run: Run) -> tuple[int, int]:
             # torch cannot tell the shapes of some operations, such as float32 experts.
             except (RuntimeError, AttributeError) as error:
                 found = f"this model cannot be counted in {run.dtype} ({str(error)[:120]})"
-                raise UserError(f"memory: {found}.") from None
+                raise UserError(f"--dry_run: {found}.") from None
     return counter.peak, head_memory.peak
 
 

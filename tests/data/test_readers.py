@@ -129,6 +129,9 @@ def test_steps_in_jsonl_and_json_with_soft_boolean_and_null_labels(tmp_path):
     lines = "\ufeff" + json.dumps(row) + "\r\n\r\n" + json.dumps(completions) + "\r\n"
     assert examples(write(tmp_path, "a.jsonl", lines)) == expected
     assert examples(write(tmp_path, "a.json", json.dumps([row, completions]))) == expected
+    row["labels"] = [0.3, True, None, 0]
+    (found,) = examples(write(tmp_path, "b.jsonl", json.dumps(row)), label_max=0.5)
+    assert found[2] == [0.6, 1.0, None, 0.0]
 
 
 def test_pairs_in_csv_with_and_without_header_tsv_and_jsonl_scaled_by_label_max(tmp_path):

@@ -81,6 +81,14 @@ def test_a_score_is_pulled_towards_its_label(loss, label):
     assert abs(head.predict(hidden, None).item() - label) < 0.01  # 0 and 1 are approached for ever
 
 
+def test_a_score_that_is_rounded_to_1_has_a_loss_of_the_logits_size():
+    logits = torch.tensor([17.4])
+    scores = torch.sigmoid(logits)
+    assert scores.item() == 1.0
+    loss = MLPHead(8, loss="bce").metrics(scores, torch.zeros(1))["loss"]
+    assert loss == pytest.approx(logits.item(), rel=0.06)
+
+
 def test_binary_cross_entropy_is_that_of_the_score_and_is_what_is_validated(task):
     task.head.loss = "bce"
     batch = batch_of([chain([0.3, 1.0, 0.0])])

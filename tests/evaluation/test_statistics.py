@@ -17,6 +17,12 @@ def test_pearson_is_numpys_and_has_no_value_without_variation():
     assert math.isnan(pearson(a, np.ones(50)))
 
 
+@pytest.mark.parametrize("value", [0.1, 0.2, 0.7, 0.8])
+def test_equal_values_do_not_vary_though_their_variance_is_rounded(value):
+    constant = np.full(3, value)
+    assert constant.var() > 0 and math.isnan(pearson(constant, np.arange(3)))
+
+
 def test_spearman_sees_order_only_and_ties_share_their_rank():
     a = np.array([3.0, 1.0, 2.0, 2.0, 5.0])
     assert ranks(a).tolist() == [4.0, 1.0, 2.5, 2.5, 5.0]

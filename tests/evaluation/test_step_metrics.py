@@ -2,6 +2,7 @@
 the page it writes.
 """
 
+import hashlib
 from html.parser import HTMLParser
 import json
 import math
@@ -74,16 +75,16 @@ def test_first_errors_processbench_and_prmbench_are_those_counted_by_hand():
         ([1, 0, 1], [0.9, 0.5, 0.9]),  # 0.5 passes: missed
         ([1, 1], [0.8, 0.7]),  # rightly passed
         ([None, 1], [0.1, 0.7]),  # the step without a label is not asked about
-        ([0.5, 0.4], [0.6, math.nan]),  # a soft label; the step that was not read is not measured
+        ([0.5, 0.4], [0.6, math.nan]),  # a soft label; the wrong step was not read: missed
     )
     numbers = of.measures()
-    assert list(of.first_errors) == [1, 2, 1, -1, -1, -1]
+    assert list(of.first_errors) == [1, 2, 1, -1, -1, 1]
     assert list(of.predicted_errors) == [1, 1, -1, -1, -1, -1]
     assert (
-        numbers["first_error_accuracy"] == pytest.approx(1 / 3)
+        numbers["first_error_accuracy"] == pytest.approx(1 / 4)
         and numbers["no_error_accuracy"] == 1.0
     )
-    assert numbers["processbench_f1"] == pytest.approx(2 * (1 / 3) / (4 / 3))
+    assert numbers["processbench_f1"] == pytest.approx(2 * (1 / 4) / (5 / 4))
     # right steps: 9, of which one is judged wrong; wrong steps: 3, of which one is judged right
     assert numbers["f1"] == pytest.approx(2 * 8 / (2 * 8 + 1 + 1)) and numbers[
         "negative_f1"
@@ -169,6 +170,17 @@ def test_a_baseline_learns_its_own_cue_on_other_problems_and_no_more():
         trivial_scorers.word_features, by_word[:10], by_word[10:]
     )
     assert step_metrics.ScoredChains(by_word[:10], fitted, 0.5).measures()["auc"] == 1.0
+
+
+def test_baselines_are_fitted_on_problems_whose_hashes_are_alike_as_well():
+    """As those of a small held-out part are, which hashes choose."""
+    prompts = (f"problem {i}" for i in range(20_000))
+    alike = [p for p in prompts if hashlib.sha256(p.encode()).digest()[0] == 0]
+    words = ("no", "yes")
+    examples = [example([float(i % 2)], p, steps=[words[i % 2]]) for i, p in enumerate(alike)]
+    scores = trivial_scorers.baseline_scores(trivial_scorers.BASELINES["bag of words"], examples)
+    labels, of_labelled = step_metrics.labelled_steps(examples, scores)
+    assert step_metrics.auc(of_labelled, labels >= 0.5) == 1.0
 
 
 def test_a_report_has_a_number_for_every_set_and_may_tune_the_threshold_on_one():

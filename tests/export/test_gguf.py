@@ -227,12 +227,6 @@ def test_merge_writes_the_merged_model_with_its_tokenizer(configure, tmp_path):
     assert theirs.apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
 
 
-def test_a_modelfile_is_not_written_over_the_model(tmp_path):
-    flags = ["--adapter", str(tmp_path), "--output", str(tmp_path / "m")]
-    with pytest.raises(UserError, match="expected the name of a .gguf file"):
-        merging.read_arguments([*flags, "--gguf", str(tmp_path / "m.Modelfile")])
-
-
 def test_the_tokens_are_those_of_tokenizer_json(tmp_path):
     folder = folder_of("Llama", GROUPED | dict(vocab_size=2060), tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)

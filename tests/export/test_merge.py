@@ -266,7 +266,7 @@ def test_a_sum_that_is_expected_is_that_of_every_file(configure, tmp_path):
 
 def test_settings_of_4_bits_that_nothing_would_read_are_refused(patterned, tmp_path):
     flags = ("--adapter", patterned[0], "--output", tmp_path / "m")
-    with pytest.raises(UserError, match="--bnb_4bit_quant_type is of --merge_into dequantized"):
+    with pytest.raises(UserError, match="--bnb_4bit_quant_type goes with --merge_into dequantized"):
         call(*flags, "--bnb_4bit_quant_type", "fp4")
 
 

@@ -34,6 +34,7 @@ from lora.target_modules import linear_names
 import merge as merging
 from tests.conftest import run
 from tests.lora.test_layer import randomise, tiny_gpt2
+from tests.model.test_families import PADDED, base
 
 CPU = torch.device("cpu")
 
@@ -392,3 +393,11 @@ def test_a_qlora_step_needs_neither_accelerate_nor_peft(tmp_path):
         "% of it in 4 bits (nf4)" in done.stdout
         and (tmp_path / "run" / "final_artifact" / "adapter_config.json").is_file()
     )
+
+
+def test_a_base_that_must_be_padded_is_loaded_in_4_bits(tmp_path):
+    config = get_lora_config()
+    config.model.base_model = str(base("Bloom", PADDED["Bloom"], tmp_path / "base"))
+    config.model.task, config.data.max_length = "lm", 64
+    config.lora.load_in_4bit = True
+    assert not load_task(config, torch.float32).packed

@@ -95,7 +95,7 @@ def test_of_several_chat_templates_the_default_is_used(tiny_base, tmp_path, caps
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     if "default" in names:
         assert load_tokenizer(str(folder)).chat_template == "default!"
-        assert "tool_use is not used" in capsys.readouterr().out
+        assert "(default, tool_use), default is used" in capsys.readouterr().out
     else:
         with pytest.raises(UserError, match="rag, tool_use; expected one called default"):
             load_tokenizer(str(folder))

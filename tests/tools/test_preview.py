@@ -3,9 +3,13 @@
 import json
 import shutil
 
+import pytest
+
+from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.tools import preview
 from tests.conftest import script
+from tests.model.test_families import ENCODERS, base
 
 SAMPLES = ROOT / "assets" / "samples"
 
@@ -61,3 +65,12 @@ def test_render_says_by_which_keys_a_file_is_read_and_finds_its_task(tmp_path, c
     out = capsys.readouterr().out
     assert f"{path}: 1 rows of prompt, completion (--task lm)\n" in out
     assert "keys not read: id (1 rows)" in out and "⟦a<|im_end|>⟧" in out
+
+
+def test_render_reads_no_more_positions_than_training_does(tmp_path):
+    """RoBERTa's positions begin behind its padding index."""
+    folder = base("Roberta", ENCODERS["Roberta"], tmp_path / "base")
+    flags = ["arithmetic:validation:1", "--task=score", f"--base_model={folder}"]
+    preview.main([*flags, "--max_length=64"])
+    with pytest.raises(UserError, match="has 64 positions"):
+        preview.main([*flags, "--max_length=65"])

@@ -95,7 +95,7 @@ def test_a_run_that_has_not_ended_has_a_report(configure):
     folder = run(configure(True, max_steps=2))
     shutil.rmtree(folder / "final_artifact")
     (folder / "logs" / "final_results.json").unlink()
-    assert "This run is not complete" in report(folder)
+    assert "Status: not ended" in report(folder)
     (folder / "logs" / "train_metrics.jsonl").unlink()
     shutil.rmtree(folder / "checkpoints")
     assert "Configuration" in report(folder)

@@ -279,7 +279,7 @@ def test_what_cannot_be_counted_is_said_in_one_line(configure, tmp_path, monkeyp
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     config = configure(True, **WHOLE | {"dtype": "float32"})
-    with pytest.raises(UserError, match="memory: this model cannot be counted in torch.float32"):
+    with pytest.raises(UserError, match="--dry_run: this model cannot be counted in torch.float32"):
         train_lora.main(Command(config, tmp_path / "run", dry_run=True), RawData(config))
 
 

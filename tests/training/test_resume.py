@@ -346,11 +346,14 @@ def test_a_complete_run_has_nothing_to_resume(configure):
 def test_a_dry_run_of_a_resumed_run_counts_what_that_run_would_do(configure, capsys):
     config = configure(True)
     last = run(config) / "checkpoints" / "checkpoint_step_12"
+    complete = read_command_line([f"--resume_from={last}", "--dry_run"], get_lora_config(), "", "")
+    train_lora.main(complete, RawData(complete.config))
     state = json.loads((last / "trainer_state.json").read_text())
     state["examples_per_step"] = 16  # as of two processes
     (last / "trainer_state.json").write_text(json.dumps(state))
     write_checksums(last)
     flags = [f"--resume_from={last}", "--max_steps=20", "--dry_run"]
+    flags += ["--train_data=arithmetic:train:70", "--allow_change=train_data"]
     command = read_command_line(flags, get_lora_config(), "none.toml", "")
     capsys.readouterr()
     train_lora.main(command, RawData(command.config))

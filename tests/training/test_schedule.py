@@ -49,6 +49,10 @@ def test_warm_up_ends_where_it_is_asked_to(settings, total, warmup):
     )
 
 
+def test_a_part_of_an_epoch_is_not_rounded_up_by_a_step():
+    assert total_steps(TrainingConfig(num_train_epochs=1.1), steps_per_epoch=50) == 55
+
+
 @pytest.mark.parametrize(
     "max_steps, epochs, expected",
     [(None, None, 38), (30, None, 30), (None, 2.0, 25), (30, 2.0, 25), (20, 2.0, 20)],

@@ -157,12 +157,8 @@ def keys_of_messages_not_read(example: Example) -> set[str]:
 def form_of(reader: ModuleType, row: dict) -> set[str]:
     """Return the keys by which a reader reads a row; empty, where it does not."""
     forms = [form for form in reader.FORMS if form <= row.keys()]
-    return min(forms, key=lambda form: has_null(form, row), default=set())
-
-
-def has_null(form: set[str], row: dict) -> bool:
-    """Return whether a key of a form is null, as those of other sets are in sets put together."""
-    return any(row[key] is None for key in form)
+    # Data sets that were joined have null columns of each other.
+    return min(forms, key=lambda form: any(row[key] is None for key in form), default=set())
 
 
 def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleType]:
@@ -176,7 +172,7 @@ def reader_for(where: str, row: dict, task: str) -> ModuleType:
         from lora.data.readers.published import PUBLISHED
 
         fitting += readers_that_fit(row, PUBLISHED)
-    fitting.sort(key=lambda reader: has_null(form_of(reader, row), row))
+    fitting.sort(key=lambda reader: all(row[key] is None for key in form_of(reader, row)))
     for reader in fitting:
         if reader.TASK == task:
             return reader
