@@ -57,10 +57,9 @@ from lora.training.base_integrity import file_sums
 from lora.training.other_base import warn_other_base
 
 
-def load(arguments: Namespace, config: Config, device: torch.device) -> Task:
-    """Return the task with its trained weights, on `device`."""
+def load(checkpoint: str | None, config: Config, device: torch.device) -> Task:
+    """Return the task with the weights of a checkpoint, or of the base alone, on `device`."""
     task = load_task(config, torch.float32)
-    checkpoint = arguments.checkpoint
     if full_model_folder(checkpoint):
         task.load_head(checkpoint)
     elif checkpoint:
@@ -95,7 +94,7 @@ def main(arguments: Namespace, config: Config, request: EvaluationRequest) -> di
     """Evaluate, print the results, save them where --output says so, and return the numbers."""
     device = choose_device(config.training.device)
     dtype = choose_dtype(config, device)
-    task = load(arguments, config, device)
+    task = load(arguments.checkpoint, config, device)
     results = Results()
     if config.model.task == "score" and request.examples:
         numbers = measure_steps(request, arguments, task, config, dtype)

@@ -46,7 +46,7 @@ from lora.data.readers import read
 from lora.data.split import hash64
 from lora.data.tokenise import Row, tokenise
 from lora.evaluation import best_of_n, step_metrics
-from lora.evaluation.eval_arguments import read_arguments
+from lora.evaluation.eval_arguments import trained_config
 from lora.evaluation.generate import step_scores
 from lora.evaluation.predict import predict
 from lora.model.load import load_task
@@ -132,9 +132,8 @@ def trained(arguments, base, folder, training):
     config = configure(arguments, base, folder, training, validation)
     config.output.save_steps = 10  # the real base is slow on a CPU
     results = lora.train(config, resume_from="auto")
-    task = load(
-        *read_arguments(["--checkpoint", str(folder / "run" / "final_artifact")]), device=CPU
-    )
+    artifact = str(folder / "run" / "final_artifact")
+    task = load(artifact, trained_config(artifact), CPU)
     curve = [[line["step"], line["val/loss"]] for line in metrics(folder / "run", "val/loss")]
     chains = arguments.steps * 16 / len(training)
     return task, config, results | {"validation_loss": curve, "epochs": round(chains, 2)}

@@ -58,8 +58,8 @@ LESS_MEMORY = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out. On a CPU torch says so in the message only."""
     words = (
-        *("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory"),
-        "bad_alloc",
+        *("out of memory", "not enough memory", "can't allocate memory"),
+        *("ALLOC_FAILED", "bad_alloc"),
     )
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 

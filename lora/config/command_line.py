@@ -118,7 +118,8 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     if arguments.check:  # begins with the weights of the base, or of a stage, and writes no run
         return Command(config, Path(), check=True)
     if arguments.dry_run:
-        return Command(config, Path(), resume_from, False, arguments.allow_change, dry_run=True)
+        allowed = arguments.allow_change
+        return Command(config, Path(), resume_from, allowed=allowed, dry_run=True)
 
     # The name and the folder of the run.
     if not output.experiment_name:

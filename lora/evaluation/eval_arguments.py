@@ -123,7 +123,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
     if checkpoint:
         verify_checksums(checkpoint)
         require_sha256(checkpoint, arguments.expect_sha256)
-        config = saved_config(checkpoint)
+        config = trained_config(checkpoint)
     elif arguments.config:
         config = from_file(find_config(arguments.config))
         if config.model.init_from not in ("", "scratch"):
@@ -133,9 +133,6 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
     if full_model and arguments.base_model:
         holds = f"{checkpoint} holds a whole model"
         raise UserError(f"--base_model {arguments.base_model}: {holds}; leave it out.")
-    if full_model:
-        config.model.base_model = full_model
-        config.model.init_from = ""
     if checkpoint and config.model.init_from == "scratch" and arguments.seed is not None:
         drawn = "the base's random weights are drawn with the seed of the run"
         raise UserError(f"--seed {arguments.seed}: {drawn}; leave it out.")
@@ -189,6 +186,16 @@ def check_scorer_flags(arguments: Namespace, is_scorer: bool) -> None:
     if arguments.reliability and (arguments.prompt is not None or find_spec("matplotlib") is None):
         needs = "labelled steps (no --prompt), and matplotlib: pip install 'plainlora[plot]'"
         raise UserError(f"--reliability: needs {needs}.")
+
+
+def trained_config(checkpoint: str) -> Config:
+    """Return the configuration of a checkpoint's run, with its full model as the base."""
+    config = saved_config(checkpoint)
+    full_model = full_model_folder(checkpoint)
+    if full_model:
+        config.model.base_model = full_model
+        config.model.init_from = ""
+    return config
 
 
 def full_model_folder(checkpoint: str | None) -> str:

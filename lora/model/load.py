@@ -35,10 +35,10 @@ def load_task(
     if shape.is_encoder_decoder:
         raise UserError(f"{where}: an encoder-decoder; expected a decoder or an encoder.")
 
-    def try_layout(packed: bool) -> tuple[Task | None, str]:
+    def try_layout(is_packed: bool) -> tuple[Task | None, str]:
         """Return the task, or None and the reason why the model cannot have this layout."""
         try:
-            model = build_model(config, shape, tokenizer, dtype, packed)
+            model = build_model(config, shape, tokenizer, dtype, is_packed)
         except KeyError as error:  # some models know only their own kinds of attention
             return None, f"it has no attention {error}"
         settings = config.model
@@ -48,7 +48,7 @@ def load_task(
         if settings.task == "lm" and not task.causal:
             problem = "an encoder sees what it would have to predict"
             raise UserError(f"{where}: {problem}; use --task score.")
-        task.packed = packed
+        task.packed = is_packed
         with library_errors(where):
             problem = find_incompatibility(task, compute_dtype)
         return (None, problem) if problem else (task, "")

@@ -1,5 +1,6 @@
 """The checks of the model: equalities measured on a few rows in fp32 and without dropout."""
 
+from itertools import chain
 from pathlib import Path
 import tempfile
 
@@ -15,9 +16,9 @@ from lora.model.heads import LMHead
 from lora.model.weights import is_finite
 from lora.preflight.check_result import BUG, FAIL, PASS, WARN, Result, require, require_at_most
 from lora.preflight.trial import Trial, largest_difference, same_gradients, same_tensors
-from lora.target_modules import find_modules_to_save, is_pooler, is_tied
+from lora.target_modules import is_pooler, is_tied
 from lora.training import checkpoint
-from lora.training.base_integrity import frozen_sums
+from lora.training.base_integrity import adapter_parameters, frozen_sums
 from lora.training.optimizer import make_optimizer
 
 UPDATES = 10  # on a repeated batch
@@ -136,17 +137,13 @@ def trained_tensors(trial: Trial) -> Result:
 
 def names_to_train(tensors: dict[str, nn.Parameter], trial: Trial) -> list[str]:
     """Return the names of the tensors that are meant to be trained."""
-    lora, model = trial.config.lora, trial.task.model
+    lora, task = trial.config.lora, trial.task
     if not lora:
         return sorted(name for name in tensors if not is_pooler(name))
-    saved = set()  # by id: a tied tensor has two names, and named_parameters() lists it once
-    for module in find_modules_to_save(model, lora.modules_to_save):
-        saved.update(id(parameter) for parameter in model.get_submodule(module).parameters())
-    return sorted(
-        name
-        for name, parameter in tensors.items()
-        if ".lora_" in name or name.startswith("head.") or id(parameter) in saved
-    )
+    # By id: a tied tensor has two names, and named_parameters() lists it once.
+    parts = adapter_parameters(task.model, lora.modules_to_save, task.head)
+    ids = {id(parameter) for parameter in chain.from_iterable(parts.values())}
+    return sorted(name for name, parameter in tensors.items() if id(parameter) in ids)
 
 
 def loss_is_mean(trial: Trial) -> Result:

@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedModel
 from lora.adapter import load_adapter
 from lora.common.errors import Stopped, UserError
 from lora.common.exit_status import require_one_process
-from lora.common.known_errors import as_known_error
+from lora.common.known_errors import as_known_error, error_line
 from lora.common.paths import SCRIPTS
 from lora.config.command_line import Command, read_command_line
 from lora.config.schema import Config, EvaluationConfig, get_lora_config
@@ -70,7 +70,7 @@ def train(config: Config, resume_from: str | Path = "") -> dict | None:
         results = script.main(command, raw_data)
     except BaseException as error:
         known = as_known_error(error)
-        line = str(known) if known else f"{type(error).__name__}: {error}"
+        line = error_line(known, None) if known else f"{type(error).__name__}: {error}"
         command.status.write(known.status if known else 1, line, **getattr(known, "facts", {}))
         raise
     if results is not None:
@@ -145,7 +145,7 @@ def generate(
     if config.model.task == "score":
         raise UserError(f"{folder}: a step scorer gives no answers; expected a language model.")
     device = choose_device(config.training.device)
-    task = script.load(arguments, config, device)
+    task = script.load(arguments.checkpoint, config, device)
     prompts = []
     for number, question in enumerate(questions, 1):
         messages = [{"role": "user", "content": question}]

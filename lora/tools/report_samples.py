@@ -15,6 +15,7 @@ from lora.data.examples import Example
 from lora.data.raw_data import held_out_paths, sums_of
 from lora.data.split import Split
 from lora.evaluation.calibration import calibration, expected_calibration_error
+from lora.evaluation.eval_arguments import trained_config
 from lora.evaluation.generate import generate_answers, prompt_tokens, step_scores, text_tokens
 from lora.evaluation.step_metrics import labelled_steps
 from lora.evaluation.step_report import chains
@@ -43,10 +44,10 @@ class Samples:
 
 def held_out_samples(artifact: Path, metadata: dict) -> Samples:
     """Run the model of a final artifact on held-out examples."""
-    evaluation = import_script("eval")
-    arguments, config = evaluation.read_arguments(["--checkpoint", str(artifact)])
+    config = trained_config(str(artifact))
     require_recorded_data(config, metadata)
-    task = evaluation.load(arguments, config, choose_device(config.training.device)).eval()
+    device = choose_device(config.training.device)
+    task = import_script("eval").load(str(artifact), config, device).eval()
     examples = list(Split(config).examples(held_out=True))
     if config.model.task == "score":
         return score_chains(task, examples[:MAX_SCORED_EXAMPLES], config)

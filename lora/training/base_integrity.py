@@ -101,13 +101,10 @@ def changed_names(before: dict[str, str], after: dict[str, str]) -> list[str]:
     return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
 
 
-def only_adapters_train(
-    model: nn.Module, modules_to_save: Sequence[str], head: nn.Module | None = None
-) -> str:
-    """Return a line that counts what is trained; raise Stopped where it is more than the adapter.
-
-    The modules to save and the score head belong to the adapter.
-    """
+def adapter_parameters(
+    model: nn.Module, modules_to_save: Sequence[str], head: nn.Module | None
+) -> dict[str, list[nn.Parameter]]:
+    """Return what is trained of an adapter; the modules to save and the score head belong to it."""
     parts = {"LoRA tensors": [], "of modules_to_save": [], "of the score head": []}
     for layer in lora_layers(model).values():
         parts["LoRA tensors"].extend(factors(layer).values())
@@ -115,7 +112,17 @@ def only_adapters_train(
         parts["of modules_to_save"].extend(model.get_submodule(name).parameters())
     if head is not None:
         parts["of the score head"].extend(head.parameters())
+    return parts
 
+
+def only_adapters_train(
+    model: nn.Module, modules_to_save: Sequence[str], head: nn.Module | None = None
+) -> str:
+    """Return a line that counts what is trained; raise Stopped where it is more than the adapter.
+
+    The adapter is what `adapter_parameters` returns.
+    """
+    parts = adapter_parameters(model, modules_to_save, head)
     allowed = {id(p) for p in chain.from_iterable(parts.values())}
     unexpected = [name for name, p in trainable_parameters(model).items() if id(p) not in allowed]
     if unexpected:

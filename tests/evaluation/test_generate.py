@@ -203,7 +203,7 @@ def test_a_reloaded_model_says_what_it_said_and_so_does_a_merged_one_in_plain_tr
     arguments, config = evaluation.read_arguments(
         ["--checkpoint", str(artifact), "--test_set", chats]
     )
-    task = evaluation.load(arguments, config, torch.device("cpu"))
+    task = evaluation.load(arguments.checkpoint, config, torch.device("cpu"))
     rows = [
         ("row", prompt_tokens("row", [{"role": "user", "content": q}], None, TOKENIZER))
         for q, _ in CHATS

@@ -395,8 +395,8 @@ def test_who_pools_at_the_marker_gets_our_scores(configure, tmp_path):
         ids[0] == tag, 1
     ]
     flags = ["--checkpoint", str(merged), "--prompt", "From left to right: 3+4-2\n3+4=7\n7-2=6"]
-    arguments = evaluation.read_arguments(flags)
-    task = evaluation.load(*arguments, torch.device("cpu"))
-    examples = evaluation.read_request(*arguments).examples
-    (ours,) = step_scores(examples, task, arguments[1], torch.float32)
+    arguments, config = evaluation.read_arguments(flags)
+    task = evaluation.load(arguments.checkpoint, config, torch.device("cpu"))
+    examples = evaluation.read_request(arguments, config).examples
+    (ours,) = step_scores(examples, task, config, torch.float32)
     torch.testing.assert_close(torch.from_numpy(ours).float(), served, rtol=0, atol=1e-5)

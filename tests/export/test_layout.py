@@ -32,7 +32,7 @@ ADDED = dict(add_special_tokens=["<step>"], modules_to_save=["embed_tokens"])
 def loaded(artifact):
     """The model as eval.py loads it."""
     arguments, config = evaluation.read_arguments(["--checkpoint", str(artifact)])
-    return evaluation.load(arguments, config, torch.device("cpu")).model.eval()
+    return evaluation.load(arguments.checkpoint, config, torch.device("cpu")).model.eval()
 
 
 def losses(folder):

@@ -100,13 +100,13 @@ def test_a_merged_scorer_is_a_model_of_two_classes_that_others_serve_and_we_read
 
     ours = {}
     for checkpoint in (folder / "final_artifact", merged):
-        arguments = evaluation.read_arguments(
+        arguments, config = evaluation.read_arguments(
             ["--checkpoint", str(checkpoint), "--prompt", "".join(steps).rstrip()]
         )
         device, dtype = torch.device("cpu"), torch.float32
-        task = evaluation.load(*arguments, device)
-        examples = evaluation.read_request(*arguments).examples
-        (scores,) = step_scores(examples, task, arguments[1], dtype)
+        task = evaluation.load(arguments.checkpoint, config, device)
+        examples = evaluation.read_request(arguments, config).examples
+        (scores,) = step_scores(examples, task, config, dtype)
         ours[checkpoint] = torch.from_numpy(scores).float()
         torch.testing.assert_close(ours[checkpoint], served[ends], rtol=0, atol=1e-5)
 

@@ -157,8 +157,9 @@ def keys_of_messages_not_read(example: Example) -> set[str]:
 def form_of(reader: ModuleType, row: dict) -> set[str]:
     """Return the keys by which a reader reads a row; empty, where it does not."""
     forms = [form for form in reader.FORMS if form <= row.keys()]
-    # Data sets that were joined have null columns of each other.
-    return min(forms, key=lambda form: any(row[key] is None for key in form), default=set())
+    if len(forms) > 1:  # data sets that were joined have null columns of each other
+        forms.sort(key=lambda form: any(row[key] is None for key in form))
+    return forms[0] if forms else set()
 
 
 def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleType]:
@@ -172,7 +173,8 @@ def reader_for(where: str, row: dict, task: str) -> ModuleType:
         from lora.data.readers.published import PUBLISHED
 
         fitting += readers_that_fit(row, PUBLISHED)
-    fitting.sort(key=lambda reader: all(row[key] is None for key in form_of(reader, row)))
+    if len(fitting) > 1:
+        fitting.sort(key=lambda reader: all(row[key] is None for key in form_of(reader, row)))
     for reader in fitting:
         if reader.TASK == task:
             return reader
