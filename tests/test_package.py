@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 from packaging.requirements import Requirement
 import pytest
-import tomli
 import yaml
 
 import lora
@@ -19,7 +19,7 @@ from lora.common.paths import ROOT
 # The libraries are imported first, so that what they change in the process is not put down to us.
 STATE_AFTER_IMPORT = """
 import csv, importlib, json, logging, os, signal, sys
-import bitsandbytes, gguf, huggingface_hub, jinja2, numpy, safetensors.torch, tokenizers, tomli
+import bitsandbytes, gguf, huggingface_hub, jinja2, numpy, safetensors.torch, tokenizers
 import torch
 import torch.distributed, torch.nn.attention.varlen, tqdm, transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -124,7 +124,7 @@ def test_help_of_the_command_is_one_screen_and_its_version_is_the_packages():
 
 
 def test_pre_commit_has_the_versions_of_the_extra_test():
-    project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     allowed = {}
     for requirement in map(Requirement, project["optional-dependencies"]["test"]):
         allowed[requirement.name] = requirement.specifier

@@ -44,32 +44,32 @@ MEASURES = {"loss": (None, NUMBER), "*": (None, NUMBER)}
 BEST = {"step": COUNT, **MEASURES}
 SUMS = {"*": (None, TEXT)}  # sha256 by path
 PLACE = {
-    **{"device": TEXT, "torch": TEXT, "cpu": TEXT},
-    **{"processes": whole(1, 2**20), "threads": whole(1, 4096)},
-}
+    "device": TEXT, "torch": TEXT, "cpu": TEXT,
+    "processes": whole(1, 2**20), "threads": whole(1, 4096),
+}  # fmt: skip
 FACTS = {
-    **{"train_data": SUMS, "eval_data": SUMS, "base_model": (None, SUMS), "dtype": TEXT},
-    **{"place": PLACE, "gradient_checkpointing?": FLAG},
-}
+    "train_data": SUMS, "eval_data": SUMS, "base_model": (None, SUMS), "dtype": TEXT,
+    "place": PLACE, "gradient_checkpointing?": FLAG,
+}  # fmt: skip
 CONFIG = {"training": {"gradient_checkpointing": ANYTHING, "*": ANYTHING}, "*": TABLE}
 STATE = {  # trainer_state.json
-    **{"format_version?": COUNT, "step": COUNT, "config": CONFIG, "facts": FACTS},
-    **{"without_best": COUNT, "skipped": COUNT, "scaler": {"*": NUMBER}, "save_optimizer?": TEXT},
-    **{"examples_per_step": whole(1, 10**6), "max_tokens": whole(1, 10**9)},
+    "format_version?": COUNT, "step": COUNT, "config": CONFIG, "facts": FACTS,
+    "without_best": COUNT, "skipped": COUNT, "scaler": {"*": NUMBER}, "save_optimizer?": TEXT,
+    "examples_per_step": whole(1, 10**6), "max_tokens": whole(1, 10**9),
     "totals?": {"seconds": NUMBER, "tokens": COUNT, "peak_memory": (None, COUNT)},
     "val": (None, MEASURES),
-}
+}  # fmt: skip
 RESULTS = {  # final_results.json, and an artifact's training_metrics.json
-    **{"best": BEST, "last": BEST, "seconds": NUMBER, "peak_memory_gb": (None, NUMBER)},
-    **{"max_steps?": COUNT, "tokens?": COUNT},
-}
+    "best": BEST, "last": BEST, "seconds": NUMBER, "peak_memory_gb": (None, NUMBER),
+    "max_steps?": COUNT, "tokens?": COUNT,
+}  # fmt: skip
 METRICS = {"step": COUNT, "*": (None, NUMBER)}  # a line of train_metrics.jsonl
 STATUS = {"exit": (None, COUNT), "error": (None, TEXT), "*": ANYTHING}
 METADATA = {
-    **{"task": TEXT, "method": TEXT, "base_model": TEXT, "base_files": SUMS, "best": BEST},
-    **{"train_data": SUMS, "eval_data": SUMS, "versions": {"*": TEXT}, "*": ANYTHING},
-    "hardware": {"*": ANYTHING},
-}
+    "task": TEXT, "method": TEXT, "base_model": TEXT, "base_files": SUMS, "best": BEST,
+    "train_data": SUMS, "eval_data": SUMS, "versions": {"*": TEXT}, "hardware": TABLE,
+    "*": ANYTHING,
+}  # fmt: skip
 
 
 def require_shape(path: str | Path, value: Any, shape: Any, key: str = "") -> None:
@@ -105,7 +105,7 @@ def read_table(path: Path, shape: Any, home: Path | None = None) -> dict:
 def read_state(checkpoint: str | Path, home: Path | None = None) -> dict:
     """Return a checkpoint's trainer_state.json. Raises UserError where it has another shape."""
     path = Path(checkpoint) / "trainer_state.json"
-    state = read_table(path, {"*": ANYTHING}, home)
+    state = read_file(plain_file(path, home))
     require_known_format(Path(checkpoint), state)
     if not isinstance(state.get("config"), dict):
         raise UserError(f"{path}: holds no config; expected a checkpoint of ours.")
@@ -125,7 +125,8 @@ def verify_artifact(folder: str | Path, expect_sha256: str = "") -> dict:
     metadata = read_table(folder / "metadata.json", METADATA)
     require_known_format(folder, metadata)
     read_table(folder / "training_metrics.json", RESULTS)
-    adapter, model = adapter_folder(folder) or folder, model_folder(folder) or folder
+    adapter = adapter_folder(folder) or folder
+    model = model_folder(folder) or folder
     needed = [folder / "training_config.toml", folder / "tokenizer.json"]
     if metadata["method"] == "lora":
         needed.append(adapter / "adapter_model.safetensors")
@@ -140,16 +141,12 @@ def verify_artifact(folder: str | Path, expect_sha256: str = "") -> dict:
     return metadata
 
 
-def checksums_sha256(folder: str | Path) -> str:
-    """Return the sha256 of checksums.json, which stands for all that is in the folder."""
-    return file_sha256(Path(folder) / CHECKSUMS_FILE)
-
-
 def require_sha256(folder: str | Path, expected: str) -> None:
     """Raise UserError unless checksums.json has this sha256; "": it may have any."""
     if not expected:
         return
-    found = checksums_sha256(folder) if (Path(folder) / CHECKSUMS_FILE).is_file() else "absent"
+    path = Path(folder) / CHECKSUMS_FILE
+    found = file_sha256(path) if path.is_file() else "absent"
     if found != expected.lower():
         problem = f"the sha256 of {CHECKSUMS_FILE} is {found}, expected {expected}"
         raise UserError(f"{folder}: {problem}: not the files that were meant.")
@@ -157,7 +154,9 @@ def require_sha256(folder: str | Path, expected: str) -> None:
 
 def refuse_inside_artifact(flag: str, path: str | None) -> None:
     """Raise UserError where a new file would make an artifact differ from its checksums.json."""
-    for folder in Path(os.path.realpath(path)).parents if path else ():
+    if not path:
+        return
+    for folder in Path(os.path.realpath(path)).parents:
         if (folder / CHECKSUMS_FILE).is_file():
             found = f"inside of {folder}, which would no longer be as it was written"
             raise UserError(f"{flag} {path}: {found}; choose another place.")

@@ -4,9 +4,8 @@ import json
 import math
 import os
 from pathlib import Path
+import tomllib
 from typing import Any
-
-import tomli
 
 from lora.common.errors import UserError
 
@@ -34,10 +33,13 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if str(path).endswith((".yaml", ".yml")):
-            from lora.common.yaml_file import parse_yaml as parse
+            from lora.common.yaml_file import parse_yaml
+
+            tables = parse_yaml(text)
+        elif str(path).endswith(".json"):
+            tables = parse_json(text)
         else:
-            parse = parse_json if str(path).endswith(".json") else tomli.loads
-        tables = parse(text)
+            tables = tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:

@@ -47,8 +47,10 @@ class Command:
     @property
     def continues(self) -> bool:
         """Whether the run's folder is that of the resumed run, so that it may exist."""
-        if self.auto or not self.resume_from:
-            return self.auto
+        if self.auto:
+            return True
+        if not self.resume_from:
+            return False
         return Path(self.resume_from).resolve().parent.parent == self.run_dir.resolve()
 
     def require_same(self, facts: dict[str, Any]) -> None:

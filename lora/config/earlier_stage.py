@@ -27,9 +27,10 @@ def require_stage(config: Config) -> None:
         verify_checksums(start)
     if adapter and config.lora:
         require_same_shape(start, adapter, config.lora)
-    config_files = ("trainer_state.json", "training_config.toml")  # PEFT's adapters have neither
-    if not any((start / name).is_file() for name in config_files):
-        return
+    state = start / "trainer_state.json"  # Hugging Face's Trainer writes another one
+    is_our_state = state.is_file() and "config" in read_file(plain_file(state))
+    if not is_our_state and not (start / "training_config.toml").is_file():
+        return  # an adapter of PEFT's
     saved = saved_config(start).model
     if saved.score_layer != config.model.score_layer:
         found = "it was trained with all layers; leave --score_layer out, or merge it first"

@@ -41,7 +41,7 @@ def our_tables(config: Config, tables: dict[str, Any], where: str) -> dict[str, 
     if translation.problems:
         raise UserError(f"{where}: {' '.join(translation.problems)}")
     translation.print_notes(where)
-    return translation.values()
+    return translation.tables
 
 
 def our_arguments(config: Config, argv: Sequence[str], unknown: Sequence[str]) -> list[str]:
@@ -70,7 +70,7 @@ def our_arguments(config: Config, argv: Sequence[str], unknown: Sequence[str]) -
     if translation.problems:
         raise UserError(" ".join(translation.problems))
     translation.print_notes("flags")
-    for table in translation.values().values():
+    for table in translation.tables.values():
         for key, value in table.items():
             if key in own_keys:
                 raise UserError(f"--{key} is given twice.")
@@ -95,7 +95,6 @@ class Translation:
 
     Attributes:
         tables: {the table where a key stood: {our key: its value}}.
-        report_to: that of all tables, as wandb.enabled and tensorboard.enabled may both be true.
         notes: words that need nothing, with the reason.
         problems: words that are not supported or not known, with the reason.
     """
@@ -107,7 +106,6 @@ class Translation:
         own_names = {name: name for name in (*fields_by_key(config), *DTYPE_SWITCHES)}
         self.key_of = {**SAME, **ALIASES, **own_names}
         self.tables: dict[str, dict[str, Any]] = {}
-        self.report_to: list[str] = []
         self.notes: list[str] = []
         self.problems: list[str] = []
 
@@ -183,17 +181,13 @@ class Translation:
         """Keep the value of a key of ours, if there was none before."""
         if key not in self.key_of:
             self.problems.append(f"{label}: {why_unknown(self.config, key)}")
-        elif key == "report_to":
-            self.report_to += value if isinstance(value, list) else [value]
+        elif key == "report_to":  # wandb.enabled and tensorboard.enabled may both be true
+            names = self.tables.setdefault("", {}).setdefault("report_to", [])
+            names += value if isinstance(value, list) else [value]
         elif any(key in table for table in self.tables.values()):
             self.problems.append(f"{label}: {key} is given twice.")
         else:
             self.tables.setdefault(".".join(parents), {})[key] = value
-
-    def values(self) -> dict[str, dict[str, Any]]:
-        if self.report_to:
-            self.tables.setdefault("", {})["report_to"] = self.report_to
-        return self.tables
 
     def print_notes(self, where: str) -> None:
         if self.notes:

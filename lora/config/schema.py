@@ -219,7 +219,7 @@ class Config:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a table, or a key of a table: config.experiment_name = "x"."""
-        if name in [field.name for field in dataclasses.fields(self)]:
+        if name in [table_field.name for table_field in dataclasses.fields(self)]:
             object.__setattr__(self, name, value)
         else:
             setattr(self.table_with(name), name, value)
@@ -230,12 +230,11 @@ class Config:
             return getattr(self.table_with(name), name)
 
     def table_with(self, name: str) -> Any:
-        tables = [table for table in vars(self).values() if table is not None]
-        for table in tables:
+        for table in tables_of(self).values():
             if hasattr(table, name):
                 return table
-        keys = [key for table in tables for key in vars(table)]
-        raise AttributeError(f"the configuration has no key {name}.{nearest(name, keys)}")
+        known = fields_by_key(self)
+        raise AttributeError(f"the configuration has no key {name}.{nearest(name, known)}")
 
     @property
     def method(self) -> str:

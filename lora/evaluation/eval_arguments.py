@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora.common.checkpoint_folders import model_folder
-from lora.common.checksums import verify_checksums
+from lora.common.checksums import CHECKSUMS_FILE, file_sha256, verify_checksums
 from lora.common.errors import UserError
 from lora.common.saved_files import (
-    checksums_sha256,
     refuse_inside_artifact,
     require_sha256,
     verify_artifact,
@@ -107,16 +106,14 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
     """Return the arguments, and the configuration of the checkpoint or the base."""
     arguments = make_parser().parse_args(argv)
     checkpoint = arguments.checkpoint
-    if arguments.verify_only and not checkpoint:
-        raise UserError("--verify_only: no artifact is named; add --artifact_dir DIR.")
+    if not checkpoint and (arguments.verify_only or arguments.expect_sha256):
+        raise UserError("no artifact is named; add --checkpoint DIR.")
     if arguments.verify_only:
         verify_artifact(checkpoint, arguments.expect_sha256)
         print(f"{checkpoint}: verified: every file is as it was written")
-        print(f"sha256 of its checksums.json: {checksums_sha256(checkpoint)}")
+        print(f"sha256 of its checksums.json: {file_sha256(Path(checkpoint) / CHECKSUMS_FILE)}")
         raise SystemExit
     config = Config()
-    if arguments.expect_sha256 and not checkpoint:
-        raise UserError("--expect_sha256: no artifact is named; add --checkpoint DIR.")
     if checkpoint and arguments.config:
         mend = "leave --config out, and override keys with flags"
         raise UserError(f"--checkpoint brings its configuration along; {mend}.")

@@ -5,9 +5,9 @@ import dataclasses
 import json
 import pickle
 import re
+import tomllib
 
 import pytest
-import tomli
 
 from lora.common.checksums import write_checksums
 from lora.common.errors import UserError
@@ -132,7 +132,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path, suffix):
     again = read("--config", str(path))
     assert again == config
     if suffix == "toml":
-        assert tomli.loads(path.read_text()) == config.as_dict()
+        assert tomllib.loads(path.read_text()) == config.as_dict()
         assert saved_config(tmp_path) == from_dict(config.as_dict(), "") == config
 
 

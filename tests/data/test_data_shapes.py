@@ -142,6 +142,16 @@ def test_the_columns_that_a_refusal_names_make_the_row_readable(task, row, tmp_p
     assert example.text or example.messages or (example.prompt, example.steps) == (Q, [A])
 
 
+def test_the_columns_that_a_refusal_names_are_those_of_a_table_too(tmp_path):
+    (tmp_path / "a.csv").write_text(f"ask,reply,id\n{Q},{A},7\n")
+    with pytest.raises(
+        UserError,
+        match="keys found: ask .text., reply .text., id .number.; .*"
+        "add --columns prompt=ask completion=reply",
+    ):
+        read([str(tmp_path / "a.csv")], "lm")
+
+
 def test_the_command_that_a_refusal_names_converts_the_turns(tmp_path, capsys):
     path = tmp_path / "FILE"
     write(path, {"data": [Q, A]})

@@ -11,7 +11,7 @@ import pytest
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data import arithmetic
-from lora.data.readers import READERS, read, reader_for
+from lora.data.readers import READERS, iterate, read, reader_for
 from lora.data.readers.published import PUBLISHED
 
 
@@ -418,6 +418,8 @@ def test_a_few_chats_with_a_blank_message_are_left_out(tmp_path, capsys):
     assert "left out: 1 rows (a blank message)" in capsys.readouterr().out
     with pytest.raises(UserError, match="rows.jsonl:99: 2 of 100 rows have a blank message"):
         read_rows(tmp_path, *[good] * 98, blank, {"prompt": "", "completion": "a"})
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, [blank] + [good] * 99)))
+    assert len(list(iterate([(0, path)], "lm", DataConfig(), limit=5))) == 5
 
 
 def test_a_tsv_is_not_quoted_and_numbers_are_those_of_json(tmp_path):

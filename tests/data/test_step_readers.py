@@ -277,6 +277,9 @@ def test_reveal_takes_the_best_evidence_of_a_step_and_the_lower_of_two_kinds(tmp
     ):
         chains(reveal(tmp_path, "step_text"))
     assert chains(reveal(tmp_path, "step_text"), columns={"step": "step_text"}) == expected
+    columns = {"category": "question_id"}
+    examples = read([reveal(tmp_path)], "score", DataConfig(columns=columns))
+    assert [example.category for example in examples] == ["q", "q"]
 
 
 def test_reveal_is_evaluated_on_and_trained_on_with_permission_only(tmp_path, configure):
@@ -373,6 +376,22 @@ BAD = [
         "mistake_index 1; expected null, or 0 to 0",
     ),
     ({"input": "p", "steps": ["a"], "mistake_index": True}, "mistake_index True; expected null"),
+    (
+        {
+            "Question": "p",
+            "Model_Solution_Steps": ["a"],
+            "Model_Solution_First_Error_Step": "0",
+        },
+        "Model_Solution_First_Error_Step '0'; expected N/A, or 1, 2, ...",
+    ),
+    (
+        {"question": "p", "ground_truth": "g", "m": {"solution": "a"}, "steps": ["a"]},
+        "is_correct None; expected true or false",
+    ),
+    (
+        {"problem": "p", "steps": ["a"], "label": 1, "mistake_index": 0},
+        "label 1; expected -1, or 0 to 0",
+    ),
     ({"problem": "p", "steps": ["a"], "label": None}, "label None; expected -1, or 0 to 0"),
     (
         {"modified_question": "p", "modified_process": ["a"], "error_steps": [0]},

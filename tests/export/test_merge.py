@@ -14,9 +14,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
-from lora.common.checksums import write_checksums
+from lora.common.checksums import CHECKSUMS_FILE, file_sha256, write_checksums
 from lora.common.errors import UserError
-from lora.common.saved_files import checksums_sha256
 from lora.evaluation.generate import step_scores
 from lora.export.merging import require_same_outputs
 import merge as merging
@@ -257,7 +256,7 @@ def test_a_sum_that_is_expected_is_that_of_every_file(configure, tmp_path):
     folder = run(configure(True, max_steps=1)) / "final_artifact"
     path = folder / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
-    expected = ("--expect_sha256", checksums_sha256(folder))
+    expected = ("--expect_sha256", file_sha256(folder / CHECKSUMS_FILE))
     for name in ("metadata.json", "training_config.toml"):
         (folder / name).unlink()
         with pytest.raises(UserError, match="changed|missing"):

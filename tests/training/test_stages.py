@@ -216,6 +216,15 @@ def test_init_from_names_an_earlier_stage_or_is_an_error(tmp_path, name):
         read_command_line(flags, get_lora_config(), "none.toml", "")
 
 
+def test_a_stage_begins_with_an_adapter_beside_another_trainers_state(configure, tmp_path):
+    one = run(configure(True, "one", **LM))
+    theirs = shutil.copytree(one / "checkpoints/checkpoint_step_4/lora_adapter", tmp_path / "500")
+    (theirs / "trainer_state.json").write_text('{"global_step": 500}')
+    config = configure(True, "two", init_from=str(theirs), **LM)
+    require_stage(config)
+    assert losses(run(config))[0] == pytest.approx(losses(one)[-1], abs=1e-5)
+
+
 def test_a_stage_is_verified_before_a_check_or_a_dry_run(configure):
     artifact = run(configure(True, **LM)) / "final_artifact"
     path = artifact / "adapter_model.safetensors"

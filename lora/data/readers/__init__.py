@@ -112,8 +112,8 @@ def read_file(
                 yield result
             elif isinstance(result, str):
                 left_out[result] += 1
-            else:
-                evidence.append(result)
+            else:  # a row of REVEAL
+                evidence.append({**result, "category": category(row)})
         if limit is not None and num_examples >= limit:
             break
     files.raise_bad_rows(path, bad_rows)
@@ -121,14 +121,15 @@ def read_file(
         from lora.data.readers.published import reveal
 
         for result in reveal.chains(evidence, data):
-            if isinstance(result, Example):
-                yield result
-            else:
+            if isinstance(result, str):
                 left_out[result] += 1
+            else:
+                yield result
     if left_out and notes:
         reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
         print_on_rank_zero(f"note: {path}: left out: {', '.join(reasons)}")
-    if left_out[BLANK] > MAX_BLANK * num_rows:
+    was_read_whole = limit is None or num_examples < limit
+    if was_read_whole and left_out[BLANK] > MAX_BLANK * num_rows:
         share = f"{left_out[BLANK]} of {num_rows} rows have a blank message"
         raise UserError(f"{first_blank}: {share}; expected 1% at most. Take them out.")
     if not_read and notes:
@@ -173,11 +174,11 @@ def reader_for(where: str, row: dict, task: str) -> ModuleType:
         from lora.data.readers.published import PUBLISHED
 
         fitting += readers_that_fit(row, PUBLISHED)
-    if len(fitting) > 1:
-        fitting.sort(key=lambda reader: all(row[key] is None for key in form_of(reader, row)))
-    for reader in fitting:
-        if reader.TASK == task:
-            return reader
+    of_task = [reader for reader in fitting if reader.TASK == task]
+    if len(of_task) > 1:  # data sets that were joined have null columns of each other
+        of_task.sort(key=lambda reader: all(row[key] is None for key in form_of(reader, row)))
+    if of_task:
+        return of_task[0]
     if fitting:
         keys = f"keys {', '.join(row)} in a run of --task {task}"
         raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")

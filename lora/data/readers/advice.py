@@ -6,6 +6,8 @@ from functools import lru_cache
 import re
 from typing import Any
 
+from lora.data.examples import from_cell
+
 # Words in the keys of other data sets that mean ours, the likeliest first
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "user", "human", "problem", "q")
 ANSWERS = (
@@ -37,7 +39,7 @@ def why_not_read(row: dict, forms: Sequence[set[str]], task: str) -> str:
 
 @lru_cache(maxsize=1000)  # all rows of a file may have the same keys
 def advice(kinds: tuple, forms: tuple, task: str) -> str:
-    keys = {name: kind for name, kind in kinds if "." not in name}
+    keys = {name: found for name, found in kinds if "." not in name}
     columns = (score_columns if task == "score" else chat_columns)(dict(kinds))
     own = " ".join(sorted(keys))
 
@@ -52,8 +54,8 @@ def advice(kinds: tuple, forms: tuple, task: str) -> str:
         mend = f"add --columns {' '.join(pairs)}"
     elif turns and task == "lm":
         mend = TO_MESSAGES.format(key=turns[0])
-    found = ", ".join(f"{key} ({kind})" for key, kind in keys.items())
-    return f"keys found: {found or 'none'}; expected one of: {'; '.join(shapes)}; {mend}."
+    listed = ", ".join(f"{key} ({found})" for key, found in keys.items())
+    return f"keys found: {listed or 'none'}; expected one of: {'; '.join(shapes)}; {mend}."
 
 
 def kind(value: Any) -> str:
@@ -63,8 +65,10 @@ def kind(value: Any) -> str:
         return f"list of {kinds.pop()}s" if len(kinds) == 1 else "list"
     if isinstance(value, dict):
         return "message" if {"role", "from"} & value.keys() else "object"
-    names = {str: "text", int: "number", float: "number", bool: "number"}
-    return names.get(type(value), "no value")
+    value = from_cell(value)
+    if isinstance(value, str):
+        return "text"
+    return "number" if isinstance(value, (int, float)) else "no value"
 
 
 def meaning(keys: list[str], words: Sequence[str]) -> str:

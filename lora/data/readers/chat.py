@@ -28,15 +28,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SYSTEM = ("system", "system_prompt")  # keys beside the messages
 NUMBERS = ("weight", "loss_weight")  # switches of a message
 BOOLEANS = ("train", "training")
-OWN_KEYS = {"role", "content", *NUMBERS, *BOOLEANS}  # of a message of text
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
     refuse_other_training(where, row)
-    if not is_in_our_words(row):
-        from lora.data.readers.chat_dialects import in_our_words
+    from lora.data.readers.chat_dialects import in_our_words
 
-        row = in_our_words(where, row)
+    row = in_our_words(where, row)
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         found = f"messages is {str(messages)[:40]!r}"
@@ -63,22 +61,6 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
         tools=tools,
         weight=weight(where, row),
     )
-
-
-def is_in_our_words(row: dict) -> bool:
-    """Return whether the messages are plain text under our keys, and tools are objects."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or row.get("functions"):
-        return False
-    tools = row.get("tools") or []
-    if not isinstance(tools, list) or any(isinstance(tool, str) for tool in tools):
-        return False  # perhaps JSON in a text
-    for message in messages:
-        if not isinstance(message, dict) or not message.keys() <= OWN_KEYS:
-            return False
-        if isinstance(message.get("content"), list) or message.get("role") not in ROLES:
-            return False
-    return True
 
 
 def with_system(where: str, row: dict, messages: list) -> list:
@@ -134,8 +116,10 @@ def message_weight(where: str, number: int, message: dict) -> float:
             raise UserError(f"{where}: {problem}; expected true or false.")
         if value is not None:
             booleans[key] = value
-    is_trained = {*booleans.values(), *(value > 0 for value in numbers.values())}
-    if len(is_trained) > 1 or len({*numbers.values()}) > 1:
+    trained = {key: value > 0 for key, value in numbers.items()}
+    trained.update(booleans)
+    is_trained = set(trained.values())
+    if len(is_trained) > 1 or len(set(numbers.values())) > 1:
         switches = " and ".join([*numbers, *booleans])
         raise UserError(f"{where}: {switches} of message {number} disagree; keep one.")
     if message["role"] != "assistant":

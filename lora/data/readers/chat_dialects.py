@@ -1,4 +1,4 @@
-"""Chats in the words of other tools, in ours; imported where a chat has such words.
+"""Chats in the words of other tools, in ours; imported where there is a chat.
 
     ShareGPT            {"conversations": [{"from": "human" or "gpt", "value"}, ...]}
     OpenAI, Anthropic   a content that is a list of {"type": "text", "text"}

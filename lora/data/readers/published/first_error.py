@@ -12,17 +12,18 @@ from lora.data.readers.steps import chain
 
 TASK = "score"
 MR_BEN = ("Question", "Model_Solution_Steps", "Model_Solution_First_Error_Step")
-FORMS = ({"input", "steps", "mistake_index"}, {"problem", "steps", "label"}, set(MR_BEN))
+BIG_BENCH = {"input", "steps", "mistake_index"}
+FORMS = (BIG_BENCH, {"problem", "steps", "label"}, set(MR_BEN))
 OPTIONAL: set[str] = {"Options", "Model_Solution_Correctness"}
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
-    if "mistake_index" not in row and row.keys() >= set(MR_BEN):
+    is_big_bench = row.keys() >= BIG_BENCH
+    if not is_big_bench and row.keys() >= set(MR_BEN):
         row = as_process_bench(where, row)
         if row["label"] is None:
             yield "a wrong solution without its first error"
             return
-    is_big_bench = "mistake_index" in row
     prompt = row["input" if is_big_bench else "problem"]
     name = "mistake_index" if is_big_bench else "label"
     none_is_wrong = None if is_big_bench else -1
@@ -45,7 +46,7 @@ def as_process_bench(where: str, row: dict) -> dict:
     question, steps, first_wrong = [row[name] for name in MR_BEN]
     if first_wrong == "N/A":
         label = -1 if row.get("Model_Solution_Correctness", "correct") == "correct" else None
-    elif str(first_wrong).isdigit():
+    elif str(first_wrong).isdecimal() and int(first_wrong) > 0:
         label = int(first_wrong) - 1
     else:
         raise UserError(f"{where}: {MR_BEN[2]} {first_wrong!r}; expected N/A, or 1, 2, ...")

@@ -11,12 +11,13 @@ from lora.data.examples import Examples, string
 from lora.data.readers.steps import chain
 
 TASK = "score"
-FORMS = ({"prompt", "steps", "is_correct"}, {"question", "ground_truth"})
+CANDIDATE = {"prompt", "steps", "is_correct"}
+FORMS = (CANDIDATE, {"question", "ground_truth"})
 OPTIONAL = None  # the keys of GSM8K's solutions are names of models
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
-    prompt = row["prompt" if "steps" in row else "question"]
+    prompt = row["prompt" if row.keys() >= CANDIDATE else "question"]
     for steps, correct in solutions(where, row):
         if not isinstance(correct, bool) or not isinstance(steps, list):
             expected = "expected true or false, and steps in a list"
@@ -27,7 +28,7 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
 
 def solutions(where: str, row: dict) -> list[tuple]:
     """Return (steps, is_correct) of each solution, as they stand in the row."""
-    if "steps" in row:
+    if row.keys() >= CANDIDATE:
         return [(row["steps"], row["is_correct"])]
     results = []
     for value in row.values():

@@ -30,8 +30,8 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
             for texts, labels in chains(steps, ratings):
                 yield chain(where, problem, texts, labels)
     except (TypeError, KeyError, IndexError, AttributeError) as error:
-        problem = f"not a row of PRM800K ({type(error).__name__}: {error})"
-        raise UserError(f"{where}: {problem}.") from None
+        found = f"not a row of PRM800K ({type(error).__name__}: {error})"
+        raise UserError(f"{where}: {found}.") from None
 
 
 def chains(steps: list[dict], ratings: dict) -> list[tuple[list, list]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples
+from lora.data.examples import Example, Examples
 from lora.data.readers.steps import chain
 
 TASK = "score"
@@ -24,7 +24,8 @@ LABELS = {
     "attribution_label": {"fully": 1.0, "partially": 0.5, "unsupported": 0.0, "contradictory": 0.0},
     "correctness_label": {"correct": 1.0, "incorrect": 0.0},
 }
-OTHER_KIND = {"attribution_label": "logic", "correctness_label": "attribution"}  # without it
+# A step whose type begins so has no label in this column.
+ONLY_OTHER_KIND = {"attribution_label": "logic", "correctness_label": "attribution"}
 TERMS = "REVEAL's owners permit it as a test set, not as a training set (its gate; CC BY-ND 4.0)"
 
 
@@ -37,7 +38,7 @@ def examples(where: str, row: dict, data: DataConfig) -> Iterator[dict[str, str]
     evidence = {"where": where}
     for column in REVEAL_COLUMNS:
         evidence[column] = "" if row[column] is None else str(row[column]).strip()
-    if not evidence["step_idx"].isdigit():
+    if not evidence["step_idx"].isdecimal():
         raise UserError(f"{where}: step_idx {evidence['step_idx']!r}; expected a number.")
     for column, labels in LABELS.items():
         text = evidence[column]
@@ -48,26 +49,27 @@ def examples(where: str, row: dict, data: DataConfig) -> Iterator[dict[str, str]
 
 def chains(rows: list[dict[str, str]], data: DataConfig) -> Examples:
     """Yield a chain for each answer, in the order of their first rows."""
-    answers: dict[str, list[dict]] = {}
+    answers: dict[str, dict[int, list[dict]]] = {}  # the rows of each step of each answer
     for row in rows:
-        answers.setdefault(row["answer_id"], []).append(row)
+        steps = answers.setdefault(row["answer_id"], {})
+        steps.setdefault(int(row["step_idx"]), []).append(row)
     terms = "" if data.reveal_train_i_have_permission else TERMS
-    for of_answer in answers.values():
-        steps: dict[int, list[dict]] = {}
-        for row in of_answer:
-            steps.setdefault(int(row["step_idx"]), []).append(row)
+    for steps in answers.values():
         in_order = [steps[i] for i in sorted(steps)]
         texts = [of_step[0]["step"] for of_step in in_order]
         labels = [label_of_step(of_step) for of_step in in_order]
-        first = of_answer[0]
-        yield chain(first["where"], first["question"], texts, labels, terms=terms)
+        first = next(iter(steps.values()))[0]  # of the answer's rows
+        result = chain(first["where"], first["question"], texts, labels, terms=terms)
+        if isinstance(result, Example):
+            result.category = first["category"]
+        yield result
 
 
 def label_of_step(rows: list[dict[str, str]]) -> float | None:
     """Return the label of a step from the rows of its evidence, or None where they have none."""
     kind = rows[0]["type_label"].lower()
     labels = []
-    for column, other_kind in OTHER_KIND.items():
+    for column, other_kind in ONLY_OTHER_KIND.items():
         values = [LABELS[column][row[column].lower()] for row in rows if row[column]]
         if values and not kind.startswith(other_kind):
             labels.append(max(values))
