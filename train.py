@@ -182,7 +182,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         step += 1
 
         # 5. Log.
-        log.count(step, data.size_at(step - 1), time.monotonic() - started, loss)
+        log.count(step, data.num_tokens_at(step - 1), time.monotonic() - started, loss)
         if step % config.output.logging_steps == 0:
             values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
             log.metrics(step, {f"train/{name}": value for name, value in values.items()})

@@ -386,6 +386,7 @@ HUB_PATHS = {
     f"{OWN}/parquet/data/train-*.parquet": ("one, two", "a"),
     f"{OWN}/card": ("english", "a"),
     f"{OWN}/card/french:dev": ("french", "a"),
+    f"{OWN}/all": ("not its card", "a"),
     f"{OWN}/script": ("converted", "b"),
     f"{OWN}/parquet:dev": ("its splits are test, train", ""),
     f"{OWN}/card/dutch": ("its configs are default, english, french", ""),
@@ -420,6 +421,12 @@ def repositories() -> dict[str, Any]:
                 "README.md": card.encode(),
                 "en/1.jsonl": b'{"text": "english"}\n',
                 "fr.csv": b"text\nfrench\n",
+            }
+        },
+        "someone/all": {
+            "main": {
+                "README.md": b"---\nconfigs:\n- config_name: c\n  data_files: '*'\n---\n# A card\n",
+                "1.jsonl": b'{"text": "not its card"}\n',
             }
         },
         "someone/script": {

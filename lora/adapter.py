@@ -75,8 +75,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     full_weights = {base_name(name): tensor for name, tensor in full_weights.items()}
     parameter_names = [base_name(name) for name in all_parameters(model)]
     full_place_of = find_places(model, folder, full_weights, parameter_names)
-    full_weights = {full_place_of[name]: tensor for name, tensor in full_weights.items()}
-    fit_embeddings(model, full_weights, place_of.values())
+    weights_by_place = {full_place_of[name]: tensor for name, tensor in full_weights.items()}
+    fit_embeddings(model, weights_by_place, place_of.values())
 
     # 2. Wrap the layers that have factors.
     alphas = {}
@@ -93,7 +93,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     # 3. Give every tensor the name of its parameter.
     parameters = all_parameters(model)
     name_of = {base_name(name): name for name in parameters}
-    tensors = {name_of[name]: tensor for name, tensor in full_weights.items()}
+    tensors = {name_of[name]: tensor for name, tensor in weights_by_place.items()}
     for name, module_factors in modules.items():
         for factor, tensor in module_factors.items():
             tensors[f"{place_of[name]}.{factor}"] = tensor
@@ -106,7 +106,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         unexpected = tensors.keys() - trained - frozen
         see = "see target_modules, modules_to_save, use_dora"
         raise_if_any(unexpected, f"{folder}: not among what is trained ({see})")
-    require_scales(model, folder, alphas, config["use_rslora"])
+        require_scales(model, folder, alphas, config["use_rslora"])
     require_shapes(folder, tensors, parameters)
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
@@ -205,7 +205,8 @@ def fit_embeddings(model: nn.Module, full_weights: Tensors, adapted: Collection[
         if given[name].shape == embeddings[name].shape:
             embeddings[name].copy_(given[name])
     are_trained = len(given) > len(of_base)
-    are_equal = len(given) > 1 and torch.equal(*list(given.values())[:2])
+    weights = list(given.values())
+    are_equal = len(weights) == 2 and torch.equal(weights[0], weights[1])
     if are_trained and not are_equal:
         target_modules.untie(model)
 

@@ -49,8 +49,8 @@ class FourBitSettings(QuantizationConfigMixin):
         self.device = device
         # What was wrong with the weights; transformers swallows errors raised while it reads them.
         self.damaged: list[str] = []
-        self.weight = {"quant_type": quant_type, "compress_statistics": double_quant}
-        self.layer = {**self.weight, "compute_dtype": compute_dtype}
+        self.weight_options = {"quant_type": quant_type, "compress_statistics": double_quant}
+        self.layer_options = {**self.weight_options, "compute_dtype": compute_dtype}
 
 
 @register_quantizer("plainlora_4bit")
@@ -65,11 +65,11 @@ class FourBitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
         import bitsandbytes as bnb
 
-        settings = self.quantization_config.layer
+        options = self.quantization_config.layer_options
         for name in linear_names(model):
             old = model.get_submodule(name)
             has_bias = old.bias is not None
-            new = bnb.nn.Linear4bit(*layer_sizes(old), has_bias, **settings, device="meta")
+            new = bnb.nn.Linear4bit(*layer_sizes(old), has_bias, **options, device="meta")
             new.was_conv1d = isinstance(old, Conv1D)
             # Otherwise bitsandbytes 0.50.2 repacks the weight at the first evaluation on some CPUs,
             # and gradients are cut from then on.
@@ -103,7 +103,7 @@ class Quantise(ConversionOps):
                 self.settings.damaged.append(f"{name} is not finite")
             if weight.shape != (layer.out_features, layer.in_features):
                 self.settings.damaged.append(f"{name} is of another shape than config.json says")
-            weight = bnb.nn.Params4bit(weight, False, module=layer, **self.settings.weight)
+            weight = bnb.nn.Params4bit(weight, False, module=layer, **self.settings.weight_options)
             quantised[name] = weight.to(self.settings.device)  # this quantises it
             layer._is_hf_initialized = True  # otherwise transformers initialises it again
         return quantised
@@ -116,24 +116,16 @@ def is_4bit(layer: nn.Module) -> bool:
 
 def share_4bit(model: nn.Module) -> float:
     """Return the share of the weights that is in 4 bits; experts kept as one tensor are not."""
-    in_4bit = sum(sizes_in_4bit(model).values())
-    return in_4bit / count_parameters(model)
+    return 2 * bytes_in_4bit(model) / count_parameters(model)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of weights; a tensor of 4-bit weights has two of them in a byte."""
-    in_4bit = sizes_in_4bit(model)
-    in_full = sum(p.numel() for name, p in model.named_parameters() if name not in in_4bit)
-    return sum(in_4bit.values()) + in_full
+    """Return the number of weights; a byte of a 4-bit layer's weight holds two of them."""
+    return sum(p.numel() for p in model.parameters()) + bytes_in_4bit(model)
 
 
-def sizes_in_4bit(model: nn.Module) -> dict[str, int]:
-    """Return the number of weights of each 4-bit parameter."""
-    sizes = {}
-    for name, module in model.named_modules():
-        if is_4bit(module):
-            sizes[f"{name}.weight"] = module.in_features * module.out_features
-    return sizes
+def bytes_in_4bit(model: nn.Module) -> int:
+    return sum(module.weight.numel() for module in model.modules() if is_4bit(module))
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

@@ -79,7 +79,7 @@ def is_pooler(name: str) -> bool:
     return "pooler" in name.split(".")
 
 
-def require_all_grads(model: nn.Module) -> None:
+def make_all_trainable(model: nn.Module) -> None:
     """Make every weight trainable, except a pooler's and those in 4 bits, which cannot be."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() and not is_pooler(name))
@@ -168,7 +168,7 @@ def matches_pattern(pattern: str, name: str) -> bool:
     try:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error as error:
-        found = f"{error.pattern!r} is no regular expression ({error})"
+        found = f"{pattern!r} is no regular expression ({error})"
         raise UserError(f"rank_pattern, alpha_pattern: {found}.") from None
 
 

@@ -93,6 +93,11 @@ class DataConfig(Table):
         """What is evaluated on; the dataset_id of an example is a position in this list."""
         return [*(self.eval_data or self.train_paths), *self.only_evaluated]
 
+    @property
+    def held_out_paths(self) -> list[str]:
+        """The files that are held out as a whole."""
+        return self.eval_paths if self.eval_data else self.only_evaluated
+
 
 @dataclass
 class LoraConfig(Table):

@@ -60,7 +60,10 @@ def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], in
 
 @lru_cache(maxsize=8)
 def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
-    """Learn from a chat of two turns how the tokenizer's template writes them."""
+    """Learn from a chat of two turns how the tokenizer's template writes them.
+
+    `template` is that template: the result is remembered for both, as a tokenizer may get another.
+    """
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         chat = Chat("a chat of two turns", turn + turn, None, tokenizer)
@@ -71,8 +74,8 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
         ]
         without_prompt = chat.render(turn[:1])
     except UserError:  # the template refuses such a chat
-        spans = None
-    if spans is None:
+        spans = []
+    if not spans:
         return TurnFormat()
 
     (_, first_end), (_, last_end) = spans
@@ -103,28 +106,41 @@ def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:
     """Return the span of each of the assistant's turns in `chat.text`. Raises UserError."""
     turns = chat.assistant_turns()
     plain_turns = [i for i in turns if not chat.reasoning(i) and not chat.tool_calls(i)]
-    plain_spans = marked_spans(chat, plain_turns) or []
-    span_of_turn: dict[int, Span | None] = dict(zip(plain_turns, plain_spans))
+    marked = dict(zip(plain_turns, marked_spans(chat, plain_turns)))
+    spans = []
     for i in turns:
-        if i not in plain_turns:
-            span_of_turn[i] = prompted_span(chat, i, turn_format) or answer_span(chat, i)
-        elif i in span_of_turn:
-            span = from_prompt(chat, i, span_of_turn[i], turn_format)
-            has_empty_reasoning = chat.messages[i]["content"].strip() != chat.answer(i)
-            is_answer_alone = chat.text[span[0] : span[1]].strip() == chat.answer(i)
-            lacks_part = has_empty_reasoning and is_answer_alone and not chat.drops_reasoning(i)
-            span_of_turn[i] = None if lacks_part else span
-        if span_of_turn.get(i) is None:
+        span = None
+        if i in marked:
+            span = plain_span(chat, i, marked[i], turn_format)
+        elif i not in plain_turns:
+            span = prompted_span(chat, i, turn_format) or answer_span(chat, i)
+        if span is None:
             raise chat.error(f"message {i + 1}: cannot tell where {chat.template} writes it")
-    return [span_of_turn[i] for i in turns]
+        spans.append(span)
+    return spans
 
 
-def marked_spans(chat: Chat, turns: list[int]) -> list[Span] | None:
-    """Return the spans of these messages, by marks around them; None if the marks are moved.
+def plain_span(chat: Chat, i: int, marked: Span, turn_format: TurnFormat) -> Span | None:
+    """Return turn i, which has no calls and no reasoning, from the span that marks gave.
+
+    None where the chat has an empty reasoning there, and the span is the answer without it.
+    """
+    start, end = from_prompt(chat, i, marked, turn_format)
+    has_empty_reasoning = chat.messages[i]["content"].strip() != chat.answer(i)
+    is_answer_alone = chat.text[start:end].strip() == chat.answer(i)
+    if has_empty_reasoning and is_answer_alone and not chat.drops_reasoning(i):
+        return None
+    return start, end
+
+
+def marked_spans(chat: Chat, turns: list[int]) -> list[Span]:
+    """Return the spans of these messages, by marks around them; none if the marks are moved.
 
     A template that strips contents must find the blanks outside of the marks. So at the second
     attempt the marks stand around the stripped answers.
     """
+    if not turns:
+        return []
     contents = [chat.messages[i]["content"] for i in turns]
     answers = [chat.answer(i) for i in turns]
     for texts in (contents, answers):
@@ -141,7 +157,7 @@ def marked_spans(chat: Chat, turns: list[int]) -> list[Span] | None:
         in_spans = [chat.text[start:end].strip() for start, end in spans]
         if unmarked == chat.text and in_spans == [text.strip() for text in texts]:
             return spans
-    return None
+    return []
 
 
 def spans_between_marks(text: str, begin: str, end: str) -> list[Span]:

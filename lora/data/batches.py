@@ -116,7 +116,9 @@ class Rows:
         dataset_ids = np.repeat(self.dataset_ids[rows], seq_lens)
         features = None
         if self.features is not None:
-            features = torch.cat([self.features[i] for i in rows])[: has_target.sum()]
+            features = torch.cat([self.features[i] for i in rows])
+            if not with_targets:
+                features = features[:0]
         return Batch(
             input_ids=table(self.tokens[source]),
             position_ids=table(position_ids),
@@ -185,13 +187,10 @@ def shard_rows(seq_lens: np.ndarray, world_size: int) -> np.ndarray:
 def split_groups(groups: list[list[int]], count: int) -> list[list[int]]:
     """Return `count` groups: the largest are halved, and empty ones are added where none can be."""
     groups = [group for group in groups if group]
-    while len(groups) < count:
-        sizes = [len(group) for group in groups]
-        if max(sizes, default=0) <= 1:
-            groups.append([])
-            continue
-        largest = sizes.index(max(sizes))
+    while len(groups) < count and any(len(group) > 1 for group in groups):
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         group = groups[largest]
         middle = len(group) // 2
         groups[largest : largest + 1] = [group[:middle], group[middle:]]
+    groups += [[] for _ in range(count - len(groups))]
     return groups

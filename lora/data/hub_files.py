@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from lora.common.errors import UserError
 from lora.common.printable_text import print_on_rank_zero
-from lora.data.file_kinds import ARROW, HUB, kind_of
+from lora.data.file_kinds import HUB
 from lora.data.file_sets import is_data, require_one_set
 
 ADDRESS = re.compile(HUB + r"([^/@:]+/[^/@:]+)(?:@([^/:]+))?(?:/(.+?))?(?::([\w.-]+))?")
@@ -41,7 +41,7 @@ def hub_files(path: str) -> dict[str, Path]:
     repository, revision, name, split = match.groups()
     is_glob = "*" in (name or "")
     try:
-        if name and not split and is_file(name) and not is_glob:
+        if name and not split and is_data(Path(name)) and not is_glob:
             return {path: Path(hf_hub_download(repository, name, revision=revision, **DATA_SET))}
         folder, files = folder_and_names(repository, revision)
         patterns = [name]
@@ -52,9 +52,7 @@ def hub_files(path: str) -> dict[str, Path]:
                 configs = configs_of_names(files)
             splits = configs[chosen(path, "config", name, configs)]
             patterns = splits[chosen(path, "split", split, splits)]
-        files = [file for file in sorted(files) if is_file(file) and matches(file, patterns)]
-        if is_glob:
-            files = [file for file in files if is_data(Path(file))]
+        files = [file for file in sorted(files) if is_data(Path(file)) and matches(file, patterns)]
         if not files:
             raise UserError(f"{path}: no data file matches {', '.join(patterns)}.")
         if is_glob:
@@ -65,10 +63,6 @@ def hub_files(path: str) -> dict[str, Path]:
     if any("partial-" in file for file in files):
         print_on_rank_zero(f"note: {path}: the Hub's conversion to Parquet holds only a part of it")
     return {f"{HUB}{repository}/{file}": folder / file for file in files}
-
-
-def is_file(name: str) -> bool:
-    return bool(kind_of(name)) or name.endswith(ARROW)
 
 
 def matches(name: str, patterns: list[str]) -> bool:

@@ -42,7 +42,9 @@ def rows_in(path: str, value: Any) -> list:
     if isinstance(value, dict) and is_table(value.get("data")):
         return value["data"]
     if isinstance(value, dict) and value and all(is_table(part) for part in value.values()):
-        splits = [name for name in value if SPLITS.fullmatch(name)]
+        splits: set[str] = set()
+        for name in value:
+            splits.update(SPLITS.findall(name.lower()))
         if len(splits) > 1:
             found = f"the splits {', '.join(sorted(splits))} in one object"
             raise UserError(f"{path}: {found}; write each to a file of its own.")

@@ -8,7 +8,7 @@ import time
 
 from lora.common.atomic_files import write_text_atomically
 from lora.common.checksums import file_sha256
-from lora.config.schema import Config, DataConfig
+from lora.config.schema import Config
 from lora.data import files
 from lora.data.split import Split
 
@@ -41,18 +41,13 @@ def digest(*parts) -> str:
     return total.hexdigest()[:32]
 
 
-def held_out_paths(data: DataConfig) -> list[str]:
-    """Return the files that are held out as a whole."""
-    return data.eval_paths if data.eval_data else data.only_evaluated
-
-
 def cache_key(config: Config, sums: dict[str, str | None]) -> str:
     """Return a hash of all that the tokens of a run's data depend on, except the tokenizer.
 
     `sums` is the sha256 of each path's content, or None where the path says what the data is.
     """
     data = config.data
-    paths = [*data.train_paths, *held_out_paths(data)]
+    paths = [*data.train_paths, *data.held_out_paths]
     settings = {**vars(config.model), **vars(data)}
     chosen = sorted((name, value) for name, value in settings.items() if name not in NOT_IN_KEY)
     counts = (len(data.train_paths), len(data.eval_data))
@@ -64,15 +59,14 @@ class RawData:
     """The data that a configuration names.
 
     It is read, and so checked, at once unless an earlier run has tokenised it. `files` holds
-    "train_data" and "eval_data", each {path: sha256}; that of arithmetic:... is None, because it is
-    made, not read.
+    "train_data" and "eval_data", each {path: its `content_sha256`}.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         train_paths = config.data.train_paths
-        eval_paths = held_out_paths(config.data)
-        sums = sums_of(train_paths + eval_paths)
+        eval_paths = config.data.held_out_paths
+        sums = {path: content_sha256(path) for path in dict.fromkeys(train_paths + eval_paths)}
         self.files = {
             "train_data": {path: sums[path] for path in train_paths},
             "eval_data": {path: sums[path] for path in eval_paths},
@@ -88,18 +82,14 @@ class RawData:
         return self.split
 
 
-def sums_of(paths: list[str]) -> dict[str, str | None]:
-    sums: dict[str, str | None] = {}
-    for path in paths:
-        if path.startswith("arithmetic:"):
-            sums[path] = None
-        elif path not in sums:  # a file may be named in both train_data and eval_data
-            sums[path] = sha256_of_files(path, files.local_files(path))
-    return sums
+def content_sha256(path: str) -> str | None:
+    """Return the sha256 of a file, or a hash of those of a folder or a glob and their kinds.
 
-
-def sha256_of_files(path: str, local_files: dict[str, Path]) -> str:
-    """Return the sha256 of a file, or a hash of those of a folder or a glob and their kinds."""
+    None for arithmetic:..., which is made, not read.
+    """
+    if path.startswith("arithmetic:"):
+        return None
+    local_files = files.local_files(path)
     if list(local_files) == [path]:
         return remembered_sha256(local_files[path])
     parts = [(Path(name).suffixes, remembered_sha256(file)) for name, file in local_files.items()]

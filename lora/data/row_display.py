@@ -1,5 +1,7 @@
 """A row as text, its targets marked."""
 
+import math
+
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora.common.printable_text import printable
@@ -11,9 +13,9 @@ def row_as_text(row: Row, tokenizer: Tokenizer, colour: bool) -> str:
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     parts = []
     start = 0
-    if any(isinstance(target, float) for target in row.targets):
+    if isinstance(row.targets[0], float):  # of a step scorer
         for i, label in enumerate(row.targets):
-            if label == label:  # not NaN
+            if not math.isnan(label):
                 text = printable(tokenizer.decode(row.tokens[start : i + 1])).rstrip("\n")
                 parts.append(f"{text} {begin}{label:g}{end}\n")
                 start = i + 1

@@ -37,7 +37,7 @@ class TrainingData:
         world_size: int = 1,
         layout: dict | None = None,
     ) -> None:
-        """`layout` is the property of that name, as the checkpoint holds it that a run resumes."""
+        """`layout` is that of the run that is resumed, from its checkpoint; None: a fresh run."""
         training = config.training
         data = config.data
         self.rows = rows
@@ -112,11 +112,8 @@ class TrainingData:
 
     def groups_by_process(self, rows: np.ndarray) -> list[list[list[int]]]:
         process = shard_rows(self.rows.seq_lens(rows), self.world_size)
-        groups_by_process = []
-        for i in range(self.world_size):
-            groups = self.rows.groups(rows[process == i], self.max_tokens, self.packed)
-            groups_by_process.append(groups)
-        return groups_by_process
+        shares = [rows[process == i] for i in range(self.world_size)]
+        return [self.rows.groups(share, self.max_tokens, self.packed) for share in shares]
 
     def num_tokens(self, group: list[int]) -> int:
         return int(self.rows.seq_lens(np.array(group, np.int64)).sum())
@@ -141,7 +138,7 @@ class TrainingData:
         """Return the number of targets of a step, over all processes."""
         return self.rows.num_targets(self.rows_at(step))
 
-    def size_at(self, step: int) -> int:
+    def num_tokens_at(self, step: int) -> int:
         """Return the number of tokens of a step, over all processes."""
         return self.num_tokens(self.rows_at(step))
 

@@ -105,9 +105,10 @@ def read_parts(config: Config, notes: bool = True) -> Iterator[Part]:
             advice = "name it in eval_data, or set use_reveal and reveal_path"
             raise UserError(f"{example.where}: {example.terms}; {advice}.")
         yield False, example
-    paths = enumerate(data.eval_paths)
-    if not data.eval_data:
-        paths = enumerate(data.only_evaluated, len(data.train_paths))
+    # A dataset_id is a position in `eval_paths`, which begin with the training files, if they too
+    # are evaluated on.
+    first_id = 0 if data.eval_data else len(data.train_paths)
+    paths = enumerate(data.held_out_paths, first_id)
     for example in iterate(paths, task, data, notes=notes):
         yield True, example
 

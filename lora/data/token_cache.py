@@ -42,7 +42,11 @@ MANY_SHARDS = 16  # from here on, the time to start processes is little
 
 
 def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
-    """Return the training rows, the held-out rows and the facts of `write_entry`, for a Task."""
+    """Return the training rows, the held-out rows and facts about them, for a Task.
+
+    The facts are those of `Split`, under "train" and "eval" those of `part_facts`, and "sha256",
+    the hashes of the arrays.
+    """
     tokenizer = task.tokenizer
     written = tokenizer.backend_tokenizer.to_str()
     settings = (written, tokenizer.chat_template, tokenizer.special_tokens_map)
@@ -171,7 +175,7 @@ def tokenise_chunks(
     task = config.model.task
     counts = Counts()
 
-    def rows() -> Iterator[tuple[Row, int]]:
+    def tokenised_rows() -> Iterator[tuple[Row, int]]:
         for chunk in chunks:
             results = tokenise(chunk, tokenizer, task, config.data, causal)
             for example, result in zip(chunk, results):
@@ -184,7 +188,8 @@ def tokenise_chunks(
                 for row in result.rows:
                     yield row, example.dataset_id
 
-    table = Rows.from_rows(rows(), task)
+    # This counts the examples, too, while their rows are read: there is no list of all rows.
+    table = Rows.from_rows(tokenised_rows(), task)
     has_target = is_target(table.targets)
     targets = table.targets[has_target]
     counts.rows = len(table)

@@ -132,6 +132,9 @@ def why_without_flash(model: PreTrainedModel, device: torch.device, dtype: torch
         return "it needs a GPU of NVIDIA's, Ampere or newer"
     if not flash_takes(query, query):
         return f"heads of width {width} in {dtype}; it takes multiples of 8 up to 256 in 16 bits"
+    dropouts = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+    if any(getattr(shape, name, None) for name in dropouts):
+        return "it has no dropout of attention, which the base's config.json asks for"
     has_sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
     if has_sinks or getattr(shape, "attn_logit_softcapping", None):
         return "it has neither soft cap nor sinks"
@@ -158,9 +161,10 @@ def grouped_attention(
 ) -> Tensor:
     """Compute documents of the same length together: [1, heads, t, width] -> [t, heads, width]."""
     outputs = []
-    groups = (x.split(documents.group_sizes, 2) for x in (query, key, value))
-    for count, *parts in zip(documents.group_counts, *groups):
-        q, k, v = (stack_documents(part, count) for part in parts)
+    sizes = documents.group_sizes
+    queries, keys, values = query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)
+    for count, *group in zip(documents.group_counts, queries, keys, values):
+        q, k, v = (stack_documents(x, count) for x in group)
         out = attend(q, k, v, documents, settings)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from lora.common.errors import UserError
+from lora.common.errors import UserError, is_out_of_memory
 from lora.data.batches import Rows
 from lora.data.tokenise import Row
+from lora.model.device import autocast
 from lora.model.heads import LMHead
 from lora.model.task import Task
 
@@ -20,13 +21,13 @@ def find_incompatibility(task: Task, dtype: torch.dtype | None = None) -> str | 
     """
     task.eval()
     # A frozen base may be in 16 bits, the trained weights in fp32, and quantised ones in 4 bits.
-    dtypes = {weight.dtype for weight in task.model.parameters()}
-    half = None
-    for half_dtype in (torch.float16, torch.bfloat16):
-        if half_dtype in dtypes or half_dtype == dtype:
-            half = half_dtype
+    dtypes = {weight.dtype for weight in task.model.parameters()} | {dtype or torch.float32}
+    compute_dtype = torch.float32
+    for half in (torch.float16, torch.bfloat16):
+        if half in dtypes:
+            compute_dtype = half
     # Relative to the largest output, with room to spare.
-    tolerance = 1e-4 if half is None and dtypes == {torch.float32} else 0.05
+    tolerance = 1e-4 if dtypes == {torch.float32} else 0.05
     vocabulary = task.model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (14,), generator=generator).tolist()
@@ -35,7 +36,7 @@ def find_incompatibility(task: Task, dtype: torch.dtype | None = None) -> str | 
     device = task.model.device
     try:
         # Autocast, because trained fp32 weights meet frozen 16-bit ones.
-        with torch.autocast(device.type, half, enabled=half is not None):
+        with autocast(device, compute_dtype):
             alone = hidden_states(task, first)
             separate = torch.cat([alone, hidden_states(task, second)])
             if differ(separate, hidden_states(task, first, second), tolerance):
@@ -52,6 +53,8 @@ def find_incompatibility(task: Task, dtype: torch.dtype | None = None) -> str | 
             task.train()
             hidden_states(task, first)  # some models compute differently in training
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):  # which says nothing about the model
+            raise
         message = " ".join(str(error).split())[:200]
         return f"a short forward pass ends in {type(error).__name__}: {message}"
     return None

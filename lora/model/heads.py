@@ -110,8 +110,9 @@ class ChunkedLoss(torch.autograd.Function):
             for chunk in head.chunks(hidden, len(weight)):
                 states = hidden[chunk].to(dtype)
                 logits = F.linear(states, cast_weight, cast_bias).float()
-                labels, factors = targets[chunk, None], loss_weights[chunk, None]
-                loss, logits_grad = loss_and_gradient(head, logits, labels, factors)
+                loss, logits_grad = loss_and_gradient(
+                    head, logits, targets[chunk, None], loss_weights[chunk, None]
+                )
                 loss_sum += loss
                 logits_grad = logits_grad.to(dtype)
                 hidden_grad[chunk] = logits_grad @ cast_weight

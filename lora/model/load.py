@@ -6,14 +6,14 @@ from transformers import PreTrainedConfig
 
 from lora.common.base_model_files import locate_base
 from lora.common.errors import UserError, library_errors
-from lora.config.schema import Config
+from lora.config.schema import Config, ModelConfig
 from lora.model.compatibility import find_incompatibility
 from lora.model.device import choose_device, choose_dtype
 from lora.model.heads import MLPHead
 from lora.model.pretrained_heads import initialise_head
 from lora.model.task import Task
 from lora.model.weights import add_tokens, four_bits, load_shape, load_weights, weight_files
-from lora.target_modules import require_all_grads
+from lora.target_modules import make_all_trainable
 
 DEFAULT_MAX_LENGTH = 2048
 CPU = torch.device("cpu")
@@ -61,20 +61,26 @@ def load_task(
         raise UserError(f"{where}: {shape.model_type} is not supported: {problem}{mend}.")
 
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
-        files, tokens = weight_files(config.model), config.model.head_tokens
-        embeddings = task.model.get_input_embeddings().weight
-        # A head that the base brings was trained on its last layer.
-        last_layer = shape.get_text_config().num_hidden_layers
-        reads_last = config.model.score_layer in (None, last_layer)
-        is_scorer = any(path.name == "mlp_head.safetensors" for path in files)
-        if is_scorer and reads_last and not tokens:
-            task.load_head(files[0].parent)  # a scorer's artifact is the base
-        elif reads_last or tokens:
-            found = initialise_head(task.head, files, tokens, tokenizer, embeddings)
-            task.head_is_random = not found
-
+        initialise_score_head(task, task.head, config.model, shape)
     set_max_length(config, shape, task.first_position)
     return task
+
+
+def initialise_score_head(
+    task: Task, head: MLPHead, model: ModelConfig, shape: PreTrainedConfig
+) -> None:
+    """Give a score head the weights of one that the base brings, or of `head_tokens`, if any."""
+    files, tokens = weight_files(model), model.head_tokens
+    # A head that the base brings was trained on its last layer.
+    last_layer = shape.get_text_config().num_hidden_layers
+    reads_last = model.score_layer in (None, last_layer)
+    is_scorer = any(path.name == "mlp_head.safetensors" for path in files)
+    if is_scorer and reads_last and not tokens:
+        task.load_head(files[0].parent)  # a scorer's artifact is the base
+    elif reads_last or tokens:
+        embeddings = task.model.get_input_embeddings().weight
+        found = initialise_head(head, files, tokens, task.tokenizer, embeddings)
+        task.head_is_random = not found
 
 
 def set_max_length(config: Config, shape: PreTrainedConfig, first_position: int) -> None:
@@ -117,13 +123,11 @@ def build_model(
         model.config.name_or_path = locate_base(config.model.base_model)[0]
     else:
         model = load_weights(model_class, config.model.base_model, dtype, attention, quantization)
-        if quantization:
-            model.to(quantization.device)  # where its 4-bit weights are already
     if config.model.task == "score" and config.model.score_layer:
         from lora.model.first_layers import cut_above  # asked for by few
 
         cut_above(model, config.model.score_layer)
     if config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
-    require_all_grads(model)
+    make_all_trainable(model)
     return model

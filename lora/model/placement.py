@@ -20,12 +20,10 @@ def prepare_layers(model: nn.Module, training: TrainingConfig, checkpointing: bo
     checkpointing: it keeps only its input, and is computed again in the backward pass.
     offload_activations: that input is moved to main memory.
     """
-    wanted = {"compile": training.compile, "gradient_checkpointing": checkpointing}
-    requested = [key for key in wanted if wanted[key]]
     layers = decoder_layers(model)
-    if requested and not layers:
-        problem = "this model has no list of layers to do it to"
-        raise UserError(f"{requested[0]}: {problem}; leave it out.")
+    if not layers and (training.compile or checkpointing):
+        key = "compile" if training.compile else "gradient_checkpointing"
+        raise UserError(f"{key}: this model has no list of layers to do it to; leave it out.")
     for layer in layers:
         if training.compile:  # for any length, or every new length would be compiled
             layer.forward = torch.compile(layer.forward, dynamic=True)

@@ -22,7 +22,7 @@ from lora.model.attention import Documents
 from lora.model.heads import LMHead, MLPHead
 from lora.model.pretrained_heads import load_two_class_head
 from lora.model.tokenizer_file import save_tokenizer
-from lora.target_modules import first_position, is_causal, is_tied, require_all_grads
+from lora.target_modules import first_position, is_causal, is_tied, make_all_trainable
 
 
 class Task(nn.Module):
@@ -182,7 +182,7 @@ class Task(nn.Module):
         load_adapter(self.model, adapter)
         if not trains_lora:
             merge(self.model)
-            require_all_grads(self.model)
+            make_all_trainable(self.model)
         loaded = self.model.get_input_embeddings().num_embeddings
         if loaded != vocabulary:
             problem = f"has embeddings of {loaded} tokens, not {vocabulary}"

@@ -20,12 +20,13 @@ PROBE = (
 
 def tokenizer_file(tokenizer: PreTrainedTokenizerBase) -> Path | None:
     """Return the tokenizer.json that a tokenizer was loaded from, or None without one."""
-    if not tokenizer.name_or_path:
-        return None
-    path = cached_file(
-        tokenizer.name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False
-    )
-    return path and Path(path)
+    return base_file(tokenizer.name_or_path, "tokenizer.json") if tokenizer.name_or_path else None
+
+
+def base_file(base_model: str, name: str) -> Path | None:
+    """Return a file of a base, downloaded where it is not on this disk; None if it has none."""
+    path = cached_file(base_model, name, _raise_exceptions_for_missing_entries=False)
+    return Path(path) if path else None
 
 
 def follows_its_file(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -44,5 +45,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the tokenizer; unless tokens were added, with the very file it was loaded from."""
     path = tokenizer_file(tokenizer)
     tokenizer.save_pretrained(folder)
-    if path and Tokenizer.from_file(str(path)).get_vocab_size() == len(tokenizer):
+    if path is None:
+        return
+    # An added token that the vocabulary had already leaves its size as it was.
+    in_file = Tokenizer.from_file(str(path)).get_added_tokens_decoder()
+    if in_file.keys() == tokenizer.added_tokens_decoder.keys():
         shutil.copyfile(path, folder / path.name)

@@ -23,7 +23,7 @@ from lora.common.base_model_files import check_shape, check_weight_files, locate
 from lora.common.errors import UserError, library_errors, raise_if_any
 from lora.common.toml_json import read_file
 from lora.config.schema import LoraConfig, ModelConfig
-from lora.model.tokenizer_file import follows_its_file
+from lora.model.tokenizer_file import base_file, follows_its_file
 from lora.quantization import FourBitSettings, import_bitsandbytes
 from lora.target_modules import decoder_layers, is_pooler
 
@@ -100,15 +100,12 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
 def model_files(base_model: str) -> list[Path]:
     """Return the files with the model's weights, downloaded where they are not on this disk."""
     source, _ = locate_base(base_model)
-
-    def locate(name: str) -> str | None:
-        return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-
     with library_errors(f"base_model {base_model}"):
         names = [SAFE_WEIGHTS_NAME]
-        index = None if locate(SAFE_WEIGHTS_NAME) else locate(SAFE_WEIGHTS_INDEX_NAME)
+        is_one_file = base_file(source, SAFE_WEIGHTS_NAME) is not None
+        index = None if is_one_file else base_file(source, SAFE_WEIGHTS_INDEX_NAME)
         if index:
-            names = sorted(set(read_file(Path(index))["weight_map"].values()))
+            names = sorted(set(read_file(index)["weight_map"].values()))
         return [Path(cached_file(source, name)) for name in names]
 
 
@@ -120,8 +117,7 @@ def weight_files(model: ModelConfig) -> list[Path]:
     folder = Path(source)
     if not local:
         folder = model_files(model.base_model)[0].parent
-        # The head of a scorer, if the repository has one.
-        cached_file(source, "mlp_head.safetensors", _raise_exceptions_for_missing_entries=False)
+        base_file(source, "mlp_head.safetensors")  # of a scorer, if the repository has one
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -187,6 +183,7 @@ def load_weights(
         raise_if_any(model.hf_quantizer.quantization_config.damaged, f"base_model {base_model}")
         # Whatever is saved of the model has the base's own config.
         model.hf_quantizer.remove_quantization_config(model)
+        model.to(quantization.device)  # where its 4-bit weights are already
     return model
 
 
@@ -208,18 +205,13 @@ def read_generation_config(model: PreTrainedModel, source: str) -> None:
 
 
 def more_layers(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
-    """Return the unexpected tensors that belong to layers after the model's last one."""
+    """Return the unexpected tensors of the layer that would follow the model's last one."""
     layers = decoder_layers(model)
-    names = [name for name, module in model.named_modules() if module is layers]
-    if not names:
-        return []
-    numbered = re.compile(rf"(?:^|\.){names[0].rpartition('.')[2]}\.(\d+)\.")
-    found = []
-    for name in unexpected:
-        match = numbered.search(name)
-        if match and int(match[1]) >= len(layers):
-            found.append(name)
-    return found
+    for name, module in model.named_modules():
+        if module is layers:
+            next_layer = f".{name.rpartition('.')[2]}.{len(layers)}."
+            return [key for key in unexpected if next_layer in f".{key}"]
+    return []
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -187,8 +187,6 @@ def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTr
     model_class = AutoModel if source.is_scorer else class_for(shape)
     quantization = four_bits(config.lora, choose_device("auto"))
     model = load_weights(model_class, base_model, dtype, None, quantization)
-    if quantization:
-        model.to(quantization.device)  # where its 4-bit weights are already
     if config.model.add_special_tokens:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
     if config.model.score_layer:

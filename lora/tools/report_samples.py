@@ -12,7 +12,7 @@ from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.config.schema import Config
 from lora.data.examples import Example
-from lora.data.raw_data import held_out_paths, sums_of
+from lora.data.raw_data import content_sha256
 from lora.data.split import Split
 from lora.evaluation.calibration import calibration, expected_calibration_error
 from lora.evaluation.eval_arguments import trained_config
@@ -59,13 +59,11 @@ def require_recorded_data(config: Config, metadata: dict) -> None:
 
     A page is made to be passed on: somebody's artifact must not put another file of ours into it.
     """
-    parts = {"train_data": config.data.train_paths, "eval_data": held_out_paths(config.data)}
+    parts = {"train_data": config.data.train_paths, "eval_data": config.data.held_out_paths}
     for part, paths in parts.items():
         recorded = list(metadata[part].values())
         for i, path in enumerate(dict.fromkeys(paths)):
-            if path.startswith("arithmetic:"):
-                continue
-            if [sums_of([path])[path]] != recorded[i : i + 1]:
+            if [content_sha256(path)] != recorded[i : i + 1]:
                 found = "not the file that the run was made with"
                 raise UserError(f"{path}: {found}, so that no example of it is shown.")
 

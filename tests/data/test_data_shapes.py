@@ -20,7 +20,7 @@ from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, DataConfig
 from lora.config.set_keys import from_file
 from lora.data import files
-from lora.data.raw_data import sums_of
+from lora.data.raw_data import content_sha256
 from lora.data.readers import read
 from lora.data.row_display import row_as_text
 from lora.data.tokenise import tokenise
@@ -221,7 +221,7 @@ def test_the_hash_of_a_folder_is_that_of_its_files_their_kinds_and_order(tmp_pat
         for name, text in contents.items():
             (tmp_path / folder / name.replace("_", ".")).write_text(text)
         path = str(tmp_path / folder)
-        return sums_of([path])[path]
+        return content_sha256(path)
 
     first = hash_of("1", a_txt="x", b_txt="y")
     assert first == hash_of("2", c_txt="x", d_txt="y")

@@ -445,8 +445,10 @@ def test_an_object_on_one_line_holds_rows_as_over_several_lines(tmp_path, name, 
     assert [e.text for e in read([write(tmp_path, name, text)], "lm")] == ["a", "b"]
 
 
-def test_splits_in_one_object_are_refused(tmp_path):
-    path = write(tmp_path, "a.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}')
+@pytest.mark.parametrize("names", [("train", "test"), ("Train", "Test"), ("train_set", "test_set")])
+def test_splits_in_one_object_are_refused(tmp_path, names):
+    text = json.dumps({name: [{"text": name}] for name in names})
+    path = write(tmp_path, "a.json", text)
     with pytest.raises(UserError, match="the splits test, train in one object; write each"):
         read([path], "lm")
 

@@ -22,7 +22,7 @@ from lora.config.parse_values import kind_of
 from lora.data import counts, raw_data, split, token_cache
 from lora.data.entry_writer import ARRAYS, EntryWriter
 from lora.data.processes import AHEAD, in_processes
-from lora.data.raw_data import NOT_IN_KEY, RawData, cache_folder, cache_key, sums_of
+from lora.data.raw_data import NOT_IN_KEY, RawData, cache_folder, cache_key, content_sha256
 from lora.data.tokenise import NO_TOKEN
 from lora.export.final_artifact import hub_revisions
 from lora.model.load import load_task
@@ -492,9 +492,9 @@ def test_a_limit_of_file_sizes_is_a_full_disk_and_leaves_no_entry(configure, cha
 
 def test_the_hash_of_a_data_file_is_taken_again_when_the_file_changes(chats, monkeypatch):
     os.utime(chats, (1, 1))
-    first = sums_of([str(chats)])
+    first = content_sha256(str(chats))
     with monkeypatch.context() as patch:
         patch.setattr(raw_data, "file_sha256", None)
-        assert sums_of([str(chats)]) == first
+        assert content_sha256(str(chats)) == first
     chats.write_text(chats.read_text().replace("say 7", "say 8"))
-    assert sums_of([str(chats)]) != first
+    assert content_sha256(str(chats)) != first

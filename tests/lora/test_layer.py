@@ -127,7 +127,7 @@ def test_a_pattern_must_be_one_and_match_a_layer():
         UserError, match="'q_prj' matches none of the layers, such as model.layers.0"
     ):
         inject(tiny_llama(), r=4, alpha_pattern={"q_prj": 2})
-    with pytest.raises(UserError, match="is no regular expression"):
+    with pytest.raises(UserError, match="'q_proj\\(' is no regular expression"):
         inject(tiny_llama(), r=4, rank_pattern={"q_proj(": 2})
 
 

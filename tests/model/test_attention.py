@@ -88,6 +88,15 @@ def test_heads_of_a_width_that_flash_attention_does_not_take_are_computed_otherw
     assert bool(why_without_flash(task.model, CPU, torch.bfloat16)) == (calls == 0)
 
 
+@pytest.mark.parametrize("family, name", [("Qwen3", "attention_dropout"), ("GPT2", "attn_pdrop")])
+def test_attention_with_dropout_is_computed_otherwise(family, name, tmp_path, flash_calls):
+    shape = (PACKED | ENCODERS)[family] | {name: 0.1}
+    task = task_of(base(family, shape, tmp_path), "lm").bfloat16().train()
+    step_without_contents(task, Rows.from_rows(documents(), "lm"))
+    assert not flash_calls
+    assert "no dropout" in why_without_flash(task.model, CPU, torch.bfloat16)
+
+
 class Waits(TorchDispatchMode):
     """Counts what would wait for a GPU: numbers that Python asks for, and shapes that depend on
     contents.

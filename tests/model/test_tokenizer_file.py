@@ -4,14 +4,14 @@ import json
 import shutil
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora.common.errors import UserError
 from lora.common.paths import ROOT
 from lora.evaluation.stop_tokens import stop_tokens
-from lora.model.tokenizer_file import PROBE
+from lora.model.tokenizer_file import PROBE, save_tokenizer
 from lora.model.weights import load_tokenizer
 from tests.conftest import run, script
 
@@ -84,6 +84,15 @@ def test_a_merged_folder_has_the_bases_own_file(base_of_own_splits, configure, m
     assert status == 0, error
     assert (folder / "final_artifact" / "tokenizer.json").read_bytes() == before
     assert (folder / "merged" / "tokenizer.json").read_bytes() == before
+
+
+def test_an_added_token_that_the_vocabulary_had_already_is_saved(tiny_base, tmp_path):
+    tokenizer = load_tokenizer(str(tiny_base))
+    before = tokenizer("a banana").input_ids
+    tokenizer.add_tokens(AddedToken("a", normalized=False))
+    after = tokenizer("a banana").input_ids
+    save_tokenizer(tokenizer, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("a banana").input_ids == after != before
 
 
 @pytest.mark.parametrize("names", [["default", "tool_use"], ["rag", "tool_use"]])
