@@ -49,6 +49,7 @@ from lora.evaluation import best_of_n, step_metrics
 from lora.evaluation.eval_arguments import trained_config
 from lora.evaluation.generate import step_scores
 from lora.evaluation.predict import predict
+from lora.evaluation.trivial_scorers import BASELINES, fit_weights, hash_features, predict_steps
 from lora.model.load import load_task
 from lora.training import cached_features
 import train_lora
@@ -154,7 +155,11 @@ def scorer(arguments, base, folder):
         "test_steps": sum(map(len, scores)),
         "unread_steps": unread,
     }
-    scored = step_metrics.with_baselines(test, scores, training)
+    scored = {"scores": scores}
+    for name, features in BASELINES.items():
+        weights = fit_weights([hash_features(features, e) for e in training], training)
+        baseline = [predict_steps(hash_features(features, e), weights) for e in test]
+        scored[name] = [np.where(np.isnan(own), np.nan, b) for own, b in zip(scores, baseline)]
     found["at_0.5"] = step_metrics.report(test, scored, EvaluationConfig(), {})
     found["at_best_threshold_on_the_test_set_itself"] = {}
     for name, of_name in scored.items():

@@ -246,7 +246,7 @@ def last_losses(run: Path) -> dict:
     curve = losses_of(run)
     step, loss = curve[-1]
     sums, targets = zip(*FinishedRun.of(str(run)).example_losses(step).values())
-    _, ends = interval(sums, [0.0] * len(sums), targets)
+    _, ends = interval(sums, targets)
     rounded = [round(end, 4) for end in ends]
     return {"before": curve[0][1], "loss": loss, "interval": rounded}
 

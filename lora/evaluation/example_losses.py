@@ -8,19 +8,12 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from lora.common.atomic_files import atomic_file
 from lora.data.batches import Batch, is_target
 from lora.distributed.process_group import rank
 from lora.evaluation.predict import Predictions
-from lora.model.heads import LMHead, MLPHead
 from lora.model.run import Run
-
-
-def per_target_losses(head: LMHead | MLPHead, values: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss at each target, [n], from what the head's `predict` returned for it."""
-    return values[:, 0] if isinstance(head, LMHead) else head.losses(values, targets)
 
 
 def save_example_losses(
@@ -38,7 +31,7 @@ def save_example_losses(
         digest = hashlib.blake2b(tokens.tobytes() + targets.tobytes(), digest_size=8).digest()
         ids[place] = int.from_bytes(digest)
         counts[place] = is_target(targets).sum()
-    losses = per_target_losses(run.task.head, predictions.values, predictions.targets)
+    losses = run.task.head.losses(predictions.values, predictions.targets)
     first_targets = np.cumsum([0, *counts[:-1]])
     sums = np.add.reduceat(losses.double().numpy(), first_targets)
     folder = run_dir / "logs" / "examples"

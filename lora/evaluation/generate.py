@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -140,13 +141,10 @@ def plain_text(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the tokens and their mask, both [prompts, longest]."""
-    width = max(len(tokens) for tokens in prompts)
-    padded, masks = [], []
-    for tokens in prompts:
-        padding = width - len(tokens)
-        padded.append([PAD] * padding + tokens)
-        masks.append([0] * padding + [1] * len(tokens))
-    return torch.tensor(padded, device=device), torch.tensor(masks, device=device)
+    rows = [torch.tensor(tokens, dtype=torch.long, device=device) for tokens in prompts]
+    masks = [torch.ones_like(row) for row in rows]
+    options = {"batch_first": True, "padding_side": "left"}
+    return pad_sequence(rows, padding_value=PAD, **options), pad_sequence(masks, **options)
 
 
 def before_stop(tokens: list[int], stops: list[int]) -> list[int]:

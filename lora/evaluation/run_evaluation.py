@@ -145,14 +145,12 @@ def measure_answers(
 ) -> tuple[list[dict], list[Measures]]:
     """Return the answer to each question as it is saved, and its measures."""
     tokenizer = task.tokenizer
-    tokens_of = [prompt_tokens(q.where, q.messages, q.tools, tokenizer) for q in questions]
-    prompts = [(q.where, tokens) for q, tokens in zip(questions, tokens_of)]
+    prompts = [(q.where, prompt_tokens(q.where, q.messages, q.tools, tokenizer)) for q in questions]
     texts = generate_answers(task, prompts, config, dtype)
     rouge = text_metrics.rouge_scorer()
     answers, measures = [], []
-    for q, tokens, text in zip(questions, tokens_of, texts):
-        settings = config.evaluation
-        measures.append(text_metrics.score_answer(text, q.reference, settings, rouge))
+    for q, (_, tokens), text in zip(questions, prompts, texts):
+        measures.append(text_metrics.score_answer(text, q.reference, config.evaluation, rouge))
         answer = {"where": q.where, "prompt": tokenizer.decode(tokens)}
         answer.update(category=q.category, reference=q.reference, answer=text, **measures[-1])
         answers.append(answer)
@@ -186,7 +184,7 @@ def measure_steps(
             paths = [arguments.test_set]
         report = compare_with_baselines(paths, examples, scores, config)
         threshold = report["thresholds"]["scores"]  # perhaps a tuned one
-    elif arguments.reliability or config.evaluation.tune_threshold_on:
+    elif arguments.reliability or arguments.tune_threshold_on:
         raise UserError("no step has a label: --reliability and --tune_threshold_on need them.")
 
     if arguments.prompt is not None or arguments.test_set:

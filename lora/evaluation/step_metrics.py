@@ -168,13 +168,11 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
     return of_scorers, of_differences
 
 
-def with_baselines(
-    examples: Chains, scores: Scores, fitted_on: Chains | None = None
-) -> dict[str, Scores]:
+def with_baselines(examples: Chains, scores: Scores) -> dict[str, Scores]:
     """Return the scores, and the baselines' scores for the same steps, see `baseline_scores`."""
     scores_of_scorer = {"scores": scores}
     for name, features in BASELINES.items():
-        pairs = zip(scores, baseline_scores(features, examples, fitted_on))
+        pairs = zip(scores, baseline_scores(features, examples))
         scores_of_scorer[name] = [np.where(np.isnan(own), np.nan, other) for own, other in pairs]
     return scores_of_scorer
 
@@ -208,7 +206,7 @@ def report(
         thresholds[name] = threshold
         scorers[name] = ScoredChains(examples, scores, threshold)
         measures[name] = scorers[name].measures()
-        if len(dataset_ids) > 1:
+        if dataset_ids:
             f1_of_sets = []
             for set_name, dataset_id in dataset_ids.items():
                 of_set = ScoredChains(examples, scores, threshold, dataset_id).measures()

@@ -79,18 +79,9 @@ def fit_weights(hashed: Sequence[list[Tensor]], examples: Sequence[Example]) -> 
     return weights.detach()
 
 
-def baseline_scores(
-    features: Features, examples: Sequence[Example], fitted_on: Sequence[Example] | None = None
-) -> list[np.ndarray]:
-    """Score the steps of each example by a regression on the examples `fitted_on`.
-
-    By default it is fitted on the examples themselves, for each fifth of the problems on the other
-    four (cross-validation).
-    """
+def baseline_scores(features: Features, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Score the steps of each fifth of the problems by a regression on the other four fifths."""
     hashed = [hash_features(features, example) for example in examples]
-    if fitted_on:
-        weights = fit_weights([hash_features(features, e) for e in fitted_on], fitted_on)
-        return [predict_steps(of_steps, weights) for of_steps in hashed]
     # Not by a hash of the problem: hashes decide what is held out, so those of an evaluation may
     # all begin alike.
     problems = dict.fromkeys(example.prompt for example in examples)

@@ -68,6 +68,11 @@ class LMHead(nn.Module):
         return torch.cat(predictions)
 
     @staticmethod
+    def losses(predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each target, [n], of what `predict` returned."""
+        return predictions[:, 0]
+
+    @staticmethod
     def chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
         """Divide the targets into chunks whose logits have a size that the device is fast with."""
         num_logits = 2**28 if hidden.is_cuda else 2**23

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapter import load_adapter, save_adapter
-from lora.evaluation.example_losses import per_target_losses
 from lora.evaluation.predict import evaluate
 from lora.layer import LoRALinear, lora_layers, merge
 from lora.model.compatibility import find_incompatibility
@@ -150,7 +149,7 @@ def loss_is_mean(trial: Trial) -> Result:
     """The loss of a step is the mean over its targets, recomputed from the predictions."""
     batch = trial.batch.to(trial.device)
     _, predictions = trial.outputs()
-    losses = per_target_losses(trial.task.head, predictions, batch.targets) * batch.loss_weights
+    losses = trial.task.head.losses(predictions, batch.targets) * batch.loss_weights
     expected = losses.cpu().double().mean().item()  # MPS has no float64
     loss = trial.step().loss
     difference = abs(loss - expected) / max(abs(expected), 1e-12)

@@ -103,25 +103,21 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def interval(
-    losses: Sequence[float],
-    other_losses: Sequence[float],
-    counts: Sequence[int],
-    draws: int = 2000,
-    seed: int = 0,
+    losses: Sequence[float], counts: Sequence[int], draws: int = 2000, seed: int = 0
 ) -> tuple[float, list[float]]:
-    """Return the difference of the losses of two runs, and its 95 % interval [low, high].
+    """Return the mean loss of the targets, and its 95 % interval [low, high].
 
-    The losses [examples] are summed over the targets of each example, `counts` [examples].
+    `losses` [examples], or differences of two runs' losses, are summed over the targets of each
+    example, whose numbers are `counts` [examples].
     """
     import numpy as np  # see FinishedRun.example_losses
 
     from lora.evaluation.statistics import bootstrap_samples, interval_95
 
-    differences = np.asarray(losses, np.float64) - np.asarray(other_losses, np.float64)
-    targets = np.asarray(counts, np.float64)
-    samples = bootstrap_samples(len(differences), draws, seed)
-    drawn = [differences[sample].sum() / targets[sample].sum() for sample in samples]
-    return differences.sum() / targets.sum(), interval_95(drawn)
+    sums, targets = np.asarray(losses, np.float64), np.asarray(counts, np.float64)
+    samples = bootstrap_samples(len(sums), draws, seed)
+    drawn = [sums[sample].sum() / targets[sample].sum() for sample in samples]
+    return sums.sum() / targets.sum(), interval_95(drawn)
 
 
 def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
@@ -134,30 +130,28 @@ def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
         if run.best_step is not None:
             setting = json.dumps({**run.config, "seed": None}, sort_keys=True)
             losses_of_setting[setting][run.config["seed"]] = run.best_loss
-    freedom, squares = 0, []
+    freedom, squares = 0, 0.0
     for losses in losses_of_setting.values():
         freedom += len(losses) - 1
-        mean = statistics.fmean(losses.values())
-        squares += [(loss - mean) ** 2 for loss in losses.values()]
+        squares += len(losses) * statistics.pvariance(losses.values())
     if freedom == 0:
         return 0.0, 0
-    return math.sqrt(sum(squares) / freedom), freedom
+    return math.sqrt(squares / freedom), freedom
 
 
 def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> str:
     """Return a line: the loss of `run` minus that of `other`, and what follows from it."""
-    of_run = run.example_losses(run.best_step)
-    of_other = other.example_losses(other.best_step)
-    shared = [key for key in of_run if key in of_other]
     title = f"{run.name} minus {other.name}:"
     if loss_name(run) != loss_name(other):
         return f"{title} cannot tell: their losses are not on one scale"
+    of_run = run.example_losses(run.best_step)
+    of_other = other.example_losses(other.best_step)
+    shared = [key for key in of_run if key in of_other]
     if not shared:
         return f"{title} cannot tell: no validation examples that both were evaluated on"
-    losses = [of_run[key][0] for key in shared]
-    other_losses = [of_other[key][0] for key in shared]
+    differences = [of_run[key][0] - of_other[key][0] for key in shared]
     counts = [of_run[key][1] for key in shared]
-    difference, (low, high) = interval(losses, other_losses, counts)
+    difference, (low, high) = interval(differences, counts)
     note = "as models; to compare their settings, train more seeds"
     deviation, freedom = spread
     if freedom > 0:

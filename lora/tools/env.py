@@ -70,10 +70,6 @@ def features() -> Iterator[tuple[str, str]]:
 
 
 def flash_attention() -> str:
-    if not torch.cuda.is_available():
-        return "no: it needs an NVIDIA GPU; packed sequences use matrix products instead"
-    if not torch.version.cuda:
-        return "no: this torch is built for AMD GPUs"
-    if not has_flash(torch.device("cuda")):
-        return "no: it needs compute capability 8.0 (Ampere) or newer"
-    return "yes, in bfloat16 and float16, for heads of a width of 8, 16, ... 256"
+    if torch.cuda.is_available() and has_flash(torch.device("cuda")):
+        return "yes, in bfloat16 and float16, for heads of a width of 8, 16, ... 256"
+    return "no: it needs a GPU of NVIDIA's, Ampere or newer"

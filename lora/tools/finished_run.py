@@ -107,13 +107,13 @@ class FinishedRun:
                     raise ValueError
             with np.load(path) as saved:
                 ids, losses, counts = saved["id"], saved["loss"], saved["targets"]
-            is_sound = ids.shape == losses.shape == counts.shape == (len(ids),)
-            is_sound &= bool((np.abs(losses) <= FLOAT32_MAX).all() and (counts >= 1).all())
+            has_shape = ids.shape == losses.shape == counts.shape == (len(ids),)
+            is_sound = (np.abs(losses) <= FLOAT32_MAX).all() and (counts >= 1).all()
+            if not (has_shape and is_sound):  # a NaN is not sound either
+                raise ValueError
         except Exception:  # numpy and zipfile raise all kinds
-            is_sound = False
-        if not is_sound:
             expected = "expected the arrays id, loss and targets of an evaluation"
-            raise UserError(f"{path}: damaged; {expected}.")
+            raise UserError(f"{path}: damaged; {expected}.") from None
         return dict(zip(ids.tolist(), zip(losses.tolist(), counts.tolist())))
 
     @property

@@ -17,8 +17,10 @@ from lora.data.readers import form_of, read, reader_for
 from lora.data.readers.columns import with_columns
 
 FIRST = 1000  # rows of a file whose keys are counted
-STEP_KEYS = ("step_marker", "prompt_format", "step_format", "max_steps_per_example")
-KEYS = ("base_model", "task", "max_length", "label_max", "columns", *STEP_KEYS)
+KEYS = (
+    "base_model", "add_special_tokens", "task", "max_length", "columns",
+    "label_max", "step_marker", "prompt_format", "step_format", "max_steps_per_example",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,12 +46,14 @@ def main(argv: Sequence[str]) -> None:
     from lora.data.token_cache import tokenise_examples
     from lora.data.tokenise import tokenise
     from lora.model.load import set_max_length
-    from lora.model.weights import load_shape
+    from lora.model.weights import add_tokens, load_shape
     from lora.target_modules import first_position, is_causal
 
     shape, _, tokenizer = load_shape(config.model.base_model)
     with torch.device("meta"):  # the class of the model is enough, no weights are needed
         model = AutoModel.from_config(shape)
+    if config.model.add_special_tokens:
+        add_tokens(model, tokenizer, config.model.add_special_tokens)
     causal = is_causal(model)
     set_max_length(config, shape, first_position(model))
     _, facts = tokenise_examples(examples, tokenizer, causal, config, "data")

@@ -133,13 +133,10 @@ def metric_charts(run: FinishedRun) -> list[Markup]:
 
 def startup_log(run: FinishedRun) -> str:
     """Return the log up to the first step: data, trained parameters, warnings."""
-    lines = []
-    for log in sorted((run.folder / "logs").glob("train_*.log"))[:1]:
-        for line in run.read_text(f"logs/{log.name}").splitlines():
-            if re.match(r"[\d: -]*step \d", line, re.IGNORECASE):  # after the time, if any
-                break
-            lines.append(line)
-    return "\n".join(lines)
+    logs = sorted((run.folder / "logs").glob("train_*.log"))
+    text = run.read_text(f"logs/{logs[0].name}") if logs else ""
+    # The line of a step may begin with the time.
+    return re.split(r"^[\d: -]*step \d", text, maxsplit=1, flags=re.MULTILINE | re.IGNORECASE)[0]
 
 
 def checkpoint_table(run: FinishedRun) -> list[list[str]]:
@@ -150,7 +147,8 @@ def checkpoint_table(run: FinishedRun) -> list[list[str]]:
     states = [read_state(path, run.folder) for _, path in sorted(checkpoints.items())]
     if not states:
         return []
-    states = best_first(states) + [state for state in states if not state["val"]]
+    best = best_first(states)
+    states = best + [state for state in states if state not in best]  # no loss, or not finite
     names = {}
     for state in states:
         names.update(state["val"] or {})

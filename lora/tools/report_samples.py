@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from lora.common.errors import UserError
-from lora.common.printable_text import printable
 from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.data.raw_data import content_sha256
@@ -112,7 +111,6 @@ def answers_to(task: Task, examples: Sequence[Example], config: Config) -> list[
     answers = []
     texts = generate_answers(task, prompts, config, torch.float32)
     for (where, tokens), reference, text in zip(prompts, references, texts):
-        answer = {"where": where, "prompt": printable(tokenizer.decode(tokens))}
-        answer.update(reference=printable(reference), generated=printable(text))
-        answers.append(answer)
+        answer = {"where": where, "prompt": tokenizer.decode(tokens)}
+        answers.append({**answer, "reference": reference, "generated": text})
     return answers

@@ -68,7 +68,7 @@ def test_the_interval_covers_the_truth_19_times_of_20():
         counts = rng.integers(1, 9, size=150)
         hard = rng.exponential(size=150)  # examples differ by more than the runs do
         ones, others = (counts * (hard + rng.exponential(shift, size=150)) for shift in (0.55, 0.5))
-        _, (low, high) = interval(ones, others, counts, draws=300, seed=seed)
+        _, (low, high) = interval(ones - others, counts, draws=300, seed=seed)
         hits += low <= 0.05 <= high
     assert 930 <= hits <= 970
 

@@ -34,6 +34,15 @@ def test_render_shows_every_label_behind_its_step(capsys):
     )
 
 
+def test_a_marker_that_is_an_added_token_is_rendered(capsys):
+    flags = ["--task=score", "--step_marker=<x>", "--step_format={step}{marker}", "--rows=1"]
+    data = ["arithmetic:validation:1", "--max_length=512"]
+    with pytest.raises(UserError, match="add --add_special_tokens '<x>'"):
+        preview.main([*data, *flags])
+    preview.main([*data, *flags, "--add_special_tokens=<x>"])
+    assert "<x> ⟦1⟧\n" in capsys.readouterr().out
+
+
 def test_render_is_a_command_with_one_line_errors(monkeypatch, capsys):
     status, _, err = script(
         monkeypatch, capsys, ROOT / "lora" / "__main__.py", "render", "/no.jsonl"

@@ -3,6 +3,7 @@ are called.
 """
 
 from html.parser import HTMLParser
+import json
 import re
 import shutil
 
@@ -10,7 +11,8 @@ import pytest
 
 from lora.common.errors import UserError
 from lora.tools.charts import chart, ticks
-from lora.tools.report import main
+from lora.tools.finished_run import FinishedRun
+from lora.tools.report import checkpoint_table, main
 from tests.conftest import run
 from tests.preflight.test_check import chat, write
 
@@ -99,6 +101,16 @@ def test_a_run_that_has_not_ended_has_a_report(configure):
     (folder / "logs" / "train_metrics.jsonl").unlink()
     shutil.rmtree(folder / "checkpoints")
     assert "Configuration" in report(folder)
+
+
+def test_a_checkpoint_whose_loss_is_not_finite_is_in_the_table(configure):
+    folder = run(configure(True, max_steps=1))
+    path = folder / "checkpoints" / "checkpoint_step_1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["val"]["loss"] = None  # as the loop writes NaN
+    path.write_text(json.dumps(state))
+    table = checkpoint_table(FinishedRun.of(str(folder)))
+    assert table[0] == ["", "step 1"] and ["loss", "-"] in table
 
 
 def test_what_is_no_run_is_one_line(tmp_path):
