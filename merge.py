@@ -64,6 +64,9 @@ def read_arguments(argv: list[str]) -> Namespace:
     refuse_inside_artifact("--output", arguments.output)
     refuse_inside_artifact("--gguf", arguments.gguf)
     if arguments.gguf:
+        if modelfile_path(arguments.gguf) == Path(arguments.gguf):
+            taken = "the name of the Modelfile that is written beside it"
+            raise UserError(f"--gguf {arguments.gguf}: {taken}; end it with .gguf.")
         for path in (Path(arguments.gguf), modelfile_path(arguments.gguf)):
             if path.exists():
                 raise UserError(f"--gguf {arguments.gguf}: {path} exists; choose another file.")
@@ -164,14 +167,20 @@ def main(arguments: Namespace) -> None:
     merge(model)
     of_merged = outputs(model, tokens)
     effect = merging.require_same_outputs(source, of_base, of_adapter, of_merged)
-    if source.is_4bit and not into_4bit and find_spec("bitsandbytes"):
-        base_4bit = load_base(model_class, source.base_model, four_bits_of(arguments, config))
-        if source.adapter:
-            load_adapter(base_4bit, source.adapter)
-        distance = difference(of_merged, outputs(base_4bit, tokens))
-        hint = "(--merge_into dequantized keeps that base)"
-        print(f"against the 4-bit base it was trained on: {distance:.3g} {hint}")
-        del base_4bit
+    if source.is_4bit and not into_4bit:
+        try:
+            base_4bit = load_base(model_class, source.base_model, four_bits_of(arguments, config))
+        except UserError as error:  # no bitsandbytes here, which the merge itself does not need
+            print(f"note: not compared with the 4-bit base it was trained on: {error}")
+        else:
+            if config.model.add_special_tokens:
+                add_tokens(base_4bit, tokenizer, config.model.add_special_tokens)
+            if source.adapter:
+                load_adapter(base_4bit, source.adapter)
+            distance = difference(of_merged, outputs(base_4bit, tokens))
+            hint = "(--merge_into dequantized keeps that base)"
+            print(f"against the 4-bit base it was trained on: {distance:.3g} {hint}")
+            del base_4bit
 
     # 3. Round, write, and compare what was written.
     with atomic_folder(Path(arguments.output)) as temporary:
@@ -218,14 +227,14 @@ def main(arguments: Namespace) -> None:
 def refuse_other_kinds(arguments: Namespace, source: AdapterSource) -> None:
     """Raise UserError where the flags ask for what cannot be made of such an adapter."""
     if arguments.gguf and source.is_scorer:
-        found = f"{source.given} is a step scorer, whose head llama.cpp does not know"
+        found = f"{source.folder} is a step scorer, whose head llama.cpp does not know"
         raise UserError(f"--gguf: {found}; leave it out.")
     if source.is_scorer and source.config.model.score_layer:
         found = f"its head reads layer {source.config.model.score_layer}"
         problem = "only whole models are merged"
-        raise UserError(f"--adapter {source.given}: {found}, and {problem}; use it unmerged.")
+        raise UserError(f"--adapter {source.folder}: {found}, and {problem}; use it unmerged.")
     if arguments.merge_into == "dequantized" and source.config is not None and not source.is_4bit:
-        found = f"{source.given} was not trained in 4 bits"
+        found = f"{source.folder} was not trained in 4 bits"
         raise UserError(f"--merge_into dequantized: {found}; leave it out.")
 
 

@@ -81,19 +81,20 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
 
     step, resumed_at = 0, None
     evaluations_without_best, skipped_steps = 0, 0
+    was_evaluated = False
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
         step = state["step"]
+        was_evaluated = state["val"] is not None
         # A run that is shortened to where it was stopped has yet to be evaluated there.
-        resumed_at = step if state["val"] or step < max_steps else None
+        resumed_at = step if was_evaluated or step < max_steps else None
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
-    best_loss = best_checkpoints.best_loss(folder)
-    if best_loss == math.inf:  # also in a folder of its own, where the best is yet to come
+    best_losses = best_checkpoints.losses_of_best(folder)
+    if not best_losses:  # also in a folder of its own, where the best is yet to come
         evaluations_without_best = 0
     # A run that has stopped early may have yet to write its artifact.
-    was_evaluated = bool(resume_from and state["val"])
     has_stopped = was_evaluated and stops_early(settings, evaluations_without_best)
 
     task.train()
@@ -112,13 +113,15 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         if step != resumed_at and (last or step % settings.eval_steps == 0):
             metrics, batches, predictions = evaluate(run)
             save_example_losses(log.run_dir, step, run, batches, predictions)
-            is_new_best = step > 0 and metrics["loss"] < best_loss
+            is_new_best = step > 0 and metrics["loss"] < min(best_losses, default=math.inf)
             log.evaluation(step, metrics, is_new_best)
             if step > 0:
-                is_among_best = best_checkpoints.is_among_best(folder, metrics["loss"])
+                is_among_best = best_checkpoints.is_among_best(best_losses, metrics["loss"])
                 evaluations_without_best += 1
+            if is_among_best:
+                best_losses.append(metrics["loss"])
             if is_new_best:
-                best_loss, evaluations_without_best = metrics["loss"], 0
+                evaluations_without_best = 0
             if stops_early(settings, evaluations_without_best):
                 without = f"{evaluations_without_best} evaluations without a new best"
                 log.say(f"Stopping at step {step}: {without}.")
@@ -182,10 +185,9 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         step += 1
 
         # 5. Log.
-        log.count(step, data.num_tokens_at(step - 1), time.monotonic() - started, loss)
+        log.count(step, data.num_tokens_at(step - 1), time.perf_counter() - started, loss)
         if step % config.output.logging_steps == 0:
-            values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
-            log.metrics(step, {f"train/{name}": value for name, value in values.items()})
+            log.training(step, loss, learning_rate, grad_norm)
 
 
 def run_training(
@@ -201,6 +203,7 @@ def run_training(
         rank but the first.
     """
     config, resume_from = command.config, command.resume_from
+    # That of the training: a dry run has loaded the base to the CPU.
     device = choose_device(config.training.device)
     dtype = choose_dtype(config, device)
     is_later_stage = config.model.init_from not in ("", "scratch") and not resume_from

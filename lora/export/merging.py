@@ -1,6 +1,7 @@
 """Fold an adapter into its base, and prove that the result is base + adapter."""
 
 from argparse import Namespace
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,14 +28,10 @@ from lora.training.other_base import warn_other_base
 class AdapterSource:
     """An adapter, and what it was trained on."""
 
-    given: str  # the value of --adapter
-    adapter: Path | None  # its folder; None: a head that was trained on the frozen base
+    folder: Path  # the value of --adapter: a checkpoint, an artifact or an adapter
+    adapter: Path | None  # the adapter's own; None: a head that was trained on the frozen base
     base_model: str
     config: Config | None  # of the run that made it; None for an adapter alone
-
-    @property
-    def folder(self) -> Path:  # the checkpoint or artifact
-        return Path(self.given)
 
     @property
     def is_scorer(self) -> bool:
@@ -65,7 +62,7 @@ def find_adapter(given: str, base_model: str | None) -> AdapterSource:
         if not base_model:
             found = f"{given}: an adapter alone does not say which base it is for"
             raise UserError(f"--adapter {found}; add --base_model.")
-        return AdapterSource(given, folder, base_model, None)
+        return AdapterSource(folder, folder, base_model, None)
     config = saved_config(folder)
     if config.method != "head" and not adapter:
         hint = "a fully fine-tuned model needs no merging"
@@ -74,7 +71,7 @@ def find_adapter(given: str, base_model: str | None) -> AdapterSource:
         found = "it was trained on random weights, which no folder holds"
         raise UserError(f"--adapter {given}: {found}; use it unmerged.")
     base_model = base_model or config.model.base_model
-    return AdapterSource(given, adapter, base_model, config)
+    return AdapterSource(folder, adapter, base_model, config)
 
 
 def class_for(shape: PretrainedConfig) -> type:
@@ -87,9 +84,11 @@ def class_for(shape: PretrainedConfig) -> type:
     return getattr(transformers, architecture)
 
 
-def load_base(model_class: type, folder: str, settings: FourBitSettings | None) -> PreTrainedModel:
+def load_base(
+    model_class: type, base_model: str, settings: FourBitSettings | None
+) -> PreTrainedModel:
     """Load the base in fp32: its own weights, or what is left of them in 4 bits."""
-    model = load_weights(model_class, folder, torch.float32, None, settings)
+    model = load_weights(model_class, base_model, torch.float32, None, settings)
     if settings:
         dequantize(model)
     return model
@@ -104,7 +103,7 @@ def dequantize(model: nn.Module) -> None:
 
 def four_bits_of(arguments: Namespace, config: Config | None) -> FourBitSettings:
     """Return how the 4-bit base was quantised: by the flags, the run, or else the defaults."""
-    config = config or get_lora_config()
+    config = copy.deepcopy(config) if config else get_lora_config()
     apply_flags(config, arguments, QUANTIZATION_KEYS)
     config.lora.load_in_4bit = True
     return four_bits(config.lora, torch.device("cpu"))
@@ -145,12 +144,12 @@ def require_same_outputs(
     # The sums are the same but for their order. fp32 rounds each to 6e-8, which layers multiply.
     if not error <= 1e-4 * size:  # NaN is not
         found = f"merged it differs from base + adapter by {error:.3g}, more than rounding"
-        raise UserError(f"--adapter {source.given}: {found}; use it unmerged.")
+        raise UserError(f"--adapter {source.folder}: {found}; use it unmerged.")
     if effect == 0 and source.adapter:
-        raise UserError(f"--adapter {source.given}: it changes nothing; use the base as it is.")
+        raise UserError(f"--adapter {source.folder}: it changes nothing; use the base as it is.")
     if error > effect:
         found = f"merging rounds by {error:.3g}, more than the adapter changes"
-        raise UserError(f"--adapter {source.given}: {found}; use it unmerged, or train it longer.")
+        raise UserError(f"--adapter {source.folder}: {found}; use it unmerged, or train it longer.")
     print("fine: merged, the model computes what base + adapter compute; the rest is rounding")
     return effect
 

@@ -31,7 +31,9 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
     data = {}
     for path, sha256 in {**facts["train_data"], **facts["eval_data"]}.items():
         name = path if "://" in path else Path(path).name
-        data[path if data.get(name, sha256) != sha256 else name] = sha256
+        if data.get(name, sha256) != sha256:
+            name = path  # another file of this name
+        data[name] = sha256
     # PEFT's names of the layers are those of a model with its output layer.
     with_output = config.method == "lora" or config.model.task == "lm"
     return TEMPLATES.get_template("README.jinja").render(
@@ -40,7 +42,7 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
         method=config.method,
         task=config.model.task,
         what=describe_method(config),
-        base=describe_base(config.model.base_model),
+        base=base_facts(config.model.base_model),
         scratch=config.model.init_from == "scratch" and config.method != "full",
         trained=f"{facts['trainable_parameters']:,}",
         total=f"{facts['parameters']:,}",
@@ -61,7 +63,7 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
     )
 
 
-def describe_base(base_model: str) -> dict:
+def base_facts(base_model: str) -> dict:
     """Return what the card says of the base. Of its folder, only the code names the whole path."""
     path, is_folder = locate_base(base_model)
     if base_model == "embedded":

@@ -51,11 +51,11 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
     The model itself makes the other buffers anew (rotary frequencies, for the length it reads).
     """
     state = model.state_dict(keep_vars=True)
-    names = {}  # a tied tensor has two names in the state, and one here
+    frozen = {}  # by identity: a tied tensor has two names in the state, and one here
     for name, tensor in state.items():
         if not tensor.requires_grad:
-            names[id(tensor)] = name
-    return {name: state[name] for name in sorted(names.values())}
+            frozen[id(tensor)] = (name, tensor)
+    return dict(frozen.values())
 
 
 def sha256_of_tensor(tensor: Tensor) -> str:
@@ -84,21 +84,17 @@ def record_base(run_dir: Path, config: Config, base: BaseSums) -> None:
 
 def compare_base(before: BaseSums, after: BaseSums) -> str:
     """Return a line that says that nothing changed; raise Stopped where something did."""
-    changed = changed_names(before.files, after.files) + changed_names(before.frozen, after.frozen)
+    sums_before = {**before.files, **before.frozen}
+    sums_after = {**after.files, **after.frozen}
+    names = sums_before.keys() | sums_after.keys()
+    changed = sorted(name for name in names if sums_before.get(name) != sums_after.get(name))
     if changed:
-        listed = ", ".join(sorted(changed)[:5])
-        if len(changed) > 5:
-            listed += f" and {len(changed) - 5} more"
-        what = f"the base's weights changed during training: {listed}"
+        what = f"the base's weights changed during training: {', '.join(changed[:5])}"
         raise Stopped(f"{what}; no artifact is made of this run.")
     frozen = ""
     if before.frozen:
         frozen = f"{len(before.frozen)} frozen tensors, sha256 {sha256_over(before.frozen)}; "
     return f"base model weights unchanged: {frozen}weight files: {len(before.files)}"
-
-
-def changed_names(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
 
 
 def adapter_parameters(

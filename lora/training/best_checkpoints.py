@@ -32,33 +32,27 @@ def best_first(states: list[dict]) -> list[dict]:
     return sorted(evaluated, key=lambda s: (s["val"]["loss"], s["step"]))
 
 
-def best_loss(folder: Path) -> float:
-    """Return the lowest validation loss among the checkpoints; infinite where there is none."""
-    return min(broadcast_from_rank_zero(losses_of_best, folder), default=math.inf)
-
-
-def is_among_best(folder: Path, loss: float) -> bool:
-    """Return whether a checkpoint with this loss would be one of the best, which are kept."""
-    losses = broadcast_from_rank_zero(losses_of_best, folder)
-    return math.isfinite(loss) and (len(losses) < KEPT or loss < losses[KEPT - 1])
-
-
 def losses_of_best(folder: Path) -> list[float]:
-    """Return the finite validation losses of the checkpoints, the lowest first."""
-    return [state["val"]["loss"] for state in best_first(saved_states(folder))]
+    """Return the finite validation losses of the checkpoints in `folder`, on every process."""
+    states = broadcast_from_rank_zero(saved_states, folder)
+    return [state["val"]["loss"] for state in best_first(states)]
+
+
+def is_among_best(losses: list[float], loss: float) -> bool:
+    """Return whether `loss` is one of the lowest so far, whose checkpoints are kept."""
+    return math.isfinite(loss) and (len(losses) < KEPT or loss < sorted(losses)[KEPT - 1])
 
 
 def prune(folder: Path) -> None:
     """Delete the checkpoints that are neither among the best nor the last."""
     states = saved_states(folder)
+    best = best_first(states)[:KEPT]
     resumable = [state for state in states if has_optimizer(state["path"])]
-    last_steps = [state["step"] for state in resumable[-1:]]
-    best_steps = [state["step"] for state in best_first(states)[:KEPT]]
     for state in states:
-        if state["step"] not in best_steps + last_steps:
+        if state not in best + resumable[-1:]:
             remove_folder(state["path"])
     for state in resumable[:-1]:
-        if state["step"] in best_steps and state.get("save_optimizer") == "last":
+        if state in best and state.get("save_optimizer") == "last":
             from lora.training.remove_optimizer import remove_optimizer
 
             remove_optimizer(state["path"])

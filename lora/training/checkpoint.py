@@ -10,7 +10,6 @@ The whole state of a run is weights, optimizer and step, because the order of th
 dropout are functions of (seed, step).
 """
 
-from collections import deque
 from itertools import chain
 import json
 from pathlib import Path
@@ -49,7 +48,11 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
     if optimizer and not optimizer.state:  # every update so far was skipped
         init_state(optimizer)
     optimizer_state = gather(state_tensors(optimizer, parameters) if optimizer else {})
-    not_gathered = chain(model_state, head_state, optimizer_state)
+
+    def gather_the_rest() -> None:
+        """Go through what is not gathered yet: all processes take part in each tensor."""
+        for _ in chain(model_state, head_state, optimizer_state):
+            pass
 
     def write() -> int:
         try:
@@ -63,11 +66,11 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
                 write_checksums(temporary)
             best_checkpoints.prune(folder)
             return sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
-        finally:  # the other processes gather everything, also where this one could not write it
-            deque(not_gathered, maxlen=0)
+        finally:  # also where this process could not write
+            gather_the_rest()
 
     if process_group.rank() > 0:
-        deque(not_gathered, maxlen=0)  # take part in gathering
+        gather_the_rest()
     size = broadcast_from_rank_zero(write)
     amount = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
     return f"Saved {final}: {amount} in {time.monotonic() - started:.1f} s"

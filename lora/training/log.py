@@ -44,7 +44,7 @@ class Log:
         folder exists (unless it `may_exist`), is in use, or cannot be made.
         """
         self.run_dir = Path(run_dir)
-        self.started = time.monotonic()
+        self.started = time.perf_counter()
         earlier = earlier or {}
         start = earlier.get("step", 0)
         # Older checkpoints have none.
@@ -52,7 +52,7 @@ class Log:
         self.run_tokens = self.earlier["tokens"]
         self.bar = tqdm(disable=True)  # until the first step
         self.first_step, self.total = start, 0
-        self.began: float | None = None  # at the first step, by time.monotonic()
+        self.began: float | None = None  # at the first step, by time.perf_counter()
         self.num_tokens, self.seconds = 0, 0.0  # since the last training metrics
         self.losses = deque(maxlen=SPIKE_WINDOW)
         self.trackers = []
@@ -89,8 +89,8 @@ class Log:
         self.first_step, self.total = step, total
 
     def begin_step(self) -> float:
-        """Show the progress bar, before the first step, and return time.monotonic()."""
-        now = time.monotonic()
+        """Show the progress bar, before the first step, and return time.perf_counter()."""
+        now = time.perf_counter()
         if self.began is None:
             self.began = now
             quiet = True if process_group.rank() > 0 else None  # None: no bar without a terminal
@@ -114,7 +114,7 @@ class Log:
 
     def evaluation(self, step: int, metrics: dict, is_best: bool) -> None:
         """Log the metrics of an evaluation, "*" where it is the best so far."""
-        self.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
+        self.metrics(step, "val", metrics)
         found = "New best validation loss" if is_best else "validation loss"
         line = f"{self.step_of(step)} {found}: {metrics['loss']:.6f}"
         for name in ("r2", "perplexity"):
@@ -125,20 +125,23 @@ class Log:
     def step_of(self, step: int) -> str:
         return f"Step {step}/{self.total} ({step / self.total:.1%})"
 
-    def metrics(self, step: int, values: dict) -> None:
-        """Write a line of metrics: {"train/loss": ...} or {"val/loss": ...}."""
-        if "train/loss" in values:
-            tokens_per_second = round(self.num_tokens / self.seconds, 1)
-            values = {**values, "train/tokens_per_second": tokens_per_second}
-            self.num_tokens, self.seconds = 0, 0.0
-            loss, learning_rate = values["train/loss"], values["train/learning_rate"]
-            line = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:.0f} tokens/s"
-            if self.began is not None:
-                seconds = time.monotonic() - self.began
-                line += time_left(step - self.first_step, self.total - self.first_step, seconds)
-            self.bar.set_postfix_str(line)
-            show = self.write if has_bar() else self.say
-            show(f"{self.step_of(step)} {line}")
+    def training(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Log a step, with the speed since the last such line and the time that is left."""
+        tokens_per_second = round(self.num_tokens / self.seconds, 1)
+        self.num_tokens, self.seconds = 0, 0.0
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        self.metrics(step, "train", {**values, "tokens_per_second": tokens_per_second})
+        line = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:.0f} tokens/s"
+        assert self.began is not None  # by `begin_step`
+        seconds = time.perf_counter() - self.began
+        line += time_left(step - self.first_step, self.total - self.first_step, seconds)
+        self.bar.set_postfix_str(line)
+        show = self.write if has_bar() else self.say
+        show(f"{self.step_of(step)} {line}")
+
+    def metrics(self, step: int, part: str, values: dict) -> None:
+        """Write a line of metrics, each as "PART/NAME"; a part is "train" or "val"."""
+        values = {f"{part}/{name}": value for name, value in values.items()}
         record = {"step": step, "timestamp": time.time(), **without_nan(values)}
         self.metrics_file.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
@@ -146,7 +149,7 @@ class Log:
 
     def totals(self, device: torch.device) -> dict[str, float | int | None]:
         """Return seconds, tokens and peak memory (bytes) of the whole run, resumed parts too."""
-        seconds = self.earlier["seconds"] + time.monotonic() - self.started
+        seconds = self.earlier["seconds"] + time.perf_counter() - self.started
         peaks = [peak for peak in (self.earlier["peak_memory"], peak_memory(device)) if peak]
         peak = max(peaks, default=None)
         return {"seconds": round(seconds, 1), "tokens": self.run_tokens, "peak_memory": peak}

@@ -38,6 +38,8 @@ class MemoryCounter(TorchDispatchMode):
         self.live = 0  # bytes now
         self.peak = 0  # bytes at most
         self.sizes: dict[int, int] = {}  # of the live storages, by address
+        self.before_head: int | None = None  # bytes where the head began, while it is computed
+        self.head_peak = 0  # bytes at most that the head's forward pass added
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -56,27 +58,18 @@ class MemoryCounter(TorchDispatchMode):
             self.sizes[address] = storage.nbytes()
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
+            if self.before_head is not None:
+                self.head_peak = max(self.head_peak, self.live - self.before_head)
             weakref.finalize(storage, self.drop, address)
 
     def drop(self, address: int) -> None:
         self.live -= self.sizes.pop(address)
 
+    def head_begins(self, *hook_arguments) -> None:
+        self.before_head = self.live
 
-class HeadMemory:
-    """Hooks around a head's forward pass, which find the most bytes that it holds of its own."""
-
-    def __init__(self, counter: MemoryCounter) -> None:
-        self.counter = counter
-        self.peak = 0  # bytes of the head alone
-
-    def forward_begins(self, *hook_arguments) -> None:
-        self.live_before = self.counter.live
-        self.peak_before = self.counter.peak
-        self.counter.peak = self.counter.live
-
-    def forward_ends(self, *hook_arguments) -> None:
-        self.peak = max(self.peak, self.counter.peak - self.live_before)
-        self.counter.peak = max(self.peak_before, self.counter.peak)
+    def head_ends(self, *hook_arguments) -> None:
+        self.before_head = None
 
 
 def fits(needed_bytes: int, available_bytes: int) -> bool:
@@ -157,11 +150,10 @@ def count_step(run: Run) -> tuple[int, int]:
     """Run the largest step without contents; return the most bytes that it and its head hold."""
     task = run.task
     counter = MemoryCounter(run.device.type)
-    head_memory = HeadMemory(counter)
     # torch would print a traceback of its own.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    before = task.head.register_forward_pre_hook(head_memory.forward_begins)
-    after = task.head.register_forward_hook(head_memory.forward_ends)
+    before = task.head.register_forward_pre_hook(counter.head_begins)
+    after = task.head.register_forward_hook(counter.head_ends)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with before, after, torch.compiler.set_stance("force_eager"), fake_mode:  # removes the hooks
         fakes = {}
@@ -181,7 +173,7 @@ def count_step(run: Run) -> tuple[int, int]:
             except (RuntimeError, AttributeError) as error:
                 found = f"this model cannot be counted in {run.dtype} ({str(error)[:120]})"
                 raise UserError(f"--dry_run: {found}.") from None
-    return counter.peak, head_memory.peak
+    return counter.peak, counter.head_peak
 
 
 def resident_bytes() -> int | None:

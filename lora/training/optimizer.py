@@ -78,5 +78,5 @@ def set_numbers(optimizer: Optimizer, parameters: Parameters, tensors: dict[str,
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         for key, value in state.items():
-            if not isinstance(value, Tensor) and f"{name}/{key}" in tensors:
+            if not isinstance(value, Tensor):
                 state[key] = tensors[f"{name}/{key}"].item()

@@ -12,7 +12,7 @@ def total_steps(settings: TrainingConfig, steps_per_epoch: float) -> int:
     if settings.max_steps and not settings.num_train_epochs:
         return settings.max_steps
     num_epochs = settings.num_train_epochs or DEFAULT_EPOCHS
-    steps = math.ceil(round(num_epochs * steps_per_epoch, 6))  # 1.1 * 50 is above 55
+    steps = max(1, math.ceil(round(num_epochs * steps_per_epoch, 6)))  # 1.1 * 50 is above 55
     return min(steps, settings.max_steps or steps)
 
 

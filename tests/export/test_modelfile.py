@@ -176,6 +176,10 @@ def test_merge_writes_it_beside_the_gguf_and_overwrites_none(configure, tmp_path
 
     # Another type of file may stand in the same folder.
     (tmp_path / "new" / "Modelfile").unlink()
+    with pytest.raises(UserError, match="m.Modelfile: the name of the Modelfile that is written"):
+        merging.read_arguments(
+            [*flags[:3], str(tmp_path / "n"), "--gguf", str(tmp_path / "m.Modelfile")]
+        )
     with pytest.raises(UserError, match="Modelfile.Modelfile exists; choose another file"):
         merging.read_arguments([*flags[:3], str(tmp_path / "again"), *flags[4:]])
     flags[-1] = str(tmp_path / "new" / "m.q8_0.gguf")

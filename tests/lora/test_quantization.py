@@ -176,7 +176,7 @@ def test_8_bits_are_used_for_what_is_large(configure):
     }
 
 
-def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys):
+def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys, monkeypatch):
     folder = run(configure(True, load_in_4bit=True, learning_rate=3e-2))
     results = json.loads((folder / "logs" / "final_results.json").read_text())["best"]
     metadata = json.loads((folder / "final_artifact" / "metadata.json").read_text())
@@ -212,6 +212,12 @@ def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys):
     flags[3] = str(tmp_path / "into_16")
     merging.main(merging.read_arguments(flags))
     assert "against the 4-bit base it was trained on: " in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    flags[3] = str(tmp_path / "without_it")
+    merging.main(merging.read_arguments(flags))
+    found = "note: not compared with the 4-bit base it was trained on: load_in_4bit: bitsandbytes"
+    assert found in capsys.readouterr().out
+    assert (tmp_path / "without_it" / "model.safetensors").is_file()
 
 
 def test_merged_into_the_dequantised_base_equals_the_dequantised_base_with_the_adapter(

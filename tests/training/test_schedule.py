@@ -51,6 +51,7 @@ def test_warm_up_ends_where_it_is_asked_to(settings, total, warmup):
 
 def test_a_part_of_an_epoch_is_not_rounded_up_by_a_step():
     assert total_steps(TrainingConfig(num_train_epochs=1.1), steps_per_epoch=50) == 55
+    assert total_steps(TrainingConfig(num_train_epochs=1e-9), steps_per_epoch=50) == 1
 
 
 @pytest.mark.parametrize(
