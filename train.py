@@ -79,9 +79,8 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     max_steps = total_steps(settings, data.steps_per_epoch)
     folder = log.run_dir / "checkpoints"
 
-    step, resumed_at = 0, None
+    step, resumed_at, was_evaluated = 0, None, False
     evaluations_without_best, skipped_steps = 0, 0
-    was_evaluated = False
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
         step = state["step"]
@@ -185,7 +184,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         step += 1
 
         # 5. Log.
-        log.count(step, data.num_tokens_at(step - 1), time.perf_counter() - started, loss)
+        log.count(step, data.size_at(step - 1), time.perf_counter() - started, loss)
         if step % config.output.logging_steps == 0:
             log.training(step, loss, learning_rate, grad_norm)
 

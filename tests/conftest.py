@@ -3,33 +3,43 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for a network
 os.environ["OMP_NUM_THREADS"] = "1"  # small matrices: a second thread only waits
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 import runpy
 import sys
 import tempfile
 
 import pytest
-import torch
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
+# torch and transformers are imported where they are used: this file is also read by the process
+# that only hands the tests out, before it starts the others.
 from lora.common.base_model_files import EMBEDDED_BASE
 from lora.config.command_line import Command
 from lora.config.schema import Config, fields_by_key, get_lora_config
 from lora.data.raw_data import RawData
 
 os.environ["PLAINLORA_CACHE"] = tempfile.mkdtemp(prefix="plainlora_tests_")
-torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # no test cuts the power, and each takes milliseconds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs():
+    """Leave out of all runs what takes time and does not depend on them."""
+    from lora.evaluation import step_metrics, trivial_scorers
+    from lora.export import final_artifact
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_metrics, "report", partial(step_metrics.report, draws=50))
+        patch.setattr(trivial_scorers, "NUM_WEIGHTS", 2**14)
+        patch.setattr(final_artifact, "git_commit", cache(final_artifact.git_commit))
+        yield
 
 
 def tiny_llama(**changes):
     """A random Llama of a few thousand parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(1)
     shape = dict(
         vocab_size=2048,
@@ -51,6 +61,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A folder with a random tiny Llama and the embedded tokenizer."""
+    from transformers import AutoTokenizer
+
     folder = tmp_path_factory.mktemp("base")
     tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
     AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(folder)
@@ -60,6 +72,9 @@ def tiny_base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory):
     """A folder with a random tiny BERT and a word-level tokenizer of its kind."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
     folder = tmp_path_factory.mktemp("encoder")
     words = [
         "[PAD]",
@@ -80,8 +95,6 @@ def tiny_encoder(tmp_path_factory):
         num_attention_heads=4,
     )
     BertForSequenceClassification(BertConfig(**shape)).bert.save_pretrained(folder)
-    from transformers import BertTokenizerFast
-
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
 

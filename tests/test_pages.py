@@ -21,8 +21,6 @@ from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.paths import ROOT
 from lora.config.schema import get_lora_config
 from lora.config.set_keys import set_tables
-from lora.evaluation import step_metrics
-from lora.evaluation.statistics import bootstrap_samples
 from tests.conftest import tiny_llama
 from tests.page_files import write_files
 from tests.pages import PAGES, commands, relative, sections
@@ -107,10 +105,6 @@ def place(runs, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "M").symlink_to(runs / "M")
     monkeypatch.chdir(tmp_path)
-    # A thousand draws for the intervals of a scorer's measures take most of an evaluation's time.
-    monkeypatch.setattr(
-        step_metrics, "bootstrap_samples", lambda count, draws: bootstrap_samples(count, 10)
-    )
     return tmp_path
 
 

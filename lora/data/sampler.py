@@ -138,7 +138,7 @@ class TrainingData:
         """Return the number of targets of a step, over all processes."""
         return self.rows.num_targets(self.rows_at(step))
 
-    def num_tokens_at(self, step: int) -> int:
+    def size_at(self, step: int) -> int:
         """Return the number of tokens of a step, over all processes."""
         return self.num_tokens(self.rows_at(step))
 

@@ -146,6 +146,7 @@ def special_tokens(template):
 @pytest.mark.parametrize("path", templates_of_trl(), ids=lambda path: path.stem)
 def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path):
     template = path.read_text()
+    tokenizer = tokenizer_with(template, *special_tokens(template))
     shows_text = False
     for name, messages in {
         **CHATS,
@@ -153,7 +154,6 @@ def test_on_every_template_of_trl_exactly_the_assistants_words_are_targets(path)
         "calling": CALLING,
         "nothing": NOTHING_FOUND,
     }.items():
-        tokenizer = tokenizer_with(template, *special_tokens(template))
         try:
             plain = tokenizer.apply_chat_template(messages, tokenize=False)
         except (jinja2.TemplateError, TypeError):

@@ -68,7 +68,7 @@ def test_the_time_of_a_part_is_scaled_by_its_tokens(
     clock, seen = count_tokens(monkeypatch, enough)
     call(configure(lora, **settings))
     (data,) = seen
-    of_step = data.num_tokens_at(0)
+    of_step = data.size_at(0)
     of_evaluation = sum(sum(batch.seq_lens) for batch in data.evaluation())
     printed = printed_seconds(capsys.readouterr().out)
     assert printed == pytest.approx((of_step, of_evaluation), abs=0.01)
@@ -81,7 +81,7 @@ def test_a_slow_machine_computes_a_few_examples_only(configure, monkeypatch):
     (data,) = seen
     longest = data.rows.seq_lens(data.longest_rows()).max()
     # The first example of a step and of an evaluation, twice each; and the model's own check
-    assert clock[0] < data.num_tokens_at(0) / 2 and clock[0] <= 8 * longest
+    assert clock[0] < data.size_at(0) / 2 and clock[0] <= 8 * longest
 
 
 def test_the_memory_is_written_out_before_anything_is_timed(configure, monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora.common import exit_status
 from lora.common.errors import Interrupted, UserError
 from lora.common.exit_status import one_line_errors
 from lora.common.known_errors import as_known_error
@@ -274,6 +275,7 @@ def test_a_folder_that_is_deleted_while_it_trains_is_one_line(configure, monkeyp
 def test_variables_of_torchrun_without_it_are_one_line(variables, monkeypatch, capsys):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(exit_status, "PATIENCE", 0)  # nobody ends the others here
     with pytest.raises(SystemExit) as end, one_line_errors():
         raise AssertionError("this is not reached")
     line = capsys.readouterr().err

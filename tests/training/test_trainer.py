@@ -6,10 +6,10 @@ import json
 
 import torch
 
-from benchmarks.stsb_peft import ours, theirs
-
 
 def test_twenty_steps_beside_trainer_and_peft_agree(configure, tiny_encoder, tmp_path):
+    from benchmarks.stsb_peft import ours, theirs  # imports Trainer, which takes seconds
+
     letters, rows = "abcdefghijklmnopqrstuvwxyz", []
     generator = torch.Generator().manual_seed(0)
     for _ in range(70):
