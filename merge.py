@@ -64,7 +64,7 @@ def read_arguments(argv: list[str]) -> Namespace:
     refuse_inside_artifact("--output", arguments.output)
     refuse_inside_artifact("--gguf", arguments.gguf)
     if arguments.gguf:
-        if modelfile_path(arguments.gguf) == Path(arguments.gguf):
+        if Path(arguments.gguf).suffix.lower() == ".modelfile":
             taken = "the name of the Modelfile that is written beside it"
             raise UserError(f"--gguf {arguments.gguf}: {taken}; end it with .gguf.")
         for path in (Path(arguments.gguf), modelfile_path(arguments.gguf)):
@@ -169,10 +169,11 @@ def main(arguments: Namespace) -> None:
     effect = merging.require_same_outputs(source, of_base, of_adapter, of_merged)
     if source.is_4bit and not into_4bit:
         try:
-            base_4bit = load_base(model_class, source.base_model, four_bits_of(arguments, config))
-        except UserError as error:  # no bitsandbytes here, which the merge itself does not need
-            print(f"note: not compared with the 4-bit base it was trained on: {error}")
+            quantization = four_bits_of(arguments, config)
+        except UserError:  # the merge itself does not need it
+            print("note: without bitsandbytes, not compared with the 4-bit base of the training")
         else:
+            base_4bit = load_base(model_class, source.base_model, quantization)
             if config.model.add_special_tokens:
                 add_tokens(base_4bit, tokenizer, config.model.add_special_tokens)
             if source.adapter:

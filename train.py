@@ -90,7 +90,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
-    best_losses = best_checkpoints.losses_of_best(folder)
+    best_losses = best_checkpoints.finite_losses(folder)
     if not best_losses:  # also in a folder of its own, where the best is yet to come
         evaluations_without_best = 0
     # A run that has stopped early may have yet to write its artifact.

@@ -206,7 +206,7 @@ def fit_embeddings(model: nn.Module, full_weights: Tensors, adapted: Collection[
             embeddings[name].copy_(given[name])
     are_trained = len(given) > len(of_base)
     weights = list(given.values())
-    are_equal = len(weights) == 2 and torch.equal(weights[0], weights[1])
+    are_equal = len(weights) > 1 and all(torch.equal(weights[0], other) for other in weights[1:])
     if are_trained and not are_equal:
         target_modules.untie(model)
 

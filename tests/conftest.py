@@ -24,7 +24,9 @@ os.fsync = lambda descriptor: None  # no test cuts the power, and each takes mil
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_runs():
-    """Leave out of all runs what takes time and does not depend on them."""
+    """Ask once for the commit, and make intervals and baselines of scorers of less: all this takes
+    most of the time of a tiny run. Scripts that run as programs do as they do for users.
+    """
     from lora.evaluation import step_metrics, trivial_scorers
     from lora.export import final_artifact
 

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from lora.common.errors import UserError
 from lora.common.printable_text import print_on_rank_zero
-from lora.data.file_kinds import HUB
+from lora.data.file_kinds import ARROW, HUB, kind_of
 from lora.data.file_sets import is_data, require_one_set
 
 ADDRESS = re.compile(HUB + r"([^/@:]+/[^/@:]+)(?:@([^/:]+))?(?:/(.+?))?(?::([\w.-]+))?")
@@ -41,7 +41,8 @@ def hub_files(path: str) -> dict[str, Path]:
     repository, revision, name, split = match.groups()
     is_glob = "*" in (name or "")
     try:
-        if name and not split and is_data(Path(name)) and not is_glob:
+        is_file = bool(name) and bool(kind_of(name) or name.endswith(ARROW))
+        if is_file and not split and not is_glob:
             return {path: Path(hf_hub_download(repository, name, revision=revision, **DATA_SET))}
         folder, files = folder_and_names(repository, revision)
         patterns = [name]

@@ -8,9 +8,10 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.common.toml_json import dict_of_different_keys
-from lora.data.file_sets import SPLITS
 
 NOT_BLANK = re.compile(r"\S")
+# A key as "test", "train_set" or "my-dev"
+SPLIT_NAME = re.compile(r"(?:.*[_.-])?(train|test|valid|validation|val|dev|eval)(?:[_.-].*)?")
 
 
 def document_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
@@ -42,9 +43,7 @@ def rows_in(path: str, value: Any) -> list:
     if isinstance(value, dict) and is_table(value.get("data")):
         return value["data"]
     if isinstance(value, dict) and value and all(is_table(part) for part in value.values()):
-        splits: set[str] = set()
-        for name in value:
-            splits.update(SPLITS.findall(name.lower()))
+        splits = {match[1] for match in map(SPLIT_NAME.fullmatch, map(str.lower, value)) if match}
         if len(splits) > 1:
             found = f"the splits {', '.join(sorted(splits))} in one object"
             raise UserError(f"{path}: {found}; write each to a file of its own.")

@@ -107,7 +107,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
     arguments = make_parser().parse_args(argv)
     checkpoint = arguments.checkpoint
     if not checkpoint and (arguments.verify_only or arguments.expect_sha256):
-        raise UserError("no artifact is named; add --checkpoint DIR.")
+        flag = "--verify_only" if arguments.verify_only else "--expect_sha256"
+        raise UserError(f"{flag}: no artifact is named; add --checkpoint DIR.")
     if arguments.verify_only:
         verify_artifact(checkpoint, arguments.expect_sha256)
         print(f"{checkpoint}: verified: every file is as it was written")

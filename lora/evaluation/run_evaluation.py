@@ -176,15 +176,21 @@ def measure_steps(
     if has_no_score.any():
         too_long = f"do not fit max_length {config.data.max_length} and have no score"
         print(f"note: {has_no_score.sum()} of {len(has_no_score)} steps {too_long}")
+    paths = arguments.eval_data or config.data.eval_paths
+    if arguments.test_set or arguments.prompt is not None:
+        paths = [arguments.test_set]
+    tuned_on = config.evaluation.tune_threshold_on
+    is_there = len(paths) > 1 and tuned_on in dataset_names(paths)
+    if tuned_on and arguments.tune_threshold_on is None and not is_there:
+        print(f"note: the threshold is {threshold:g}, not tuned on {tuned_on}, which is not here")
+        config.evaluation.tune_threshold_on = ""
+
     labels, labelled_scores = step_metrics.labelled_steps(examples, scores)
     report: dict[str, dict] = {}
     if len(labels):
-        paths = arguments.eval_data or config.data.eval_paths
-        if arguments.test_set:
-            paths = [arguments.test_set]
         report = compare_with_baselines(paths, examples, scores, config)
         threshold = report["thresholds"]["scores"]  # perhaps a tuned one
-    elif arguments.reliability or arguments.tune_threshold_on:
+    elif arguments.reliability or config.evaluation.tune_threshold_on:
         raise UserError("no step has a label: --reliability and --tune_threshold_on need them.")
 
     if arguments.prompt is not None or arguments.test_set:

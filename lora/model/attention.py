@@ -133,7 +133,8 @@ def why_without_flash(model: PreTrainedModel, device: torch.device, dtype: torch
     if not flash_takes(query, query):
         return f"heads of width {width} in {dtype}; it takes multiples of 8 up to 256 in 16 bits"
     dropouts = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
-    if any(getattr(shape, name, None) for name in dropouts):
+    is_trained = any(parameter.requires_grad for parameter in model.parameters())
+    if is_trained and any(getattr(shape, name, None) for name in dropouts):
         return "it has no dropout of attention, which the base's config.json asks for"
     has_sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
     if has_sinks or getattr(shape, "attn_logit_softcapping", None):

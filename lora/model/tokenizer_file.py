@@ -47,7 +47,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     if path is None:
         return
-    # An added token that the vocabulary had already leaves its size as it was.
-    in_file = Tokenizer.from_file(str(path)).get_added_tokens_decoder()
-    if in_file.keys() == tokenizer.added_tokens_decoder.keys():
+    # A token that the vocabulary had already can be added, and leaves its size as it was. The named
+    # special tokens, such as "</s>", are added by transformers where the file does not say so.
+    own = Tokenizer.from_file(str(path))
+    added = tokenizer.added_tokens_decoder
+    new = {str(added[i]) for i in added.keys() - own.get_added_tokens_decoder().keys()}
+    if own.get_vocab_size() == len(tokenizer) and new <= set(tokenizer.all_special_tokens):
         shutil.copyfile(path, folder / path.name)

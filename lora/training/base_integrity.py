@@ -89,7 +89,8 @@ def compare_base(before: BaseSums, after: BaseSums) -> str:
     names = sums_before.keys() | sums_after.keys()
     changed = sorted(name for name in names if sums_before.get(name) != sums_after.get(name))
     if changed:
-        what = f"the base's weights changed during training: {', '.join(changed[:5])}"
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        what = f"the base's weights changed during training: {', '.join(changed[:5])}{more}"
         raise Stopped(f"{what}; no artifact is made of this run.")
     frozen = ""
     if before.frozen:

@@ -32,7 +32,7 @@ def best_first(states: list[dict]) -> list[dict]:
     return sorted(evaluated, key=lambda s: (s["val"]["loss"], s["step"]))
 
 
-def losses_of_best(folder: Path) -> list[float]:
+def finite_losses(folder: Path) -> list[float]:
     """Return the finite validation losses of the checkpoints in `folder`, on every process."""
     states = broadcast_from_rank_zero(saved_states, folder)
     return [state["val"]["loss"] for state in best_first(states)]

@@ -46,16 +46,18 @@ def with_features(run: Run, rows: Rows, indices: np.ndarray, log: Log, desc: str
     features = {}
     started = time.monotonic()
     quiet = True if rank() > 0 else None  # None: no bar where there is no terminal
-    starts = range(0, total, BATCHES_AT_ONCE)
-    for start in tqdm(starts, desc, unit_scale=BATCHES_AT_ONCE, disable=quiet, leave=False):
-        chunk = groups[start : start + BATCHES_AT_ONCE]
-        batches = [rows.batch(group, task.packed) for group in chunk]
-        hidden = outputs_at_targets(task, task.target_hidden_states, batches, run.device, run.dtype)
-        order = np.concatenate(chunk)
-        counts = [rows.num_targets([row]) for row in order]
-        features.update(zip(order, hidden.split(counts)))
-        done = start + len(chunk)
-        if not has_bar() and 100 * done // total > 100 * start // total:  # at most 100 lines
-            left = time_left(done, total, time.monotonic() - started)
-            log.say(f"{desc}: micro-batch {done}/{total} ({done / total:.1%}){left}")
+    with tqdm(total=total, desc=desc, unit="batch", disable=quiet, leave=False) as bar:
+        for start in range(0, total, BATCHES_AT_ONCE):
+            chunk = groups[start : start + BATCHES_AT_ONCE]
+            batches = [rows.batch(group, task.packed) for group in chunk]
+            method = task.target_hidden_states
+            hidden = outputs_at_targets(task, method, batches, run.device, run.dtype)
+            order = np.concatenate(chunk)
+            counts = [rows.num_targets([row]) for row in order]
+            features.update(zip(order, hidden.split(counts)))
+            bar.update(len(chunk))
+            done = start + len(chunk)
+            if not has_bar() and 100 * done // total > 100 * start // total:  # at most 100 lines
+                left = time_left(done, total, time.monotonic() - started)
+                log.say(f"{desc}: micro-batch {done}/{total} ({done / total:.1%}){left}")
     return replace(rows, features=features)

@@ -326,6 +326,7 @@ def test_a_message_says_how_much_it_is_learned(tmp_path, switch, weight):
         (chat({"content": "a", "weight": 0, "train": True}), "weight and train of message 2 disag"),
         (chat({"content": "a", "weight": 1, "loss_weight": 2}), "of message 2 disagree"),
         (chat({"content": "a", "weight": -1}), "weight -1; expected a number from 0"),
+        (chat({"content": "a", "weight": float("nan")}), "weight nan; expected a number from 0"),
         (chat({"content": "a", "train": "no"}), "train of message 2 is 'no'; expected true or"),
         ({"messages": [{"role": "user", "content": "q", "train": True}]}, "no message has role as"),
         (chat({"content": "a"}, label=True), r"a label beside a conversation \(as for KTO\)"),
@@ -461,6 +462,11 @@ def test_columns_of_a_table_that_are_renamed_are_numbers_too(tmp_path):
     path = write(tmp_path, "b.csv", "text,label\nx,1\n")
     (found,) = read([path], "lm", DataConfig(columns={"prompt": "text", "completion": "label"}))
     assert found.messages[1]["content"] == "1"
+
+
+def test_topics_in_one_object_are_read(tmp_path):
+    text = json.dumps({name: [{"text": name}] for name in ("web dev", "unit test", "testing")})
+    assert examples(write(tmp_path, "a.json", text), "lm")[2][0] == "testing"
 
 
 def test_blank_columns_of_other_data_sets_do_not_choose_the_reading(tmp_path):

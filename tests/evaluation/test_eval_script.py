@@ -706,8 +706,12 @@ def test_what_needs_labels_is_refused_without_any(configure, tmp_path):
 def test_a_threshold_that_the_run_tunes_is_not_asked_of_a_prompt(configure, capsys):
     config = configure(True, max_steps=1)
     config.evaluation.tune_threshold_on = "gsm8k"
-    evaluate("--checkpoint", run(config) / "final_artifact", "--prompt", "1+1\n=2")
-    assert "=2" in capsys.readouterr().out
+    artifact = run(config) / "final_artifact"
+    evaluate("--checkpoint", artifact, "--prompt", "1+1\n=2")
+    note = "note: the threshold is 0.5, not tuned on gsm8k, which is not here"
+    assert note in capsys.readouterr().out
+    evaluate("--checkpoint", artifact, "--test_set", "arithmetic:test:3")
+    assert note in capsys.readouterr().out
 
 
 def test_held_out_files_are_read_without_the_training_files(configure, tmp_path, capsys):

@@ -233,6 +233,7 @@ def test_a_chat_that_was_learned_by_heart_is_answered_word_by_word_and_stops_at_
         eval_data=[chats],
         gradient_accumulation_steps=1,
         eval_steps=60,
+        save_steps=60,
     )
     artifact = run(configure(False, **values, max_steps=60)) / "final_artifact"
     capsys.readouterr()

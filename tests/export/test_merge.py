@@ -271,7 +271,7 @@ def test_settings_of_4_bits_that_nothing_would_read_are_refused(patterned, tmp_p
 
 def test_an_adapter_that_changes_less_than_rounding_is_told_so():
     small = torch.full((1, 1, 2), 1e-7)
-    source = merging.AdapterSource("folder", Path("folder"), "base", None)
+    source = merging.AdapterSource(Path("folder"), Path("folder"), "base", None)
     base_outputs = torch.ones(1, 1, 2)
     with pytest.raises(UserError, match="more than the adapter changes"):
         require_same_outputs(source, base_outputs, base_outputs + small, base_outputs - small)

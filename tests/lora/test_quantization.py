@@ -135,7 +135,7 @@ def test_an_evaluation_leaves_the_gradients_and_the_base_as_they_are(configure, 
     assert all(torch.equal(tensor, weights[name]) for name, tensor in task.state_dict().items())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_a_resumed_qlora_run_equals_the_undisturbed_one_to_the_bit(configure, optimizer):
     settings = dict(
         load_in_4bit=True,
@@ -215,8 +215,7 @@ def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys, m
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     flags[3] = str(tmp_path / "without_it")
     merging.main(merging.read_arguments(flags))
-    found = "note: not compared with the 4-bit base it was trained on: load_in_4bit: bitsandbytes"
-    assert found in capsys.readouterr().out
+    assert "note: without bitsandbytes, not compared" in capsys.readouterr().out
     assert (tmp_path / "without_it" / "model.safetensors").is_file()
 
 

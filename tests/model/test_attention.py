@@ -44,7 +44,7 @@ def flash_calls(monkeypatch):
     return widths
 
 
-def step_without_contents(task, rows):
+def step_without_contents(task, rows, backward=True):
     """A micro-batch forward and backward; what needs the contents of a tensor is an error."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     batch = rows.batch(range(len(rows)), task.packed)
@@ -59,7 +59,8 @@ def step_without_contents(task, rows):
                 setattr(batch, name, fake_mode.from_tensor(value))
         with autocast(CPU, torch.bfloat16):
             loss, _ = torch.func.functional_call(task, fakes, (batch,))
-        loss.backward()
+        if backward:
+            loss.backward()
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,9 @@ def test_attention_with_dropout_is_computed_otherwise(family, name, tmp_path, fl
     step_without_contents(task, Rows.from_rows(documents(), "lm"))
     assert not flash_calls
     assert "no dropout" in why_without_flash(task.model, CPU, torch.bfloat16)
+    task.model.requires_grad_(False).eval()  # as the base of a head that is trained alone
+    step_without_contents(task, Rows.from_rows(documents(), "lm"), backward=False)
+    assert flash_calls and not why_without_flash(task.model, CPU, torch.bfloat16)
 
 
 class Waits(TorchDispatchMode):

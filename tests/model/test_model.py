@@ -29,6 +29,7 @@ from lora.config.schema import Config
 from lora.data.batches import Rows
 from lora.data.tokenise import NO_TOKEN, Row
 from lora.layer import lora_layers
+from lora.model import compatibility
 from lora.model.device import BFLOAT16_WIDTH, choose_device, choose_dtype, set_determinism
 from lora.model.load import load_task
 from lora.model.placement import prepare_layers
@@ -88,6 +89,15 @@ def test_a_model_that_would_train_silently_wrong_is_refused(tmp_path):
     ) as error:
         load(folder, "score")
     assert "\n" not in str(error.value)
+
+
+def test_memory_that_runs_out_is_not_called_an_unsupported_model(tiny_base, monkeypatch):
+    def out_of_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(compatibility, "hidden_states", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(str(tiny_base), "lm")
 
 
 def test_the_positions_of_roberta_begin_after_its_padding_index(tmp_path):

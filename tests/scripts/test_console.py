@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from safetensors.numpy import save_file
@@ -265,6 +266,12 @@ def test_a_folder_that_is_deleted_while_it_trains_is_one_line(configure, monkeyp
         run(config)
     error = as_known_error(end.value)
     assert isinstance(error, UserError) and str(folder) in str(error)
+
+
+def test_a_step_may_take_no_time_by_a_coarse_clock(configure, monkeypatch):
+    """As Windows' time.monotonic, which goes on by 16 ms, before Python 3.13."""
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    run(configure(True, max_steps=1))
 
 
 @pytest.mark.parametrize(

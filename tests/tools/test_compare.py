@@ -62,15 +62,15 @@ def test_the_examples_are_the_same_however_they_are_laid_out(configure):
 
 
 def test_the_interval_covers_the_truth_19_times_of_20():
-    """Of 1,000 simulated pairs of runs; the standard error of the share is 0.7 %."""
+    """Of 300 simulated pairs of runs; the standard error of the share is 1.3 %."""
     rng, hits = np.random.default_rng(0), 0
-    for seed in range(1000):
+    for seed in range(300):
         counts = rng.integers(1, 9, size=150)
         hard = rng.exponential(size=150)  # examples differ by more than the runs do
         ones, others = (counts * (hard + rng.exponential(shift, size=150)) for shift in (0.55, 0.5))
         _, (low, high) = interval(ones - others, counts, draws=300, seed=seed)
         hits += low <= 0.05 <= high
-    assert 930 <= hits <= 970
+    assert 274 <= hits <= 296
 
 
 def test_the_draws_are_the_same_for_the_same_seed():
@@ -197,10 +197,9 @@ def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_pa
         (["{run}", "--against", "/no/such"], "/no/such: no logs/config.json"),
     ],
 )
-def test_a_mistake_is_one_line(configure, arguments, message):
-    folder = run(configure(True, max_steps=1)) if "{run}" in arguments else ""
+def test_a_mistake_is_one_line(sweep, arguments, message):
     with pytest.raises(UserError, match=message):
-        main([argument.format(run=folder) for argument in arguments])
+        main([argument.format(run=sweep["s1"]) for argument in arguments])
 
 
 def test_losses_of_two_kinds_are_not_compared_and_a_run_that_was_prolonged_has_not_ended(

@@ -31,9 +31,9 @@ BOOLEANS = ("train", "training")
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
-    refuse_other_training(where, row)
     from lora.data.readers.chat_dialects import in_our_words
 
+    refuse_other_training(where, row)
     row = in_our_words(where, row)
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:

@@ -65,7 +65,7 @@ def message_of(where: str, number: int, message: Any) -> Any:
         ours = THEIR_KEYS.get(key, key)
         if ours == "role":
             value = ROLES.get(str(value), value)
-        if result.get(ours, value) != value:
+        if ours in result and result[ours] != value:
             raise UserError(f"{where}: message {number} has two of {ours}, which differ; keep one.")
         result[ours] = value
     if isinstance(result.get("content"), list):
