@@ -224,7 +224,9 @@ def run_training(
         # A run that was stopped at its last step has yet to write its artifact.
         if state["step"] >= max_steps and (results or not command.continues):
             complete = f"that run of {max_steps} steps is complete"
-            raise UserError(f"--resume_from {resume_from}: {complete}; raise --max_steps.")
+            is_bound = config.training.max_steps in (None, max_steps)
+            flag = "--max_steps" if is_bound else "--num_train_epochs"
+            raise UserError(f"--resume_from {resume_from}: {complete}; raise {flag}.")
     checkpointing = choose_checkpointing(run, state)
     prepare_layers(task.model, config.training, checkpointing)
     description = describe_run(run, data_facts, checkpointing)

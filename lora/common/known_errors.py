@@ -10,7 +10,7 @@ import sys
 from lora.common import errors
 from lora.common.checkpoint_folders import resumable_by_step
 from lora.common.errors import Interrupted, ProcessLost, ResourceExhausted, UserError
-from lora.common.paths import INSTALLED, script_call
+from lora.common.paths import script_call
 
 LONGEST_NAME = 200  # characters of a file's name that a line quotes
 SIGPIPE = 13  # Windows' signal module has none
@@ -70,10 +70,5 @@ def resume_command(run_dir: Path | None) -> str:
     if not checkpoints:
         return ""
     newest = checkpoints[max(checkpoints)]
-    processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    call = script_call(sys.argv[0])
-    if processes and INSTALLED:
-        call = ["torchrun", f"--nproc_per_node={processes}", "--no-python", *call]
-    elif processes:
-        call = ["torchrun", f"--nproc_per_node={processes}", sys.argv[0]]
+    call = script_call(sys.argv[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of torchrun
     return shlex.join([*call, "--resume_from", newest.as_posix()])

@@ -18,8 +18,10 @@ def or_packaged(path: str, *folders: str) -> str:
     return path
 
 
-def script_call(script: str) -> list[str]:
+def script_call(script: str, processes: int = 1) -> list[str]:
     """Return the words that call a script in the current folder, without its flags."""
+    torchrun = ["torchrun", f"--nproc_per_node={processes}"] if processes > 1 else []
     if INSTALLED:
-        return ["plainlora", Path(script).stem]
-    return ["python", script if Path(script).is_file() else str(SCRIPTS / Path(script).name)]
+        return [*torchrun, *["--no-python"] * bool(torchrun), "plainlora", Path(script).stem]
+    path = script if Path(script).is_file() else str(SCRIPTS / Path(script).name)
+    return [*(torchrun or ["python"]), path]

@@ -76,6 +76,11 @@ def require_formats(data: DataConfig) -> None:
         raise UserError(f"prompt_format {data.prompt_format!r}: expected {{prompt}} in it.")
     if "{step}" not in data.step_format:
         raise UserError(f"step_format {data.step_format!r}: expected {{step}} in it.")
+    _, _, after_marker = data.step_format.partition("{marker}")
+    for place in ("{step}", "{number}", "{marker}"):
+        if place in after_marker:
+            problem = f"{place} behind the first {{marker}}, where the score is read"
+            raise UserError(f"step_format {data.step_format!r}: {problem}; write it before.")
     if "{marker}" in data.step_format and not data.step_marker:
         hint = "has a {marker}; add --step_marker TOKEN"
         raise UserError(f"step_format {data.step_format!r} {hint}.")

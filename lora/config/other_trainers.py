@@ -124,8 +124,13 @@ class Translation:
         """Read one word with its value."""
         label = self.prefix + ".".join([*parents, name])
         word = find_word(parents, name, [*MEANINGS, *self.key_of, *AUTOMATIC, *UNSUPPORTED])
+        is_loras = ALIASES.get(name, name) in vars(LoraConfig())
+        if not word and is_loras and value in (None, False):
+            return  # train.py has no such key, and it is not asked for
         if not word:
             self.problems.append(f"{label}: {why_unknown(self.config, name)}")
+        elif value is None and word == "clip_grad_norm":
+            self.set_key(parents, label, "max_grad_norm", 0.0)  # torchtune's: no clipping
         elif value is None or (word == "max_steps" and value == -1):
             return  # the word is there, but not given
         elif word in MEANINGS:
@@ -185,7 +190,9 @@ class Translation:
             names = self.tables.setdefault("", {}).setdefault("report_to", [])
             names += value if isinstance(value, list) else [value]
         elif any(key in table for table in self.tables.values()):
-            self.problems.append(f"{label}: {key} is given twice.")
+            before = [table[key] for table in self.tables.values() if key in table]
+            if key != "load_in_4bit" or value not in before:  # Axolotl has adapter: qlora beside it
+                self.problems.append(f"{label}: {key} is given twice.")
         else:
             self.tables.setdefault(".".join(parents), {})[key] = value
 

@@ -114,6 +114,7 @@ MEANINGS: dict[str, dict[Any, Any]] = {
         "bf16": ("dtype", "bfloat16"),
         "fp16": ("dtype", "float16"),
         "no": ("dtype", "float32"),
+        False: ("dtype", "float32"),  # YAML's `no`
     },
     "wandb.enabled": {True: ("report_to", "wandb"), False: None},
     "wandb": {True: ("report_to", "wandb"), False: None},
@@ -149,8 +150,6 @@ AUTOMATIC = {
     "num_workers": NO_WORKERS,
     "preprocessing_num_workers": NO_WORKERS,
     "dataset_num_proc": NO_WORKERS,
-    "packing": PACKED,
-    "sample_packing": PACKED,
     "padding_free": PACKED,
     "padding_side": PACKED,
     "group_by_length": PACKED,
@@ -184,7 +183,11 @@ TOKENIZER = "the base's own is used; to change it, change it in a copy of the ba
 MERGE = "after the run: merge.py --adapter RUN/final_artifact --output DIR"
 FIXED = "it cannot be changed; leave it out"
 MIXED = "give train_data, a list of files, and data_weights, a number for each"
+PACKS = "a step has batch_size x gradient_accumulation_steps examples, not packed sequences: raise"
+PACKS += " batch_size and leave it out; what fits is packed in any case"
 UNSUPPORTED: dict[str, tuple[tuple, str]] = {
+    "packing": ((False,), PACKS),
+    "sample_packing": ((False,), PACKS),
     "load_in_8bit": ((False,), "a base is quantised to 4 bits or not at all; give load_in_4bit"),
     "llm_int8_threshold": ((), "a base is quantised to 4 bits or not at all; leave it out"),
     "deepspeed": ((False, {}), SHARDED),
@@ -197,7 +200,7 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "bias": (("none",), "biases are not trained; leave it out"),
     "fan_in_fan_out": ((False,), "it follows from the layer; leave it out"),
     "init_lora_weights": ((True, "default"), "B begins at zero, A as in PEFT; leave it out"),
-    "layers_to_transform": ((), r"give target_modules an expression, as layers\.[0-3]\..*_proj"),
+    "layers_to_transform": ((), r"give target_modules an expression: .*\.layers\.[0-3]\..*_proj"),
     "task_type": (("causal_lm",), "give task: lm, or score for the steps of a chain"),
     "peft_type": (("lora",), "only LoRA is trained"),
     "inference_mode": ((False,), "an adapter is evaluated by eval.py"),

@@ -10,7 +10,7 @@ from lora.config.schema import Config, EvaluationConfig
 from lora.config.set_keys import key_values, saved_config
 
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "early_stopping_patience", "skip_nonfinite")
-INTERVAL_KEYS = ("logging_steps", "eval_steps", "save_steps", "save_optimizer", "max_eval_batches")
+INTERVAL_KEYS = ("logging_steps", "eval_steps", "save_steps", "save_optimizer")
 # gradient_checkpointing computes layers again in the backward pass, which changes no gradient.
 PLACE_KEYS = ("experiment_name", "output_dir", "report_to", "device", "gradient_checkpointing")
 NAME_KEYS = ("artifact_version",)

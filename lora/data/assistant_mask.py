@@ -23,6 +23,8 @@ class TurnFormat:
     ending: str | None = ""  # what ends all of them alike, if anything does; None: it differs
     prompt_leads_to_answer: bool = False  # the generation prompt is all that precedes an answer
     prompt: str | None = None  # the generation prompt; "": the template knows none
+    prompt_is_met: bool = True  # an answer follows it, or what it ends with; else it never does
+    last_ending: str = ""  # the special token behind the last turn
 
 
 def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], int]:
@@ -98,8 +100,19 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
         between = chat.text[len(prompt) : start]
         if not chat.text.startswith(prompt) or between.strip():
             prompt_leads_to_answer = False
-    prompt = prompts[0].removeprefix(without_prompt)
-    return TurnFormat(ending and ending.rstrip(), prompt_leads_to_answer, prompt)
+    behind_last = re.compile(rf"\s*(?:{chat.specials.pattern})").match(chat.text, last_end)
+    return TurnFormat(
+        ending and ending.rstrip(),
+        prompt_leads_to_answer,
+        prompts[0].removeprefix(without_prompt),
+        prompt_is_met=any(chat.text.startswith(prompt) for prompt in prompts),
+        last_ending=behind_last[0].strip() if behind_last else "",
+    )
+
+
+def prompt_is_met(tokenizer: Tokenizer) -> bool:
+    """Return whether the answers of chats stand where the model will be asked for one."""
+    return turn_format_of(tokenizer, tokenizer.chat_template).prompt_is_met
 
 
 def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:
@@ -264,6 +277,9 @@ def with_ending(chat: Chat, span: Span, turn_format: TurnFormat) -> Span:
     if ending and chat.text.startswith(ending, end):
         return start, end + len(ending)
     match = re.compile(rf"\s*(?:{chat.specials.pattern})").match(chat.text, end)
+    is_other_end = match and turn_format.last_ending not in ("", match[0].strip())
+    if ending == "" and is_other_end:
+        return start, end  # gpt-oss ends its earlier turns with <|end|>, which is no stop token
     if ending != "" and not match:
         usual = repr(ending) if ending else "the same"
         raise chat.error(

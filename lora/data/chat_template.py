@@ -46,7 +46,10 @@ def use_chatml(tokenizer: Tokenizer) -> None:
     if not end:
         problem = "no chat template and no end token, so no turn can be ended"
         raise UserError(f"{tokenizer.name_or_path}: {problem}.")
-    tokenizer.chat_template = CHATML.replace("TURN_END", end)
+    # A base that begins its texts with BOS begins its chats so, too.
+    begin = tokenizer("").input_ids[:1]
+    bos = "{{ bos_token }}" if begin and begin == [tokenizer.bos_token_id] else ""
+    tokenizer.chat_template = bos + CHATML.replace("TURN_END", end)
     print(f"the tokenizer has no chat template: using ChatML, with {end} at the end of a turn")
 
 

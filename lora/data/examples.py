@@ -103,9 +103,10 @@ def category(row: dict[str, Any]) -> str:
 
 def refuse_other_training(where: str, row: dict[str, Any]) -> None:
     """Raise UserError where a conversation comes with what this kind of training cannot use."""
-    if row.get("label") is not None:
-        problem = "a label beside a conversation (as for KTO), and every answer would be learned"
-        raise UserError(f"{where}: {problem}; keep the good ones and take the key label out.")
+    for key in ("label", "kto_tag"):
+        if row.get(key) is not None:
+            found = f"a {key} beside a conversation (as for KTO), and every answer would be learned"
+            raise UserError(f"{where}: {found}; keep the good ones and take the key {key} out.")
     for key in ("images", "videos", "audio"):
         if row.get(key):
             raise UserError(f"{where}: {key}: only text is read; take other rows.")

@@ -6,6 +6,7 @@ the speed and nothing else.
 """
 
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -166,8 +167,14 @@ class TrainingData:
         return rows
 
     def evaluation(self) -> list[Batch]:
-        """Return all processes' micro-batches of an evaluation: the same rows in every run."""
-        return self.held_out.batches(self.evaluation_rows(), self.max_tokens, self.packed)
+        """Return all processes' micro-batches of an evaluation: the same rows in every run.
+
+        None has more tokens than the largest of a step, which was tried before the first.
+        """
+        groups = chain.from_iterable(self.groups_by_process(self.longest_rows()))
+        largest = max(self.num_tokens(group) for group in groups)
+        max_tokens = min(self.max_tokens, largest)
+        return self.held_out.batches(self.evaluation_rows(), max_tokens, self.packed)
 
     def evaluation_rows(self) -> np.ndarray:
         order = np.random.default_rng(0).permutation(len(self.held_out))

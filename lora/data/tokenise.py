@@ -112,20 +112,22 @@ def tokenise_chains(
 ) -> list[TokenisedExample]:
     bos = bos_tokens(tokenizer)
     marker = marker_tokens(data, tokenizer)
-    pieces = [chain_pieces(example, data) for example in examples]
+    pieces = [chain_pieces(example, data, tokenizer) for example in examples]
     results = []
     for example, encoded in zip(examples, encode_groups(pieces, tokenizer)):
         prompt, *steps = [tokens for tokens, _ in encoded]
         steps = [step + marker for step in steps]
-        results.append(chain_row(bos + prompt, steps, example.labels, data.max_length))
+        prefix = [] if prompt[:1] == bos else bos
+        results.append(chain_row(prefix + prompt, steps, example.labels, data.max_length))
     return results
 
 
-def chain_pieces(example: Example, data: DataConfig) -> list[Piece]:
+def chain_pieces(example: Example, data: DataConfig, tokenizer: Tokenizer) -> list[Piece]:
     """Return the prompt and the steps, each as a piece so that a step's last token is its own."""
     # A step's piece ends at the marker, so what step_format has after it begins the next piece.
     before_marker, _, after_marker = data.step_format.partition("{marker}")
-    pieces = [Piece(data.prompt_format.replace("{prompt}", example.prompt))]
+    prompt_format = data.prompt_format.replace("{bos}", tokenizer.bos_token or "")
+    pieces = [Piece(prompt_format.replace("{prompt}", example.prompt))]
     for number, step in enumerate(example.steps, 1):
         line = before_marker.replace("{number}", str(number)).replace("{step}", step)
         pieces.append(Piece(line if number == 1 else after_marker + line))

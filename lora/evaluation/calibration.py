@@ -1,6 +1,11 @@
 """Calibration of step scores: does a score of 0.8 mean that 80 % of such steps are right?"""
 
+from pathlib import Path
+
 import numpy as np
+
+from lora.common.atomic_files import atomic_file
+from lora.common.errors import library_errors
 
 BINS = 10
 
@@ -37,4 +42,5 @@ def save_reliability_diagram(path: str, scores: np.ndarray, labels: np.ndarray) 
     axes.plot(mean_scores, mean_labels, marker="o", label=f"ECE {error:.3f}")
     axes.set(xlabel="mean score", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with atomic_file(Path(path)) as temporary, library_errors(f"--reliability {path}"):
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")

@@ -18,6 +18,7 @@ from lora.common.saved_files import (
     verify_artifact,
 )
 from lora.config.command_line import find_config
+from lora.config.cross_checks import require_formats
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, tables_of
 from lora.config.set_keys import from_file, saved_config
@@ -137,6 +138,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
     apply_flags(config, arguments, KEYS)
     if arguments.temperature == 0 and arguments.top_p is None:
         config.evaluation.top_p = 1.0  # a run's own is for sampling
+    require_formats(config.data)
     check_combinations(arguments, config)
     check_scorer_flags(arguments, config.model.task == "score")
     check_settings(config.evaluation)
@@ -189,6 +191,8 @@ def check_scorer_flags(arguments: Namespace, is_scorer: bool) -> None:
 def trained_config(checkpoint: str) -> Config:
     """Return the configuration of a checkpoint's run, with its full model as the base."""
     config = saved_config(checkpoint)
+    # It shortens what is trained on: a chain whose first wrong step is cut off is not a right one.
+    config.data.max_steps_per_example = None
     full_model = full_model_folder(checkpoint)
     if full_model:
         config.model.base_model = full_model

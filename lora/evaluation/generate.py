@@ -129,7 +129,8 @@ def generate_answers(
             settings.max_new_tokens = new_tokens
             generated = model.generate(input_ids=tokens, attention_mask=mask)
             for i, answer in zip(indices, generated[:, tokens.shape[1] :].tolist()):
-                texts[i] = plain_text(before_stop(answer, stops), tokenizer)
+                spoken = after_header(before_stop(answer, stops), tokenizer)
+                texts[i] = plain_text(spoken, tokenizer)
             progress.update(len(indices))
     progress.close()
     return texts
@@ -151,6 +152,15 @@ def before_stop(tokens: list[int], stops: list[int]) -> list[int]:
     for i, token in enumerate(tokens):
         if token in stops:
             return tokens[:i]
+    return tokens
+
+
+def after_header(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what follows the last header of gpt-oss's channels; all tokens where there is none."""
+    message = tokenizer.get_vocab().get("<|message|>")
+    for i, token in reversed(list(enumerate(tokens))):
+        if token == message:
+            return tokens[i + 1 :]
     return tokens
 
 

@@ -218,6 +218,10 @@ def measure_steps(
         table = step_report.table(report)
 
     of_best = best_of_n(examples, scores)
+    is_shown = arguments.prompt is not None or arguments.test_set or arguments.html
+    if not (report or of_best or is_shown):
+        nothing = "no step has a label and no solution an outcome, so nothing is measured"
+        raise UserError(f"{nothing}; --test_set prints the scores.")
     if of_best and not table:
         table = [["measure", "scores"]]
     for name, (value, interval) in of_best.items():

@@ -93,6 +93,7 @@ def rouge_scorer() -> Any:
 
 def score_answer(answer: str, reference: str, settings: EvaluationConfig, rouge: Any) -> Measures:
     """Return the measures that apply to an answer. `rouge` is what `rouge_scorer` returned."""
+    answer, reference = without_reasoning(answer), without_reasoning(reference)
     measures: Measures = {"exact_answer": answer.strip() == reference.strip()}
     number = final_number(reference)
     if number is not None:
@@ -116,12 +117,19 @@ def score_answer(answer: str, reference: str, settings: EvaluationConfig, rouge:
     return {name: float(value) for name, value in measures.items()}
 
 
+def without_reasoning(text: str) -> str:
+    """Return what follows a block of reasoning, which Qwen3 writes even where it is empty."""
+    _, _, answer = text.rpartition("</think>")
+    return answer.lstrip()
+
+
 def passes(answer: str, reference: str, settings: EvaluationConfig) -> bool:
     """Return whether an answer to a critical question is acceptable.
 
     It must have the reference's number, or refuse where the reference refuses, or else contain the
     reference (ignoring case and blanks), and not as a part of a longer word or number.
     """
+    answer, reference = without_reasoning(answer), without_reasoning(reference)
     number = final_number(reference)
     if number is not None:
         return final_number(answer) == number

@@ -106,6 +106,7 @@ def write_final_artifact(run: Run, log: Log, base_files: dict, data_files: dict)
     folder = log.run_dir / "final_artifact"
     config = with_absolute_paths(run.config)
     facts = metadata(task, config, results, base_files, data_files)
+    facts["hardware"] = hardware(run.device)
     set_stop_tokens(task.model, task.tokenizer)
     with atomic_folder(folder) as temporary:
         task.save_artifact(temporary)
@@ -218,7 +219,6 @@ def metadata(task: Task, config: Config, results: dict, base_files: dict, data_f
         "parameters": count_parameters(task),
         "versions": {"python": platform.python_version(), **versions},
         "git_commit": git_commit(),
-        "hardware": hardware(next(task.parameters()).device),
     }
 
 

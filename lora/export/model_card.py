@@ -34,6 +34,9 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
         if data.get(name, sha256) != sha256:
             name = path  # another file of this name
         data[name] = sha256
+    bos = bos_tokens(task.tokenizer)
+    prompt_format = config.data.prompt_format.replace("{bos}", task.tokenizer.bos_token or "")
+    stops = task.model.generation_config.eos_token_id if config.model.task == "lm" else None
     # PEFT's names of the layers are those of a model with its output layer.
     with_output = config.method == "lora" or config.model.task == "lm"
     return TEMPLATES.get_template("README.jinja").render(
@@ -54,10 +57,11 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
         model_class="AutoModelForCausalLM" if task.causal and with_output else "AutoModel",
         adds_tokens=bool(config.model.add_special_tokens),
         chat=task.tokenizer.chat_template is not None,
+        stops=stops,
         causal=task.causal,
         score_layer=config.model.score_layer,
-        begins_with_bos=bool(bos_tokens(task.tokenizer)),
-        prompt_format=config.data.prompt_format,
+        begins_with_bos=bool(bos) and not prompt_format.startswith(task.tokenizer.bos_token),
+        prompt_format=prompt_format,
         step_format=config.data.step_format,
         step_marker=config.data.step_marker,
     )

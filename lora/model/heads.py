@@ -174,7 +174,12 @@ class MLPHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [n] of the hidden states [n, width]; a score is the sigmoid of one."""
-        return self.layers(hidden.float()).float().squeeze(-1)
+        first, relu, dropout, last = self.layers
+        # In fp32, also under autocast, and where FSDP has gathered the weights in 16 bits.
+        with torch.autocast(hidden.device.type, enabled=False):
+            inner = F.linear(hidden.float(), first.weight.float(), first.bias.float())
+            inner = dropout(relu(inner))
+            return F.linear(inner, last.weight.float(), last.bias.float()).squeeze(-1)
 
     def predict(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the scores [n] of the hidden states [n, width]."""

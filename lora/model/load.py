@@ -10,7 +10,7 @@ from lora.config.schema import Config, ModelConfig
 from lora.model.compatibility import find_incompatibility
 from lora.model.device import choose_device, choose_dtype
 from lora.model.heads import MLPHead
-from lora.model.pretrained_heads import initialise_head
+from lora.model.pretrained_heads import initialise_head, load_token_head
 from lora.model.task import Task
 from lora.model.weights import add_tokens, four_bits, load_shape, load_weights, weight_files
 from lora.target_modules import make_all_trainable
@@ -70,17 +70,18 @@ def initialise_score_head(
     task: Task, head: MLPHead, model: ModelConfig, shape: PreTrainedConfig
 ) -> None:
     """Give a score head the weights of one that the base brings, or of `head_tokens`, if any."""
-    files, tokens = weight_files(model), model.head_tokens
+    files = weight_files(model)
     # A head that the base brings was trained on its last layer.
     last_layer = shape.get_text_config().num_hidden_layers
     reads_last = model.score_layer in (None, last_layer)
-    is_scorer = any(path.name == "mlp_head.safetensors" for path in files)
-    if is_scorer and reads_last and not tokens:
-        task.load_head(files[0].parent)  # a scorer's artifact is the base
-    elif reads_last or tokens:
-        embeddings = task.model.get_input_embeddings().weight
-        found = initialise_head(head, files, tokens, task.tokenizer, embeddings)
-        task.head_is_random = not found
+    heads = [path for path in files if path.name == "mlp_head.safetensors"]
+    if model.head_tokens:
+        load_token_head(head, files, model.head_tokens, task.tokenizer, task.model)
+        task.head_is_random = False
+    elif reads_last and heads:
+        task.load_head(heads[0].parent)  # the base is a scorer's artifact or checkpoint
+    elif reads_last:
+        task.head_is_random = not initialise_head(head, files)
 
 
 def set_max_length(config: Config, shape: PreTrainedConfig, first_position: int) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from safetensors import safe_open
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora.common.errors import UserError
-from lora.model.heads import MLPHead
+from lora.model.heads import LMHead, MLPHead
 
 
 def read_tensors(files: list[Path], prefix: str) -> dict[str, Tensor]:
@@ -64,32 +64,47 @@ def load_linear(head: MLPHead, direction: Tensor, bias: Tensor) -> None:
     last.bias.copy_(bias)
 
 
-def initialise_head(
+def load_token_head(
     head: MLPHead,
     files: list[Path],
     tokens: list[str],
     tokenizer: PreTrainedTokenizerBase,
-    embeddings: Tensor,
-) -> bool:
-    """Initialise a score head from the base's weight files; return whether they hold one.
+    model: PreTrainedModel,
+) -> None:
+    """Load the difference of the logits of two tokens, a good and a bad one.
 
-    Args:
-        tokens: none, or a good and a bad one, whose rows of the output layer are taken.
-        embeddings: the input embeddings, which are the output layer where the files have none.
-
-    Raises:
-        UserError: where `tokens` are not two tokens of the base.
+    `model` is the backbone, and `files` are the base's. Raises UserError where they have no output
+    layer, where it is not linear, or where `tokens` are not two of its tokens.
     """
+    where = f"head_tokens {' '.join(tokens)}"
+    shape = model.config.get_text_config()
+    output = read_tensors(files, "lm_head.")
+    for name, tensor in read_tensors(files, "embed_out.").items():  # GPT-NeoX's
+        output[name.replace("embed_out", "lm_head")] = tensor
+    if "lm_head.weight" not in output and shape.tie_word_embeddings:
+        output["lm_head.weight"] = model.get_input_embeddings().weight.detach().float()
+    is_scorer = any(path.name == "mlp_head.safetensors" for path in files)
+    has_head = is_scorer or read_tensors(files, "score.") or read_tensors(files, "v_head.summary.")
+    if has_head or "lm_head.weight" not in output:
+        found = "a score head of its own" if has_head else "no output layer"
+        raise UserError(f"{where}: the base has {found}; leave them out.")
+    weight = output["lm_head.weight"]
+    ids = [tokenizer(token, add_special_tokens=False).input_ids for token in tokens]
+    if [len(token_ids) for token_ids in ids] != [1, 1] or max(ids[0] + ids[1]) >= len(weight):
+        raise UserError(f"{where}: expected two, each of them one token of the base's.")
+    language_head = LMHead(model.get_output_embeddings, shape)
+    if language_head.softcap:
+        raise UserError(f"{where}: the base caps its logits, which no linear head does.")
+    bias = output.get("lm_head.bias", torch.zeros(len(weight)))
+    (good,), (bad,) = ids
+    scale = language_head.scale
+    load_linear(head, scale * (weight[good] - weight[bad]), scale * (bias[good] - bias[bad]))
+
+
+def initialise_head(head: MLPHead, files: list[Path]) -> bool:
+    """Initialise a score head from the base's weight files; return whether they hold one."""
     value, score = read_tensors(files, "v_head.summary."), read_tensors(files, "score.")
-    if tokens:
-        ids = [tokenizer(token, add_special_tokens=False).input_ids for token in tokens]
-        if [len(token_ids) for token_ids in ids] != [1, 1]:
-            expected = "expected two, each of them one token of the base's"
-            raise UserError(f"head_tokens {' '.join(tokens)}: {expected}.")
-        tied = embeddings.detach().float()
-        rows = read_tensors(files, "lm_head.weight").get("lm_head.weight", tied)
-        load_linear(head, rows[ids[0][0]] - rows[ids[1][0]], torch.zeros(1))
-    elif len(value) == 2:
+    if len(value) == 2:
         load_linear(head, value["v_head.summary.weight"][0], value["v_head.summary.bias"])
     elif len(score.get("score.weight", ())) == 2:
         weight, bias = score["score.weight"], score.get("score.bias", torch.zeros(2))

@@ -40,10 +40,12 @@ class Task(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.base_dtype = base_dtype
+        shape = model.config.get_text_config()
         if model.get_output_embeddings() is not None:
-            self.head = LMHead(model.get_output_embeddings, model.config.get_text_config())
+            self.head = LMHead(model.get_output_embeddings, shape)
         else:
-            self.head = MLPHead(model.config.hidden_size, head_dropout, score_loss)
+            width = getattr(shape, "word_embed_proj_dim", None) or shape.hidden_size  # of OPT
+            self.head = MLPHead(width, head_dropout, score_loss)
         self.head_is_random = isinstance(self.head, MLPHead)  # until one is loaded
         self.causal = is_causal(model)
         self.packed = True  # False: padded, as the model cannot be told where documents end

@@ -118,7 +118,8 @@ def weight_files(model: ModelConfig) -> list[Path]:
     if not local:
         folder = model_files(model.base_model)[0].parent
         base_file(source, "mlp_head.safetensors")  # of a scorer, if the repository has one
-    return sorted(folder.glob("*.safetensors"))
+    heads = folder.parent.glob("mlp_head.safetensors") if folder.name == "backbone" else ()
+    return sorted([*folder.glob("*.safetensors"), *heads])
 
 
 def four_bits(lora: LoraConfig | None, device: torch.device) -> FourBitSettings | None:
@@ -152,11 +153,14 @@ def load_weights(
                     quantised.append(name)
     expected = "its files are quantised, and config.json does not say how; name the dense base"
     raise_if_any(quantised, f"base_model {base_model}: {expected}")
-    options = {"dtype": dtype, "attn_implementation": attention, "state_dict": tensors}
+    shape = read_shape(base_model)
+    # What is quantised is read as it lies in the files, whatever it is computed in: 4-bit weights
+    # are the same in training, evaluation and merging.
+    read_dtype = (shape.dtype or torch.float32) if quantization else dtype
+    options = {"dtype": read_dtype, "attn_implementation": attention, "state_dict": tensors}
     options["quantization_config"] = quantization
     options["ignore_mismatched_sizes"] = True  # they are reported below
     options["output_loading_info"] = True
-    shape = read_shape(base_model)
     with library_errors(f"base_model {base_model}", KeyError):  # of an attention it does not know
         if not issubclass(model_class, PreTrainedModel):  # one of transformers' Auto classes
             with torch.device("meta"):  # allocates no memory
@@ -183,6 +187,11 @@ def load_weights(
         raise_if_any(model.hf_quantizer.quantization_config.damaged, f"base_model {base_model}")
         # Whatever is saved of the model has the base's own config.
         model.hf_quantizer.remove_quantization_config(model)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+            elif hasattr(parameter, "quant_state"):
+                parameter.quant_state.dtype = dtype  # that it is dequantised to
         model.to(quantization.device)  # where its 4-bit weights are already
     return model
 

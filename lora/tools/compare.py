@@ -28,6 +28,7 @@ from lora.common.atomic_files import atomic_file
 from lora.common.errors import UserError, library_errors
 from lora.common.printable_text import printable
 from lora.config.flags import Parser
+from lora.config.schema import LoraConfig
 from lora.tools.finished_run import FinishedRun, format_value
 from lora.tools.sweep import missing_commands
 
@@ -38,16 +39,18 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def differing_keys(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return the keys that differ among the runs that have them.
+    """Return the keys that differ among the runs.
 
-    Full fine-tuning has none of LoRA's keys, so lora_r tells the two methods apart.
+    Full fine-tuning has none of LoRA's keys, of which lora_r alone tells the two methods apart.
     """
     keys = {}
     for run in runs:
         keys.update(run.config)
     differing = []
     for key in keys:
-        values = [run.config[key] for run in runs if key in run.config]
+        # A key without a value, as max_samples, is not in the configuration either.
+        is_of_lora = key in vars(LoraConfig())
+        values = [run.config.get(key) for run in runs if key in run.config or not is_of_lora]
         tells_method = key == "lora_r" and len(values) < len(runs)
         if tells_method or any(value != values[0] for value in values):
             differing.append(key)
@@ -127,7 +130,7 @@ def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
     """
     losses_of_setting: dict[str, dict[int, float]] = defaultdict(dict)  # {seed: loss}
     for run in runs:
-        if run.best_step is not None:
+        if run.has_ended and run.best_step is not None:
             setting = json.dumps({**run.config, "seed": None}, sort_keys=True)
             losses_of_setting[setting][run.config["seed"]] = run.best_loss
     freedom, squares = 0, 0.0

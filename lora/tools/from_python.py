@@ -5,12 +5,14 @@ scripts are imported from where the command `plainlora` finds them.
 """
 
 from collections.abc import Sequence
+import gc
 import importlib
 from pathlib import Path
 import sys
 from tempfile import TemporaryDirectory
 from types import ModuleType
 
+import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
@@ -66,13 +68,21 @@ def train(config: Config, resume_from: str | Path = "") -> dict | None:
     command = command_for(config, str(resume_from))
     raw_data = RawData(command.config)
     command.require_same(raw_data.files)
+    num_threads = torch.get_num_threads()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         results = script.main(command, raw_data)
     except BaseException as error:
         known = as_known_error(error)
         line = error_line(known, None) if known else f"{type(error).__name__}: {error}"
         command.status.write(known.status if known else 1, line, **getattr(known, "facts", {}))
+        if isinstance(error, Exception) and known and known is not error:
+            raise known from error
         raise
+    finally:  # the next run of this process must not depend on this one
+        torch.use_deterministic_algorithms(was_deterministic)
+        torch.set_num_threads(num_threads)
+        gc.collect()  # layers that are wrapped hold themselves, and so the weights
     if results is not None:
         command.status.write(0)
     return results

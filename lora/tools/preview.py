@@ -9,6 +9,7 @@ import sys
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.common.signals import begin_loading_torch
+from lora.config.cross_checks import require_formats
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, ModelConfig
 from lora.data import files
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
     add_flags(parser, config.data, KEYS)
     arguments = parser.parse_args(argv)
     apply_flags(config, arguments, KEYS)
+    require_formats(config.data)
     for path in arguments.files:
         print_shapes(path, config, arguments.task)
     examples = read(arguments.files, config.model.task, config.data)

@@ -6,8 +6,10 @@ import os
 import re
 import shlex
 
+from lora.common.checkpoint_folders import checkpoints_by_step
 from lora.common.errors import UserError
 from lora.common.paths import script_call
+from lora.common.saved_files import read_state
 from lora.common.toml_json import read_file
 from lora.config.schema import Config
 from lora.config.set_keys import from_dict, key_values, set_key
@@ -56,6 +58,11 @@ def missing_commands(
         values_of_key[key] = values.split(",")
     config_file = first.file("logs/config.toml")
     script = "train_lora.py" if "lora_r" in first.config else "train.py"
+    checkpoints = checkpoints_by_step(first.folder / "checkpoints")
+    processes = 1
+    if checkpoints:
+        state = read_state(checkpoints[max(checkpoints)], first.folder)
+        processes = state["facts"]["place"]["processes"]
     ended_configs = [run.config for run in runs if run.has_ended]
     folder = first.folder.resolve().parent
     commands = []
@@ -70,6 +77,6 @@ def missing_commands(
             flags += ["--experiment_name", proposed_name(first, config, names)]
             flags += ["--output_dir", os.path.relpath(folder), "--resume_from", "auto"]
             commands.append(
-                shlex.join([*script_call(script), "--config", str(config_file), *flags])
+                shlex.join([*script_call(script, processes), "--config", str(config_file), *flags])
             )
     return commands

@@ -45,8 +45,8 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
     model_state = gather(task.model.state_dict(keep_vars=True) if sharded else {})
     head_state = gather(task.head.state_dict(keep_vars=True) if sharded else {})
     parameters = trainable_parameters(task)
-    if optimizer and not optimizer.state:  # every update so far was skipped
-        init_state(optimizer)
+    if optimizer:
+        init_state(optimizer)  # of what has had no gradient yet, as where updates were skipped
     optimizer_state = gather(state_tensors(optimizer, parameters) if optimizer else {})
 
     def gather_the_rest() -> None:

@@ -60,9 +60,11 @@ def state_tensors(optimizer: Optimizer, parameters: Parameters) -> dict[str, Ten
 
 
 def init_state(optimizer: Optimizer) -> None:
-    """Make what the optimizer's first step would make, with zeros."""
+    """Make what the optimizer's first step would make, with zeros, where nothing is made yet."""
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
+            if optimizer.state[parameter]:
+                continue
             if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
                 optimizer.state[parameter] = {
                     "step": torch.zeros((), device=parameter.device),

@@ -9,6 +9,7 @@ from lora.common.base_model_files import describe_base
 from lora.common.printable_text import printable
 from lora.config.command_line import Command
 from lora.config.schema import LoraConfig
+from lora.data.assistant_mask import prompt_is_met
 from lora.data.counts import describe_data
 from lora.data.raw_data import RawData
 from lora.distributed import process_group
@@ -158,6 +159,14 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
     if data_facts["overlap"]:
         overlap = f"{data_facts['overlap']} prompts or texts"
         lines.append(f"warning: {overlap} are both in the training and in the held-out data")
+    if data_facts["chats"] and not prompt_is_met(task.tokenizer):
+        where = "answers do not follow the chat template's generation prompt"
+        lines.append(f"warning: {where}: they are generated elsewhere than they are trained")
+    rope = getattr(task.model.config.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and config.data.max_length > original:
+        what = f"a sequence of more than {original} tokens changes the positions of those beside it"
+        lines.append(f"warning: longrope: {what}; add --max_length {original}")
     if world_size() > 1:
         held = "a part of every layer"
         if config.lora:

@@ -11,8 +11,9 @@ from lora.common.paths import ROOT
 from lora.config.command_line import read_command_line
 from lora.config.other_words import AUTOMATIC, MEANINGS, SAME, UNSUPPORTED, VALUES
 from lora.config.schema import Config, fields_by_key, get_lora_config
-from lora.config.set_keys import from_file
+from lora.config.set_keys import from_file, set_tables
 from lora.config.table import ALIASES, DTYPE_SWITCHES
+from lora.target_modules import matches_target
 
 NAMED = ["--base_model=embedded", "--train_data=arithmetic:train:9"]
 
@@ -108,6 +109,25 @@ def test_yaml_numbers_with_an_exponent_and_keys_without_a_value(tmp_path):
     config = read_text(tmp_path, "training: {learning_rate: 2e-4, max_steps: }\n")
     assert (config.training.learning_rate, config.training.max_steps) == (2e-4, None)
     assert read_text(tmp_path, "max_steps: -1").training.max_steps is None  # as in Transformers
+
+
+def test_words_whose_absence_or_false_means_something(tmp_path):
+    assert read_text(tmp_path, "clip_grad_norm: null").training.max_grad_norm == 0  # torchtune's
+    assert read_text(tmp_path, "mixed_precision: no").training.dtype == "float32"
+    qlora = read_text(tmp_path, "adapter: qlora\nload_in_4bit: true")
+    assert qlora.lora.load_in_4bit
+    full = Config()
+    set_tables(full, {"load_in_4bit": False, "lora_r": None, "learning_rate": 1e-5}, "c.yaml")
+    assert full.lora is None
+    with pytest.raises(UserError, match="packing: not supported: a step has batch_size x gradient"):
+        read_text(tmp_path, "packing: true")
+    assert read_text(tmp_path, "packing: false").training.batch_size == 4
+
+
+def test_the_expression_that_is_advised_matches_layers():
+    (expression,) = re.findall(r"expression: (\S+)", UNSUPPORTED["layers_to_transform"][1])
+    assert matches_target("model.layers.3.mlp.up_proj", expression)
+    assert not matches_target("model.layers.4.mlp.up_proj", expression)
 
 
 @pytest.mark.parametrize(

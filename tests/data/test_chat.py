@@ -14,11 +14,12 @@ from transformers import AutoTokenizer
 from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.assistant_mask import chat_pieces, turn_format_of
+from lora.data.assistant_mask import chat_pieces, prompt_is_met, turn_format_of
 from lora.data.batches import Rows
 from lora.data.chat_template import use_chatml
 from lora.data.examples import Example
 from lora.data.tokenise import NO_TOKEN, encode, tokenise
+from lora.evaluation.generate import after_header
 from lora.model.weights import add_tokens
 from tests.conftest import tiny_llama
 
@@ -359,6 +360,36 @@ def test_without_a_template_chatml_is_used_and_the_known_end_token_ends_a_turn(c
         use_chatml(char)
 
 
+def test_chatml_begins_with_bos_where_the_tokenizers_texts_do(capsys):
+    tokenizer = tokenizer_with(None)
+    begin = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = begin
+    use_chatml(tokenizer)
+    (row,) = row_of(TURN, tokenizer).rows
+    assert row.tokens.count(tokenizer.bos_token_id) == 1
+    assert row.tokens[0] == tokenizer.bos_token_id
+
+
+def test_where_answers_do_not_follow_the_generation_prompt_it_is_known():
+    never = set()
+    for path in templates_of_trl():
+        template = path.read_text()
+        if not prompt_is_met(tokenizer_with(template, *special_tokens(template))):
+            never.add(path.stem)
+    assert "deepseek_r1_distill" in never
+    assert not never & {"qwen2_5", "qwen3", "llama3", "gemma", "gemma2", "gptoss", "phi3"}
+
+
+def test_of_gpt_oss_only_the_last_message_is_the_answer(gptoss):
+    text = "<|channel|>analysis<|message|>r<|end|><|start|>assistant<|channel|>final<|message|>a"
+    tokens = gptoss(text, add_special_tokens=False).input_ids
+    assert gptoss.decode(after_header(tokens, gptoss)) == "a"
+    plain = gptoss("a b", add_special_tokens=False).input_ids
+    assert after_header(plain, gptoss) == plain
+
+
 def test_pieces_are_the_plain_render():
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     messages = [*CHATS["two turns"], {"role": "user", "content": "<|im_end|>"}]
@@ -403,7 +434,7 @@ def gptoss():
 def test_of_gpt_oss_the_channels_that_follow_the_prompt_are_learned(gptoss):
     end, final = "<|end|>", "<|channel|>final<|message|>"
     assert said(row_of(CHATS["two turns"], gptoss).rows[0], gptoss) == [
-        f"{final}aone{end}",
+        f"{final}aone",  # <|end|> is there, and the model does not stop at it
         f"{final}atwo<|return|>",
     ]
     thinking = [TURN[0], {"role": "assistant", "content": "aone", "thinking": "r1"}]

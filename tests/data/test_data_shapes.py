@@ -125,6 +125,7 @@ ADVISED = [
     ("lm", {"document": "Bees fly.", "url_id": 3}),
     ("lm", {"prompt": Q, "chosen": A, "rejected": "Milk."}),
     ("lm", {"chosen": CHAT, "rejected": CHAT}),
+    ("lm", {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}),
     ("score", {"problem": Q, "solution_steps": [A], "step_labels": [True]}),
     ("score", {"a": Q, "b": A, "similarity": 0.5}),
 ]

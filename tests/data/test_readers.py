@@ -331,6 +331,12 @@ def test_a_message_says_how_much_it_is_learned(tmp_path, switch, weight):
         ({"messages": [{"role": "user", "content": "q", "train": True}]}, "no message has role as"),
         (chat({"content": "a"}, label=True), r"a label beside a conversation \(as for KTO\)"),
         ({"prompt": "q", "completion": "a", "label": False}, "a label beside a conversation"),
+        (chat({"content": "a"}, kto_tag=False), "a kto_tag beside a conversation"),
+        (
+            {"messages": [*chat({"content": "a"})["messages"], {"role": "user", "content": "r"}]}
+            | {"chosen": {"content": "b"}, "rejected": {"content": "c"}},
+            "chosen and rejected answers beside a conversation",
+        ),
         (chat({"content": "a"}, images=["a.png"]), "images: only text is read"),
         ({"question": "q", "answer": "a", "audio": {"path": "a.wav"}}, "audio: only text is read"),
         ({"prompt": "q", "completion": "a", "history": ["x"]}, "expected a list of .instruction"),

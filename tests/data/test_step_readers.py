@@ -37,6 +37,19 @@ def test_a_label_that_is_a_list_is_refused_in_one_line(tmp_path):
         read([write(tmp_path / "a.jsonl", [row])], "score")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "steps": ["a"], "labels": None, "is_correct": True},
+        {"prompt": None, "labels": None, "problem": "p", "steps": ["a"], "label": -1},
+        {"input": None, "mistake_index": None, "problem": "p", "steps": ["a"], "label": -1},
+    ],
+)
+def test_null_columns_of_a_data_set_that_was_joined_choose_no_reader(tmp_path, row):
+    ((prompt, steps, _),) = chains(write(tmp_path / "a.jsonl", [row]))
+    assert (prompt, steps) == ("p", ["a"])
+
+
 def test_generated_chains_are_cut_to_their_first_steps_too():
     read_all = read(["arithmetic:test:4"], "score")
     cut = read(["arithmetic:test:4"], "score", DataConfig(max_steps_per_example=2))

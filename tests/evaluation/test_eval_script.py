@@ -113,6 +113,16 @@ def test_a_measure_is_taken_only_where_it_is_configured_and_applies():
     assert text_metrics.mean_scores([{"x": 1.0}, {"x": 0.0, "y": 1.0}]) == {"x": 0.5, "y": 1.0}
 
 
+def test_a_block_of_reasoning_is_no_part_of_an_answer():
+    settings = EvaluationConfig(refusal_pattern="^No source", json_keys=["a"])
+    answer = '<think>\n\n</think>\n\n{"a": 1}'
+    measured = text_metrics.score_answer(answer, '{"a": 1}', settings, None)
+    assert measured["exact_answer"] == measured["json_validity"] == 1.0
+    refusal = "<think>They do not say.</think>\n\nNo source says it."
+    assert text_metrics.score_answer(refusal, "No source.", settings, None)["refusal_rate"] == 1.0
+    assert text_metrics.passes(refusal, "No source.", settings)
+
+
 def test_rouge_is_f1_of_words_pairs_and_subsequences():
     measured = text_metrics.score_answer(
         "The cat sat down", "the cat ran", EvaluationConfig(), text_metrics.rouge_scorer()
@@ -695,10 +705,22 @@ def test_a_configuration_that_starts_from_other_weights_is_refused(configure, tm
         evaluate("--config", tmp_path / "mine.toml")
 
 
+def test_a_wrong_step_beyond_those_of_training_is_there(configure, tmp_path):
+    artifact = run(configure(True, max_steps=1, max_steps_per_example=2)) / "final_artifact"
+    row = {"prompt": "1+1", "steps": ["=2", "2=2", "2=3"], "labels": [1, 1, 0]}
+    output = tmp_path / "n.json"
+    data = write(tmp_path / "a.jsonl", [row])
+    evaluate("--checkpoint", artifact, "--eval_data", data, "--output", output)
+    numbers = json.loads(output.read_text())
+    assert numbers["no_error_accuracy"] is None and numbers["first_error_accuracy"] is not None
+
+
 def test_what_needs_labels_is_refused_without_any(configure, tmp_path):
     artifact = run(configure(True, max_steps=1)) / "final_artifact"
     row = {"prompt": "1+1", "steps": ["=2"], "labels": [None]}
     flags = ["--checkpoint", artifact, "--eval_data", write(tmp_path / "a.jsonl", [row])]
+    with pytest.raises(UserError, match="no solution an outcome, so nothing is measured"):
+        evaluate(*flags)
     with pytest.raises(UserError, match="no step has a label"):
         evaluate(*flags, "--reliability", tmp_path / "a.png")
 

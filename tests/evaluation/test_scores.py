@@ -25,9 +25,11 @@ from lora.data.tokenise import tokenise
 from lora.evaluation.generate import step_scores
 from lora.model.heads import MLPHead
 from lora.model.load import load_task
+from lora.tools import preview
 import merge as merging
 from tests.conftest import run, tiny_llama
 from tests.data.test_step_readers import prm800k_row, prm800k_step, rating, write
+from tests.model.test_families import PACKED, base
 import train_lora
 
 TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
@@ -189,7 +191,7 @@ def test_the_plain_layout_is_a_line_each():
          "<|im_start|>system\nPlease reason step by step, and put your final answer within "
          "\\boxed{}.<|im_end|>\n<|im_start|>user\nP<|im_end|>\n<|im_start|>assistant\n"
          "7+8=15<extra_0>15-6=9<extra_0>9+1=10<extra_0>"),
-        ("skywork_prm", "\n", "P\n7+8=15\n15-6=9\n9+1=10\n"),
+        ("skywork_prm", "\n", "<s>P\n7+8=15\n15-6=9\n9+1=10\n"),
         ("math_shepherd_prm", "ки", "P Step 1: 7+8=15ки\nStep 2: 15-6=9ки\nStep 3: 9+1=10ки"),
     ],
 )  # fmt: skip
@@ -198,6 +200,7 @@ def test_the_layouts_of_known_scorers_are_presets(name, marker, expected):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<extra_0>"], special_tokens=True)
     tokenizer.add_tokens(["ки"])
+    tokenizer.add_special_tokens({"bos_token": "<s>"})  # which it does not write by itself
     data = from_dict(read_file(ROOT / "configs" / f"{name}.toml"), name).data
     assert data.step_marker == marker
     assert text_and_targets(data, tokenizer) == (expected, [(marker, 0.25), (marker, 1.0)])
@@ -229,12 +232,36 @@ def test_an_encoder_has_no_layout():
             ["--step_format={step}{marker}"],
             "step_format '{step}{marker}' has a {marker}; add --step_marker TOKEN",
         ),
+        (
+            ["--step_marker=<s>", "--step_format={marker} {step}"],
+            "{step} behind the first {marker}, where the score is read; write it before",
+        ),
     ],
 )
 def test_a_format_without_its_place_is_an_error(flags, message):
     with pytest.raises(UserError) as error:
         read_command_line(["--base_model=m", "--train_data=x", *flags], get_lora_config(), "", "")
     assert message in str(error.value)
+    with pytest.raises(UserError) as error:
+        preview.main(["arithmetic:test:1", "--task=score", *flags])
+    assert message in str(error.value)
+
+
+def test_a_prompt_that_begins_with_bos_has_no_other(monkeypatch):
+    bos = TOKENIZER.convert_tokens_to_ids("\n")
+    monkeypatch.setattr("lora.data.tokenise.bos_tokens", lambda tokenizer: [bos])
+    for prompt_format in ("\n{prompt}", "{prompt}"):
+        data = DataConfig(max_length=64, prompt_format=prompt_format)
+        (row,) = tokenise([chain([1.0])], TOKENIZER, "score", data, True)[0].rows
+        assert row.tokens[0] == bos != row.tokens[1]
+
+
+def test_the_head_computes_in_fp32_under_autocast_too():
+    torch.manual_seed(0)
+    head, hidden = MLPHead(8), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_autocast = head.predict(hidden, None)
+    assert torch.equal(in_autocast, head.predict(hidden, None))
 
 
 # ---------------------------------------------------------------------------------- heads of others
@@ -300,6 +327,45 @@ def test_two_tokens_of_the_output_layer_make_a_head(configure, tmp_path):
         UserError, match="head_tokens [+] [+]-: expected two, each of them one token"
     ):
         scores_and_hidden(configure, base, head_tokens=["+", "+-"])
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [("GPTNeoX", {}), ("Phi", {}), ("Granite", {"logits_scaling": 8.0})],
+)
+def test_the_two_tokens_are_read_from_whatever_is_the_output_layer(
+    configure, tmp_path, family, changes
+):
+    folder = base(family, PACKED[family] | changes, tmp_path / "base")
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    if theirs.lm_head.bias is not None:
+        torch.nn.init.normal_(theirs.lm_head.bias)
+    theirs.save_pretrained(folder)
+    if family == "GPTNeoX":
+        assert "embed_out.weight" in load_file(folder / "model.safetensors")
+    config = configure(True, base_model=str(folder), head_tokens=["+", "-"], max_length=64)
+    task = load_task(config, torch.float32).eval()
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        scores = task.head.predict(task.model(tokens).last_hidden_state[0], None)
+        logits = theirs.eval()(tokens).logits[0]
+    ids = [TOKENIZER(token).input_ids[0] for token in "+-"]
+    torch.testing.assert_close(scores, logits[:, ids].softmax(-1)[:, 0], rtol=0, atol=1e-5)
+
+
+def test_two_tokens_do_not_take_the_place_of_a_head_that_was_trained(configure, tmp_path):
+    folder = run(configure(False, max_steps=1)) / "final_artifact"
+    config = configure(False, base_model=str(folder), head_tokens=["+", "-"])
+    with pytest.raises(UserError, match="the base has a score head of its own; leave them out"):
+        load_task(config, torch.float32)
+
+
+def test_the_backbone_of_a_scorers_checkpoint_brings_its_head_along(configure):
+    checkpoint = run(configure(False, max_steps=1)) / "checkpoints" / "checkpoint_step_1"
+    config = configure(True, base_model=str(checkpoint / "backbone"))
+    task = load_task(config, torch.float32)
+    head = load_file(checkpoint / "mlp_head.safetensors")
+    assert all(torch.equal(tensor, head[name]) for name, tensor in task.head.state_dict().items())
 
 
 # ---------------------------------------------------------------------------------- phases, serving

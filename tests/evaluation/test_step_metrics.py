@@ -329,7 +329,7 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
         {"prompt": f"p{i}", "steps": ["3+4=7", "7-2=9"], "labels": [1, i % 2]} for i in range(12)
     ]
     capsys.readouterr()
-    page, out, picture = tmp_path / "page.html", tmp_path / "n.json", tmp_path / "r.png"
+    page, out, picture = tmp_path / "page.html", tmp_path / "n.json", tmp_path / "r.odd"
     data = write(tmp_path / "t.jsonl", rows)
     evaluate(
         "--checkpoint",

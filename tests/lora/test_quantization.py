@@ -67,6 +67,19 @@ def test_the_bytes_are_those_of_transformers_own_loading(tiny_base, quant_type, 
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+def test_the_4_bits_are_those_of_the_files_whatever_is_computed_in(tiny_base):
+    fp32 = load(tiny_base)
+    config = get_lora_config()
+    config.lora.load_in_4bit = True
+    four = four_bits(config.lora, CPU)
+    bf16 = load_weights(AutoModelForCausalLM, str(tiny_base), torch.bfloat16, "sdpa", four)
+    for ours, other in zip(fp32.modules(), bf16.modules()):
+        if is_4bit(ours):
+            assert torch.equal(ours.weight, other.weight)
+            assert other.weight.quant_state.dtype == torch.bfloat16
+    assert bf16.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
 def test_every_linear_layer_but_the_head_is_in_4_bits_and_frozen(tiny_base):
     model = load(tiny_base)
     assert {name for name, module in model.named_modules() if is_4bit(module)} == set(

@@ -4,6 +4,7 @@ from functools import partial
 import json
 from pathlib import Path
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -127,6 +128,35 @@ def test_the_table_has_what_differs_and_how_it_ended_best_first(sweep, capsys, t
         *(row["run"] for row in rows[:-1]),
     ]
     assert sketch.startswith("validation loss (cross entropy), from") and sketch.count("▁")
+
+
+def test_a_key_that_one_of_two_runs_has_not_set_differs(sweep, tmp_path):
+    other = shutil.copytree(sweep["s1"], tmp_path / "other")
+    config = json.loads((other / "logs" / "config.json").read_text())
+    config["data"]["max_samples"] = 100
+    (other / "logs" / "config.json").write_text(json.dumps(config))
+    rows = table([FinishedRun.of(str(sweep["s1"])), FinishedRun.of(str(other))])
+    assert [row["max_samples"] for row in rows] == [None, 100]
+
+
+def test_a_run_that_was_stopped_tells_nothing_about_seeds(sweep, tmp_path):
+    runs = [FinishedRun.of(str(sweep[name])) for name in ("s1", "s2")]
+    stopped = FinishedRun.of(str(shutil.copytree(sweep["s2"], tmp_path / "s3")))
+    stopped.config["seed"], stopped.status = 3, {"exit": 130, "error": "stopped"}
+    for line in stopped.lines:
+        line["val/loss"] = 9.0
+    assert spread_of_seeds([*runs, stopped]) == spread_of_seeds(runs)
+
+
+def test_a_sweep_of_a_run_on_several_processes_is_started_so(sweep, tmp_path, capsys):
+    run_dir = shutil.copytree(sweep["s1"], tmp_path / "r")
+    for path in run_dir.glob("checkpoints/*/trainer_state.json"):
+        state = json.loads(path.read_text())
+        state["facts"]["place"]["processes"] = 2
+        path.write_text(json.dumps(state))
+    main([str(run_dir), "--sweep", "seed=1,2"])
+    (line,) = capsys.readouterr().out.partition("not yet run:\n")[2].splitlines()
+    assert line.startswith("torchrun --nproc_per_node=2 ")
 
 
 def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):

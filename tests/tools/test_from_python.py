@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lora
-from lora.common.errors import Stopped, UserError
+from lora.common.errors import ResourceExhausted, Stopped, UserError
 from lora.common.paths import ROOT, SCRIPTS
 from lora.common.printable_text import printable
 from lora.config.schema import EvaluationConfig
@@ -61,6 +61,22 @@ def test_what_is_wrong_is_a_user_error_without_the_name_of_a_file(configure, tmp
     assert saved["error"].startswith("step ") and saved["rows"]
     with pytest.raises(UserError, match="run exists; choose another"):
         lora.train(config)
+
+
+def test_what_a_script_would_report_is_raised_so_and_the_next_run_begins_as_before(
+    configure, monkeypatch
+):
+    def out_of_memory(*arguments, **options):
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(2)
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("lora.model.load.build_model", out_of_memory)
+    with pytest.raises(ResourceExhausted, match="out of memory"):
+        lora.train(configure(True, max_steps=1))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == threads
 
 
 def test_a_module_of_the_users_called_train_is_named_in_one_line(monkeypatch, configure, tmp_path):

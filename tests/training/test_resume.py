@@ -22,6 +22,7 @@ from lora.config.run_folder import newest_checkpoint
 from lora.config.schema import Config, get_lora_config
 from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
+from lora.model.load import load_task
 from lora.training import best_checkpoints
 from lora.training.log import Log, cut_metrics_after
 from lora.training.remove_optimizer import remove_optimizer
@@ -341,6 +342,37 @@ def test_a_complete_run_has_nothing_to_resume(configure):
     config = configure(True)
     with pytest.raises(UserError, match="that run of 12 steps is complete; raise --max_steps"):
         run(config, run(config) / "checkpoints" / "checkpoint_step_12")
+
+
+def test_what_bounds_a_complete_run_is_named(configure):
+    last = run(configure(True, num_train_epochs=1.0)) / "checkpoints" / "checkpoint_step_8"
+    longer = configure(True, num_train_epochs=1.0, max_steps=30)
+    with pytest.raises(UserError, match="of 8 steps is complete; raise --num_train_epochs"):
+        run(longer, last)
+
+
+def test_losses_over_other_examples_do_not_choose_the_best(configure):
+    last = run(configure(True, max_steps=4)) / "checkpoints" / "checkpoint_step_4"
+    with pytest.raises(UserError, match="max_eval_batches"):
+        flags = [f"--resume_from={last}", "--max_steps=8", "--max_eval_batches=1"]
+        read_command_line(flags, get_lora_config(), "", "")
+
+
+def test_a_tensor_that_never_gets_a_gradient_does_not_keep_a_run_from_being_resumed(
+    configure, monkeypatch
+):
+    """As the biases by which some experts are only chosen."""
+
+    def with_unused(*arguments, **options):
+        task = load_task(*arguments, **options)
+        task.head.unused = torch.nn.Parameter(torch.zeros(3))
+        return task
+
+    monkeypatch.setattr("train.load_task", with_unused)
+    config = configure(False, max_steps=4)
+    last = run(config) / "checkpoints" / "checkpoint_step_4"
+    config.training.max_steps = 5
+    assert (run(config, last) / "checkpoints" / "checkpoint_step_5").is_dir()
 
 
 def test_a_dry_run_of_a_resumed_run_counts_what_that_run_would_do(configure, capsys):

@@ -169,16 +169,17 @@ def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleT
 
 def reader_for(where: str, row: dict, task: str) -> ModuleType:
     """Return the first reader of `task` with a form whose keys the row has. Raises UserError."""
-    fitting = readers_that_fit(row, READERS)
-    if all(reader.TASK != task for reader in fitting):
-        from lora.data.readers.published import PUBLISHED
+    # Data sets that were joined have null columns of each other.
+    given = {key: value for key, value in row.items() if value is not None}
+    for columns in (given, row):
+        fitting = readers_that_fit(columns, READERS)
+        if all(reader.TASK != task for reader in fitting):
+            from lora.data.readers.published import PUBLISHED
 
-        fitting += readers_that_fit(row, PUBLISHED)
-    of_task = [reader for reader in fitting if reader.TASK == task]
-    if len(of_task) > 1:  # data sets that were joined have null columns of each other
-        of_task.sort(key=lambda reader: all(row[key] is None for key in form_of(reader, row)))
-    if of_task:
-        return of_task[0]
+            fitting += readers_that_fit(columns, PUBLISHED)
+        for reader in fitting:
+            if reader.TASK == task:
+                return reader
     if fitting:
         keys = f"keys {', '.join(row)} in a run of --task {task}"
         raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")

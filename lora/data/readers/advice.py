@@ -28,7 +28,10 @@ TO_MESSAGES = (
 def why_not_read(row: dict, forms: Sequence[set[str]], task: str) -> str:
     """Return what was found in a row, the nearest forms, and how to read it, if that is known."""
     if "chosen" in row and "rejected" in row:
-        return PREFERENCES.format("messages" if isinstance(row["chosen"], list) else "completion")
+        is_chat = isinstance(row["chosen"], list)
+        # Beside a prompt, TRL's rows have the answer alone.
+        is_whole = is_chat and not ("prompt" in row and len(row["chosen"]) == 1)
+        return PREFERENCES.format("messages" if is_whole else "completion")
     kinds = {}
     for key, value in row.items():
         kinds[str(key)] = kind(value)

@@ -41,6 +41,9 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
         raise UserError(f"{where}: {found}; expected objects with role and content.")
     messages = with_system(where, row, messages)
     messages = [checked(where, i, message) for i, message in enumerate(messages, 1)]
+    if messages[-1]["role"] != "assistant" and row.get("chosen") and row.get("rejected"):
+        problem = "chosen and rejected answers beside a conversation: a preference row (DPO)"
+        raise UserError(f"{where}: {problem}; take other rows.")
     if all(message["role"] != "assistant" for message in messages):
         problem = "no message has role assistant, so there is nothing to learn"
         raise UserError(f"{where}: {problem}.")

@@ -13,12 +13,14 @@ from lora.data.readers.steps import chain
 TASK = "score"
 MR_BEN = ("Question", "Model_Solution_Steps", "Model_Solution_First_Error_Step")
 BIG_BENCH = {"input", "steps", "mistake_index"}
-FORMS = (BIG_BENCH, {"problem", "steps", "label"}, set(MR_BEN))
+PROCESS_BENCH = {"problem", "steps", "label"}
+FORMS = (BIG_BENCH, PROCESS_BENCH, set(MR_BEN))
 OPTIONAL: set[str] = {"Options", "Model_Solution_Correctness"}
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
-    is_big_bench = row.keys() >= BIG_BENCH
+    is_joined = row.keys() >= BIG_BENCH | PROCESS_BENCH
+    is_big_bench = row.keys() >= BIG_BENCH and not (is_joined and row["input"] is None)
     if not is_big_bench and row.keys() >= set(MR_BEN):
         row = as_process_bench(where, row)
         if row["label"] is None:
