@@ -43,7 +43,8 @@ def rows_in(path: str, value: Any) -> list:
     if isinstance(value, dict) and is_table(value.get("data")):
         return value["data"]
     if isinstance(value, dict) and value and all(is_table(part) for part in value.values()):
-        splits = {match[1] for match in map(SPLIT_NAME.fullmatch, map(str.lower, value)) if match}
+        matches = [SPLIT_NAME.fullmatch(name.lower()) for name in value]
+        splits = {match[1] for match in matches if match}
         if len(splits) > 1:
             found = f"the splits {', '.join(sorted(splits))} in one object"
             raise UserError(f"{path}: {found}; write each to a file of its own.")
