@@ -170,8 +170,8 @@ def main(arguments: Namespace) -> None:
     if source.is_4bit and not into_4bit:
         try:
             quantization = four_bits_of(arguments, config)
-        except UserError:  # the merge itself does not need it
-            print("note: without bitsandbytes, not compared with the 4-bit base of the training")
+        except UserError as error:  # the merge itself does not need bitsandbytes
+            print(f"note: not compared with the 4-bit base of the training: {error}")
         else:
             base_4bit = load_base(model_class, source.base_model, quantization)
             if config.model.add_special_tokens:
@@ -193,6 +193,7 @@ def main(arguments: Namespace) -> None:
             config.lora = None
             config.model.base_model = str(Path(arguments.output))
             config.model.add_special_tokens = []
+            config.model.head_tokens = []
             config.save(temporary / "training_config.toml")
         else:
             set_stop_tokens(model, tokenizer)

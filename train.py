@@ -224,7 +224,8 @@ def run_training(
         # A run that was stopped at its last step has yet to write its artifact.
         if state["step"] >= max_steps and (results or not command.continues):
             complete = f"that run of {max_steps} steps is complete"
-            is_bound = config.training.max_steps in (None, max_steps)
+            training = config.training
+            is_bound = training.max_steps == max_steps or not training.num_train_epochs
             flag = "--max_steps" if is_bound else "--num_train_epochs"
             raise UserError(f"--resume_from {resume_from}: {complete}; raise {flag}.")
     checkpointing = choose_checkpointing(run, state)

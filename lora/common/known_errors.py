@@ -70,5 +70,6 @@ def resume_command(run_dir: Path | None) -> str:
     if not checkpoints:
         return ""
     newest = checkpoints[max(checkpoints)]
-    call = script_call(sys.argv[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of torchrun
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
+    call = script_call(sys.argv[0], int(processes) if processes.isdecimal() else 1)
     return shlex.join([*call, "--resume_from", newest.as_posix()])

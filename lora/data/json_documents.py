@@ -11,7 +11,7 @@ from lora.common.toml_json import dict_of_different_keys
 
 NOT_BLANK = re.compile(r"\S")
 # A key as "test", "train_set" or "my-dev"
-SPLIT_NAME = re.compile(r"(?:.*[_.-])?(train|test|valid|validation|val|dev|eval)(?:[_.-].*)?")
+SPLIT_NAME = re.compile(r"(?:.*[_.-])?(train|test|valid|validation|val|dev|eval)(?:[ _.-].*)?")
 
 
 def document_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:

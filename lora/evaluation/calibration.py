@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from lora.common.atomic_files import atomic_file
-from lora.common.errors import library_errors
 
 BINS = 10
 
@@ -42,5 +41,8 @@ def save_reliability_diagram(path: str, scores: np.ndarray, labels: np.ndarray) 
     axes.plot(mean_scores, mean_labels, marker="o", label=f"ECE {error:.3f}")
     axes.set(xlabel="mean score", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
     axes.legend()
-    with atomic_file(Path(path)) as temporary, library_errors(f"--reliability {path}"):
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    kind = Path(path).suffix[1:].lower()
+    if kind not in figure.canvas.get_supported_filetypes():
+        kind = "png"
+    with atomic_file(Path(path)) as temporary:
+        figure.savefig(temporary, format=kind, dpi=120, bbox_inches="tight")

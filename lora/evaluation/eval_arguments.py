@@ -197,6 +197,7 @@ def trained_config(checkpoint: str) -> Config:
     if full_model:
         config.model.base_model = full_model
         config.model.init_from = ""
+        config.model.head_tokens = []  # its head has been trained since
     return config
 
 

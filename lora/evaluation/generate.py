@@ -122,6 +122,7 @@ def generate_answers(
         torch.manual_seed(config.training.seed)
     groups = group_prompts(prompts, max_new_tokens, max_positions, max_batch_tokens(config))
     texts = [""] * len(prompts)
+    header_end = tokenizer.get_vocab().get("<|message|>")  # gpt-oss's
     progress = tqdm(total=len(prompts), unit="answer", disable=None)
     with generation_mode(model, settings), autocast(model.device, dtype):
         for new_tokens, indices in groups:
@@ -129,7 +130,7 @@ def generate_answers(
             settings.max_new_tokens = new_tokens
             generated = model.generate(input_ids=tokens, attention_mask=mask)
             for i, answer in zip(indices, generated[:, tokens.shape[1] :].tolist()):
-                spoken = after_header(before_stop(answer, stops), tokenizer)
+                spoken = after_header(before_stop(answer, stops), header_end)
                 texts[i] = plain_text(spoken, tokenizer)
             progress.update(len(indices))
     progress.close()
@@ -155,13 +156,12 @@ def before_stop(tokens: list[int], stops: list[int]) -> list[int]:
     return tokens
 
 
-def after_header(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what follows the last header of gpt-oss's channels; all tokens where there is none."""
-    message = tokenizer.get_vocab().get("<|message|>")
-    for i, token in reversed(list(enumerate(tokens))):
-        if token == message:
-            return tokens[i + 1 :]
-    return tokens
+def after_header(tokens: list[int], header_end: int | None) -> list[int]:
+    """Return what follows the last header of a channel; all tokens where there is none."""
+    if header_end not in tokens:
+        return tokens
+    last = len(tokens) - 1 - tokens[::-1].index(header_end)
+    return tokens[last + 1 :]
 
 
 def step_scores(

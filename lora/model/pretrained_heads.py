@@ -81,7 +81,7 @@ def load_token_head(
     output = read_tensors(files, "lm_head.")
     for name, tensor in read_tensors(files, "embed_out.").items():  # GPT-NeoX's
         output[name.replace("embed_out", "lm_head")] = tensor
-    if "lm_head.weight" not in output and shape.tie_word_embeddings:
+    if "lm_head.weight" not in output and getattr(shape, "tie_word_embeddings", False):
         output["lm_head.weight"] = model.get_input_embeddings().weight.detach().float()
     is_scorer = any(path.name == "mlp_head.safetensors" for path in files)
     has_head = is_scorer or read_tensors(files, "score.") or read_tensors(files, "v_head.summary.")

@@ -154,8 +154,8 @@ def load_weights(
     expected = "its files are quantised, and config.json does not say how; name the dense base"
     raise_if_any(quantised, f"base_model {base_model}: {expected}")
     shape = read_shape(base_model)
-    # What is quantised is read as it lies in the files, whatever it is computed in: 4-bit weights
-    # are the same in training, evaluation and merging.
+    # What is quantised is read in the base's own dtype, whatever it is computed in, so that it is
+    # the same in training, evaluation and merging.
     read_dtype = (shape.dtype or torch.float32) if quantization else dtype
     options = {"dtype": read_dtype, "attn_implementation": attention, "state_dict": tensors}
     options["quantization_config"] = quantization
@@ -188,7 +188,7 @@ def load_weights(
         # Whatever is saved of the model has the base's own config.
         model.hf_quantizer.remove_quantization_config(model)
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            if parameter.dtype == read_dtype:  # routers of experts stay in fp32
                 parameter.data = parameter.data.to(dtype)
             elif hasattr(parameter, "quant_state"):
                 parameter.quant_state.dtype = dtype  # that it is dequantised to

@@ -70,6 +70,7 @@ def train(config: Config, resume_from: str | Path = "") -> dict | None:
     command.require_same(raw_data.files)
     num_threads = torch.get_num_threads()
     was_deterministic = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         results = script.main(command, raw_data)
     except BaseException as error:
@@ -80,7 +81,7 @@ def train(config: Config, resume_from: str | Path = "") -> dict | None:
             raise known from error
         raise
     finally:  # the next run of this process must not depend on this one
-        torch.use_deterministic_algorithms(was_deterministic)
+        torch.use_deterministic_algorithms(was_deterministic, warn_only=warned_only)
         torch.set_num_threads(num_threads)
         gc.collect()  # layers that are wrapped hold themselves, and so the weights
     if results is not None:

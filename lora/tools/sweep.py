@@ -1,6 +1,7 @@
 """The commands of a sweep that have not been run yet."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 import itertools
 import os
 import re
@@ -61,8 +62,9 @@ def missing_commands(
     checkpoints = checkpoints_by_step(first.folder / "checkpoints")
     processes = 1
     if checkpoints:
-        state = read_state(checkpoints[max(checkpoints)], first.folder)
-        processes = state["facts"]["place"]["processes"]
+        with suppress(UserError):  # one that cannot be read does not keep the commands back
+            state = read_state(checkpoints[max(checkpoints)], first.folder)
+            processes = state["facts"]["place"]["processes"]
     ended_configs = [run.config for run in runs if run.has_ended]
     folder = first.folder.resolve().parent
     commands = []

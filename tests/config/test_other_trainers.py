@@ -71,6 +71,9 @@ def test_the_page_has_the_tables_of_the_code():
     rows = [line for line in section.splitlines() if line.startswith("| ")]
     headings = [line for line in rows if "`" not in line]
     assert [line for line in rows if line not in headings] == documented_rows()
+    for block in section.split("\n\n"):
+        widths = {line.count(" | ") for line in block.splitlines() if line.startswith("| ")}
+        assert len(widths) <= 1, block
 
 
 def test_each_word_means_one_thing_and_a_key_that_there_is():

@@ -385,9 +385,10 @@ def test_where_answers_do_not_follow_the_generation_prompt_it_is_known():
 def test_of_gpt_oss_only_the_last_message_is_the_answer(gptoss):
     text = "<|channel|>analysis<|message|>r<|end|><|start|>assistant<|channel|>final<|message|>a"
     tokens = gptoss(text, add_special_tokens=False).input_ids
-    assert gptoss.decode(after_header(tokens, gptoss)) == "a"
+    header_end = gptoss.convert_tokens_to_ids("<|message|>")
+    assert gptoss.decode(after_header(tokens, header_end)) == "a"
     plain = gptoss("a b", add_special_tokens=False).input_ids
-    assert after_header(plain, gptoss) == plain
+    assert after_header(plain, header_end) == after_header(plain, None) == plain
 
 
 def test_pieces_are_the_plain_render():

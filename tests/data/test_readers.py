@@ -452,7 +452,7 @@ def test_an_object_on_one_line_holds_rows_as_over_several_lines(tmp_path, name, 
     assert [e.text for e in read([write(tmp_path, name, text)], "lm")] == ["a", "b"]
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("Train", "Test"), ("train_set", "test_set")])
+@pytest.mark.parametrize("names", [("train", "test"), ("Train", "Test"), ("train_set", "test set")])
 def test_splits_in_one_object_are_refused(tmp_path, names):
     text = json.dumps({name: [{"text": name}] for name in names})
     path = write(tmp_path, "a.json", text)
@@ -468,6 +468,12 @@ def test_columns_of_a_table_that_are_renamed_are_numbers_too(tmp_path):
     path = write(tmp_path, "b.csv", "text,label\nx,1\n")
     (found,) = read([path], "lm", DataConfig(columns={"prompt": "text", "completion": "label"}))
     assert found.messages[1]["content"] == "1"
+
+
+def test_an_answer_that_is_null_is_blank_whatever_else_the_row_has(tmp_path):
+    row = {"question": "q", "answer": None, "text": "a passage"}
+    with pytest.raises(UserError, match="1 of 1 rows have a blank message"):
+        read([write(tmp_path, "a.jsonl", json.dumps(row))], "lm")
 
 
 def test_topics_in_one_object_are_read(tmp_path):

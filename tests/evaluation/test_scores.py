@@ -360,6 +360,18 @@ def test_two_tokens_do_not_take_the_place_of_a_head_that_was_trained(configure, 
         load_task(config, torch.float32)
 
 
+def test_a_head_that_began_with_two_tokens_is_evaluated_and_merged(configure, tmp_path):
+    folder = run(configure(False, max_steps=1, head_tokens=["+", "-"])) / "final_artifact"
+    arguments = evaluation.read_arguments(["--checkpoint", str(folder), "--prompt", "1+1\n=2"])
+    evaluation.main(*arguments, evaluation.read_request(*arguments))
+    lora = run(configure(True, "lora", max_steps=1, head_tokens=["+", "-"])) / "final_artifact"
+    merged = tmp_path / "merged"
+    flags = ["--adapter", str(lora), "--output", str(merged), "--dtype=float32"]
+    merging.main(merging.read_arguments(flags))
+    arguments = evaluation.read_arguments(["--checkpoint", str(merged), "--prompt", "1+1\n=2"])
+    evaluation.main(*arguments, evaluation.read_request(*arguments))
+
+
 def test_the_backbone_of_a_scorers_checkpoint_brings_its_head_along(configure):
     checkpoint = run(configure(False, max_steps=1)) / "checkpoints" / "checkpoint_step_1"
     config = configure(True, base_model=str(checkpoint / "backbone"))

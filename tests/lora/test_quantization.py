@@ -228,7 +228,7 @@ def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys, m
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     flags[3] = str(tmp_path / "without_it")
     merging.main(merging.read_arguments(flags))
-    assert "note: without bitsandbytes, not compared" in capsys.readouterr().out
+    assert "note: not compared with the 4-bit base of the training: " in capsys.readouterr().out
     assert (tmp_path / "without_it" / "model.safetensors").is_file()
 
 

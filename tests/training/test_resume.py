@@ -346,9 +346,10 @@ def test_a_complete_run_has_nothing_to_resume(configure):
 
 def test_what_bounds_a_complete_run_is_named(configure):
     last = run(configure(True, num_train_epochs=1.0)) / "checkpoints" / "checkpoint_step_8"
-    longer = configure(True, num_train_epochs=1.0, max_steps=30)
-    with pytest.raises(UserError, match="of 8 steps is complete; raise --num_train_epochs"):
-        run(longer, last)
+    for max_steps in (None, 30):
+        longer = configure(True, num_train_epochs=1.0, max_steps=max_steps)
+        with pytest.raises(UserError, match="of 8 steps is complete; raise --num_train_epochs"):
+            run(longer, last)
 
 
 def test_losses_over_other_examples_do_not_choose_the_best(configure):

@@ -163,23 +163,28 @@ def form_of(reader: ModuleType, row: dict) -> set[str]:
     return forms[0] if forms else set()
 
 
+def all_null(form: set[str], row: dict) -> bool:
+    return all(row[key] is None for key in form)
+
+
 def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleType]:
     return [reader for reader in readers if form_of(reader, row)]
 
 
 def reader_for(where: str, row: dict, task: str) -> ModuleType:
     """Return the first reader of `task` with a form whose keys the row has. Raises UserError."""
-    # Data sets that were joined have null columns of each other.
+    # Data sets that were joined have null columns of each other. (An answer that is null is a blank
+    # one, and no reason to read such a row otherwise.)
     given = {key: value for key, value in row.items() if value is not None}
-    for columns in (given, row):
+    for columns in (given, row) if task == "score" else (row,):
         fitting = readers_that_fit(columns, READERS)
         if all(reader.TASK != task for reader in fitting):
             from lora.data.readers.published import PUBLISHED
 
             fitting += readers_that_fit(columns, PUBLISHED)
-        for reader in fitting:
-            if reader.TASK == task:
-                return reader
+        of_task = [reader for reader in fitting if reader.TASK == task]
+        if of_task:
+            return min(of_task, key=lambda reader: all_null(form_of(reader, row), row))
     if fitting:
         keys = f"keys {', '.join(row)} in a run of --task {task}"
         raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")
