@@ -61,7 +61,7 @@ ENDINGS = {
     "gemma4": ["<turn|>"],
     "gemma": ["<end_of_turn>"],
     "glm4moe": ["<|user|>", "<|observation|>", "<|assistant|>", "<|system|>"],  # whose turn is next
-    "gptoss": ["<|end|>", "<|return|>", "<|call|>"],
+    "gptoss": ["<|return|>", "<|call|>"],  # at <|end|>, behind earlier turns, nothing stops
     "lfm2": ["<|im_end|>"],
     "llama3": ["<|eot_id|>", "<|eom_id|>"],
     "muse_glimmer": ["<|eot|>"],
