@@ -20,8 +20,9 @@ def or_packaged(path: str, *folders: str) -> str:
 
 def script_call(script: str, processes: int = 1) -> list[str]:
     """Return the words that call a script in the current folder, without its flags."""
-    torchrun = ["torchrun", f"--nproc_per_node={processes}"] if processes > 1 else []
+    torchrun = ["torchrun", f"--nproc_per_node={processes}"]
     if INSTALLED:
-        return [*torchrun, *["--no-python"] * bool(torchrun), "plainlora", Path(script).stem]
+        call = ["plainlora", Path(script).stem]
+        return [*torchrun, "--no-python", *call] if processes > 1 else call
     path = script if Path(script).is_file() else str(SCRIPTS / Path(script).name)
-    return [*(torchrun or ["python"]), path]
+    return [*torchrun, path] if processes > 1 else ["python", path]

@@ -124,11 +124,10 @@ class Translation:
         """Read one word with its value."""
         label = self.prefix + ".".join([*parents, name])
         word = find_word(parents, name, [*MEANINGS, *self.key_of, *AUTOMATIC, *UNSUPPORTED])
-        is_loras = ALIASES.get(name, name) in vars(LoraConfig())
-        if not word and is_loras and value in (None, False):
-            return  # train.py has no such key, and it is not asked for
         if not word:
-            self.problems.append(f"{label}: {why_unknown(self.config, name)}")
+            is_loras = ALIASES.get(name, name) in vars(LoraConfig())
+            if not (is_loras and value in (None, False)):  # train.py has no such key, nor needs it
+                self.problems.append(f"{label}: {why_unknown(self.config, name)}")
         elif value is None and word == "clip_grad_norm":
             self.set_key(parents, label, "max_grad_norm", 0.0)  # torchtune's: no clipping
         elif value is None or (word == "max_steps" and value == -1):

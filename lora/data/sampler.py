@@ -5,7 +5,7 @@ run continues at any step by asking for that step. How they are laid out in micr
 the speed and nothing else.
 """
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 
 import numpy as np
@@ -91,7 +91,7 @@ class TrainingData:
     def largest_batches(self) -> list[Batch]:
         """Return the two largest micro-batches that a step can have on this process."""
         # The second meets the gradients of the first, as the micro-batches of a step do.
-        rows = self.longest_rows()
+        rows = self.longest_rows
         groups = sorted(self.local_groups(rows), key=self.num_tokens, reverse=True)
         return self.make_batches(groups[:2], rows)
 
@@ -148,10 +148,11 @@ class TrainingData:
         first = step * self.examples_per_step
         return self.rows_of_examples(np.arange(first, first + self.examples_per_step))
 
+    @cached_property  # asked for by every evaluation, and it sorts all rows
     def longest_rows(self) -> np.ndarray:
-        """Return the longest rows that a step could have, over all processes."""
+        """The longest rows that a step could have, over all processes."""
         order = np.argsort(-self.rows.seq_lens(np.arange(len(self.rows))), kind="stable")
-        return order[: self.examples_per_step]
+        return order[: self.examples_per_step].copy()  # a view would keep the order of all rows
 
     def rows_of_examples(self, numbers: np.ndarray) -> np.ndarray:
         """Return the rows, [n], that are these examples of the run, counted over all steps."""
@@ -171,7 +172,7 @@ class TrainingData:
 
         None has more tokens than the largest of a step, which was tried before the first.
         """
-        groups = chain.from_iterable(self.groups_by_process(self.longest_rows()))
+        groups = chain.from_iterable(self.groups_by_process(self.longest_rows))
         largest = max(self.num_tokens(group) for group in groups)
         max_tokens = min(self.max_tokens, largest)
         return self.held_out.batches(self.evaluation_rows(), max_tokens, self.packed)

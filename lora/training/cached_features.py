@@ -27,7 +27,7 @@ def cache_features(run: Run, total_steps: int, log: Log) -> None:
     """
     data = run.data
     is_used = np.zeros(len(data.rows), bool)
-    is_used[data.longest_rows()] = True
+    is_used[data.longest_rows] = True
     for step in range(total_steps):
         is_used[data.rows_at(step)] = True
         if is_used.all():  # as after an epoch; the run may have many

@@ -99,7 +99,7 @@ class GradientAccumulation:
         `reserved_bytes` are kept free: the optimizer takes them at its first update.
         """
         data = self.run.data
-        rows = data.longest_rows()
+        rows = data.longest_rows
         num_targets = data.rows.num_targets(rows)
         out_of_memory = True
         with memory_limit(self.run.device):

@@ -79,7 +79,7 @@ def test_a_slow_machine_computes_a_few_examples_only(configure, monkeypatch):
     monkeypatch.setattr(dry_run, "print_memory", lambda run: True)
     call(configure(True, batch_size=8, gradient_accumulation_steps=4))
     (data,) = seen
-    longest = data.rows.seq_lens(data.longest_rows()).max()
+    longest = data.rows.seq_lens(data.longest_rows).max()
     # The first example of a step and of an evaluation, twice each; and the model's own check
     assert clock[0] < data.size_at(0) / 2 and clock[0] <= 8 * longest
 

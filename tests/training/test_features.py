@@ -109,7 +109,7 @@ def test_a_batch_brings_the_features_of_its_own_targets(frozen, packed):
 def test_a_run_shorter_than_an_epoch_computes_what_it_asks_for(frozen):
     task, data, config = frozen
     cache(task, data, config, 2)
-    asked = np.concatenate([data.rows_at(0), data.rows_at(1), data.longest_rows()])
+    asked = np.concatenate([data.rows_at(0), data.rows_at(1), data.longest_rows])
     assert data.rows.features.keys() == {*asked.tolist()} and len(data.rows.features) < len(
         data.rows
     )
