@@ -98,7 +98,7 @@ if __name__ == "__main__":
     begin_loading_torch()
 
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from lora.adapter import load_adapter
 from lora.common.atomic_files import atomic_folder, write_text_atomically
@@ -110,6 +110,7 @@ from lora.export.portable_adapter import write_portable
 from lora.layer import merge
 from lora.model.tokenizer_file import save_tokenizer
 from lora.model.weights import add_tokens, load_shape, load_tokenizer
+from lora.quantization import FourBitSettings
 
 
 def main(arguments: Namespace) -> None:
@@ -117,13 +118,7 @@ def main(arguments: Namespace) -> None:
     if arguments.expect_sha256:  # so its checksums.json is ours, and not another program's
         verify_checksums(arguments.adapter)
     if arguments.portable:
-        folder = Path(arguments.adapter)
-        if is_written_by_us(folder):
-            verify_checksums(folder)
-        folder = adapter_folder(folder) or folder
-        with atomic_folder(Path(arguments.output)) as temporary:
-            write_portable(folder, temporary)
-        print(f"wrote {arguments.output}")
+        rewrite_portable(arguments)
         return
 
     # 1. Load the base and its tokenizer.
@@ -132,7 +127,7 @@ def main(arguments: Namespace) -> None:
     shape, dtype, tokenizer = load_shape(source.base_model)
     if arguments.dtype:
         dtype = getattr(torch, arguments.dtype)
-    # Of a scorer, the bare backbone.
+    # A scorer's model is the bare backbone.
     model_class = AutoModel if source.is_scorer else merging.class_for(shape)
     warning = source.verify()
     if warning:
@@ -152,7 +147,7 @@ def main(arguments: Namespace) -> None:
     # 2. Merge, and compare the outputs of the base, of base + adapter, and of the merged model.
     torch.manual_seed(0)
     tokens = torch.randint(shape.get_text_config().vocab_size, (4, 32))
-    of_base = outputs(model, tokens)
+    base_outputs = outputs(model, tokens)
     if source.adapter:
         load_adapter(model, source.adapter)
     gguf_type = arguments.gguf_type or "f16"
@@ -163,25 +158,20 @@ def main(arguments: Namespace) -> None:
         make_writer(model.config, tokenizer, gguf_type)  # refuses what it cannot, before the work
         stops = stop_tokens(model, tokenizer)
         for_ollama = modelfile(Path(arguments.gguf).name, stops, tokenizer)
-    of_adapter = outputs(model, tokens)
+    adapter_outputs = outputs(model, tokens)
     merge(model)
-    of_merged = outputs(model, tokens)
-    effect = merging.require_same_outputs(source, of_base, of_adapter, of_merged)
+    merged_outputs = outputs(model, tokens)
+    effect = merging.require_same_outputs(source, base_outputs, adapter_outputs, merged_outputs)
     if source.is_4bit and not into_4bit:
         try:
             quantization = four_bits_of(arguments, config)
         except UserError as error:  # the merge itself does not need bitsandbytes
             print(f"note: not compared with the 4-bit base of the training: {error}")
         else:
-            base_4bit = load_base(model_class, source.base_model, quantization)
-            if config.model.add_special_tokens:
-                add_tokens(base_4bit, tokenizer, config.model.add_special_tokens)
-            if source.adapter:
-                load_adapter(base_4bit, source.adapter)
-            distance = difference(of_merged, outputs(base_4bit, tokens))
+            outputs_of_4bit = outputs_in_4bit(source, model_class, quantization, tokenizer, tokens)
+            distance = difference(merged_outputs, outputs_of_4bit)
             hint = "(--merge_into dequantized keeps that base)"
             print(f"against the 4-bit base it was trained on: {distance:.3g} {hint}")
-            del base_4bit
 
     # 3. Round, write, and compare what was written.
     with atomic_folder(Path(arguments.output)) as temporary:
@@ -199,15 +189,17 @@ def main(arguments: Namespace) -> None:
             set_stop_tokens(model, tokenizer)
             model.save_pretrained(temporary)
         written = merging.read_back(model, temporary)
-        of_written = outputs(written, tokens)
-        rounding = difference(of_written, of_adapter)
+        written_outputs = outputs(written, tokens)
+        rounding = difference(written_outputs, adapter_outputs)
         dtype_name = str(dtype).removeprefix("torch.")
         print(f"merged against adapter, {dtype_name}: {rounding:.3g}")
         if model.get_output_embeddings() is not None:  # a language model
-            print(f"the most likely token is {merging.same_tokens(of_written, of_adapter)}")
+            print(
+                f"the most likely token is {merging.same_tokens(written_outputs, adapter_outputs)}"
+            )
             if dtype != torch.float32:
-                in_fp32 = f"{difference(of_merged, of_adapter):.3g}, and the token"
-                in_fp32 += f" {merging.same_tokens(of_merged, of_adapter)}"
+                in_fp32 = f"{difference(merged_outputs, adapter_outputs):.3g}, and the token"
+                in_fp32 += f" {merging.same_tokens(merged_outputs, adapter_outputs)}"
                 print(f"with --dtype float32 the difference would be {in_fp32}")
         if not math.isfinite(rounding):
             raise UserError(f"the outputs in {dtype_name} are not finite; add --dtype float32.")
@@ -224,6 +216,32 @@ def main(arguments: Namespace) -> None:
         path = modelfile_path(arguments.gguf)
         write_text_atomically(path, for_ollama)
         print(f"wrote {arguments.gguf} and {path}")
+
+
+def rewrite_portable(arguments: Namespace) -> None:
+    """Write the adapter anew, in the form that PEFT, vLLM and llama.cpp all read."""
+    folder = Path(arguments.adapter)
+    if is_written_by_us(folder):
+        verify_checksums(folder)
+    with atomic_folder(Path(arguments.output)) as temporary:
+        write_portable(adapter_folder(folder) or folder, temporary)
+    print(f"wrote {arguments.output}")
+
+
+def outputs_in_4bit(
+    source: AdapterSource,
+    model_class: type,
+    quantization: FourBitSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """Return the outputs of the adapter on the 4-bit base that it was trained on."""
+    model = load_base(model_class, source.base_model, quantization)
+    if source.config.model.add_special_tokens:
+        add_tokens(model, tokenizer, source.config.model.add_special_tokens)
+    if source.adapter:
+        load_adapter(model, source.adapter)
+    return outputs(model, tokens)
 
 
 def refuse_other_kinds(arguments: Namespace, source: AdapterSource) -> None:

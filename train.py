@@ -85,13 +85,14 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         state = checkpoint.load(resume_from, task, optimizer)
         step = state["step"]
         was_evaluated = state["val"] is not None
-        # A run that is shortened to where it was stopped has yet to be evaluated there.
+        # A checkpoint between two evaluations has no validation loss. A run that now ends at its
+        # step is evaluated there first.
         resumed_at = step if was_evaluated or step < max_steps else None
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
     best_losses = best_checkpoints.finite_losses(folder)
-    if not best_losses:  # also in a folder of its own, where the best is yet to come
+    if not best_losses:  # as where a run is resumed to a new folder, which holds no checkpoint yet
         evaluations_without_best = 0
     # A run that has stopped early may have yet to write its artifact.
     has_stopped = was_evaluated and stops_early(settings, evaluations_without_best)
@@ -125,8 +126,8 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 without = f"{evaluations_without_best} evaluations without a new best"
                 log.say(f"Stopping at step {step}: {without}.")
                 last = True
-        is_last = last or stop or step % config.output.save_steps == 0
-        if (is_among_best or is_last) and step not in (0, resumed_at):
+        save_is_due = last or stop or step % config.output.save_steps == 0
+        if (is_among_best or save_is_due) and step not in (0, resumed_at):
             data.rows.check.require_undamaged()
             state = {
                 "without_best": evaluations_without_best,
@@ -139,7 +140,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 "save_optimizer": config.save_optimizer,
                 "val": metrics and without_nan(metrics),
             }
-            with_optimizer = is_last or config.save_optimizer == "all"
+            with_optimizer = save_is_due or config.save_optimizer == "all"
             saved = optimizer if with_optimizer else None
             log.say(checkpoint.save(folder, step, task, saved, state))
         if stop:
@@ -202,7 +203,7 @@ def run_training(
         rank but the first.
     """
     config, resume_from = command.config, command.resume_from
-    # That of the training: a dry run has loaded the base to the CPU.
+    # Not the task's own device: a dry run loads the base to the CPU.
     device = choose_device(config.training.device)
     dtype = choose_dtype(config, device)
     is_later_stage = config.model.init_from not in ("", "scratch") and not resume_from
@@ -215,19 +216,12 @@ def run_training(
     data = TrainingData(rows, held_out, config, task.packed, rank, world_size, layout=state)
     run = Run(task, config, data, device, dtype)
     max_steps = total_steps(config.training, data.steps_per_epoch)
-    if state and not command.dry_run and (command.auto or state["step"] >= max_steps):
-        results = finished_results(command.run_dir, config, state, max_steps)
-        if results and command.auto:
+    if state and not command.dry_run:
+        results = results_if_complete(command, state, max_steps)
+        if results:
             print(f"{command.run_dir}: complete since step {state['step']}; nothing to do")
             process_group.leave()
             return results if rank == 0 else None
-        # A run that was stopped at its last step has yet to write its artifact.
-        if state["step"] >= max_steps and (results or not command.continues):
-            complete = f"that run of {max_steps} steps is complete"
-            training = config.training
-            is_bound = training.max_steps == max_steps or not training.num_train_epochs
-            flag = "--max_steps" if is_bound else "--num_train_epochs"
-            raise UserError(f"--resume_from {resume_from}: {complete}; raise {flag}.")
     checkpointing = choose_checkpointing(run, state)
     prepare_layers(task.model, config.training, checkpointing)
     description = describe_run(run, data_facts, checkpointing)
@@ -259,6 +253,26 @@ def run_training(
             return None
         log.say(compare_base(base, measure_base(task, config)))
         return write_final_artifact(run, log, base.files, raw_data.files)
+
+
+def results_if_complete(command: Command, state: dict, max_steps: int) -> dict | None:
+    """Return the results of a run that `--resume_from auto` finds complete, else None.
+
+    Raises UserError where --resume_from names a checkpoint of a complete run.
+    """
+    training, is_at_end = command.config.training, state["step"] >= max_steps
+    if not (command.auto or is_at_end):
+        return None
+    results = finished_results(command.run_dir, command.config, state, max_steps)
+    if results and command.auto:
+        return results
+    # A run that was stopped at its last step has yet to write its artifact.
+    if is_at_end and (results or not command.continues):
+        complete = f"that run of {max_steps} steps is complete"
+        is_bound = training.max_steps == max_steps or not training.num_train_epochs
+        flag = "--max_steps" if is_bound else "--num_train_epochs"
+        raise UserError(f"--resume_from {command.resume_from}: {complete}; raise {flag}.")
+    return None
 
 
 def main(command: Command, raw_data: RawData) -> dict | None:

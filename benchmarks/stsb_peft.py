@@ -152,7 +152,8 @@ class Peer(nn.Module):
         )
         last = attention_mask.sum(1) - 1
         hidden = out.last_hidden_state[torch.arange(len(last)), last]
-        loss_sum, scores = self.head(hidden, labels), self.head.predict(hidden, labels)
+        scores = self.head.predict(hidden, labels)
+        loss_sum = self.head(hidden, labels, torch.ones_like(labels))
         if self.training:
             self.losses.append(loss_sum.item() / len(labels))
         return {"loss": loss_sum / len(labels), "scores": scores}

@@ -200,11 +200,11 @@ def fit_embeddings(model: nn.Module, full_weights: Tensors, adapted: Collection[
     if rows > len(next(iter(embeddings.values()))):
         model.resize_token_embeddings(rows, mean_resizing=False)
         embeddings = shared_embeddings(model)
-    of_base = [name for name in given if name.removesuffix(".weight") in adapted]
-    for name in of_base:
+    adapted_names = [name for name in given if name.removesuffix(".weight") in adapted]
+    for name in adapted_names:
         if given[name].shape == embeddings[name].shape:
             embeddings[name].copy_(given[name])
-    are_trained = len(given) > len(of_base)
+    are_trained = len(given) > len(adapted_names)
     weights = list(given.values())
     are_equal = len(weights) > 1 and all(torch.equal(weights[0], other) for other in weights[1:])
     if are_trained and not are_equal:

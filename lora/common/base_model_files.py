@@ -40,7 +40,7 @@ def describe_base(base_model: str) -> str:
     return base_model if found == base_model else f"{base_model} (packaged: {found})"
 
 
-MOST_MODULES = 10_000  # layers, experts or labels; a model of a billion would be built for days
+MAX_MODULES = 10_000  # layers, experts or labels; a model of a billion would be built for days
 
 
 def check_shape(folder: str | Path) -> None:
@@ -54,8 +54,8 @@ def check_shape(folder: str | Path) -> None:
             if isinstance(value, dict):
                 tables.append(value)
             is_count = re.search("layer|expert|labels", name) and "size" not in name
-            if is_count and type(value) in (int, float) and value > MOST_MODULES:
-                expected = f"expected at most {MOST_MODULES:,}"
+            if is_count and type(value) in (int, float) and value > MAX_MODULES:
+                expected = f"expected at most {MAX_MODULES:,}"
                 raise UserError(f"base_model {path}: {name} = {value}; {expected}.")
 
 
@@ -111,7 +111,7 @@ def check_length(path: Path) -> None:
         raise UserError(f"base_model {path}: {size:,} of {expected:,} bytes; copy it again.")
 
 
-MOST_BYTES = 2**28  # of a text file that others may have written
+MAX_BYTES = 2**28  # of a text file that others may have written
 
 
 def plain_file(path: Path, home: Path | None = None) -> Path:
@@ -128,7 +128,7 @@ def plain_file(path: Path, home: Path | None = None) -> Path:
         raise UserError(f"{path}: a link that leads out of its folder; put the file itself there.")
     if not path.is_file() and (path.exists() or path.is_symlink()):
         raise UserError(f"{path}: no plain file; expected one.")
-    if path.suffix != ".safetensors" and path.is_file() and path.stat().st_size > MOST_BYTES:
+    if path.suffix != ".safetensors" and path.is_file() and path.stat().st_size > MAX_BYTES:
         size = f"{path.stat().st_size:,} bytes"
-        raise UserError(f"{path}: {size}; expected at most {MOST_BYTES:,}.")
+        raise UserError(f"{path}: {size}; expected at most {MAX_BYTES:,}.")
     return path

@@ -58,9 +58,9 @@ LESS_MEMORY = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out. On a CPU torch says so in the message only."""
     words = (
-        *("out of memory", "not enough memory", "can't allocate memory"),
-        *("ALLOC_FAILED", "bad_alloc"),
-    )
+        "out of memory", "not enough memory", "can't allocate memory",
+        "ALLOC_FAILED", "bad_alloc",
+    )  # fmt: skip
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
@@ -79,7 +79,7 @@ def is_disk_full(error: BaseException) -> bool:
 def library_errors(what: str | Path, passed: type[Exception] = UserError) -> Iterator[None]:
     """Raise UserError with the first line of what a library reports of files it cannot load.
 
-    Of files that others wrote a library may raise anything. What is `passed` is left to the caller.
+    A library may raise anything on files that others wrote. `passed` errors are not converted.
     """
     try:
         yield

@@ -59,7 +59,8 @@ class RunStatus:
 def one_line_errors(status: RunStatus | None = None) -> Iterator[None]:
     """Report an error that is no bug in one line, and exit with its status."""
     if hasattr(sys.stdout, "reconfigure") and sys.stdout.encoding.lower() != "utf-8":
-        sys.stdout.reconfigure(errors="backslashreplace")  # Windows' pipes lack some
+        # On Windows a pipe's encoding has no code for some characters.
+        sys.stdout.reconfigure(errors="backslashreplace")
     status = status or RunStatus()
     rank = os.environ.get("RANK", "0")
     is_first_process = rank == "0" or not rank.isdecimal()

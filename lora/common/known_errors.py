@@ -12,7 +12,7 @@ from lora.common.checkpoint_folders import resumable_by_step
 from lora.common.errors import Interrupted, ProcessLost, ResourceExhausted, UserError
 from lora.common.paths import script_call
 
-LONGEST_NAME = 200  # characters of a file's name that a line quotes
+MAX_NAME_LENGTH = 200  # characters of a file's name that a line quotes
 SIGPIPE = 13  # Windows' signal module has none
 
 
@@ -36,7 +36,7 @@ def as_known_error(error: BaseException) -> UserError | None:
     if under_torchrun and re.search("gloo|NCCL", text):
         return ProcessLost("another process of this run was lost (torchrun says which).")
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return UserError(f"{str(error.filename)[:LONGEST_NAME]}: {error.strerror}.")
+        return UserError(f"{str(error.filename)[:MAX_NAME_LENGTH]}: {error.strerror}.")
     if re.search(r"\(os error \d+\)", text):  # of safetensors, in Rust
         return UserError(f"{text}.")
     return None

@@ -92,7 +92,8 @@ def require_shape(path: str | Path, value: Any, shape: Any, key: str = "") -> No
             require_shape(path, part, expected, full_name)
         for name in shape:
             if name not in value and name != "*" and not name.endswith("?"):
-                raise UserError(f"{path}: no {f'{key}.{name}' if key else name}; expected it.")
+                full_name = f"{key}.{name}" if key else name
+                raise UserError(f"{path}: no {full_name}; expected it.")
 
 
 def read_table(path: Path, shape: Any, home: Path | None = None) -> dict:
@@ -117,7 +118,7 @@ def verify_artifact(folder: str | Path, expect_sha256: str = "") -> dict:
     """Return an artifact's metadata. Raises UserError where it is damaged or no artifact.
 
     Somebody who changes a file can change checksums.json as well. `expect_sha256`, the sha256 of
-    checksums.json itself that the training printed, tells that too.
+    checksums.json itself that the training printed, reveals that too.
     """
     folder = Path(folder)
     verify_checksums(folder, "metadata.json")

@@ -26,9 +26,9 @@ from lora.config.table import DTYPE_SWITCHES
 from lora.config.unread_keys import print_unread_keys
 
 EVERYDAY_KEYS = {
-    *("base_model", "task", "train_data", "eval_data", "max_length", "lora_r", "learning_rate"),
-    *("batch_size", "max_steps", "num_train_epochs", "experiment_name"),
-}
+    "base_model", "task", "train_data", "eval_data", "max_length", "lora_r", "learning_rate",
+    "batch_size", "max_steps", "num_train_epochs", "experiment_name",
+}  # fmt: skip
 
 
 @dataclass

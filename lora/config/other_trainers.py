@@ -102,7 +102,7 @@ class Translation:
     def __init__(self, config: Config, prefix: str = "") -> None:
         self.config = config
         self.prefix = prefix  # of a word in a message
-        # An own key is its own meaning.
+        # Our own keys keep their names.
         own_names = {name: name for name in (*fields_by_key(config), *DTYPE_SWITCHES)}
         self.key_of = {**SAME, **ALIASES, **own_names}
         self.tables: dict[str, dict[str, Any]] = {}
@@ -125,8 +125,8 @@ class Translation:
         label = self.prefix + ".".join([*parents, name])
         word = find_word(parents, name, [*MEANINGS, *self.key_of, *AUTOMATIC, *UNSUPPORTED])
         if not word:
-            is_loras = ALIASES.get(name, name) in vars(LoraConfig())
-            if not (is_loras and value in (None, False)):  # train.py has no such key, nor needs it
+            # train.py has no keys of LoRA, and needs none where they are off.
+            if not (is_lora_key(name) and value in (None, False)):
                 self.problems.append(f"{label}: {why_unknown(self.config, name)}")
         elif value is None and word == "clip_grad_norm":
             self.set_key(parents, label, "max_grad_norm", 0.0)  # torchtune's: no clipping
@@ -163,10 +163,10 @@ class Translation:
     def read_key(self, parents: list[str], label: str, word: str, value: Any) -> None:
         """Read a word that is a key of ours, unless it may be another's."""
         key = self.key_of[word]
-        of_evaluation = EVALUATION_TABLES.intersection(parents)
-        if of_evaluation and key == "batch_size":
+        evaluation_tables = EVALUATION_TABLES.intersection(parents)
+        if evaluation_tables and key == "batch_size":
             self.notes.append(f"{label} ({AUTOMATIC['eval_batch_size']})")
-        elif of_evaluation and not key.startswith(OF_EVALUATION):
+        elif evaluation_tables and not key.startswith(OF_EVALUATION):
             hint = f"{key} is that of training; if it is meant, give it outside of this table"
             self.problems.append(f"{label}: {hint}.")
         elif word in LORA_WORDS and parents and not LORA_TABLES.intersection(parents):
@@ -219,9 +219,13 @@ def plain(value: Any) -> Any:
     return parse_text(text, float)
 
 
+def is_lora_key(name: str) -> bool:
+    return ALIASES.get(name, name) in vars(LoraConfig())
+
+
 def why_unknown(config: Config, name: str) -> str:
     """Return why the configuration has no key of this name."""
-    if config.lora is None and ALIASES.get(name, name) in vars(LoraConfig()):
+    if config.lora is None and is_lora_key(name):
         return "train.py trains all weights and has no such key; use train_lora.py."
     known = [*ALIASES, *DTYPE_SWITCHES, *fields_by_key(config)]
     return f"no such key.{nearest(name, known) or ' See --help.'}"

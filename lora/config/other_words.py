@@ -131,7 +131,7 @@ NO_WORKERS = "the tokens lie in a file that is mapped, so there are no workers"
 PACKED = "sequences are packed, which changes no number"
 EVAL_BATCHES = "evaluation has the batches of training, which changes no number"
 IN_RUN_FOLDER = "logs and TensorBoard's files lie in the folder of the run"
-TORCHRUN = "torchrun says it"
+TORCHRUN = "torchrun sets it"
 AUTOMATIC = {
     "save_total_limit": KEPT,
     "load_best_model_at_end": "the artifact has the weights of the best validation loss",
@@ -156,7 +156,7 @@ AUTOMATIC = {
     "per_device_eval_batch_size": EVAL_BATCHES,
     "eval_batch_size": EVAL_BATCHES,
     "eval_accumulation_steps": EVAL_BATCHES,
-    "remove_unused_columns": "keys of rows that nothing reads are told",
+    "remove_unused_columns": "keys of rows that nothing reads are reported",
     "gradient_checkpointing_kwargs": "checkpointing is never reentrant",
     "bnb_4bit_quant_storage": "4-bit weights are never sharded",
     "logging_dir": IN_RUN_FOLDER,

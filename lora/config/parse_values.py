@@ -33,6 +33,9 @@ def key(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+NO_LIMITS: Mapping[str, Any] = key(None, "").metadata
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a question that names the most similar of the known names, or ""."""
     matches = difflib.get_close_matches(name, known, n=1)

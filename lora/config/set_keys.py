@@ -7,7 +7,7 @@ from lora.common.base_model_files import plain_file
 from lora.common.checkpoint_folders import require_known_format
 from lora.common.errors import UserError
 from lora.common.toml_json import read_file
-from lora.config.parse_values import check_value, key
+from lora.config.parse_values import NO_LIMITS, check_value
 from lora.config.schema import Config, fields_by_key, get_lora_config, table_keys, tables_of
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 
@@ -22,7 +22,7 @@ def set_key(config: Config, name: str, value: Any, where: str) -> None:
     `where` ("--lora_r", "run.toml: lora.lora_r") begins the error messages.
     """
     if name in DTYPE_SWITCHES:
-        setattr(config.training, name, check_value(where, value, bool, key(None, "").metadata))
+        setattr(config.training, name, check_value(where, value, bool, NO_LIMITS))
         return
     fields = fields_by_key(config)
     name = ALIASES.get(name, name)

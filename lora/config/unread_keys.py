@@ -5,14 +5,14 @@ from lora.config.schema import QUANTIZATION_KEYS, Config, get_lora_config
 from lora.config.set_keys import key_values
 
 SCORE_KEYS = (
-    *("head_dropout", "head_tokens", "score_loss"),
-    *("prompt_format", "step_format", "step_marker"),
-)
+    "head_dropout", "head_tokens", "score_loss",
+    "prompt_format", "step_format", "step_marker",
+)  # fmt: skip
 
 LORA_KEYS = (
-    *("lora_alpha", "lora_dropout", "target_modules", "use_rslora"),
-    *("alpha_pattern", "loraplus_lr_ratio"),
-)
+    "lora_alpha", "lora_dropout", "target_modules", "use_rslora",
+    "alpha_pattern", "loraplus_lr_ratio",
+)  # fmt: skip
 
 
 def unread_keys(config: Config) -> dict[str, str]:

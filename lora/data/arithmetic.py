@@ -28,7 +28,7 @@ OPERATIONS = "+-*"
 # Values stay in 0..LIMIT and operands have one digit, so that a small model can learn to check.
 LIMIT = 99
 SHARE_WRONG = 0.4
-MOST = 1_000_000  # problems, which takes a minute
+MAX_PROBLEMS = 1_000_000  # they take a minute
 
 Operation = tuple[str, int]  # operator and operand
 Slip = tuple[int, str, int]  # first value, operator and result of a wrong step
@@ -128,9 +128,9 @@ def make_chain(
 def read(path: str, task: str) -> Iterator[Example]:
     """Yield the examples that `path` ("arithmetic:SPLIT:COUNT") names, the same ones every time."""
     match = re.fullmatch(r"arithmetic:(\w+):(\d+)", path)
-    if not match or match[1] not in SPLITS or not 1 <= float(match[2]) <= MOST:
-        expected = f"arithmetic:SPLIT:COUNT with SPLIT one of {', '.join(SPLITS)}, COUNT 1..{MOST}"
-        raise UserError(f"{path}: expected {expected}.")
+    if not match or match[1] not in SPLITS or not 1 <= float(match[2]) <= MAX_PROBLEMS:
+        ranges = f"SPLIT one of {', '.join(SPLITS)}, COUNT 1..{MAX_PROBLEMS}"
+        raise UserError(f"{path}: expected arithmetic:SPLIT:COUNT with {ranges}.")
     split, count = match[1], int(match[2])
     rng = random.Random(f"arithmetic {split}")
     seen = set()

@@ -1,4 +1,4 @@
-"""The arrays of the token cache are compared with their hashes while the training begins."""
+"""Compare the arrays of the token cache with their hashes while training begins."""
 
 from concurrent.futures import Future
 import hashlib

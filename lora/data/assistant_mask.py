@@ -20,11 +20,11 @@ from lora.data.examples import Example
 class TurnFormat:
     """How a template writes the assistant's turns."""
 
-    ending: str | None = ""  # what ends all of them alike, if anything does; None: it differs
-    prompt_leads_to_answer: bool = False  # the generation prompt is all that precedes an answer
-    prompt: str | None = None  # the generation prompt; "": the template knows none
-    prompt_is_met: bool = True  # an answer follows it, or what it ends with; else it never does
-    last_ending: str = ""  # the special token behind the last turn
+    ending: str | None = ""  # the text that ends every turn; "": none is known; None: they differ
+    prompt_leads_to_answer: bool = False  # only whitespace parts an answer from its prompt
+    prompt: str | None = None  # the generation prompt; "": the template has none
+    answers_follow_prompt: bool = True  # False: no answer stands after its generation prompt
+    last_ending: str = ""  # the special token after the last turn
 
 
 def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], int]:
@@ -105,14 +105,14 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
         ending and ending.rstrip(),
         prompt_leads_to_answer,
         prompts[0].removeprefix(without_prompt),
-        prompt_is_met=any(chat.text.startswith(prompt) for prompt in prompts),
+        answers_follow_prompt=any(chat.text.startswith(prompt) for prompt in prompts),
         last_ending=behind_last[0].strip() if behind_last else "",
     )
 
 
-def prompt_is_met(tokenizer: Tokenizer) -> bool:
+def answers_follow_prompt(tokenizer: Tokenizer) -> bool:
     """Return whether the answers of chats stand where the model will be asked for one."""
-    return turn_format_of(tokenizer, tokenizer.chat_template).prompt_is_met
+    return turn_format_of(tokenizer, tokenizer.chat_template).answers_follow_prompt
 
 
 def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:
@@ -149,7 +149,7 @@ def plain_span(chat: Chat, i: int, marked: Span, turn_format: TurnFormat) -> Spa
 def marked_spans(chat: Chat, turns: list[int]) -> list[Span]:
     """Return the spans of these messages, by marks around them; none if the marks are moved.
 
-    A template that strips contents must find the blanks outside of the marks. So at the second
+    A template that strips contents must find the whitespace outside of the marks. So at the second
     attempt the marks stand around the stripped answers.
     """
     if not turns:

@@ -1,4 +1,4 @@
-"""What is said of the rows of a file that cannot be read; imported where there are any."""
+"""The message about the rows of a file that cannot be read."""
 
 from io import BufferedIOBase
 import re

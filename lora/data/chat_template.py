@@ -20,8 +20,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Seconds for one chat, because a template is a program that came with somebody's tokenizer
-LONGEST_RENDER = 10.0
-MOST_ADDED = 2**20  # characters that a template may write beyond ten times its input
+RENDER_TIMEOUT = 10.0
+MAX_ADDED = 2**20  # characters that a template may write beyond ten times its input
 PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]  # characters that nobody should write
 Span = tuple[int, int]  # from the first character to the one after the last
 WeightedSpan = tuple[int, int, float]  # a span, and the factor of its targets' losses
@@ -130,7 +130,7 @@ class Chat:
     ) -> str:
         """Render messages, with the chat's tools where no others are given."""
         try:
-            with time_limit(LONGEST_RENDER):
+            with time_limit(RENDER_TIMEOUT):
                 text = self.tokenizer.apply_chat_template(
                     messages,
                     tools=tools or self.tools,
@@ -142,7 +142,7 @@ class Chat:
             raise self.error(f"{self.template} does not come to an end ({kind})") from None
         except Exception as error:  # it is a program, and may raise anything
             raise self.error(f"{self.template} refuses it: {error}") from None
-        if len(text) > MOST_ADDED + 10 * len(str(messages)):
+        if len(text) > MAX_ADDED + 10 * len(str(messages)):
             raise self.error(f"{self.template} makes {len(text):,} characters of it")
         return text
 

@@ -1,4 +1,4 @@
-"""What is counted of tokenised examples, shard by shard, and what is told of them all."""
+"""Counts of tokenised examples, summed shard by shard, and the line that describes them."""
 
 from dataclasses import dataclass
 
@@ -23,9 +23,9 @@ class Counts:
     weighted_targets: int = 0  # whose weight is not 0
     largest_token: int = -1
     labels: int = 0  # in the examples, also where no target was made of them
-    target_sum: float = 0.0  # this and the next two: of scores
-    zeros: int = 0
-    ones: int = 0
+    target_sum: float = 0.0  # of scores, 0 for a language model
+    zeros: int = 0  # scores that are 0
+    ones: int = 0  # scores that are 1
 
     def add(self, other: "Counts") -> None:
         for name, value in vars(other).items():
@@ -36,7 +36,7 @@ class Counts:
 
 
 def part_facts(counts: Counts, seq_lens: np.ndarray, part: str, config: Config) -> dict:
-    """Return what `describe_data` tells of a part. Raises UserError where nothing is learned."""
+    """Return the facts for `describe_data`. Raises UserError where nothing would be learned."""
     if counts.rows == 0:
         raise UserError(
             f"{counts.where}: no {part} example has a target within max_length = "

@@ -1,4 +1,4 @@
-"""The arrays of an entry of the token cache grow shard by shard, and survive an interruption."""
+"""Write the arrays of a token cache entry shard by shard; an interrupted writer is continued."""
 
 import hashlib
 import json

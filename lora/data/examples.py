@@ -9,7 +9,7 @@ from typing import Any
 from lora.common.errors import UserError
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # the names that data sets use
-# Of a message, beside the switches that readers take out of it.
+# The keys of a message, without the switches that readers take out of it.
 MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING_KEYS}
 
 
@@ -33,7 +33,7 @@ class Example:
 
     @property
     def subject(self) -> str:
-        """What must not be on both sides of a split; of a chat, all before a user is answered."""
+        """The text by which examples are split: a prompt, or a chat up to its first answer."""
         if not self.messages:
             return self.prompt or self.text
         after_user = False
@@ -51,7 +51,7 @@ BLANK = "a blank message"
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-def string(where: str, name: str, value: Any) -> str:
+def require_text(where: str, name: str, value: Any) -> str:
     """Return `value` if it is a text that a tokenizer can read. Raises UserError."""
     if not isinstance(value, str) or not value.strip():
         found = f"{name} is {str(value)[:40]!r}"
@@ -83,7 +83,7 @@ def from_cell(value: Any) -> Any:
     return {"": None, "true": True, "false": False}.get(text.lower(), value)
 
 
-def weight(where: str, row: dict[str, Any], key: str = "weight") -> float:
+def read_weight(where: str, row: dict[str, Any], key: str = "weight") -> float:
     """Return the row's "weight", the factor of its loss; 1 where it has none. Raises UserError."""
     value = from_cell(row.get(key))
     if value is None:
@@ -93,7 +93,7 @@ def weight(where: str, row: dict[str, Any], key: str = "weight") -> float:
     return float(value)
 
 
-def category(row: dict[str, Any]) -> str:
+def read_category(row: dict[str, Any]) -> str:
     """Return the row's "category", by which eval.py takes means as well; "" without one."""
     value = row.get("category")
     if not isinstance(value, (str, int)):
@@ -112,7 +112,7 @@ def refuse_other_training(where: str, row: dict[str, Any]) -> None:
             raise UserError(f"{where}: {key}: only text is read; take other rows.")
 
 
-def label(where: str, value: Any, label_max: float) -> float | None:
+def read_label(where: str, value: Any, label_max: float) -> float | None:
     """Return a label as a share of `label_max`, or None for null. Raises UserError."""
     value = from_cell(value)
     if value is None:

@@ -1,4 +1,4 @@
-"""Files of one kind that a folder or a glob names; imported for these."""
+"""The data files that a folder or a glob names."""
 
 import glob
 import os
@@ -6,9 +6,9 @@ from pathlib import Path
 import re
 
 from lora.common.errors import UserError
-from lora.data.file_kinds import ARROW, kind_of
+from lora.data.file_kinds import ARROW, SPLIT_NAMES, kind_of
 
-SPLITS = re.compile(r"(?<![a-z])(train|test|valid|validation|val|dev|eval)(?![a-z])")
+SPLIT_IN_PATH = re.compile(rf"(?<![a-z])({SPLIT_NAMES})(?![a-z])")
 
 
 def files_of_set(path: str) -> dict[str, Path]:
@@ -38,7 +38,7 @@ def require_one_set(path: str, files: list[str]) -> None:
     common = os.path.commonpath([os.path.dirname(file) for file in files]) or "."
     splits_found = set()
     for file in files:
-        splits_found.update(SPLITS.findall(os.path.relpath(file, common).lower()))
+        splits_found.update(SPLIT_IN_PATH.findall(os.path.relpath(file, common).lower()))
     kinds = {kind_of(file) or Path(file).suffix for file in files}
     for several, what in ((kinds, "kinds"), (splits_found, "splits")):
         if len(several) > 1:

@@ -1,6 +1,7 @@
-"""Rows of JSON, CSV, TSV and text files, packed or not, each with its file:line.
+"""Rows of JSON, CSV, TSV and text files, compressed or not, each with its file:line.
 
-Parquet and Arrow files, the Hub, and what cannot be read are in files that are imported for them.
+A rare case has a module of its own, imported when it occurs: tables, Parquet and Arrow, the Hub,
+folders, and rows that cannot be read.
 """
 
 import bz2
@@ -21,12 +22,12 @@ from lora.common.toml_json import parse_json
 from lora.data.examples import SourceRows
 from lora.data.file_kinds import HUB, kind_of
 
-# How a file begins tells what it is, as its name may be wrong.
-PACKERS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\x00": lzma}
+# A compressed file is known by its first bytes, as its name may be wrong.
+COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\x00": lzma}
 # Parquet, Arrow (two kinds), zstd, zip, SQLite, PDF
 BINARY = (b"PAR1", b"ARROW1", b"\xff" * 4, b"(\xb5/\xfd", b"PK\3\4", b"SQLite", b"%PDF")
 JSON_ROW = re.compile(r"\s*(\[\s*)?\{\s*\"")
-LONGEST_TEXT = 2**21  # characters of a text file that are one document
+MAX_TEXT_LENGTH = 2**21  # characters of a text file that are one document
 Values = Iterator[tuple[str, Any]]  # file:line, and what should be a row
 
 
@@ -53,16 +54,17 @@ def rows_of_file(name: str, path: Path, bad_rows: list[UserError]) -> SourceRows
     try:
         with open(path, "rb") as raw:
             beginning = raw.read(16)
-        for magic, packer in PACKERS.items():
+        for magic, compression in COMPRESSIONS.items():
             if beginning.startswith(magic):
-                opener = packer.open
+                opener = compression.open
         if beginning.startswith(BINARY):
             from lora.data.other_files import binary_rows
 
             yield from binary_rows(name, path, beginning)
             return
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            for where, row in reader_of(name, file)(name, file, bad_rows):
+            read = reader_of(name, file)
+            for where, row in read(name, file, bad_rows):
                 if isinstance(row, dict):
                     yield where, row
                 else:
@@ -125,7 +127,7 @@ def raise_bad_rows(path: str, bad_rows: list[UserError]) -> None:
 
 
 def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
-    """Yield the rows of lines of JSON, or of a document of JSON, which the first line tells."""
+    """Yield the rows of JSON Lines, or of one JSON document; the first line decides which."""
     lines = []
     for line in file:
         lines.append(line)
@@ -160,8 +162,8 @@ def text_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
     A longer one than the memory may hold comes in parts, each up to the end of a line.
     """
     where = path
-    while part := file.read(LONGEST_TEXT):
-        part = (part + file.readline(LONGEST_TEXT)).replace("\r\n", "\n")
+    while part := file.read(MAX_TEXT_LENGTH):
+        part = (part + file.readline(MAX_TEXT_LENGTH)).replace("\r\n", "\n")
         if part.strip():
             yield where, {"text": part}
         where = f"{path} (continued)"

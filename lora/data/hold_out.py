@@ -1,4 +1,4 @@
-"""Which examples are held out, and what is counted of both parts, by hashes of their prompts."""
+"""Choose the held-out examples by hashes of their prompts, and count repeats and overlap."""
 
 from array import array
 from collections.abc import Sequence

@@ -51,8 +51,8 @@ def hub_files(path: str) -> dict[str, Path]:
             if not configs:
                 folder, files = folder_and_names(repository, "refs/convert/parquet")
                 configs = configs_of_names(files)
-            splits = configs[chosen(path, "config", name, configs)]
-            patterns = splits[chosen(path, "split", split, splits)]
+            splits = configs[choose(path, "config", name, configs)]
+            patterns = splits[choose(path, "split", split, splits)]
         files = [file for file in sorted(files) if is_data(Path(file)) and matches(file, patterns)]
         if not files:
             raise UserError(f"{path}: no data file matches {', '.join(patterns)}.")
@@ -104,13 +104,15 @@ def configs_of_card(card: Path) -> Splits:
 def configs_of_names(names: list[str]) -> Splits:
     """Return the Parquet files of each configuration and split, by their names."""
     configs: Splits = {}
-    for match in filter(None, map(SPLIT_FILE.fullmatch, names)):
-        config = match[1] if match[1] not in (None, "data") else "default"
-        configs.setdefault(config, {}).setdefault(match[2], []).append(match[0])
+    for name in names:
+        match = SPLIT_FILE.fullmatch(name)
+        if match:
+            config = match[1] if match[1] not in (None, "data") else "default"
+            configs.setdefault(config, {}).setdefault(match[2], []).append(name)
     return configs
 
 
-def chosen(path: str, what: str, wanted: str | None, known: dict) -> str:
+def choose(path: str, what: str, wanted: str | None, known: dict) -> str:
     """Return the configuration or the split that is wanted, or the default. Raises UserError."""
     usual = {"config": "default", "split": "train"}[what]
     choice = wanted or (next(iter(known)) if len(known) == 1 else usual)

@@ -8,10 +8,11 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.common.toml_json import dict_of_different_keys
+from lora.data.file_kinds import SPLIT_NAMES
 
 NOT_BLANK = re.compile(r"\S")
 # A key as "test", "train_set" or "my-dev"
-SPLIT_NAME = re.compile(r"(?:.*[_.-])?(train|test|valid|validation|val|dev|eval)(?:[ _.-].*)?")
+SPLIT_KEY = re.compile(rf"(?:.*[_.-])?({SPLIT_NAMES})(?:[ _.-].*)?")
 
 
 def document_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
@@ -31,7 +32,7 @@ def document_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: not JSON that can be read ({error}).") from None
 
     rows = rows_in(path, values[0]) if len(values) == 1 else values
-    if rows == values and len(rows) == 1:  # the document is a row
+    if len(rows) == 1 and rows[0] is values[0]:  # the document itself is the row
         yield f"{path}:1", rows[0]
         return
     for number, row in enumerate(rows, 1):
@@ -43,7 +44,7 @@ def rows_in(path: str, value: Any) -> list:
     if isinstance(value, dict) and is_table(value.get("data")):
         return value["data"]
     if isinstance(value, dict) and value and all(is_table(part) for part in value.values()):
-        matches = [SPLIT_NAME.fullmatch(name.lower()) for name in value]
+        matches = [SPLIT_KEY.fullmatch(name.lower()) for name in value]
         splits = {match[1] for match in matches if match}
         if len(splits) > 1:
             found = f"the splits {', '.join(sorted(splits))} in one object"

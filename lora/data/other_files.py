@@ -8,7 +8,7 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.data.examples import SourceRows
-from lora.data.file_kinds import ARROW, KINDS, PACKED
+from lora.data.file_kinds import ARROW, COMPRESSED, KINDS
 
 BATCH = 1000  # rows that are read at once
 # How a file begins, how its name ends, and the command that converts FILE
@@ -82,5 +82,5 @@ def how_to_convert(name: str, beginning: bytes = b"") -> str:
             return f"a file of this kind is not read; convert it: {command.replace('FILE', name)}."
     if name.endswith(ARROW):
         return "no Parquet or Arrow file, by how it begins, or an empty file."
-    expected = f"a file named .{', .'.join(KINDS)} (or one of these with {', '.join(PACKED)})"
+    expected = f"a file named .{', .'.join(KINDS)} (or one of these with {', '.join(COMPRESSED)})"
     return f"expected {expected}, or .parquet."

@@ -1,4 +1,4 @@
-"""A function is called for many arguments by as many processes as the machine has cores."""
+"""Call a function for many arguments, in as many processes as the machine has cores."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

@@ -13,14 +13,14 @@ from lora.data import files
 from lora.data.split import Split
 
 # Keys of [model] and [data] that change no token, so that runs which differ in nothing else share
-# the tokenised data. Of data files their contents are hashed, and of the base its tokenizer.
+# the tokenised data. Instead of their paths, the contents of files and the tokenizer are hashed.
 # max_length may still be "auto" here; the folder that this key names is divided by its number.
 NOT_IN_KEY = {
-    *("base_model", "init_from", "train_data", "eval_data"),
-    *("prm800k_path", "eqasc_path", "reveal_path", "max_length"),
-    *("data_weights", "prm800k_weight", "eqasc_weight", "reveal_weight"),
-    *("head_dropout", "head_tokens", "score_layer", "score_loss"),
-}
+    "base_model", "init_from", "train_data", "eval_data",
+    "prm800k_path", "eqasc_path", "reveal_path", "max_length",
+    "data_weights", "prm800k_weight", "eqasc_weight", "reveal_weight",
+    "head_dropout", "head_tokens", "score_layer", "score_loss",
+}  # fmt: skip
 SETTLED = 2.0  # seconds
 CODE = sorted(Path(__file__).parent.rglob("*.py"))
 

@@ -16,7 +16,7 @@ from lora.config.schema import Config, rows_per_batch
 from lora.data.batches import Batch, Rows, shard_rows, split_groups
 from lora.data.mixing import Mix, dataset_names
 
-MOST_PASSES = 100  # over the data in one step
+MAX_PASSES = 100  # over the data in one step
 
 
 @lru_cache(maxsize=64)  # asked for several times a step
@@ -56,11 +56,11 @@ class TrainingData:
         if layout:
             self.examples_per_step = layout["examples_per_step"]
             self.max_tokens = layout["max_tokens"]
-        if self.examples_per_step > MOST_PASSES * len(rows):
+        if self.examples_per_step > MAX_PASSES * len(rows):
             step = f"a step of {self.examples_per_step} examples"
             passes = f"{step} is {self.examples_per_step // len(rows)} passes over the data"
             mend = "lower batch_size or gradient_accumulation_steps"
-            raise UserError(f"{passes}; expected {MOST_PASSES} at most; {mend}.")
+            raise UserError(f"{passes}; expected {MAX_PASSES} at most; {mend}.")
         self.steps_per_epoch = len(rows) / self.examples_per_step
         self.max_eval_rows = training.max_eval_batches * 4 or len(held_out)
 
@@ -90,7 +90,7 @@ class TrainingData:
 
     def largest_batches(self) -> list[Batch]:
         """Return the two largest micro-batches that a step can have on this process."""
-        # The second meets the gradients of the first, as the micro-batches of a step do.
+        # Two, because the second one's backward pass runs beside the gradients of the first.
         rows = self.longest_rows
         groups = sorted(self.local_groups(rows), key=self.num_tokens, reverse=True)
         return self.make_batches(groups[:2], rows)
@@ -111,6 +111,10 @@ class TrainingData:
         most_groups = max(len(groups) for groups in groups_by_process)
         return split_groups(groups_by_process[self.rank], most_groups)
 
+    def all_groups(self, rows: np.ndarray) -> list[list[int]]:
+        """Return the rows of each micro-batch of all processes."""
+        return list(chain.from_iterable(self.groups_by_process(rows)))
+
     def groups_by_process(self, rows: np.ndarray) -> list[list[list[int]]]:
         process = shard_rows(self.rows.seq_lens(rows), self.world_size)
         shares = [rows[process == i] for i in range(self.world_size)]
@@ -124,9 +128,7 @@ class TrainingData:
 
         Raises ResourceExhausted where each micro-batch holds a single row already.
         """
-        groups = []
-        for groups_of_process in self.groups_by_process(rows):
-            groups.extend(groups_of_process)
+        groups = self.all_groups(rows)
         largest = max(self.num_tokens(group) for group in groups)
         if all(len(group) <= 1 for group in groups):
             found = f"out of memory on a single example of {largest} tokens"
@@ -159,20 +161,20 @@ class TrainingData:
         dataset_ids, earlier = self.mix.turns(numbers)
         rows = np.empty(len(numbers), np.int64)
         for dataset_id, members in enumerate(self.sets):
-            of_set = np.flatnonzero(dataset_ids == dataset_id)
-            epochs, places = np.divmod(earlier[of_set], len(members))
+            in_set = np.flatnonzero(dataset_ids == dataset_id)
+            epochs, places = np.divmod(earlier[in_set], len(members))
             for epoch in np.unique(epochs).tolist():
                 in_epoch = epochs == epoch
                 order = shuffle(self.seed, epoch, len(members))
-                rows[of_set[in_epoch]] = members[order[places[in_epoch]]]
+                rows[in_set[in_epoch]] = members[order[places[in_epoch]]]
         return rows
 
     def evaluation(self) -> list[Batch]:
         """Return all processes' micro-batches of an evaluation: the same rows in every run.
 
-        None has more tokens than the largest of a step, which was tried before the first.
+        No micro-batch has more tokens than the largest of a training step, tried before step 1.
         """
-        groups = chain.from_iterable(self.groups_by_process(self.longest_rows))
+        groups = self.all_groups(self.longest_rows)
         largest = max(self.num_tokens(group) for group in groups)
         max_tokens = min(self.max_tokens, largest)
         return self.held_out.batches(self.evaluation_rows(), max_tokens, self.packed)

@@ -36,7 +36,7 @@ class Split:
         total_size = 0
         subjects, contents = array("Q"), array("Q")
         sizes, text_sizes, dataset_ids = array("q"), array("q"), array("i")
-        of_held_out_file = bytearray()
+        in_held_out_file = bytearray()
         has_chats = False
         for part in with_bar(read_parts(config)):
             is_held_out, example = part
@@ -46,7 +46,7 @@ class Split:
             sizes.append(len(content))
             text_sizes.append(len(example.text))
             dataset_ids.append(example.dataset_id)
-            of_held_out_file.append(is_held_out)
+            in_held_out_file.append(is_held_out)
             has_chats = has_chats or bool(example.messages)
             total_size += len(content)
             kept.append(part)
@@ -58,12 +58,12 @@ class Split:
         # Imported when all rows are checked: numpy takes as long as to report a mistake in them.
         from lora.data.hold_out import choose_held_out, count_subjects
 
-        self.is_held_out: Sequence[int] = of_held_out_file  # [examples]
+        self.is_held_out: Sequence[int] = in_held_out_file  # [examples]
         if not config.data.eval_data:
             self.is_held_out, self.documents = choose_held_out(
-                subjects, of_held_out_file, dataset_ids, text_sizes, config.data.eval_fraction
+                subjects, in_held_out_file, dataset_ids, text_sizes, config.data.eval_fraction
             )
-            if not self.documents and sum(self.is_held_out) == sum(of_held_out_file):
+            if not self.documents and sum(self.is_held_out) == sum(in_held_out_file):
                 path = config.data.train_paths[0]
                 problem = "only one prompt or text, so none can be held out; add --eval_data"
                 raise UserError(f"{path}: {problem}.")

@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files; imported for these."""
+"""Rows of CSV and TSV files."""
 
 from collections.abc import Iterable
 import csv

@@ -2,10 +2,10 @@
 
     <cache>/<hash of the data, the settings and the code of lora/data/>/<hash of the tokenizer>/
 
-So an entry is never stale, and any of them may be deleted at any time. Of several processes that
-start at once one tokenises: shard by shard, and an interrupted one is continued by the next run.
-Arrays are mapped and used at once, and meanwhile compared with their hashes in facts.json; a run
-that finds one changed ends before its first checkpoint.
+So an entry is never stale, and may be deleted at any time. If several processes start at once, one
+tokenises and the others wait. It writes shard by shard, so the next run continues an interrupted
+one. Arrays are mapped and used at once, while a thread compares them with their hashes in
+facts.json. A run that finds a changed array ends before its first checkpoint.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,7 +41,7 @@ CHUNK = 1000  # examples that the tokenizer's threads share at a time
 MANY_SHARDS = 16  # from here on, the time to start processes is little
 
 
-def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
+def load_or_tokenise(raw_data: RawData, task) -> tuple[Rows, Rows, dict]:
     """Return the training rows, the held-out rows and facts about them, for a Task.
 
     The facts are those of `Split`, under "train" and "eval" those of `part_facts`, and "sha256",
@@ -50,18 +50,18 @@ def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
     tokenizer = task.tokenizer
     written = tokenizer.backend_tokenizer.to_str()
     settings = (written, tokenizer.chat_template, tokenizer.special_tokens_map)
-    max_length = source.config.data.max_length
-    with locked(source.folder) as folder:
+    max_length = raw_data.config.data.max_length
+    with locked(raw_data.folder) as folder:
         entry = folder / digest(settings, max_length, task.causal)
         if entry.is_dir():
             try:
-                train, held_out, facts = read_entry(entry, source.config.model.task)
+                train, held_out, facts = read_entry(entry, raw_data.config.model.task)
             except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
                 print(f"note: {entry}: damaged ({error}); the data are tokenised again")
                 shutil.rmtree(entry)
         if not entry.is_dir():
-            write_entry(entry, source, tokenizer, task.causal)
-            train, held_out, facts = read_entry(entry, source.config.model.task)
+            write_entry(entry, raw_data, tokenizer, task.causal)
+            train, held_out, facts = read_entry(entry, raw_data.config.model.task)
     if facts["chats"]:
         use_chatml(tokenizer)
     largest_token = max(facts["train"]["largest_token"], facts["eval"]["largest_token"])
@@ -69,7 +69,7 @@ def load_or_tokenise(source: RawData, task) -> tuple[Rows, Rows, dict]:
     if largest_token >= num_embeddings:
         token = tokenizer.convert_ids_to_tokens(largest_token)
         raise UserError(
-            f"base_model {source.config.model.base_model}: its tokenizer writes {token!r} as "
+            f"base_model {raw_data.config.model.base_model}: its tokenizer writes {token!r} as "
             f"{largest_token}, and its embeddings have {num_embeddings} rows; they do not belong "
             "together, or tokens were added without their rows."
         )
@@ -111,15 +111,15 @@ def locked(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool) -> None:
+def write_entry(entry: Path, raw_data: RawData, tokenizer: Tokenizer, causal: bool) -> None:
     """Tokenise the data of a run, shard by shard, and write it to the folder `entry`.
 
     An interrupted call leaves finished shards in a temporary folder, which the next one continues.
     """
-    split = source.split_data()
+    config, split = raw_data.config, raw_data.split_data()
     if split.facts["chats"]:
         use_chatml(tokenizer)
-    tokenise_one = partial(tokenise_shard, tokenizer=tokenizer, causal=causal, config=source.config)
+    tokenise_one = partial(tokenise_shard, tokenizer=tokenizer, causal=causal, config=config)
     with atomic_folder(entry, resumable=True) as folder, closing(EntryWriter(folder)) as writer:
         total = len(split.shard_sizes)
         shards = islice(split.shards(), writer.num_shards, None)
@@ -137,7 +137,7 @@ def write_entry(entry: Path, source: RawData, tokenizer: Tokenizer, causal: bool
         facts: dict = dict(split.facts)
         for part in PARTS:
             seq_lens = writer.seq_lens(part)
-            facts[part] = part_facts(writer.counts[part], seq_lens, part, source.config)
+            facts[part] = part_facts(writer.counts[part], seq_lens, part, config)
         facts["sha256"] = writer.hashes()
         (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 

@@ -23,7 +23,7 @@ NO_TOKEN = -100
 NO_SCORE = float("nan")
 # Characters of a text that are tokenised at once: few enough that memory stays small, and enough
 # that the tokenizer's threads have work.
-LONGEST_PIECE = 2**20
+MAX_PIECE_LENGTH = 2**20
 # The tokens of a piece, and the factor of the loss of each; 0 outside of its spans.
 Encoded = tuple[list[int], list[float]]
 
@@ -82,10 +82,10 @@ def tokenise_texts(
     for example in examples:
         num_unprinted = 0
         if example.messages:
-            of_example, num_unprinted = chat_pieces(example, tokenizer)
+            example_pieces, num_unprinted = chat_pieces(example, tokenizer)
         else:
-            of_example = [Piece(text) for text in split_text(example.text)]
-        pieces.append(of_example)
+            example_pieces = [Piece(text) for text in split_text(example.text)]
+        pieces.append(example_pieces)
         unprinted.append(num_unprinted)
     bos = bos_tokens(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -135,11 +135,11 @@ def chain_pieces(example: Example, data: DataConfig, tokenizer: Tokenizer) -> li
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Split a text into parts of at most LONGEST_PIECE characters, at ends of lines if possible."""
+    """Split a text into parts of at most MAX_PIECE_LENGTH, at ends of lines where possible."""
     start = 0
-    while len(text) - start > LONGEST_PIECE:
-        line_end = text.rfind("\n", start, start + LONGEST_PIECE)
-        end = start + LONGEST_PIECE if line_end < 0 else line_end + 1
+    while len(text) - start > MAX_PIECE_LENGTH:
+        line_end = text.rfind("\n", start, start + MAX_PIECE_LENGTH)
+        end = start + MAX_PIECE_LENGTH if line_end < 0 else line_end + 1
         yield text[start:end]
         start = end
     yield text[start:]
@@ -205,14 +205,14 @@ def span_weights(offsets: list[Span], spans: list[WeightedSpan]) -> list[float]:
     `offsets` are the characters of each token.
     """
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-    # In Llama 3 the offsets of blanks are empty; such a token begins where the last one ended.
+    # In Llama 3 the offsets of spaces are empty; such a token begins where the last one ended.
     previous_ends = np.concatenate(([0], ends[:-1]))
     starts = np.where(starts < ends, starts, previous_ends)
     weights = np.zeros(len(offsets))
     for span_start, span_end, weight in spans:
         inside = np.flatnonzero((starts < span_end) & (ends > span_start))
         if len(inside):
-            # The offsets of some tokenizers leave blanks out, so all tokens in between count.
+            # The offsets of some tokenizers leave spaces out, so all tokens in between count.
             weights[inside[0] : inside[-1] + 1] = weight
     return weights.tolist()
 

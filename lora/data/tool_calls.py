@@ -1,4 +1,4 @@
-"""The arguments of tool calls as a chat template prints them; imported for chats with calls."""
+"""The arguments of tool calls in the form that a chat template prints."""
 
 import json
 from typing import Any

@@ -30,11 +30,11 @@ def on_rank_zero(function: Callable, *arguments: Any) -> Any:
         except Exception as raised:
             error = raised
     if world_size() > 1:
-        told = [error]
+        errors = [error]
         if error and not isinstance(error, UserError):
-            told = [ProcessLost("the first process failed, and says why.")]
-        dist.broadcast_object_list(told, 0, patient_group())
-        error = error or told[0]
+            errors = [ProcessLost("the first process failed, and says why.")]
+        dist.broadcast_object_list(errors, 0, patient_group())
+        error = error or errors[0]
     if error:
         raise error
     return result
@@ -49,7 +49,7 @@ def broadcast_from_rank_zero(function: Callable, *arguments: Any) -> Any:
 
 
 def gather_in_order(local_parts: list[Tensor], lengths: list[int], device: torch.device) -> Tensor:
-    """Concatenate parts that were dealt to the processes in turn, in order and on every process.
+    """Concatenate parts that the processes computed round-robin, in order and on every process.
 
     `local_parts` are the parts number rank, rank + world_size, ..., [length, ...] each, `lengths`
     the lengths of all parts. The processes' tensors are summed on `device`.

@@ -1,6 +1,6 @@
 """Full fine-tuning on several processes: weights sharded by FSDP2.
 
-The first process has read the weights, and hands each process its rows. This is imported only where
+The first process reads the weights, and sends each process its rows. This is imported only where
 there are several processes: FSDP2 takes a second to import.
 """
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lora.common.errors import UserError
 from lora.common.operating_system import c_library_function
 from lora.distributed.collectives import on_rank_zero
-from lora.distributed.process_group import rank, world_size
+from lora.distributed.process_group import hide_bar, rank, world_size
 from lora.distributed.sharding import copy_into
 from lora.target_modules import decoder_layers
 
@@ -30,7 +30,7 @@ def require_supported(dtype: torch.dtype, optimizer: str) -> None:
 def shard(task: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Shard the weights of `task` over the processes: each holds some rows of every layer (FSDP2).
 
-    The first process has the weights, and hands them out. A layer is gathered in `dtype` when it is
+    The first process has the weights, and scatters them. A layer is gathered in `dtype` when it is
     computed. Shards, gradients and optimizer states are in fp32.
     """
     on_rank_zero(lambda: None)  # the others wait until it has the weights
@@ -48,7 +48,7 @@ def shard(task: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     fsdp.register_fsdp_forward_method(task, "predict")
     task.to_empty(device=device)
-    hand_out(task, parameters, buffers)
+    scatter_weights(task, parameters, buffers)
 
 
 def move_to_meta(module: nn.Module) -> None:
@@ -62,22 +62,24 @@ def move_to_meta(module: nn.Module) -> None:
             setattr(submodule, name, replaced[parameter])
 
 
-def hand_out(task: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+def scatter_weights(
+    task: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]
+) -> None:
     """Fill the sharded parameters of `task`, and its buffers, from the first process's values.
 
     Args:
         parameters: full values by name, which only the first process reads. They are removed one by
-            one, so that their memory is free as soon as they are handed out.
+            one, so that their memory is free as soon as they are sent.
         buffers: the same of the buffers, which every process has whole.
     """
     is_first = rank() == 0
     malloc_trim = c_library_function("malloc_trim")
-    quiet = None if is_first else True  # None: no bar without a terminal
-    for name, parameter in tqdm(list(task.named_parameters()), "sharding weights", disable=quiet):
+    named = list(task.named_parameters())
+    for name, parameter in tqdm(named, "sharding weights", disable=hide_bar()):
         value = parameters.pop(name)
         copy_into(parameter, value if is_first else None, from_rank_zero=True)
         del value
-        if malloc_trim:  # otherwise `keep_freed_memory` keeps what was handed out
+        if malloc_trim:  # otherwise `keep_freed_memory` keeps what was sent
             malloc_trim(0)
     for name, buffer in task.named_buffers():
         copy_into(buffer, buffers[name] if is_first else None, from_rank_zero=True)

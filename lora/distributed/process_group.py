@@ -27,8 +27,13 @@ def processes_on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def hide_bar() -> bool | None:
+    """Return `disable` for tqdm: True but on rank 0, where None shows a bar on a terminal only."""
+    return True if rank() > 0 else None
+
+
 def micro_batch_index(i: int) -> int:
-    """Return the index of this process's micro-batch i among those of all, dealt in turn."""
+    """Return the index of this process's micro-batch i among those of all, assigned round-robin."""
     return i * world_size() + rank()
 
 
@@ -63,9 +68,9 @@ def join(device: torch.device) -> None:
 
 @cache
 def patient_group() -> dist.ProcessGroup:
-    """Return the processes as those that wait for the first one while it reads, hashes or writes.
+    """Return the group for collectives that wait while the first process reads, hashes or writes.
 
-    Such work may last longer than TIMEOUT. A process that ends is noticed at once.
+    Such work may last longer than TIMEOUT. If a process ends, the others notice it at once.
     """
     return dist.new_group(backend="gloo", timeout=timedelta(hours=24))
 

@@ -1,4 +1,4 @@
-"""Tensors that may be sharded by FSDP2: their rows, gathered and handed out."""
+"""Tensors that may be sharded by FSDP2: their rows are gathered and scattered."""
 
 from collections.abc import Iterable, Iterator
 

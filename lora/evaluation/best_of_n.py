@@ -40,19 +40,20 @@ def best_of_n(
         right = np.array([example.outcome for example, _ in candidates])
         values = {}
         for name, aggregate in AGGREGATES.items():
+            # A solution without any score is below all others, whose values are 0..1.
             values[name] = [aggregate(known) if len(known) else -1.0 for _, known in candidates]
         answers = [final_answer(example) for example, _ in candidates]
         votes = Counter(answers)
         values["majority"] = [votes[answer] for answer in answers]
-        for name, of_candidates in values.items():
-            is_best = np.array(of_candidates) == max(of_candidates)
+        for name, candidate_values in values.items():
+            is_best = np.array(candidate_values) == max(candidate_values)
             accuracies[name].append(right[is_best].mean())
         accuracies["random"].append(right.mean())
         accuracies["oracle"].append(right.max())
 
     result = {}
-    for name, of_problems in accuracies.items():
-        of_problems = np.array(of_problems)
-        drawn = [of_problems[sample].mean() for sample in bootstrap_samples(len(of_problems))]
-        result[name] = (float(of_problems.mean()), interval_95(drawn))
+    for name, accuracies_of_problems in accuracies.items():
+        by_problem = np.array(accuracies_of_problems)
+        drawn = [by_problem[sample].mean() for sample in bootstrap_samples(len(by_problem))]
+        result[name] = (float(by_problem.mean()), interval_95(drawn))
     return result

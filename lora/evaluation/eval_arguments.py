@@ -30,13 +30,14 @@ from lora.evaluation.text_metrics import Question, check_settings, read_question
 if TYPE_CHECKING:
     from lora.evaluation.retrieval import Query
 
+SCORE = "A score is the head's estimate of a step's label, from 0 (wrong) to 1 (right)."
 MODEL_KEYS = ("base_model", "task", "columns")
 ANSWER_KEYS = (
-    *("max_new_tokens", "temperature", "top_p", "refusal_pattern", "citation_pattern", "json_keys"),
-)
+    "max_new_tokens", "temperature", "top_p", "refusal_pattern", "citation_pattern", "json_keys",
+)  # fmt: skip
 SCORE_KEYS = (
-    *("threshold", "tune_threshold_on", "label_max", "max_steps_per_example", "neutral_label"),
-)
+    "threshold", "tune_threshold_on", "label_max", "max_steps_per_example", "neutral_label",
+)  # fmt: skip
 MACHINE_KEYS = ("max_length", "batch_size", "seed", "device", "dtype")
 KEYS = (*MODEL_KEYS, *ANSWER_KEYS, *SCORE_KEYS, *MACHINE_KEYS)
 
@@ -81,8 +82,7 @@ def make_parser() -> Parser:
     answers.add_argument("--ignore_chat_template", action="store_true", help=ignore_help)
     add_keys(answers, ANSWER_KEYS)
 
-    about = "A score is the head's estimate of a step's label, from 0 (wrong) to 1 (right)."
-    scores = parser.add_argument_group("scores of steps", about)
+    scores = parser.add_argument_group("scores of steps", SCORE)
     html_help = "write a page with the steps in the colours of their scores, to a new file"
     scores.add_argument("--html", metavar="FILE", help=html_help)
     diagram_help = "write a calibration diagram (needs matplotlib) to a new file"

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from lora.data.batches import Batch
 from lora.distributed.collectives import gather_in_order
-from lora.distributed.process_group import rank, world_size
+from lora.distributed.process_group import hide_bar, rank, world_size
 from lora.model.device import autocast
 from lora.model.run import Run
 from lora.model.task import Task
@@ -54,8 +54,7 @@ def outputs_at_targets(
             return method(batch.to(device)).float()
 
     local_batches = batches[rank() :: world_size()]
-    quiet = True if rank() > 0 else None  # None: no bar where there is no terminal
-    progress = tqdm(local_batches, desc="predict", unit="batch", disable=quiet, leave=False)
+    progress = tqdm(local_batches, desc="predict", unit="batch", disable=hide_bar(), leave=False)
     local_outputs = [run_model(batch) for batch in progress]
 
     # Sharded weights are gathered by all processes at once, so every process must run the model
@@ -81,6 +80,6 @@ def evaluate(run: Run) -> tuple[dict[str, float], list[Batch], Predictions]:
     for name, dataset_id in run.data.held_out_sets.items():
         in_set = predictions.dataset_ids == dataset_id
         if in_set.any():
-            of_set = head.metrics(predictions.values[in_set], predictions.targets[in_set])
-            metrics.update({f"{name}/{key}": value for key, value in of_set.items()})
+            set_metrics = head.metrics(predictions.values[in_set], predictions.targets[in_set])
+            metrics.update({f"{name}/{key}": value for key, value in set_metrics.items()})
     return metrics, batches, predictions

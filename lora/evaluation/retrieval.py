@@ -1,7 +1,7 @@
 """Retrieval with the backbone's embeddings: recall@k, MRR and nDCG of queries over a corpus.
 
     corpus    {"id", "text"}
-    queries   {"query", "relevant": [ids]}    (in CSV: ids separated by blanks)
+    queries   {"query", "relevant": [ids]}    (in CSV: ids separated by spaces)
 
 Embeddings have length 1, so that their product is the cosine similarity.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from lora.common.errors import UserError
 from lora.data import files
-from lora.data.examples import string
+from lora.data.examples import require_text
 
 CUTOFFS = (1, 5, 10)
 Query = tuple[str, set[int]]  # the text, and the indices of its relevant documents in the corpus
@@ -26,7 +26,7 @@ def read_corpus(path: str) -> dict[str, str]:
         if document_id in corpus:
             second = f"id {document_id} occurs twice"
             raise UserError(f"{where}: {second}; each needs its own.")
-        corpus[document_id] = string(where, "text", row.get("text"))
+        corpus[document_id] = require_text(where, "text", row.get("text"))
     if not corpus:
         raise UserError(f"{path}: 0 documents; expected one at least.")
     return corpus
@@ -46,7 +46,7 @@ def read_queries(path: str, corpus: dict[str, str]) -> list[Query]:
         unknown = sorted(ids - indices.keys())
         if unknown:
             raise UserError(f"{where}: relevant names {unknown[0]}, which is no id of the corpus.")
-        text = string(where, "query", row.get("query"))
+        text = require_text(where, "query", row.get("query"))
         queries.append((text, {indices[document_id] for document_id in ids}))
     if not queries:
         raise UserError(f"{path}: 0 queries; expected one at least.")
@@ -65,9 +65,9 @@ def relevant_ranks(
 ) -> list[list[int]]:
     """Return for each query [q, width] its documents' ranks in `corpus` [c, width], from 1 on."""
     ranks = []
-    for query, of_query in zip(queries, relevant):
+    for query, documents in zip(queries, relevant):
         order = np.argsort(-(corpus @ query), kind="stable")
-        is_relevant = np.isin(order, list(of_query))
+        is_relevant = np.isin(order, list(documents))
         ranks.append((np.flatnonzero(is_relevant) + 1).tolist())
     return ranks
 
@@ -76,13 +76,13 @@ def metrics(ranks: list[list[int]]) -> dict[str, float]:
     """Return means over the queries: recall@k, MRR (1 / the first rank), nDCG@10 (binary)."""
     values = {}
     for k in CUTOFFS:
-        recalls = [np.mean(np.array(of_query) <= k) for of_query in ranks]
+        recalls = [np.mean(np.array(query_ranks) <= k) for query_ranks in ranks]
         values[f"recall@{k}"] = float(np.mean(recalls))
-    values["mrr"] = float(np.mean([1 / of_query[0] for of_query in ranks]))
+    values["mrr"] = float(np.mean([1 / query_ranks[0] for query_ranks in ranks]))
     gains = 1 / np.log2(np.arange(2, 12))  # of a relevant document at ranks 1 to 10
     ndcgs = []
-    for of_query in ranks:
-        gain = sum(gains[rank - 1] for rank in of_query if rank <= 10)
-        ndcgs.append(gain / gains[: len(of_query)].sum())
+    for query_ranks in ranks:
+        gain = sum(gains[rank - 1] for rank in query_ranks if rank <= 10)
+        ndcgs.append(gain / gains[: len(query_ranks)].sum())
     values["ndcg@10"] = float(np.mean(ndcgs))
     return values

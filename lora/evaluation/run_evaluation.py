@@ -16,7 +16,7 @@ from lora.common.atomic_files import write_text_atomically
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.common.toml_json import without_nan
-from lora.config.schema import Config, max_batch_tokens
+from lora.config.schema import Config, EvaluationConfig, max_batch_tokens
 from lora.data.counts import describe_data
 from lora.data.examples import Example
 from lora.data.mixing import dataset_names
@@ -24,7 +24,7 @@ from lora.data.token_cache import tokenise_examples
 from lora.evaluation import retrieval, step_metrics, step_report, text_metrics
 from lora.evaluation.best_of_n import best_of_n
 from lora.evaluation.calibration import save_reliability_diagram
-from lora.evaluation.eval_arguments import EvaluationRequest
+from lora.evaluation.eval_arguments import SCORE, EvaluationRequest
 from lora.evaluation.generate import embed, generate_answers, plain_text, prompt_tokens, step_scores
 from lora.evaluation.predict import predict
 from lora.evaluation.text_metrics import Measures, Question, mean_scores
@@ -63,10 +63,10 @@ def measure_language(
         results.numbers.update(means_by_category(request.test_set, measures))
     if request.critical:
         answers, measures = measure_answers(request.critical, task, config, dtype)
-        for question, answer, of_answer in zip(request.critical, answers, measures):
+        for question, answer, answer_measures in zip(request.critical, answers, measures):
             passed = text_metrics.passes(answer["answer"], answer["reference"], config.evaluation)
             answer["passed"] = passed
-            of_answer["passed"] = float(passed)
+            answer_measures["passed"] = float(passed)
             where, text = question.where, question.messages[-1]["content"]
             verdict = {"where": where, "question": text, "passed": passed}
             results.critical_questions.append(verdict)
@@ -96,8 +96,8 @@ def by_category(categories: Sequence[str], measure: Callable[[list[int]], dict])
             indices.setdefault(name, []).append(i)
     numbers = {}
     for name, chosen in indices.items():
-        of_category = measure(chosen).items()
-        numbers.update({f"{CATEGORY}{name}/{key}": value for key, value in of_category})
+        category_numbers = measure(chosen).items()
+        numbers.update({f"{CATEGORY}{name}/{key}": value for key, value in category_numbers})
     return numbers
 
 
@@ -113,7 +113,8 @@ def means_by_category(questions: Sequence[Question], measures: Sequence[Measures
 def measure_loss(
     examples: Sequence[Example], task: Task, config: Config, dtype: torch.dtype
 ) -> dict[str, float]:
-    # A row carries one number, that of its data set. Here it is that of its category.
+    # Predictions carry the dataset_id of their example. To find those of a category again, an
+    # example is given the index of its category in the place of that id.
     categories = categories_of(examples)
     names = list(dict.fromkeys(categories))
     numbered = zip(examples, categories)
@@ -123,13 +124,13 @@ def measure_loss(
     predictions = predict(task, batches, task.model.device, dtype)
     print(describe_data("eval", facts))
     values, targets = predictions.values, predictions.targets
-    of_targets = [names[i] for i in predictions.dataset_ids.tolist()]
+    target_categories = [names[i] for i in predictions.dataset_ids.tolist()]
 
     def metrics(chosen: list[int]) -> dict:
         numbers = language_metrics(task, values[chosen], targets[chosen])
         return {"targets": len(chosen), **numbers}
 
-    return language_metrics(task, values, targets) | by_category(of_targets, metrics)
+    return language_metrics(task, values, targets) | by_category(target_categories, metrics)
 
 
 def language_metrics(task: Task, values: Tensor, targets: Tensor) -> dict[str, float]:
@@ -162,8 +163,9 @@ def measure_retrieval(
 ) -> dict[str, float]:
     queries, relevant = zip(*request.queries)
     embeddings = embed(task, [*request.corpus.values(), *queries], config, dtype)
-    of_corpus, of_queries = np.split(embeddings, [len(request.corpus)])
-    return retrieval.metrics(retrieval.relevant_ranks(of_queries, of_corpus, relevant))
+    corpus_embeddings, query_embeddings = np.split(embeddings, [len(request.corpus)])
+    ranks = retrieval.relevant_ranks(query_embeddings, corpus_embeddings, relevant)
+    return retrieval.metrics(ranks)
 
 
 def measure_steps(
@@ -179,11 +181,8 @@ def measure_steps(
     paths = arguments.eval_data or config.data.eval_paths
     if arguments.test_set or arguments.prompt is not None:
         paths = [arguments.test_set]
-    tuned_on = config.evaluation.tune_threshold_on
-    is_there = len(paths) > 1 and tuned_on in dataset_names(paths)
-    if tuned_on and arguments.tune_threshold_on is None and not is_there:
-        print(f"note: the threshold is {threshold:g}, not tuned on {tuned_on}, which is not here")
-        config.evaluation.tune_threshold_on = ""
+    if arguments.tune_threshold_on is None:
+        forget_absent_tuning_set(paths, config.evaluation)
 
     labels, labelled_scores = step_metrics.labelled_steps(examples, scores)
     report: dict[str, dict] = {}
@@ -193,15 +192,9 @@ def measure_steps(
     elif arguments.reliability or config.evaluation.tune_threshold_on:
         raise UserError("no step has a label: --reliability and --tune_threshold_on need them.")
 
-    if arguments.prompt is not None or arguments.test_set:
-        for example, of_chain in zip(examples, scores):
-            if arguments.prompt is None:
-                print(printable(f"\n{example.where}\n{example.prompt}"))
-            for line in step_report.lines(example, of_chain, threshold, sys.stdout.isatty()):
-                print(line)
-    if arguments.test_set:
-        print(f"\n{step_report.SCORE}")
-        print(f"<- first error: the first step with a score below the threshold, {threshold:g}.")
+    is_prompt = arguments.prompt is not None
+    if is_prompt or arguments.test_set:
+        print_chains(examples, scores, threshold, is_prompt)
 
     numbers, table = {}, []
     if report:
@@ -217,14 +210,14 @@ def measure_steps(
         numbers = {"loss": loss, **report["measures"]["scores"], **report}
         table = step_report.table(report)
 
-    of_best = best_of_n(examples, scores)
-    is_shown = arguments.prompt is not None or arguments.test_set or arguments.html
-    if not (report or of_best or is_shown):
+    best_results = best_of_n(examples, scores)
+    is_shown = is_prompt or arguments.test_set or arguments.html
+    if not (report or best_results or is_shown):
         nothing = "no step has a label and no solution an outcome, so nothing is measured"
         raise UserError(f"{nothing}; --test_set prints the scores.")
-    if of_best and not table:
+    if best_results and not table:
         table = [["measure", "scores"]]
-    for name, (value, interval) in of_best.items():
+    for name, (value, interval) in best_results.items():
         numbers[f"best_of_n/{name}"] = value
         numbers.setdefault("intervals", {}).setdefault("best_of_n", {})[name] = interval
         table.append([f"best of n, {name}", step_report.number(value, interval)])
@@ -238,14 +231,37 @@ def measure_steps(
         print(step_report.INTERVALS, step_report.verdict(report), sep="\n")
 
     def metrics(chosen: list[int]) -> dict:
-        chains, of_chains = [examples[i] for i in chosen], [scores[i] for i in chosen]
-        scored = step_metrics.ScoredChains(chains, of_chains, threshold)
+        chains, chosen_scores = [examples[i] for i in chosen], [scores[i] for i in chosen]
+        scored = step_metrics.ScoredChains(chains, chosen_scores, threshold)
         measures = scored.measures() if scored.labels else {}
-        for way, (value, _) in best_of_n(chains, of_chains).items():
+        for way, (value, _) in best_of_n(chains, chosen_scores).items():
             measures[f"best_of_n/{way}"] = value
         return {"chains": len(chains), **measures}
 
     return numbers | by_category(categories_of(examples), metrics)
+
+
+def forget_absent_tuning_set(paths: Sequence[str], settings: EvaluationConfig) -> None:
+    """Keep the threshold as it is where the set that the run tuned it on is not evaluated here."""
+    tuned_on, threshold = settings.tune_threshold_on, settings.threshold
+    is_there = len(paths) > 1 and tuned_on in dataset_names(paths)
+    if tuned_on and not is_there:
+        print(f"note: the threshold is {threshold:g}, not tuned on {tuned_on}, which is not here")
+        settings.tune_threshold_on = ""
+
+
+def print_chains(
+    examples: Sequence[Example], scores: step_metrics.Scores, threshold: float, is_prompt: bool
+) -> None:
+    """Print scored steps; those of a file with their problems, and what the marks mean."""
+    for example, chain_scores in zip(examples, scores):
+        if not is_prompt:
+            print(printable(f"\n{example.where}\n{example.prompt}"))
+        for line in step_report.lines(example, chain_scores, threshold, sys.stdout.isatty()):
+            print(line)
+    if not is_prompt:
+        print(f"\n{SCORE}")
+        print(f"<- first error: the first step with a score below the threshold, {threshold:g}.")
 
 
 def compare_with_baselines(
@@ -253,8 +269,8 @@ def compare_with_baselines(
 ) -> dict[str, dict]:
     """Measure scores of chains that were read from `paths`, see `step_metrics.report`."""
     measured_ids = set()
-    for example, of_chain in zip(examples, scores):
-        labels, _ = step_metrics.labelled_steps([example], [of_chain])
+    for example, chain_scores in zip(examples, scores):
+        labels, _ = step_metrics.labelled_steps([example], [chain_scores])
         if len(labels):
             measured_ids.add(example.dataset_id)
     dataset_ids = {name: i for i, name in enumerate(dataset_names(paths)) if i in measured_ids}

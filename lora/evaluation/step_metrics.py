@@ -83,8 +83,8 @@ class ScoredChains:
         # The index of each chain's first wrong step, or -1: by the labels, and by the scores. A
         # wrong step without a score, as one beyond max_length, is there and is not found.
         first_errors = []
-        for example, of_chain in zip(examples, scores):
-            labels, labelled_scores = labelled_steps([example], [of_chain])
+        for example, chain_scores in zip(examples, scores):
+            labels, labelled_scores = labelled_steps([example], [chain_scores])
             if len(labels) and dataset_id in (None, example.dataset_id):
                 self.problems.append(example.prompt)
                 self.labels.append(labels)
@@ -156,16 +156,16 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
         for name, scored in scorers.items():
             samples[name].append(scored.measures(chains))
 
-    of_scorers: Intervals = {name: {} for name in scorers}
-    of_differences: Intervals = {name: {} for name in others}
+    scorer_intervals: Intervals = {name: {} for name in scorers}
+    difference_intervals: Intervals = {name: {} for name in others}
     for measure in samples[first][0]:
         values_of_first = np.array([sample[measure] for sample in samples[first]])
         for name in scorers:
             values = np.array([sample[measure] for sample in samples[name]])
-            of_scorers[name][measure] = interval_95(values)
+            scorer_intervals[name][measure] = interval_95(values)
             if name in others:
-                of_differences[name][measure] = interval_95(values_of_first - values)
-    return of_scorers, of_differences
+                difference_intervals[name][measure] = interval_95(values_of_first - values)
+    return scorer_intervals, difference_intervals
 
 
 def with_baselines(examples: Chains, scores: Scores) -> dict[str, Scores]:
@@ -209,12 +209,12 @@ def report(
         if dataset_ids:
             f1_of_sets = []
             for set_name, dataset_id in dataset_ids.items():
-                of_set = ScoredChains(examples, scores, threshold, dataset_id).measures()
-                if set_name == tuned_on and np.isnan(of_set["processbench_f1"]):
+                set_measures = ScoredChains(examples, scores, threshold, dataset_id).measures()
+                if set_name == tuned_on and np.isnan(set_measures["processbench_f1"]):
                     needs = "it needs chains with an error and chains without one"
                     raise UserError(f"tune_threshold_on {tuned_on}: {needs}.")
-                f1_of_sets.append(of_set["processbench_f1"])
-                measures[name][f"{set_name}/processbench_f1"] = of_set["processbench_f1"]
+                f1_of_sets.append(set_measures["processbench_f1"])
+                measures[name][f"{set_name}/processbench_f1"] = set_measures["processbench_f1"]
             measures[name]["mean_processbench_f1"] = float(np.mean(f1_of_sets))
     result: dict[str, dict] = {"thresholds": thresholds, "measures": measures}
     result["intervals"], result["differences"] = intervals(scorers, draws)

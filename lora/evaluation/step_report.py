@@ -11,7 +11,6 @@ from lora.evaluation.step_metrics import Scores, first_below
 
 Table = list[list[str]]  # cells of a table, the first row a heading
 MAX_COLUMNS = 100  # of a table in the terminal
-SCORE = "A score is the head's estimate of a step's label, from 0 (wrong) to 1 (right)."
 INTERVALS = "In brackets: 95 % intervals; beside a baseline, of the scores minus the baseline."
 
 

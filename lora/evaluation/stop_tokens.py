@@ -11,8 +11,8 @@ from lora.data.tokenise import encode
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end an answer: those of tokenizer, model and chat template."""
     stops = {tokenizer.eos_token_id}
-    of_model = model.generation_config.eos_token_id
-    stops.update(of_model if isinstance(of_model, list) else [of_model])
+    model_stops = model.generation_config.eos_token_id
+    stops.update(model_stops if isinstance(model_stops, list) else [model_stops])
     if tokenizer.chat_template:
         stops.update(turn_end(tokenizer))
     return sorted(stops - {None})

@@ -2,7 +2,7 @@
 
 Every measure is a number 0..1 for each answer it applies to; the result for a file is their mean.
 
-    exact_answer       the answer is the reference, ignoring leading and trailing blanks
+    exact_answer       the answer is the reference, ignoring leading and trailing whitespace
     exact_match        the number after the last "####" is that of the reference, where it has one
     rouge1, 2, L       F1 of shared words, of pairs of words, of the longest common subsequence
                        (rouge_score; it knows the letters a-z only)
@@ -127,7 +127,7 @@ def passes(answer: str, reference: str, settings: EvaluationConfig) -> bool:
     """Return whether an answer to a critical question is acceptable.
 
     It must have the reference's number, or refuse where the reference refuses, or else contain the
-    reference (ignoring case and blanks), and not as a part of a longer word or number.
+    reference (ignoring case and whitespace), and not as a part of a longer word or number.
     """
     answer, reference = without_reasoning(answer), without_reasoning(reference)
     number = final_number(reference)
@@ -147,11 +147,11 @@ def mean_scores(rows: Sequence[Measures]) -> Measures:
     for row in rows:
         for name, value in row.items():
             values.setdefault(name, []).append(value)
-    return {name: sum(of_name) / len(of_name) for name, of_name in values.items()}
+    return {name: sum(name_values) / len(name_values) for name, name_values in values.items()}
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return the number after the last "####", without "$", commas and blanks; None without one.
+    """Return the number after the last "####", without "$", commas and spaces; None without one.
 
     None too for a fraction or a power.
     """

@@ -31,12 +31,12 @@ def position_features(example: Example) -> Iterator[list[str]]:
 
 def word_features(example: Example) -> Iterator[list[str]]:
     """Yield the position features, and the words, numbers, signs and pairs of neighbours."""
-    for step, of_position in zip(example.steps, position_features(example)):
+    for step, position_names in zip(example.steps, position_features(example)):
         words = re.findall(r"[a-z]+|\d+|\S", step.lower())
         pairs = [" ".join(pair) for pair in zip(words, words[1:])]
         # Sorted, because the order of a set of strings differs between two processes, and the order
         # of the features decides the last bits of their sums.
-        yield of_position + sorted({*words, *pairs})
+        yield position_names + sorted({*words, *pairs})
 
 
 BASELINES = {"position and length": position_features, "bag of words": word_features}
@@ -44,18 +44,18 @@ BASELINES = {"position and length": position_features, "bag of words": word_feat
 
 def hash_features(features: Features, example: Example) -> list[Tensor]:
     """Return for each step the indices of the weights of its features."""
-    of_steps = []
+    step_bags = []
     for names in features(example):
         indices = [zlib.crc32(name.encode()) % NUM_WEIGHTS for name in names]
-        of_steps.append(torch.tensor(indices))
-    return of_steps
+        step_bags.append(torch.tensor(indices))
+    return step_bags
 
 
 def fit_weights(hashed: Sequence[list[Tensor]], examples: Sequence[Example]) -> Tensor:
     """Return the weights, [NUM_WEIGHTS, 1], of a logistic regression of the steps' labels."""
     bags, labels = [], []
-    for of_steps, example in zip(hashed, examples):
-        for bag, label in zip(of_steps, example.labels):
+    for step_bags, example in zip(hashed, examples):
+        for bag, label in zip(step_bags, example.labels):
             if label is not None:
                 bags.append(bag)
                 labels.append(label)
@@ -92,8 +92,10 @@ def baseline_scores(features: Features, examples: Sequence[Example]) -> list[np.
         others = [i for i, fold_of_example in enumerate(folds) if fold_of_example != fold]
         other_examples = [examples[i] for i in others]
         weights_of_fold[fold] = fit_weights([hashed[i] for i in others], other_examples)
-    return [predict_steps(of_steps, weights_of_fold[fold]) for of_steps, fold in zip(hashed, folds)]
+    return [
+        predict_steps(step_bags, weights_of_fold[fold]) for step_bags, fold in zip(hashed, folds)
+    ]
 
 
-def predict_steps(of_steps: list[Tensor], weights: Tensor) -> np.ndarray:
-    return np.array([torch.sigmoid(weights[bag].sum()).item() for bag in of_steps])
+def predict_steps(step_bags: list[Tensor], weights: Tensor) -> np.ndarray:
+    return np.array([torch.sigmoid(weights[bag].sum()).item() for bag in step_bags])

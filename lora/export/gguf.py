@@ -49,7 +49,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     """Write the model in `folder` to a file: matrices as `kind` (of FILE_TYPES), vectors as f32."""
     config, _, tokenizer = load_shape(str(folder))
     writer = make_writer(config, tokenizer, kind)
-    tensors = named_tensors(Path(folder), config)
+    tensors = named_tensors(folder, config)
     for tensor in tensors:
         stored = stored_type(tensor.shape, kind)
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, stored)

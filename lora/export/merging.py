@@ -131,13 +131,13 @@ def same_tokens(a: Tensor, b: Tensor) -> str:
 
 
 def require_same_outputs(
-    source: AdapterSource, of_base: Tensor, of_adapter: Tensor, of_merged: Tensor
+    source: AdapterSource, base_outputs: Tensor, adapter_outputs: Tensor, merged_outputs: Tensor
 ) -> float:
     """Return how much the adapter changes the outputs, which merging must not change."""
-    size = of_adapter.abs().max().item()
-    num_outputs = of_base.shape[-1]  # an adapter may add tokens
-    effect = difference(of_adapter[..., :num_outputs], of_base)
-    error = difference(of_merged, of_adapter)
+    size = adapter_outputs.abs().max().item()
+    num_outputs = base_outputs.shape[-1]  # an adapter may add tokens
+    effect = difference(adapter_outputs[..., :num_outputs], base_outputs)
+    error = difference(merged_outputs, adapter_outputs)
     print(f"on 4 x 32 random tokens, largest output {size:.3g}")
     print(f"adapter against base:           {effect:.3g}")
     print(f"merged against adapter, fp32:   {error:.3g}")

@@ -68,7 +68,7 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
 
 
 def base_facts(base_model: str) -> dict:
-    """Return what the card says of the base. Of its folder, only the code names the whole path."""
+    """Return what the card says of the base; only its code holds the full path of a folder."""
     path, is_folder = locate_base(base_model)
     if base_model == "embedded":
         description = "the small base that comes with plainlora (`--base_model embedded`)"

@@ -21,6 +21,7 @@ IGNORED = {
 }  # fmt: skip
 # torch 2.11 has no such argument: its kernel takes fewer key heads than query heads as they are.
 ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+FLASH_NEEDS = "it needs an NVIDIA GPU, Ampere or newer"
 SHORT = 512  # positions up to which plain matrix products beat SDPA in bfloat16 on a CPU
 
 
@@ -109,7 +110,7 @@ def packed_attention(
 
 
 def has_flash(device: torch.device | None) -> bool:
-    """Return whether torch has FlashAttention-2 there: on NVIDIA's GPUs, Ampere or newer."""
+    """Return whether torch has FlashAttention-2 there: on an NVIDIA GPU, Ampere or newer."""
     if device is None or device.type != "cuda" or not torch.version.cuda:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -129,7 +130,7 @@ def why_without_flash(model: PreTrainedModel, device: torch.device, dtype: torch
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     query = torch.empty(0, width, dtype=dtype)
     if not has_flash(device):
-        return "it needs a GPU of NVIDIA's, Ampere or newer"
+        return FLASH_NEEDS
     if not flash_takes(query, query):
         return f"heads of width {width} in {dtype}; it takes multiples of 8 up to 256 in 16 bits"
     dropouts = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")

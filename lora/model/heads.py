@@ -42,12 +42,8 @@ class LMHead(nn.Module):
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
-    def forward(
-        self, hidden: Tensor, targets: Tensor, loss_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor) -> Tensor:
         """Return the weighted sum of the losses: hidden [n, width], targets (token ids) [n]."""
-        if loss_weights is None:
-            loss_weights = torch.ones(len(targets), device=hidden.device)
         layer = self.get_output_layer()
         if isinstance(layer, LoRALinear):
             weight, bias = layer.merged_weight(), layer.merged_bias()
@@ -192,16 +188,14 @@ class MLPHead(nn.Module):
             return F.binary_cross_entropy(scores, targets, reduction="none")
         return (scores - targets).square()
 
-    def forward(
-        self, hidden: Tensor, targets: Tensor, loss_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor) -> Tensor:
         """Return the sum of the losses, a scalar; as in LMHead, with labels in 0..1 as targets."""
         logits = self.logits(hidden)
         if self.loss == "bce":  # of the logits, because the sigmoid rounds large ones to 1
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         else:
             losses = self.losses(torch.sigmoid(logits), targets)
-        return (losses if loss_weights is None else losses * loss_weights).sum()
+        return (losses * loss_weights).sum()
 
     def metrics(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
         """Return loss, mse, mae, and r2 = 1 - mse / variance of the targets (NaN without one)."""

@@ -15,7 +15,7 @@ from lora.model.weights import load_shape
 def load_for_sharding(config: Config, dtype: torch.dtype) -> Task:
     """Return the task with its weights in the first process, and on `meta` in the others.
 
-    `shard` hands the weights out. Raises UserError as load_task does, and for what cannot be
+    `shard` scatters the weights. Raises UserError as load_task does, and for what cannot be
     sharded.
     """
     fsdp.require_supported(dtype, config.training.optimizer)

@@ -92,7 +92,7 @@ class Task(nn.Module):
     ) -> None:
         """Write a checkpoint: `lora_adapter/` or `backbone/`, and `mlp_head.safetensors`.
 
-        Of sharded weights, the full state of the model and of the head must be given.
+        If weights are sharded, the full state of the model and of the head must be given.
         """
         folder = Path(folder)
         if lora_layers(self.model):
@@ -148,7 +148,7 @@ class Task(nn.Module):
     def load_backbone(self, folder: Path) -> None:
         """Load all weights of the model from a plain Hugging Face folder.
 
-        Where they are sharded, the first process reads, and hands them out one by one.
+        Where they are sharded, the first process reads them, and scatters one after the other.
         """
         sharded = any_sharded(self.parameters())
         saved = on_rank_zero(self.read_backbone, folder) if sharded else self.read_backbone(folder)

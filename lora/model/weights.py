@@ -27,7 +27,7 @@ from lora.model.tokenizer_file import base_file, follows_its_file
 from lora.quantization import FourBitSettings, import_bitsandbytes
 from lora.target_modules import decoder_layers, is_pooler
 
-# Of weights that are read as they are only with the scales that belong to them.
+# Types of quantised weights, which mean nothing without the scales that belong to them.
 QUANTISED_TYPES = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "F8_E4M3", "F8_E5M2")
 
 
@@ -132,6 +132,21 @@ def four_bits(lora: LoraConfig | None, device: torch.device) -> FourBitSettings 
     return FourBitSettings(lora.bnb_4bit_quant_type, double_quant, compute_dtype, device)
 
 
+def stored_tensors(base_model: str) -> dict[str, StoredTensor]:
+    """Return the tensors of a base, not yet read. Raises UserError where they are quantised."""
+    tensors = {}
+    quantised = []
+    for path in model_files(base_model):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                tensors[name] = StoredTensor(path, name)
+                if name.endswith("weight") and file.get_slice(name).get_dtype() in QUANTISED_TYPES:
+                    quantised.append(name)
+    expected = "its files are quantised, and config.json does not say how; name the dense base"
+    raise_if_any(quantised, f"base_model {base_model}: {expected}")
+    return tensors
+
+
 def load_weights(
     model_class: Any,
     base_model: str,
@@ -143,35 +158,31 @@ def load_weights(
     source, local = locate_base(base_model)
     if local:
         check_weight_files(source)
-    tensors = {}
-    quantised = []
-    for path in model_files(base_model):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                tensors[name] = StoredTensor(path, name)
-                if name.endswith("weight") and file.get_slice(name).get_dtype() in QUANTISED_TYPES:
-                    quantised.append(name)
-    expected = "its files are quantised, and config.json does not say how; name the dense base"
-    raise_if_any(quantised, f"base_model {base_model}: {expected}")
+    tensors = stored_tensors(base_model)
     shape = read_shape(base_model)
     # What is quantised is read in the base's own dtype, whatever it is computed in, so that it is
     # the same in training, evaluation and merging.
     read_dtype = (shape.dtype or torch.float32) if quantization else dtype
-    options = {"dtype": read_dtype, "attn_implementation": attention, "state_dict": tensors}
-    options["quantization_config"] = quantization
-    options["ignore_mismatched_sizes"] = True  # they are reported below
-    options["output_loading_info"] = True
     with library_errors(f"base_model {base_model}", KeyError):  # of an attention it does not know
         if not issubclass(model_class, PreTrainedModel):  # one of transformers' Auto classes
             with torch.device("meta"):  # allocates no memory
                 empty = model_class.from_config(shape)
             model_class, shape = type(empty), empty.config
-        model, info = model_class.from_pretrained(None, config=shape, **options)
+        model, info = model_class.from_pretrained(
+            None,
+            config=shape,
+            state_dict=tensors,
+            dtype=read_dtype,
+            attn_implementation=attention,
+            quantization_config=quantization,
+            ignore_mismatched_sizes=True,  # they are reported below
+            output_loading_info=True,
+        )
         model.config.name_or_path = source
         if model.can_generate():
             read_generation_config(model, source)
     beyond = more_layers(model, info["unexpected_keys"])
-    fewer = "its files have more layers than config.json says; mend num_hidden_layers"
+    fewer = "its files have more layers than config.json says; correct num_hidden_layers"
     raise_if_any(beyond, f"base_model {base_model}: {fewer}")
     mismatched = [name for name, _, _ in info["mismatched_keys"]]
     absent = [name for name in [*info["missing_keys"], *mismatched] if not is_pooler(name)]

@@ -63,11 +63,11 @@ def fresh_adapter(trial: Trial) -> Result | None:
     with_adapter = trial.outputs()
     for name, layer in layers.items():
         model.set_submodule(name, layer.base_layer)
-    of_base = trial.outputs()
+    base_outputs = trial.outputs()
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     limit = trial.tolerance if trial.config.lora.use_dora else 0.0
-    return same_tensors(with_adapter, of_base, limit, "largest difference")
+    return same_tensors(with_adapter, base_outputs, limit, "largest difference")
 
 
 def loss_falls(trial: Trial) -> Result:

@@ -29,7 +29,7 @@ from lora.common.errors import UserError
 from lora.common.toml_json import read_file
 from lora.config.flags import Parser
 from lora.data import files
-from lora.data.examples import string
+from lora.data.examples import require_text
 
 MAX_PASSAGES = 3  # of a question
 SHARE_REFUSED = 0.3  # of the questions about a sentence
@@ -90,7 +90,7 @@ def read_documents(paths: Iterable[str]) -> list[Document]:
     documents: dict[tuple[str, ...], Document] = {}
     for path in paths:
         for where, row in files.read_rows(path):
-            sentences = sentences_of(string(where, "text", row.get("text")))
+            sentences = sentences_of(require_text(where, "text", row.get("text")))
             values = {"where": where}
             for name in ("title", "date"):
                 if row.get(name):
@@ -108,7 +108,7 @@ def read_templates(path: str | Path) -> Templates:
             expected = f"expected a list of texts for each of {', '.join(keys)}"
             raise UserError(f"{path}: {key} = {texts!r}; {expected}.")
         for text in texts:
-            if NEEDED.get(key, "") not in string(str(path), key, text):
+            if NEEDED.get(key, "") not in require_text(str(path), key, text):
                 raise UserError(f"{path}: {key}: {text!r} lacks {NEEDED[key]}.")
     return templates
 
@@ -125,7 +125,7 @@ def draw(texts: Templates, key: str, values: dict[str, str], rng: random.Random)
 
 
 def sentences_of(text: str) -> tuple[str, ...]:
-    """Return the sentences of a text, with single blanks."""
+    """Return the sentences of a text, with single spaces."""
     sentences = []
     # A blank line ends a sentence too, so that a heading stands alone.
     for paragraph in re.split(r"\n\s*\n", text):
@@ -247,9 +247,9 @@ def main(argv: Sequence[str]) -> None:
     train, test = split(documents, arguments.eval_fraction, arguments.seed)
     final = Path(arguments.output)
     with atomic_folder(final) as temporary:
-        for name, documents in (("train", train), ("test", test)):
+        for name, part in (("train", train), ("test", test)):
             rng = random.Random(f"cite or refuse {arguments.seed} {name}")
-            chats = make_chats(documents, templates, rng)
+            chats = make_chats(part, templates, rng)
             if not chats:
                 missing = f"no sentence of {MIN_WORDS} words or more for {name}.jsonl"
                 raise UserError(f"{arguments.corpus[0]}: {missing}.")
@@ -257,5 +257,5 @@ def main(argv: Sequence[str]) -> None:
             (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
             counts = sorted(Counter(chat["category"] for chat in chats).items())
             listed = ", ".join(f"{count} {category}" for category, count in counts)
-            total = f"{len(documents)} documents, {len(chats)} questions"
+            total = f"{len(part)} documents, {len(chats)} questions"
             print(f"{final / name}.jsonl: {total} ({listed})")

@@ -147,13 +147,13 @@ def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> 
     title = f"{run.name} minus {other.name}:"
     if loss_name(run) != loss_name(other):
         return f"{title} cannot tell: their losses are not on one scale"
-    of_run = run.example_losses(run.best_step)
-    of_other = other.example_losses(other.best_step)
-    shared = [key for key in of_run if key in of_other]
+    run_losses = run.example_losses(run.best_step)
+    other_losses = other.example_losses(other.best_step)
+    shared = [key for key in run_losses if key in other_losses]
     if not shared:
         return f"{title} cannot tell: no validation examples that both were evaluated on"
-    differences = [of_run[key][0] - of_other[key][0] for key in shared]
-    counts = [of_run[key][1] for key in shared]
+    differences = [run_losses[key][0] - other_losses[key][0] for key in shared]
+    counts = [run_losses[key][1] for key in shared]
     difference, (low, high) = interval(differences, counts)
     note = "as models; to compare their settings, train more seeds"
     deviation, freedom = spread

@@ -14,7 +14,7 @@ from lora.common.errors import UserError
 from lora.common.operating_system import physical_memory_bytes
 from lora.config.flags import Parser
 from lora.export.final_artifact import cpu_name
-from lora.model.attention import has_flash
+from lora.model.attention import FLASH_NEEDS, has_flash
 from lora.model.device import cpu_has_bfloat16
 from lora.quantization import import_bitsandbytes
 
@@ -72,4 +72,4 @@ def features() -> Iterator[tuple[str, str]]:
 def flash_attention() -> str:
     if torch.cuda.is_available() and has_flash(torch.device("cuda")):
         return "yes, in bfloat16 and float16, for heads of a width of 8, 16, ... 256"
-    return "no: it needs a GPU of NVIDIA's, Ampere or newer"
+    return f"no: {FLASH_NEEDS}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import statistics
 import zipfile
 
-from lora.common.base_model_files import MOST_BYTES, plain_file
+from lora.common.base_model_files import MAX_BYTES, plain_file
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.common.saved_files import FLOAT32_MAX, METRICS, RESULTS, STATUS, read_table, require_shape
@@ -103,7 +103,7 @@ class FinishedRun:
 
         try:
             with zipfile.ZipFile(path) as archive:
-                if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
                     raise ValueError
             with np.load(path) as saved:
                 ids, losses, counts = saved["id"], saved["loss"], saved["targets"]

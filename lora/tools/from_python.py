@@ -178,10 +178,10 @@ def verify_only_adapter_trainable(model: nn.Module, modules_to_save: Sequence[st
 def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTrainedModel:
     """Return a base with an adapter on it: ours or PEFT's, alone, in a checkpoint or an artifact.
 
-    Of what plainlora wrote, every file must be as it was written, and the base must hold the
+    Every file that plainlora wrote must be as it was written, and the base must hold the
     weights that the adapter was trained on. Every tensor must have its place in the model. Nothing
     but the adapter requires gradients. The base is in the dtype of its files, or in 4 bits where
-    the adapter was trained so. Of a step scorer, this is the model without its score head.
+    the adapter was trained so. For a step scorer, the result is the model without its score head.
 
     Raises:
         UserError: what differs, in one line.

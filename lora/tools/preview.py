@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     apply_flags(config, arguments, KEYS)
     require_formats(config.data)
     for path in arguments.files:
-        print_shapes(path, config, arguments.task)
+        config.model.task = print_shapes(path, config, arguments.task)
     examples = read(arguments.files, config.model.task, config.data)
 
     # Imported here, so that a mistake in the files is reported before torch is loaded.
@@ -67,11 +67,12 @@ def main(argv: Sequence[str]) -> None:
     print(f"\n{describe_data('data', facts)}")
 
 
-def print_shapes(path: str, config: Config, task: str | None) -> None:
-    """Print the keys by which a file's first rows are read, and choose the task they are for."""
+def print_shapes(path: str, config: Config, requested_task: str | None) -> str:
+    """Print the keys by which a file's first rows are read; return the task that they are for."""
+    task = config.model.task
     if path.startswith("arithmetic:"):
-        return
-    tasks = [task] if task else [config.model.task, "lm", "score"]
+        return task
+    tasks = [requested_task] if requested_task else [task, "lm", "score"]
     shapes: Counter[str] = Counter()
     for where, row in islice(files.read_rows(path), FIRST):
         row = with_columns(row, config.data.columns)
@@ -80,7 +81,8 @@ def print_shapes(path: str, config: Config, task: str | None) -> None:
                 form = form_of(reader_for(where, row, name), row)
                 keys = ", ".join(key for key in row if key in form)
                 shapes[f"{keys} (--task {name})"] += 1
-                config.model.task = name
+                task = name
                 break
     for shape, count in shapes.most_common():
         print(printable(f"{path}: {count:,} rows of {shape}"))
+    return task

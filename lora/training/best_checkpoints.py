@@ -22,7 +22,7 @@ def trainer_state(checkpoint: str | Path) -> dict:
 
 def saved_states(folder: Path) -> list[dict]:
     """Return the states of the checkpoints in `folder`, the oldest first, each with its "path"."""
-    checkpoints = checkpoints_by_step(Path(folder))
+    checkpoints = checkpoints_by_step(folder)
     return [{**trainer_state(path), "path": path} for _, path in sorted(checkpoints.items())]
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lora.config.schema import max_batch_tokens
 from lora.data.batches import Rows
-from lora.distributed.process_group import rank
+from lora.distributed.process_group import hide_bar
 from lora.evaluation.predict import outputs_at_targets
 from lora.model.run import Run
 from lora.training.log import Log, has_bar, time_left
@@ -45,8 +45,7 @@ def with_features(run: Run, rows: Rows, indices: np.ndarray, log: Log, desc: str
     total = len(groups)
     features = {}
     started = time.monotonic()
-    quiet = True if rank() > 0 else None  # None: no bar where there is no terminal
-    with tqdm(total=total, desc=desc, unit="batch", disable=quiet, leave=False) as bar:
+    with tqdm(total=total, desc=desc, unit="batch", disable=hide_bar(), leave=False) as bar:
         for start in range(0, total, BATCHES_AT_ONCE):
             chunk = groups[start : start + BATCHES_AT_ONCE]
             batches = [rows.batch(group, task.packed) for group in chunk]

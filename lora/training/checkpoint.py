@@ -40,7 +40,7 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
     its "val" are the metrics at this step, or None.
     """
     started = time.monotonic()
-    final = Path(folder) / f"checkpoint_step_{step}"
+    final = folder / f"checkpoint_step_{step}"
     sharded = any_sharded(task.parameters())
     model_state = gather(task.model.state_dict(keep_vars=True) if sharded else {})
     head_state = gather(task.head.state_dict(keep_vars=True) if sharded else {})
@@ -86,7 +86,7 @@ def load(path: str | Path, task: Task, optimizer: Optimizer) -> dict:
 
 
 def load_optimizer(path: Path, parameters: Parameters, optimizer: Optimizer) -> None:
-    """Fill the optimizer's state. Of sharded weights, the first process reads and hands it out."""
+    """Fill the optimizer's state; if weights are sharded, rank 0 reads and scatters it."""
     init_state(optimizer)
     tensors = state_tensors(optimizer, parameters)
     sharded = any_sharded(parameters.values())

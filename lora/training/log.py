@@ -93,9 +93,10 @@ class Log:
         now = time.perf_counter()
         if self.began is None:
             self.began = now
-            quiet = True if process_group.rank() > 0 else None  # None: no bar without a terminal
-            steps = {"total": self.total, "initial": self.first_step}
-            self.bar = tqdm(**steps, disable=quiet, dynamic_ncols=True, bar_format=BAR)
+            self.bar = tqdm(
+                total=self.total, initial=self.first_step, disable=process_group.hide_bar(),
+                dynamic_ncols=True, bar_format=BAR,
+            )  # fmt: skip
         return now
 
     def count(self, step: int, num_tokens: int, seconds: float, loss: float) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from lora.distributed.process_group import processes_on_this_machine
 
-# Of a device's memory: on a GPU the kernels and gaps take some, on a CPU other programs do.
+# The usable share of a device's memory: kernels and gaps take some of a GPU's, other programs
+# take some of a CPU's.
 USABLE = 0.9
 
 

@@ -9,7 +9,7 @@ from lora.common.base_model_files import describe_base
 from lora.common.printable_text import printable
 from lora.config.command_line import Command
 from lora.config.schema import LoraConfig
-from lora.data.assistant_mask import prompt_is_met
+from lora.data.assistant_mask import answers_follow_prompt
 from lora.data.counts import describe_data
 from lora.data.raw_data import RawData
 from lora.distributed import process_group
@@ -132,7 +132,7 @@ def choose_checkpointing(run: Run, state: dict | None) -> bool:
 
 def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
     """Describe what a run is about to do. `data_facts` is what `load_or_tokenise` returned."""
-    task, config, data = run.task, run.config, run.data
+    task, config = run.task, run.config
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     total = count_parameters(task)
     dtype = str(run.dtype).removeprefix("torch.")
@@ -153,20 +153,7 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
         size = 4e-9 * count * task.head.layers[0].in_features
         states = f"the base's hidden states at up to {count} targets are computed once"
         lines.append(f"linear probing: {states} and kept in {size:.3f} GB of main memory")
-    if data_facts["repeated"]:
-        repeated = f"{data_facts['repeated']} training examples"
-        lines.append(f"warning: {repeated} repeat an earlier one word for word")
-    if data_facts["overlap"]:
-        overlap = f"{data_facts['overlap']} prompts or texts"
-        lines.append(f"warning: {overlap} are both in the training and in the held-out data")
-    if data_facts["chats"] and not prompt_is_met(task.tokenizer):
-        where = "answers do not follow the chat template's generation prompt"
-        lines.append(f"warning: {where}: they are generated elsewhere than they are trained")
-    rope = getattr(task.model.config.get_text_config(), "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings")
-    if rope.get("rope_type") == "longrope" and config.data.max_length > original:
-        what = f"a sequence of more than {original} tokens changes the positions of those beside it"
-        lines.append(f"warning: longrope: {what}; add --max_length {original}")
+    lines += data_warnings(run, data_facts)
     if world_size() > 1:
         held = "a part of every layer"
         if config.lora:
@@ -188,15 +175,44 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
     if training.gradient_checkpointing == "auto" and run.device.type == "cuda":
         reason = "off: no step was found that needs it"
         if checkpointing:
-            reason = "on: the GPU could not hold a step without"
+            reason = "on: the GPU could not hold a step without it"
         lines.append(f"gradient checkpointing (auto) is {reason}")
+    lines += describe_length(run, train_facts)
+    return "\n".join(lines)
+
+
+def data_warnings(run: Run, data_facts: dict) -> list[str]:
+    """Return a warning for each property of the data that makes the run worse than it could be."""
+    task, config = run.task, run.config
+    lines = []
+    if data_facts["repeated"]:
+        repeated = f"{data_facts['repeated']} training examples"
+        lines.append(f"warning: {repeated} repeat an earlier one word for word")
+    if data_facts["overlap"]:
+        overlap = f"{data_facts['overlap']} prompts or texts"
+        lines.append(f"warning: {overlap} are both in the training and in the held-out data")
+    if data_facts["chats"] and not answers_follow_prompt(task.tokenizer):
+        where = "answers do not follow the chat template's generation prompt"
+        lines.append(f"warning: {where}: they are generated elsewhere than they are trained")
+    rope = getattr(task.model.config.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and config.data.max_length > original:
+        what = f"a sequence of more than {original} tokens changes the positions of those beside it"
+        lines.append(f"warning: longrope: {what}; add --max_length {original}")
+    return lines
+
+
+def describe_length(run: Run, train_facts: dict) -> list[str]:
+    """Return lines about the size of a step, and the number of steps and epochs."""
+    data, training = run.data, run.config.training
+    lines = []
     if training.max_steps and training.num_train_epochs:
         lines.append("max_steps and num_train_epochs given: the run ends at whichever comes first")
     examples = data.examples_per_step
     tokens = train_facts["tokens"] / train_facts["rows"] * examples
     targets = train_facts["targets"] / train_facts["rows"] * examples
     a_step = f"{examples} examples ({tokens:.0f} tokens, {targets:.0f} targets)"
-    max_steps = total_steps(config.training, data.steps_per_epoch)
+    max_steps = total_steps(training, data.steps_per_epoch)
     epochs = max_steps / data.steps_per_epoch
     an_epoch = f"{data.steps_per_epoch:.1f} steps"
     lines.append(f"{max_steps} steps of {a_step}: {epochs:.3g} epochs of {an_epoch}")
@@ -205,10 +221,10 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
     if epochs > MANY_EPOCHS:
         advice = "most of the time is wasted, or the data are learned by heart"
         lines.append(f"warning: {epochs:.0f} epochs over the same data: {advice}")
-    warmup = warmup_steps(max_steps, config.training)
+    warmup = warmup_steps(max_steps, training)
     if warmup >= max_steps:
         lines.append(f"warning: {warmup} warmup steps: learning_rate is never reached")
-    return "\n".join(lines)
+    return lines
 
 
 def describe_lora(task: Task, lora: LoraConfig) -> str:

@@ -453,7 +453,7 @@ def test_windows_of_a_text_lose_nothing_and_end_with_eos(tokenizer, max_length):
 def test_a_long_text_is_tokenised_in_stretches_that_are_the_text_and_end_with_a_line_where_one_ends(
     monkeypatch,
 ):
-    monkeypatch.setattr("lora.data.tokenise.LONGEST_PIECE", 10)
+    monkeypatch.setattr("lora.data.tokenise.MAX_PIECE_LENGTH", 10)
     assert [*split_text("one\ntwo\nthree\n" + "x" * 12)] == [
         "one\ntwo\n",
         "three\n",

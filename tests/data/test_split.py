@@ -105,7 +105,7 @@ def test_the_end_of_each_of_a_few_text_files_is_held_out(configure, paths, tmp_p
 
 
 def test_a_long_text_file_is_read_in_parts_that_end_with_a_line(configure, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LONGEST_TEXT", 100)
+    monkeypatch.setattr(files, "MAX_TEXT_LENGTH", 100)
     path = tmp_path / "long.txt"
     lines = [f"line {i} of a long text\r\n" for i in range(50)]
     path.write_bytes("".join(lines).encode())

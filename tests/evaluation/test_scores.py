@@ -78,7 +78,7 @@ def test_a_score_is_pulled_towards_its_label(loss, label):
     optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
     for _ in range(300):
         optimizer.zero_grad()
-        head(hidden, torch.tensor([label])).backward()
+        head(hidden, torch.tensor([label]), torch.ones(1)).backward()
         optimizer.step()
     assert abs(head.predict(hidden, None).item() - label) < 0.01  # 0 and 1 are approached for ever
 

@@ -193,7 +193,9 @@ def lora_differences(family, folder, target_modules="all-linear"):
     assert (adapted - before).abs().max() > 1e-3
     if kind == "lm":
         loss = task.head(
-            task.target_hidden_states(batch), torch.zeros(len(batch.targets), dtype=torch.int64)
+            task.target_hidden_states(batch),
+            torch.zeros(len(batch.targets), dtype=torch.int64),
+            torch.ones(len(batch.targets)),
         )
     else:
         loss = task(batch)[0]

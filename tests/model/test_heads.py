@@ -43,7 +43,7 @@ def test_loss_and_gradients_are_the_plain_formulas(shape, trained, bias, small_c
     layer = nn.Linear(16, 300, bias=bias).requires_grad_(trained)
     head = LMHead(lambda: layer, Shape(**SHAPES[shape]))
     hidden, targets = torch.randn(45, 16, requires_grad=True), torch.randint(300, (45,))
-    (head(hidden, targets) * 0.3).backward()
+    (head(hidden, targets, torch.ones(len(targets))) * 0.3).backward()
     ours = [hidden.grad.clone(), *(p.grad for p in layer.parameters() if trained)]
     assert trained or all(p.grad is None for p in layer.parameters())
 
@@ -56,7 +56,9 @@ def test_loss_and_gradients_are_the_plain_formulas(shape, trained, bias, small_c
     losses = F.cross_entropy(logits, targets, reduction="none")
     (losses.sum() * 0.3).backward()
     theirs = [hidden.grad, *(p.grad for p in layer.parameters() if trained)]
-    torch.testing.assert_close(head(hidden, targets), losses.sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        head(hidden, targets, torch.ones(len(targets))), losses.sum(), rtol=1e-6, atol=0
+    )
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(
             one, other, rtol=0, atol=1e-6 * max(1.0, other.abs().max().item())
@@ -74,7 +76,7 @@ def test_an_output_layer_with_lora_is_learned_by_the_plain_formula(small_chunks)
     hidden, targets = torch.randn(45, 16), torch.randint(300, (45,))
     factors = [model[0].lora_A.weight, model[0].lora_B.weight]
     ours, theirs = (
-        LMHead(lambda: model[0], Shape())(hidden, targets),
+        LMHead(lambda: model[0], Shape())(hidden, targets, torch.ones(len(targets))),
         F.cross_entropy(model(hidden), targets, reduction="sum"),
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
@@ -91,7 +93,10 @@ def test_large_logits_cost_no_precision():
     targets = layer(hidden).argmax(1)  # small losses
     exact = F.cross_entropy(layer(hidden).double(), targets, reduction="sum").float()
     torch.testing.assert_close(
-        LMHead(lambda: layer, Shape())(hidden, targets), exact, rtol=1e-6, atol=0
+        LMHead(lambda: layer, Shape())(hidden, targets, torch.ones(len(targets))),
+        exact,
+        rtol=1e-6,
+        atol=0,
     )
 
 
@@ -106,7 +111,7 @@ def test_all_the_logits_never_exist_at_once(monkeypatch):
     layer = nn.Linear(4, 151_936, bias=False).requires_grad_(False)
     head = LMHead(lambda: layer, Shape())
     hidden = torch.randn(200, 4, requires_grad=True)
-    head(hidden, torch.randint(151_936, (200,))).backward()
+    head(hidden, torch.randint(151_936, (200,)), torch.ones(200)).backward()
     head.predict(hidden, torch.randint(151_936, (200,)))
     assert len(sizes) >= 8 and max(sizes) <= 2**23 and hidden.grad.abs().sum() > 0
 
@@ -119,16 +124,18 @@ def test_bfloat16_hidden_states_lose_nothing_but_their_own_rounding():
     exact = F.cross_entropy(
         F.linear(hidden.float(), layer.weight.float()), targets, reduction="sum"
     )
-    assert head(hidden, targets).dtype == torch.float32
+    assert head(hidden, targets, torch.ones(len(targets))).dtype == torch.float32
     # Logits have 8 bits
-    torch.testing.assert_close(head(hidden, targets), exact, rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        head(hidden, targets, torch.ones(len(targets))), exact, rtol=2e-3, atol=0
+    )
 
 
 def test_a_bfloat16_head_is_summed_over_the_chunks_in_fp32(small_chunks):
     torch.manual_seed(0)
     layer = nn.Linear(16, 300).bfloat16()
     hidden, targets = torch.randn(4500, 16).bfloat16(), torch.randint(300, (4500,))
-    LMHead(lambda: layer, Shape())(hidden, targets).backward()
+    LMHead(lambda: layer, Shape())(hidden, targets, torch.ones(len(targets))).backward()
     exact = copy.deepcopy(layer).float()
     F.cross_entropy(exact(hidden.float()), targets, reduction="sum").backward()
     for ours, theirs in zip(layer.parameters(), exact.parameters()):

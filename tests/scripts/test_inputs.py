@@ -664,7 +664,7 @@ HOSTILE = {
 def test_48_a_hostile_base_is_refused_and_runs_nothing(train, base, tmp_path, monkeypatch, name):
     make, message = HOSTILE[name]
     canary = tmp_path / "canary"
-    monkeypatch.setattr("lora.data.chat_template.LONGEST_RENDER", 0.2)
+    monkeypatch.setattr("lora.data.chat_template.RENDER_TIMEOUT", 0.2)
     make(tmp_path / "base", canary)
     (tmp_path / "chat.jsonl").write_text(CHAT * 9)
     data = [f"--{name}={tmp_path}/chat.jsonl" for name in ("train_data", "eval_data")]

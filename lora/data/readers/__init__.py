@@ -21,7 +21,7 @@ from lora.common.errors import UserError
 from lora.common.printable_text import print_on_rank_zero
 from lora.config.schema import DataConfig
 from lora.data import arithmetic, files
-from lora.data.examples import BLANK, MESSAGE_KEYS, Example, category
+from lora.data.examples import BLANK, MESSAGE_KEYS, Example, read_category
 from lora.data.readers import chat, pairs, questions, steps, text
 
 # Where a row has the keys of several forms, the first of these readers reads it. Those of published
@@ -64,7 +64,7 @@ def iterate(
             examples = read_file(path, task, data, room, notes)
         before = total
         for example in examples:
-            if total == limit:  # the last row had several
+            if total == limit:  # the last row had more examples than were wanted
                 continue
             example.dataset_id = dataset_id
             example.steps = example.steps[: data.max_steps_per_example]
@@ -107,13 +107,13 @@ def read_file(
         for result in results:
             if isinstance(result, Example):
                 num_examples += 1
-                result.category = category(row)
+                result.category = read_category(row)
                 not_read.update(keys_of_messages_not_read(result))
                 yield result
             elif isinstance(result, str):
                 left_out[result] += 1
             else:  # a row of REVEAL
-                evidence.append({**result, "category": category(row)})
+                evidence.append({**result, "category": read_category(row)})
         if limit is not None and num_examples >= limit:
             break
     files.raise_bad_rows(path, bad_rows)
@@ -142,7 +142,7 @@ def keys_not_read(reader: ModuleType, row: dict) -> list[str]:
     if reader.OPTIONAL is None:
         return []
     read_keys = form_of(reader, row) | reader.OPTIONAL
-    if category(row):
+    if read_category(row):
         read_keys.add("category")
     return [key for key in row if key not in read_keys and row[key] not in EMPTY]
 
@@ -173,18 +173,20 @@ def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleT
 
 def reader_for(where: str, row: dict, task: str) -> ModuleType:
     """Return the first reader of `task` with a form whose keys the row has. Raises UserError."""
-    # Data sets that were joined have null columns of each other. (An answer that is null is a blank
-    # one, and no reason to read such a row otherwise.)
-    given = {key: value for key, value in row.items() if value is not None}
-    for columns in (given, row) if task == "score" else (row,):
-        fitting = readers_that_fit(columns, READERS)
+    views = [row]
+    if task == "score":
+        # Data sets that were joined have null columns of each other, so keys with a value come
+        # first. A chat keeps them: an answer that is null is a blank one.
+        views = [{key: value for key, value in row.items() if value is not None}, row]
+    for view in views:
+        fitting = readers_that_fit(view, READERS)
         if all(reader.TASK != task for reader in fitting):
             from lora.data.readers.published import PUBLISHED
 
-            fitting += readers_that_fit(columns, PUBLISHED)
-        of_task = [reader for reader in fitting if reader.TASK == task]
-        if of_task:
-            return min(of_task, key=lambda reader: all_null(form_of(reader, row), row))
+            fitting += readers_that_fit(view, PUBLISHED)
+        task_readers = [reader for reader in fitting if reader.TASK == task]
+        if task_readers:
+            return min(task_readers, key=lambda reader: all_null(form_of(reader, row), row))
     if fitting:
         keys = f"keys {', '.join(row)} in a run of --task {task}"
         raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")

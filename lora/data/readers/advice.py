@@ -1,4 +1,4 @@
-"""What would make a row readable that no reader takes; imported where there is such a row."""
+"""Advice about a row that no reader takes: what would make it readable."""
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
@@ -11,9 +11,9 @@ from lora.data.examples import from_cell
 # Words in the keys of other data sets that mean ours, the likeliest first
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "user", "human", "problem", "q")
 ANSWERS = (
-    *("completion", "answer", "answers", "response", "output", "reply", "assistant", "solution"),
-    *("target", "summary", "translation", "a"),
-)
+    "completion", "answer", "answers", "response", "output", "reply", "assistant", "solution",
+    "target", "summary", "translation", "a",
+)  # fmt: skip
 PREFERENCES = (
     "chosen and rejected: a preference row (DPO); here a model learns from good answers alone, "
     "not from comparisons; --columns {}=chosen learns the chosen ones."
@@ -43,7 +43,7 @@ def why_not_read(row: dict, forms: Sequence[set[str]], task: str) -> str:
 @lru_cache(maxsize=1000)  # all rows of a file may have the same keys
 def advice(kinds: tuple, forms: tuple, task: str) -> str:
     keys = {name: found for name, found in kinds if "." not in name}
-    columns = (score_columns if task == "score" else chat_columns)(dict(kinds))
+    columns = score_columns(dict(kinds)) if task == "score" else chat_columns(dict(kinds))
     own = " ".join(sorted(keys))
 
     def nearness(form: frozenset) -> tuple[bool, float]:
@@ -102,11 +102,11 @@ def chat_columns(kinds: dict[str, str]) -> dict[str, str]:
 
 def score_columns(kinds: dict[str, str]) -> dict[str, str]:
     """Return {our key: theirs} of a chain with labels, or of a pair with a score; or {}."""
-    of_kind: dict[str, list[str]] = {}
+    keys_by_kind: dict[str, list[str]] = {}
     for key in kinds:
-        of_kind.setdefault(kinds[key], []).append(key)
-    texts, numbers = of_kind.get("text", []), of_kind.get("number", [])
-    steps, labels = of_kind.get("list of texts"), of_kind.get("list of numbers")
+        keys_by_kind.setdefault(kinds[key], []).append(key)
+    texts, numbers = keys_by_kind.get("text", []), keys_by_kind.get("number", [])
+    steps, labels = keys_by_kind.get("list of texts"), keys_by_kind.get("list of numbers")
     if texts and steps and labels:
         prompt = meaning(texts, PROMPTS) or texts[0]
         return {"prompt": prompt, "steps": steps[0], "labels": labels[0]}

@@ -16,9 +16,9 @@ from lora.data.examples import (
     Example,
     Examples,
     is_blank,
+    read_weight,
     refuse_other_training,
-    string,
-    weight,
+    require_text,
 )
 
 TASK = "lm"
@@ -52,7 +52,7 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
         return
     tools = row.get("tools") or None
     # The characters of tool calls and reasoning are checked as well.
-    string(where, "the chat", json.dumps([messages, tools], ensure_ascii=False))
+    require_text(where, "the chat", json.dumps([messages, tools], ensure_ascii=False))
     weights = [message_weight(where, i, message) for i, message in enumerate(messages, 1)]
     for message in messages:
         for switch in (*NUMBERS, *BOOLEANS):
@@ -62,7 +62,7 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
         messages=messages,
         message_weights=[] if set(weights) == {1.0} else weights,
         tools=tools,
-        weight=weight(where, row),
+        weight=read_weight(where, row),
     )
 
 
@@ -71,7 +71,7 @@ def with_system(where: str, row: dict, messages: list) -> list:
     prompts = [row[name] for name in SYSTEM if not is_blank(row.get(name))]
     if not prompts:
         return messages
-    system = string(where, "system", prompts[0])
+    system = require_text(where, "system", prompts[0])
     if prompts[-1] != system:
         raise UserError(f"{where}: {' and '.join(SYSTEM)} differ; keep one.")
     first = {"role": "system", "content": system}
@@ -97,7 +97,7 @@ def checked(where: str, number: int, message: Any) -> dict:
     if is_blank(content):
         content = content or ""
     else:
-        string(where, f"content of message {number}", content)
+        require_text(where, f"content of message {number}", content)
     return {**message, "content": content}
 
 
@@ -110,7 +110,10 @@ def lacks_content(message: dict) -> bool:
 
 def message_weight(where: str, number: int, message: dict) -> float:
     """Return the factor of the losses of a message's targets, by its switches."""
-    numbers = {key: weight(where, message, key) for key in NUMBERS if message.get(key) is not None}
+    numbers = {}
+    for key in NUMBERS:
+        if message.get(key) is not None:
+            numbers[key] = read_weight(where, message, key)
     booleans = {}
     for key in BOOLEANS:
         value = message.get(key)

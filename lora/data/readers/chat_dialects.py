@@ -1,4 +1,4 @@
-"""Chats in the words of other tools, in ours; imported where there is a chat.
+"""Chats in the words of other tools, translated into ours.
 
     ShareGPT            {"conversations": [{"from": "human" or "gpt", "value"}, ...]}
     OpenAI, Anthropic   a content that is a list of {"type": "text", "text"}
@@ -47,8 +47,8 @@ def joined_chat(where: str, row: dict, prompt: Any, answer: Any) -> dict:
             raise UserError(f"{where}: {name} beside a list of messages; put it into the list.")
     messages = []
     for role, part in (("user", prompt), ("assistant", answer)):
-        of_part = part if isinstance(part, list) else [{"role": role, "content": part}]
-        for i, message in enumerate(of_part, 1):
+        part_messages = part if isinstance(part, list) else [{"role": role, "content": part}]
+        for i, message in enumerate(part_messages, 1):
             message = message_of(where, i, message)
             if role == "user" and isinstance(message, dict) and message.get("role") == "assistant":
                 message["train"] = False

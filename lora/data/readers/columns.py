@@ -1,4 +1,4 @@
-"""The keys of a row under our names, as --columns says; imported where it does."""
+"""--columns: the values of a row under our keys."""
 
 from typing import Any
 

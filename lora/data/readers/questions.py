@@ -9,7 +9,7 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import BLANK, Examples, is_blank, string
+from lora.data.examples import BLANK, Examples, is_blank, require_text
 from lora.data.readers import chat
 
 TASK = "lm"
@@ -45,11 +45,11 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
         return
     messages = []
     for question, reply in turns:
-        messages.append({"role": "user", "content": string(where, prompt_name, question)})
-        messages.append({"role": "assistant", "content": string(where, answer_name, reply)})
+        messages.append({"role": "user", "content": require_text(where, prompt_name, question)})
+        messages.append({"role": "assistant", "content": require_text(where, answer_name, reply)})
     for name in ("input", "context"):
         if name != prompt_name and not is_blank(row.get(name)):
-            messages[-2]["content"] += f"\n\n{string(where, name, row[name])}"
+            messages[-2]["content"] += f"\n\n{require_text(where, name, row[name])}"
     yield from chat.examples(where, {**row, "messages": messages}, data)
 
 

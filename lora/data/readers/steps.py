@@ -4,7 +4,7 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Example, Examples, label, string, weight
+from lora.data.examples import Example, Examples, read_label, read_weight, require_text
 
 TASK = "score"
 FORMS = ({"prompt", "steps", "labels"}, {"prompt", "completions", "labels"})
@@ -20,9 +20,9 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
     if not isinstance(labels, list) or not isinstance(steps, list) or len(labels) != len(steps):
         found = f"{count(steps, 'steps')} and {count(labels, 'labels')}"
         raise UserError(f"{where}: {found}; expected a label for each step (null: none).")
-    labels = [label(where, value, data.label_max) for value in labels]
-    loss_weight = weight(where, row)
-    result = chain(where, row["prompt"], steps, labels)
+    labels = [read_label(where, value, data.label_max) for value in labels]
+    loss_weight = read_weight(where, row)
+    result = make_chain(where, row["prompt"], steps, labels)
     if isinstance(result, Example):
         result.weight = loss_weight
     yield result
@@ -32,7 +32,7 @@ def count(values: Any, name: str) -> str:
     return f"{len(values)} {name}" if isinstance(values, list) else f"{name} {values!r}"
 
 
-def chain(
+def make_chain(
     where: str, prompt: Any, steps: Any, labels: list, outcome: bool | None = None, terms: str = ""
 ) -> Example | str:
     """Return the Example of a chain, or why it is left out. Raises UserError."""
@@ -40,6 +40,6 @@ def chain(
         raise UserError(f"{where}: steps is {str(steps)[:40]!r}; expected a list of texts.")
     if any(isinstance(step, str) and not step.strip() for step in steps):
         return "an empty step"
-    steps = [string(where, f"step {i}", step) for i, step in enumerate(steps, 1)]
-    prompt = string(where, "prompt", prompt)
+    steps = [require_text(where, f"step {i}", step) for i, step in enumerate(steps, 1)]
+    prompt = require_text(where, "prompt", prompt)
     return Example(where, prompt=prompt, steps=steps, labels=labels, outcome=outcome, terms=terms)

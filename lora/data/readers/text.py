@@ -1,7 +1,7 @@
 """{"text"}: a document for language modelling."""
 
 from lora.config.schema import DataConfig
-from lora.data.examples import Example, Examples, string, weight
+from lora.data.examples import Example, Examples, read_weight, require_text
 
 TASK = "lm"
 FORMS = ({"text"},)
@@ -9,4 +9,5 @@ OPTIONAL: set[str] = {"weight"}
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
-    yield Example(where, text=string(where, "text", row["text"]), weight=weight(where, row))
+    text = require_text(where, "text", row["text"])
+    yield Example(where, text=text, weight=read_weight(where, row))

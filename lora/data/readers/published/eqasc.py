@@ -8,7 +8,7 @@ from are right without a judgement.
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.examples import Examples
-from lora.data.readers.steps import chain
+from lora.data.readers.steps import make_chain
 
 TASK = "score"
 FORMS = ({"question", "answerKey", "fact1", "fact2"},)
@@ -38,4 +38,4 @@ def chains(where: str, question: str, choice: dict, known_facts: set) -> Example
             yield "a chain that nobody judged"
         else:
             labels = [None, None, float(judgement == "yes")]
-            yield chain(where, question, [*facts, hypothesis], labels)
+            yield make_chain(where, question, [*facts, hypothesis], labels)

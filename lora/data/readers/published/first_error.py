@@ -8,7 +8,7 @@ MR-Ben              a text from "1" on under MR_BEN[2], "N/A" where no step is w
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.examples import Examples
-from lora.data.readers.steps import chain
+from lora.data.readers.steps import make_chain
 
 TASK = "score"
 MR_BEN = ("Question", "Model_Solution_Steps", "Model_Solution_First_Error_Step")
@@ -21,26 +21,25 @@ OPTIONAL: set[str] = {"Options", "Model_Solution_Correctness"}
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
     is_joined = row.keys() >= BIG_BENCH | PROCESS_BENCH
     is_big_bench = row.keys() >= BIG_BENCH and not (is_joined and row["input"] is None)
-    if not is_big_bench and row.keys() >= set(MR_BEN):
-        row = as_process_bench(where, row)
-        if row["label"] is None:
-            yield "a wrong solution without its first error"
-            return
-    prompt = row["input" if is_big_bench else "problem"]
-    name = "mistake_index" if is_big_bench else "label"
-    none_is_wrong = None if is_big_bench else -1
-    steps = row["steps"]
-    first_wrong = row[name]
+    if is_big_bench:
+        prompt, name, none_is_wrong, none = row["input"], "mistake_index", None, "null"
+    else:
+        if row.keys() >= set(MR_BEN):
+            row = as_process_bench(where, row)
+            if row["label"] is None:
+                yield "a wrong solution without its first error"
+                return
+        prompt, name, none_is_wrong, none = row["problem"], "label", -1, "-1"
+    steps, first_wrong = row["steps"], row[name]
     count = len(steps) if isinstance(steps, list) else 0
     if first_wrong == none_is_wrong:
         labels = [1.0] * count
     elif type(first_wrong) is int and 0 <= first_wrong < count:
         labels = [1.0] * first_wrong + [0.0] + [None] * (count - first_wrong - 1)
     else:
-        none = "null" if is_big_bench else "-1"
         expected = f"expected {none}, or 0 to {count - 1} (the first wrong step)"
         raise UserError(f"{where}: {name} {first_wrong!r}; {expected}.")
-    yield chain(where, prompt, steps, labels)
+    yield make_chain(where, prompt, steps, labels)
 
 
 def as_process_bench(where: str, row: dict) -> dict:

@@ -9,7 +9,7 @@ import re
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, is_blank, string
+from lora.data.examples import Examples, is_blank, require_text
 from lora.data.readers import chat
 
 TASK = "lm"
@@ -20,13 +20,13 @@ TURN = re.compile(rf"^\s*({'|'.join(SPEAKERS)}): ?", re.MULTILINE)
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
-    before, *turns = TURN.split(string(where, "chat", row["chat"]))
+    before, *turns = TURN.split(require_text(where, "chat", row["chat"]))
     if before.strip() or not turns:
         raise UserError(f"{where}: chat is {row['chat'][:40]!r}; expected USER: at its start.")
     messages = []
     for speaker, text in zip(turns[::2], turns[1::2]):
         content = text.strip().removesuffix("<|endoftext|>").strip()
         messages.append({"role": SPEAKERS[speaker], "content": content})
-    system = "" if is_blank(row["system"]) else string(where, "system", row["system"])
+    system = "" if is_blank(row["system"]) else require_text(where, "system", row["system"])
     system = system.removeprefix("SYSTEM:").strip()
     yield from chat.examples(where, {"messages": messages, "system": system}, data)

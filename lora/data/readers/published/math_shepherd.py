@@ -12,8 +12,8 @@ import re
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, string
-from lora.data.readers.steps import chain
+from lora.data.examples import Examples, require_text
+from lora.data.readers.steps import make_chain
 
 TASK = "score"
 FORMS = ({"input", "label", "task"},)
@@ -23,8 +23,8 @@ RATINGS = {"+": 1.0, "-": 0.0}  # a step that still has its mark has no label
 
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
-    text = string(where, "input", row["input"])
-    rated_text = string(where, "label", row["label"])
+    text = require_text(where, "input", row["input"])
+    rated_text = require_text(where, "label", row["label"])
     first_step = re.search(r"\bstep 1:", text, re.IGNORECASE)
     if first_step:
         start = first_step.start()
@@ -42,4 +42,4 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
     labels = [RATINGS.get(rating) for rating in match.groups()[marks_in_problem:]]
     parts = text[start:].split(MARK)[:-1]
     steps = [re.sub(r"(?i)^\s*step \d+:\s*", "", part).strip() for part in parts]
-    yield chain(where, text[:start].strip(), steps, labels)
+    yield make_chain(where, text[:start].strip(), steps, labels)

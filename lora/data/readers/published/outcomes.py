@@ -7,8 +7,8 @@ where a step is a line.
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.examples import Examples, string
-from lora.data.readers.steps import chain
+from lora.data.examples import Examples, require_text
+from lora.data.readers.steps import make_chain
 
 TASK = "score"
 CANDIDATE = {"prompt", "steps", "is_correct"}
@@ -23,7 +23,7 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
             expected = "expected true or false, and steps in a list"
             raise UserError(f"{where}: is_correct {correct!r}; {expected}.")
         steps = [step for step in steps if not isinstance(step, str) or step.strip()]
-        yield chain(where, prompt, steps, [None] * len(steps), outcome=correct)
+        yield make_chain(where, prompt, steps, [None] * len(steps), outcome=correct)
 
 
 def solutions(where: str, row: dict) -> list[tuple]:
@@ -33,6 +33,6 @@ def solutions(where: str, row: dict) -> list[tuple]:
     results = []
     for value in row.values():
         if isinstance(value, dict):
-            text = string(where, "solution", value.get("solution")).strip()
+            text = require_text(where, "solution", value.get("solution")).strip()
             results.append((text.split("\n"), value.get("is_correct")))
     return results

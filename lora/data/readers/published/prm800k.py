@@ -9,7 +9,7 @@ rating 0 ("not wrong, no progress") becomes `neutral_label`.
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.examples import Examples
-from lora.data.readers.steps import chain
+from lora.data.readers.steps import make_chain
 
 TASK = "score"
 FORMS = ({"labeler", "question", "label"},)
@@ -28,7 +28,7 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
             yield finish.replace("_", " ")
         else:
             for texts, labels in chains(steps, ratings):
-                yield chain(where, problem, texts, labels)
+                yield make_chain(where, problem, texts, labels)
     except (TypeError, KeyError, IndexError, AttributeError) as error:
         found = f"not a row of PRM800K ({type(error).__name__}: {error})"
         raise UserError(f"{where}: {found}.") from None

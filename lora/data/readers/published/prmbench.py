@@ -7,7 +7,7 @@ authors' evaluation it is read once, with the kind "redundency" (so spelt there)
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.examples import Examples
-from lora.data.readers.steps import chain
+from lora.data.readers.steps import make_chain
 
 TASK = "score"
 FORMS = ({"modified_question", "modified_process", "error_steps"},)
@@ -25,8 +25,8 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
         yield "an error step past the last"
         return
     labels = [0.0 if i in wrong else 1.0 for i in numbers]
-    yield chain(where, row["modified_question"], steps, labels)
+    yield make_chain(where, row["modified_question"], steps, labels)
     if row.get("classification") == "redundency":
         steps = row.get("original_process")
         labels = [1.0] * len(steps) if isinstance(steps, list) else []
-        yield chain(where, row.get("original_question"), steps, labels)
+        yield make_chain(where, row.get("original_question"), steps, labels)

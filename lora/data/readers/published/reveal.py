@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.examples import Example, Examples
-from lora.data.readers.steps import chain
+from lora.data.readers.steps import make_chain
 
 TASK = "score"
 FORMS = ({"answer_id", "full_answer"},)
 REVEAL_COLUMNS = (
-    *("answer_id", "question", "step_idx", "step"),
-    *("type_label", "attribution_label", "correctness_label"),
-)
+    "answer_id", "question", "step_idx", "step",
+    "type_label", "attribution_label", "correctness_label",
+)  # fmt: skip
 OPTIONAL: set[str] = set(REVEAL_COLUMNS)
 LABELS = {
     "attribution_label": {"fully": 1.0, "partially": 0.5, "unsupported": 0.0, "contradictory": 0.0},
@@ -56,10 +56,10 @@ def chains(rows: list[dict[str, str]], data: DataConfig) -> Examples:
     terms = "" if data.reveal_train_i_have_permission else TERMS
     for steps in answers.values():
         in_order = [steps[i] for i in sorted(steps)]
-        texts = [of_step[0]["step"] for of_step in in_order]
-        labels = [label_of_step(of_step) for of_step in in_order]
+        texts = [step_rows[0]["step"] for step_rows in in_order]
+        labels = [label_of_step(step_rows) for step_rows in in_order]
         first = next(iter(steps.values()))[0]  # of the answer's rows
-        result = chain(first["where"], first["question"], texts, labels, terms=terms)
+        result = make_chain(first["where"], first["question"], texts, labels, terms=terms)
         if isinstance(result, Example):
             result.category = first["category"]
         yield result
