@@ -17,10 +17,10 @@ from pathlib import Path
 import sys
 
 from lora.common.allocator import keep_freed_memory
-from lora.common.base_model_files import plain_file
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.common.exit_status import one_line_errors, require_one_process
+from lora.common.plain_file import plain_file
 from lora.common.saved_files import refuse_inside_artifact, require_sha256
 from lora.common.signals import begin_loading_torch
 from lora.config.flags import Parser, add_flags

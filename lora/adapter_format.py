@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora.common.base_model_files import plain_file
 from lora.common.errors import UserError, library_errors, raise_if_any
+from lora.common.plain_file import plain_file
 from lora.common.toml_json import read_file
 from lora.layer import LoRALayer, LoRALinear
 from lora.target_modules import pattern_value

@@ -1,15 +1,16 @@
 """Checks of base folders, which others wrote, before torch and transformers are loaded."""
 
 import json
-import os
 from pathlib import Path
 import re
 
 from lora.common.errors import UserError
 from lora.common.paths import ROOT, or_packaged
+from lora.common.plain_file import plain_file
 from lora.common.toml_json import read_file
 
 EMBEDDED_BASE = ROOT / "assets" / "tiny_base"
+MAX_MODULES = 10_000  # layers, experts or labels; a model of a billion would be built for days
 
 
 def locate_base(base_model: str) -> tuple[str, bool]:
@@ -38,9 +39,6 @@ def describe_base(base_model: str) -> str:
     """Return the name of a base, with its folder if that is packaged with plainlora."""
     found = or_packaged(base_model, ".")
     return base_model if found == base_model else f"{base_model} (packaged: {found})"
-
-
-MAX_MODULES = 10_000  # layers, experts or labels; a model of a billion would be built for days
 
 
 def check_shape(folder: str | Path) -> None:
@@ -109,26 +107,3 @@ def check_length(path: Path) -> None:
             raise UserError(f"base_model {path}: {damaged}; copy it again.") from None
     if size != expected:
         raise UserError(f"base_model {path}: {size:,} of {expected:,} bytes; copy it again.")
-
-
-MAX_BYTES = 2**28  # of a text file that others may have written
-
-
-def plain_file(path: Path, home: Path | None = None) -> Path:
-    """Return `path`. Raises UserError for a link that leads out of the folder `home`.
-
-    That is the file's own folder unless it is given. Folders, devices and pipes are refused too.
-    """
-    folder = Path(os.path.realpath(home or path.parent))
-    allowed = [folder]
-    # Links within the folder's repository in the Hub's cache are allowed.
-    allowed += [parent for parent in folder.parents if parent.name.startswith("models--")]
-    target = Path(os.path.realpath(path))
-    if not any(target.is_relative_to(allowed_folder) for allowed_folder in allowed):
-        raise UserError(f"{path}: a link that leads out of its folder; put the file itself there.")
-    if not path.is_file() and (path.exists() or path.is_symlink()):
-        raise UserError(f"{path}: no plain file; expected one.")
-    if path.suffix != ".safetensors" and path.is_file() and path.stat().st_size > MAX_BYTES:
-        size = f"{path.stat().st_size:,} bytes"
-        raise UserError(f"{path}: {size}; expected at most {MAX_BYTES:,}.")
-    return path

@@ -11,10 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora.common.base_model_files import check_weight_files, plain_file
+from lora.common.base_model_files import check_weight_files
 from lora.common.checkpoint_folders import adapter_folder, model_folder, require_known_format
 from lora.common.checksums import CHECKSUMS_FILE, file_sha256, verify_checksums
 from lora.common.errors import UserError, raise_if_any
+from lora.common.plain_file import plain_file
 from lora.common.toml_json import read_file
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from lora.common.base_model_files import plain_file
 from lora.common.checkpoint_folders import SHARDS_FILE, adapter_folder, is_artifact, model_folder
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
+from lora.common.plain_file import plain_file
 from lora.common.toml_json import read_file
 from lora.config.schema import Config, LoraConfig
 from lora.config.set_keys import saved_config

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from lora.common.base_model_files import plain_file
 from lora.common.checkpoint_folders import require_known_format
 from lora.common.errors import UserError
+from lora.common.plain_file import plain_file
 from lora.common.toml_json import read_file
 from lora.config.parse_values import NO_LIMITS, check_value
 from lora.config.schema import Config, fields_by_key, get_lora_config, table_keys, tables_of

@@ -8,8 +8,8 @@ from pathlib import Path
 import statistics
 import zipfile
 
-from lora.common.base_model_files import MAX_BYTES, plain_file
 from lora.common.errors import UserError
+from lora.common.plain_file import MAX_BYTES, plain_file
 from lora.common.printable_text import printable
 from lora.common.saved_files import FLOAT32_MAX, METRICS, RESULTS, STATUS, read_table, require_shape
 from lora.common.toml_json import parse_json, read_file

@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from lora.common.atomic_files import write_text_atomically
-from lora.common.base_model_files import plain_file
 from lora.common.errors import UserError
 from lora.common.operating_system import peak_memory_bytes
+from lora.common.plain_file import plain_file
 from lora.common.printable_text import printable
 from lora.common.toml_json import without_nan
 from lora.config.schema import Config

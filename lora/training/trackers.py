@@ -6,7 +6,7 @@ from pathlib import Path
 import secrets
 
 from lora.common.atomic_files import write_text_atomically
-from lora.common.base_model_files import plain_file
+from lora.common.plain_file import plain_file
 from lora.config.schema import Config
 
 
