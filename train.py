@@ -91,11 +91,14 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
+    is_resumable = best_checkpoints.is_resumable(folder)
     best_losses = best_checkpoints.finite_losses(folder)
     if not best_losses:  # as where a run is resumed to a new folder, which holds no checkpoint yet
         evaluations_without_best = 0
     # A run that has stopped early may have yet to write its artifact.
     has_stopped = was_evaluated and stops_early(settings, evaluations_without_best)
+    if has_stopped:
+        log.say(f"Step {step} has stopped early; raise --early_stopping_patience to train on")
 
     task.train()
     # The largest step is tried first: a run that does not fit in memory shows it before step 1. A
@@ -140,8 +143,11 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 "save_optimizer": config.save_optimizer,
                 "val": metrics and without_nan(metrics),
             }
-            with_optimizer = save_is_due or config.save_optimizer == "all"
-            saved = optimizer if with_optimizer else None
+            # A run that is lost before its first save_steps is resumed from its first best.
+            if save_is_due or config.save_optimizer == "all" or not is_resumable:
+                saved, is_resumable = optimizer, True
+            else:
+                saved = None
             log.say(checkpoint.save(folder, step, task, saved, state))
         if stop:
             raise stop_signal.interrupted(step)

@@ -18,7 +18,13 @@ from lora.common.toml_json import read_file
 from lora.config.cross_checks import require_model_and_data, require_packages
 from lora.config.flags import SWITCH, Parser, add_flags, apply_flags
 from lora.config.parse_values import nearest, parse_text
-from lora.config.resume import checkpoint_config, describe_fact, refuse_changed_keys, refuse_changes
+from lora.config.resume import (
+    checkpoint_config,
+    describe_fact,
+    refuse_changed_keys,
+    refuse_changes,
+    refuse_other_losses,
+)
 from lora.config.run_folder import continued_folder, new_folder, newest_checkpoint, run_folder
 from lora.config.schema import Config, fields_by_key, tables_of
 from lora.config.set_keys import refuse_two_dtypes, set_key, set_tables
@@ -134,7 +140,10 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
         run_dir = continued_folder(saved, config, Path(resume_from))
     else:
         run_dir = new_folder(config)
-    return Command(config, run_dir, resume_from, auto, arguments.allow_change)
+    command = Command(config, run_dir, resume_from, auto, arguments.allow_change)
+    if command.continues:
+        refuse_other_losses(config, command.allowed)
+    return command
 
 
 def find_config(name: str | None) -> str | None:

@@ -62,6 +62,8 @@ class TrainingData:
             mend = "lower batch_size or gradient_accumulation_steps"
             raise UserError(f"{passes}; expected {MAX_PASSES} at most; {mend}.")
         self.steps_per_epoch = len(rows) / self.examples_per_step
+        # No step has a larger micro-batch than `largest_batches` has, which is tried before step 1.
+        self.max_tokens = min(self.max_tokens, self.largest_group(self.longest_rows))
         self.max_eval_rows = training.max_eval_batches * 4 or len(held_out)
 
         self.sets = [np.arange(len(rows))]  # rows of each data set that is mixed
@@ -92,7 +94,7 @@ class TrainingData:
         """Return the two largest micro-batches that a step can have on this process."""
         # Two, because the second one's backward pass runs beside the gradients of the first.
         rows = self.longest_rows
-        groups = sorted(self.local_groups(rows), key=self.num_tokens, reverse=True)
+        groups = sorted(self.local_groups(rows), key=self.num_positions, reverse=True)
         return self.make_batches(groups[:2], rows)
 
     def make_batches(self, groups: list[list[int]], rows: np.ndarray) -> list[Batch]:
@@ -111,26 +113,30 @@ class TrainingData:
         most_groups = max(len(groups) for groups in groups_by_process)
         return split_groups(groups_by_process[self.rank], most_groups)
 
-    def all_groups(self, rows: np.ndarray) -> list[list[int]]:
-        """Return the rows of each micro-batch of all processes."""
-        return list(chain.from_iterable(self.groups_by_process(rows)))
+    def largest_group(self, rows: np.ndarray) -> int:
+        """Return the positions of the largest micro-batch of any process in a step of `rows`."""
+        groups = chain.from_iterable(self.groups_by_process(rows))
+        return max(self.num_positions(group) for group in groups)
 
     def groups_by_process(self, rows: np.ndarray) -> list[list[list[int]]]:
         process = shard_rows(self.rows.seq_lens(rows), self.world_size)
         shares = [rows[process == i] for i in range(self.world_size)]
         return [self.rows.groups(share, self.max_tokens, self.packed) for share in shares]
 
-    def num_tokens(self, group: list[int]) -> int:
-        return int(self.rows.seq_lens(np.array(group, np.int64)).sum())
+    def num_positions(self, group: list[int]) -> int:
+        """Return the number of a micro-batch's tokens, with those of padding where it is padded."""
+        if not group:
+            return 0
+        seq_lens = self.rows.seq_lens(np.array(group, np.int64))
+        return int(seq_lens.sum() if self.packed else len(group) * seq_lens.max())
 
     def halve_micro_batches(self, rows: np.ndarray) -> str:
         """Halve all later micro-batches, after `rows` did not fit, and return a line for the log.
 
         Raises ResourceExhausted where each micro-batch holds a single row already.
         """
-        groups = self.all_groups(rows)
-        largest = max(self.num_tokens(group) for group in groups)
-        if all(len(group) <= 1 for group in groups):
+        largest = self.largest_group(rows)
+        if all(len(group) <= 1 for group in chain.from_iterable(self.groups_by_process(rows))):
             found = f"out of memory on a single example of {largest} tokens"
             raise ResourceExhausted(f"{found}. {LESS_MEMORY}")
         self.max_tokens = min(self.max_tokens, largest) // 2
@@ -143,7 +149,7 @@ class TrainingData:
 
     def size_at(self, step: int) -> int:
         """Return the number of tokens of a step, over all processes."""
-        return self.num_tokens(self.rows_at(step))
+        return int(self.rows.seq_lens(self.rows_at(step)).sum())
 
     def rows_at(self, step: int) -> np.ndarray:
         """Return the rows of a step, over all processes."""
@@ -174,10 +180,7 @@ class TrainingData:
 
         No micro-batch has more tokens than the largest of a training step, tried before step 1.
         """
-        groups = self.all_groups(self.longest_rows)
-        largest = max(self.num_tokens(group) for group in groups)
-        max_tokens = min(self.max_tokens, largest)
-        return self.held_out.batches(self.evaluation_rows(), max_tokens, self.packed)
+        return self.held_out.batches(self.evaluation_rows(), self.max_tokens, self.packed)
 
     def evaluation_rows(self) -> np.ndarray:
         order = np.random.default_rng(0).permutation(len(self.held_out))

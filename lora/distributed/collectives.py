@@ -18,6 +18,12 @@ def sum_over_all(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def wait_for_all() -> None:
+    """Wait until all processes are here, however long one of them writes."""
+    if world_size() > 1:
+        dist.barrier(patient_group())
+
+
 def on_rank_zero(function: Callable, *arguments: Any) -> Any:
     """Call `function` in the first process only; return its result there, and None in the others.
 

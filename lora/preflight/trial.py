@@ -64,6 +64,8 @@ class Trial:
         self.tolerance = 0.05 if in_4bit else 1e-4
         # On a GPU, sums have no fixed order, and the same computation gives other bits.
         self.repetition_tolerance = 0.0 if run.device.type == "cpu" else self.tolerance
+        if in_4bit:
+            self.outputs()  # bitsandbytes changes the dtype of biases in the first forward pass
         self.frozen_sums = frozen_sums(task.model)
 
     def data(self, max_tokens: int = 2**40, rank: int = 0, world_size: int = 1) -> TrainingData:

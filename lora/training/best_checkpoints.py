@@ -8,7 +8,11 @@ import math
 from pathlib import Path
 
 from lora.common.atomic_files import remove_folder, remove_leftovers
-from lora.common.checkpoint_folders import checkpoints_by_step, has_optimizer
+from lora.common.checkpoint_folders import (
+    checkpoints_by_step,
+    has_optimizer,
+    resumable_by_step,
+)
 from lora.common.checksums import find_damage
 from lora.common.toml_json import read_file
 from lora.distributed.collectives import broadcast_from_rank_zero
@@ -36,6 +40,11 @@ def finite_losses(folder: Path) -> list[float]:
     """Return the finite validation losses of the checkpoints in `folder`, on every process."""
     states = broadcast_from_rank_zero(saved_states, folder)
     return [state["val"]["loss"] for state in best_first(states)]
+
+
+def is_resumable(folder: Path) -> bool:
+    """Return, on every process, whether `folder` has a checkpoint that a run can resume."""
+    return len(broadcast_from_rank_zero(resumable_by_step, folder)) > 0
 
 
 def is_among_best(losses: list[float], loss: float) -> bool:

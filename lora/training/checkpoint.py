@@ -10,6 +10,7 @@ The whole state of a run is weights, optimizer and step, because the order of th
 dropout are functions of (seed, step).
 """
 
+from collections.abc import Iterator
 from itertools import chain
 import json
 from pathlib import Path
@@ -25,7 +26,7 @@ from lora.common.checkpoint_folders import FORMAT_VERSION, OPTIMIZER_FILE
 from lora.common.checksums import write_checksums
 from lora.common.errors import library_errors, raise_if_any
 from lora.distributed import process_group
-from lora.distributed.collectives import broadcast_from_rank_zero, on_rank_zero
+from lora.distributed.collectives import broadcast_from_rank_zero, on_rank_zero, wait_for_all
 from lora.distributed.sharding import any_sharded, copy_into, gather
 from lora.model.task import Task
 from lora.training import best_checkpoints
@@ -47,7 +48,15 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
     parameters = trainable_parameters(task)
     if optimizer:
         init_state(optimizer)  # of what has had no gradient yet, as where updates were skipped
-    optimizer_state = gather(state_tensors(optimizer, parameters) if optimizer else {})
+    optimizer_tensors = state_tensors(optimizer, parameters) if optimizer else {}
+
+    def gather_optimizer() -> Iterator[tuple[str, Tensor]]:
+        # The first process has just written the weights, and the others wait for it here: in the
+        # gathering itself they wait for ten minutes only.
+        wait_for_all()
+        yield from gather(optimizer_tensors)
+
+    optimizer_state = gather_optimizer()
 
     def gather_the_rest() -> None:
         """Go through what is not gathered yet: all processes take part in each tensor."""

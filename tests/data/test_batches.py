@@ -152,6 +152,24 @@ def test_a_micro_batch_holds_at_most_batch_size_times_max_length_tokens(configur
     )
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_micro_batch_is_larger_than_the_one_that_is_tried_first(configure, packed, world):
+    """Also where two of the longest rows do not fit together, and a long and a short one do."""
+    lengths = [60, 58, 55, *[30] * 9, *range(1, 30)]
+    rows = as_rows([Row([5] * n, [5] * (n - 1) + [NO_TOKEN]) for n in lengths], "lm")
+    settings = dict(batch_size=1, gradient_accumulation_steps=6, max_length=100)
+    config = configure(lora=False, task="lm", **settings)
+    ranks = [TrainingData(rows, rows, config, packed, rank, world) for rank in range(world)]
+    sizes = {
+        step: [batch.input_ids.numel() for data in ranks for batch in data.batch_at(step)]
+        for step in range(50)
+    }
+    tried = max(b.input_ids.numel() for data in ranks for b in data.largest_batches())
+    assert 60 <= max(map(max, sizes.values())) <= tried <= 100
+    assert all(batch.input_ids.numel() <= tried for batch in ranks[0].evaluation())
+
+
 @pytest.mark.parametrize("task", ["lm", "score"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_accumulating_1x8_equals_8x1_with_ragged_targets(configure, tokenizer, task, lora):

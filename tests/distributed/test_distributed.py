@@ -3,6 +3,7 @@ and after a lost one.
 """
 
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from datetime import timedelta
 from functools import partial
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ from lora.config.schema import Config
 from lora.data.batches import shard_rows
 from lora.data.raw_data import RawData
 from lora.distributed import process_group
+from lora.model.task import Task
 from tests.conftest import run
 from tests.training.test_resume import files
 import train
@@ -279,6 +281,20 @@ def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(
         "using ChatML" in out
         and (tmp_path / "run" / "final_artifact" / "chat_template.jinja").is_file()
     )
+
+
+def test_the_others_wait_for_a_first_process_that_writes_for_long(configure, tmp_path):
+    """Longer than the ten minutes, here two seconds, after which a collective gives up."""
+
+    def prepare(rank):
+        process_group.TIMEOUT = timedelta(seconds=2)
+        if rank == 0:
+            save = Task.save
+            Task.save = lambda *arguments: (save(*arguments), time.sleep(4))
+
+    config = configure(False, "run", max_steps=2, eval_steps=2, save_steps=2)
+    run_of(2, config, tmp_path, prepare=prepare)
+    assert (tmp_path / "run/checkpoints/checkpoint_step_2/optimizer.safetensors").is_file()
 
 
 @pytest.mark.parametrize("limit", [100_000, 400_000], ids=["weights", "optimizer"])

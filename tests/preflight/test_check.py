@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from lora import adapter
+from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import ResourceExhausted, Stopped
 from lora.common.paths import ROOT
 from lora.config.command_line import Command
@@ -26,7 +28,7 @@ import lora.model.weights
 from lora.preflight import check, data_checks, model_checks, trial
 from lora.training import checkpoint
 from lora.training.optimizer import init_state
-from tests.conftest import script
+from tests.conftest import script, tiny_llama
 from tests.model.test_families import PACKED, PADDED, base
 import train
 import train_lora
@@ -164,6 +166,15 @@ def test_a_head_alone_passes(configure, lines):
 def test_4_bit_bases_and_8_bit_optimizers_pass_on_the_embedded_base(configure, lines, settings):
     found = lines(configure(True, base_model="embedded", learning_rate=2e-3, **settings))
     assert {*found.values()} == {"PASS"}, found
+
+
+def test_a_4_bit_base_with_biases_is_unchanged(configure, lines, tmp_path):
+    """bitsandbytes gives the biases another dtype in its first forward pass."""
+    base = tmp_path / "base"
+    tiny_llama(attention_bias=True).save_pretrained(base)
+    AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(base)
+    config = configure(True, base_model=str(base), load_in_4bit=True, target_modules=["q_proj"])
+    assert lines(config)["base unchanged"] == "PASS"
 
 
 def test_an_encoder_passes(configure, lines, tiny_encoder, tmp_path):

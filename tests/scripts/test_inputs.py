@@ -514,6 +514,9 @@ def test_37_39_what_the_checkpoint_was_made_with_must_be_there_again(train, base
         r"train_data,eval_data allows it"
     )
     allowed = "--allow_change=train_data,eval_data"
+    tells("--allow_change eval_data: .* compared; name a new --experiment_name", allowed)
+    checkpoint = tmp_path / "out" / "a" / "checkpoints" / "checkpoint_step_2"
+    flags += [f"--resume_from={checkpoint}", "--experiment_name=with_other_data"]
     weights = tmp_path / "base" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.norm.weight"][3] += 1

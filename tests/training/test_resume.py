@@ -237,6 +237,21 @@ def test_of_full_fine_tuning_the_last_checkpoint_alone_holds_the_optimizer(confi
         assert files(cut / "checkpoints" / path.name) == files(path)
 
 
+def test_full_fine_tuning_that_is_lost_before_its_first_save_goes_on_from_its_first_best(configure):
+    settings = dict(task="lm", eval_data=["arithmetic:train:60"], learning_rate=1e-3)
+    settings |= dict(eval_steps=2, save_steps=100, max_steps=8, warmup_steps=0)
+    whole = run(configure(False, "whole", **settings))
+    assert steps_with_optimizer(whole) == {8}
+    config = configure(False, "cut", **settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingData, "batch_at", interrupted_at(5))
+        run(config)
+    first_best = Path(newest_checkpoint(config))
+    assert first_best.name == "checkpoint_step_2"
+    cut = run(config, first_best, auto=True)
+    assert metrics(cut) == metrics(whole) and steps_with_optimizer(cut) == {8}
+
+
 def test_an_optimizer_is_removed_without_a_moment_of_damage(configure, tmp_path):
     folder = run(configure(False, max_steps=2, save_steps=1, save_optimizer="all"))
     (written,) = folder.glob("checkpoints/*")
@@ -354,9 +369,13 @@ def test_what_bounds_a_complete_run_is_named(configure):
 
 def test_losses_over_other_examples_do_not_choose_the_best(configure):
     last = run(configure(True, max_steps=4)) / "checkpoints" / "checkpoint_step_4"
+    flags = [f"--resume_from={last}", "--max_steps=8", "--max_eval_batches=1"]
     with pytest.raises(UserError, match="max_eval_batches"):
-        flags = [f"--resume_from={last}", "--max_steps=8", "--max_eval_batches=1"]
         read_command_line(flags, get_lora_config(), "", "")
+    with pytest.raises(UserError, match="max_eval_batches: validation losses .* name a new"):
+        read_command_line([*flags, "--allow_change=max_eval_batches"], get_lora_config(), "", "")
+    other = [*flags, "--allow_change=max_eval_batches", "--experiment_name=other"]
+    assert not read_command_line(other, get_lora_config(), "", "").continues
 
 
 def test_a_tensor_that_never_gets_a_gradient_does_not_keep_a_run_from_being_resumed(
