@@ -13,6 +13,7 @@ that was trained on a frozen base (lora_r 0), with that base.
 from argparse import Namespace
 from importlib.util import find_spec
 import math
+import os
 from pathlib import Path
 import sys
 
@@ -59,6 +60,9 @@ def modelfile_path(gguf: str) -> Path:
 
 def read_arguments(argv: list[str]) -> Namespace:
     arguments = make_parser().parse_args(argv)
+    for name in ("adapter", "output", "gguf"):  # a shell leaves the ~ of --output=~/merged as it is
+        if getattr(arguments, name):
+            setattr(arguments, name, os.path.expanduser(getattr(arguments, name)))
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
     refuse_inside_artifact("--output", arguments.output)

@@ -8,8 +8,11 @@ from typing import Any
 
 from lora.common.checkpoint_folders import is_written_by_us
 from lora.common.errors import UserError
+from lora.common.plain_file import plain_file
 
 CHECKSUMS_FILE = "checksums.json"
+# What the Hub and a file manager put into a folder that is uploaded, downloaded or looked at.
+NOT_OURS = (".gitattributes", ".cache", ".DS_Store")
 
 
 def file_sha256(path: Path) -> str:
@@ -25,13 +28,14 @@ def write_checksums(folder: Path) -> None:
 def checksums_of(folder: Path) -> dict[str, Any]:
     """Return {"relative/path": {"sha256", "bytes"}, or why it has none} of a folder's other files.
 
-    Files are found by walking through the folder, never by following what checksums.json or a link
-    says. So a name that is listed there and leads out of the folder counts as missing.
+    Files are found by walking through the folder, never by following what checksums.json says. So
+    a name that is listed there and leads out of the folder counts as missing.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not path.is_dir():
-            files[path.relative_to(folder).as_posix()] = path
+        name = path.relative_to(folder)
+        if name.parts[0] not in NOT_OURS and (path.is_symlink() or not path.is_dir()):
+            files[name.as_posix()] = path
     files.pop(CHECKSUMS_FILE, None)
     return map_in_threads(checksum_of_file, files)
 
@@ -46,12 +50,20 @@ def map_in_threads(function: Callable, arguments: dict) -> dict:
 
 
 def checksum_of_file(path: Path) -> dict[str, str | int] | str:
-    if path.is_symlink() or not path.is_file():
+    if not is_plain(path):
         return "a link or no plain file"
     try:
         return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+
+
+def is_plain(path: Path) -> bool:
+    """Return whether this is a file, and no link that leads out of its folder."""
+    try:
+        return plain_file(path).is_file()
+    except UserError:
+        return False
 
 
 def checksums_to_bytes(checksums: dict) -> bytes:
@@ -73,7 +85,7 @@ def read_checksums(path: Path) -> dict | None:
 def find_damage(folder: str | Path, needed: str) -> str:
     """Return in one line what is damaged in a folder that must hold the file `needed`, or ""."""
     path = Path(folder) / CHECKSUMS_FILE
-    if path.is_symlink() or not path.is_file():
+    if not is_plain(path):
         absent = "no such file (or a link); only a final_artifact/ or a checkpoint has one"
         return f"{CHECKSUMS_FILE}: {absent}"
     written = read_checksums(path)

@@ -132,6 +132,7 @@ PACKED = "sequences are packed, which changes no number"
 EVAL_BATCHES = "evaluation has the batches of training, which changes no number"
 IN_RUN_FOLDER = "logs and TensorBoard's files lie in the folder of the run"
 TORCHRUN = "torchrun sets it"
+NO_SWITCH = "it switches nothing on: give report_to = wandb, and export"
 AUTOMATIC = {
     "save_total_limit": KEPT,
     "load_best_model_at_end": "the artifact has the weights of the best validation loss",
@@ -161,10 +162,10 @@ AUTOMATIC = {
     "bnb_4bit_quant_storage": "4-bit weights are never sharded",
     "logging_dir": IN_RUN_FOLDER,
     "log_dir": IN_RUN_FOLDER,
-    "wandb.project": "export WANDB_PROJECT with it",
-    "wandb_project": "export WANDB_PROJECT with it",
-    "wandb.entity": "export WANDB_ENTITY with it",
-    "wandb_entity": "export WANDB_ENTITY with it",
+    "wandb.project": f"{NO_SWITCH} WANDB_PROJECT with it",
+    "wandb_project": f"{NO_SWITCH} WANDB_PROJECT with it",
+    "wandb.entity": f"{NO_SWITCH} WANDB_ENTITY with it",
+    "wandb_entity": f"{NO_SWITCH} WANDB_ENTITY with it",
     "wandb.name": "it is experiment_name",
     "wandb.run_name": "it is experiment_name",
     "disable_tqdm": "there is a bar on a terminal alone",

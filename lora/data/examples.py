@@ -54,7 +54,7 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 def require_text(where: str, name: str, value: Any) -> str:
     """Return `value` if it is a text that a tokenizer can read. Raises UserError."""
     if not isinstance(value, str) or not value.strip():
-        found = f"{name} is {str(value)[:40]!r}"
+        found = f"{name} is {repr(value)[:42]}"
         raise UserError(f"{where}: {found}; expected a text that is not empty.")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
         problem = "holds half of a surrogate pair, which is no character; take it out"
@@ -104,7 +104,7 @@ def read_category(row: dict[str, Any]) -> str:
 def refuse_other_training(where: str, row: dict[str, Any]) -> None:
     """Raise UserError where a conversation comes with what this kind of training cannot use."""
     for key in ("label", "kto_tag"):
-        if row.get(key) is not None:
+        if not is_blank(row.get(key)):
             found = f"a {key} beside a conversation (as for KTO), and every answer would be learned"
             raise UserError(f"{where}: {found}; keep the good ones and take the key {key} out.")
     for key in ("images", "videos", "audio"):

@@ -47,6 +47,10 @@ def require_one_set(path: str, files: list[str]) -> None:
 
 
 def is_data(file: Path) -> bool:
-    """Return whether a file of a folder is data, by its name."""
+    """Return whether a file of a folder is data, by its name.
+
+    Data in a compression that is not read counts too, so that its folder is not read in part.
+    """
     is_note = file.stem.upper() in ("README", "LICENSE", "NOTICE") or file.name[0] in "._"
-    return not is_note and bool(kind_of(file.name) or file.suffix in ARROW)
+    is_compressed = file.suffix in (".zst", ".zip") and kind_of(file.stem)
+    return not is_note and bool(kind_of(file.name) or file.suffix in ARROW or is_compressed)

@@ -6,7 +6,6 @@ folders, and rows that cannot be read.
 
 import bz2
 from collections.abc import Iterator
-from csv import Error as CsvError
 import gzip
 from itertools import chain
 import json
@@ -72,7 +71,7 @@ def rows_of_file(name: str, path: Path, bad_rows: list[UserError]) -> SourceRows
                     bad_rows.append(UserError(f"{where}: {problem}."))
     except UserError as error:
         bad_rows.append(error)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, CsvError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or error
         bad_rows.append(UserError(f"{name}: {reason}."))
     except UnicodeDecodeError as error:

@@ -1,5 +1,6 @@
 """The data that a configuration names, and a hash of all it depends on. Runs without torch."""
 
+from collections.abc import Sequence
 import contextlib
 import hashlib
 import os
@@ -94,6 +95,18 @@ def content_sha256(path: str) -> str | None:
         return remembered_sha256(local_files[path])
     parts = [(Path(name).suffixes, remembered_sha256(file)) for name, file in local_files.items()]
     return digest(parts)
+
+
+def changed_path(paths: Sequence[str], recorded: dict[str, str | None]) -> str:
+    """Return the first path whose content is not what a run recorded of its data, or "".
+
+    `recorded` is a part of `RawData.files`, of which the paths may have been elsewhere.
+    """
+    sums = list(recorded.values())
+    for i, path in enumerate(dict.fromkeys(paths)):
+        if [content_sha256(path)] != sums[i : i + 1]:
+            return path
+    return ""
 
 
 def remembered_sha256(path: Path) -> str:

@@ -1,14 +1,16 @@
 """Rows of CSV and TSV files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 import csv
 from itertools import chain
 from pathlib import Path
-from typing import TextIO
+import re
+from typing import Any, TextIO
 
 from lora.common.errors import UserError
 from lora.data.examples import Cell, SourceRows, from_cell
 
+QUOTED = re.compile(r'"([^"]|"")*""([^"]|"")*"', re.DOTALL)
 PAIR_COLUMNS = ["sentence1", "sentence2", "score"]  # of a table without a header
 
 
@@ -21,13 +23,17 @@ def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
         # A quote is a character like any other there.
         table = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        table = csv.reader(lines)
+        # Strict, or a cell that begins with a lone quote would hold the rows that follow it.
+        table = csv.reader(lines, strict=True)
     names = None
-    for values in table:
+    for where, values in with_lines(path, table):
         if not values:  # a blank line
             continue
-        where = f"{path}:{table.line_num}"
         if names is None:
+            separators = [mark for mark in ";|" if mark in values[0]]
+            if len(values) == 1 and separators:
+                found = f"columns are separated by {separators[0]!r}"
+                raise UserError(f"{where}: {found}; expected commas; save it with these.")
             has_header = len(values) != 3 or not isinstance(from_cell(Cell(values[2])), float)
             names = values if has_header else PAIR_COLUMNS
             for name in names:
@@ -39,4 +45,19 @@ def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
             expected = f"expected {len(names)} ({', '.join(names)})"
             bad_rows.append(UserError(f"{where}: {len(values)} columns, {expected}."))
             continue
+        if table.dialect.quoting == csv.QUOTE_NONE and any(map(QUOTED.fullmatch, values)):
+            found = 'a cell in quotes, with "" for a quote inside, as in a CSV file'
+            raise UserError(f"{where}: {found}; save it as CSV, or take these quotes out.")
         yield where, dict(zip(names, map(Cell, values)))
+
+
+def with_lines(path: str, table: Any) -> Iterator[tuple[str, list[str]]]:
+    """Yield the rows of a csv.reader, each with its file:line. Raises UserError."""
+    first_line = 1
+    try:
+        for values in table:
+            yield f"{path}:{table.line_num}", values
+            first_line = table.line_num + 1
+    except csv.Error as error:
+        expected = 'a cell that begins with " ends with one, and has "" for each " inside'
+        raise UserError(f"{path}:{first_line}: {error}; {expected}.") from None

@@ -17,12 +17,14 @@ from lora.common.saved_files import (
     require_sha256,
     verify_artifact,
 )
+from lora.common.toml_json import read_file
 from lora.config.command_line import find_config
 from lora.config.cross_checks import require_formats
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, tables_of
 from lora.config.set_keys import from_file, saved_config
 from lora.data.examples import Example
+from lora.data.raw_data import changed_path
 from lora.data.readers import read
 from lora.data.split import Split
 from lora.evaluation.text_metrics import Question, check_settings, read_questions
@@ -62,7 +64,7 @@ def make_parser() -> Parser:
     add("--checkpoint", "--artifact_dir", metavar="DIR", help=checkpoint_help)
     add_keys(parser, MODEL_KEYS)
     data_help = "held-out files; default: what the checkpoint's run held out"
-    add("--eval_data", nargs="+", metavar="FILE", help=data_help)
+    add("--eval_data", nargs="+", action="extend", metavar="FILE", help=data_help)
     test_help = "chats whose last answers are generated and measured, or steps to score"
     add("--test_set", metavar="FILE", help=test_help)
     prompt_help = "a question to answer; for a scorer a problem and its steps, one a line"
@@ -234,11 +236,30 @@ def read_request(arguments: Namespace, config: Config) -> EvaluationRequest:
     if arguments.eval_data:
         request.examples = read(arguments.eval_data, task, config.data)
     elif not (request.examples or request.test_set or request.critical or request.queries):
+        if arguments.checkpoint:
+            require_recorded_data(arguments.checkpoint, config)
         if config.data.eval_data:
             request.examples = read(config.data.eval_paths, task, config.data)
         else:
             request.examples = list(Split(config).examples(held_out=True))
     return request
+
+
+def require_recorded_data(checkpoint: str, config: Config) -> None:
+    """Raise UserError where what the checkpoint's run held out cannot be told any more."""
+    folder = Path(checkpoint)
+    if (folder / "metadata.json").is_file():
+        recorded = read_file(folder / "metadata.json")
+    elif (folder / "trainer_state.json").is_file():
+        recorded = read_file(folder / "trainer_state.json")["facts"]
+    else:
+        return  # a merged scorer records no data
+    changed = changed_path(config.data.held_out_paths, recorded["eval_data"])
+    if not config.data.eval_data:
+        changed = changed or changed_path(config.data.train_paths, recorded["train_data"])
+    if changed:
+        found = "not the file that the run was made with, so what it held out is not known"
+        raise UserError(f"{changed}: {found}; restore it, or name files with --eval_data.")
 
 
 def chain_in_prompt(prompt: str) -> Example:

@@ -49,7 +49,8 @@ class Results:
         write_text_atomically(path, json.dumps(values, indent=2) + "\n")
         if self.answers:
             lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
-            write_text_atomically(path.with_suffix(".generations.jsonl"), "".join(lines))
+            answers_path = path.with_name(f"{path.name.removesuffix('.json')}.generations.jsonl")
+            write_text_atomically(answers_path, "".join(lines))
 
 
 def measure_language(

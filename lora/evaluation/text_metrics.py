@@ -68,10 +68,13 @@ def read_questions(path: str, data: DataConfig | None = None) -> list[Question]:
 
 
 def check_settings(settings: EvaluationConfig) -> None:
-    """Raise UserError for a pattern that is no regular expression, or top_p without sampling."""
+    """Raise UserError for settings by which no answer could be measured as it is meant."""
     if settings.top_p < 1 and settings.temperature == 0:
         greedy = "is for sampling, and temperature 0 does not sample"
         raise UserError(f"top_p = {settings.top_p:g} {greedy}; add --temperature 0.7, say.")
+    for name in settings.json_keys:
+        if "," in name:
+            raise UserError(f"json_keys {name}: expected keys with a space between them.")
     for name in ("refusal_pattern", "citation_pattern"):
         pattern = getattr(settings, name)
         try:

@@ -71,7 +71,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("corpus", nargs="+", metavar="FILE", help="text files, or JSONL, JSON or CSV with a text")
     add("--output", metavar="DIR", required=True, help="folder to write, which must not exist")
     templates = "TOML files of texts, one for each language; a chat is made with one of them"
-    add("--templates", nargs="+", metavar="FILE", default=[DEFAULT_TEMPLATES], help=templates)
+    add("--templates", nargs="+", action="extend", metavar="FILE", help=templates)
     seed = "seed of the split and of the questions (default: 42)"
     add("--seed", type=int, default=42, metavar="N", help=seed)
     fraction = "share of the documents in test.jsonl (default: 0.1)"
@@ -242,7 +242,7 @@ def make_chat(
 
 def main(argv: Sequence[str]) -> None:
     arguments = read_arguments(argv)
-    templates = [read_templates(path) for path in arguments.templates]
+    templates = [read_templates(path) for path in arguments.templates or [DEFAULT_TEMPLATES]]
     documents = read_documents(arguments.corpus)
     train, test = split(documents, arguments.eval_fraction, arguments.seed)
     final = Path(arguments.output)

@@ -60,6 +60,8 @@ def differing_keys(runs: Sequence[FinishedRun]) -> list[str]:
 def table(runs: Sequence[FinishedRun]) -> list[dict]:
     """Return a row for each run, {column: value}, with the same columns in the same order."""
     keys = differing_keys(runs)
+    same_paths = not {"train_data", "eval_data"}.intersection(keys)
+    hashes = {run.data for run in runs if run.data and same_paths}
     results_of_runs = [run.columns() for run in runs]
     names = {}
     for results in results_of_runs:
@@ -68,6 +70,8 @@ def table(runs: Sequence[FinishedRun]) -> list[dict]:
     for run, results in zip(runs, results_of_runs):
         row = {"run": run.name}
         row.update({key: run.config.get(key) for key in keys})
+        if len(hashes) > 1:  # under one path there were several files
+            row["data"] = run.data or None
         row.update({name: results.get(name) for name in names})
         rows.append({**row, "ending": run.ending})
     return rows
@@ -131,7 +135,7 @@ def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
     losses_of_setting: dict[str, dict[int, float]] = defaultdict(dict)  # {seed: loss}
     for run in runs:
         if run.has_ended and run.best_step is not None:
-            setting = json.dumps({**run.config, "seed": None}, sort_keys=True)
+            setting = json.dumps([{**run.config, "seed": None}, run.data], sort_keys=True)
             losses_of_setting[setting][run.config["seed"]] = run.best_loss
     freedom, squares = 0, 0.0
     for losses in losses_of_setting.values():
@@ -252,7 +256,9 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     against = "test of each run whether its validation loss is better than this run's"
     parser.add_argument("--against", metavar="RUN", help=against)
     sweep = "print the commands of those combinations of values that no run has"
-    parser.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B", help=sweep)
+    parser.add_argument(
+        "--sweep", nargs="+", action="extend", default=[], metavar="KEY=A,B", help=sweep
+    )
     picture = "write a .png of the curves, and of the loss against the key that differs"
     parser.add_argument("--plot", metavar="FILE", help=picture)
     parser.add_argument("--format", choices=("csv", "json", "md"), help="print the table alone")

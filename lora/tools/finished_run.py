@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
+import hashlib
 import math
 from pathlib import Path
 import statistics
 import zipfile
 
+from lora.common.checkpoint_folders import checkpoints_by_step
 from lora.common.errors import UserError
 from lora.common.plain_file import MAX_BYTES, plain_file
 from lora.common.printable_text import printable
-from lora.common.saved_files import FLOAT32_MAX, METRICS, RESULTS, STATUS, read_table, require_shape
+from lora.common.saved_files import (
+    FLOAT32_MAX,
+    METRICS,
+    RESULTS,
+    STATUS,
+    read_state,
+    read_table,
+    require_shape,
+)
 from lora.common.toml_json import parse_json, read_file
 from lora.config.schema import Config
 from lora.config.set_keys import from_dict
@@ -33,6 +44,7 @@ class FinishedRun:
     lines: list[dict] = field(default_factory=list)  # of logs/train_metrics.jsonl
     results: dict = field(default_factory=dict)  # logs/final_results.json, if it has ended well
     status: dict = field(default_factory=dict)  # status.json
+    data: str = ""  # a hash of the contents of its data files; "": it has no checkpoint yet
 
     @classmethod
     def of(cls, folder: str) -> FinishedRun:
@@ -53,6 +65,12 @@ class FinishedRun:
             run.results = read_table(run.file("logs/final_results.json"), RESULTS, run.folder)
         if run.file("status.json").exists():
             run.status = read_table(run.file("status.json"), STATUS, run.folder)
+        checkpoints = checkpoints_by_step(run.folder / "checkpoints")
+        if checkpoints:
+            with suppress(UserError):  # one that cannot be read says nothing of the data
+                facts = read_state(checkpoints[max(checkpoints)], run.folder)["facts"]
+                sums = [list(facts[part].values()) for part in ("train_data", "eval_data")]
+                run.data = hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
         return run
 
     def file(self, name: str) -> Path:

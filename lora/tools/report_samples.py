@@ -11,7 +11,7 @@ import torch
 from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.data.examples import Example
-from lora.data.raw_data import content_sha256
+from lora.data.raw_data import changed_path
 from lora.data.split import Split
 from lora.evaluation.calibration import calibration, expected_calibration_error
 from lora.evaluation.eval_arguments import trained_config
@@ -60,11 +60,10 @@ def require_recorded_data(config: Config, metadata: dict) -> None:
     """
     parts = {"train_data": config.data.train_paths, "eval_data": config.data.held_out_paths}
     for part, paths in parts.items():
-        recorded = list(metadata[part].values())
-        for i, path in enumerate(dict.fromkeys(paths)):
-            if [content_sha256(path)] != recorded[i : i + 1]:
-                found = "not the file that the run was made with"
-                raise UserError(f"{path}: {found}, so that no example of it is shown.")
+        changed = changed_path(paths, metadata[part])
+        if changed:
+            found = "not the file that the run was made with"
+            raise UserError(f"{changed}: {found}, so that no example of it is shown.")
 
 
 def score_chains(task: Task, examples: Sequence[Example], config: Config) -> Samples:

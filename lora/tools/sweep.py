@@ -56,6 +56,8 @@ def missing_commands(
             raise UserError(f"--sweep {axis}: expected KEY=VALUE,VALUE,...")
         if key in IGNORED_KEYS:
             raise UserError(f"--sweep {key}: it changes no numbers; expected a key that does.")
+        if key in values_of_key:
+            raise UserError(f"--sweep {key}: given twice; give its values as {key}=A,B.")
         values_of_key[key] = values.split(",")
     config_file = first.file("logs/config.toml")
     script = "train_lora.py" if "lora_r" in first.config else "train.py"
@@ -65,7 +67,7 @@ def missing_commands(
         with suppress(UserError):  # one that cannot be read does not keep the commands back
             state = read_state(checkpoints[max(checkpoints)], first.folder)
             processes = state["facts"]["place"]["processes"]
-    ended_configs = [run.config for run in runs if run.has_ended]
+    ended_configs = [run.config for run in runs if run.has_ended and run.data == first.data]
     folder = first.folder.resolve().parent
     commands = []
     for combination in itertools.product(*values_of_key.values()):

@@ -1,6 +1,7 @@
 """The log of a run: the console, a progress bar, logs/train_*.log and logs/train_metrics.jsonl."""
 
 from collections import deque
+import errno
 import json
 import math
 import os
@@ -77,9 +78,13 @@ class Log:
     def say(self, line: str) -> None:
         """Print a line, and write it to the text log with the time."""
         line = printable(line)
-        tqdm.write(line)
-        sys.stdout.flush()
         self.write(line)
+        try:
+            tqdm.write(line)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno != errno.EIO:  # the terminal is closed, and the file has the line
+                raise
 
     def write(self, line: str) -> None:
         self.text_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")

@@ -163,7 +163,7 @@ BAD = [  # and those of tests/scripts/test_inputs.py
     (
         "a.jsonl",
         '{"prompt": "p", "steps": ["s", 5], "labels": [1, 1]}',
-        "a.jsonl:1: step 2 is '5'; expected a text that is not empty",
+        "a.jsonl:1: step 2 is 5; expected a text that is not empty",
     ),
     (
         "a.jsonl",
@@ -520,7 +520,7 @@ def test_a_null_under_a_renamed_column_is_a_blank_as_under_our_own_name(tmp_path
     "row, task, problem",
     [
         (chat({"content": "a"}, tools=True), "lm", "tools is 'True'; expected a list"),
-        ({"system": 5, "chat": "USER: a ASSISTANT: b"}, "lm", "system is '5'; expected a text"),
+        ({"system": 5, "chat": "USER: a ASSISTANT: b"}, "lm", "system is 5; expected a text"),
         (
             {
                 "modified_question": "q",
@@ -543,3 +543,33 @@ def test_odd_values_are_one_line(tmp_path, row, task, problem):
 def test_half_a_character_in_a_category_is_written_as_a_question_mark(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"text": "a", "category": "\\ud83d"}')
     assert read([path], "lm")[0].category == "?"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "a.csv",
+            'prompt,completion\nQ1,A1\nQ2,"Honey\nQ3,A3\nQ4,A4\n',
+            'a.csv:3: .* begins with "',
+        ),
+        ("a.csv", 'prompt,completion\n"Honey" is?,A1\nQ2,A2\n', 'a.csv:2: .* begins with "'),
+        ("a.csv", "prompt;completion\nQ1;A1\n", "a.csv:1: columns are separated by ';'"),
+        ("a.csv", "sep=;\nprompt;completion\nQ1;A1\n", "a.csv:1: columns are separated by ';'"),
+        ("a.tsv", 'prompt\tcompletion\nQ1\t"""Hi"", she said"\n', "a.tsv:2: a cell in quotes"),
+    ],
+)
+def test_a_table_whose_cells_or_columns_would_be_read_otherwise_is_refused(
+    tmp_path, name, content, message
+):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read([str(path)], "lm")
+
+
+def test_a_folder_is_not_read_without_its_compressed_files(tmp_path):
+    (tmp_path / "part-0.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "part-1.jsonl.zst").write_bytes(b"(\xb5/\xfd")
+    with pytest.raises(UserError, match=r"its files are of several kinds \(.zst, json\)"):
+        read([str(tmp_path)], "lm")

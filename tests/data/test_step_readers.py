@@ -433,7 +433,7 @@ BAD = [
     ),
     (
         {"question": "p", "ground_truth": "g", "m": {"is_correct": True}},
-        "solution is 'None'; expected a text",
+        "solution is None; expected a text",
     ),
     ({"labeler": "a", "question": None, "label": {}}, r"not a row of PRM800K \(TypeError"),
     (

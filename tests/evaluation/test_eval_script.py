@@ -240,7 +240,7 @@ def test_a_mistake_in_corpus_or_queries_names_the_line(tmp_path):
     for row, message in (
         ({"query": "q", "relevant": ["x"]}, "relevant names x, which is no id of the corpus"),
         ({"query": "q", "relevant": []}, r"relevant is \[\]; expected a list of ids"),
-        ({"relevant": ["b"]}, "query is 'None'"),
+        ({"relevant": ["b"]}, "query is None"),
     ):
         with pytest.raises(UserError, match=f"q.jsonl:2: {message}"):
             retrieval.read_queries(write(tmp_path / "q.jsonl", [queries[0], row]), corpus)
@@ -405,6 +405,7 @@ MISTAKES = [
     ([*BASE, "--prompt= "], "--prompt: expected a text that is not empty"),
     ([*BASE, "--prompt=a", "--eval_data=b"], "--prompt goes with no files"),
     ([*BASE, "--ignore_chat_template", "--eval_data=b"], "--ignore_chat_template is for --prompt"),
+    ([*BASE, "--prompt=a", "--json_keys=name,age"], "json_keys name,age: expected keys with a"),
     ([*BASE, "--test_queries=a"], "--test_queries and --corpus go together"),
     (
         [*BASE, "--prompt=a", "--citation_pattern=["],
@@ -745,3 +746,26 @@ def test_held_out_files_are_read_without_the_training_files(configure, tmp_path,
     (tmp_path / "t.jsonl").unlink()
     evaluate("--checkpoint", artifact)
     assert "eval: 1 examples" in capsys.readouterr().out
+
+
+def test_training_examples_are_not_taken_for_held_out_ones_after_their_file_has_changed(
+    configure, tmp_path, capsys
+):
+    rows = [{"text": f"{i} pears"} for i in range(30)]
+    data = write(tmp_path / "t.jsonl", rows)
+    folder = run(configure(True, task="lm", train_data=[data], eval_data=[], max_steps=1))
+    write(tmp_path / "t.jsonl", rows + rows)
+    for checkpoint in ("final_artifact", "checkpoints/checkpoint_step_1"):
+        with pytest.raises(UserError, match="t.jsonl: not the file .*; restore it, or name files"):
+            evaluate("--checkpoint", folder / checkpoint)
+    evaluate("--checkpoint", folder / checkpoint, "--eval_data", data, "--eval_data", data)
+    assert "eval: 120 examples" in capsys.readouterr().out
+
+
+def test_a_dot_in_the_name_of_the_numbers_stays_in_that_of_the_answers(tiny_base, tmp_path):
+    questions = write(tmp_path / "q.jsonl", [{"question": "a", "answer": "b"}])
+    for name in ("lr_0.001", "lr_0.01.json"):
+        flags = ("--base_model", tiny_base, "--test_set", questions, "--max_length", "64")
+        evaluate(*flags, "--max_new_tokens=1", "--output", tmp_path / name)
+    names = {path.name for path in tmp_path.glob("*.generations.jsonl")}
+    assert names == {"lr_0.001.generations.jsonl", "lr_0.01.generations.jsonl"}

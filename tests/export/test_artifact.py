@@ -85,6 +85,24 @@ def test_every_change_of_any_file_is_found(made, tmp_path):
     verify_artifact(shutil.copytree(made, tmp_path / "copy"))
 
 
+def test_a_copy_from_the_hub_is_whole(made, tmp_path):
+    downloaded = shutil.copytree(made, tmp_path / "downloaded")
+    (downloaded / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (downloaded / ".cache" / "huggingface").mkdir(parents=True)
+    (downloaded / ".cache" / "huggingface" / "CACHEDIR.TAG").write_text("")
+    verify_artifact(downloaded)
+
+    repository = tmp_path / "models--me--mine"
+    snapshot = repository / "snapshots" / "abc"
+    shutil.copytree(made, snapshot)
+    (repository / "blobs").mkdir()
+    for path in snapshot.iterdir():
+        if path.is_file():
+            blob = path.rename(repository / "blobs" / path.name)
+            path.symlink_to(Path("../../blobs") / blob.name)
+    verify_artifact(snapshot)
+
+
 def test_a_list_that_leads_out_of_the_folder_and_linked_folders_are_refused(made, tmp_path):
     path = made / "checksums.json"
     sums = json.loads(path.read_text())

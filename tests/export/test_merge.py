@@ -275,3 +275,9 @@ def test_an_adapter_that_changes_less_than_rounding_is_told_so():
     base_outputs = torch.ones(1, 1, 2)
     with pytest.raises(UserError, match="more than the adapter changes"):
         require_same_outputs(source, base_outputs, base_outputs + small, base_outputs - small)
+
+
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = merging.read_arguments(["--adapter=~", "--output=~/merged"])
+    assert arguments.output == str(tmp_path / "merged")

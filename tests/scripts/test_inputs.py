@@ -89,7 +89,7 @@ DATA = [
         "a.jsonl",
         CHAT + chat(("user", 7), ("assistant", "x")),
         "lm",
-        ":2: content of message 1 is '7'; expected a text",
+        ":2: content of message 1 is 7; expected a text",
     ),
     (
         7,
@@ -279,7 +279,7 @@ def test_a_problem_of_many_rows_is_said_once_with_their_number_and_three_of_them
     path = tmp_path / "a.jsonl"
     path.write_text((TEXT + '{"text": 1}\n' + "{,}\n") * 6)
     _, line = answer(tmp_path, "--base_model=embedded", "--train_data", str(path))
-    text = "2, 5, 8 and 3 more: text is '1'; expected a text that is not empty"
+    text = "2, 5, 8 and 3 more: text is 1; expected a text that is not empty"
     assert line.startswith(f"{path}: 12 bad rows: {text}; 3, 6, 9 and 3 more: not JSON (")
     assert line.count("not JSON") == 1
 

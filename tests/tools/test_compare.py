@@ -17,7 +17,7 @@ from lora.evaluation.statistics import bootstrap_samples
 from lora.tools import compare
 from lora.tools.compare import interval, main, spread_of_seeds, table, verdict
 from lora.tools.finished_run import FinishedRun
-from lora.tools.sweep import proposed_name
+from lora.tools.sweep import missing_commands, proposed_name
 from tests.conftest import configuration, run
 
 
@@ -130,6 +130,19 @@ def test_the_table_has_what_differs_and_how_it_ended_best_first(sweep, capsys, t
     assert sketch.startswith("validation loss (cross entropy), from") and sketch.count("▁")
 
 
+def test_runs_of_other_contents_under_one_path_are_told_apart(sweep, tmp_path):
+    other = shutil.copytree(sweep["s1"], tmp_path / "other")
+    for path in other.glob("checkpoints/*/trainer_state.json"):
+        state = json.loads(path.read_text())
+        name = next(iter(state["facts"]["train_data"]))
+        state["facts"]["train_data"][name] = "0" * 64
+        path.write_text(json.dumps(state))
+    runs = [FinishedRun.of(sweep["s1"]), FinishedRun.of(other)]
+    assert len({row["data"] for row in table(runs)}) == 2
+    assert "data" not in table(runs[:1] * 2)[0]
+    assert missing_commands(runs[1], runs[:1], ["seed=1"])
+
+
 def test_a_key_that_one_of_two_runs_has_not_set_differs(sweep, tmp_path):
     other = shutil.copytree(sweep["s1"], tmp_path / "other")
     config = json.loads((other / "logs" / "config.json").read_text())
@@ -224,6 +237,7 @@ def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_pa
         (["{run}", "--sweep", "lora_r"], "--sweep lora_r: expected KEY=VALUE"),
         (["{run}", "--sweep", "artifact_version=a,b"], "artifact_version: it changes no numbers"),
         (["{run}", "--sweep", "lora_x=1"], "--sweep lora_x: no such key"),
+        (["{run}", "--sweep", "seed=1", "--sweep", "seed=2"], "--sweep seed: given twice"),
         (["{run}", "--against", "/no/such"], "/no/such: no logs/config.json"),
     ],
 )

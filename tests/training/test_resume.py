@@ -1,5 +1,6 @@
 """Resumed = uninterrupted, bit for bit; the best three and the last checkpoint stay."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -470,6 +471,16 @@ def test_metrics_that_are_none_are_refused_when_a_run_is_resumed(tmp_path, damag
     path.symlink_to(path.name)
     with pytest.raises(UserError, match="train_metrics.jsonl: no plain file"):
         cut_metrics_after(1, path)
+
+
+def test_a_run_goes_on_where_its_terminal_is_closed(configure, monkeypatch):
+    def closed(line):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("lora.training.log.tqdm.write", closed)
+    folder = run(configure(True, max_steps=2))
+    (log,) = folder.glob("logs/train_*.log")
+    assert "Saved" in log.read_text()
 
 
 def test_a_run_in_an_odd_folder_writes_through_no_link(configure, tmp_path):
