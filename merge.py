@@ -225,6 +225,7 @@ def main(arguments: Namespace) -> None:
 def rewrite_portable(arguments: Namespace) -> None:
     """Write the adapter anew, in the form that PEFT, vLLM and llama.cpp all read."""
     folder = Path(arguments.adapter)
+    merging.refuse_part(folder)
     if is_written_by_us(folder):
         verify_checksums(folder)
     with atomic_folder(Path(arguments.output)) as temporary:

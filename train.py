@@ -85,20 +85,16 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         state = checkpoint.load(resume_from, task, optimizer)
         step = state["step"]
         was_evaluated = state["val"] is not None
-        # A checkpoint between two evaluations has no validation loss. A run that now ends at its
-        # step is evaluated there first.
+        # A run that now ends at a checkpoint without a validation loss is evaluated there first.
         resumed_at = step if was_evaluated or step < max_steps else None
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
-    is_resumable = best_checkpoints.is_resumable(folder)
     best_losses = best_checkpoints.finite_losses(folder)
     if not best_losses:  # as where a run is resumed to a new folder, which holds no checkpoint yet
         evaluations_without_best = 0
     # A run that has stopped early may have yet to write its artifact.
     has_stopped = was_evaluated and stops_early(settings, evaluations_without_best)
-    if has_stopped:
-        log.say(f"Step {step} has stopped early; raise --early_stopping_patience to train on")
 
     task.train()
     # The largest step is tried first: a run that does not fit in memory shows it before step 1. A
@@ -143,11 +139,8 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 "save_optimizer": config.save_optimizer,
                 "val": metrics and without_nan(metrics),
             }
-            # A run that is lost before its first save_steps is resumed from its first best.
-            if save_is_due or config.save_optimizer == "all" or not is_resumable:
-                saved, is_resumable = optimizer, True
-            else:
-                saved = None
+            with_optimizer = save_is_due or best_checkpoints.best_has_optimizer(folder, config)
+            saved = optimizer if with_optimizer else None
             log.say(checkpoint.save(folder, step, task, saved, state))
         if stop:
             raise stop_signal.interrupted(step)

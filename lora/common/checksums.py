@@ -8,11 +8,11 @@ from typing import Any
 
 from lora.common.checkpoint_folders import is_written_by_us
 from lora.common.errors import UserError
-from lora.common.plain_file import plain_file
+from lora.common.plain_file import inside_folder
 
 CHECKSUMS_FILE = "checksums.json"
 # What the Hub and a file manager put into a folder that is uploaded, downloaded or looked at.
-NOT_OURS = (".gitattributes", ".cache", ".DS_Store")
+NOT_OURS = (".git", ".gitattributes", ".cache", ".DS_Store")
 
 
 def file_sha256(path: Path) -> str:
@@ -34,7 +34,8 @@ def checksums_of(folder: Path) -> dict[str, Any]:
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if name.parts[0] not in NOT_OURS and (path.is_symlink() or not path.is_dir()):
+        is_ours = name.parts[0] not in NOT_OURS and name.name not in NOT_OURS
+        if is_ours and (path.is_symlink() or not path.is_dir()):
             files[name.as_posix()] = path
     files.pop(CHECKSUMS_FILE, None)
     return map_in_threads(checksum_of_file, files)
@@ -61,7 +62,7 @@ def checksum_of_file(path: Path) -> dict[str, str | int] | str:
 def is_plain(path: Path) -> bool:
     """Return whether this is a file, and no link that leads out of its folder."""
     try:
-        return plain_file(path).is_file()
+        return inside_folder(path).is_file()
     except UserError:
         return False
 

@@ -21,6 +21,7 @@ from lora.config.parse_values import nearest, parse_text
 from lora.config.resume import (
     checkpoint_config,
     describe_fact,
+    raise_other_losses,
     refuse_changed_keys,
     refuse_changes,
     refuse_other_losses,
@@ -69,6 +70,11 @@ class Command:
             if fact != before[name]:
                 changed[name] = (describe_fact(before[name]), describe_fact(fact))
         refuse_changes(self.resume_from, changed, self.allowed)
+        if self.continues:
+            measured = {"eval_data"} if self.config.data.eval_data else {"train_data", "eval_data"}
+            parts = measured.intersection(changed)
+            other = {p for p in parts if [*facts[p].values()] != [*before[p].values()]}
+            raise_other_losses(other)
 
 
 def read_command_line(argv: list[str], config: Config, default_file: str, summary: str) -> Command:
@@ -141,8 +147,8 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     else:
         run_dir = new_folder(config)
     command = Command(config, run_dir, resume_from, auto, arguments.allow_change)
-    if command.continues:
-        refuse_other_losses(config, command.allowed)
+    if saved and command.continues:
+        refuse_other_losses(saved, config)
     return command
 
 

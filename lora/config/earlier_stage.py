@@ -6,7 +6,6 @@ from lora.common.checkpoint_folders import (
     SHARDS_FILE,
     adapter_folder,
     is_artifact,
-    is_written_by_us,
     model_folder,
 )
 from lora.common.checksums import verify_checksums
@@ -20,9 +19,9 @@ from lora.config.set_keys import saved_config
 def require_stage(config: Config) -> None:
     """Check that `init_from` names an earlier stage that this run can start from."""
     start = Path(config.model.init_from)
-    if start.name == "lora_adapter" and is_written_by_us(start.parent):
+    if start.name == "lora_adapter" and (start.parent / "mlp_head.safetensors").is_file():
         whole = f"a part of {start.parent}"
-        raise UserError(f"init_from {start}: {whole}, which may hold a head as well; name that.")
+        raise UserError(f"init_from {start}: {whole}, which holds a head as well; name that.")
     adapter = adapter_folder(start)
     weights = adapter or model_folder(start)
     if weights and config.method == "head":

@@ -17,8 +17,6 @@ NAME_KEYS = ("artifact_version",)
 # A resumed run keeps its examples per step and the size of its micro-batches.
 LAYOUT_KEYS = ("batch_size", "gradient_accumulation_steps")
 EVALUATION_KEYS = [field.name for field in dataclasses.fields(EvaluationConfig)]  # of eval.py
-# The keys on which a validation loss depends, beside the weights.
-LOSS_KEYS = {"eval_data", "eval_fraction", "max_eval_batches", "max_length", "score_loss"}
 # The keys that may differ between a checkpoint and the run that continues it.
 FREE_ON_RESUME = {*LENGTH_KEYS, *INTERVAL_KEYS, *PLACE_KEYS, *NAME_KEYS, *EVALUATION_KEYS}
 
@@ -45,19 +43,23 @@ def refuse_changed_keys(saved: Config, new: Config, folder: str, allowed: Collec
     refuse_changes(folder, changed, allowed)
 
 
-def refuse_other_losses(config: Config, allowed: Collection[str]) -> None:
-    """Raise UserError where a run would go on in its folder with validation losses of another kind.
+def refuse_other_losses(saved: Config, new: Config) -> None:
+    """Raise UserError where a run would go on in its folder, but measure its losses otherwise.
 
-    The best of its checkpoints could not be told by them.
+    Whether data files have changed is not asked here: their contents count, not their paths.
     """
-    keys = LOSS_KEYS
-    if not config.data.eval_data:
-        keys = keys | {"train_data"}  # from which the held-out examples are taken
-    changed = keys.intersection(allowed)
+    names = {*vars(new.model), *vars(new.data), "max_eval_batches"}
+    before, now = key_values(saved), key_values(new)
+    changed = [name for name in names if before[name] != now[name]]
+    raise_other_losses({*changed} - {"base_model", "train_data", "eval_data"})
+
+
+def raise_other_losses(changed: Collection[str]) -> None:
+    """Raise UserError if there are changes after which other checkpoints might be the best."""
     if changed:
-        names = ",".join(sorted(changed))
         problem = "validation losses before and after could not be compared"
-        raise UserError(f"--allow_change {names}: {problem}; name a new --experiment_name.")
+        names = ", ".join(sorted(changed))
+        raise UserError(f"{names} changed: {problem}; name a new --experiment_name.")
 
 
 def refuse_changes(checkpoint: str, changed: dict[str, tuple], allowed: Collection[str]) -> None:

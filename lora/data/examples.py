@@ -10,7 +10,7 @@ from lora.common.errors import UserError
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # the names that data sets use
 # The keys of a message, without the switches that readers take out of it.
-MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING_KEYS}
+MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING_KEYS)
 
 
 @dataclass(slots=True)
@@ -39,9 +39,18 @@ class Example:
         after_user = False
         for i, message in enumerate(self.messages):
             if after_user and message["role"] == "assistant":
-                return json.dumps(self.messages[:i])
+                return as_subject(self.messages[:i])
             after_user = after_user or message["role"] == "user"
-        return json.dumps(self.messages)
+        return as_subject(self.messages)
+
+
+def as_subject(messages: list[dict]) -> str:
+    """Return messages as one text, in which other keys and the order of keys make no difference."""
+    kept = []
+    for message in messages:
+        values = {key: message[key] for key in MESSAGE_KEYS if message.get(key)}
+        kept.append({"role": message["role"], "content": message["content"], **values})
+    return json.dumps(kept)
 
 
 SourceRows = Iterable[tuple[str, dict[str, Any]]]  # file:line, and the row

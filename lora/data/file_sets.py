@@ -1,5 +1,6 @@
 """The data files that a folder or a glob names."""
 
+from collections.abc import Iterator
 import glob
 import os
 from pathlib import Path
@@ -21,7 +22,7 @@ def files_of_set(path: str) -> dict[str, Path]:
         files_there = folder.glob("*.arrow")  # with what `map` and others keep there
         found = [str(file) for file in files_there if not file.name.startswith("cache-")]
     elif path and folder.is_dir():
-        found = [str(file) for file in folder.rglob("*") if is_data(file)]
+        found = [str(file) for file in visible(folder) if is_data(file) or is_unread_data(file)]
     else:
         found = glob.glob(path, recursive=True) if glob.has_magic(path) else []
     files = {file: Path(file) for file in sorted(found) if Path(file).is_file()}
@@ -46,11 +47,24 @@ def require_one_set(path: str, files: list[str]) -> None:
             raise UserError(f"{path}: {found_here}; name the files, or a glob such as '*.jsonl'.")
 
 
-def is_data(file: Path) -> bool:
-    """Return whether a file of a folder is data, by its name.
-
-    Data in a compression that is not read counts too, so that its folder is not read in part.
+def visible(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder and not hidden. Raises UserError for a link that leads nowhere, or
+    to a folder: what is behind it would be missing.
     """
+    for path in folder.rglob("*"):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.is_symlink() and not path.is_file():
+            raise UserError(f"{path}: a link to a folder or to nothing; put the files there.")
+        yield path
+
+
+def is_data(file: Path) -> bool:
+    """Return whether a file of a folder is data, by its name."""
     is_note = file.stem.upper() in ("README", "LICENSE", "NOTICE") or file.name[0] in "._"
-    is_compressed = file.suffix in (".zst", ".zip") and kind_of(file.stem)
-    return not is_note and bool(kind_of(file.name) or file.suffix in ARROW or is_compressed)
+    return not is_note and bool(kind_of(file.name) or file.suffix in ARROW)
+
+
+def is_unread_data(file: Path) -> bool:
+    """Return whether it is data in a compression that is not read: its folder is refused."""
+    return file.suffix in (".zst", ".zip") and bool(kind_of(file.stem))

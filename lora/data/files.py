@@ -53,6 +53,8 @@ def rows_of_file(name: str, path: Path, bad_rows: list[UserError]) -> SourceRows
     try:
         with open(path, "rb") as raw:
             beginning = raw.read(16)
+        if beginning == b"version https://":
+            raise UserError(f"{name}: a pointer of Git LFS, not the data; fetch it: git lfs pull.")
         for magic, compression in COMPRESSIONS.items():
             if beginning.startswith(magic):
                 opener = compression.open

@@ -42,7 +42,9 @@ def document_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
 def rows_in(path: str, value: Any) -> list:
     """Return the rows of [row, ...], {"data": [row, ...]} or {NAME: [row, ...], ...}; or [row]."""
     if isinstance(value, dict) and is_table(value.get("data")):
-        return value["data"]
+        others = [part for name, part in value.items() if name != "data"]
+        if not any(part and is_table(part) for part in others):
+            return value["data"]
     if isinstance(value, dict) and value and all(is_table(part) for part in value.values()):
         matches = [SPLIT_KEY.fullmatch(name.lower()) for name in value]
         splits = {match[1] for match in matches if match}

@@ -62,6 +62,7 @@ class TrainingData:
             mend = "lower batch_size or gradient_accumulation_steps"
             raise UserError(f"{passes}; expected {MAX_PASSES} at most; {mend}.")
         self.steps_per_epoch = len(rows) / self.examples_per_step
+        self.kept_max_tokens = self.max_tokens  # by a resumed run, on any number of processes
         # No step has a larger micro-batch than `largest_batches` has, which is tried before step 1.
         self.max_tokens = min(self.max_tokens, self.largest_group(self.longest_rows))
         self.max_eval_rows = training.max_eval_batches * 4 or len(held_out)
@@ -80,7 +81,7 @@ class TrainingData:
     @property
     def layout(self) -> dict:
         """What a resumed run keeps of this one, whatever its number of processes."""
-        return {"examples_per_step": self.examples_per_step, "max_tokens": self.max_tokens}
+        return {"examples_per_step": self.examples_per_step, "max_tokens": self.kept_max_tokens}
 
     def batch_at(self, step: int) -> list[Batch]:
         """Return this process's micro-batches of a step, whatever came before."""
@@ -94,8 +95,10 @@ class TrainingData:
         """Return the two largest micro-batches that a step can have on this process."""
         # Two, because the second one's backward pass runs beside the gradients of the first.
         rows = self.longest_rows
-        groups = sorted(self.local_groups(rows), key=self.num_positions, reverse=True)
-        return self.make_batches(groups[:2], rows)
+        groups_by_process = self.groups_by_process(rows)
+        count = min(2, max(len(groups) for groups in groups_by_process))  # on every process
+        groups = sorted(groups_by_process[self.rank], key=self.num_positions, reverse=True)
+        return self.make_batches((groups + [[]])[:count], rows)
 
     def make_batches(self, groups: list[list[int]], rows: np.ndarray) -> list[Batch]:
         """Make a micro-batch of each group; an empty group repeats a row without its targets."""
@@ -140,6 +143,7 @@ class TrainingData:
             found = f"out of memory on a single example of {largest} tokens"
             raise ResourceExhausted(f"{found}. {LESS_MEMORY}")
         self.max_tokens = min(self.max_tokens, largest) // 2
+        self.kept_max_tokens = self.max_tokens
         found = f"out of memory on {largest} tokens"
         return f"{found}: micro-batches of at most {self.max_tokens} tokens from now on"
 
@@ -160,7 +164,8 @@ class TrainingData:
     def longest_rows(self) -> np.ndarray:
         """The longest rows that a step could have, over all processes."""
         order = np.argsort(-self.rows.seq_lens(np.arange(len(self.rows))), kind="stable")
-        return order[: self.examples_per_step].copy()  # a view would keep the order of all rows
+        # A copy: a view would keep the order of all rows. A step may hold a row several times.
+        return np.resize(order, self.examples_per_step)
 
     def rows_of_examples(self, numbers: np.ndarray) -> np.ndarray:
         """Return the rows, [n], that are these examples of the run, counted over all steps."""

@@ -4,13 +4,11 @@ from collections.abc import Iterable, Iterator
 import csv
 from itertools import chain
 from pathlib import Path
-import re
 from typing import Any, TextIO
 
 from lora.common.errors import UserError
 from lora.data.examples import Cell, SourceRows, from_cell
 
-QUOTED = re.compile(r'"([^"]|"")*""([^"]|"")*"', re.DOTALL)
 PAIR_COLUMNS = ["sentence1", "sentence2", "score"]  # of a table without a header
 
 
@@ -45,7 +43,7 @@ def csv_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
             expected = f"expected {len(names)} ({', '.join(names)})"
             bad_rows.append(UserError(f"{where}: {len(values)} columns, {expected}."))
             continue
-        if table.dialect.quoting == csv.QUOTE_NONE and any(map(QUOTED.fullmatch, values)):
+        if table.dialect.quoting == csv.QUOTE_NONE and any(map(is_quoted, values)):
             found = 'a cell in quotes, with "" for a quote inside, as in a CSV file'
             raise UserError(f"{where}: {found}; save it as CSV, or take these quotes out.")
         yield where, dict(zip(names, map(Cell, values)))
@@ -59,5 +57,12 @@ def with_lines(path: str, table: Any) -> Iterator[tuple[str, list[str]]]:
             yield f"{path}:{table.line_num}", values
             first_line = table.line_num + 1
     except csv.Error as error:
-        expected = 'a cell that begins with " ends with one, and has "" for each " inside'
+        expected = 'a cell that begins with " ends with one, and has "" for each " between them'
         raise UserError(f"{path}:{first_line}: {error}; {expected}.") from None
+
+
+def is_quoted(cell: str) -> bool:
+    """Return whether a cell stands in quotes, with "" for each quote inside, and has one inside."""
+    inner = cell[1:-1]
+    is_enclosed = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return is_enclosed and '""' in inner and '"' not in inner.replace('""', "")

@@ -13,11 +13,13 @@ from lora.common.checkpoint_folders import model_folder
 from lora.common.checksums import CHECKSUMS_FILE, file_sha256, verify_checksums
 from lora.common.errors import UserError
 from lora.common.saved_files import (
+    METADATA,
+    read_state,
+    read_table,
     refuse_inside_artifact,
     require_sha256,
     verify_artifact,
 )
-from lora.common.toml_json import read_file
 from lora.config.command_line import find_config
 from lora.config.cross_checks import require_formats
 from lora.config.flags import Parser, add_flags, apply_flags
@@ -249,9 +251,9 @@ def require_recorded_data(checkpoint: str, config: Config) -> None:
     """Raise UserError where what the checkpoint's run held out cannot be told any more."""
     folder = Path(checkpoint)
     if (folder / "metadata.json").is_file():
-        recorded = read_file(folder / "metadata.json")
+        recorded = read_table(folder / "metadata.json", METADATA)
     elif (folder / "trainer_state.json").is_file():
-        recorded = read_file(folder / "trainer_state.json")["facts"]
+        recorded = read_state(folder)["facts"]
     else:
         return  # a merged scorer records no data
     changed = changed_path(config.data.held_out_paths, recorded["eval_data"])

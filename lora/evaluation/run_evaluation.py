@@ -234,7 +234,7 @@ def measure_steps(
     def metrics(chosen: list[int]) -> dict:
         chains, chosen_scores = [examples[i] for i in chosen], [scores[i] for i in chosen]
         scored = step_metrics.ScoredChains(chains, chosen_scores, threshold)
-        measures = scored.measures() if scored.labels else {}
+        measures = scored.measures() if any(map(len, scored.labels)) else {}
         for way, (value, _) in best_of_n(chains, chosen_scores).items():
             measures[f"best_of_n/{way}"] = value
         return {"chains": len(chains), **measures}

@@ -85,11 +85,11 @@ class ScoredChains:
         first_errors = []
         for example, chain_scores in zip(examples, scores):
             labels, labelled_scores = labelled_steps([example], [chain_scores])
-            if len(labels) and dataset_id in (None, example.dataset_id):
+            all_labels = [label for label in example.labels if label is not None]
+            if all_labels and dataset_id in (None, example.dataset_id):
                 self.problems.append(example.prompt)
                 self.labels.append(labels)
                 self.scores.append(labelled_scores)
-                all_labels = [label for label in example.labels if label is not None]
                 first_errors.append(first_below(all_labels, 0.5))
         self.first_errors = np.array(first_errors)
         self.predicted_errors = np.array([first_below(s, threshold) for s in self.scores])
@@ -153,6 +153,8 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
     samples: dict[str, list[Measures]] = {name: [] for name in scorers}
     for drawn in bootstrap_samples(len(groups), draws):
         chains = np.concatenate([groups[i] for i in drawn])
+        if not any(len(scorers[first].labels[i]) for i in chains):
+            continue  # of none a step has a score
         for name, scored in scorers.items():
             samples[name].append(scored.measures(chains))
 
@@ -196,7 +198,7 @@ def report(
     """
     tuned_on = settings.tune_threshold_on
     if tuned_on and tuned_on not in dataset_ids:
-        available = ", ".join(dataset_ids) or "one set only"
+        available = ", ".join(dataset_ids) or "only one set with labels"
         raise UserError(f"tune_threshold_on {tuned_on}: no such set; there is {available}.")
     thresholds, measures, scorers = {}, {}, {}
     for name, scores in scores_of_scorer.items():

@@ -60,7 +60,7 @@ def read_questions(path: str, data: DataConfig | None = None) -> list[Question]:
         if not question.messages:
             only_answer = "the chat begins with its only answer"
             raise UserError(f"{where}: {only_answer}; expected a question before it.")
-        if not question.reference.strip():
+        if not without_reasoning(question.reference).strip():
             tool_call = "the last answer is a tool call without text"
             raise UserError(f"{where}: {tool_call}, which nothing here can score.")
         questions.append(question)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora.common.checkpoint_folders import adapter_folder, is_artifact
+from lora.common.checkpoint_folders import adapter_folder, is_artifact, is_written_by_us
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.config.flags import apply_flags
@@ -53,9 +53,16 @@ class AdapterSource:
         return warn_other_base(self.folder, self.base_model, file_sums(model))
 
 
+def refuse_part(folder: Path) -> None:
+    """Raise UserError for the adapter in a checkpoint of ours, whose other files belong to it."""
+    if folder.name == "lora_adapter" and is_written_by_us(folder.parent):
+        raise UserError(f"--adapter {folder}: a part of {folder.parent}; name that.")
+
+
 def find_adapter(given: str, base_model: str | None) -> AdapterSource:
     """Return the adapter of a folder: an adapter, a checkpoint or a final artifact."""
     folder = Path(given)
+    refuse_part(folder)
     adapter = adapter_folder(folder)
     is_ours = is_artifact(folder) or (folder / "training_config.toml").is_file()
     if adapter == folder and not is_ours:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 import hashlib
 import json
+import os
 from pathlib import Path
 import random
 import re
@@ -77,6 +78,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     fraction = "share of the documents in test.jsonl (default: 0.1)"
     add("--eval_fraction", type=float, default=0.1, metavar="FRACTION", help=fraction)
     arguments = parser.parse_args(argv)
+    arguments.output = os.path.expanduser(arguments.output)
     if Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output} exists; choose another folder.")
     share = arguments.eval_fraction

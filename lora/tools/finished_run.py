@@ -16,6 +16,7 @@ from lora.common.plain_file import MAX_BYTES, plain_file
 from lora.common.printable_text import printable
 from lora.common.saved_files import (
     FLOAT32_MAX,
+    METADATA,
     METRICS,
     RESULTS,
     STATUS,
@@ -44,7 +45,7 @@ class FinishedRun:
     lines: list[dict] = field(default_factory=list)  # of logs/train_metrics.jsonl
     results: dict = field(default_factory=dict)  # logs/final_results.json, if it has ended well
     status: dict = field(default_factory=dict)  # status.json
-    data: str = ""  # a hash of the contents of its data files; "": it has no checkpoint yet
+    data: str = ""  # a hash of the contents of its data files; "": not known
 
     @classmethod
     def of(cls, folder: str) -> FinishedRun:
@@ -66,11 +67,13 @@ class FinishedRun:
         if run.file("status.json").exists():
             run.status = read_table(run.file("status.json"), STATUS, run.folder)
         checkpoints = checkpoints_by_step(run.folder / "checkpoints")
-        if checkpoints:
-            with suppress(UserError):  # one that cannot be read says nothing of the data
+        with suppress(UserError):  # what cannot be read says nothing of the data
+            if checkpoints:
                 facts = read_state(checkpoints[max(checkpoints)], run.folder)["facts"]
-                sums = [list(facts[part].values()) for part in ("train_data", "eval_data")]
-                run.data = hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
+            else:
+                facts = read_table(run.file("final_artifact/metadata.json"), METADATA, run.folder)
+            sums = [list(facts[part].values()) for part in ("train_data", "eval_data")]
+            run.data = hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
         return run
 
     def file(self, name: str) -> Path:

@@ -128,7 +128,7 @@ def evaluate(
     if test_set:
         argv += ["--test_set", str(test_set)]
     if base_model:
-        argv += ["--base_model", base_model]
+        argv += ["--base_model", str(base_model)]
     arguments, config = script.read_arguments(argv)
     if settings is not None:
         for name, value in vars(settings).items():
@@ -149,6 +149,8 @@ def generate(
     The model is a checkpoint or an artifact, and is loaded once. Answers are greedy at temperature
     0; above it, the same questions get the same answers as long as the seed of the run is the same.
     """
+    if isinstance(questions, str):
+        raise UserError(f"questions is {questions[:40]!r}; expected a list of texts.")
     script = import_script("eval")
     sampling = [f"--temperature={temperature}", f"--top_p={top_p}"]
     argv = ["--checkpoint", str(folder), f"--max_new_tokens={max_new_tokens}", *sampling]

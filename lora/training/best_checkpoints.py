@@ -15,6 +15,7 @@ from lora.common.checkpoint_folders import (
 )
 from lora.common.checksums import find_damage
 from lora.common.toml_json import read_file
+from lora.config.schema import Config
 from lora.distributed.collectives import broadcast_from_rank_zero
 
 KEPT = 3
@@ -42,9 +43,15 @@ def finite_losses(folder: Path) -> list[float]:
     return [state["val"]["loss"] for state in best_first(states)]
 
 
-def is_resumable(folder: Path) -> bool:
-    """Return, on every process, whether `folder` has a checkpoint that a run can resume."""
-    return len(broadcast_from_rank_zero(resumable_by_step, folder)) > 0
+def best_has_optimizer(folder: Path, config: Config) -> bool:
+    """Return, on every process, whether a new best checkpoint in `folder` holds the optimizer.
+
+    With save_optimizer = "last" only the first of a run: if the run is lost before its first
+    save_steps, it is resumed from that one.
+    """
+    if config.save_optimizer == "all":
+        return True
+    return not broadcast_from_rank_zero(resumable_by_step, folder)
 
 
 def is_among_best(losses: list[float], loss: float) -> bool:

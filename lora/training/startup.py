@@ -27,7 +27,7 @@ from lora.training import base_integrity
 from lora.training.base_integrity import BaseSums, only_adapters_train
 from lora.training.best_checkpoints import recover
 from lora.training.log import Log
-from lora.training.schedule import total_steps, warmup_steps
+from lora.training.schedule import stops_early, total_steps, warmup_steps
 
 MANY_EPOCHS = 20
 
@@ -106,6 +106,9 @@ def begin(
             lines.append(warn_other_base(model.init_from, model.base_model, base_files))
         if state:
             lines.append(describe_moved(state["facts"]["place"], place))
+            if state["val"] and stops_early(config.training, state["without_best"]):
+                stopped = f"this run stopped early at step {state['step']}"
+                lines.append(f"{stopped}; raise --early_stopping_patience to go on")
         for line in lines:
             if line:
                 log.say(line)

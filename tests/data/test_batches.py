@@ -3,6 +3,7 @@ way to the targets.
 """
 
 import json
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -153,21 +154,32 @@ def test_a_micro_batch_holds_at_most_batch_size_times_max_length_tokens(configur
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_no_micro_batch_is_larger_than_the_one_that_is_tried_first(configure, packed, world):
-    """Also where two of the longest rows do not fit together, and a long and a short one do."""
-    lengths = [60, 58, 55, *[30] * 9, *range(1, 30)]
-    rows = as_rows([Row([5] * n, [5] * (n - 1) + [NO_TOKEN]) for n in lengths], "lm")
-    settings = dict(batch_size=1, gradient_accumulation_steps=6, max_length=100)
-    config = configure(lora=False, task="lm", **settings)
-    ranks = [TrainingData(rows, rows, config, packed, rank, world) for rank in range(world)]
-    sizes = {
-        step: [batch.input_ids.numel() for data in ranks for batch in data.batch_at(step)]
-        for step in range(50)
-    }
-    tried = max(b.input_ids.numel() for data in ranks for b in data.largest_batches())
-    assert 60 <= max(map(max, sizes.values())) <= tried <= 100
-    assert all(batch.input_ids.numel() <= tried for batch in ranks[0].evaluation())
+    """Also where two of the longest rows do not fit together, and a long and a short one do; and
+    where a step has more rows than there are.
+    """
+    draw = random.Random(0)
+    for _ in range(10):
+        longest, count = draw.randint(5, 90), draw.choice([3, 40])
+        lengths = [draw.randint(2, longest) for _ in range(count)]
+        rows = as_rows([Row([5] * n, [5] * (n - 1) + [NO_TOKEN]) for n in lengths], "lm")
+        settings = dict(batch_size=1, max_length=100)
+        settings["gradient_accumulation_steps"] = draw.choice([1, 6, 20])
+        config = configure(lora=False, task="lm", **settings)
+        ranks = [TrainingData(rows, rows, config, packed, rank, world) for rank in range(world)]
+
+        def largest(batches):
+            return max(batch.input_ids.numel() for batch in batches)
+
+        tried = max(largest(data.largest_batches()) for data in ranks)
+        met = [largest(data.batch_at(step)) for step in range(20) for data in ranks]
+        assert max(met) <= tried <= 100
+        assert largest(ranks[0].evaluation()) <= tried
+        assert len({len(data.largest_batches()) for data in ranks}) == 1
+        layout = ranks[0].layout
+        again = TrainingData(rows, rows, config, packed, 0, world, layout)
+        assert again.layout == layout and again.max_tokens == ranks[0].max_tokens
 
 
 @pytest.mark.parametrize("task", ["lm", "score"])

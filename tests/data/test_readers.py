@@ -573,3 +573,46 @@ def test_a_folder_is_not_read_without_its_compressed_files(tmp_path):
     (tmp_path / "part-1.jsonl.zst").write_bytes(b"(\xb5/\xfd")
     with pytest.raises(UserError, match=r"its files are of several kinds \(.zst, json\)"):
         read([str(tmp_path)], "lm")
+
+
+def test_rows_whose_questions_differ_in_other_keys_alone_have_one_subject(tmp_path):
+    question = [{"role": "user", "content": "Why?"}, {"content": "Why?", "role": "user"}]
+    question += [{**question[0], "timestamp": 7}, {**question[0], "tool_calls": None}]
+    rows = [
+        {"messages": [m, {"role": "assistant", "content": str(i)}]} for i, m in enumerate(question)
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    subjects = {example.subject for example in read([str(path)], "lm")}
+    assert subjects == {json.dumps([{"role": "user", "content": "Why?"}])}
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "a.jsonl",
+            '{"prompt": "q", "completion": [{"role": "user", "content": "q"}]}',
+            "a.jsonl:1: the answer is a list that begins with the question",
+        ),
+        ("a.txt", "version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS"),
+        ("a.json", '{"data": [{"text": "a"}], "rest": [{"text": "b"}], "n": 1}', "keys found"),
+    ],
+)
+def test_what_would_be_read_in_part_or_twice_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read([str(tmp_path / name)], "lm")
+
+
+def test_hidden_files_of_a_folder_are_left_out_and_links_that_lead_nowhere_refused(tmp_path):
+    folder = tmp_path / "data"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / "a.jsonl").write_text('{"text": "a"}')
+    (folder / ".ipynb_checkpoints" / "a-checkpoint.jsonl").write_text('{"text": "old"}')
+    assert [example.text for example in read([str(folder)], "lm")] == ["a"]
+    for target in (tmp_path / "nothing", tmp_path):
+        (folder / "b.jsonl").symlink_to(target)
+        with pytest.raises(UserError, match="b.jsonl: a link to a folder or to nothing"):
+            read([str(folder)], "lm")
+        (folder / "b.jsonl").unlink()

@@ -181,6 +181,7 @@ def test_questions_are_read_in_every_form_of_chat_and_ask_for_the_last_answer(tm
         ({"text": "t"}, "a text has no question"),
         ({"messages": [chat[1]]}, "expected a question before it"),
         ({"messages": [chat[0], calls]}, "a tool call without text"),
+        ({"messages": [chat[0], {**calls, "content": "<think>t</think>"}]}, "a tool call without"),
     ):
         with pytest.raises(UserError, match=f"q.jsonl:1: .*{message}"):
             text_metrics.read_questions(write(tmp_path / "q.jsonl", [row]))

@@ -206,6 +206,18 @@ def test_a_report_has_a_number_for_every_set_and_may_tune_the_threshold_on_one()
         step_metrics.report(examples, scorers, settings, ids, draws=10)
 
 
+def test_a_wrong_step_without_a_score_is_missed_also_where_no_other_step_has_a_label():
+    chains = [[1.0, 0.0], [1.0, 0.0], [None, 0.0], [0.0]]
+    examples = [example(labels, str(i)) for i, labels in enumerate(chains)]
+    examples.append(example([1.0], "right"))
+    scores = [[0.9, 0.1], [0.9, np.nan], [0.9, np.nan], [np.nan], [0.9]]
+    scorers = {"scores": [np.array(of_chain) for of_chain in scores]}
+    report = step_metrics.report(examples, scorers, EvaluationConfig(), {}, draws=50)
+    assert report["measures"]["scores"]["first_error_accuracy"] == 0.25
+    low, high = report["intervals"]["scores"]["first_error_accuracy"]
+    assert 0 <= low <= 0.25 <= high <= 1
+
+
 # -------------------------------------------------------------------------------------- one forward
 
 

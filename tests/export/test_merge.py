@@ -281,3 +281,10 @@ def test_a_tilde_that_the_shell_has_left_is_the_home_folder(tmp_path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     arguments = merging.read_arguments(["--adapter=~", "--output=~/merged"])
     assert arguments.output == str(tmp_path / "merged")
+
+
+def test_a_part_of_a_checkpoint_is_not_merged(configure, tmp_path):
+    part = run(configure(True, max_steps=1)) / "checkpoints" / "checkpoint_step_1" / "lora_adapter"
+    for flags in (["--base_model", "embedded"], ["--portable"]):
+        with pytest.raises(UserError, match="lora_adapter: a part of .*checkpoint_step_1; name"):
+            call("--adapter", part, "--output", tmp_path / "merged", *flags)

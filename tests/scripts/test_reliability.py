@@ -62,7 +62,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_resumed_one_equals_the_undis
         at_call(patch, TrainingData, "batch_at", 6, signals(number))
         run(config)
     assert end.value.status == 128 + number and signal.getsignal(number) is before
-    states = saved_states(f"{config.output.output_dir}/cut/checkpoints")
+    states = saved_states(Path(config.output.output_dir) / "cut" / "checkpoints")
     assert states[-1]["step"] == 6 and states[-1]["val"]  # an evaluation that is due is made
     cut = run(config, states[-1]["path"])
     last = "checkpoints/checkpoint_step_12"

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -274,7 +275,8 @@ def test_merge_refuses_a_merged_model_that_differs(configure, tmp_path, monkeypa
 def test_merge_refuses_what_has_no_base_or_no_adapter(configure, tmp_path):
     full = run(configure(False, "full", max_steps=1)) / "final_artifact"
     scratch = run(configure(True, "scratch", init_from="scratch", max_steps=1)) / "final_artifact"
-    alone = scratch.parent / "checkpoints" / "checkpoint_step_1" / "lora_adapter"
+    part = scratch.parent / "checkpoints" / "checkpoint_step_1" / "lora_adapter"
+    alone = shutil.copytree(part, tmp_path / "alone")
     for folder, message in (
         (full, "there is no adapter in it"),
         (scratch, "trained on random weights"),

@@ -104,6 +104,8 @@ def test_generate_is_eval_with_its_prompt(configure, monkeypatch, capsys):
     assert len(lora.generate(artifact, questions, max_new_tokens=2)) == 2
     with pytest.raises(UserError, match="top_p = 0.5 is for sampling"):
         lora.generate(artifact, questions, top_p=0.5)
+    with pytest.raises(UserError, match="questions is .*expected a list of texts"):
+        lora.generate(artifact, questions[0])
 
 
 def test_settings_of_an_evaluation_are_checked(configure, tmp_path):

@@ -373,7 +373,7 @@ def test_losses_over_other_examples_do_not_choose_the_best(configure):
     flags = [f"--resume_from={last}", "--max_steps=8", "--max_eval_batches=1"]
     with pytest.raises(UserError, match="max_eval_batches"):
         read_command_line(flags, get_lora_config(), "", "")
-    with pytest.raises(UserError, match="max_eval_batches: validation losses .* name a new"):
+    with pytest.raises(UserError, match="max_eval_batches changed: validation losses .* a new"):
         read_command_line([*flags, "--allow_change=max_eval_batches"], get_lora_config(), "", "")
     other = [*flags, "--allow_change=max_eval_batches", "--experiment_name=other"]
     assert not read_command_line(other, get_lora_config(), "", "").continues

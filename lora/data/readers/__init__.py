@@ -151,7 +151,7 @@ def keys_of_messages_not_read(example: Example) -> set[str]:
     """Return the other keys of a chat's messages that have a value, as messages.KEY."""
     keys: set[str] = set()
     for message in example.messages:
-        keys.update(key for key in message.keys() - MESSAGE_KEYS if message[key] not in EMPTY)
+        keys.update(key for key in message.keys() - {*MESSAGE_KEYS} if message[key] not in EMPTY)
     return {f"messages.{key}, unless the base's chat template reads it" for key in keys}
 
 

@@ -50,6 +50,10 @@ def joined_chat(where: str, row: dict, prompt: Any, answer: Any) -> dict:
         part_messages = part if isinstance(part, list) else [{"role": role, "content": part}]
         for i, message in enumerate(part_messages, 1):
             message = message_of(where, i, message)
+            is_question = isinstance(message, dict) and message.get("role") in ("user", "system")
+            if role == "assistant" and i == 1 and is_question:
+                found = "the answer is a list that begins with the question"
+                raise UserError(f"{where}: {found}; read it alone: --columns messages=ITS_KEY.")
             if role == "user" and isinstance(message, dict) and message.get("role") == "assistant":
                 message["train"] = False
             messages.append(message)
