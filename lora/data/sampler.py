@@ -62,7 +62,7 @@ class TrainingData:
             mend = "lower batch_size or gradient_accumulation_steps"
             raise UserError(f"{passes}; expected {MAX_PASSES} at most; {mend}.")
         self.steps_per_epoch = len(rows) / self.examples_per_step
-        self.kept_max_tokens = self.max_tokens  # by a resumed run, on any number of processes
+        self.kept_max_tokens = self.max_tokens  # the one that a resumed run begins with
         # No step has a larger micro-batch than `largest_batches` has, which is tried before step 1.
         self.max_tokens = min(self.max_tokens, self.largest_group(self.longest_rows))
         self.max_eval_rows = training.max_eval_batches * 4 or len(held_out)
