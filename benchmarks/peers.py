@@ -49,7 +49,9 @@ from peer_work import UNTIMED_STEPS, Side, Work
 # larger: on a CPU with AVX512_BF16, documents that see each other change a loss of `small` by
 # 0.013, and splitting a step changes it by 0.002.
 TOLERANCE = 3
-MIN_TOLERANCE = 1e-5  # a loss of 10 in float32 is a multiple of 1e-6
+# torch's cross entropy in float32 on a CPU is 1.5e-5 to 2e-5 away from that in float64 where the
+# vocabulary has 49,152 tokens; that of plainlora and TRL 5e-7.
+MIN_TOLERANCE = 3e-5
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
