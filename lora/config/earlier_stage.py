@@ -2,12 +2,7 @@
 
 from pathlib import Path
 
-from lora.common.checkpoint_folders import (
-    SHARDS_FILE,
-    adapter_folder,
-    is_artifact,
-    model_folder,
-)
+from lora.common.checkpoint_folders import SHARDS_FILE, adapter_folder, is_artifact, model_folder
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.common.plain_file import plain_file

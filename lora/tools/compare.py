@@ -29,7 +29,7 @@ from lora.common.errors import UserError, library_errors
 from lora.common.printable_text import printable
 from lora.config.flags import Parser
 from lora.config.schema import LoraConfig
-from lora.tools.finished_run import FinishedRun, format_value
+from lora.tools.finished_run import DATA_KEYS, FinishedRun, format_value
 from lora.tools.sweep import missing_commands
 
 BLOCKS = "▁▂▃▄▅▆▇█"  # heights of a curve in the terminal
@@ -60,7 +60,7 @@ def differing_keys(runs: Sequence[FinishedRun]) -> list[str]:
 def table(runs: Sequence[FinishedRun]) -> list[dict]:
     """Return a row for each run, {column: value}, with the same columns in the same order."""
     keys = differing_keys(runs)
-    same_paths = not {"train_data", "eval_data"}.intersection(keys)
+    same_paths = not set(DATA_KEYS).intersection(keys)
     hashes = {run.data for run in runs if run.data and same_paths}
     results_of_runs = [run.columns() for run in runs]
     names = {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 import hashlib
 import math
 from pathlib import Path
@@ -30,6 +30,7 @@ from lora.config.set_keys import from_dict
 
 # They do not change the training.
 IGNORED_KEYS = ("experiment_name", "output_dir", "report_to", "artifact_version")
+DATA_KEYS = ("train_data", "eval_data")
 
 
 @dataclass
@@ -45,7 +46,6 @@ class FinishedRun:
     lines: list[dict] = field(default_factory=list)  # of logs/train_metrics.jsonl
     results: dict = field(default_factory=dict)  # logs/final_results.json, if it has ended well
     status: dict = field(default_factory=dict)  # status.json
-    data: str = ""  # a hash of the contents of its data files; "": not known
 
     @classmethod
     def of(cls, folder: str) -> FinishedRun:
@@ -66,15 +66,27 @@ class FinishedRun:
             run.results = read_table(run.file("logs/final_results.json"), RESULTS, run.folder)
         if run.file("status.json").exists():
             run.status = read_table(run.file("status.json"), STATUS, run.folder)
-        checkpoints = checkpoints_by_step(run.folder / "checkpoints")
-        with suppress(UserError):  # what cannot be read says nothing of the data
-            if checkpoints:
-                facts = read_state(checkpoints[max(checkpoints)], run.folder)["facts"]
-            else:
-                facts = read_table(run.file("final_artifact/metadata.json"), METADATA, run.folder)
-            sums = [list(facts[part].values()) for part in ("train_data", "eval_data")]
-            run.data = hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
         return run
+
+    @cached_property
+    def data(self) -> str:
+        """A hash of the contents of the data files; "" where they are not known."""
+        checkpoints = checkpoints_by_step(self.folder / "checkpoints")
+        try:
+            if checkpoints:
+                facts = read_state(checkpoints[max(checkpoints)], self.folder)["facts"]
+            else:
+                path = self.file("final_artifact/metadata.json")
+                facts = read_table(path, METADATA, self.folder)
+        except UserError:  # what cannot be read says nothing of the data
+            return ""
+        sums = [list(facts[key].values()) for key in DATA_KEYS]
+        return hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
+
+    def has_other_data(self, other: FinishedRun) -> bool:
+        """Return whether the same paths are known to have held other data for another run."""
+        same_paths = all(self.config.get(key) == other.config.get(key) for key in DATA_KEYS)
+        return same_paths and "" not in (self.data, other.data) and self.data != other.data
 
     def file(self, name: str) -> Path:
         """Return the path of a file of the run. Raises UserError as `plain_file` does."""

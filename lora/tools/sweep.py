@@ -17,7 +17,6 @@ from lora.config.set_keys import from_dict, key_values, set_key
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 from lora.tools.finished_run import IGNORED_KEYS, FinishedRun, flat_config, format_value
 
-DATA_KEYS = ("train_data", "eval_data")
 NAMES = ALIASES | dict.fromkeys(DTYPE_SWITCHES, "dtype")
 
 
@@ -68,12 +67,8 @@ def missing_commands(
         with suppress(UserError):  # one that cannot be read does not keep the commands back
             state = read_state(checkpoints[max(checkpoints)], first.folder)
             processes = state["facts"]["place"]["processes"]
-    ended_configs = []
-    for run in runs:
-        same_paths = all(run.config.get(key) == first.config.get(key) for key in DATA_KEYS)
-        has_other_data = same_paths and run.data and first.data and run.data != first.data
-        if run.has_ended and not has_other_data:
-            ended_configs.append(run.config)
+    ended_runs = [run for run in runs if run.has_ended and not run.has_other_data(first)]
+    ended_configs = [run.config for run in ended_runs]
     folder = first.folder.resolve().parent
     commands = []
     for combination in itertools.product(*values_of_key.values()):

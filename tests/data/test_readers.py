@@ -557,11 +557,16 @@ def test_half_a_character_in_a_category_is_written_as_a_question_mark(tmp_path):
         ("a.csv", "prompt;completion\nQ1;A1\n", "a.csv:1: columns are separated by ';'"),
         ("a.csv", "sep=;\nprompt;completion\nQ1;A1\n", "a.csv:1: columns are separated by ';'"),
         ("a.tsv", 'prompt\tcompletion\nQ1\t"""Hi"", she said"\n', "a.tsv:2: a cell in quotes"),
+        (
+            "a.jsonl",
+            '{"prompt": "q", "completion": [{"role": "user", "content": "q"}]}',
+            "a.jsonl:1: the answer is a list that begins with the question",
+        ),
+        ("a.txt", "version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS"),
+        ("a.json", '{"data": [{"text": "a"}], "rest": [{"text": "b"}], "n": 1}', "keys found"),
     ],
 )
-def test_a_table_whose_cells_or_columns_would_be_read_otherwise_is_refused(
-    tmp_path, name, content, message
-):
+def test_what_would_be_read_otherwise_in_part_or_twice_is_refused(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UserError, match=message):
@@ -585,24 +590,6 @@ def test_rows_whose_questions_differ_in_other_keys_alone_have_one_subject(tmp_pa
     path.write_text("\n".join(map(json.dumps, rows)))
     subjects = {example.subject for example in read([str(path)], "lm")}
     assert subjects == {json.dumps([{"role": "user", "content": "Why?"}])}
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        (
-            "a.jsonl",
-            '{"prompt": "q", "completion": [{"role": "user", "content": "q"}]}',
-            "a.jsonl:1: the answer is a list that begins with the question",
-        ),
-        ("a.txt", "version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS"),
-        ("a.json", '{"data": [{"text": "a"}], "rest": [{"text": "b"}], "n": 1}', "keys found"),
-    ],
-)
-def test_what_would_be_read_in_part_or_twice_is_refused(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        read([str(tmp_path / name)], "lm")
 
 
 def test_hidden_files_of_a_folder_are_left_out_and_links_that_lead_nowhere_refused(tmp_path):
