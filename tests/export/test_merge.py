@@ -200,7 +200,8 @@ def test_a_base_that_names_no_model_is_one_line(configure, tmp_path, architectur
     shutil.copytree(configure(True).model.base_model, base)
     shape = json.loads((base / "config.json").read_text()) | {"architectures": architectures}
     (base / "config.json").write_text(json.dumps(shape))
-    with pytest.raises(UserError, match="which the base says it is"):
+    # Some versions of transformers check the type themselves, and name the key.
+    with pytest.raises(UserError, match="which the base says it is|architectures"):
         call("--adapter", folder, "--base_model", base, "--output", tmp_path / "merged")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 import shutil
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -117,6 +118,19 @@ def test_the_longest_example_is_what_the_base_can_read_and_2048_at_most(configur
         config = configure(True, base_model=str(folder), max_length="auto")
         load_task(config, torch.float32)
         assert config.data.max_length == longest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps is Linux's")
+def test_a_base_in_the_dtype_of_its_files_is_mapped_and_not_copied(tiny_base):
+    """So the processes of one machine share the memory, until each moves it to its GPU."""
+    task = load(str(tiny_base), "lm")
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(f"{tiny_base}/model.safetensors"):
+            begin, end = line.split()[0].split("-")
+            ranges.append(range(int(begin, 16), int(end, 16)))
+    for name, parameter in task.model.named_parameters():
+        assert any(parameter.data_ptr() in mapped for mapped in ranges), name
 
 
 def test_a_base_with_a_missing_tensor_is_refused(tiny_base, tmp_path):
