@@ -72,6 +72,7 @@ OTHER_TEXT_ENCODING = {
 }
 
 
+@pytest.mark.slow
 def test_all_modules_help_and_two_steps_work_without_what_only_posix_has(tmp_path):
     chat = [{"role": "user", "content": "naïve"}, {"role": "assistant", "content": "文"}]
     chats = tmp_path / "chats.jsonl"

@@ -380,6 +380,7 @@ def test_bitsandbytes_paged_memory_is_not_asked_for_on_a_cpu(configure, capsys):
     assert "on the CPU there is nothing to page to" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_qlora_step_needs_neither_accelerate_nor_peft(tmp_path):
     hidden = "import runpy, sys; sys.modules |= dict.fromkeys(['accelerate', 'peft', 'trl']); "
     hidden += "sys.argv = sys.argv[1:]; "

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import pytest
+
 from lora.common.paths import ROOT
 from tests.processes import run_programs
 
@@ -17,6 +19,7 @@ ANNEXES = (
 )
 
 
+@pytest.mark.slow
 def test_both_scripts_and_a_resume_run_without_the_annexes(tmp_path):
     for name in ("lora", "configs", "assets"):
         shutil.copytree(ROOT / name, tmp_path / name)

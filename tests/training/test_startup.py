@@ -44,14 +44,14 @@ def test_where_every_example_has_weight_0_nothing_is_trained(configure, tmp_path
 def test_threads_that_the_user_chose_win_over_those_of_the_checkpoint(
     configure, capsys, monkeypatch, under_torchrun
 ):
-    folder = run(configure(True, max_steps=4))
-    path = folder / "checkpoints" / "checkpoint_step_4"
+    folder = run(configure(True, max_steps=1))
+    path = folder / "checkpoints" / "checkpoint_step_1"
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     if under_torchrun:  # which sets it itself
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     torch.set_num_threads(2)
     try:
-        run(configure(True, "resumed", max_steps=5), path)
+        run(configure(True, "resumed", max_steps=2), path)
         assert torch.get_num_threads() == (1 if under_torchrun else 2)
     finally:
         torch.set_num_threads(1)
