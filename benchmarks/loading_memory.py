@@ -11,8 +11,8 @@ processes, and hashed, and the data is tokenised.
     sharded   train.py, four processes: fp32 masters, sharded by FSDP2
 
 The memory is the sum of PSS over the processes (smaps_rollup; Linux), sampled every 10 ms, less
-what they held after their imports. It is divided by the bytes of the parameters in their final
-type, which the processes hold when they are loaded.
+what they held after their imports and one load of the embedded base. It is divided by the bytes of
+the parameters in their final type, which the processes hold when they are loaded.
 """
 
 import argparse
@@ -36,15 +36,19 @@ def begin_run(script: str, base: str, folder: str) -> None:
     keep_freed_memory()
     from importlib import import_module
 
+    import torch
+
     from lora.config.command_line import Command
-    from lora.config.schema import Config, get_lora_config
+    from lora.config.schema import Config, ModelConfig, get_lora_config
     from lora.data.raw_data import RawData
     from lora.distributed.sharding import local_tensor
+    from lora.model.load import load_task
 
     module, train = import_module(script), import_module("train")
+    # Loading the embedded base makes transformers import what it imports only when it is used.
+    load_task(Config(ModelConfig("embedded")), torch.float32)
     if os.environ["WORLD_SIZE"] != "1":
-        import torch.distributed.fsdp  # noqa: F401  an import of a sharded run
-        import torch.distributed.tensor  # noqa: F401
+        import_module("torch.distributed.fsdp")  # an import of a sharded run
     config = get_lora_config() if script == "train_lora" else Config()
     config.model.base_model, config.model.task = base, "lm"
     config.data.train_data = config.data.eval_data = ["arithmetic:train:40"]

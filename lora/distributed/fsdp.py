@@ -76,10 +76,10 @@ def scatter_weights(
     malloc_trim = c_library_function("malloc_trim")
     named = list(task.named_parameters())
     for name, parameter in tqdm(named, "sharding weights", disable=hide_bar()):
+        if malloc_trim:  # otherwise `keep_freed_memory` keeps what was freed before and sent
+            malloc_trim(0)
         value = parameters.pop(name)
         copy_into(parameter, value if is_first else None, from_rank_zero=True)
         del value
-        if malloc_trim:  # otherwise `keep_freed_memory` keeps what was sent
-            malloc_trim(0)
     for name, buffer in task.named_buffers():
         copy_into(buffer, buffers[name] if is_first else None, from_rank_zero=True)

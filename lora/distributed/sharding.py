@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 import torch.distributed as dist
 
-from lora.distributed.process_group import rank
+from lora.distributed.process_group import rank, world_size
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -49,15 +49,33 @@ def copy_into(tensor: Tensor, value: Tensor | None, from_rank_zero: bool = False
     With `from_rank_zero` the first process's value is copied in all, and the others may give None.
     """
     if value is None:
-        value = torch.empty(tensor.shape, dtype=tensor.dtype)
+        value = torch.empty(tensor.shape, device="meta")
     if tensor.shape != value.shape:
         raise ValueError(f"a tensor of {list(value.shape)} for a place of {list(tensor.shape)}")
     if is_sharded(tensor):
-        from torch.distributed.tensor import distribute_tensor
+        scatter_rows(local_tensor(tensor), value)
+        return
+    if rank() == 0 or not from_rank_zero:
+        tensor.copy_(value)
+    if from_rank_zero:
+        dist.broadcast(tensor, 0)
 
-        # Every process is sent its rows by the first one.
-        value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-    elif from_rank_zero:
-        value = value.to(tensor.device, tensor.dtype)
-        dist.broadcast(value, 0)
-    tensor.copy_(value)
+
+def scatter_rows(rows: Tensor, value: Tensor) -> None:
+    """Copy the first process's value into the rows that each process holds of it.
+
+    They are received in their place. With torch's distribute_tensor each process would hold its
+    rows twice meanwhile, and the embeddings may be a quarter of a model.
+    """
+    parts = value.chunk(world_size())  # as FSDP2 divides it; the last processes may have no part
+    transfers = []
+    if rank() == 0:
+        rows.copy_(parts[0])
+        for process, part in enumerate(parts[1:], start=1):
+            sent = part.to(rows.device, rows.dtype)
+            transfers.append(dist.P2POp(dist.isend, sent, process))
+    elif rank() < len(parts):
+        transfers.append(dist.P2POp(dist.irecv, rows, 0))
+    if transfers:
+        for transfer in dist.batch_isend_irecv(transfers):
+            transfer.wait()
