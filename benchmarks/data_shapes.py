@@ -387,8 +387,10 @@ HUB_PATHS = {
     f"{OWN}/card": ("english", "a"),
     f"{OWN}/card/french:dev": ("french", "a"),
     f"{OWN}/all": ("not its card", "a"),
+    f"{OWN}/mixed": ("of train.jsonl", "b"),
     f"{OWN}/script": ("converted", "b"),
     f"{OWN}/parquet:dev": ("its splits are test, train", ""),
+    f"{OWN}/mixed@main": ("neither a card nor Parquet files give the splits of main", ""),
     f"{OWN}/card/dutch": ("its configs are default, english, french", ""),
     f"{OWN}/absent": ("Repository Not Found", ""),
 }
@@ -427,7 +429,16 @@ def repositories() -> dict[str, Any]:
             "main": {
                 "README.md": b"---\nconfigs:\n- config_name: c\n  data_files: '*'\n---\n# A card\n",
                 "1.jsonl": b'{"text": "not its card"}\n',
+                "test/1.jsonl": b'{"text": "in a folder"}\n',
+                "chart.pdf": b"%PDF",
             }
+        },
+        "someone/mixed": {
+            "main": {
+                "train.jsonl": b'{"text": "of train.jsonl"}\n',
+                "extras/embeddings.parquet": parquet_bytes("of extras"),
+            },
+            "refs/convert/parquet": {"default/train/0000.parquet": parquet_bytes("of train.jsonl")},
         },
         "someone/script": {
             "main": {"data.zip": b"PK"},
@@ -439,14 +450,20 @@ def repositories() -> dict[str, Any]:
 def answers_of_hub() -> dict[str, tuple[str, str]]:
     """Return {path: (texts or an error, commit)}, read from the stand-in by another process."""
     with hub(repositories()) as (address, _), tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_CACHE": cache}
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-        environment["PYTHONPATH"] = str(ROOT)
-        command = [sys.executable, "-c", READ_PATHS, json.dumps(list(HUB_PATHS))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    pairs = [json.loads(line) for line in lines]
+        printed = read_by_hub(list(HUB_PATHS), address, cache)
+    pairs = [json.loads(line) for line in printed if line.startswith("[")]
     return {path: (said, commit) for path, (said, commit) in zip(HUB_PATHS, pairs, strict=True)}
+
+
+def read_by_hub(paths: list[str], address: str, cache: str) -> list[str]:
+    """Return what a process prints that reads paths by a cache, without an address offline."""
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_CACHE": cache}
+    environment["HF_HUB_OFFLINE"] = "0" if address else "1"
+    environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", READ_PATHS, json.dumps(paths)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 # ---------------------------------------------------------------------------------------- the page

@@ -7,6 +7,7 @@ from lora.config.set_keys import key_values
 SCORE_KEYS = (
     "head_dropout", "head_tokens", "score_loss",
     "prompt_format", "step_format", "step_marker",
+    "label_max", "neutral_label", "max_steps_per_example",
 )  # fmt: skip
 
 LORA_KEYS = (

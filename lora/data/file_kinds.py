@@ -3,7 +3,7 @@
 HUB = "hf://datasets/"
 KINDS = {"jsonl": "json", "json": "json", "ndjson": "json", "csv": "table", "tsv": "table"}
 KINDS |= {"txt": "text", "text": "text", "md": "text"}
-SPLIT_NAMES = "train|test|valid|validation|val|dev|eval"  # a regular expression
+SPLIT_NAMES = "train|test|valid|validation|val|dev|eval|h[eo]ld[ _-]?out"  # a regular expression
 COMPRESSED = (".gz", ".bz2", ".xz")
 ARROW = (".parquet", ".arrow")
 

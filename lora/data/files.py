@@ -130,14 +130,15 @@ def raise_bad_rows(path: str, bad_rows: list[UserError]) -> None:
 def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
     """Yield the rows of JSON Lines, or of one JSON document; the first line decides which."""
     lines = []
+    filled = []
     for line in file:
         lines.append(line)
         if line.strip():
+            filled.append(line.strip())
+        if len(filled) == 2:
             break
-    first = lines[-1].strip() if lines else ""
-    lines.append(file.readline())
-    is_alone = bool(first) and not lines[-1]
-    if is_alone or first.startswith("[") or first.endswith(("{", "[", ",")):
+    first = filled[0] if filled else ""
+    if len(filled) == 1 or first.startswith("[") or first.endswith(("{", "[", ",")):
         from lora.data.json_documents import document_rows
 
         yield from document_rows(path, "".join(lines) + file.read())
@@ -165,6 +166,9 @@ def text_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
     where = path
     while part := file.read(MAX_TEXT_LENGTH):
         part = (part + file.readline(MAX_TEXT_LENGTH)).replace("\r\n", "\n")
+        if "\0" in part:
+            problem = "NUL characters, as in UTF-16 that is read as UTF-8"
+            raise UserError(f"{where}: {problem}; convert it: iconv -f UTF-16 -t utf-8.")
         if part.strip():
             yield where, {"text": part}
         where = f"{path} (continued)"

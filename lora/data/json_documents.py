@@ -11,8 +11,8 @@ from lora.common.toml_json import dict_of_different_keys
 from lora.data.file_kinds import SPLIT_NAMES
 
 NOT_BLANK = re.compile(r"\S")
-# A key as "test", "train_set" or "my-dev"
-SPLIT_KEY = re.compile(rf"(?:.*[_.-])?({SPLIT_NAMES})(?:[ _.-].*)?")
+# A key as "test", "training", "train_set" or "my-dev"
+SPLIT_KEY = re.compile(rf"(?:.*[_.-])?({SPLIT_NAMES})(?:ing)?(?:[ _.-].*)?")
 
 
 def document_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:

@@ -65,6 +65,8 @@ def plain(value: Any) -> Any:
 
     The null fields of objects, which a column's other rows have, are left out, and binary ones.
     """
+    if isinstance(value, list) and value and isinstance(value[0], tuple):  # a MAP
+        value = dict(value)
     if isinstance(value, dict):
         kept = {key: item for key, item in value.items() if not isinstance(item, (NoneType, bytes))}
         return {key: plain(item) for key, item in kept.items()}
@@ -80,7 +82,7 @@ def how_to_convert(name: str, beginning: bytes = b"") -> str:
     for magic, endings, command in COMMANDS:
         if name.lower().endswith(endings) or (magic and beginning.startswith(magic)):
             return f"a file of this kind is not read; convert it: {command.replace('FILE', name)}."
-    if name.endswith(ARROW):
+    if name.lower().endswith(ARROW):
         return "no Parquet or Arrow file, by how it begins, or an empty file."
     expected = f"a file named .{', .'.join(KINDS)} (or one of these with {', '.join(COMPRESSED)})"
     return f"expected {expected}, or .parquet."

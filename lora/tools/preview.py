@@ -75,10 +75,10 @@ def print_shapes(path: str, config: Config, requested_task: str | None) -> str:
     tasks = [requested_task] if requested_task else [task, "lm", "score"]
     shapes: Counter[str] = Counter()
     for where, row in islice(files.read_rows(path), FIRST):
-        row = with_columns(row, config.data.columns)
+        row, sources = with_columns(row, config.data.columns)
         for name in tasks:
             with suppress(UserError):  # `read` will say it
-                form = form_of(reader_for(where, row, name), row)
+                form = form_of(reader_for(where, row, name, sources), row)
                 keys = ", ".join(key for key in row if key in form)
                 shapes[f"{keys} (--task {name})"] += 1
                 task = name

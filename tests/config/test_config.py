@@ -456,6 +456,10 @@ def test_layers_that_were_checkpointed_or_not_by_an_older_version_may_be_chosen_
     "flags, note",
     [
         (["--head_dropout", "0.1"], "head_dropout (task is lm)"),
+        (
+            ["--label_max=5", "--neutral_label=0", "--max_steps_per_example=3"],
+            "label_max (task is lm), neutral_label (task is lm), max_steps_per_example (task is lm",
+        ),
         (["--prm800k_path", "a.jsonl"], "prm800k_path (no use_prm800k)"),
         (
             ["--eval_data", "arithmetic:test:9", "--eval_fraction", "0.2"],

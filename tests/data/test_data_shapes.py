@@ -19,7 +19,7 @@ from lora.common.errors import UserError
 from lora.config.flags import Parser, add_flags, apply_flags
 from lora.config.schema import Config, DataConfig
 from lora.config.set_keys import from_file
-from lora.data import files
+from lora.data import files, hub_files
 from lora.data.raw_data import content_sha256
 from lora.data.readers import read
 from lora.data.row_display import row_as_text
@@ -65,6 +65,48 @@ def test_a_path_of_the_hub_gives_its_rows_and_its_revision(path, hub_answers):
     assert expected in said and commit[:1] == first_digit
 
 
+def test_what_the_cache_holds_is_not_taken_for_all_there_is(tmp_path):
+    part, card, star = (f"{data_shapes.OWN}/{name}" for name in ("parquet", "card", "all"))
+    shard = f"{part}/data/train-00000-of-00002.parquet"
+    with data_shapes.hub(data_shapes.repositories()) as (address, _):
+        paths = [shard, card, f"{part}:test", star]
+        printed = data_shapes.read_by_hub(paths, address, str(tmp_path))
+    assert [line for line in printed if line.startswith("note")] == [
+        f"note: {star}: not read: chart.pdf"
+    ]
+    paths = [part, f"{part}/data/train-00000*", f"{part}:test", card]
+    printed = data_shapes.read_by_hub(paths, "", str(tmp_path))
+    notes = [line for line in printed if line.startswith("note: ")]
+    cannot = "the list of files cannot be fetched; the 1 in the cache that it names are read"
+    assert notes == [f"note: {path}: {cannot}" for path in paths[1:]]
+    said = [json.loads(line)[0] for line in printed if line.startswith("[")]
+    missing = "not in the cache, and the Hub cannot be reached: data/train-00001-of-00002.parquet"
+    assert said == [f"{part}: {missing}; download it first.", "one", "three", "english"]
+
+
+@pytest.mark.parametrize(
+    "pattern, names",
+    [
+        ("*.jsonl", ["a.jsonl"]),
+        ("**/*.jsonl", ["a.jsonl", "b/c.jsonl", "b/d/e.jsonl"]),
+        ("**", ["a.jsonl", "b/c.jsonl", "b/d/e.jsonl", "b/x.csv"]),
+        ("b/**", ["b/c.jsonl", "b/d/e.jsonl", "b/x.csv"]),
+        ("*/[cx].*", ["b/c.jsonl", "b/x.csv"]),
+        ("b/x.csv", ["b/x.csv"]),
+    ],
+)
+def test_a_glob_of_the_hub_crosses_folders_by_two_stars_alone(pattern, names):
+    files_there = ["a.jsonl", "b/c.jsonl", "b/d/e.jsonl", "b/x.csv"]
+    assert [name for name in files_there if hub_files.matches(name, [pattern])] == names
+
+
+def test_shards_may_be_counted_from_one():
+    both = ["train-00001-of-00002.parquet", "train-00002-of-00002.parquet"]
+    hub_files.require_all_shards("hf://x", both, "**")
+    with pytest.raises(UserError, match="reached: train-00001-of-00002.parquet; download"):
+        hub_files.require_all_shards("hf://x", both[1:], "**")
+
+
 def test_the_page_has_these_tables():
     text = data_shapes.PAGE.read_text(encoding="utf-8")
     assert data_shapes.page(text) == text, "run python benchmarks/data_shapes.py"
@@ -98,10 +140,30 @@ def test_columns_are_of_all_files_and_may_be_swapped_or_lie_deeper(tmp_path, cap
     columns = {"prompt": "ask", "completion": "answers.0.text"}
     examples = read([theirs, ours], "lm", DataConfig(columns=columns))
     assert [example.messages for example in examples] == [CHAT, CHAT]
-    assert "keys not read: answers (1 rows), id (1 rows)" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        f"note: {theirs}: keys not read: id (1 rows)\n"
+        f"note: {ours}: --columns prompt=ask: none of its 1 rows has it\n"
+        f"note: {ours}: --columns completion=answers.0.text: none of its 1 rows has it\n"
+    )
     swapped = write(tmp_path / "c.jsonl", {"prompt": A, "completion": Q})
     columns = {"prompt": "completion", "completion": "prompt"}
     assert read([swapped], "lm", DataConfig(columns=columns))[0].messages == CHAT
+
+
+def test_columns_that_are_given_come_before_the_chat_that_a_row_has(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", {"messages": [*CHAT, *CHAT], "ask": "q", "reply": "a"})
+    columns = {"prompt": "ask", "completion": "messages.1.content"}
+    (example,) = read([path], "lm", DataConfig(columns=columns))
+    assert [message["content"] for message in example.messages] == ["q", A]
+    assert capsys.readouterr().out == f"note: {path}: keys not read: reply (1 rows)\n"
+    assert len(read([path], "lm", DataConfig(columns={"system": "ask"}))[0].messages) == 5
+
+
+def test_a_rejected_answer_is_never_advised(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"chosen": A, "rejected": "Milk."})
+    with pytest.raises(UserError) as error:
+        read([path], "lm", DataConfig(columns={"completion": "chosen"}))
+    assert "=rejected" not in str(error.value)
 
 
 def test_eval_reads_its_files_by_columns(tmp_path):
@@ -126,6 +188,9 @@ ADVISED = [
     ("lm", {"prompt": Q, "chosen": A, "rejected": "Milk."}),
     ("lm", {"chosen": CHAT, "rejected": CHAT}),
     ("lm", {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}),
+    ("lm", {"system": "", "question": Q, "chosen": A, "rejected": "Milk."}),
+    ("lm", {"question": Q, "chosen": CHAT[1:], "rejected": CHAT[1:]}),
+    ("lm", {"chosen": "Bees fly.", "rejected": "Bees swim."}),
     ("score", {"problem": Q, "solution_steps": [A], "step_labels": [True]}),
     ("score", {"a": Q, "b": A, "similarity": 0.5}),
 ]
@@ -139,7 +204,7 @@ def test_the_columns_that_a_refusal_names_make_the_row_readable(task, row, tmp_p
     pairs = re.search(r"--columns ((?:\S+=\S+ ?)+)", str(error.value))[1].rstrip(".").split()
     columns = dict(pair.split("=", 1) for pair in pairs)
     (example,) = read([path], task, DataConfig(columns=columns))
-    assert example.text == row.get("document", "") and example.messages in ([], CHAT)
+    assert example.text in ("", "Bees fly.") and example.messages in ([], CHAT)
     assert example.text or example.messages or (example.prompt, example.steps) == (Q, [A])
 
 
@@ -209,6 +274,15 @@ def test_dates_and_bytes_beside_the_words_of_a_message_are_not_in_the_way(tmp_pa
         read([str(tmp_path / "b.parquet")], "lm")
 
 
+def test_a_map_of_parquet_is_an_object(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    arguments = pa.array([[("city", "Oslo")], []], pa.map_(pa.string(), pa.string()))
+    table = pa.table({"text": ["a", "b"], "arguments": arguments})
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    rows = [row for _, row in files.read_rows(str(tmp_path / "a.parquet"))]
+    assert [row["arguments"] for row in rows] == [{"city": "Oslo"}, []]
+
+
 def test_without_pyarrow_a_parquet_file_names_the_extra(tmp_path, monkeypatch):
     data_shapes.parquet(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -240,6 +314,47 @@ def test_the_files_of_a_folder_are_named_in_order(tmp_path):
     assert [where.removeprefix(f"{tmp_path}/") for where, _ in rows] == found[1:]
 
 
+@pytest.mark.parametrize(
+    "names, note",
+    [
+        (["b.pdf"], "b.pdf"),
+        (["b.pdf", "c/part-00000", "d.tar.gz"], "b.pdf, c/part-00000, d.tar.gz"),
+        (["b.pdf", "c.html", "d.docx", "e.jsonl.zst", "f.xlsx"], "b.pdf, c.html and 3 more"),
+    ],
+)
+def test_what_is_not_read_of_a_folder_is_named(tmp_path, capsys, names, note):
+    (tmp_path / "c").mkdir()
+    for name in ("a.JSONL", "README.md", "LICENSE", ".hidden.pdf", *names):
+        (tmp_path / name).write_text('{"text": "a"}')
+    assert [example.text for example in read([str(tmp_path)], "lm")] == ["a"]
+    files.local_files(str(tmp_path))  # again
+    assert capsys.readouterr().out == f"note: {tmp_path}: not read: {note}\n"
+
+
+def test_the_ending_of_a_parquet_file_may_be_in_upper_case(tmp_path):
+    data_shapes.parquet(tmp_path / "a.PARQUET")
+    assert len(read([str(tmp_path)], "lm")) == 2
+
+
+def test_a_glob_leaves_out_what_a_folder_leaves_out(tmp_path):
+    for name in ("README.md", "a.md"):
+        (tmp_path / name).write_text(name)
+    assert [example.text for example in read([f"{tmp_path}/*.md"], "lm")] == ["a.md"]
+
+
+@pytest.mark.parametrize("other", ["testing", "test", "held_out", "held-out", "heldout", "holdout"])
+def test_training_data_are_not_read_with_held_out_ones(tmp_path, other):
+    for folder in ("training", other):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(UserError, match=r"its files are of several splits \(\S+, \S+\); name the"):
+        read([str(tmp_path)], "lm")
+    assert len(read([str(tmp_path / "training")], "lm")) == 1
+    (tmp_path / "a.json").write_text(json.dumps({"training": [{"text": "a"}], other: [{}]}))
+    with pytest.raises(UserError, match="a.json: the splits .* in one object"):
+        read([str(tmp_path / "a.json")], "lm")
+
+
 # ------------------------------------------------------------------------------- calls of functions
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "y's"}}}
@@ -265,6 +380,17 @@ def test_arguments_are_printed_as_json_whatever_the_template_asks_for(tmp_path, 
     (result,) = tokenise(examples, tokenizer, "lm", DataConfig(max_length=512), causal=True)
     text = row_as_text(result.rows[0], tokenizer, colour=False)
     assert '⟦f {"x": "y\\u0027s"}<|im_end|>⟧' in text or '⟦f {"x": "y\'s"}<|im_end|>⟧' in text
+
+
+def test_a_null_function_of_a_call_is_none(tmp_path):
+    call = CALL["function"]
+    rows = [
+        {"messages": data_shapes.call(tool_calls=[each])}
+        for each in (call, {**call, "function": None})
+    ]
+    plain, with_null = read([write(tmp_path / "a.jsonl", *rows)], "lm")
+    assert with_null.messages == plain.messages
+    assert with_null.messages[1]["tool_calls"] == [call]
 
 
 def test_parts_and_keys_that_disagree_are_refused(tmp_path):

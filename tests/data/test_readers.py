@@ -338,6 +338,15 @@ def test_a_message_says_how_much_it_is_learned(tmp_path, switch, weight):
             "chosen and rejected answers beside a conversation",
         ),
         (chat({"content": "a"}, images=["a.png"]), "images: only text is read"),
+        (chat({"content": "a"}, image="a.png"), "image: only text is read"),
+        (
+            chat({"content": [{"type": "reasoning", "text": "b"}, {"type": "text", "text": "a"}]}),
+            "content of message 2 has the part {'type': 'reasoning', 'text': 'b'}; only text is",
+        ),
+        (
+            chat({"content": [{"type": "image", "text": ""}, "a"]}),
+            "content of message 2 has the part {'type': 'image', 'text': ''}; only text is read",
+        ),
         ({"question": "q", "answer": "a", "audio": {"path": "a.wav"}}, "audio: only text is read"),
         ({"prompt": "q", "completion": "a", "history": ["x"]}, "expected a list of .instruction"),
     ],
@@ -445,7 +454,9 @@ def test_a_tsv_is_not_quoted_and_numbers_are_those_of_json(tmp_path):
     "name, text",
     [
         ("a.json", '{"data": [{"text": "a"}, {"text": "b"}], "version": "1.1"}'),
+        ("a.json", '{"data": [{"text": "a"}, {"text": "b"}]}\n\n \n'),
         ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n'),
+        ("a.jsonl", '\n{"text": "a"}\n\n{"text": "b"}\n'),
     ],
 )
 def test_an_object_on_one_line_holds_rows_as_over_several_lines(tmp_path, name, text):
@@ -496,11 +507,50 @@ def test_blank_columns_of_other_data_sets_do_not_choose_the_reading(tmp_path):
         {"messages": None, "prompt": "q", "completion": "a"},
         {"messages": None, "conversations": chat({"content": "a"})["messages"]},
         {"question": None, "answer": None, "conversation": chat({"content": "a"})["messages"]},
+        {"messages": "", "prompt": "q", "completion": "a"},
+        {"prompt": "", "completion": "", "question": "q", "answer": "a"},
     ],
 )
-def test_keys_of_another_form_that_are_null_do_not_choose_the_reader(tmp_path, row):
+def test_keys_of_another_form_that_are_blank_do_not_choose_the_reader(tmp_path, capsys, row):
     (found,) = read_rows(tmp_path, row)
+    assert capsys.readouterr().out == ""
     assert [message["content"] for message in found.messages] == ["q", "a"]
+
+
+QUESTION = [{"role": "user", "content": "q"}]
+ANSWER = [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": json.dumps(QUESTION), "completion": "a"},
+        {"prompt": json.dumps(QUESTION), "completion": json.dumps(ANSWER)},
+        {"input": QUESTION, "output": "a"},
+        {"input": json.dumps(QUESTION), "output": "a"},
+        {"messages": [QUESTION[0], {**ANSWER[0], "from": None, "value": None}]},
+        {"messages": [QUESTION[0], {"from": "gpt", "value": "a", "role": None, "content": None}]},
+        chat({"content": "a", "tool_calls": []}),
+        chat({"content": "a", "tool_calls": "[]", "name": None}),
+        chat({"content": ["a", {"type": "output_text", "text": ""}, {"text": ""}]}),
+    ],
+)
+def test_other_ways_to_write_a_chat_are_that_chat(tmp_path, row):
+    (found,) = read_rows(tmp_path, row)
+    assert found.messages == QUESTION + ANSWER
+
+
+def test_an_answer_that_is_a_list_in_json_is_no_chat(tmp_path):
+    for answer in ('[{"name": "f"}]', "[]", '["role"]'):
+        (found,) = read_rows(tmp_path, {"prompt": "q", "completion": answer})
+        assert found.messages[1]["content"] == answer
+
+
+def test_a_column_without_a_name_is_named_so(tmp_path, capsys):
+    path = write(tmp_path, "a.csv", ",prompt,completion\n7,q,a\n")
+    assert read([path], "lm")[0].messages == QUESTION + ANSWER
+    told = capsys.readouterr().out
+    assert told == f"note: {path}: keys not read: a column without a name (1 rows)\n"
 
 
 def test_texts_beside_null_chats_are_read(tmp_path):
@@ -563,6 +613,7 @@ def test_half_a_character_in_a_category_is_written_as_a_question_mark(tmp_path):
             "a.jsonl:1: the answer is a list that begins with the question",
         ),
         ("a.txt", "version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS"),
+        ("a.txt", "A\0 \0t\0e\0x\0t\0", "a.txt: NUL characters, as in UTF-16 that is read as"),
         ("a.json", '{"data": [{"text": "a"}], "rest": [{"text": "b"}], "n": 1}', "keys found"),
     ],
 )
@@ -571,13 +622,6 @@ def test_what_would_be_read_otherwise_in_part_or_twice_is_refused(tmp_path, name
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         read([str(path)], "lm")
-
-
-def test_a_folder_is_not_read_without_its_compressed_files(tmp_path):
-    (tmp_path / "part-0.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "part-1.jsonl.zst").write_bytes(b"(\xb5/\xfd")
-    with pytest.raises(UserError, match=r"its files are of several kinds \(.zst, json\)"):
-        read([str(tmp_path)], "lm")
 
 
 def test_rows_whose_questions_differ_in_other_keys_alone_have_one_subject(tmp_path):

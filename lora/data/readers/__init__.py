@@ -13,7 +13,7 @@ Any row may have a "category", a text or an integer, by which eval.py takes mean
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from types import ModuleType
 
@@ -21,7 +21,7 @@ from lora.common.errors import UserError
 from lora.common.printable_text import print_on_rank_zero
 from lora.config.schema import DataConfig
 from lora.data import arithmetic, files
-from lora.data.examples import BLANK, MESSAGE_KEYS, Example, read_category
+from lora.data.examples import BLANK, MESSAGE_KEYS, Example, is_blank, read_category
 from lora.data.readers import chat, pairs, questions, steps, text
 
 # Where a row has the keys of several forms, the first of these readers reads it. Those of published
@@ -87,17 +87,21 @@ def read_file(
     evidence: list[dict] = []
     not_read: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
+    columns_found: set[str] = set()
     first_blank = ""
     num_rows = num_examples = 0
     for where, row in files.read_rows(path, bad_rows):
         num_rows += 1
+        sources: dict[str, str] = {}
         if data.columns:
             from lora.data.readers.columns import with_columns
 
-            row = with_columns(row, data.columns)
+            row, sources = with_columns(row, data.columns)
+            columns_found.update(sources)
         try:
-            reader = reader_for(where, row, task)
-            not_read.update(keys_not_read(reader, row))
+            reader = reader_for(where, row, task, sources)
+            unread = keys_not_read(reader, row)
+            not_read.update(key for key in unread if key not in sources.values())
             results = list(reader.examples(where, row, data))
         except UserError as error:
             bad_rows.append(error)
@@ -125,6 +129,10 @@ def read_file(
                 left_out[result] += 1
             else:
                 yield result
+    for ours, theirs in data.columns.items():
+        if ours not in columns_found and notes:
+            absent = f"--columns {ours}={theirs}: none of its {num_rows:,} rows has it"
+            print_on_rank_zero(f"note: {path}: {absent}")
     if left_out and notes:
         reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
         print_on_rank_zero(f"note: {path}: left out: {', '.join(reasons)}")
@@ -133,7 +141,9 @@ def read_file(
         share = f"{left_out[BLANK]} of {num_rows} rows have a blank message"
         raise UserError(f"{first_blank}: {share}; expected 1% at most. Take them out.")
     if not_read and notes:
-        keys = [f"{key} ({count:,} rows)" for key, count in not_read.most_common()]
+        keys = []
+        for key, count in not_read.most_common():
+            keys.append(f"{key or 'a column without a name'} ({count:,} rows)")
         print_on_rank_zero(f"note: {path}: keys not read: {', '.join(keys)}")
 
 
@@ -158,21 +168,23 @@ def keys_of_messages_not_read(example: Example) -> set[str]:
 def form_of(reader: ModuleType, row: dict) -> set[str]:
     """Return the keys by which a reader reads a row; empty, where it does not."""
     forms = [form for form in reader.FORMS if form <= row.keys()]
-    if len(forms) > 1:  # data sets that were joined have null columns of each other
-        forms.sort(key=lambda form: any(row[key] is None for key in form))
-    return forms[0] if forms else set()
+    # Data sets that were joined have blank columns of each other.
+    return min(forms, key=lambda form: any(is_blank(row[key]) for key in form), default=set())
 
 
-def all_null(form: set[str], row: dict) -> bool:
-    return all(row[key] is None for key in form)
+def all_blank(form: set[str], row: dict) -> bool:
+    return all(is_blank(row[key]) for key in form)
 
 
 def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleType]:
     return [reader for reader in readers if form_of(reader, row)]
 
 
-def reader_for(where: str, row: dict, task: str) -> ModuleType:
-    """Return the first reader of `task` with a form whose keys the row has. Raises UserError."""
+def reader_for(where: str, row: dict, task: str, renamed: Collection[str] = ()) -> ModuleType:
+    """Return the first reader of `task` with a form whose keys the row has. Raises UserError.
+
+    Forms with a key of `renamed`, which --columns gives the row, come first.
+    """
     views = [row]
     if task == "score":
         # Data sets that were joined have null columns of each other, so keys with a value come
@@ -186,14 +198,16 @@ def reader_for(where: str, row: dict, task: str) -> ModuleType:
             fitting += readers_that_fit(view, PUBLISHED)
         task_readers = [reader for reader in fitting if reader.TASK == task]
         if task_readers:
-            return min(task_readers, key=lambda reader: all_null(form_of(reader, row), row))
+            forms = [form_of(reader, row) for reader in task_readers]
+            unlikely = [(form.isdisjoint(renamed), all_blank(form, row)) for form in forms]
+            return task_readers[unlikely.index(min(unlikely))]
     if fitting:
         keys = f"keys {', '.join(row)} in a run of --task {task}"
         raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")
     from lora.data.readers.advice import why_not_read
 
-    forms: list[set[str]] = []
+    known_forms: list[set[str]] = []
     for reader in (*READERS, *PUBLISHED):
         if reader.TASK == task:
-            forms += reader.FORMS
-    raise UserError(f"{where}: {why_not_read(row, forms, task)}")
+            known_forms += reader.FORMS
+    raise UserError(f"{where}: {why_not_read(row, known_forms, task)}")

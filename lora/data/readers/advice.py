@@ -16,7 +16,7 @@ ANSWERS = (
 )  # fmt: skip
 PREFERENCES = (
     "chosen and rejected: a preference row (DPO); here a model learns from good answers alone, "
-    "not from comparisons; --columns {}=chosen learns the chosen ones."
+    "not from comparisons; --columns {} learns the chosen ones."
 )
 TO_MESSAGES = (
     "if {key} holds the turns of a chat: python -c 'import json; "
@@ -28,16 +28,26 @@ TO_MESSAGES = (
 def why_not_read(row: dict, forms: Sequence[set[str]], task: str) -> str:
     """Return what was found in a row, the nearest forms, and how to read it, if that is known."""
     if "chosen" in row and "rejected" in row:
-        is_chat = isinstance(row["chosen"], list)
-        # Beside a prompt, TRL's rows have the answer alone.
-        is_whole = is_chat and not ("prompt" in row and len(row["chosen"]) == 1)
-        return PREFERENCES.format("messages" if is_whole else "completion")
+        return PREFERENCES.format(columns_of_chosen(row))
     kinds = {}
     for key, value in row.items():
         kinds[str(key)] = kind(value)
         if isinstance(value, dict):
             kinds.update({f"{key}.{inner}": kind(item) for inner, item in value.items()})
     return advice(tuple(kinds.items()), tuple(map(frozenset, forms)), task)
+
+
+def columns_of_chosen(row: dict) -> str:
+    """Return the --columns that learn the chosen answer of a preference row, alone or in a chat."""
+    is_chat = isinstance(row["chosen"], list)
+    others = [key for key in row if kind(row[key]) in ("text", "list of messages")]
+    prompt = meaning([key for key in others if key not in ("chosen", "rejected")], PROMPTS)
+    # Beside a prompt, TRL's rows have the answer alone.
+    if is_chat and not (prompt and len(row["chosen"]) == 1):
+        return "messages=chosen"
+    if not prompt:  # as hh-rlhf's, with the question in the same text
+        return "text=chosen (all of its text, and a question in it too)"
+    return f"{'' if prompt == 'prompt' else f'prompt={prompt} '}completion=chosen"
 
 
 @lru_cache(maxsize=1000)  # all rows of a file may have the same keys
@@ -88,7 +98,7 @@ def chat_columns(kinds: dict[str, str]) -> dict[str, str]:
     for key in kinds:
         if kinds[key] == "list of messages":
             return {"messages": key}
-    texts = [key for key in kinds if kinds[key] == "text"]
+    texts = [key for key in kinds if kinds[key] == "text" and key != "rejected"]
     lists = [f"{key}.0" for key in kinds if kinds[key] == "list of texts"]
     answer = meaning(texts, ANSWERS) or meaning(lists, ANSWERS)
     prompt = meaning([text for text in texts if text != answer], PROMPTS)

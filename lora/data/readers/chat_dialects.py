@@ -12,17 +12,19 @@ from typing import Any
 
 from lora.common.errors import UserError
 from lora.common.toml_json import parse_json
+from lora.data.examples import is_blank
 
 THEIR_KEYS = {"from": "role", "value": "content"}
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 ROLES |= dict.fromkeys(("function", "observation", "function_response", "tool_response"), "tool")
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # the type of a part
 CALLS = ("function_call", "tool_call")  # roles of a message whose content is a call, as JSON
 
 
 def in_our_words(where: str, row: dict) -> dict:
     """Return a copy of a row with "messages" and "tools" as `chat` reads them. Raises UserError."""
     names = [name for name in ("messages", "conversations", "conversation") if name in row]
-    given = [name for name in names if row[name] is not None]
+    given = [name for name in names if not is_blank(row[name])]
     messages = parsed(row[(given or names)[0]])
     if isinstance(messages, list):
         messages = [message_of(where, i, message) for i, message in enumerate(messages, 1)]
@@ -40,10 +42,19 @@ def objects(where: str, name: str, row: dict) -> list:
     return [parsed(item) for item in items]
 
 
+def chat_in(value: Any) -> Any:
+    """Return the messages that a text of JSON holds, if it holds a chat; else the value."""
+    messages = parsed(value)
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        return value
+    is_chat = all({"role", "from"} & each.keys() for each in messages)
+    return messages if is_chat and messages else value
+
+
 def joined_chat(where: str, row: dict, prompt: Any, answer: Any) -> dict:
     """Return a row whose "messages" are those of a prompt, which is not learned, and an answer."""
     for name in ("history", "input", "context"):
-        if row.get(name) and not isinstance(row[name], dict):
+        if row.get(name) and row[name] is not prompt and not isinstance(row[name], dict):
             raise UserError(f"{where}: {name} beside a list of messages; put it into the list.")
     messages = []
     for role, part in (("user", prompt), ("assistant", answer)):
@@ -66,6 +77,8 @@ def message_of(where: str, number: int, message: Any) -> Any:
         return message
     result: dict[str, Any] = {}
     for key, value in message.items():
+        if value is None:  # data sets that were joined have null keys of each other
+            continue
         ours = THEIR_KEYS.get(key, key)
         if ours == "role":
             value = ROLES.get(str(value), value)
@@ -81,28 +94,34 @@ def message_of(where: str, number: int, message: Any) -> Any:
     if functions:
         functions = functions if isinstance(functions, list) else [functions]
         result["tool_calls"] = [{"type": "function", "function": each} for each in functions]
-    calls = parsed(result.get("tool_calls"))
-    if isinstance(calls, list):
-        result["tool_calls"] = [with_arguments(call) for call in calls]
+    calls = parsed(result.pop("tool_calls", None))
+    if calls:  # some templates look at a list of no calls as at one of several
+        is_list = isinstance(calls, list)
+        result["tool_calls"] = [with_arguments(call) for call in calls] if is_list else calls
     return result
 
 
 def text_of_parts(where: str, number: int, parts: list) -> str:
     """Return the text of a content's parts, one after the other as chat templates print them."""
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    for part, text in zip(parts, texts):
+    texts = []
+    for part in parts:
+        is_text = isinstance(part, dict) and part.get("type") in TEXT_PARTS
+        text = part.get("text") if is_text else part
         if not isinstance(text, str):
             problem = f"content of message {number} has the part {str(part)[:40]}"
             raise UserError(f"{where}: {problem}; only text is read, so take other rows.")
+        texts.append(text)
     return "".join(texts)
 
 
 def with_arguments(call: Any) -> Any:
     """Return a call, {"function": {"name", "arguments"}} or without "function", with an object."""
-    if isinstance(call, dict) and "function" in call:
-        return {**call, "function": with_arguments(call["function"])}
-    if isinstance(call, dict) and "arguments" in call:
-        return {**call, "arguments": parsed(call["arguments"])}
+    if not isinstance(call, dict):
+        return call
+    call = {key: value for key, value in call.items() if (key, value) != ("function", None)}
+    for key, read in (("function", with_arguments), ("arguments", parsed)):
+        if key in call:
+            call[key] = read(call[key])
     return call
 
 

@@ -11,6 +11,7 @@ from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.examples import BLANK, Examples, is_blank, require_text
 from lora.data.readers import chat
+from lora.data.readers.chat_dialects import chat_in, joined_chat
 
 TASK = "lm"
 NAMES = (  # the first pair that a row has is read
@@ -30,13 +31,12 @@ OPTIONAL = {"input", "context", "history", *chat.OPTIONAL}
 
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
     pairs = [pair for pair in NAMES if row.keys() >= set(pair)]
-    # Data sets that were put together have blank columns of others.
-    filled = [pair for pair in pairs if not any(is_blank(row[name]) for name in pair)]
-    prompt_name, answer_name = (filled or pairs)[0]
-    prompt, answer = row[prompt_name], row[answer_name]
+    # Data sets that were joined have blank columns of each other.
+    pair = min(pairs, key=lambda names: any(is_blank(row[name]) for name in names))
+    prompt_name, answer_name = pair
+    prompt, answer = chat_in(row[prompt_name]), chat_in(row[answer_name])
     if isinstance(prompt, list) or isinstance(answer, list):
-        from lora.data.readers.chat_dialects import joined_chat
-
+        row = {**row, prompt_name: prompt}
         yield from chat.examples(where, joined_chat(where, row, prompt, answer), data)
         return
     turns = [*earlier_turns(where, row.get("history")), (prompt, answer)]
