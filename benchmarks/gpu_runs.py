@@ -206,7 +206,7 @@ def memory_of(place: Place, lora: bool, settings: dict) -> tuple[int, int | None
     rows = make_rows([place.tokens(2048)] * 8, shape["vocab_size"])
     sizes = {"batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
     run = make_run(place, make_task(place, shape, lora), rows, settings | sizes)
-    foreseen = sum(plan_memory(run).values())
+    foreseen = sum(plan_memory(run, run.data.largest_batches()).values())
     start_counting_memory()
     with tempfile.TemporaryDirectory() as folder:
         train_in(Path(folder) / "run", run)

@@ -40,7 +40,10 @@ def shard(task: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     # Without a mesh, fully_shard would choose the GPUs of a machine even for a run on its CPU.
     mesh = init_device_mesh(device.type, (world_size(),))
     param_dtype = None if dtype == torch.float32 else dtype
-    policy = fsdp.MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    # A batch keeps its own dtypes: its weights and scores are not cast to what layers compute in.
+    policy = fsdp.MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in (*decoder_layers(task.model), task):
         fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         # The loss is already divided by the number of targets over all processes.

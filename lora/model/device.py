@@ -36,13 +36,12 @@ def choose_device(name: str) -> torch.device:
 def set_determinism(command: Command, device: torch.device) -> None:
     """Choose algorithms whose sums have a fixed order, where a run on a GPU asks for them.
 
-    `--check` compares a resumed run bit for bit. It needs cuBLAS's variable too, which is read when
-    cuBLAS starts.
+    cuBLAS's variable is read when cuBLAS starts, and a later run in this process, or a part of
+    `--check`, may ask for them.
     """
-    deterministic = command.config.training.deterministic
-    if device.type == "cuda" and (deterministic or command.check):
+    if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(command.config.training.deterministic)
 
 
 def choose_dtype(config: Config, device: torch.device) -> torch.dtype:

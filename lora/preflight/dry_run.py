@@ -36,7 +36,7 @@ def dry_run(run: Run) -> None:
 
 def print_memory(run: Run) -> bool:
     """Print the memory that the run would take; return whether the device has it."""
-    parts = plan_memory(run)
+    parts = plan_memory(run, run.data.largest_batches())
     needed = sum(parts.values())
     if run.device.type == "cuda":
         available = torch.cuda.get_device_properties(run.device).total_memory

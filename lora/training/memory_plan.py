@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora.common.errors import UserError
 from lora.common.operating_system import peak_memory_bytes
+from lora.data.batches import Batch
 from lora.distributed import process_group
-from lora.distributed.collectives import sum_over_all
+from lora.distributed.collectives import sum_over_all, wait_for_all
 from lora.model.device import autocast
 from lora.model.run import Run
 from lora.model.task import Task
@@ -84,50 +85,64 @@ def needs_checkpointing(run: Run, available_bytes: int) -> bool:
     """
     if not decoder_layers(run.task.model):
         return False
+    batches = run.data.largest_batches()
+    if run.config.training.batch_size == "auto" and num_shards(run) == 1:
+        longest = run.data.longest_rows[0]
+        batches = [run.data.rows.batch([longest], run.data.packed)]  # a step may be cut to this
     try:
-        needed_bytes = sum(plan_memory(run).values())
+        needed_bytes = sum(plan_memory(run, batches).values())
     except UserError:
         needed_bytes = 0
     needed = torch.tensor(not fits(needed_bytes, available_bytes), dtype=torch.int32)
+    wait_for_all()  # the first one may have read weights for longer than the sum would wait
     return sum_over_all(needed.to(run.device)).item() > 0
 
 
-def plan_memory(run: Run) -> dict[str, int]:
-    """Return the bytes of each part of what this process would hold at its peak.
+def plan_memory(run: Run, batches: list[Batch]) -> dict[str, int]:
+    """Return the bytes of each part of what this process would hold at its peak in a step.
 
     On a CPU one part is "program": Python, the libraries, and what is left of loading. The task is
     not sharded yet, and may be on the CPU or on the device.
     """
     parameters = list(trainable_parameters(run.task).values())
-    num_shards = 1 if run.config.lora else process_group.world_size()
-    weights = weight_bytes(run.task, num_shards)
+    shards = num_shards(run)
+    weights = weight_bytes(run.task, run.dtype, shards)
     gradients = sum(parameter.nbytes for parameter in parameters)
-    peak, head_peak = count_step(run)
-    head = min(head_peak, peak - gradients)
+    peak, head_peak = count_step(run, batches)
+    beside_gradients = peak if shards > 1 else peak - gradients
+    head = min(head_peak, beside_gradients)
     parts = {}
     resident = resident_bytes()
     if run.device.type == "cpu" and resident:
         parts["program"] = max(0, resident - weights)
     parts["weights"] = weights
-    parts["gradients"] = gradients // num_shards
-    parts["optimizer"] = optimizer_bytes(parameters, run.config.training.optimizer) // num_shards
-    parts["activations"] = peak - gradients - head
+    parts["gradients"] = gradients // shards
+    parts["optimizer"] = optimizer_bytes(parameters, run.config.training.optimizer) // shards
+    parts["activations"] = beside_gradients - head
     parts["head"] = head
     return parts
 
 
-def weight_bytes(task: Task, num_shards: int) -> int:
-    """Return the bytes of the weights and buffers that a process holds."""
+def num_shards(run: Run) -> int:
+    return 1 if run.config.lora else process_group.world_size()
+
+
+def weight_bytes(task: Task, dtype: torch.dtype, shards: int) -> int:
+    """Return the bytes of the weights and buffers that a process holds, computing in `dtype`."""
     sizes = {}  # by storage: tied weights are held once
     for tensor in (*task.state_dict().values(), *task.buffers()):
         sizes[tensor.untyped_storage()._cdata] = tensor.nbytes
-    total = sum(sizes.values()) // num_shards
-    if num_shards > 1:  # a layer is gathered while the one before it is computed
-        largest = 0
-        for layer in decoder_layers(task.model):
-            largest = max(largest, sum(p.nbytes for p in layer.parameters()))
-        total += 2 * largest
+    total = sum(sizes.values()) // shards
+    if shards > 1:
+        # While a layer is computed the next one is gathered, and what is in no layer stays so.
+        layers = [num_weights(layer) for layer in decoder_layers(task.model)]
+        outside = num_weights(task) - sum(layers)
+        total += (outside + 2 * max(layers, default=0)) * dtype.itemsize
     return total
+
+
+def num_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @contextmanager
@@ -146,9 +161,36 @@ def plain_4bit_weights(task: nn.Module) -> Iterator[None]:
             weight.__class__ = own_type
 
 
-def count_step(run: Run) -> tuple[int, int]:
-    """Run the largest step without contents; return the most bytes that it and its head hold."""
+class ForwardAndBackward(nn.Module):
+    """A task's loss and its gradients in one forward pass.
+
+    So `functional_call` puts the fake weights in for the backward pass as well, in which
+    checkpointed layers are computed again.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+        self.task = run.task
+
+    def forward(self, batch: Batch) -> None:
+        with autocast(self.run.device, self.run.dtype):
+            loss, _ = self.task(batch)
+        loss.backward()
+
+
+def drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def count_step(run: Run, batches: list[Batch]) -> tuple[int, int]:
+    """Run micro-batches without contents; return the most bytes that they and their head hold.
+
+    Where the weights are to be sharded these bytes are without the gradients, whose parts are
+    summed to their processes as they are made.
+    """
     task = run.task
+    is_sharded = num_shards(run) > 1
     counter = MemoryCounter(run.device.type)
     # torch would print a traceback of its own.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
@@ -161,16 +203,19 @@ def count_step(run: Run) -> tuple[int, int]:
             # 4-bit weights, of bitsandbytes' own type, are on the device already.
             if type(tensor) in (Tensor, nn.Parameter):
                 fake = fake_mode.from_tensor(tensor.detach()).to(run.device)
-                fakes[name] = fake.requires_grad_(tensor.requires_grad)
+                if is_sharded and isinstance(tensor, nn.Parameter):
+                    fake = fake.to(run.dtype)  # as it is gathered
+                fakes[f"task.{name}"] = fake.requires_grad_(tensor.requires_grad)
+                if is_sharded and tensor.requires_grad:
+                    fake.register_post_accumulate_grad_hook(drop_gradient)
         with counter, plain_4bit_weights(task):
             try:
-                for batch in run.data.largest_batches():
+                for batch in batches:
                     batch = batch.to(run.device)
-                    with autocast(run.device, run.dtype):
-                        loss, _ = torch.func.functional_call(task, fakes, (batch,))
-                    loss.backward()
-            # torch cannot tell the shapes of some operations, such as float32 experts.
-            except (RuntimeError, AttributeError) as error:
+                    torch.func.functional_call(ForwardAndBackward(run), fakes, (batch,))
+            # torch cannot tell the shapes of some operations, such as float32 experts, and an
+            # operation may raise anything on a tensor without contents.
+            except Exception as error:
                 found = f"this model cannot be counted in {run.dtype} ({str(error)[:120]})"
                 raise UserError(f"--dry_run: {found}.") from None
     return counter.peak, counter.head_peak

@@ -174,9 +174,10 @@ def describe_run(run: Run, data_facts: dict, checkpointing: bool) -> str:
         reason = "on the CPU there is nothing to page to"
         lines.append(f"optimizer paged_adamw_8bit: {reason}; it is adamw_8bit here")
     if training.deterministic and run.device.type == "cuda":
-        lines.append("deterministic: a resumed run gives the same bits, at the price of speed")
+        what = "a resumed run gives the same bits"
+        lines.append(f"deterministic: {what}; sums in a fixed order make its steps slower")
     if training.gradient_checkpointing == "auto" and run.device.type == "cuda":
-        reason = "off: no step was found that needs it"
+        reason = "off: the largest step fits without it, or cannot be counted"
         if checkpointing:
             reason = "on: the GPU could not hold a step without it"
         lines.append(f"gradient checkpointing (auto) is {reason}")

@@ -233,6 +233,14 @@ def test_a_lost_process_costs_nothing_but_the_steps_since_the_last_checkpoint(co
     )
 
 
+def test_sharded_weights_compute_in_bfloat16_as_one_process_does(configure, tmp_path):
+    settings = dict(dtype="bfloat16", max_steps=4, learning_rate=2e-3, **SMOOTH)
+    one = run(configure(False, name="one", batch_size=4, **settings))
+    run_of(2, configure(False, name="two", batch_size=2, **settings), tmp_path)
+    # bfloat16 rounds to 4e-3, and a layer whose weights are gathered in it also normalises in it.
+    torch.testing.assert_close(losses(one), losses(tmp_path / "two"), rtol=2e-2, atol=0)
+
+
 def test_a_process_without_a_part_of_the_evaluation_computes_in_the_same_type(configure, tmp_path):
     """In another one gloo would end the run, or add up what is none of its numbers."""
     settings = dict(dtype="bfloat16", eval_data=["arithmetic:validation:1"], max_steps=1)

@@ -46,6 +46,15 @@ def test_train_and_evaluate_are_the_scripts(configure, tmp_path, adapter):
     assert lora.train(config, resume_from="auto")["last"]["step"] == 14
 
 
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+def test_an_evaluation_computes_with_the_dtypes_of_the_training(configure, adapter):
+    folder = run(configure(adapter, task="lm", dtype="bfloat16", max_steps=3))
+    results = json.loads((folder / "logs" / "final_results.json").read_text())
+    numbers = lora.evaluate(folder / "checkpoints" / "checkpoint_step_3")
+    assert results["best"]["step"] == 3
+    assert numbers["loss"] == pytest.approx(results["best"]["loss"], rel=1e-6)
+
+
 def test_what_is_wrong_is_a_user_error_without_the_name_of_a_file(configure, tmp_path):
     config = configure(True, learning_rate=-1.0)
     with pytest.raises(UserError, match="^training.learning_rate = -1.0: expected a number > 0"):

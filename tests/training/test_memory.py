@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lora import inject
@@ -26,7 +27,13 @@ from lora.model.run import Run
 from lora.model.task import Task
 from lora.training import best_checkpoints
 from lora.training.memory_limit import USABLE, kilobytes, memory_limit
-from lora.training.memory_plan import MemoryCounter, needs_checkpointing, plan_memory
+from lora.training.memory_plan import (
+    MemoryCounter,
+    count_step,
+    drop_gradient,
+    needs_checkpointing,
+    plan_memory,
+)
 from lora.training.startup import choose_checkpointing
 from tests.conftest import run
 import train_lora
@@ -187,23 +194,70 @@ def test_what_the_optimizer_will_take_counts_against_that_limit(configure, monke
 def planned_run(config, checkpointing):
     cpu = torch.device("cpu")
     task = load_task(config, torch.float32).train()
-    inject(task.model, r=4)
+    if config.lora:
+        inject(task.model, r=4)
     prepare_layers(task.model, config.training, checkpointing)
     rows, held_out, _ = load_or_tokenise(RawData(config), task)
     return Run(task, config, TrainingData(rows, held_out, config), cpu, torch.float32)
+
+
+def planned_bytes(run):
+    return sum(plan_memory(run, run.data.largest_batches()).values())
 
 
 def test_layers_are_checkpointed_where_memory_would_not_do_without(configure, monkeypatch):
     # What this process holds already is not the step's.
     monkeypatch.setattr("lora.training.memory_plan.resident_bytes", lambda: None)
     config = configure(True, **WHOLE)
-    without = sum(plan_memory(planned_run(config, False)).values())
-    with_checkpointing = sum(plan_memory(planned_run(config, True)).values())
+    without = planned_bytes(planned_run(config, False))
+    with_checkpointing = planned_bytes(planned_run(config, True))
     assert with_checkpointing < without
     run_without = planned_run(config, False)
     assert not needs_checkpointing(run_without, int(without / USABLE) + 1)
     assert needs_checkpointing(run_without, int(without / USABLE) - 1)
     assert needs_checkpointing(run_without, int(with_checkpointing / USABLE))
+
+
+def test_a_step_that_may_be_cut_is_not_checkpointed_before_a_single_example_asks_for_it(
+    configure, monkeypatch
+):
+    monkeypatch.setattr("lora.training.memory_plan.resident_bytes", lambda: None)
+    planned = planned_run(configure(True, **WHOLE | {"batch_size": "auto"}), False)
+    just_too_little = int(planned_bytes(planned) / USABLE) - 1
+    assert not needs_checkpointing(planned, just_too_little)
+    assert needs_checkpointing(planned, 0)
+
+
+def test_layers_that_are_computed_again_are_counted_with_weights_without_contents(
+    configure, monkeypatch
+):
+    """The real ones lie on another device in a dry run on a GPU."""
+    plain_forward, is_fake = LlamaMLP.forward, []
+
+    def forward(mlp, x):
+        is_fake.append(isinstance(mlp.up_proj.weight, FakeTensor))
+        return plain_forward(mlp, x)
+
+    planned = planned_run(configure(False, **WHOLE), True)
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    count_step(planned, planned.data.largest_batches()[:1])
+    assert is_fake == [True] * 4  # two layers, twice
+
+
+def test_the_gradients_of_sharded_weights_do_not_stay(configure, monkeypatch):
+    planned = planned_run(configure(False, **WHOLE), False)
+    batches = planned.data.largest_batches()[:1]
+    monkeypatch.setattr("lora.training.memory_plan.num_shards", lambda run: 8)
+    parts = plan_memory(planned, batches)
+    parameters = list(planned.task.parameters())
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(drop_gradient)
+    with MemoryCounter("cpu") as counting:
+        loss, _ = planned.task(batches[0])
+        loss.backward()
+    # The batch's few numbers are counted in one of the two
+    assert abs((parts["activations"] + parts["head"]) / counting.peak - 1) < 0.02
+    assert parts["gradients"] == sum(parameter.nbytes for parameter in parameters) // 8
 
 
 def test_the_choice_is_in_the_checkpoint_and_a_resumed_run_keeps_it(configure, monkeypatch, capsys):
@@ -243,7 +297,7 @@ def test_what_is_foreseen_without_contents_is_what_a_step_holds(configure, lora,
     prepare_layers(task.model, config.training, config.training.gradient_checkpointing is True)
     rows, held_out, _ = load_or_tokenise(RawData(config), task)
     data = TrainingData(rows, held_out, config)
-    parts = plan_memory(Run(task, config, data, cpu, dtype))
+    parts = plan_memory(Run(task, config, data, cpu, dtype), data.largest_batches())
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     assert parts["gradients"] == 4 * trained and parts["optimizer"] == 8 * trained
     assert parts["weights"] == sum(
