@@ -360,6 +360,41 @@ def test_what_is_wrong_is_said_once(configure, tmp_path):
     assert process.returncode != 0 and out.count("error: base_model") == 1
 
 
+@pytest.mark.parametrize(
+    "path, lora, found",
+    [
+        ("data.jsonl", True, "train_data, train_tokens"),
+        ("base/config.json", False, "base_config"),
+        ("base/more.safetensors", True, "base_model"),
+    ],
+)
+def test_processes_that_read_other_files_end_before_the_run_has_a_folder(
+    configure, tiny_base, tmp_path, path, lora, found
+):
+    """As on machines that have copies of their own."""
+    for i in range(2):
+        shutil.copytree(tiny_base, tmp_path / f"machine_{i}" / "base")
+        data = tmp_path / f"machine_{i}" / "data.jsonl"
+        data.write_text(9 * '{"text": "one and two and three"}\n')
+    different = tmp_path / "machine_1" / path
+    if path.endswith("safetensors"):
+        shutil.copy(tiny_base / "model.safetensors", different)
+    else:
+        text = different.read_text().replace("1e-06", "1e-05").replace("three", "four", 1)
+        different.write_text(text)
+    settings = dict(base_model="base", task="lm", train_data=["data.jsonl"], max_steps=1)
+    out = run_of(
+        2,
+        configure(lora, **settings),
+        tmp_path,
+        prepare=lambda rank: os.chdir(tmp_path / f"machine_{rank}"),
+        status=2,
+    )
+    mend = "copy the same files to every machine"
+    assert f"error: process 1 has other {found} than process 0; {mend}." in out
+    assert "Traceback" not in out and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("key, value", [("dtype", "float16"), ("optimizer", "adamw_8bit")])
 def test_what_is_not_proven_on_sharded_weights_is_refused(
     configure, tmp_path, monkeypatch, key, value
