@@ -58,7 +58,8 @@ class Command:
             return True
         if not self.resume_from:
             return False
-        return Path(self.resume_from).resolve().parent.parent == self.run_dir.resolve()
+        checkpoints = self.run_dir / "checkpoints"  # perhaps a link to another disk
+        return Path(self.resume_from).resolve().parent == checkpoints.resolve()
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """Raise UserError where facts, {name: JSON}, differ from those of the checkpoint."""

@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 import torch
 
 from lora.common import exit_status
@@ -281,6 +281,18 @@ def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(
         "using ChatML" in out
         and (tmp_path / "run" / "final_artifact" / "chat_template.jinja").is_file()
     )
+
+
+def test_a_head_that_the_files_untie_is_sharded_as_one_of_its_own(configure, tiny_base, tmp_path):
+    """transformers ties a head by config.json, unless the files hold another one."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 0.5
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    settings = dict(base_model=str(base), task="lm", max_steps=2, eval_steps=1)
+    one = run(configure(False, "one", **settings | dict(gradient_accumulation_steps=4)))
+    run_of(2, configure(False, "two", **settings), tmp_path)
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(one), rtol=1e-4, atol=0)
 
 
 def test_the_others_wait_for_a_first_process_that_writes_for_long(configure, tmp_path):

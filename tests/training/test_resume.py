@@ -24,6 +24,7 @@ from lora.config.run_folder import newest_checkpoint
 from lora.config.schema import Config, get_lora_config
 from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
+from lora.export.final_artifact import best_undamaged, loss_before_training
 from lora.model.load import load_task
 from lora.training import best_checkpoints
 from lora.training.log import Log, cut_metrics_after
@@ -357,6 +358,22 @@ def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
         assert (artifact / of_best.name).read_bytes() == of_best.read_bytes()
 
 
+def test_a_best_checkpoint_that_is_damaged_is_passed_over_with_a_warning(
+    configure, tmp_path, capsys
+):
+    config = configure(True)
+    states = best_checkpoints.saved_states(run(config) / "checkpoints")
+    best, second, *_ = best_checkpoints.best_first(states)
+    (best["path"] / "notes.txt").write_text("the best so far")
+    log = Log(tmp_path / "log", config)
+    assert best_undamaged(states, log) == second
+    log.close()
+    warning = f"warning: {best['path']}: damaged ('notes.txt': extra); the next best is taken"
+    assert warning in capsys.readouterr().out
+    # This log has no metrics, as of a run that ends where it is resumed.
+    assert loss_before_training(tmp_path / "log") == math.inf
+
+
 def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume(
     configure, monkeypatch, capsys
 ):
@@ -517,6 +534,17 @@ def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(
             "unused.toml",
             "",
         )
+
+
+def test_a_run_whose_checkpoints_lie_on_another_disk_goes_on_in_its_own_folder(configure, tmp_path):
+    folder = run(configure(True, max_steps=1))
+    disk = (folder / "checkpoints").rename(tmp_path / "checkpoints")
+    (folder / "checkpoints").symlink_to(disk)
+    (tmp_path / "last").symlink_to(folder / "checkpoints" / "checkpoint_step_1")
+    for checkpoint in (folder / "checkpoints" / "checkpoint_step_1", tmp_path / "last"):
+        flags = [f"--resume_from={checkpoint}", "--max_steps=2"]
+        command = read_command_line(flags, get_lora_config(), "", "")
+        assert command.run_dir == folder and command.continues
 
 
 @pytest.mark.parametrize(
