@@ -28,7 +28,6 @@ if __name__ == "__main__":
     begin_loading_torch()
 
 from concurrent.futures import Future
-from contextlib import closing
 import math
 import time
 
@@ -55,7 +54,13 @@ from lora.training.gradients import GradientAccumulation
 from lora.training.log import Log
 from lora.training.optimizer import make_optimizer, optimizer_bytes
 from lora.training.schedule import learning_rate_at, stops_early, total_steps
-from lora.training.startup import begin, choose_checkpointing, describe_run, start_loading
+from lora.training.startup import (
+    begin,
+    choose_checkpointing,
+    describe_run,
+    input_facts,
+    start_loading,
+)
 
 
 def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSignal) -> None:
@@ -95,6 +100,8 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         evaluations_without_best = 0
     # A run that has stopped early may have yet to write its artifact.
     has_stopped = was_evaluated and stops_early(settings, evaluations_without_best)
+    if has_stopped:
+        log.say(f"this run stopped early at step {step}; raise --early_stopping_patience to go on")
 
     task.train()
     # The largest step is tried first: a run that does not fit in memory shows it before step 1. A
@@ -102,7 +109,6 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     gradients.try_largest_step(
         reserved_bytes=0 if resume_from else optimizer_bytes(parameters, settings.optimizer)
     )
-    log.start(step, max_steps)
     stop = False
     while True:
         # 1. Evaluate and save first: step 0 shows the untrained model, and the last step is never
@@ -116,11 +122,9 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
             log.evaluation(step, metrics, is_new_best)
             if step > 0:
                 is_among_best = best_checkpoints.is_among_best(best_losses, metrics["loss"])
-                evaluations_without_best += 1
+                evaluations_without_best = 0 if is_new_best else evaluations_without_best + 1
             if is_among_best:
                 best_losses.append(metrics["loss"])
-            if is_new_best:
-                evaluations_without_best = 0
             if stops_early(settings, evaluations_without_best):
                 without = f"{evaluations_without_best} evaluations without a new best"
                 log.say(f"Stopping at step {step}: {without}.")
@@ -236,10 +240,10 @@ def run_training(
         print(description)
         dry_run(run)
         return None
+    inputs = input_facts(run, raw_data, data_facts)
     place_on_device(task, config, device, dtype)
-    log, base, facts = begin(run, command, raw_data, state, hashing)
-    facts["gradient_checkpointing"] = checkpointing
-    with closing(log), rows.check:
+    with begin(run, command, inputs, state, hashing) as (log, base, facts), rows.check:
+        facts["gradient_checkpointing"] = checkpointing
         log.say(f"{description}\noutput: {log.run_dir}")
         if task.frozen:
             from lora.training.cached_features import cache_features

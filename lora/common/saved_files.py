@@ -45,12 +45,13 @@ MEASURES = {"loss": (None, NUMBER), "*": (None, NUMBER)}
 BEST = {"step": COUNT, **MEASURES}
 SUMS = {"*": (None, TEXT)}  # sha256 by path
 PLACE = {
-    "device": TEXT, "torch": TEXT, "cpu": TEXT,
+    "device": TEXT, "gpu?": TEXT, "torch": TEXT, "cpu": TEXT,
     "processes": whole(1, 2**20), "threads": whole(1, 4096),
 }  # fmt: skip
 FACTS = {
     "train_data": SUMS, "eval_data": SUMS, "base_model": (None, SUMS), "dtype": TEXT,
     "place": PLACE, "gradient_checkpointing?": FLAG,
+    "base_config?": SUMS, "train_tokens?": TEXT, "eval_tokens?": TEXT,
 }  # fmt: skip
 CONFIG = {"training": {"gradient_checkpointing": ANYTHING, "*": ANYTHING}, "*": TABLE}
 STATE = {  # trainer_state.json

@@ -58,7 +58,8 @@ class Command:
             return True
         if not self.resume_from:
             return False
-        return Path(self.resume_from).resolve().parent.parent == self.run_dir.resolve()
+        checkpoints = self.run_dir / "checkpoints"  # perhaps a link to another disk
+        return Path(self.resume_from).resolve().parent == checkpoints.resolve()
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """Raise UserError where facts, {name: JSON}, differ from those of the checkpoint."""
@@ -67,18 +68,27 @@ class Command:
         before = read_file(Path(self.resume_from) / "trainer_state.json")["facts"]
         changed = {}
         for name, fact in facts.items():
-            if fact != before[name]:
+            if fact != before.get(name, fact):  # older checkpoints do not have all of them
                 changed[name] = (describe_fact(before[name]), describe_fact(fact))
-        refuse_changes(self.resume_from, changed, self.allowed)
+        model, data = self.config.model, self.config.data
+        allowed = {*self.allowed}
+        if "base_model" in allowed:
+            allowed.add("base_config")
+        if allowed & {*vars(model), *vars(data)}:  # what they say is read as other tokens
+            allowed |= {"train_tokens", "eval_tokens"}
+        refuse_changes(self.resume_from, changed, allowed)
         if not self.continues:
             return
+
+        def has_other_contents(name: str) -> bool:
+            if not isinstance(facts[name], dict):
+                return True
+            return list(facts[name].values()) != list(before[name].values())  # paths may move
+
         # The held-out examples come from the training data where no eval_data are named.
-        measured = ["eval_data"] if self.config.data.eval_data else ["train_data", "eval_data"]
-
-        def has_other_contents(part: str) -> bool:  # {path: sha256}, of which paths may move
-            return list(facts[part].values()) != list(before[part].values())
-
-        raise_other_losses([p for p in measured if p in changed and has_other_contents(p)])
+        not_measured = ("train_data", "train_tokens") if data.eval_data else ()
+        measured = [name for name in changed if name not in not_measured]
+        raise_other_losses([name for name in measured if has_other_contents(name)])
 
 
 def read_command_line(argv: list[str], config: Config, default_file: str, summary: str) -> Command:

@@ -6,8 +6,9 @@ from lora.common.checkpoint_folders import SHARDS_FILE, adapter_folder, is_artif
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.common.plain_file import plain_file
+from lora.common.printable_text import print_on_rank_zero
 from lora.common.toml_json import read_file
-from lora.config.schema import Config, LoraConfig
+from lora.config.schema import QUANTIZATION_KEYS, Config, LoraConfig
 from lora.config.set_keys import saved_config
 
 
@@ -28,13 +29,19 @@ def require_stage(config: Config) -> None:
         raise UserError(f"init_from {start}: no checkpoint, artifact or adapter; {expected}.")
     if is_artifact(start) or not (start / "metadata.json").is_file():  # not others' checksums
         verify_checksums(start)
+    has_head = (start / "mlp_head.safetensors").is_file()
+    if has_head and config.model.task == "score" and config.model.head_tokens:
+        raise UserError(f"init_from {start}: it brings its score head; leave --head_tokens out.")
     if adapter and config.lora:
         require_same_shape(start, adapter, config.lora)
     state = start / "trainer_state.json"  # Hugging Face's Trainer writes another one
     is_our_state = state.is_file() and "config" in read_file(plain_file(state))
     if not is_our_state and not (start / "training_config.toml").is_file():
         return  # an adapter of PEFT's
-    saved = saved_config(start).model
+    before = saved_config(start)
+    if adapter and before.lora and config.lora:
+        print_other_quantization(start, before.lora, config.lora)
+    saved = before.model
     if saved.score_layer != config.model.score_layer:
         found = "it was trained with all layers; leave --score_layer out, or merge it first"
         if saved.score_layer:
@@ -45,6 +52,18 @@ def require_stage(config: Config) -> None:
     if config.model.add_special_tokens[: len(tokens)] != tokens:
         hint = f"begin with --add_special_tokens {' '.join(tokens)}"
         raise UserError(f"init_from {start}: it has tokens of its own; {hint}.")
+
+
+def print_other_quantization(start: Path, saved: LoraConfig, lora: LoraConfig) -> None:
+    """Print a note if an adapter is continued on a base that is quantised otherwise."""
+    keys = ["load_in_4bit"]
+    if saved.load_in_4bit and lora.load_in_4bit:
+        keys += QUANTIZATION_KEYS
+    changed = [key for key in keys if getattr(saved, key) != getattr(lora, key)]
+    if changed:
+        flags = " ".join(f"--{key} {str(getattr(saved, key)).lower()}" for key in changed)
+        goes_on = "on a base that is quantised otherwise its losses are others"
+        print_on_rank_zero(f"note: init_from {start}: it was trained with {flags}; {goes_on}")
 
 
 def require_same_shape(start: Path, adapter: Path, lora: LoraConfig) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.common.errors import UserError
-from lora.config.schema import Config, EvaluationConfig
+from lora.config.schema import QUANTIZATION_KEYS, Config, EvaluationConfig
 from lora.config.set_keys import key_values, saved_config
 
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "early_stopping_patience", "skip_nonfinite")
@@ -17,6 +17,8 @@ NAME_KEYS = ("artifact_version",)
 # A resumed run keeps its examples per step and the size of its micro-batches.
 LAYOUT_KEYS = ("batch_size", "gradient_accumulation_steps")
 EVALUATION_KEYS = [field.name for field in dataclasses.fields(EvaluationConfig)]  # of eval.py
+# Facts that have no key: the base decides them, and for tokens the data and how they are read.
+BASE_FACTS = ("base_config", "train_tokens", "eval_tokens")
 # The keys that may differ between a checkpoint and the run that continues it.
 FREE_ON_RESUME = {*LENGTH_KEYS, *INTERVAL_KEYS, *PLACE_KEYS, *NAME_KEYS, *EVALUATION_KEYS}
 
@@ -46,12 +48,14 @@ def refuse_changed_keys(saved: Config, new: Config, folder: str, allowed: Collec
 def refuse_other_losses(saved: Config, new: Config) -> None:
     """Raise UserError where a run would go on in its folder, but measure its losses otherwise.
 
-    Whether data files have changed is not asked here: their contents count, not their paths.
+    Whether base, data and dtype have changed is not asked here: `Command.require_same` compares
+    what is read of them.
     """
     names = {*vars(new.model), *vars(new.data), "max_eval_batches"}
+    names |= {"load_in_4bit", *QUANTIZATION_KEYS}
     before, now = key_values(saved), key_values(new)
-    changed = [name for name in names if before[name] != now[name]]
-    raise_other_losses({*changed} - {"base_model", "train_data", "eval_data"})
+    changed = {name for name in names if before.get(name) != now.get(name)}
+    raise_other_losses(changed - {"base_model", "train_data", "eval_data"})
 
 
 def raise_other_losses(changed: Collection[str]) -> None:
@@ -68,7 +72,10 @@ def refuse_changes(checkpoint: str, changed: dict[str, tuple], allowed: Collecti
     if refused:
         pairs = [f"{name} ({changed[name][0]} -> {changed[name][1]})" for name in refused]
         problem = f"not what it was made with: {', '.join(pairs)}"
-        hint = f"--allow_change {','.join(refused)} allows it"
+        if "train_tokens" in refused or "eval_tokens" in refused:
+            problem += ": of another tokenizer, chat template or plainlora"
+        keys = ["base_model" if name in BASE_FACTS else name for name in refused]
+        hint = f"--allow_change {','.join(dict.fromkeys(keys))} allows it"
         raise UserError(f"--resume_from {checkpoint}: {problem}; {hint}.")
 
 

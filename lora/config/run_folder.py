@@ -58,11 +58,15 @@ def continued_folder(saved: Config, config: Config, checkpoint: Path) -> Path:
         return new_folder(config)
     path = checkpoint.resolve()
     checkpoints = resumable_by_step(path.parent)
-    if path.parent.name != "checkpoints" or path not in checkpoints.values():
+    # checkpoints/ may be a link to another disk, or `checkpoint` itself a link into it.
+    as_named = Path(os.path.abspath(checkpoint)).parent.parent
+    candidates = [as_named, run_folder(config), path.parent.parent]
+    folders = [folder for folder in candidates if (folder / "checkpoints").resolve() == path.parent]
+    if not folders or path not in checkpoints.values():
         hint = "not in a run's checkpoints/; name a new --experiment_name for it"
         raise UserError(f"--resume_from {checkpoint}: {hint}.")
     latest = checkpoints[max(checkpoints)]
     if path != latest:
         hint = "resume that, or name a new --experiment_name"
         raise UserError(f"--resume_from {checkpoint}: {latest.name} is later; {hint}.")
-    return path.parent.parent
+    return folders[0]

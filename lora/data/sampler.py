@@ -62,9 +62,7 @@ class TrainingData:
             mend = "lower batch_size or gradient_accumulation_steps"
             raise UserError(f"{passes}; expected {MAX_PASSES} at most; {mend}.")
         self.steps_per_epoch = len(rows) / self.examples_per_step
-        self.kept_max_tokens = self.max_tokens  # the one that a resumed run begins with
-        # No step has a larger micro-batch than `largest_batches` has, which is tried before step 1.
-        self.max_tokens = min(self.max_tokens, self.largest_group(self.longest_rows))
+        self.cap_max_tokens()
         self.max_eval_rows = training.max_eval_batches * 4 or len(held_out)
 
         self.sets = [np.arange(len(rows))]  # rows of each data set that is mixed
@@ -77,6 +75,11 @@ class TrainingData:
         names = dataset_names(data.eval_paths)
         if len(names) > 1 and (data.eval_data or data.weights or data.only_evaluated):
             self.held_out_sets = {name: dataset_id for dataset_id, name in enumerate(names)}
+
+    def cap_max_tokens(self) -> None:
+        """Let no step have a larger micro-batch than the one tried before step 1."""
+        self.kept_max_tokens = self.max_tokens  # the one that a resumed run begins with
+        self.max_tokens = min(self.max_tokens, self.largest_group(self.longest_rows))
 
     @property
     def layout(self) -> dict:
@@ -143,7 +146,7 @@ class TrainingData:
             found = f"out of memory on a single example of {largest} tokens"
             raise ResourceExhausted(f"{found}. {LESS_MEMORY}")
         self.max_tokens = min(self.max_tokens, largest) // 2
-        self.kept_max_tokens = self.max_tokens
+        self.cap_max_tokens()
         found = f"out of memory on {largest} tokens"
         return f"{found}: micro-batches of at most {self.max_tokens} tokens from now on"
 

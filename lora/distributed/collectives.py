@@ -54,6 +54,14 @@ def broadcast_from_rank_zero(function: Callable, *arguments: Any) -> Any:
     return values[0]
 
 
+def gather_objects(value: Any) -> list:
+    """Return the values of all processes, in order and on every process."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value, patient_group())
+    return values
+
+
 def gather_in_order(local_parts: list[Tensor], lengths: list[int], device: torch.device) -> Tensor:
     """Concatenate parts that the processes computed round-robin, in order and on every process.
 

@@ -82,7 +82,7 @@ def write_final_artifact(run: Run, log: Log, base_files: dict, data_files: dict)
         data_files: sha256 of the data's files, as `RawData.files`.
     """
     states = saved_states(log.run_dir / "checkpoints")
-    best = best_undamaged(states)
+    best = best_undamaged(states, log)
     if best is None:
         found = "no checkpoint has a finite validation loss"
         raise Stopped(f"{log.run_dir}: {found}; try a lower --learning_rate.")
@@ -139,10 +139,10 @@ def write_final_artifact(run: Run, log: Log, base_files: dict, data_files: dict)
 def loss_before_training(run_dir: Path) -> float:
     """Return the validation loss at step 0; infinite where there is none.
 
-    A run that was resumed in a folder of its own has none.
+    A run that was resumed in a folder of its own has none, and perhaps no metrics at all.
     """
     with open(run_dir / "logs" / "train_metrics.jsonl", encoding="utf-8") as file:
-        first = json.loads(file.readline())
+        first = json.loads(file.readline() or '{"step": null}')
     is_evaluated = first["step"] == 0 and first["val/loss"] is not None
     return first["val/loss"] if is_evaluated else math.inf
 
@@ -161,10 +161,12 @@ def next_commands(folder: Path, config: Config) -> str:
     return "\n".join(lines)
 
 
-def best_undamaged(states: list[dict]) -> dict | None:
+def best_undamaged(states: list[dict], log: Log) -> dict | None:
     for state in best_first(states):
-        if not find_damage(state["path"], "trainer_state.json"):
+        damage = find_damage(state["path"], "trainer_state.json")
+        if not damage:
             return state
+        log.say(f"warning: {state['path']}: damaged ({damage}); the next best is taken")
     return None
 
 

@@ -10,6 +10,7 @@ from lora.distributed.collectives import broadcast_from_rank_zero, on_rank_zero
 from lora.model.load import build_model, load_task, set_max_length
 from lora.model.task import Task
 from lora.model.weights import load_shape
+from lora.target_modules import is_tied, make_all_trainable, untie
 
 
 def load_for_sharding(config: Config, dtype: torch.dtype) -> Task:
@@ -20,10 +21,14 @@ def load_for_sharding(config: Config, dtype: torch.dtype) -> Task:
     """
     fsdp.require_supported(dtype, config.training.optimizer)
     task = on_rank_zero(load_task, config, torch.float32)
-    packed = broadcast_from_rank_zero(lambda: task.packed)
+    packed, tied = broadcast_from_rank_zero(lambda: (task.packed, is_tied(task.model)))
     if process_group.rank() > 0:
         with torch.device("meta"):
             task = build_empty_task(config, packed)
+            # transformers does not tie a head of which the files hold other weights.
+            if not tied:
+                untie(task.model)
+                make_all_trainable(task.model)
     return task
 
 

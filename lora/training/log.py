@@ -38,6 +38,7 @@ class Log:
         config: Config,
         earlier: dict | None = None,
         may_exist: bool = False,
+        max_steps: int = 0,
     ) -> None:
         """Make the folder of a run, and open its files.
 
@@ -47,12 +48,11 @@ class Log:
         self.run_dir = Path(run_dir)
         self.started = time.perf_counter()
         earlier = earlier or {}
-        start = earlier.get("step", 0)
         # Older checkpoints have none.
         self.earlier = earlier.get("totals", {"seconds": 0.0, "tokens": 0, "peak_memory": None})
         self.run_tokens = self.earlier["tokens"]
         self.bar = tqdm(disable=True)  # until the first step
-        self.first_step, self.total = start, 0
+        self.first_step, self.total = earlier.get("step", 0), max_steps
         self.began: float | None = None  # at the first step, by time.perf_counter()
         self.num_tokens, self.seconds = 0, 0.0  # since the last training metrics
         self.losses = deque(maxlen=SPIKE_WINDOW)
@@ -61,19 +61,26 @@ class Log:
             self.metrics_file = self.text_file = open(os.devnull, "w", encoding="utf-8")
             return
         self.lock = lock_folder(self.run_dir, may_exist)
+        try:
+            self.open_files(config)
+        except BaseException:
+            self.lock.release()  # a traceback that is kept, as in a notebook, keeps this log
+            raise
+
+    def open_files(self, config: Config) -> None:
         folder = self.run_dir / "logs"
         config.save(folder / "config.json")
         config.save(folder / "config.toml")
         metrics_path = folder / "train_metrics.jsonl"
         text_path = folder / time.strftime("train_%Y%m%d-%H%M%S.log")
-        cut_metrics_after(start, metrics_path)
+        cut_metrics_after(self.first_step, metrics_path)
         self.metrics_file = open(metrics_path, "a", buffering=1, encoding="utf-8")
         self.text_file = open(text_path, "a", buffering=1, encoding="utf-8")
         if config.output.report_to:
             from lora.training.trackers import Tracker
 
             for name in config.output.report_to:
-                self.trackers.append(Tracker(name, self.run_dir, config, start, self.say))
+                self.trackers.append(Tracker(name, self.run_dir, config, self.first_step, self.say))
 
     def say(self, line: str) -> None:
         """Print a line, and write it to the text log with the time."""
@@ -88,10 +95,6 @@ class Log:
 
     def write(self, line: str) -> None:
         self.text_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-
-    def start(self, step: int, total: int) -> None:
-        """Set the first and the last step, which later lines refer to."""
-        self.first_step, self.total = step, total
 
     def begin_step(self) -> float:
         """Show the progress bar, before the first step, and return time.perf_counter()."""

@@ -1,25 +1,31 @@
 """What happens around a task's loading, before its first step: what a run prints and records."""
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 import os
+from typing import Any
 
 import torch
 
-from lora.common.base_model_files import describe_base
+from lora.common.base_model_files import describe_base, locate_base
+from lora.common.checksums import file_sha256
+from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.config.command_line import Command
 from lora.config.schema import LoraConfig
 from lora.data.assistant_mask import answers_follow_prompt
 from lora.data.counts import describe_data
-from lora.data.raw_data import RawData
+from lora.data.raw_data import RawData, digest
 from lora.distributed import process_group
-from lora.distributed.collectives import broadcast_from_rank_zero
+from lora.distributed.collectives import broadcast_from_rank_zero, gather_objects
 from lora.distributed.process_group import world_size
 from lora.layer import LoRALayer, lora_layers
 from lora.model.attention import why_without_flash
 from lora.model.device import choose_device, choose_dtype, set_determinism
 from lora.model.run import Run
 from lora.model.task import Task
+from lora.model.tokenizer_file import base_file
 from lora.model.weights import weight_files
 from lora.quantization import count_parameters, share_4bit
 from lora.target_modules import decoder_layers, stacked_weights
@@ -27,7 +33,7 @@ from lora.training import base_integrity
 from lora.training.base_integrity import BaseSums, only_adapters_train
 from lora.training.best_checkpoints import recover
 from lora.training.log import Log
-from lora.training.schedule import stops_early, total_steps, warmup_steps
+from lora.training.schedule import total_steps, warmup_steps
 
 MANY_EPOCHS = 20
 
@@ -60,22 +66,50 @@ def start_loading(
     return device, dtype, ThreadPoolExecutor(1).submit(base_integrity.file_sums, model)
 
 
+def input_facts(run: Run, raw_data: RawData, data_facts: dict) -> dict[str, Any]:
+    """Return hashes of what this process reads beside weights: data, their tokens, config.json.
+
+    Raises UserError, on every process, where one reads other data or another base than the first.
+    """
+    model = run.config.model
+    config_file = base_file(locate_base(model.base_model)[0], "config.json")
+    assert config_file is not None, "the base has been loaded"
+    facts: dict[str, Any] = dict(raw_data.files)
+    facts["base_config"] = {"config.json": file_sha256(config_file)}
+    for part in ("train", "eval"):
+        arrays = [sha256 for name, sha256 in data_facts["sha256"].items() if name.startswith(part)]
+        facts[f"{part}_tokens"] = digest(arrays)[:16]
+
+    compared = dict(facts)
+    if run.config.lora:  # of a base that is sharded, the first process alone needs the weights
+        compared["base_model"] = {path.name: path.stat().st_size for path in weight_files(model)}
+    first, *others = gather_objects(compared)
+    for i, other in enumerate(others, 1):
+        different = [name for name in first if other[name] != first[name]]
+        if different:
+            mend = "copy the same files to every machine"
+            raise UserError(f"process {i} has other {', '.join(different)} than process 0; {mend}.")
+    return facts
+
+
+@contextmanager
 def begin(
     run: Run,
     command: Command,
-    raw_data: RawData,
+    inputs: dict[str, Any],
     state: dict | None,
     hashing: Future[dict[str, str]] | None,
-) -> tuple[Log, BaseSums | None, dict]:
+) -> Iterator[tuple[Log, BaseSums | None, dict]]:
     """Make the folder of a run, and log what it continues or differs from.
 
     Args:
+        inputs: what `input_facts` returned.
         state: of the checkpoint that is resumed.
         hashing: what `start_loading` returned.
 
-    Returns:
-        The log; the hashes of the base (None but on rank 0); and the facts that go into the
-        checkpoints, which must be the same in a run that resumes one (UserError).
+    Yields:
+        The log, closed at the end; the hashes of the base (None but on rank 0); and the facts that
+        go into the checkpoints, which must be the same in a run that resumes one (UserError).
     """
     config = run.config
     base, base_files = None, None
@@ -83,7 +117,7 @@ def begin(
         files = hashing.result() if hashing else None
         base = base_integrity.measure_base(run.task, config, files)
         base_files = base.files
-        command.require_same({"base_model": base_files, "dtype": str(run.dtype)})
+        command.require_same({"base_model": base_files, **inputs, "dtype": str(run.dtype)})
     # The number of threads decides the order of sums, and so the last bits of a resumed run.
     # torchrun sets OMP_NUM_THREADS itself; in one process it is what the user asked for.
     is_chosen = "OMP_NUM_THREADS" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
@@ -93,26 +127,24 @@ def begin(
     run_facts = {"base_model": base_files, "dtype": str(run.dtype), "place": place}
     # The name of a run that was given none holds the second at which its process read the clock.
     run_dir = broadcast_from_rank_zero(str, command.run_dir)
-    log = Log(run_dir, config, state, command.continues)
-    command.status.run_dir = log.run_dir
-    if base is not None:
-        command.status.write(None)
-        base_integrity.record_base(log.run_dir, config, base)
-        lines = recover(log.run_dir, state["step"] if state else 0)
-        model = config.model
-        if model.init_from:
-            from lora.training.other_base import warn_other_base
+    max_steps = total_steps(config.training, run.data.steps_per_epoch)
+    with closing(Log(run_dir, config, state, command.continues, max_steps)) as log:
+        command.status.run_dir = log.run_dir
+        if base is not None:
+            command.status.write(None)
+            base_integrity.record_base(log.run_dir, config, base)
+            lines = recover(log.run_dir, state["step"] if state else 0)
+            model = config.model
+            if model.init_from:
+                from lora.training.other_base import warn_other_base
 
-            lines.append(warn_other_base(model.init_from, model.base_model, base_files))
-        if state:
-            lines.append(describe_moved(state["facts"]["place"], place))
-            if state["val"] and stops_early(config.training, state["without_best"]):
-                stopped = f"this run stopped early at step {state['step']}"
-                lines.append(f"{stopped}; raise --early_stopping_patience to go on")
-        for line in lines:
-            if line:
-                log.say(line)
-    return log, base, {**raw_data.files, **run_facts}
+                lines.append(warn_other_base(model.init_from, model.base_model, base_files))
+            if state:
+                lines.append(describe_moved(state["facts"]["place"], place))
+            for line in lines:
+                if line:
+                    log.say(line)
+        yield log, base, {**inputs, **run_facts}
 
 
 def choose_checkpointing(run: Run, state: dict | None) -> bool:
@@ -253,19 +285,26 @@ def describe_lora(task: Task, lora: LoraConfig) -> str:
 
 def describe_place(device: torch.device) -> dict[str, str | int]:
     """Return what decides the bits of sums: device, processes, threads, torch and instructions."""
-    return {
+    place = {
         "device": device.type,
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
+    if device.type == "cuda":
+        place["gpu"] = torch.cuda.get_device_name(device)
+    return place
 
 
 def describe_moved(before: dict, now: dict) -> str:
     """Say that a run resumes in another place than the checkpoint's; "" where it is the same."""
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before[name]]
-    if not changed:
+    # A checkpoint of the CPU has no "gpu", nor have older ones.
+    differing = [name for name in now if now[name] != before.get(name, now[name])]
+    if not differing:
         return ""
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in differing]
     what = "steps have the same examples and targets, but results differ by rounding"
+    if "processes" in differing:
+        what += ", and with dropout by its random numbers"
     return f"resumed with {', '.join(changed)}: {what}"

@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 import torch
 
 from lora.common import exit_status
@@ -291,6 +291,18 @@ def test_the_artifact_of_sharded_weights_has_the_chat_template_of_its_training(
     )
 
 
+def test_a_head_that_the_files_untie_is_sharded_as_one_of_its_own(configure, tiny_base, tmp_path):
+    """transformers ties a head by config.json, unless the files hold another one."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 0.5
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    settings = dict(base_model=str(base), task="lm", max_steps=2, eval_steps=1)
+    one = run(configure(False, "one", **settings | dict(gradient_accumulation_steps=4)))
+    run_of(2, configure(False, "two", **settings), tmp_path)
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(one), rtol=1e-4, atol=0)
+
+
 def test_the_others_wait_for_a_first_process_that_writes_for_long(configure, tmp_path):
     """Longer than the ten minutes, here two seconds, after which a collective gives up."""
 
@@ -366,6 +378,41 @@ def test_what_is_wrong_is_said_once(configure, tmp_path):
     process = torchrun("train_lora.py", config, 2, tmp_path)
     out, _ = process.communicate(timeout=180)
     assert process.returncode != 0 and out.count("error: base_model") == 1
+
+
+@pytest.mark.parametrize(
+    "path, lora, found",
+    [
+        ("data.jsonl", True, "train_data, train_tokens"),
+        ("base/config.json", False, "base_config"),
+        ("base/more.safetensors", True, "base_model"),
+    ],
+)
+def test_processes_that_read_other_files_end_before_the_run_has_a_folder(
+    configure, tiny_base, tmp_path, path, lora, found
+):
+    """As on machines that have copies of their own."""
+    for i in range(2):
+        shutil.copytree(tiny_base, tmp_path / f"machine_{i}" / "base")
+        data = tmp_path / f"machine_{i}" / "data.jsonl"
+        data.write_text(9 * '{"text": "one and two and three"}\n')
+    different = tmp_path / "machine_1" / path
+    if path.endswith("safetensors"):
+        shutil.copy(tiny_base / "model.safetensors", different)
+    else:
+        text = different.read_text().replace("1e-06", "1e-05").replace("three", "four", 1)
+        different.write_text(text)
+    settings = dict(base_model="base", task="lm", train_data=["data.jsonl"], max_steps=1)
+    out = run_of(
+        2,
+        configure(lora, **settings),
+        tmp_path,
+        prepare=lambda rank: os.chdir(tmp_path / f"machine_{rank}"),
+        status=2,
+    )
+    mend = "copy the same files to every machine"
+    assert f"error: process 1 has other {found} than process 0; {mend}." in out
+    assert "Traceback" not in out and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key, value", [("dtype", "float16"), ("optimizer", "adamw_8bit")])

@@ -113,6 +113,21 @@ def test_the_largest_micro_batch_of_the_run_is_tried_before_the_first_step(confi
     assert tried == [None, 0, 1, 2, 3, 4, 5] and sizes[0] == max(sizes)
 
 
+def test_halved_micro_batches_are_those_of_a_resumed_run_and_none_is_larger_than_what_fits(
+    configure,
+):
+    config = configure(True, train_data=["arithmetic:train:400"], gradient_accumulation_steps=3)
+    data = planned_run(config, False).data
+    for _ in range(3):
+        data.halve_micro_batches(data.longest_rows)
+        resumed = TrainingData(data.rows, data.held_out, config, True, 0, 1, data.layout)
+        fits = data.largest_group(data.longest_rows)
+        for step in range(40):
+            rows = data.rows_at(step)
+            assert data.local_groups(rows) == resumed.local_groups(rows)
+            assert data.largest_group(rows) <= fits
+
+
 def test_a_single_example_that_does_not_fit_ends_the_run_in_one_line(configure, monkeypatch):
     short_of_memory(monkeypatch, 30)
     with pytest.raises(

@@ -18,17 +18,21 @@ from lora.common.atomic_files import remove_leftovers
 from lora.common.checksums import find_damage, write_checksums
 from lora.common.errors import UserError
 from lora.common.exit_status import RunStatus
+from lora.common.paths import ROOT
 from lora.config.command_line import Command, read_command_line
 from lora.config.run_folder import newest_checkpoint
 from lora.config.schema import Config, get_lora_config
 from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
+from lora.export.final_artifact import best_undamaged, loss_before_training
 from lora.model.load import load_task
 from lora.training import best_checkpoints
 from lora.training.log import Log, cut_metrics_after
 from lora.training.remove_optimizer import remove_optimizer
 from tests.conftest import run
 import train_lora
+
+CHATS = ROOT / "assets" / "samples" / "chat.jsonl"
 
 
 def files(folder):
@@ -174,7 +178,58 @@ def test_a_float32_run_is_resumed_in_float16(configure, monkeypatch):
     config.training.dtype = "float16"
     checkpoint = str(folder / "checkpoints" / "checkpoint_step_4")
     command = Command(config, folder, checkpoint, allowed=("dtype",))
+    with pytest.raises(UserError, match="^dtype changed: validation losses .* --experiment_name"):
+        train_lora.main(command, RawData(config))
+    command.run_dir = folder.with_name("float16")
     assert train_lora.main(command, RawData(config))["last"]["step"] == 12
+
+
+@pytest.mark.parametrize(
+    "name, old, new, found",
+    [
+        (
+            "config.json",
+            "1e-06",
+            "1e-03",
+            r"base_config \(config.json \w{8} -> config.json \w{8}\)",
+        ),
+        (
+            "chat_template.jinja",
+            "{%",
+            "Be brief.{%",
+            r"train_tokens \(\w+ -> \w+\), eval_tokens \(.*\): of another tokenizer",
+        ),
+    ],
+)
+def test_a_base_that_is_read_otherwise_is_refused(
+    configure, tiny_base, tmp_path, name, old, new, found
+):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    settings = dict(base_model=str(base), task="lm", max_steps=1)
+    settings |= dict(train_data=[str(CHATS)], eval_data=[str(CHATS)], max_length=256)
+    folder = run(configure(True, **settings))
+    last = folder / "checkpoints" / "checkpoint_step_1"
+    text = (base / name).read_text(encoding="utf-8")
+    (base / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+    assert (base / name).read_text(encoding="utf-8") != text
+
+    config = configure(True, **settings | dict(max_steps=2))
+    refused = f"not what it was made with: {found}.*; --allow_change base_model allows it"
+    with pytest.raises(UserError, match=refused):
+        run(config, last)
+    command = Command(config, folder, str(last), allowed=("base_model",))
+    with pytest.raises(UserError, match="changed: validation losses .* a new --experiment_name"):
+        train_lora.main(command, RawData(config))
+    command.run_dir = tmp_path / "other"
+    assert train_lora.main(command, RawData(config))["last"]["step"] == 2
+
+    # The checkpoints of older versions do not record it.
+    state = best_checkpoints.trainer_state(last)
+    for fact in ("base_config", "train_tokens", "eval_tokens"):
+        del state["facts"][fact]
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    write_checksums(last)
+    assert (run(config, last) / "checkpoints" / "checkpoint_step_2").is_dir()
 
 
 def test_the_three_best_and_the_last_stay_and_survive_a_resume(configure):
@@ -303,6 +358,22 @@ def test_the_artifact_and_the_results_are_those_of_the_best_step(configure):
         assert (artifact / of_best.name).read_bytes() == of_best.read_bytes()
 
 
+def test_a_best_checkpoint_that_is_damaged_is_passed_over_with_a_warning(
+    configure, tmp_path, capsys
+):
+    config = configure(True)
+    states = best_checkpoints.saved_states(run(config) / "checkpoints")
+    best, second, *_ = best_checkpoints.best_first(states)
+    (best["path"] / "notes.txt").write_text("the best so far")
+    log = Log(tmp_path / "log", config)
+    assert best_undamaged(states, log) == second
+    log.close()
+    warning = f"warning: {best['path']}: damaged ('notes.txt': extra); the next best is taken"
+    assert warning in capsys.readouterr().out
+    # This log has no metrics, as of a run that ends where it is resumed.
+    assert loss_before_training(tmp_path / "log") == math.inf
+
+
 def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume(
     configure, monkeypatch, capsys
 ):
@@ -330,8 +401,14 @@ def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume
     # It has ended, with or without its artifact, and goes on with more patience.
     shutil.rmtree(folder / "final_artifact")
     last = checkpoints / f"checkpoint_step_{stop}"
+    capsys.readouterr()
     assert evaluations(run(config, last)) == whole
     assert (folder / "final_artifact").is_dir()
+    had_stopped = f"this run stopped early at step {stop}; raise --early_stopping_patience"
+    assert had_stopped in capsys.readouterr().out
+    # In a new folder, where no loss is to be beaten, it goes on.
+    assert len(evaluations(run(configure(True, "other", **settings), last))) >= 1
+    assert had_stopped not in capsys.readouterr().out
     capsys.readouterr()
     run(config, last, auto=True)
     assert f"complete since step {stop}; nothing to do" in capsys.readouterr().out
@@ -368,14 +445,15 @@ def test_what_bounds_a_complete_run_is_named(configure):
             run(longer, last)
 
 
-def test_losses_over_other_examples_do_not_choose_the_best(configure):
+@pytest.mark.parametrize("key, value", [("max_eval_batches", "1"), ("load_in_4bit", "true")])
+def test_losses_over_other_examples_or_another_base_do_not_choose_the_best(configure, key, value):
     last = run(configure(True, max_steps=4)) / "checkpoints" / "checkpoint_step_4"
-    flags = [f"--resume_from={last}", "--max_steps=8", "--max_eval_batches=1"]
-    with pytest.raises(UserError, match="max_eval_batches"):
+    flags = [f"--resume_from={last}", "--max_steps=8", f"--{key}={value}"]
+    with pytest.raises(UserError, match=key):
         read_command_line(flags, get_lora_config(), "", "")
-    with pytest.raises(UserError, match="max_eval_batches changed: validation losses .* a new"):
-        read_command_line([*flags, "--allow_change=max_eval_batches"], get_lora_config(), "", "")
-    other = [*flags, "--allow_change=max_eval_batches", "--experiment_name=other"]
+    with pytest.raises(UserError, match=f"{key} changed: validation losses .* a new"):
+        read_command_line([*flags, f"--allow_change={key}"], get_lora_config(), "", "")
+    other = [*flags, f"--allow_change={key}", "--experiment_name=other"]
     assert not read_command_line(other, get_lora_config(), "", "").continues
 
 
@@ -458,6 +536,17 @@ def test_resuming_with_another_configuration_is_refused_and_a_longer_run_is_not(
         )
 
 
+def test_a_run_whose_checkpoints_lie_on_another_disk_goes_on_in_its_own_folder(configure, tmp_path):
+    folder = run(configure(True, max_steps=1))
+    disk = (folder / "checkpoints").rename(tmp_path / "checkpoints")
+    (folder / "checkpoints").symlink_to(disk)
+    (tmp_path / "last").symlink_to(folder / "checkpoints" / "checkpoint_step_1")
+    for checkpoint in (folder / "checkpoints" / "checkpoint_step_1", tmp_path / "last"):
+        flags = [f"--resume_from={checkpoint}", "--max_steps=2"]
+        command = read_command_line(flags, get_lora_config(), "", "")
+        assert command.run_dir == folder and command.continues
+
+
 @pytest.mark.parametrize(
     "damage", ["<html>\n", "[1]\n", '{"loss": 1}\n', '{"step": "x"}\n', b"\xff"]
 )
@@ -503,5 +592,21 @@ def test_a_run_in_an_odd_folder_writes_through_no_link(configure, tmp_path):
     metrics_file = folder / "logs" / "train_metrics.jsonl"
     metrics_file.unlink()
     metrics_file.symlink_to(tmp_path / "private")
-    with pytest.raises(UserError, match="train_metrics.jsonl: a link that leads out"):
+    with pytest.raises(UserError, match="train_metrics.jsonl: a link that leads out") as kept:
         Log(folder, config, may_exist=True)
+    metrics_file.unlink()
+    Log(folder, config, may_exist=True).close()  # the traceback does not keep the folder locked
+    assert kept.value
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_its_folder_unlocked(configure):
+    """In a notebook, whose last traceback is kept."""
+    folder = run(configure(True, max_steps=1))
+    last = folder / "checkpoints" / "checkpoint_step_1"
+    (folder / "baseline_checksums.json").unlink()
+    (folder / "baseline_checksums.json").mkdir()
+    with pytest.raises(IsADirectoryError) as kept:
+        run(configure(True, max_steps=2), last)
+    (folder / "baseline_checksums.json").rmdir()
+    run(configure(True, max_steps=2), last)
+    assert kept.value

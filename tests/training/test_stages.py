@@ -232,6 +232,24 @@ def test_the_adapter_in_a_checkpoint_of_ours_is_not_taken_without_the_head_besid
         require_stage(config)
 
 
+def test_tokens_do_not_name_a_head_for_a_stage_that_brings_its_own(configure):
+    checkpoint = run(configure(True, max_steps=4)) / "checkpoints/checkpoint_step_4"
+    config = configure(True, "two", init_from=str(checkpoint), head_tokens=["+", "-"])
+    with pytest.raises(UserError, match="it brings its score head; leave --head_tokens out"):
+        require_stage(config)
+
+
+def test_a_stage_on_a_base_that_is_quantised_otherwise_says_so(configure, capsys):
+    one = run(configure(True, "one", **LM)) / "final_artifact"
+    capsys.readouterr()
+    settings = LM | dict(init_from=str(one), bnb_4bit_quant_type="fp4")  # not read
+    require_stage(configure(True, "two", **settings))
+    assert not capsys.readouterr().out
+    require_stage(configure(True, "two", load_in_4bit=True, **settings))
+    said = f"note: init_from {one}: it was trained with --load_in_4bit false; on a base"
+    assert capsys.readouterr().out.startswith(said)
+
+
 def test_a_stage_is_verified_before_a_check_or_a_dry_run(configure):
     artifact = run(configure(True, **LM)) / "final_artifact"
     path = artifact / "adapter_model.safetensors"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora.common.errors import UserError
+from lora.training.startup import describe_moved
 from tests.conftest import run
 from tests.model.test_families import GROUPED, base
 
@@ -57,6 +58,18 @@ def test_threads_that_the_user_chose_win_over_those_of_the_checkpoint(
         torch.set_num_threads(1)
     moved = "resumed with threads 1 -> 2: " in capsys.readouterr().out
     assert moved == (not under_torchrun)
+
+
+def test_a_run_that_resumes_elsewhere_says_what_is_different():
+    before = {"device": "cuda", "processes": 1, "threads": 8, "torch": "2.9.0", "cpu": "AVX2"}
+    rounding = "steps have the same examples and targets, but results differ by rounding"
+    first, second = {**before, "gpu": "NVIDIA A100"}, {**before, "gpu": "NVIDIA H100"}
+    assert describe_moved(first, first) == ""
+    assert describe_moved(before, second) == ""  # an older checkpoint does not name its GPU
+    moved = f"resumed with gpu NVIDIA A100 -> NVIDIA H100: {rounding}"
+    assert describe_moved(first, second) == moved
+    moved = f"resumed with processes 1 -> 2: {rounding}, and with dropout by its random numbers"
+    assert describe_moved(before, {**before, "processes": 2}) == moved
 
 
 def test_experts_that_lora_does_not_reach_are_named(configure, tmp_path, capsys):
