@@ -113,7 +113,7 @@ from lora.export.merging import AdapterSource, difference, four_bits_of, load_ba
 from lora.export.portable_adapter import write_portable
 from lora.layer import merge
 from lora.model.tokenizer_file import save_tokenizer
-from lora.model.weights import add_tokens, load_shape, load_tokenizer
+from lora.model.weights import add_tokens, cast_weights, load_shape, load_tokenizer
 from lora.quantization import FourBitSettings
 
 
@@ -179,7 +179,7 @@ def main(arguments: Namespace) -> None:
 
     # 3. Round, write, and compare what was written.
     with atomic_folder(Path(arguments.output)) as temporary:
-        model.to(dtype)
+        cast_weights(model, dtype)
         save_tokenizer(tokenizer, temporary)
         if source.is_scorer:
             merging.save_scorer(model, tokenizer, source.folder, temporary)

@@ -22,6 +22,7 @@ from lora.model.attention import Documents
 from lora.model.heads import LMHead, MLPHead
 from lora.model.pretrained_heads import load_two_class_head
 from lora.model.tokenizer_file import save_tokenizer
+from lora.model.weights import cast_weights
 from lora.target_modules import first_position, is_causal, is_tied, make_all_trainable
 
 
@@ -113,7 +114,8 @@ class Task(nn.Module):
         if lora_layers(self.model):
             save_adapter(self.model, folder)
         elif not self.frozen:
-            self.model.to(self.base_dtype).save_pretrained(folder)
+            cast_weights(self.model, self.base_dtype)
+            self.model.save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
         self.save_head(folder, self.head.state_dict())
 

@@ -207,6 +207,15 @@ def load_weights(
     return model
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast a model in place, but for what transformers keeps in fp32, as routers of experts."""
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stays_fp32 = any(re.search(pattern, name) for pattern in patterns)
+        if tensor.is_floating_point() and not stays_fp32:
+            tensor.data = tensor.data.to(dtype)
+
+
 def read_generation_config(model: PreTrainedModel, source: str) -> None:
     """Read generation_config.json where a base has it; else it is made of config.json already."""
     quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")

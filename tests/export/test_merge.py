@@ -11,7 +11,13 @@ import peft
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+)
 
 import eval as evaluation
 from lora.common.checksums import CHECKSUMS_FILE, file_sha256, write_checksums
@@ -22,7 +28,8 @@ import merge as merging
 from tests.conftest import run, tiny_llama
 from tests.lora.test_adapter_kinds import KINDS
 from tests.lora.test_layer import TOKENS
-from tests.model.test_families import PACKED, PADDED, base
+from tests.model.test_families import GROUPED, PACKED, PADDED, base
+from tests.model.test_model import save
 
 
 def call(*flags):
@@ -251,6 +258,29 @@ def test_families_without_sdpa_are_merged(configure, tmp_path, family):
     run_dir = run(configure(True, task="lm", base_model=str(model), max_steps=2, **settings))
     call("--adapter", run_dir / "final_artifact", "--output", tmp_path / "merged")
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_the_router_of_experts_stays_in_float32_as_transformers_writes_it(configure, tmp_path):
+    shape = GROUPED | dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2)
+    shape |= dict(first_k_dense_replace=1, head_dim=8, eos_token_id=2)
+    folder = save(tmp_path / "base", Glm4MoeForCausalLM(Glm4MoeConfig(**shape)).bfloat16())
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    reference.save_pretrained(tmp_path / "reference")
+    expected = dtypes_in(tmp_path / "reference")
+    kept = {name for name, dtype in expected.items() if dtype == torch.float32}
+    router = "model.layers.1.mlp.gate"
+    assert kept == {f"{router}.weight", f"{router}.e_score_correction_bias"}
+
+    settings = dict(base_model=str(folder), task="lm", max_steps=1, learning_rate=1.0)
+    adapter = run(configure(True, "lora", **settings)) / "final_artifact"
+    call("--adapter", adapter, "--output", tmp_path / "merged")
+    assert dtypes_in(tmp_path / "merged") == expected
+    trained = run(configure(False, "full", **settings | {"learning_rate": 1e-3}))
+    assert dtypes_in(trained / "final_artifact") == expected
+
+
+def dtypes_in(folder):
+    return {name: t.dtype for name, t in load_file(folder / "model.safetensors").items()}
 
 
 def test_a_sum_that_is_expected_is_that_of_every_file(configure, tmp_path):
