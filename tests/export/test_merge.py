@@ -24,6 +24,7 @@ from lora.common.checksums import CHECKSUMS_FILE, file_sha256, write_checksums
 from lora.common.errors import UserError
 from lora.evaluation.generate import step_scores
 from lora.export.merging import require_same_outputs
+from lora.model.weights import load_weights
 import merge as merging
 from tests.conftest import run, tiny_llama
 from tests.lora.test_adapter_kinds import KINDS
@@ -238,17 +239,36 @@ def test_the_chat_template_of_a_run_is_merged_from_its_checkpoint_and_from_besid
     assert AutoTokenizer.from_pretrained(tmp_path / "two").chat_template == template
 
 
-def test_sampling_values_without_do_sample_do_not_keep_a_model_from_being_saved(
-    configure, tmp_path
+@pytest.mark.parametrize(
+    "settings, written",
+    [
+        # Some published chat models have such a generation_config.json.
+        ({"temperature": 0.9, "top_p": 0.6}, {"temperature": 0.9, "top_p": 0.6, "do_sample": True}),
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False}),
+        ({"temperature": 0.0}, {}),
+        ({"length_penalty": 0.8, "output_scores": True, "pad_token_id": -1}, {}),
+        ({"length_penalty": 0.8, "top_k": 5}, {"top_k": 5, "do_sample": True}),
+    ],
+    ids=str,
+)
+def test_generation_settings_that_are_not_used_do_not_keep_a_model_from_being_saved(
+    tiny_base, tmp_path, settings, written
 ):
-    """Some published chat models have such a generation_config.json."""
-    base = tmp_path / "base"
-    shutil.copytree(configure(True).model.base_model, base)
-    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}
+    base = shutil.copytree(tiny_base, tmp_path / "base")
     (base / "generation_config.json").write_text(json.dumps(settings))
-    folder = run(configure(False, task="lm", base_model=str(base), max_steps=1))
-    written = json.loads((folder / "final_artifact" / "generation_config.json").read_text())
-    assert written["do_sample"] and written["temperature"] == 0.9
+    model = load_weights(AutoModelForCausalLM, str(base), torch.float32, None)
+    model.generation_config.eos_token_id = 0  # transformers saves unchanged settings as they are
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    del saved["transformers_version"]
+    assert saved == written | {"eos_token_id": 0}
+
+
+def test_generation_settings_that_no_model_could_use_are_one_line(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"max_new_tokens": 0}')
+    with pytest.raises(UserError, match="base: `max_new_tokens` must be greater than 0"):
+        load_weights(AutoModelForCausalLM, str(base), torch.float32, None)
 
 
 @pytest.mark.parametrize("family", ["GptOss", "Bloom"])
