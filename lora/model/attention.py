@@ -93,6 +93,9 @@ def packed_attention(
     causal = module.is_causal if is_causal is None else is_causal
     if sliding_window and not causal:
         raise ValueError("packed attention knows sliding windows of causal models only")
+    # Models are tried before they are compiled, and the number of a layer would compile each anew.
+    if not sliding_window and not torch.compiler.is_compiling() and has_window(module):
+        raise ValueError(f"the window of {type(module).__name__} is in its mask only")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = Settings(scaling, causal, sliding_window, dropout, softcap, s_aux)
     documents = documents or Documents([query.shape[2]], query.device)
@@ -107,6 +110,15 @@ def packed_attention(
     if is_plain and documents.has_flash and flash_takes(query, value):
         return flash(query, key, value, documents, settings)[None], None
     return grouped_attention(query, key, value, documents, settings)[None], None
+
+
+def has_window(module: nn.Module) -> bool:
+    """Return whether an attention module's config.json gives its layer a window, or chunks."""
+    config = getattr(module, "config", None)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    layer_types = getattr(config, "layer_types", None)
+    is_full = layer_types is not None and layer_types[module.layer_idx] == "full_attention"
+    return any(windows) and not is_full
 
 
 def has_flash(device: torch.device | None) -> bool:
