@@ -71,7 +71,7 @@ class LoRALinear(LoRALayer):
         if is_4bit(base_layer):
             # See FourBitQuantizer, which loads a base. This layer may be of a model of the user's.
             base_layer.support_avx512bf16_for_cpu = False
-        elif not base_layer.weight.is_floating_point():
+        elif not base_layer.weight.is_floating_point() or base_layer.weight.itemsize == 1:  # fp8
             kind = type(base_layer).__name__
             expected = "dense layers, or those of bitsandbytes' 4 bits"
             raise UserError(f"target_modules: a {kind}; expected {expected}.")
