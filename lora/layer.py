@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lora.common.errors import UserError
+from lora.common.errors import UserError, raise_if_any
 from lora.quantization import dense, dense_weight, is_4bit
 from lora.target_modules import (
     causal_lm_prefix,
+    classification_head,
     embedding_modules,
     find_modules_to_save,
     find_target_modules,
@@ -192,6 +193,9 @@ def inject(
         rank_pattern, alpha_pattern: regular expression for the end of a name -> r or alpha of it.
     """
     fully_trained = find_modules_to_save(model, modules_to_save)
+    unsaved = [name for name in classification_head(model) if name not in fully_trained]
+    why = "may be random, another in every session, and is saved if it is named; add"
+    raise_if_any(unsaved, f"modules_to_save: the head of {type(model).__name__} {why}")
     matched = find_target_modules(model, target_modules)
     targets = [name for name in matched if name not in fully_trained]
     if not targets:

@@ -163,6 +163,18 @@ def find_modules_to_save(model: nn.Module, endings: Iterable[str]) -> list[str]:
     return names
 
 
+def classification_head(model: nn.Module) -> list[str]:
+    """Return the layers above the backbone of transformers' classifiers; [] of another model."""
+    if not type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        return []
+    backbone = f"{model.base_model_prefix}."
+    names = []
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)) and not name.startswith(backbone):
+            names.append(name)
+    return names
+
+
 def matches_pattern(pattern: str, name: str) -> bool:
     """Return whether a key of PEFT's rank_pattern or alpha_pattern matches the end of a name."""
     try:
