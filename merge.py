@@ -154,6 +154,7 @@ def main(arguments: Namespace) -> None:
     base_outputs = outputs(model, tokens)
     if source.adapter:
         load_adapter(model, source.adapter)
+    merging.require_rows(source, model, tokenizer)
     gguf_type = arguments.gguf_type or "f16"
     if arguments.gguf:
         from lora.export.gguf import make_writer, write_gguf  # an extra

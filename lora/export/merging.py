@@ -116,6 +116,17 @@ def four_bits_of(arguments: Namespace, config: Config | None) -> FourBitSettings
     return four_bits(config.lora, torch.device("cpu"))
 
 
+def require_rows(
+    source: AdapterSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise UserError where a tokenizer beside the adapter has tokens without an embedding."""
+    rows = model.config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        found = f"its tokenizer has {len(tokenizer)} tokens, the model embeddings of {rows}"
+        mend = "save the adapter with its embeddings, or remove its tokenizer.json"
+        raise UserError(f"--adapter {source.folder}: {found}; {mend}.")
+
+
 def outputs(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Return logits [b, t, vocabulary], or a backbone's hidden states [b, t, width]; fp32."""
     with torch.no_grad():

@@ -299,6 +299,15 @@ def test_the_router_of_experts_stays_in_float32_as_transformers_writes_it(config
     assert dtypes_in(trained / "final_artifact") == expected
 
 
+def test_a_token_without_an_embedding_is_refused(patterned, tmp_path, tiny_base):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.add_tokens([f"<{i}>" for i in range(2048)])
+    tokenizer.save_pretrained(patterned[0])
+    found = f"its tokenizer has {len(tokenizer)} tokens, the model embeddings of 2048"
+    with pytest.raises(UserError, match=f"theirs: {found}; save"):
+        call("--adapter", patterned[0], "--base_model", tiny_base, "--output", tmp_path / "merged")
+
+
 def dtypes_in(folder):
     return {name: t.dtype for name, t in load_file(folder / "model.safetensors").items()}
 
