@@ -140,11 +140,14 @@ def why_without_flash(model: PreTrainedModel, device: torch.device, dtype: torch
     shape = model.config.get_text_config()
     heads = shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    width = getattr(shape, "qk_head_dim", width)  # of MLA, whose values have a width of their own
     query = torch.empty(0, width, dtype=dtype)
+    value = torch.empty(0, getattr(shape, "v_head_dim", width), dtype=dtype)
     if not has_flash(device):
         return FLASH_NEEDS
-    if not flash_takes(query, query):
-        return f"heads of width {width} in {dtype}; it takes multiples of 8 up to 256 in 16 bits"
+    if not flash_takes(query, value):
+        found = f"heads of width {width} (values {value.shape[-1]}) in {dtype}"
+        return f"{found}; it takes equal multiples of 8 up to 256 in 16 bits"
     dropouts = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
     is_trained = any(parameter.requires_grad for parameter in model.parameters())
     if is_trained and any(getattr(shape, name, None) for name in dropouts):
