@@ -108,6 +108,19 @@ def test_peft_equals_ours_equals_merged(kind, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
+        {"target_modules": ATTENTION, "layers_to_transform": 0},
+        {"target_modules": ["q_proj", "gate_proj"], "modules_to_save": ["mlp"]},
+    ],
+    ids=str,
+)
+def test_targets_that_peft_leaves_out_need_no_factors(settings, tmp_path):
+    for what, difference in differences(settings, {}, tmp_path).items():
+        assert difference < 1e-5, what  # as above
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
         {"rslora": True},
         {"dora": True},
         {"rank_pattern": {"q_proj": 2, r"layers\.1\..*": 3}, "alpha_pattern": {"up_proj": 7}},
