@@ -129,6 +129,7 @@ def main(arguments: Namespace) -> None:
     source = merging.find_adapter(arguments.adapter, arguments.base_model)
     refuse_other_kinds(arguments, source)
     shape, dtype, tokenizer = load_shape(source.base_model)
+    num_base_tokens = len(tokenizer)
     if arguments.dtype:
         dtype = getattr(torch, arguments.dtype)
     # A scorer's model is the bare backbone.
@@ -154,7 +155,7 @@ def main(arguments: Namespace) -> None:
     base_outputs = outputs(model, tokens)
     if source.adapter:
         load_adapter(model, source.adapter)
-    merging.require_rows(source, model, tokenizer)
+    merging.require_embeddings(source, model, len(tokenizer), num_base_tokens)
     gguf_type = arguments.gguf_type or "f16"
     if arguments.gguf:
         from lora.export.gguf import make_writer, write_gguf  # an extra

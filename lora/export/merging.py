@@ -116,13 +116,13 @@ def four_bits_of(arguments: Namespace, config: Config | None) -> FourBitSettings
     return four_bits(config.lora, torch.device("cpu"))
 
 
-def require_rows(
-    source: AdapterSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+def require_embeddings(
+    source: AdapterSource, model: PreTrainedModel, num_tokens: int, num_base_tokens: int
 ) -> None:
-    """Raise UserError where a tokenizer beside the adapter has tokens without an embedding."""
+    """Raise UserError where the adapter's tokenizer adds tokens that have no embedding."""
     rows = model.config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
-        found = f"its tokenizer has {len(tokenizer)} tokens, the model embeddings of {rows}"
+    if num_tokens > max(rows, num_base_tokens):
+        found = f"its tokenizer has {num_tokens} tokens, the model embeddings of {rows}"
         mend = "save the adapter with its embeddings, or remove its tokenizer.json"
         raise UserError(f"--adapter {source.folder}: {found}; {mend}.")
 
