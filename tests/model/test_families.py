@@ -251,6 +251,15 @@ def test_lora_starts_at_the_base_trains_its_factors_alone_and_merges(family, tmp
     assert merged < 1e-4  # fp32 sums in another order, of random factors larger than trained ones
 
 
+@pytest.mark.parametrize("family", ["Llama4", "Phimoe"])
+def test_routers_of_experts_that_return_more_than_products_are_left_out(family, tmp_path):
+    model = task_of(base(family, WINDOW_IN_MASK[family], tmp_path), "score").model.eval()
+    tokens = torch.arange(10)[None]
+    expected = model(tokens).last_hidden_state
+    assert not [name for name in inject(model, 2, 6) if "router" in name]
+    assert torch.equal(model(tokens).last_hidden_state, expected)
+
+
 def test_a_layer_whose_weight_is_read_past_it_cannot_be_trained_in_silence(configure, tmp_path):
     """Mamba reads weights of dt_proj and out_proj itself, so an update beside these layers would do
     nothing.
