@@ -22,7 +22,7 @@ from lora.model.attention import Documents
 from lora.model.heads import LMHead, MLPHead
 from lora.model.pretrained_heads import load_two_class_head
 from lora.model.tokenizer_file import save_tokenizer
-from lora.model.weights import cast_weights
+from lora.model.weights import cast_weights, load_weights
 from lora.target_modules import first_position, is_causal, is_tied, make_all_trainable
 
 
@@ -159,13 +159,7 @@ class Task(nn.Module):
                 copy_into(tensor, saved[name] if saved else None, from_rank_zero=sharded)
 
     def read_backbone(self, folder: Path) -> dict[str, Tensor]:
-        with library_errors(folder):
-            saved, info = type(self.model).from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-            if info["missing_keys"]:  # a scorer's backbone has no output layer
-                raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys']))}")
-            return saved.state_dict()
+        return load_weights(type(self.model), str(folder), torch.float32, None).state_dict()
 
     def start_from(self, folder: Path | str) -> None:
         """Begin with an earlier stage's adapter, checkpoint, artifact or head. Raises UserError."""
