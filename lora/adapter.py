@@ -147,12 +147,11 @@ def require_targets(folder: Path, config: dict, without_factors: set[str]) -> No
     narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     if not isinstance(targets, list) or narrowed:
         return
+    saved = [f".{ending}." for ending in config.get("modules_to_save") or []]
     missing = []
     for name in without_factors:
         # PEFT puts no factors on a module that is saved, nor on one inside of it.
-        is_saved = any(
-            f".{ending}." in f".{name}." for ending in config.get("modules_to_save") or []
-        )
+        is_saved = any(part in f".{name}." for part in saved)
         if matches_ending(name, targets) and not is_saved:
             missing.append(name)
     raise_if_any(missing, f"{folder}: the adapter has no tensors for what its target_modules name")
