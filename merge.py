@@ -113,7 +113,7 @@ from lora.export.merging import AdapterSource, difference, four_bits_of, load_ba
 from lora.export.portable_adapter import write_portable
 from lora.layer import merge
 from lora.model.tokenizer_file import save_tokenizer
-from lora.model.weights import add_tokens, load_shape, load_tokenizer
+from lora.model.weights import add_tokens, cast_weights, load_shape, load_tokenizer
 from lora.quantization import FourBitSettings
 
 
@@ -129,6 +129,7 @@ def main(arguments: Namespace) -> None:
     source = merging.find_adapter(arguments.adapter, arguments.base_model)
     refuse_other_kinds(arguments, source)
     shape, dtype, tokenizer = load_shape(source.base_model)
+    num_base_tokens = len(tokenizer)
     if arguments.dtype:
         dtype = getattr(torch, arguments.dtype)
     # A scorer's model is the bare backbone.
@@ -154,6 +155,7 @@ def main(arguments: Namespace) -> None:
     base_outputs = outputs(model, tokens)
     if source.adapter:
         load_adapter(model, source.adapter)
+    merging.require_embeddings(source, model, len(tokenizer), num_base_tokens)
     gguf_type = arguments.gguf_type or "f16"
     if arguments.gguf:
         from lora.export.gguf import make_writer, write_gguf  # an extra
@@ -179,7 +181,7 @@ def main(arguments: Namespace) -> None:
 
     # 3. Round, write, and compare what was written.
     with atomic_folder(Path(arguments.output)) as temporary:
-        model.to(dtype)
+        cast_weights(model, dtype)
         save_tokenizer(tokenizer, temporary)
         if source.is_scorer:
             merging.save_scorer(model, tokenizer, source.folder, temporary)

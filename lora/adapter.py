@@ -144,12 +144,16 @@ def find_places(
 def require_targets(folder: Path, config: dict, without_factors: set[str]) -> None:
     """Raise UserError if the adapter was trained on a layer that has no factors in its file."""
     targets = config.get("target_modules")
-    narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
+    narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     if not isinstance(targets, list) or narrowed:
         return
-    modules_to_save = config.get("modules_to_save") or []
-    targeted = [name for name in without_factors if matches_ending(name, targets)]
-    missing = [name for name in targeted if not matches_ending(name, modules_to_save)]
+    saved = [f".{ending}." for ending in config.get("modules_to_save") or []]
+    missing = []
+    for name in without_factors:
+        # PEFT puts no factors on a module that is saved, nor on one inside of it.
+        is_saved = any(part in f".{name}." for part in saved)
+        if matches_ending(name, targets) and not is_saved:
+            missing.append(name)
     raise_if_any(missing, f"{folder}: the adapter has no tensors for what its target_modules name")
 
 

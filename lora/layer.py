@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lora.common.errors import UserError
+from lora.common.errors import UserError, raise_if_any
 from lora.quantization import dense, dense_weight, is_4bit
 from lora.target_modules import (
     causal_lm_prefix,
+    classification_head,
     embedding_modules,
     find_modules_to_save,
     find_target_modules,
@@ -71,7 +72,7 @@ class LoRALinear(LoRALayer):
         if is_4bit(base_layer):
             # See FourBitQuantizer, which loads a base. This layer may be of a model of the user's.
             base_layer.support_avx512bf16_for_cpu = False
-        elif not base_layer.weight.is_floating_point():
+        elif not base_layer.weight.is_floating_point() or base_layer.weight.itemsize == 1:  # fp8
             kind = type(base_layer).__name__
             expected = "dense layers, or those of bitsandbytes' 4 bits"
             raise UserError(f"target_modules: a {kind}; expected {expected}.")
@@ -192,6 +193,9 @@ def inject(
         rank_pattern, alpha_pattern: regular expression for the end of a name -> r or alpha of it.
     """
     fully_trained = find_modules_to_save(model, modules_to_save)
+    unsaved = [name for name in classification_head(model) if name not in fully_trained]
+    why = "may be random, another in every session, and is saved if it is named; add"
+    raise_if_any(unsaved, f"modules_to_save: the head of {type(model).__name__} {why}")
     matched = find_target_modules(model, target_modules)
     targets = [name for name in matched if name not in fully_trained]
     if not targets:

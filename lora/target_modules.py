@@ -70,7 +70,8 @@ def untie(model: nn.Module) -> None:
     """Give an output head that shares its weight with the input embeddings a copy of its own."""
     if is_tied(model):
         head = unwrapped(model.get_output_embeddings())
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        for name, parameter in list(head.named_parameters()):  # of BERT, the bias is tied too
+            setattr(head, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
         model.config.tie_word_embeddings = False
 
 
@@ -86,11 +87,15 @@ def make_all_trainable(model: nn.Module) -> None:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Return the layers "all-linear" means: all linear layers but the output head and a pooler."""
+    """Return the layers "all-linear" means: all linear layers but the output head and a pooler.
+
+    Some routers of experts (Llama 4, Phi-3.5-MoE) are nn.Linear too, but return more than products.
+    """
     embeddings = embedding_modules(model)
     names = []
     for name, module in model.named_modules():
-        is_linear = isinstance(module, (nn.Linear, Conv1D))
+        is_router = type(module).__name__.endswith("Router")
+        is_linear = isinstance(module, (nn.Linear, Conv1D)) and not is_router
         if is_linear and module not in embeddings and not is_pooler(name):
             names.append(name)
     return names
@@ -160,6 +165,18 @@ def find_modules_to_save(model: nn.Module, endings: Iterable[str]) -> list[str]:
             expected = "the end of the name of a module with weights, as embed_tokens is"
             raise UserError(f"modules_to_save: {ending!r} is not {expected}.")
         names += [name for name in matches if name not in names]
+    return names
+
+
+def classification_head(model: nn.Module) -> list[str]:
+    """Return the layers above the backbone of transformers' classifiers; [] of another model."""
+    if not type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        return []
+    backbone = f"{model.base_model_prefix}."
+    names = []
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)) and not name.startswith(backbone):
+            names.append(name)
     return names
 
 

@@ -116,6 +116,17 @@ def four_bits_of(arguments: Namespace, config: Config | None) -> FourBitSettings
     return four_bits(config.lora, torch.device("cpu"))
 
 
+def require_embeddings(
+    source: AdapterSource, model: PreTrainedModel, num_tokens: int, num_base_tokens: int
+) -> None:
+    """Raise UserError where the adapter's tokenizer adds tokens that have no embedding."""
+    rows = model.config.get_text_config().vocab_size
+    if num_tokens > max(rows, num_base_tokens):
+        found = f"its tokenizer has {num_tokens} tokens, the model embeddings of {rows}"
+        mend = "save the adapter with its embeddings, or remove its tokenizer.json"
+        raise UserError(f"--adapter {source.folder}: {found}; {mend}.")
+
+
 def outputs(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Return logits [b, t, vocabulary], or a backbone's hidden states [b, t, width]; fp32."""
     with torch.no_grad():

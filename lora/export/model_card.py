@@ -5,6 +5,7 @@ from pathlib import Path
 import shlex
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+import torch
 
 from lora.common.base_model_files import locate_base
 from lora.config.schema import Config
@@ -37,6 +38,8 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
     bos = bos_tokens(task.tokenizer)
     prompt_format = config.data.prompt_format.replace("{bos}", task.tokenizer.bos_token or "")
     stops = task.model.generation_config.eos_token_id if config.model.task == "lm" else None
+    is_rounded = config.method == "full" and task.base_dtype != torch.float32
+    rounded_to = str(task.base_dtype).removeprefix("torch.") if is_rounded else ""
     # PEFT's names of the layers are those of a model with its output layer.
     with_output = config.method == "lora" or config.model.task == "lm"
     return TEMPLATES.get_template("README.jinja").render(
@@ -46,7 +49,8 @@ def model_card(task: Task, config: Config, facts: dict) -> str:
         task=config.model.task,
         what=describe_method(config),
         base=base_facts(config.model.base_model),
-        scratch=config.model.init_from == "scratch" and config.method != "full",
+        from_scratch=config.model.init_from == "scratch",
+        rounded_to=rounded_to,
         trained=f"{facts['trainable_parameters']:,}",
         total=f"{facts['parameters']:,}",
         seconds=facts["seconds"],
@@ -81,9 +85,13 @@ def base_facts(base_model: str) -> dict:
 
 
 def describe_method(config: Config) -> str:
+    """Return what the artifact is, up to "of" and the base."""
+    is_scratch = config.model.init_from == "scratch"
     if config.method == "full":
-        return "A full fine-tuning"
+        return "A model from random weights in the shape" if is_scratch else "A full fine-tuning"
     what = "A score head on the frozen weights"
     if config.method == "lora":
         what = f"A LoRA adapter of rank {config.lora.lora_r}"
+    if is_scratch:
+        return f"{what}, trained on random weights in the shape"
     return f"{what}, trained on 4-bit weights," if config.lora.load_in_4bit else what

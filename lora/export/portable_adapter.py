@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from lora.adapter import write_adapter
 from lora.adapter_format import lora_rank, read_config, read_tensors
 from lora.common.errors import UserError, raise_if_any
+from lora.common.printable_text import printable
 from lora.target_modules import pattern_value
 
 
@@ -26,6 +27,10 @@ def write_portable(folder: Path, output: Path) -> None:
     lost = [name for name in full_weights if not name.endswith(".base_layer.weight")]
     why = "merge the adapter instead: vLLM and llama.cpp read no whole weights, and it has"
     raise_if_any(lost, f"{folder}: {why}")
+    if full_weights:
+        left_out = ", ".join(full_weights)
+        mend = "if the base was given rows for added tokens, merge the adapter instead"
+        print(printable(f"note: {folder}: {left_out} is left out, as a base has it; {mend}"))
     largest = max(lora_rank(factors) for factors in modules.values())
     tensors = {}
     for module, factors in modules.items():

@@ -93,6 +93,9 @@ def packed_attention(
     causal = module.is_causal if is_causal is None else is_causal
     if sliding_window and not causal:
         raise ValueError("packed attention knows sliding windows of causal models only")
+    # Models are tried before they are compiled, and the number of a layer would compile each anew.
+    if not sliding_window and not torch.compiler.is_compiling() and has_window(module):
+        raise ValueError(f"the window of {type(module).__name__} is in its mask only")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     settings = Settings(scaling, causal, sliding_window, dropout, softcap, s_aux)
     documents = documents or Documents([query.shape[2]], query.device)
@@ -107,6 +110,15 @@ def packed_attention(
     if is_plain and documents.has_flash and flash_takes(query, value):
         return flash(query, key, value, documents, settings)[None], None
     return grouped_attention(query, key, value, documents, settings)[None], None
+
+
+def has_window(module: nn.Module) -> bool:
+    """Return whether an attention module's config.json gives its layer a window, or chunks."""
+    config = getattr(module, "config", None)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    layer_types = getattr(config, "layer_types", None)
+    is_full = layer_types is not None and layer_types[module.layer_idx] == "full_attention"
+    return any(windows) and not is_full
 
 
 def has_flash(device: torch.device | None) -> bool:
@@ -128,11 +140,14 @@ def why_without_flash(model: PreTrainedModel, device: torch.device, dtype: torch
     shape = model.config.get_text_config()
     heads = shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    width = getattr(shape, "qk_head_dim", width)  # of MLA, whose values have a width of their own
     query = torch.empty(0, width, dtype=dtype)
+    value = torch.empty(0, getattr(shape, "v_head_dim", width), dtype=dtype)
     if not has_flash(device):
         return FLASH_NEEDS
-    if not flash_takes(query, query):
-        return f"heads of width {width} in {dtype}; it takes multiples of 8 up to 256 in 16 bits"
+    if not flash_takes(query, value):
+        found = f"heads of width {width} (values {value.shape[-1]}) in {dtype}"
+        return f"{found}; it takes equal multiples of 8 up to 256 in 16 bits"
     dropouts = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
     is_trained = any(parameter.requires_grad for parameter in model.parameters())
     if is_trained and any(getattr(shape, name, None) for name in dropouts):

@@ -45,6 +45,9 @@ def load_task(
         task = Task(model, tokenizer, base_dtype, settings.head_dropout, settings.score_loss)
         # Weights in 4 bits stay on the device that they were quantised on.
         task.to(model.device if config.lora and config.lora.load_in_4bit else device)
+        if not task.causal and shape.get_text_config() is not shape:
+            expected = "expected one of text alone; save its language model, and name that"
+            raise UserError(f"{where}: a multimodal model ({shape.model_type}); {expected}.")
         if settings.task == "lm" and not task.causal:
             problem = "an encoder sees what it would have to predict"
             raise UserError(f"{where}: {problem}; use --task score.")

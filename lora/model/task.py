@@ -22,6 +22,7 @@ from lora.model.attention import Documents
 from lora.model.heads import LMHead, MLPHead
 from lora.model.pretrained_heads import load_two_class_head
 from lora.model.tokenizer_file import save_tokenizer
+from lora.model.weights import cast_weights, load_weights
 from lora.target_modules import first_position, is_causal, is_tied, make_all_trainable
 
 
@@ -113,7 +114,8 @@ class Task(nn.Module):
         if lora_layers(self.model):
             save_adapter(self.model, folder)
         elif not self.frozen:
-            self.model.to(self.base_dtype).save_pretrained(folder)
+            cast_weights(self.model, self.base_dtype)
+            self.model.save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
         self.save_head(folder, self.head.state_dict())
 
@@ -157,13 +159,7 @@ class Task(nn.Module):
                 copy_into(tensor, saved[name] if saved else None, from_rank_zero=sharded)
 
     def read_backbone(self, folder: Path) -> dict[str, Tensor]:
-        with library_errors(folder):
-            saved, info = type(self.model).from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-            if info["missing_keys"]:  # a scorer's backbone has no output layer
-                raise ValueError(f"no weights for {', '.join(sorted(info['missing_keys']))}")
-            return saved.state_dict()
+        return load_weights(type(self.model), str(folder), torch.float32, None).state_dict()
 
     def start_from(self, folder: Path | str) -> None:
         """Begin with an earlier stage's adapter, checkpoint, artifact or head. Raises UserError."""

@@ -207,21 +207,48 @@ def load_weights(
     return model
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast a model in place, but for what transformers keeps in fp32, as routers of experts."""
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stays_fp32 = any(re.search(pattern, name) for pattern in patterns)
+        if tensor.is_floating_point() and not stays_fp32:
+            tensor.data = tensor.data.to(dtype)
+
+
 def read_generation_config(model: PreTrainedModel, source: str) -> None:
     """Read generation_config.json where a base has it; else it is made of config.json already."""
     quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     if cached_file(source, "generation_config.json", **dict.fromkeys(quiet, False)):
-        settings = GenerationConfig.from_pretrained(source)
-        try:
-            settings.validate(strict=True)
-        except ValueError:  # sampling values without do_sample, with which it could not be saved
-            settings.do_sample = True
-        model.generation_config = settings
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    drop_unused_settings(model.generation_config)
     stops = model.generation_config.eos_token_id
     tokens = stops if isinstance(stops, list) else [stops]
     if not {type(token) for token in tokens} <= {int, type(None)}:
         found = f"base_model {source}: eos_token_id is {stops!r:.60}"
         raise UserError(f"{found}; expected numbers of tokens.")
+
+
+def drop_unused_settings(settings: GenerationConfig) -> None:
+    """Drop what its way of generating does not use, with which it could not be saved.
+
+    Some published models have sampling values and no do_sample, and mean to be sampled from. Raises
+    ValueError for what no model could generate with.
+    """
+    try:
+        settings.validate(strict=True)
+        return
+    except ValueError as error:
+        problem = str(error)
+    temperature = 1.0 if settings.temperature is None else settings.temperature
+    has_sampling_values = "`do_sample` is not set" in problem
+    if has_sampling_values and settings.do_sample is None and temperature > 0:
+        settings.do_sample = True
+        drop_unused_settings(settings)
+        return
+    for name in re.findall(r"^- `(\w+)`:", problem, re.MULTILINE):
+        setattr(settings, name, None)
+    settings.validate(strict=True)
 
 
 def more_layers(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:

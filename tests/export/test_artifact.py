@@ -21,6 +21,8 @@ from lora.common.paths import ROOT
 from lora.config.command_line import read_command_line
 from lora.config.schema import Config
 from lora.export import final_artifact
+from lora.export.model_card import model_card
+from lora.model.load import load_task
 from lora.model.task import Task
 from lora.training import base_integrity, startup
 from lora.training.checkpoint import trainable_parameters
@@ -279,6 +281,7 @@ CARDS = {
     "lora scorer of the first layer": (True, dict(base_model="embedded", score_layer=1)),
     "full lm": (False, dict(task="lm")),
     "full scorer": (False, {}),
+    "full lm on random weights": (False, dict(task="lm", init_from="scratch")),
 }  # fmt: skip
 
 
@@ -323,6 +326,8 @@ def test_the_cards_commands_and_its_code_work_as_they_stand(
             of_eval, prompt = said, flags[-1]
     assert (folder / "merged" / "config.json").is_file() == (len(calls) == 4)
     if values.get("init_from") == "scratch":
+        assert "random weights in the shape of `" in card
+    if kind == "lora on random weights":
         assert "```python" not in card
         return
 
@@ -338,6 +343,18 @@ def test_the_cards_commands_and_its_code_work_as_they_stand(
         assert step == step_of_eval
         assert float(score) == pytest.approx(float(score_of_eval), abs=0.0011)
     verify_artifact("final_artifact")
+
+
+@pytest.mark.parametrize("init_from", ["", "scratch"])
+def test_a_card_names_a_base_of_the_hub_unless_only_its_shape_was_taken(configure, init_from):
+    config = configure(False, task="lm")
+    task = load_task(config, torch.float32)
+    config.model.base_model, config.model.init_from = "owner/name", init_from
+    facts = {"best": {"step": 1}, "train_data": {}, "eval_data": {}, "seconds": 1}
+    card = model_card(task, config, facts | {"trainable_parameters": 1, "parameters": 1})
+    what = "model from random weights in the shape" if init_from else "full fine-tuning"
+    assert f"A {what} of `owner/name`, made with plainlora" in card
+    assert ('base_model: "owner/name"' in card) == (not init_from)
 
 
 def test_an_artifact_is_whole_or_absent(configure, monkeypatch):

@@ -11,18 +11,26 @@ import peft
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+)
 
 import eval as evaluation
 from lora.common.checksums import CHECKSUMS_FILE, file_sha256, write_checksums
 from lora.common.errors import UserError
 from lora.evaluation.generate import step_scores
 from lora.export.merging import require_same_outputs
+from lora.model.weights import load_weights
 import merge as merging
 from tests.conftest import run, tiny_llama
 from tests.lora.test_adapter_kinds import KINDS
 from tests.lora.test_layer import TOKENS
-from tests.model.test_families import PACKED, PADDED, base
+from tests.model.test_families import GROUPED, PACKED, PADDED, base
+from tests.model.test_model import save
 
 
 def call(*flags):
@@ -44,9 +52,14 @@ def patterned(tmp_path):
     return tmp_path / "theirs", model
 
 
-def test_a_portable_adapter_has_one_rank_and_no_scale_and_does_the_same(patterned, tmp_path):
+def test_a_portable_adapter_has_one_rank_and_no_scale_and_does_the_same(
+    patterned, tmp_path, capsys
+):
     folder, model = patterned
     call("--adapter", folder, "--portable", "--output", tmp_path / "portable")
+    # It may have rows of added tokens, and without the base nothing says so.
+    left_out = f"note: {folder}: model.embed_tokens.base_layer.weight is left out, as a base has it"
+    assert left_out in capsys.readouterr().out
     config = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 6
     assert not (config["rank_pattern"] or config["alpha_pattern"] or config["use_rslora"])
@@ -231,17 +244,36 @@ def test_the_chat_template_of_a_run_is_merged_from_its_checkpoint_and_from_besid
     assert AutoTokenizer.from_pretrained(tmp_path / "two").chat_template == template
 
 
-def test_sampling_values_without_do_sample_do_not_keep_a_model_from_being_saved(
-    configure, tmp_path
+@pytest.mark.parametrize(
+    "settings, written",
+    [
+        # Some published chat models have such a generation_config.json.
+        ({"temperature": 0.9, "top_p": 0.6}, {"temperature": 0.9, "top_p": 0.6, "do_sample": True}),
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False}),
+        ({"temperature": 0.0}, {}),
+        ({"length_penalty": 0.8, "output_scores": True, "pad_token_id": -1}, {}),
+        ({"length_penalty": 0.8, "top_k": 5}, {"top_k": 5, "do_sample": True}),
+    ],
+    ids=str,
+)
+def test_generation_settings_that_are_not_used_do_not_keep_a_model_from_being_saved(
+    tiny_base, tmp_path, settings, written
 ):
-    """Some published chat models have such a generation_config.json."""
-    base = tmp_path / "base"
-    shutil.copytree(configure(True).model.base_model, base)
-    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}
+    base = shutil.copytree(tiny_base, tmp_path / "base")
     (base / "generation_config.json").write_text(json.dumps(settings))
-    folder = run(configure(False, task="lm", base_model=str(base), max_steps=1))
-    written = json.loads((folder / "final_artifact" / "generation_config.json").read_text())
-    assert written["do_sample"] and written["temperature"] == 0.9
+    model = load_weights(AutoModelForCausalLM, str(base), torch.float32, None)
+    model.generation_config.eos_token_id = 0  # transformers saves unchanged settings as they are
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    del saved["transformers_version"]
+    assert saved == written | {"eos_token_id": 0}
+
+
+def test_generation_settings_that_no_model_could_use_are_one_line(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"max_new_tokens": 0}')
+    with pytest.raises(UserError, match="base: `max_new_tokens` must be greater than 0"):
+        load_weights(AutoModelForCausalLM, str(base), torch.float32, None)
 
 
 @pytest.mark.parametrize("family", ["GptOss", "Bloom"])
@@ -251,6 +283,38 @@ def test_families_without_sdpa_are_merged(configure, tmp_path, family):
     run_dir = run(configure(True, task="lm", base_model=str(model), max_steps=2, **settings))
     call("--adapter", run_dir / "final_artifact", "--output", tmp_path / "merged")
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_the_router_of_experts_stays_in_float32_as_transformers_writes_it(configure, tmp_path):
+    shape = GROUPED | dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2)
+    shape |= dict(first_k_dense_replace=1, head_dim=8, eos_token_id=2)
+    folder = save(tmp_path / "base", Glm4MoeForCausalLM(Glm4MoeConfig(**shape)).bfloat16())
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    reference.save_pretrained(tmp_path / "reference")
+    expected = dtypes_in(tmp_path / "reference")
+    kept = {name for name, dtype in expected.items() if dtype == torch.float32}
+    router = "model.layers.1.mlp.gate"
+    assert kept == {f"{router}.weight", f"{router}.e_score_correction_bias"}
+
+    settings = dict(base_model=str(folder), task="lm", max_steps=1, learning_rate=1.0)
+    adapter = run(configure(True, "lora", **settings)) / "final_artifact"
+    call("--adapter", adapter, "--output", tmp_path / "merged")
+    assert dtypes_in(tmp_path / "merged") == expected
+    trained = run(configure(False, "full", **settings | {"learning_rate": 1e-3}))
+    assert dtypes_in(trained / "final_artifact") == expected
+
+
+def test_a_token_without_an_embedding_is_refused(patterned, tmp_path, tiny_base):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.add_tokens([f"<{i}>" for i in range(2048)])
+    tokenizer.save_pretrained(patterned[0])
+    found = f"its tokenizer has {len(tokenizer)} tokens, the model embeddings of 2048"
+    with pytest.raises(UserError, match=f"theirs: {found}; save"):
+        call("--adapter", patterned[0], "--base_model", tiny_base, "--output", tmp_path / "merged")
+
+
+def dtypes_in(folder):
+    return {name: t.dtype for name, t in load_file(folder / "model.safetensors").items()}
 
 
 def test_a_sum_that_is_expected_is_that_of_every_file(configure, tmp_path):

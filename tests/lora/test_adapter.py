@@ -136,6 +136,8 @@ def test_peft_reads_ours_onto_a_classifier(tmp_path):
         return LlamaForSequenceClassification(LlamaConfig(**shape, pad_token_id=0)).eval()
 
     model, x = make(), torch.arange(1, 12)[None]
+    with pytest.raises(UserError, match="head of LlamaForSequenceClassification .*; add: score"):
+        inject(model, r=4, target_modules=["q_proj"], modules_to_save=["norm"])
     inject(model, r=4, modules_to_save=["score"])
     randomise(model)
     save_adapter(model, tmp_path)

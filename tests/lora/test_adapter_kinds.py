@@ -7,7 +7,7 @@ again.
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from lora import inject, load_adapter, merge, save_adapter
 from lora.common.errors import UserError
@@ -103,6 +103,31 @@ def test_peft_equals_ours_equals_merged(kind, tmp_path):
     for what, difference in differences(*KINDS[kind], tmp_path).items():
         # Fp32 sums in another order, of random factors that are larger than trained ones
         assert difference < 1e-5, what
+
+
+def test_the_bias_of_a_head_is_untied_with_its_weight(tmp_path):
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    model = BertForMaskedLM(BertConfig(vocab_size=64, **shape)).eval()
+    inject(model, r=4, target_modules=["decoder"])
+    randomise(model)
+    merge(model)
+    model.save_pretrained(tmp_path)
+    again, info = BertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(again.eval()(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ATTENTION, "layers_to_transform": 0},
+        {"target_modules": ["q_proj", "gate_proj"], "modules_to_save": ["mlp"]},
+    ],
+    ids=str,
+)
+def test_targets_that_peft_leaves_out_need_no_factors(settings, tmp_path):
+    for what, difference in differences(settings, {}, tmp_path).items():
+        assert difference < 1e-5, what  # as above
 
 
 @pytest.mark.parametrize(

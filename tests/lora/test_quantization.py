@@ -17,6 +17,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import eval as evaluation
 from lora import inject, load_adapter, merge
@@ -333,13 +334,15 @@ def test_how_much_is_in_4_bits_is_measured(tiny_base, tmp_path):
     assert 0 < share_4bit(load(tmp_path)) < 0.2
 
 
-def test_a_layer_of_8_bits_is_refused():
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "FP8Linear"])
+def test_a_layer_of_8_bits_is_refused(kind):
     """Its bytes would be taken for weights when the update is folded in."""
-    model = torch.nn.Sequential(
-        import_bitsandbytes("", CPU).nn.Linear8bitLt(32, 32, has_fp16_weights=False)
-    )
-    with pytest.raises(UserError, match="target_modules: a Linear8bitLt; expected dense layers"):
-        inject(model.to("cpu"), r=4)
+    if kind == "FP8Linear":
+        layer = FP8Linear(32, 32)
+    else:
+        layer = import_bitsandbytes("", CPU).nn.Linear8bitLt(32, 32, has_fp16_weights=False)
+    with pytest.raises(UserError, match=f"target_modules: a {kind}; expected dense layers"):
+        inject(torch.nn.Sequential(layer).to("cpu"))
 
 
 def test_4_bits_are_merged_to_the_type_they_were_quantised_from(tiny_base):

@@ -21,7 +21,16 @@ from lora.model.attention import why_without_flash
 from lora.model.device import autocast
 from lora.model.placement import prepare_layers
 from tests.conftest import run
-from tests.model.test_families import ENCODERS, GROUPED, PACKED, base, documents, scored, task_of
+from tests.model.test_families import (
+    ENCODERS,
+    GROUPED,
+    PACKED,
+    SHAPE,
+    base,
+    documents,
+    scored,
+    task_of,
+)
 from tests.model.test_model import task_with_lora
 
 CPU = torch.device("cpu")
@@ -84,6 +93,18 @@ def test_heads_of_a_width_that_flash_attention_does_not_take_are_computed_otherw
     width, calls, tmp_path, flash_calls
 ):
     task = task_of(base("Qwen3", GROUPED | dict(head_dim=width), tmp_path), "lm")
+    step_without_contents(task, Rows.from_rows(documents(), "lm"))
+    assert len(flash_calls) == calls
+    assert bool(why_without_flash(task.model, CPU, torch.bfloat16)) == (calls == 0)
+
+
+@pytest.mark.parametrize("value_width, calls", [(24, 2), (16, 0)])
+def test_values_of_a_width_of_their_own_are_computed_otherwise(
+    value_width, calls, tmp_path, flash_calls
+):
+    shape = SHAPE | dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16)
+    shape |= dict(qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=value_width)
+    task = task_of(base("DeepseekV3", shape | {"first_k_dense_replace": 2}, tmp_path), "lm")
     step_without_contents(task, Rows.from_rows(documents(), "lm"))
     assert len(flash_calls) == calls
     assert bool(why_without_flash(task.model, CPU, torch.bfloat16)) == (calls == 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from lora import inject, load_adapter, merge, save_adapter
 from lora.common.errors import UserError
@@ -65,6 +65,15 @@ PADDED = {
     "Mpt": dict(vocab_size=2048, d_model=32, n_layers=2, n_heads=4),
     "Mamba": dict(vocab_size=2048, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
+# Their attention modules are not given the window, which packed attention therefore cannot keep.
+WINDOW_IN_MASK = {
+    "Llama4": GROUPED
+    | dict(head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=WINDOW),
+    "Phimoe": GROUPED | dict(num_local_experts=4, sliding_window=WINDOW),
+    "Qwen2Moe": GROUPED
+    | dict(moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4)
+    | dict(num_experts_per_tok=2, use_sliding_window=True, sliding_window=WINDOW),
+}
 
 
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -80,7 +89,8 @@ def base(family, shape, folder):
     model_class = next(
         getattr(transformers, name + end) for end in endings if hasattr(transformers, name + end)
     )
-    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    text = "Text" if name in ("Gemma3", "Llama4") else ""
+    config = getattr(transformers, f"{name}{text}Config")
     return save(folder, model_class(config(**shape)))
 
 
@@ -161,6 +171,18 @@ def test_together_equals_apart_equals_transformers_own_forward(family, packed, t
     assert between <= 1e-6 and (family in ENCODERS or to_theirs <= 1e-6)
 
 
+@pytest.mark.parametrize("family", WINDOW_IN_MASK)
+def test_a_window_that_only_the_mask_has_is_kept_as_rows_are_padded(family, tmp_path):
+    folder = base(family, WINDOW_IN_MASK[family], tmp_path)
+    task = task_of(folder, "score").eval()
+    assert not task.packed
+    row = Row(list(range(5, 19)), [0.5] * 14)
+    hidden = task.hidden_states(Rows.from_rows([(row, 0)], "score").batch([0], task.packed))
+    plain = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = plain(torch.tensor([row.tokens])).last_hidden_state[0]
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Qwen3", "Gemma2", "Mamba"])
 def test_a_bare_backbone_scores_steps(family, tmp_path):
     packed = family in PACKED
@@ -227,6 +249,15 @@ def test_lora_starts_at_the_base_trains_its_factors_alone_and_merges(family, tmp
     injected, merged, loaded, factors_alone = lora_differences(family, tmp_path)
     assert injected == loaded == 0.0 and factors_alone
     assert merged < 1e-4  # fp32 sums in another order, of random factors larger than trained ones
+
+
+@pytest.mark.parametrize("family", ["Llama4", "Phimoe"])
+def test_routers_of_experts_that_return_more_than_products_are_left_out(family, tmp_path):
+    model = task_of(base(family, WINDOW_IN_MASK[family], tmp_path), "score").model.eval()
+    tokens = torch.arange(10)[None]
+    expected = model(tokens).last_hidden_state
+    assert not [name for name in inject(model, 2, 6) if "router" in name]
+    assert torch.equal(model(tokens).last_hidden_state, expected)
 
 
 def test_a_layer_whose_weight_is_read_past_it_cannot_be_trained_in_silence(configure, tmp_path):

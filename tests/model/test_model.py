@@ -16,6 +16,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     MPNetConfig,
     MPNetModel,
     RobertaConfig,
@@ -81,6 +83,17 @@ def test_encoders_saved_with_another_head_load_for_scoring_and_not_for_language_
     assert not load(folder, "score").causal
     with pytest.raises(UserError, match="an encoder sees what it would have to predict"):
         load(folder, "lm")
+
+
+@pytest.mark.parametrize("task", ["lm", "score"])
+def test_a_multimodal_base_is_refused_as_one(tmp_path, task):
+    text = SHAPE | dict(num_key_value_heads=2, head_dim=8)
+    vision = SHAPE | dict(image_size=28, patch_size=14)
+    del vision["vocab_size"]
+    shape = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    folder = save(tmp_path, Gemma3ForConditionalGeneration(shape))
+    with pytest.raises(UserError, match=r"a multimodal model \(gemma3\); expected one of text"):
+        load(folder, task)
 
 
 def test_a_model_that_would_train_silently_wrong_is_refused(tmp_path):

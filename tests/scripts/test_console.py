@@ -77,6 +77,8 @@ def test_a_run_says_that_its_whole_model_is_rounded(configure, tiny_base, tmp_pa
     folder = run(configure(lora, task="lm", base_model=str(base), max_steps=2))
     note = "note: the artifact is rounded to bfloat16, the base's; these numbers are of float32"
     assert (note in capsys.readouterr().out) != lora
+    card = (folder / "final_artifact" / "README.md").read_text()
+    assert ("weights here are rounded to bfloat16, the base's" in card) != lora
     tensors = load_file(next((folder / "final_artifact").glob("*model.safetensors")))
     assert {tensor.dtype for tensor in tensors.values()} == {
         torch.float32 if lora else torch.bfloat16
