@@ -78,8 +78,9 @@ class LoRALinear(LoRALayer):
             raise UserError(f"target_modules: a {kind}; expected {expected}.")
         n_in, n_out = layer_sizes(base_layer)
         device = base_layer.weight.device
-        # nn.Linear draws A as PEFT does: kaiming uniform, a = sqrt(5).
-        self.lora_A = nn.Linear(n_in, options.r, bias=False, device=device)
+        # nn.Linear draws A as PEFT does: kaiming uniform, a = sqrt(5). It is drawn on the CPU:
+        # GPUs differ in what they draw, and the processes of a run must have the same.
+        self.lora_A = nn.Linear(n_in, options.r, bias=False).to(device)
         self.lora_B = nn.Linear(options.r, n_out, bias=options.bias, device=device)
         for parameter in self.lora_B.parameters():
             nn.init.zeros_(parameter)
@@ -156,7 +157,7 @@ class LoRAEmbedding(LoRALayer):
         super().__init__(base_layer, options)
         device = base_layer.weight.device
         A = torch.zeros(options.r, base_layer.num_embeddings, device=device)
-        B = torch.randn(base_layer.embedding_dim, options.r, device=device)
+        B = torch.randn(base_layer.embedding_dim, options.r).to(device)
         self.lora_embedding_A = nn.Parameter(A)
         self.lora_embedding_B = nn.Parameter(B)
 
