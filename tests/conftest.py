@@ -27,13 +27,20 @@ def quick_runs():
     """Ask once for the commit, and make intervals and baselines of scorers of less: all this takes
     most of the time of a tiny run. Scripts that run as programs do as they do for users.
     """
+    from lora.common import checksums
     from lora.evaluation import step_metrics, trivial_scorers
     from lora.export import final_artifact
+    from lora.training import base_integrity
+
+    def hash_one_by_one(function, arguments):
+        return {name: function(argument) for name, argument in arguments.items()}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_metrics, "report", partial(step_metrics.report, draws=50))
         patch.setattr(trivial_scorers, "NUM_WEIGHTS", 2**14)
         patch.setattr(final_artifact, "git_commit", cache(final_artifact.git_commit))
+        for module in (checksums, base_integrity):  # starting threads takes longer than hashing
+            patch.setattr(module, "map_in_threads", hash_one_by_one)
         yield
 
 
