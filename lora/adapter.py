@@ -30,6 +30,8 @@ def factors(layer: LoRALayer) -> Tensors:
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the adapter of `model` in PEFT's format. Tensors are fp32, as they were trained."""
     layers = lora_layers(model)
+    if not layers:
+        raise UserError("the model has no LoRA layers; inject() makes them, and merge() ends them.")
     prefix = causal_lm_prefix(model)
     embeddings = target_modules.embedding_modules(model)
     weights = adapter_format.fully_trained(model)

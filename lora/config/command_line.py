@@ -192,7 +192,8 @@ def parse_arguments(argv: list[str], config: Config, description: str) -> Namesp
     for title, table in tables.items():
         add_flags(parser.add_argument_group(f"[{title}]"), table, keys.keys() - EVERYDAY_KEYS)
     add = parser.add_argument_group("other options").add_argument
-    add("--allow_change", metavar="KEYS", default="", help="keys that may change on resume: a,b")
+    help = "keys that may change on resume"
+    add("--allow_change", metavar="KEY", nargs="+", action="extend", default=[], help=help)
     for switch, dtype in DTYPE_SWITCHES.items():
         add(f"--{switch}", help=f"the same as --dtype {dtype}", **SWITCH)
     arguments, unknown = parser.parse_known_args(argv)
@@ -204,7 +205,8 @@ def parse_arguments(argv: list[str], config: Config, description: str) -> Namesp
         raise UserError(f"{unknown[0]}: not expected here. See --help.")
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     refuse_two_dtypes(given, "flags")
-    arguments.allow_change = tuple(name for name in arguments.allow_change.split(",") if name)
+    names = ",".join(arguments.allow_change).split(",")
+    arguments.allow_change = tuple(name for name in names if name)
     for name in arguments.allow_change:
         if name not in keys:
             raise UserError(f"--allow_change {name}: no such key.{nearest(name, keys)}")

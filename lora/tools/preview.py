@@ -83,6 +83,7 @@ def print_shapes(path: str, config: Config, requested_task: str | None) -> str:
                 shapes[f"{keys} (--task {name})"] += 1
                 task = name
                 break
+    first = "the first " if shapes.total() == FIRST else ""
     for shape, count in shapes.most_common():
-        print(printable(f"{path}: {count:,} rows of {shape}"))
+        print(printable(f"{path}: {first}{count:,} rows of {shape}"))
     return task

@@ -13,7 +13,8 @@ from lora.common.checksums import file_sha256
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
 from lora.config.command_line import Command
-from lora.config.schema import LoraConfig
+from lora.config.resume import EVALUATION_KEYS, INTERVAL_KEYS, PLACE_KEYS
+from lora.config.schema import Config, LoraConfig
 from lora.data.assistant_mask import answers_follow_prompt
 from lora.data.counts import describe_data
 from lora.data.raw_data import RawData, digest
@@ -141,6 +142,7 @@ def begin(
                 lines.append(warn_other_base(model.init_from, model.base_model, base_files))
             if state:
                 lines.append(describe_moved(state["facts"]["place"], place))
+                lines.append(describe_changed_keys(state["config"], config))
             for line in lines:
                 if line:
                     log.say(line)
@@ -295,6 +297,17 @@ def describe_place(device: torch.device) -> dict[str, str | int]:
     if device.type == "cuda":
         place["gpu"] = torch.cuda.get_device_name(device)
     return place
+
+
+def describe_changed_keys(before: dict, config: Config) -> str:
+    """Say which keys a resumed run changes, of those that change its numbers; "" where none."""
+    changed = []
+    for title, table in config.as_dict().items():
+        for name, value in table.items():
+            old = before.get(title, {}).get(name, value)  # older ones do not have all keys
+            if old != value and name not in (*INTERVAL_KEYS, *PLACE_KEYS, *EVALUATION_KEYS):
+                changed.append(f"{name} {old} -> {value}")
+    return f"changed on resume: {', '.join(changed)}" if changed else ""
 
 
 def describe_moved(before: dict, now: dict) -> str:

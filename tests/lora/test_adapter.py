@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForSequenceClassification
 
-from lora import inject, load_adapter, save_adapter
+from lora import inject, load_adapter, merge, save_adapter
 from lora.common.errors import UserError
 from tests.conftest import tiny_llama
 from tests.lora.test_layer import TOKENS, randomise, tiny_gpt2
@@ -341,3 +341,11 @@ def test_a_truncated_file_is_an_error(ours):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="adapter_model.safetensors: damaged"):
         load_adapter(tiny_llama(), ours[1])
+
+
+def test_a_model_without_an_adapter_is_not_saved(tmp_path):
+    model = tiny_llama()
+    inject(model, r=2)
+    merge(model)
+    with pytest.raises(UserError, match="no LoRA layers"):
+        save_adapter(model, tmp_path)

@@ -513,16 +513,16 @@ def test_37_39_what_the_checkpoint_was_made_with_must_be_there_again(train, base
         r"train_data \(data.jsonl \w{8} -> data.jsonl \w{8}\), eval_data .*; --allow_change "
         r"train_data,eval_data allows it"
     )
-    allowed = "--allow_change=train_data,eval_data"
-    tells("eval_data changed: .* compared; name a new --experiment_name", allowed)
+    allowed = ["--allow_change", "train_data", "eval_data"]
+    tells("eval_data changed: .* compared; name a new --experiment_name", *allowed)
     checkpoint = tmp_path / "out" / "a" / "checkpoints" / "checkpoint_step_2"
     flags += [f"--resume_from={checkpoint}", "--experiment_name=with_other_data"]
     weights = tmp_path / "base" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.norm.weight"][3] += 1
     save_file(tensors, weights, {"format": "pt"})
-    tells(r"base_model \(model.safetensors \w{8} -> model.safetensors \w{8}\)", allowed)
-    assert train(*flags, "--max_steps=3", f"{allowed},base_model")[0] == 0
+    tells(r"base_model \(model.safetensors \w{8} -> model.safetensors \w{8}\)", *allowed)
+    assert train(*flags, "--max_steps=3", *allowed, "base_model")[0] == 0
 
 
 def test_40_a_folder_that_is_there_or_in_use_is_left_alone(train, base, tmp_path):

@@ -131,6 +131,15 @@ def test_a_run_that_is_shortened_to_where_it_was_stopped_ends_as_a_run_of_that_l
     assert metrics(cut) == metrics(whole) and files(cut) == files(whole)
 
 
+def test_a_resumed_run_logs_the_keys_that_it_changes(configure, capsys):
+    folder = run(configure(True, max_steps=1, logging_steps=1))
+    capsys.readouterr()
+    checkpoint = folder / "checkpoints" / "checkpoint_step_1"
+    run(configure(True, max_steps=2, logging_steps=2, learning_rate=1e-3), checkpoint)
+    changed = "changed on resume: learning_rate 0.01 -> 0.001, max_steps 1 -> 2\n"
+    assert changed in capsys.readouterr().out
+
+
 def test_a_run_without_its_artifact_is_ended_by_the_command_that_the_program_prints(configure):
     config = configure(True, max_steps=4)
     folder = run(config)
