@@ -79,6 +79,11 @@ def test_the_draws_are_the_same_for_the_same_seed():
     assert one == other != third and all(len(drawn) == 5 for drawn in one)
 
 
+def test_one_example_has_no_interval():
+    loss, ends = interval([0.5], [2])
+    assert loss == 0.25 and np.isnan(ends).all()
+
+
 def test_seeds_cannot_be_told_apart_and_learning_can(sweep, capsys):
     runs = {name: FinishedRun.of(folder) for name, folder in sweep.items()}
     spread = spread_of_seeds(runs.values())
