@@ -67,6 +67,21 @@ SETTINGS = EvaluationConfig(
         ("#### $20/hour", 20),
         ("#### 5 apples", 5),
         ("18", None),
+        ("#### 1\u202f234", 1234),
+        ("#### 12\u00a0345 crowns", 12345),
+        ("#### 7 000 000", 7000000),
+        ("#### \u22125", -5),
+        ("#### .5", 0.5),
+        ("#### 5, 6", None),
+        ("#### 12 3 left", None),
+        ("#### 12. 5 apples", None),
+        ("#### 1.234,5", None),
+        ("#### 3 1/2", None),
+        ("#### 1e5", None),
+        ("#### 10 - 5 = 5", None),
+        ("#### 5\nThat is 2 + 3.", 5),
+        ("#### 5 (of 6)", 5),
+        ("#### 5\n\n6 is wrong.", 5),
     ],
 )
 def test_the_number_after_the_last_hashes_is_the_answer(text, number):
@@ -96,6 +111,7 @@ def test_the_number_after_the_last_hashes_is_the_answer(text, number):
         ('```json\n{"a": 1, "b": 2}\n', "x", dict(json_validity=0)),
         ('{"a": 1}', "x", dict(json_validity=0)),
         ('["a", "b"]', "x", dict(json_validity=0)),
+        ('{"a": NaN, "b": -Infinity}', "x", dict(json_validity=0)),
         ("{", "x", dict(json_validity=0)),
     ],
 )
@@ -131,6 +147,22 @@ def test_rouge_is_f1_of_words_pairs_and_subsequences():
     assert measured["rouge2"] == pytest.approx(2 * 1 / (3 + 2))
 
 
+@pytest.mark.parametrize("text", ["日本語です", "Это возможно", "école"])
+def test_rouge_of_the_same_text_is_1_in_every_script(text):
+    measured = text_metrics.score_answer(text, text, SETTINGS, text_metrics.rouge_scorer())
+    assert measured["rouge1"] == measured["rougeL"] == 1.0
+    half = text_metrics.rouge_scorer().score("東京大学", "東京")
+    assert half["rouge1"].recall == 0.5
+
+
+def test_words_of_ascii_are_those_of_rouge_score():
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    text = "It's the CATS' 1,000.50 x_y; re-use ''well''\n#### 7"
+    own = text_metrics.RougeTokenizer().tokenize(text)
+    assert own == DefaultTokenizer().tokenize(text)
+
+
 @pytest.mark.parametrize(
     "answer, reference, passed",
     [
@@ -148,6 +180,15 @@ def test_rouge_is_f1_of_words_pairs_and_subsequences():
         ("It is 5.25.", "5", False),
         ("About 1,500.", "500", False),
         ("それは東京です", "東京", True),
+        ("それはParisです", "Paris", True),
+        ("서울입니다", "서울", True),
+        ("Это возможно.", "возможно", True),
+        ("Это невозможно.", "возможно", False),
+        ("никогда", "да", False),
+        ("L'école", "école", True),
+        ("L'e\u0301cole", "école", True),
+        ("L'école", "cole", False),
+        ("não", "o", False),
     ],
 )
 def test_a_critical_question_passes_by_number_by_refusal_or_by_text(answer, reference, passed):
@@ -180,8 +221,9 @@ def test_questions_are_read_in_every_form_of_chat_and_ask_for_the_last_answer(tm
     for row, message in (
         ({"text": "t"}, "a text has no question"),
         ({"messages": [chat[1]]}, "expected a question before it"),
-        ({"messages": [chat[0], calls]}, "a tool call without text"),
-        ({"messages": [chat[0], {**calls, "content": "<think>t</think>"}]}, "a tool call without"),
+        ({"messages": [chat[0], calls]}, "the last answer is a tool call, or has no text"),
+        ({"messages": [chat[0], calls | {"content": "Let me look."}]}, "is a tool call, or has"),
+        ({"messages": [chat[0], {**calls, "content": "<think>t</think>"}]}, "a tool call, or has"),
     ):
         with pytest.raises(UserError, match=f"q.jsonl:1: .*{message}"):
             text_metrics.read_questions(write(tmp_path / "q.jsonl", [row]))
