@@ -200,7 +200,7 @@ def step_scores(
 
 @torch.no_grad()
 def embed(task: Task, texts: list[str], config: Config, dtype: torch.dtype) -> np.ndarray:
-    """Return an embedding of each text, [texts, width], fp32, of length 1.
+    """Return an embedding of each text, [texts, width], fp32, of length 1. Raises UserError.
 
     It is the mean of the backbone's hidden states over the first `max_length` tokens.
     """
@@ -219,4 +219,6 @@ def embed(task: Task, texts: list[str], config: Config, dtype: torch.dtype) -> n
             means += [part.mean(0).cpu() for part in hidden.split(batch.seq_lens)]
     embeddings = torch.empty(len(texts), len(means[0]))
     embeddings[order] = normalize(torch.stack(means))
+    if not embeddings.isfinite().all():
+        raise UserError(f"embeddings are not finite in {dtype}; add --dtype float32.")
     return embeddings.numpy()

@@ -21,7 +21,7 @@ from lora.common.toml_json import read_file
 from lora.config.schema import EvaluationConfig
 from lora.config.set_keys import from_dict
 from lora.data.readers import read
-from lora.evaluation import retrieval, text_metrics
+from lora.evaluation import retrieval, run_evaluation, text_metrics
 from lora.evaluation.generate import embed
 from lora.evaluation.run_evaluation import Results
 from lora.model.load import load_task
@@ -262,6 +262,15 @@ def test_an_embedding_is_the_mean_over_the_hidden_states_of_the_text_alone(
         torch.testing.assert_close(
             torch.from_numpy(embedding), mean / mean.norm(), rtol=0, atol=1e-5
         )
+
+
+def test_embeddings_that_are_not_finite_are_refused(configure):
+    config = configure(False, max_length=16)
+    task = load_task(config, torch.float32)
+    with torch.no_grad():
+        next(task.model.parameters()).fill_(math.inf)
+    with pytest.raises(UserError, match="embeddings are not finite in torch.float32; add --dtype"):
+        embed(task, ["a b"], config, torch.float32)
 
 
 def test_a_mistake_in_corpus_or_queries_names_the_line(tmp_path):
@@ -763,10 +772,38 @@ def test_what_needs_labels_is_refused_without_any(configure, tmp_path):
     artifact = run(configure(True, max_steps=1)) / "final_artifact"
     row = {"prompt": "1+1", "steps": ["=2"], "labels": [None]}
     flags = ["--checkpoint", artifact, "--eval_data", write(tmp_path / "a.jsonl", [row])]
-    with pytest.raises(UserError, match="no solution an outcome, so nothing is measured"):
+    with pytest.raises(
+        UserError,
+        match="no step has a label and no solution has an outcome, so nothing is measured",
+    ):
         evaluate(*flags)
     with pytest.raises(UserError, match="no step has a label"):
         evaluate(*flags, "--reliability", tmp_path / "a.png")
+    long = write(tmp_path / "b.jsonl", [row | {"steps": ["=2" * 300], "labels": [1]}])
+    with pytest.raises(UserError, match="no step with a label fits max_length 64 and no solution"):
+        evaluate("--checkpoint", artifact, "--eval_data", long, "--max_length", 64)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--eval_data=in.json", "--output=in.json"], "--output in.json: would replace .*in.json,"),
+        (["--eval_data=a", "--output=o", "--html=o"], "--html o: would replace .*/o, which"),
+        (["--eval_data=a", "--html=o", "--reliability=o"], "--reliability o: would replace"),
+        (
+            ["--task=lm", "--test_set=o.generations.jsonl", "--output=o.json"],
+            "--output o.json: would replace .*o.generations.jsonl,",
+        ),
+        (["--eval_data=a", "--citation_pattern=x"], "--citation_pattern is for --task lm; leave"),
+        (["--eval_data=a", "--task=lm", "--threshold=0.3"], "--threshold is for --task score;"),
+    ],
+)
+def test_a_file_that_would_be_replaced_and_a_flag_of_the_other_task_are_refused(
+    flags, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        evaluation.read_arguments(["--base_model=embedded", "--task=score", *flags])
 
 
 def test_a_threshold_that_the_run_tunes_is_not_asked_of_a_prompt(configure, capsys):
@@ -778,6 +815,9 @@ def test_a_threshold_that_the_run_tunes_is_not_asked_of_a_prompt(configure, caps
     assert note in capsys.readouterr().out
     evaluate("--checkpoint", artifact, "--test_set", "arithmetic:test:3")
     assert note in capsys.readouterr().out
+    run_evaluation.forget_absent_tuning_set(["a/gsm8k.json"], config.evaluation)
+    only = "note: the threshold is 0.5, not tuned on gsm8k, the only set here\n"
+    assert capsys.readouterr().out == only and config.evaluation.tune_threshold_on == ""
 
 
 def test_held_out_files_are_read_without_the_training_files(configure, tmp_path, capsys):
