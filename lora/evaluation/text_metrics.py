@@ -142,9 +142,13 @@ def score_answer(answer: str, reference: str, settings: EvaluationConfig, rouge:
 
 
 def without_reasoning(text: str) -> str:
-    """Return what follows a block of reasoning, which Qwen3 writes even where it is empty."""
+    """Return what follows a block of reasoning, which Qwen3 writes even where it is empty.
+
+    Reasoning that did not come to its end has no answer: "".
+    """
     _, _, answer = text.rpartition("</think>")
-    return answer.lstrip()
+    answer = answer.lstrip()
+    return "" if answer.startswith("<think>") else answer
 
 
 def passes(answer: str, reference: str, settings: EvaluationConfig) -> bool:

@@ -134,6 +134,9 @@ def test_a_block_of_reasoning_is_no_part_of_an_answer():
     answer = '<think>\n\n</think>\n\n{"a": 1}'
     measured = text_metrics.score_answer(answer, '{"a": 1}', settings, None)
     assert measured["exact_answer"] == measured["json_validity"] == 1.0
+    cut = "<think>Perhaps 4. #### 4"
+    assert not text_metrics.passes(cut, "#### 4", settings)
+    assert text_metrics.score_answer(cut, "#### 4", settings, None)["exact_match"] == 0.0
     refusal = "<think>They do not say.</think>\n\nNo source says it."
     assert text_metrics.score_answer(refusal, "No source.", settings, None)["refusal_rate"] == 1.0
     assert text_metrics.passes(refusal, "No source.", settings)
