@@ -10,12 +10,24 @@ from lora.data.examples import Example
 from lora.evaluation.statistics import bootstrap_samples, interval_95
 
 AGGREGATES = {"min": np.min, "product": np.prod, "last": lambda scores: scores[-1], "mean": np.mean}
+MARK = re.compile(r"####|\\boxed|\banswer(?: is|:)|=", re.IGNORECASE)  # before a final answer
+# A command of LaTeX; or a fraction, a power, a pair or an interval that no other number follows.
+EXPRESSION = re.compile(
+    r"\\[a-z]|(?:[\da-z)]\s*[/^]\s*(?:\d[\d.]*|\([^()]*\)|[a-z]\b)|[(\[][^()]*,[^()]*[)\]])\D*$"
+)
 
 
 def final_answer(example: Example) -> float | str:
-    """Return the answer that the majority vote counts: the last step's last number, or its text."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", example.steps[-1].replace(",", ""))
-    return float(numbers[-1]) if numbers else example.steps[-1].strip().lower()
+    """Return the answer that the majority vote counts: the last step's last number, or its text.
+
+    The text too of an expression, as a fraction or a pair: what follows the last mark of an answer.
+    """
+    answer = MARK.split(example.steps[-1])[-1].strip(" \n$.{}").lower()
+    answer = re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer)
+    if EXPRESSION.search(answer):
+        return "".join(answer.split())
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", answer)
+    return float(numbers[-1]) if numbers else answer
 
 
 def best_of_n(

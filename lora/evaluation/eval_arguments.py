@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 
 SCORE = "A score is the head's estimate of a step's label, from 0 (wrong) to 1 (right)."
 MODEL_KEYS = ("base_model", "task", "columns")
-ANSWER_KEYS = (
-    "max_new_tokens", "temperature", "top_p", "refusal_pattern", "citation_pattern", "json_keys",
-)  # fmt: skip
+PATTERN_KEYS = ("refusal_pattern", "citation_pattern", "json_keys")
+ANSWER_KEYS = ("max_new_tokens", "temperature", "top_p", *PATTERN_KEYS)
 SCORE_KEYS = (
     "threshold", "tune_threshold_on", "label_max", "max_steps_per_example", "neutral_label",
 )  # fmt: skip
@@ -160,6 +159,7 @@ def check_combinations(arguments: Namespace, config: Config) -> None:
         raise UserError(f"--output {output}: a folder or a device; expected the name of a file.")
     for flag in ("output", "html", "reliability"):
         refuse_inside_artifact(f"--{flag}", getattr(arguments, flag))
+    check_outputs(arguments, config, has_answers=bool(questions))
     if not config.model.base_model:
         raise UserError("nothing to evaluate: add --checkpoint DIR, or --base_model FOLDER.")
     if not has_prompt and not files and not config.data.train_paths:
@@ -172,11 +172,41 @@ def check_combinations(arguments: Namespace, config: Config) -> None:
         raise UserError("--test_queries and --corpus go together; add the other one.")
 
 
+def check_outputs(arguments: Namespace, config: Config, has_answers: bool) -> None:
+    """Raise UserError where a file that is to be written would replace another, or an input."""
+    inputs = [arguments.test_set, arguments.critical_questions, arguments.config]
+    inputs += [arguments.test_queries, arguments.corpus]
+    inputs += arguments.eval_data or [*config.data.train_paths, *config.data.eval_paths]
+    taken = {Path(name).resolve() for name in inputs if name}
+    for flag in ("output", "html", "reliability"):
+        name = getattr(arguments, flag)
+        if not name:
+            continue
+        written = [Path(name).resolve()]
+        if flag == "output" and has_answers:
+            written.append(answers_path(name))
+        for path in written:
+            if path in taken:
+                twice = f"would replace {path}, which this call reads or writes as well"
+                raise UserError(f"--{flag} {name}: {twice}; choose another name.")
+            taken.add(path)
+
+
+def answers_path(output: str | Path) -> Path:
+    """Return the file of the answers beside that of --output; a link is written through."""
+    path = Path(output).resolve()
+    return path.with_name(f"{path.name.removesuffix('.json')}.generations.jsonl")
+
+
 def check_scorer_flags(arguments: Namespace, is_scorer: bool) -> None:
     """Raise UserError for flags that a scorer does not know, or that only a scorer knows."""
     if is_scorer and arguments.critical_questions:
         no_answers = "is for --task lm: a scorer gives no answers"
         raise UserError(f"--critical_questions {no_answers}; leave it out.")
+    other_task = "lm" if is_scorer else "score"
+    for name in PATTERN_KEYS if is_scorer else SCORE_KEYS:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is for --task {other_task}; leave it out.")
     if is_scorer and arguments.test_set and arguments.eval_data:
         both = "of a scorer both are files of steps"
         raise UserError(f"--test_set and --eval_data: {both}; name all in one of them.")

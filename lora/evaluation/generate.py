@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 import math
+import sys
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from lora.model.task import Task
 
 PAD = 0  # any token will do, because it is masked
 Prompt = tuple[str, list[int]]  # (file:line for messages, tokens)
+THINK, THINK_END = "<think>", "</think>"  # around reasoning
+HEADER_END = "<|message|>"  # of gpt-oss's channels
 
 
 def prompt_tokens(
@@ -109,7 +112,8 @@ def generate_answers(
     """Return the texts with which the model answers prompts, in their order.
 
     An answer ends before the first of the `stop_tokens`, after max_new_tokens, or where the model
-    has no more positions. Above temperature 0 the same seed and batches give the same answers.
+    has no more positions; a note counts those that were cut. Above temperature 0 the same seed and
+    batches give the same answers.
     """
     model, tokenizer = task.model, task.tokenizer
     max_new_tokens, temperature = config.evaluation.max_new_tokens, config.evaluation.temperature
@@ -122,7 +126,7 @@ def generate_answers(
         torch.manual_seed(config.training.seed)
     groups = group_prompts(prompts, max_new_tokens, max_positions, max_batch_tokens(config))
     texts = [""] * len(prompts)
-    header_end = tokenizer.get_vocab().get("<|message|>")  # gpt-oss's
+    ends, num_cut = reasoning_ends(tokenizer), 0
     progress = tqdm(total=len(prompts), unit="answer", disable=None)
     with generation_mode(model, settings), autocast(model.device, dtype):
         for new_tokens, indices in groups:
@@ -130,11 +134,47 @@ def generate_answers(
             settings.max_new_tokens = new_tokens
             generated = model.generate(input_ids=tokens, attention_mask=mask)
             for i, answer in zip(indices, generated[:, tokens.shape[1] :].tolist()):
-                spoken = after_header(before_stop(answer, stops), header_end)
-                texts[i] = plain_text(spoken, tokenizer)
+                spoken = before_stop(answer, stops)
+                num_cut += len(spoken) == len(answer)
+                texts[i] = answer_text(prompts[i][1], spoken, tokenizer, ends)
             progress.update(len(indices))
     progress.close()
+    if num_cut:
+        cut = f"cut at {max_new_tokens} tokens or the model's limit, before they came to their end"
+        print(f"note: {num_cut} of {len(texts)} answers were {cut}", file=sys.stderr)
     return texts
+
+
+def reasoning_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens after which an answer begins, and whose place no text would show."""
+    ends = []
+    for i, token in tokenizer.added_tokens_decoder.items():
+        is_special_mark = token.special and token.content == THINK_END
+        if is_special_mark or token.content == HEADER_END:
+            ends.append(i)
+    return ends
+
+
+def answer_text(
+    prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> str:
+    """Return the text of an answer, after the last of the `reasoning_ends`.
+
+    It begins with <think> if the answer was cut within the reasoning.
+    """
+    marked = tokenizer.decode(answer)  # with the special tokens
+    header, _, _ = marked.rpartition(HEADER_END)
+    is_reasoning = header.endswith("<|channel|>analysis")
+    # Some templates write the first mark, perhaps with a line break, into the prompt.
+    begins = tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
+    if (begins or marked.lstrip().startswith(THINK)) and THINK_END not in marked:
+        is_reasoning = True
+    for end in ends:
+        answer = after_header(answer, end)
+    text = plain_text(answer, tokenizer)
+    if is_reasoning and not text.lstrip().startswith(THINK):
+        text = THINK + text
+    return text
 
 
 def plain_text(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -156,8 +196,8 @@ def before_stop(tokens: list[int], stops: list[int]) -> list[int]:
     return tokens
 
 
-def after_header(tokens: list[int], header_end: int | None) -> list[int]:
-    """Return what follows the last header of a channel; all tokens where there is none."""
+def after_header(tokens: list[int], header_end: int) -> list[int]:
+    """Return what follows the last end of a header or of reasoning; all tokens without one."""
     if header_end not in tokens:
         return tokens
     last = len(tokens) - 1 - tokens[::-1].index(header_end)
@@ -200,7 +240,7 @@ def step_scores(
 
 @torch.no_grad()
 def embed(task: Task, texts: list[str], config: Config, dtype: torch.dtype) -> np.ndarray:
-    """Return an embedding of each text, [texts, width], fp32, of length 1.
+    """Return an embedding of each text, [texts, width], fp32, of length 1. Raises UserError.
 
     It is the mean of the backbone's hidden states over the first `max_length` tokens.
     """
@@ -219,4 +259,6 @@ def embed(task: Task, texts: list[str], config: Config, dtype: torch.dtype) -> n
             means += [part.mean(0).cpu() for part in hidden.split(batch.seq_lens)]
     embeddings = torch.empty(len(texts), len(means[0]))
     embeddings[order] = normalize(torch.stack(means))
+    if not embeddings.isfinite().all():
+        raise UserError(f"embeddings are not finite in {dtype}; add --dtype float32.")
     return embeddings.numpy()

@@ -24,7 +24,7 @@ from lora.data.token_cache import tokenise_examples
 from lora.evaluation import retrieval, step_metrics, step_report, text_metrics
 from lora.evaluation.best_of_n import best_of_n
 from lora.evaluation.calibration import save_reliability_diagram
-from lora.evaluation.eval_arguments import SCORE, EvaluationRequest
+from lora.evaluation.eval_arguments import SCORE, EvaluationRequest, answers_path
 from lora.evaluation.generate import embed, generate_answers, plain_text, prompt_tokens, step_scores
 from lora.evaluation.predict import predict
 from lora.evaluation.text_metrics import Measures, Question, mean_scores
@@ -49,8 +49,7 @@ class Results:
         write_text_atomically(path, json.dumps(values, indent=2) + "\n")
         if self.answers:
             lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
-            answers_path = path.with_name(f"{path.name.removesuffix('.json')}.generations.jsonl")
-            write_text_atomically(answers_path, "".join(lines))
+            write_text_atomically(answers_path(path), "".join(lines))
 
 
 def measure_language(
@@ -181,17 +180,20 @@ def measure_steps(
         print(f"note: {has_no_score.sum()} of {len(has_no_score)} steps {too_long}")
     paths = arguments.eval_data or config.data.eval_paths
     if arguments.test_set or arguments.prompt is not None:
-        paths = [arguments.test_set]
+        paths = [arguments.test_set or "--prompt"]
     if arguments.tune_threshold_on is None:
         forget_absent_tuning_set(paths, config.evaluation)
 
     labels, labelled_scores = step_metrics.labelled_steps(examples, scores)
+    no_label = "no step has a label"
+    if any(label is not None for example in examples for label in example.labels):
+        no_label = f"no step with a label fits max_length {config.data.max_length}"
     report: dict[str, dict] = {}
     if len(labels):
         report = compare_with_baselines(paths, examples, scores, config)
         threshold = report["thresholds"]["scores"]  # perhaps a tuned one
     elif arguments.reliability or config.evaluation.tune_threshold_on:
-        raise UserError("no step has a label: --reliability and --tune_threshold_on need them.")
+        raise UserError(f"{no_label}: --reliability and --tune_threshold_on need them.")
 
     is_prompt = arguments.prompt is not None
     if is_prompt or arguments.test_set:
@@ -214,7 +216,7 @@ def measure_steps(
     best_results = best_of_n(examples, scores)
     is_shown = is_prompt or arguments.test_set or arguments.html
     if not (report or best_results or is_shown):
-        nothing = "no step has a label and no solution an outcome, so nothing is measured"
+        nothing = f"{no_label} and no solution has an outcome, so nothing is measured"
         raise UserError(f"{nothing}; --test_set prints the scores.")
     if best_results and not table:
         table = [["measure", "scores"]]
@@ -245,9 +247,10 @@ def measure_steps(
 def forget_absent_tuning_set(paths: Sequence[str], settings: EvaluationConfig) -> None:
     """Keep the threshold as it is where the set that the run tuned it on is not evaluated here."""
     tuned_on, threshold = settings.tune_threshold_on, settings.threshold
-    is_there = len(paths) > 1 and tuned_on in dataset_names(paths)
-    if tuned_on and not is_there:
-        print(f"note: the threshold is {threshold:g}, not tuned on {tuned_on}, which is not here")
+    is_there = tuned_on in dataset_names(paths)
+    if tuned_on and not (is_there and len(paths) > 1):
+        reason = "the only set here" if is_there else "which is not here"
+        print(f"note: the threshold is {threshold:g}, not tuned on {tuned_on}, {reason}")
         settings.tune_threshold_on = ""
 
 

@@ -32,7 +32,12 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_samples(count: int, draws: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yield the indices of samples of the bootstrap, drawn with replacement, each [count]."""
+    """Yield the indices of samples of the bootstrap, drawn with replacement, each [count].
+
+    There are none of a single value: all would be alike, and say that nothing is left to chance.
+    """
+    if count < 2:
+        return
     rng = np.random.default_rng(seed)
     for _ in range(draws):
         yield rng.integers(count, size=count)

@@ -44,7 +44,10 @@ def auc(scores: np.ndarray, right: np.ndarray) -> float:
 
 
 def f1(true_positives: int, num_errors: int) -> float:
-    return 2 * true_positives / (2 * true_positives + num_errors) if true_positives else 0.0
+    """Return the F1; NaN where there is nothing to find and nothing is found."""
+    if true_positives == num_errors == 0:
+        return math.nan
+    return 2 * true_positives / (2 * true_positives + num_errors)
 
 
 def harmonic_mean(a: float, b: float) -> float:
@@ -81,8 +84,9 @@ class ScoredChains:
         self.labels: list[np.ndarray] = []  # of each chain, [steps]
         self.scores: list[np.ndarray] = []
         # The index of each chain's first wrong step, or -1: by the labels, and by the scores. A
-        # wrong step without a score, as one beyond max_length, is there and is not found.
-        first_errors = []
+        # wrong step without a score, as one beyond max_length, is there and is not found. A chain
+        # with such a step and no error before it is not passed either: its predicted error is -2.
+        first_errors, predicted_errors = [], []
         for example, chain_scores in zip(examples, scores):
             labels, labelled_scores = labelled_steps([example], [chain_scores])
             all_labels = [label for label in example.labels if label is not None]
@@ -91,8 +95,11 @@ class ScoredChains:
                 self.labels.append(labels)
                 self.scores.append(labelled_scores)
                 first_errors.append(first_below(all_labels, 0.5))
+                predicted = first_below(labelled_scores, threshold)
+                is_cut = len(labels) < len(all_labels)
+                predicted_errors.append(-2 if is_cut and predicted == -1 else predicted)
         self.first_errors = np.array(first_errors)
-        self.predicted_errors = np.array([first_below(s, threshold) for s in self.scores])
+        self.predicted_errors = np.array(predicted_errors)
 
     def measures(self, chains: np.ndarray | None = None) -> Measures:
         """Compute all measures over the steps of some chains, by their indices; None: of all."""
@@ -139,6 +146,8 @@ def best_threshold(examples: Chains, scores: Scores, dataset_id: int | None = No
 def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, Intervals]:
     """Bootstrap the measures over problems: chains of one problem are drawn together.
 
+    One problem alone has no intervals: they are NaN.
+
     The scorers have the same chains and are measured on the same draws, so differences are paired.
 
     Returns:
@@ -160,7 +169,7 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
 
     scorer_intervals: Intervals = {name: {} for name in scorers}
     difference_intervals: Intervals = {name: {} for name in others}
-    for measure in samples[first][0]:
+    for measure in scorers[first].measures():
         values_of_first = np.array([sample[measure] for sample in samples[first]])
         for name in scorers:
             values = np.array([sample[measure] for sample in samples[name]])

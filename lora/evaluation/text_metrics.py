@@ -5,7 +5,7 @@ Every measure is a number 0..1 for each answer it applies to; the result for a f
     exact_answer       the answer is the reference, ignoring leading and trailing whitespace
     exact_match        the number after the last "####" is that of the reference, where it has one
     rouge1, 2, L       F1 of shared words, of pairs of words, of the longest common subsequence
-                       (rouge_score; it knows the letters a-z only)
+                       (rouge_score; a Chinese or Japanese character is a word)
     refusal_rate       the answer matches `refusal_pattern`
     refusal_accuracy   ... exactly if the reference does
     citation_rate      the answer holds a match of `citation_pattern`, where the reference does
@@ -21,6 +21,7 @@ from decimal import Decimal, InvalidOperation
 import json
 import re
 from typing import Any
+import unicodedata
 
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig, EvaluationConfig
@@ -28,6 +29,18 @@ from lora.data.examples import Example
 from lora.data.readers import read
 
 Measures = dict[str, float]
+# A letter or digit of a script with blanks between its words: Latin, Greek, Cyrillic, Armenian or
+# Georgian. The others, as Chinese, are in the ranges that are left out.
+LETTER = r"[^\W_\u0590-\u109f\u1100-\u1dff\u2e80-\U0010ffff]"
+IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # and kana
+ROUGE_WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\W_{IDEOGRAPHS}]+")
+# A number has blanks or commas only before groups of three digits. Another number, or a sign, after
+# it makes it a list, a fraction, a power or a sum.
+NUMBER = re.compile(
+    r"[$ \t]*[-+\u2212]?[$ \t]*"
+    r"(?>[0-9]{1,3}(?:[, \t\u00a0\u202f][0-9]{3}(?![0-9]))+|[0-9]*)(?>(?:\.[0-9]+)?)"
+    r"(?![eE \t\u00a0\u202f.,$/^*\u00d7+\u2212-]*[0-9])"
+)
 FENCE = re.compile(r"```(?:json)?(.*)```", re.DOTALL | re.IGNORECASE)  # of Markdown
 
 
@@ -60,8 +73,9 @@ def read_questions(path: str, data: DataConfig | None = None) -> list[Question]:
         if not question.messages:
             only_answer = "the chat begins with its only answer"
             raise UserError(f"{where}: {only_answer}; expected a question before it.")
-        if not without_reasoning(question.reference).strip():
-            tool_call = "the last answer is a tool call without text"
+        is_call = bool(example.messages[len(question.messages)].get("tool_calls"))
+        if is_call or not without_reasoning(question.reference).strip():
+            tool_call = "the last answer is a tool call, or has no text"
             raise UserError(f"{where}: {tool_call}, which nothing here can score.")
         questions.append(question)
     return questions
@@ -91,7 +105,14 @@ def rouge_scorer() -> Any:
     except ImportError:
         print("note: no ROUGE without rouge_score: pip install 'plainlora[eval]'")
         return None
-    return RougeScorer(["rouge1", "rouge2", "rougeL"])
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=RougeTokenizer())
+
+
+class RougeTokenizer:
+    """Words as rouge_score's own tokenizer finds them, but not of the letters a-z alone."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return ROUGE_WORD.findall(text.lower())
 
 
 def score_answer(answer: str, reference: str, settings: EvaluationConfig, rouge: Any) -> Measures:
@@ -121,9 +142,13 @@ def score_answer(answer: str, reference: str, settings: EvaluationConfig, rouge:
 
 
 def without_reasoning(text: str) -> str:
-    """Return what follows a block of reasoning, which Qwen3 writes even where it is empty."""
+    """Return what follows a block of reasoning, which Qwen3 writes even where it is empty.
+
+    Reasoning that did not come to its end has no answer: "".
+    """
     _, _, answer = text.rpartition("</think>")
-    return answer.lstrip()
+    answer = answer.lstrip()
+    return "" if answer.startswith("<think>") else answer
 
 
 def passes(answer: str, reference: str, settings: EvaluationConfig) -> bool:
@@ -138,10 +163,14 @@ def passes(answer: str, reference: str, settings: EvaluationConfig) -> bool:
         return final_number(answer) == number
     if refuses(reference, settings):
         return refuses(answer, settings)
-    plain_reference = re.escape(" ".join(reference.casefold().split()))
-    before = "(?<![a-z0-9])(?<![0-9][.,])(?<![-\u2212](?=[0-9]))"
-    pattern = rf"{before}{plain_reference}(?![a-z0-9]|[.,][0-9])"
-    return bool(re.search(pattern, " ".join(answer.casefold().split())))
+    before = rf"(?<!{LETTER})(?<![0-9][.,])(?<![-\u2212](?=[0-9]))"
+    pattern = rf"{before}{re.escape(plain(reference))}(?!{LETTER}|[.,][0-9])"
+    return bool(re.search(pattern, plain(answer)))
+
+
+def plain(text: str) -> str:
+    """Return a text in one case, one form of accents, and with single blanks."""
+    return unicodedata.normalize("NFC", " ".join(text.casefold().split()))
 
 
 def mean_scores(rows: Sequence[Measures]) -> Measures:
@@ -156,15 +185,15 @@ def mean_scores(rows: Sequence[Measures]) -> Measures:
 def final_number(text: str) -> Decimal | None:
     """Return the number after the last "####", without "$", commas and spaces; None without one.
 
-    None too for a fraction or a power.
+    None too for a fraction, a power or several numbers.
     """
     _, mark, after = text.rpartition("####")
-    match = re.match(r"(?>[-+$0-9., \t]*[0-9])(?![ \t]*([/^]|\*\*)[ \t]*[0-9])", after)
+    match = NUMBER.match(after)
     if not mark or not match:
         return None
     try:
-        return Decimal(re.sub(r"[$, \t]", "", match[0]))
-    except InvalidOperation:  # "1.2.3"
+        return Decimal(re.sub(r"[$,\s]", "", match[0]).replace("\u2212", "-"))
+    except InvalidOperation:  # no digit
         return None
 
 
@@ -178,8 +207,12 @@ def citations(text: str, settings: EvaluationConfig) -> set[str]:
 
 def has_json_keys(text: str, keys: list[str]) -> bool:
     fenced = FENCE.fullmatch(text.strip())
+
+    def refuse(name: str) -> None:  # NaN and Infinity, which Python reads and JSON does not have
+        raise ValueError(name)
+
     try:
-        value = json.loads(fenced[1] if fenced else text)
+        value = json.loads(fenced[1] if fenced else text, parse_constant=refuse)
     except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and set(keys) <= value.keys()

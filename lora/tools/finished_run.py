@@ -25,11 +25,15 @@ from lora.common.saved_files import (
     require_shape,
 )
 from lora.common.toml_json import parse_json, read_file
-from lora.config.schema import Config
+from lora.config.schema import Config, EvaluationConfig
 from lora.config.set_keys import from_dict
 
 # They do not change the training.
-IGNORED_KEYS = ("experiment_name", "output_dir", "report_to", "artifact_version")
+IGNORED_KEYS = (
+    *("experiment_name", "output_dir", "report_to", "artifact_version"),
+    *("logging_steps", "save_steps", "save_optimizer"),
+    *vars(EvaluationConfig()),
+)
 DATA_KEYS = ("train_data", "eval_data")
 
 

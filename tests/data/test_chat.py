@@ -19,7 +19,8 @@ from lora.data.batches import Rows
 from lora.data.chat_template import use_chatml
 from lora.data.examples import Example
 from lora.data.tokenise import NO_TOKEN, encode, tokenise
-from lora.evaluation.generate import after_header
+from lora.evaluation.generate import after_header, answer_text, reasoning_ends
+from lora.evaluation.text_metrics import without_reasoning
 from lora.model.weights import add_tokens
 from tests.conftest import tiny_llama
 
@@ -388,7 +389,31 @@ def test_of_gpt_oss_only_the_last_message_is_the_answer(gptoss):
     header_end = gptoss.convert_tokens_to_ids("<|message|>")
     assert gptoss.decode(after_header(tokens, header_end)) == "a"
     plain = gptoss("a b", add_special_tokens=False).input_ids
-    assert after_header(plain, header_end) == after_header(plain, None) == plain
+    assert after_header(plain, header_end) == plain
+    assert reasoning_ends(gptoss) == [header_end]
+    assert answer_text([], tokens, gptoss, [header_end]) == "a"
+    for end in ("r", "r<|end|><|start|>assistant<|channel|>final"):
+        text = "<|channel|>analysis<|message|>" + end
+        cut = answer_text(
+            [], gptoss(text, add_special_tokens=False).input_ids, gptoss, [header_end]
+        )
+        assert cut.startswith("<think>") and without_reasoning(cut) == ""
+
+
+@pytest.mark.parametrize("special", [(), ("<think>", "</think>")], ids=["text", "special"])
+def test_reasoning_that_was_cut_has_no_answer(special):
+    tokenizer = tokenizer_with(None, *special)
+    ends = reasoning_ends(tokenizer)
+    assert len(ends) == len(special) / 2
+
+    def answer(prompt, text):
+        tokens = [tokenizer(t, add_special_tokens=False).input_ids for t in (prompt, text)]
+        return without_reasoning(answer_text(*tokens, tokenizer, ends))
+
+    assert answer("q", "4") == "4"
+    assert answer("q", "<think>2+2</think>4") == answer("q<think>\n", "2+2</think>4") == "4"
+    assert answer("q", "<think>2+2=") == answer("q<think>\n", "2+2=") == ""
+    assert answer("q<think>\n\n</think>\n\n", "4 <think>") in ("4 <think>", "4 ")
 
 
 def test_pieces_are_the_plain_render():

@@ -21,7 +21,7 @@ from lora.common.toml_json import read_file
 from lora.config.schema import EvaluationConfig
 from lora.config.set_keys import from_dict
 from lora.data.readers import read
-from lora.evaluation import retrieval, text_metrics
+from lora.evaluation import retrieval, run_evaluation, text_metrics
 from lora.evaluation.generate import embed
 from lora.evaluation.run_evaluation import Results
 from lora.model.load import load_task
@@ -67,6 +67,21 @@ SETTINGS = EvaluationConfig(
         ("#### $20/hour", 20),
         ("#### 5 apples", 5),
         ("18", None),
+        ("#### 1\u202f234", 1234),
+        ("#### 12\u00a0345 crowns", 12345),
+        ("#### 7 000 000", 7000000),
+        ("#### \u22125", -5),
+        ("#### .5", 0.5),
+        ("#### 5, 6", None),
+        ("#### 12 3 left", None),
+        ("#### 12. 5 apples", None),
+        ("#### 1.234,5", None),
+        ("#### 3 1/2", None),
+        ("#### 1e5", None),
+        ("#### 10 - 5 = 5", None),
+        ("#### 5\nThat is 2 + 3.", 5),
+        ("#### 5 (of 6)", 5),
+        ("#### 5\n\n6 is wrong.", 5),
     ],
 )
 def test_the_number_after_the_last_hashes_is_the_answer(text, number):
@@ -96,6 +111,7 @@ def test_the_number_after_the_last_hashes_is_the_answer(text, number):
         ('```json\n{"a": 1, "b": 2}\n', "x", dict(json_validity=0)),
         ('{"a": 1}', "x", dict(json_validity=0)),
         ('["a", "b"]', "x", dict(json_validity=0)),
+        ('{"a": NaN, "b": -Infinity}', "x", dict(json_validity=0)),
         ("{", "x", dict(json_validity=0)),
     ],
 )
@@ -118,6 +134,9 @@ def test_a_block_of_reasoning_is_no_part_of_an_answer():
     answer = '<think>\n\n</think>\n\n{"a": 1}'
     measured = text_metrics.score_answer(answer, '{"a": 1}', settings, None)
     assert measured["exact_answer"] == measured["json_validity"] == 1.0
+    cut = "<think>Perhaps 4. #### 4"
+    assert not text_metrics.passes(cut, "#### 4", settings)
+    assert text_metrics.score_answer(cut, "#### 4", settings, None)["exact_match"] == 0.0
     refusal = "<think>They do not say.</think>\n\nNo source says it."
     assert text_metrics.score_answer(refusal, "No source.", settings, None)["refusal_rate"] == 1.0
     assert text_metrics.passes(refusal, "No source.", settings)
@@ -129,6 +148,22 @@ def test_rouge_is_f1_of_words_pairs_and_subsequences():
     )
     assert measured["rouge1"] == pytest.approx(2 * 2 / (4 + 3)) == measured["rougeL"]
     assert measured["rouge2"] == pytest.approx(2 * 1 / (3 + 2))
+
+
+@pytest.mark.parametrize("text", ["日本語です", "Это возможно", "école"])
+def test_rouge_of_the_same_text_is_1_in_every_script(text):
+    measured = text_metrics.score_answer(text, text, SETTINGS, text_metrics.rouge_scorer())
+    assert measured["rouge1"] == measured["rougeL"] == 1.0
+    half = text_metrics.rouge_scorer().score("東京大学", "東京")
+    assert half["rouge1"].recall == 0.5
+
+
+def test_words_of_ascii_are_those_of_rouge_score():
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    text = "It's the CATS' 1,000.50 x_y; re-use ''well''\n#### 7"
+    own = text_metrics.RougeTokenizer().tokenize(text)
+    assert own == DefaultTokenizer().tokenize(text)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +183,15 @@ def test_rouge_is_f1_of_words_pairs_and_subsequences():
         ("It is 5.25.", "5", False),
         ("About 1,500.", "500", False),
         ("それは東京です", "東京", True),
+        ("それはParisです", "Paris", True),
+        ("서울입니다", "서울", True),
+        ("Это возможно.", "возможно", True),
+        ("Это невозможно.", "возможно", False),
+        ("никогда", "да", False),
+        ("L'école", "école", True),
+        ("L'e\u0301cole", "école", True),
+        ("L'école", "cole", False),
+        ("não", "o", False),
     ],
 )
 def test_a_critical_question_passes_by_number_by_refusal_or_by_text(answer, reference, passed):
@@ -180,8 +224,9 @@ def test_questions_are_read_in_every_form_of_chat_and_ask_for_the_last_answer(tm
     for row, message in (
         ({"text": "t"}, "a text has no question"),
         ({"messages": [chat[1]]}, "expected a question before it"),
-        ({"messages": [chat[0], calls]}, "a tool call without text"),
-        ({"messages": [chat[0], {**calls, "content": "<think>t</think>"}]}, "a tool call without"),
+        ({"messages": [chat[0], calls]}, "the last answer is a tool call, or has no text"),
+        ({"messages": [chat[0], calls | {"content": "Let me look."}]}, "is a tool call, or has"),
+        ({"messages": [chat[0], {**calls, "content": "<think>t</think>"}]}, "a tool call, or has"),
     ):
         with pytest.raises(UserError, match=f"q.jsonl:1: .*{message}"):
             text_metrics.read_questions(write(tmp_path / "q.jsonl", [row]))
@@ -220,6 +265,15 @@ def test_an_embedding_is_the_mean_over_the_hidden_states_of_the_text_alone(
         torch.testing.assert_close(
             torch.from_numpy(embedding), mean / mean.norm(), rtol=0, atol=1e-5
         )
+
+
+def test_embeddings_that_are_not_finite_are_refused(configure):
+    config = configure(False, max_length=16)
+    task = load_task(config, torch.float32)
+    with torch.no_grad():
+        next(task.model.parameters()).fill_(math.inf)
+    with pytest.raises(UserError, match="embeddings are not finite in torch.float32; add --dtype"):
+        embed(task, ["a b"], config, torch.float32)
 
 
 def test_a_mistake_in_corpus_or_queries_names_the_line(tmp_path):
@@ -721,10 +775,38 @@ def test_what_needs_labels_is_refused_without_any(configure, tmp_path):
     artifact = run(configure(True, max_steps=1)) / "final_artifact"
     row = {"prompt": "1+1", "steps": ["=2"], "labels": [None]}
     flags = ["--checkpoint", artifact, "--eval_data", write(tmp_path / "a.jsonl", [row])]
-    with pytest.raises(UserError, match="no solution an outcome, so nothing is measured"):
+    with pytest.raises(
+        UserError,
+        match="no step has a label and no solution has an outcome, so nothing is measured",
+    ):
         evaluate(*flags)
     with pytest.raises(UserError, match="no step has a label"):
         evaluate(*flags, "--reliability", tmp_path / "a.png")
+    long = write(tmp_path / "b.jsonl", [row | {"steps": ["=2" * 300], "labels": [1]}])
+    with pytest.raises(UserError, match="no step with a label fits max_length 64 and no solution"):
+        evaluate("--checkpoint", artifact, "--eval_data", long, "--max_length", 64)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--eval_data=in.json", "--output=in.json"], "--output in.json: would replace .*in.json,"),
+        (["--eval_data=a", "--output=o", "--html=o"], "--html o: would replace .*/o, which"),
+        (["--eval_data=a", "--html=o", "--reliability=o"], "--reliability o: would replace"),
+        (
+            ["--task=lm", "--test_set=o.generations.jsonl", "--output=o.json"],
+            "--output o.json: would replace .*o.generations.jsonl,",
+        ),
+        (["--eval_data=a", "--citation_pattern=x"], "--citation_pattern is for --task lm; leave"),
+        (["--eval_data=a", "--task=lm", "--threshold=0.3"], "--threshold is for --task score;"),
+    ],
+)
+def test_a_file_that_would_be_replaced_and_a_flag_of_the_other_task_are_refused(
+    flags, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        evaluation.read_arguments(["--base_model=embedded", "--task=score", *flags])
 
 
 def test_a_threshold_that_the_run_tunes_is_not_asked_of_a_prompt(configure, capsys):
@@ -736,6 +818,9 @@ def test_a_threshold_that_the_run_tunes_is_not_asked_of_a_prompt(configure, caps
     assert note in capsys.readouterr().out
     evaluate("--checkpoint", artifact, "--test_set", "arithmetic:test:3")
     assert note in capsys.readouterr().out
+    run_evaluation.forget_absent_tuning_set(["a/gsm8k.json"], config.evaluation)
+    only = "note: the threshold is 0.5, not tuned on gsm8k, the only set here\n"
+    assert capsys.readouterr().out == only and config.evaluation.tune_threshold_on == ""
 
 
 def test_held_out_files_are_read_without_the_training_files(configure, tmp_path, capsys):

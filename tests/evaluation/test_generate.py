@@ -112,6 +112,16 @@ def test_the_model_is_afterwards_what_it_was_and_its_own_generation_config_is_se
     model.eval()
 
 
+def test_a_note_counts_the_answers_that_were_cut(capsys):
+    model = tiny_llama(initializer_range=0.5)
+    say(model, prompts()[:2])
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert note.startswith("note: 2 of 2 answers were cut at 12 tokens or the model's limit")
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))
+    assert say(model, prompts()[:2]) == ["", ""]
+    assert "note: " not in capsys.readouterr().err
+
+
 def test_sampling_is_seeded(model):
     def draw(seed):
         return say(model, prompts(), temperature=1.5, seed=seed)

@@ -79,7 +79,7 @@ def test_first_errors_processbench_and_prmbench_are_those_counted_by_hand():
     )
     numbers = of.measures()
     assert list(of.first_errors) == [1, 2, 1, -1, -1, 1]
-    assert list(of.predicted_errors) == [1, 1, -1, -1, -1, -1]
+    assert list(of.predicted_errors) == [1, 1, -1, -1, -1, -2]
     assert (
         numbers["first_error_accuracy"] == pytest.approx(1 / 4)
         and numbers["no_error_accuracy"] == 1.0
@@ -91,6 +91,34 @@ def test_first_errors_processbench_and_prmbench_are_those_counted_by_hand():
     ] == pytest.approx(2 / 3)
     nothing_found = judged(([1, 0], [0.9, 0.9]), ([1], [0.1])).measures()
     assert nothing_found["processbench_f1"] == 0.0 == nothing_found["negative_f1"]
+
+
+def test_a_right_chain_that_is_not_read_to_its_end_is_not_rightly_passed():
+    nan = math.nan
+    right = ([1, 1], [0.9, 0.9]), ([1, 1], [0.9, nan]), ([1], [nan]), ([1, None], [0.9, nan])
+    scored = judged(([1, 0], [0.9, 0.1]), *right)
+    assert list(scored.predicted_errors) == [1, -1, -2, -2, -1]
+    assert scored.measures()["no_error_accuracy"] == 2 / 4
+
+
+def test_an_f1_of_nothing_to_find_is_no_number_and_bootstrap_draws_leave_it_out():
+    assert math.isnan(judged(([1, 1], [0.9, 0.8])).measures()["negative_f1"])
+    assert math.isnan(judged(([0], [0.1])).measures()["f1"])
+    perfect = judged(*[([1], [0.9])] * 11, ([1, 0], [0.9, 0.1]))
+    intervals, _ = step_metrics.intervals({"scores": perfect}, draws=50)
+    assert intervals["scores"]["negative_f1"] == [1.0, 1.0]
+
+
+def test_one_problem_has_no_interval_and_no_verdict():
+    examples = [example([1.0, 0.0], "p"), example([0.0, 1.0], "p")]
+    scores = [np.array([0.9, 0.1]), np.array([0.2, 0.8])]
+    report = step_metrics.report(examples, {"scores": scores, "b": scores}, EvaluationConfig(), {})
+    assert np.isnan(report["intervals"]["scores"]["auc"]).all()
+    assert np.isnan(report["differences"]["b"]["auc"]).all()
+    solutions = [example([None], "p", outcome, ["A: 1"]) for outcome in (True, False)]
+    found = best_of_n.best_of_n(solutions, [np.array([0.9]), np.array([0.1])])
+    value, interval = found["min"]
+    assert value == 1.0 and np.isnan(interval).all()
 
 
 def test_the_best_threshold_separates():
@@ -145,6 +173,26 @@ def test_best_of_n_is_that_counted_by_hand():
         and found["oracle"] == 1.0
         and found["majority"] == (0 + 0.5) / 2
     )
+
+
+@pytest.mark.parametrize(
+    "step, answer",
+    [
+        ("12+9=21", 21.0),
+        ("10/2=5", 5.0),
+        ("I have 10/2 apples, so 5", 5.0),
+        ("It is $1,234.", 1234.0),
+        (r"So $\boxed{2}$.", 2.0),
+        ("The answer is 1/2.", "1/2"),
+        ("x = 3 / 2", "3/2"),
+        ("The answer is (3, 4)", "(3,4)"),
+        ("The answer is [5, 4)", "[5,4)"),
+        (r"\boxed{\sqrt{2}}", r"\sqrt{2"),
+        ("Yes", "yes"),
+    ],
+)
+def test_an_expression_votes_by_its_text_and_a_number_by_its_value(step, answer):
+    assert best_of_n.final_answer(example([None], steps=[step])) == answer
 
 
 # ---------------------------------------------------------------------------------------- baselines

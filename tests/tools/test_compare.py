@@ -12,11 +12,11 @@ import pytest
 from lora.common.errors import UserError
 from lora.config.command_line import read_command_line
 from lora.config.schema import get_lora_config
-from lora.config.set_keys import set_key
+from lora.config.set_keys import from_dict, set_key
 from lora.evaluation.statistics import bootstrap_samples
 from lora.tools import compare
 from lora.tools.compare import interval, main, spread_of_seeds, table, verdict
-from lora.tools.finished_run import FinishedRun
+from lora.tools.finished_run import FinishedRun, flat_config
 from lora.tools.sweep import missing_commands, proposed_name
 from tests.conftest import configuration, run
 
@@ -77,6 +77,11 @@ def test_the_interval_covers_the_truth_19_times_of_20():
 def test_the_draws_are_the_same_for_the_same_seed():
     one, other, third = ([*map(list, bootstrap_samples(5, 3, seed))] for seed in (1, 1, 2))
     assert one == other != third and all(len(drawn) == 5 for drawn in one)
+
+
+def test_one_example_has_no_interval():
+    loss, ends = interval([0.5], [2])
+    assert loss == 0.25 and np.isnan(ends).all()
 
 
 def test_seeds_cannot_be_told_apart_and_learning_can(sweep, capsys):
@@ -207,6 +212,10 @@ def test_only_other_seeds_tell_how_much_chance_there_is(sweep):
     assert spread_of_seeds([runs["s1"], runs["s1"]]) == (0.0, 0)
     again = spread_of_seeds([*runs.values(), runs["s1"]])
     assert again == spread_of_seeds(runs.values())
+    config = from_dict(runs["s2"].tables, "test")
+    config.output.logging_steps, config.output.save_steps = 3, 7
+    config.evaluation.threshold = 0.3
+    assert flat_config(config) == runs["s2"].config
 
 
 def test_the_picture_of_the_runs_is_written(sweep, tmp_path):
@@ -236,6 +245,7 @@ def test_runs_without_an_evaluation_make_a_picture_and_a_table(configure, tmp_pa
         ),
         (["{run}", "--sweep", "lora_r"], "--sweep lora_r: expected KEY=VALUE"),
         (["{run}", "--sweep", "artifact_version=a,b"], "artifact_version: it changes no numbers"),
+        (["{run}", "--sweep", "threshold=0.3"], "--sweep threshold: it changes no numbers"),
         (["{run}", "--sweep", "lora_x=1"], "--sweep lora_x: no such key"),
         (["{run}", "--sweep", "seed=1", "--sweep", "seed=2"], "--sweep seed: given twice"),
         (["{run}", "--against", "/no/such"], "/no/such: no logs/config.json"),
