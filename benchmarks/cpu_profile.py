@@ -72,7 +72,8 @@ class Steps:
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.run = run
         self.num_tokens = sum(lengths)
-        self.gradients = GradientAccumulation(run, scaler, StopSignal(), Log(folder, run.config))
+        log = Log(folder, run.config, max_steps=1)
+        self.gradients = GradientAccumulation(run, scaler, StopSignal(), log)
         self.parameters = list(trainable_parameters(task).values())
         self.optimizer = make_optimizer(trainable_parameters(task), run.config, run.device)
         for _ in range(UNTIMED_STEPS):

@@ -112,7 +112,7 @@ def out_of_memory_halves(place: Place) -> list[Check]:
     run = make_run(place, make_task(place, shape), rows, settings)
     num_tokens = run.data.max_tokens
     with tempfile.TemporaryDirectory() as folder:
-        log = Log(Path(folder) / "run", run.config)
+        log = Log(Path(folder) / "run", run.config, max_steps=1)
         scaler = torch.amp.GradScaler(place.device_type, enabled=False)
         accumulation = GradientAccumulation(run, scaler, StopSignal(), log)
         loss, expected, whole_peak = one_step(accumulation)

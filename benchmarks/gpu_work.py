@@ -24,6 +24,7 @@ from lora.model.placement import prepare_layers
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.training.log import Log
+from lora.training.schedule import total_steps
 from train import train
 
 RANK = 16
@@ -179,8 +180,9 @@ def wrap_layers(task: Task, training: TrainingConfig) -> None:
 class StepTimes(Log):
     """A log that marks when each step has ended: on a GPU in its stream, without waiting."""
 
-    def start(self, step: int, total: int) -> None:
-        super().start(step, total)
+    def __init__(self, folder: Path, run: Run) -> None:
+        max_steps = total_steps(run.config.training, run.data.steps_per_epoch)
+        super().__init__(folder, run.config, max_steps)
         self.marks = []
 
     def count(self, step: int, num_tokens: int, seconds: float, loss: float) -> None:
@@ -213,7 +215,7 @@ def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Eve
 
 def train_in(folder: Path, run: Run, resume_from: str = "") -> list[float]:
     """Train by the loop of train.py, in a new folder; return the seconds of all steps but one."""
-    with closing(StepTimes(folder, run.config)) as log:
+    with closing(StepTimes(folder, run)) as log:
         train(run, log, {}, resume_from, StopSignal())
         return log.step_seconds()
 

@@ -106,7 +106,7 @@ def ours(config, dropout):
         "rows": rows,
         "held_out": held_out,
     }
-    log = Log(config.output.output_dir, config, max_steps=config.training.max_steps)
+    log = Log(config.output.output_dir, config, config.training.max_steps)
     run = Run(task, config, data, torch.device("cpu"), torch.float32)
     train(run, log, facts={}, resume_from="", stop_signal=StopSignal())
     log.close()

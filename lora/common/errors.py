@@ -59,7 +59,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out. On a CPU torch says so in the message only."""
     words = (
         "out of memory", "not enough memory", "can't allocate memory",
-        "ALLOC_FAILED", "bad_alloc",
+        "ALLOC_FAILED", "bad_alloc", "CUBLAS_STATUS_NOT_INITIALIZED",  # no room for its workspace
     )  # fmt: skip
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 

@@ -34,7 +34,8 @@ def as_known_error(error: BaseException) -> UserError | None:
         return ResourceExhausted(f"{taken}: let torchrun --standalone choose a free one.")
     under_torchrun = "LOCAL_WORLD_SIZE" in os.environ and isinstance(error, RuntimeError)
     if under_torchrun and re.search("gloo|NCCL", text):
-        return ProcessLost("another process of this run was lost (torchrun says which).")
+        lost = "another process of this run was lost (torchrun says which)"
+        return ProcessLost(f"{lost}, or: {text}")
     if isinstance(error, OSError) and error.filename and error.strerror:
         return UserError(f"{str(error.filename)[:MAX_NAME_LENGTH]}: {error.strerror}.")
     if re.search(r"\(os error \d+\)", text):  # of safetensors, in Rust

@@ -79,16 +79,16 @@ class Command:
         refuse_changes(self.resume_from, changed, allowed)
         if not self.continues:
             return
-
-        def has_other_contents(name: str) -> bool:
-            if not isinstance(facts[name], dict):
-                return True
-            return list(facts[name].values()) != list(before[name].values())  # paths may move
-
         # The held-out examples come from the training data where no eval_data are named.
         not_measured = ("train_data", "train_tokens") if data.eval_data else ()
-        measured = [name for name in changed if name not in not_measured]
-        raise_other_losses([name for name in measured if has_other_contents(name)])
+        other_losses = []
+        for name in changed:
+            earlier, now = before[name], facts[name]
+            if isinstance(now, dict):  # {path: sha256}, of which the paths may have moved
+                earlier, now = list(earlier.values()), list(now.values())
+            if now != earlier and name not in not_measured:
+                other_losses.append(name)
+        raise_other_losses(other_losses)
 
 
 def read_command_line(argv: list[str], config: Config, default_file: str, summary: str) -> Command:

@@ -128,8 +128,10 @@ class Translation:
             # train.py has no keys of LoRA, and needs none where they are off.
             if not (is_lora_key(name) and value in (None, False)):
                 self.problems.append(f"{label}: {why_unknown(self.config, name)}")
+        elif value is None and word == "clip_grad_norm":
+            self.set_key(parents, label, "max_grad_norm", 0.0)  # torchtune's: no clipping
         elif value is None and self.key_of.get(word) == "max_grad_norm":
-            self.set_key(parents, label, "max_grad_norm", 0.0)  # no clipping there
+            self.notes.append(f"{label} (null: the default, 1.0; 0 is no clipping)")
         elif value is None and self.key_of.get(word) == "max_length":
             self.notes.append(f"{label} (null: the default, 2048 tokens at most)")
         elif value is None or (word == "max_steps" and value == -1):

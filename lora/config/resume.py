@@ -52,7 +52,9 @@ def refuse_other_losses(saved: Config, new: Config) -> None:
     what is read of them.
     """
     names = {*vars(new.model), *vars(new.data), "max_eval_batches"}
-    names |= {"load_in_4bit", *QUANTIZATION_KEYS}
+    names.add("load_in_4bit")
+    if new.lora and new.lora.load_in_4bit:
+        names |= {*QUANTIZATION_KEYS}
     before, now = key_values(saved), key_values(new)
     changed = {name for name in names if before.get(name) != now.get(name)}
     raise_other_losses(changed - {"base_model", "train_data", "eval_data"})
@@ -76,6 +78,8 @@ def refuse_changes(checkpoint: str, changed: dict[str, tuple], allowed: Collecti
             problem += ": of another tokenizer, chat template or plainlora"
         keys = ["base_model" if name in BASE_FACTS else name for name in refused]
         hint = f"--allow_change {','.join(dict.fromkeys(keys))} allows it"
+        if keys != refused:  # the losses of the run so far would be those of another base
+            hint += " under a new --experiment_name"
         raise UserError(f"--resume_from {checkpoint}: {problem}; {hint}.")
 
 

@@ -60,7 +60,7 @@ def continued_folder(saved: Config, config: Config, checkpoint: Path) -> Path:
     checkpoints = resumable_by_step(path.parent)
     # checkpoints/ may be a link to another disk, or `checkpoint` itself a link into it.
     as_named = Path(os.path.abspath(checkpoint)).parent.parent
-    candidates = [as_named, run_folder(config), path.parent.parent]
+    candidates = [run_folder(config), as_named, path.parent.parent]
     folders = [folder for folder in candidates if (folder / "checkpoints").resolve() == path.parent]
     if not folders or path not in checkpoints.values():
         hint = "not in a run's checkpoints/; name a new --experiment_name for it"

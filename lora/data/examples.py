@@ -117,7 +117,7 @@ def refuse_other_training(where: str, row: dict[str, Any]) -> None:
             found = f"a {key} beside a conversation (as for KTO), and every answer would be learned"
             raise UserError(f"{where}: {found}; keep the good ones and take the key {key} out.")
     for key in ("image", "images", "video", "videos", "audio"):
-        if row.get(key):
+        if not is_blank(row.get(key)) and row[key] != []:
             raise UserError(f"{where}: {key}: only text is read; take other rows.")
 
 

@@ -29,7 +29,7 @@ def files_of_set(path: str) -> dict[str, Path]:
         found = [str(file) for file in visible_files if is_data(file)]
     else:
         found = glob.glob(path, recursive=True) if glob.has_magic(path) else []
-        found = [file for file in found if not is_note(Path(file))]
+        found = [file for file in found if not is_note(Path(file))] or found
     files = {file: Path(file) for file in sorted(found) if Path(file).is_file()}
     if not files:
         problem = "a folder without data files" if folder.is_dir() else "No such file or directory"

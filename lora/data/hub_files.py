@@ -54,8 +54,7 @@ def hub_files(path: str) -> dict[str, Path]:
                 mend = f"name the files, {HUB}{repository}@{revision}/GLOB"
                 raise UserError(f"{path}: {problem}; {mend}, or no revision.")
             if not configs:
-                conversion = folder_and_names(repository, "refs/convert/parquet")
-                folder, files, is_listed = conversion
+                folder, files, is_listed = folder_and_names(repository, "refs/convert/parquet")
                 configs = configs_of_names(files)
             splits = configs[choose(path, "config", name, configs)]
             patterns = splits[choose(path, "split", split, splits)]
@@ -147,8 +146,12 @@ def configs_of_names(names: list[str]) -> Splits:
             config = match[1] if match[1] not in (None, "data") else "default"
             configs.setdefault(config, {}).setdefault(match[2], []).append(name)
     splits = {split for splits in configs.values() for split in splits}
-    others = [name for name in names if is_data(Path(name)) and not name.endswith(".parquet")]
-    if others and not any(re.match(SPLIT_NAMES, split) for split in splits):
+    others = []
+    for name in names:
+        is_about_data = "/" not in name and Path(name).stem in ("dataset_info", "dataset_infos")
+        if kind_of(name) in ("json", "table") and not is_about_data:
+            others.append(name)
+    if others and not any(re.match(rf"({SPLIT_NAMES})(?![a-z])", split) for split in splits):
         return {}  # the data may lie in these
     return configs
 

@@ -72,7 +72,7 @@ def scatter_rows(rows: Tensor, value: Tensor) -> None:
     if rank() == 0:
         rows.copy_(parts[0])
         for process, part in enumerate(parts[1:], start=1):
-            sent = part.to(rows.device, rows.dtype)
+            sent = part.to(rows.device, rows.dtype).contiguous()
             transfers.append(dist.P2POp(dist.isend, sent, process))
     elif rank() < len(parts):
         transfers.append(dist.P2POp(dist.irecv, rows, 0))

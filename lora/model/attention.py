@@ -115,6 +115,8 @@ def packed_attention(
 def has_window(module: nn.Module) -> bool:
     """Return whether an attention module's config.json gives its layer a window, or chunks."""
     config = getattr(module, "config", None)
+    if not getattr(config, "use_sliding_window", True):
+        return False
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     layer_types = getattr(config, "layer_types", None)
     is_full = layer_types is not None and layer_types[module.layer_idx] == "full_attention"
@@ -125,7 +127,8 @@ def has_flash(device: torch.device | None) -> bool:
     """Return whether torch has FlashAttention-2 there: on an NVIDIA GPU, Ampere or newer."""
     if device is None or device.type != "cuda" or not torch.version.cuda:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    is_built = torch.backends.cuda.is_flash_attention_available()  # on Windows it may not be
+    return is_built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash_takes(query: Tensor, value: Tensor) -> bool:

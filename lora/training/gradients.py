@@ -120,6 +120,8 @@ class GradientAccumulation:
         The processes agree on all three. Where memory ran out there are no gradients.
         """
         loss, out_of_memory = backward(self.run, batches, num_targets, step, self.scaler)
+        if out_of_memory and self.run.device.type == "cuda":
+            torch.cuda.empty_cache()  # NCCL and cuBLAS take their memory from the driver
         totals = torch.zeros(3, device=self.run.device)
         totals[0] = loss
         totals[1] = out_of_memory

@@ -36,9 +36,9 @@ class Log:
         self,
         run_dir: str | Path,
         config: Config,
+        max_steps: int,
         earlier: dict | None = None,
         may_exist: bool = False,
-        max_steps: int = 0,
     ) -> None:
         """Make the folder of a run, and open its files.
 

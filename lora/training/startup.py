@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from lora.common.base_model_files import describe_base, locate_base
-from lora.common.checksums import file_sha256
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
+from lora.common.toml_json import read_file
 from lora.config.command_line import Command
 from lora.config.resume import EVALUATION_KEYS, INTERVAL_KEYS, PLACE_KEYS
 from lora.config.schema import Config, LoraConfig
@@ -27,7 +27,7 @@ from lora.model.device import choose_device, choose_dtype, set_determinism
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.model.tokenizer_file import base_file
-from lora.model.weights import weight_files
+from lora.model.weights import model_files, weight_files
 from lora.quantization import count_parameters, share_4bit
 from lora.target_modules import decoder_layers, stacked_weights
 from lora.training import base_integrity
@@ -76,14 +76,18 @@ def input_facts(run: Run, raw_data: RawData, data_facts: dict) -> dict[str, Any]
     config_file = base_file(locate_base(model.base_model)[0], "config.json")
     assert config_file is not None, "the base has been loaded"
     facts: dict[str, Any] = dict(raw_data.files)
-    facts["base_config"] = {"config.json": file_sha256(config_file)}
+    settings = read_file(config_file)
+    for name in ("transformers_version", "_name_or_path"):  # who wrote it, and from where
+        settings.pop(name, None)
+    facts["base_config"] = {"config.json": digest(sorted(settings.items()))}
     for part in ("train", "eval"):
         arrays = [sha256 for name, sha256 in data_facts["sha256"].items() if name.startswith(part)]
         facts[f"{part}_tokens"] = digest(arrays)[:16]
 
     compared = dict(facts)
     if run.config.lora:  # of a base that is sharded, the first process alone needs the weights
-        compared["base_model"] = {path.name: path.stat().st_size for path in weight_files(model)}
+        files = [] if model.init_from == "scratch" else model_files(model.base_model)
+        compared["base_model"] = {path.name: path.stat().st_size for path in files}
     first, *others = gather_objects(compared)
     for i, other in enumerate(others, 1):
         different = [name for name in first if other[name] != first[name]]
@@ -129,7 +133,7 @@ def begin(
     # The name of a run that was given none holds the second at which its process read the clock.
     run_dir = broadcast_from_rank_zero(str, command.run_dir)
     max_steps = total_steps(config.training, run.data.steps_per_epoch)
-    with closing(Log(run_dir, config, state, command.continues, max_steps)) as log:
+    with closing(Log(run_dir, config, max_steps, state, command.continues)) as log:
         command.status.run_dir = log.run_dir
         if base is not None:
             command.status.write(None)

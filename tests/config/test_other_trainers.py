@@ -117,8 +117,10 @@ def test_yaml_numbers_with_an_exponent_and_keys_without_a_value(tmp_path):
 def test_words_whose_absence_or_false_means_something(tmp_path, capsys):
     assert read_text(tmp_path, "cutoff_len: null").data.max_length == "auto"
     assert "cutoff_len (null: the default, 2048 tokens at most)" in capsys.readouterr().out
-    for word in ("max_grad_norm", "clip_grad_norm", "grad_clip", "gradient_clipping"):
-        assert read_text(tmp_path, f"{word}: null").training.max_grad_norm == 0
+    assert read_text(tmp_path, "clip_grad_norm: null").training.max_grad_norm == 0
+    config = read_text(tmp_path, "max_grad_norm: 0.5\ngradient_clipping:\n")
+    assert config.training.max_grad_norm == 0.5
+    assert "gradient_clipping (null: the default, 1.0; 0 is no" in capsys.readouterr().out
     assert read_text(tmp_path, "mixed_precision: no").training.dtype == "float32"
     qlora = read_text(tmp_path, "adapter: qlora\nload_in_4bit: true")
     assert qlora.lora.load_in_4bit

@@ -647,3 +647,23 @@ def test_hidden_files_of_a_folder_are_left_out_and_links_that_lead_nowhere_refus
         with pytest.raises(UserError, match="b.jsonl: a link to a folder or to nothing"):
             read([str(folder)], "lm")
         (folder / "b.jsonl").unlink()
+
+
+@pytest.mark.parametrize(
+    "answer", [[{"from": "A", "to": "B"}], [{"role": "assistant", "content": "hello"}]]
+)
+def test_an_answer_in_json_to_a_prompt_in_text_is_learned_as_it_stands(tmp_path, answer):
+    path = tmp_path / "data.jsonl"
+    row = {"prompt": "Extract the edges.", "completion": json.dumps(answer)}
+    path.write_text(json.dumps(row) + "\n")
+    (example,) = read([str(path)], "lm")
+    assert example.messages[-1]["content"] == row["completion"]
+
+
+def test_a_renamed_key_that_is_null_gives_way_to_one_that_is_filled(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"conv": None, "text": "whole"}) + "\n")
+    data = DataConfig()
+    data.columns = {"messages": "conv"}
+    (example,) = read([str(path)], "lm", data)
+    assert example.text == "whole"

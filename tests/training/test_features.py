@@ -83,7 +83,7 @@ def frozen(configure):
 
 def cache(task, data, config, steps):
     run = Run(task, config, data, torch.device("cpu"), torch.float32)
-    log = Log(f"{config.output.output_dir}/features", config)
+    log = Log(f"{config.output.output_dir}/features", config, steps)
     cached_features.cache_features(run, steps, log)
     log.close()
 

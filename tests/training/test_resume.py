@@ -374,7 +374,7 @@ def test_a_best_checkpoint_that_is_damaged_is_passed_over_with_a_warning(
     states = best_checkpoints.saved_states(run(config) / "checkpoints")
     best, second, *_ = best_checkpoints.best_first(states)
     (best["path"] / "notes.txt").write_text("the best so far")
-    log = Log(tmp_path / "log", config)
+    log = Log(tmp_path / "log", config, max_steps=1)
     assert best_undamaged(states, log) == second
     log.close()
     warning = f"warning: {best['path']}: damaged ('notes.txt': extra); the next best is taken"
@@ -589,7 +589,7 @@ def test_a_run_in_an_odd_folder_writes_through_no_link(configure, tmp_path):
     (tmp_path / "private").write_text("mine")
     for name in names:
         (folder / name).symlink_to(tmp_path / "private")
-    Log(folder, config, may_exist=True).close()
+    Log(folder, config, 1, may_exist=True).close()
     status = RunStatus()
     status.run_dir = folder
     try:
@@ -602,9 +602,9 @@ def test_a_run_in_an_odd_folder_writes_through_no_link(configure, tmp_path):
     metrics_file.unlink()
     metrics_file.symlink_to(tmp_path / "private")
     with pytest.raises(UserError, match="train_metrics.jsonl: a link that leads out") as kept:
-        Log(folder, config, may_exist=True)
+        Log(folder, config, 1, may_exist=True)
     metrics_file.unlink()
-    Log(folder, config, may_exist=True).close()  # the traceback does not keep the folder locked
+    Log(folder, config, 1, may_exist=True).close()  # the traceback does not keep the folder locked
     assert kept.value
 
 

@@ -168,8 +168,10 @@ def keys_of_messages_not_read(example: Example) -> set[str]:
 def form_of(reader: ModuleType, row: dict) -> set[str]:
     """Return the keys by which a reader reads a row; empty, where it does not."""
     forms = [form for form in reader.FORMS if form <= row.keys()]
-    # Data sets that were joined have blank columns of each other.
-    return min(forms, key=lambda form: any(is_blank(row[key]) for key in form), default=set())
+    for form in forms:  # data sets that were joined have blank columns of each other
+        if not any(is_blank(row[key]) for key in form):
+            return form
+    return forms[0] if forms else set()
 
 
 def all_blank(form: set[str], row: dict) -> bool:
@@ -198,16 +200,19 @@ def reader_for(where: str, row: dict, task: str, renamed: Collection[str] = ()) 
             fitting += readers_that_fit(view, PUBLISHED)
         task_readers = [reader for reader in fitting if reader.TASK == task]
         if task_readers:
-            forms = [form_of(reader, row) for reader in task_readers]
-            unlikely = [(form.isdisjoint(renamed), all_blank(form, row)) for form in forms]
-            return task_readers[unlikely.index(min(unlikely))]
+
+            def unlikely(reader: ModuleType) -> tuple[bool, bool]:
+                form = form_of(reader, row)
+                return all_blank(form, row), form.isdisjoint(renamed)
+
+            return min(task_readers, key=unlikely)  # of equal ones the first
     if fitting:
         keys = f"keys {', '.join(row)} in a run of --task {task}"
         raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")
     from lora.data.readers.advice import why_not_read
 
-    known_forms: list[set[str]] = []
+    forms: list[set[str]] = []
     for reader in (*READERS, *PUBLISHED):
         if reader.TASK == task:
-            known_forms += reader.FORMS
-    raise UserError(f"{where}: {why_not_read(row, known_forms, task)}")
+            forms += reader.FORMS
+    raise UserError(f"{where}: {why_not_read(row, forms, task)}")

@@ -47,7 +47,8 @@ def chat_in(value: Any) -> Any:
     messages = parsed(value)
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         return value
-    is_chat = all({"role", "from"} & each.keys() for each in messages)
+    forms = ({"role", "content"}, {"from", "value"})
+    is_chat = all(any(form <= each.keys() for form in forms) for each in messages)
     return messages if is_chat and messages else value
 
 
@@ -118,10 +119,13 @@ def with_arguments(call: Any) -> Any:
     """Return a call, {"function": {"name", "arguments"}} or without "function", with an object."""
     if not isinstance(call, dict):
         return call
-    call = {key: value for key, value in call.items() if (key, value) != ("function", None)}
-    for key, read in (("function", with_arguments), ("arguments", parsed)):
-        if key in call:
-            call[key] = read(call[key])
+    call = dict(call)
+    if call.get("function") is None:
+        call.pop("function", None)
+    else:
+        call["function"] = with_arguments(call["function"])
+    if "arguments" in call:
+        call["arguments"] = parsed(call["arguments"])
     return call
 
 

@@ -34,7 +34,9 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
     # Data sets that were joined have blank columns of each other.
     pair = min(pairs, key=lambda names: any(is_blank(row[name]) for name in names))
     prompt_name, answer_name = pair
-    prompt, answer = chat_in(row[prompt_name]), chat_in(row[answer_name])
+    prompt, answer = chat_in(row[prompt_name]), row[answer_name]
+    if isinstance(prompt, list):  # beside a text, an answer in JSON is what is to be learned
+        answer = chat_in(answer)
     if isinstance(prompt, list) or isinstance(answer, list):
         row = {**row, prompt_name: prompt}
         yield from chat.examples(where, joined_chat(where, row, prompt, answer), data)
