@@ -667,3 +667,16 @@ def test_a_renamed_key_that_is_null_gives_way_to_one_that_is_filled(tmp_path):
     data.columns = {"messages": "conv"}
     (example,) = read([str(path)], "lm", data)
     assert example.text == "whole"
+
+
+def test_a_row_with_an_image_of_which_only_the_place_is_left_is_refused(tmp_path):
+    path = tmp_path / "data.jsonl"
+    row = {"prompt": "What is it?", "completion": "A cat.", "image": {}}  # Arrow's, without bytes
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="image: only text is read"):
+        read([str(path)], "lm")
+
+
+def test_a_glob_that_asks_for_names_like_those_of_notes_reads_them(tmp_path):
+    (tmp_path / "_train.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    assert len(read([str(tmp_path / "_train*.jsonl")], "lm")) == 1
