@@ -95,7 +95,8 @@ def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(configure, cap
     run(configure(True, max_steps=6), checkpoint, auto=True)
     after = json.loads((folder / "logs" / "final_results.json").read_text())
     before = json.loads(results)
-    assert after["last"]["step"] == 6 and after["seconds"] > before["seconds"]
+    # Seconds are rounded to tenths.
+    assert after["last"]["step"] == 6 and after["seconds"] >= before["seconds"]
     assert (
         after["tokens"] > before["tokens"] and after["peak_memory_gb"] >= before["peak_memory_gb"]
     )
