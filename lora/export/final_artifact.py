@@ -142,7 +142,10 @@ def loss_before_training(run_dir: Path) -> float:
     A run that was resumed in a folder of its own has none, and perhaps no metrics at all.
     """
     with open(run_dir / "logs" / "train_metrics.jsonl", encoding="utf-8") as file:
-        first = json.loads(file.readline() or '{"step": null}')
+        line = file.readline()
+    if not line:
+        return math.inf
+    first = json.loads(line)
     is_evaluated = first["step"] == 0 and first["val/loss"] is not None
     return first["val/loss"] if is_evaluated else math.inf
 

@@ -47,7 +47,9 @@ def columns_of_chosen(row: dict) -> str:
         return "messages=chosen"
     if not prompt:  # as hh-rlhf's, with the question in the same text
         return "text=chosen (all of its text, and a question in it too)"
-    return f"{'' if prompt == 'prompt' else f'prompt={prompt} '}completion=chosen"
+    if prompt == "prompt":
+        return "completion=chosen"
+    return f"prompt={prompt} completion=chosen"
 
 
 @lru_cache(maxsize=1000)  # all rows of a file may have the same keys

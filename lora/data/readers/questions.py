@@ -32,8 +32,8 @@ OPTIONAL = {"input", "context", "history", *chat.OPTIONAL}
 def examples(where: str, row: dict, data: DataConfig) -> Examples:
     pairs = [pair for pair in NAMES if row.keys() >= set(pair)]
     # Data sets that were joined have blank columns of each other.
-    pair = min(pairs, key=lambda names: any(is_blank(row[name]) for name in names))
-    prompt_name, answer_name = pair
+    filled = [pair for pair in pairs if not any(is_blank(row[name]) for name in pair)]
+    prompt_name, answer_name = (filled or pairs)[0]
     prompt, answer = chat_in(row[prompt_name]), row[answer_name]
     if isinstance(prompt, list):  # beside a text, an answer in JSON is what is to be learned
         answer = chat_in(answer)
