@@ -60,10 +60,11 @@ from lora.training.other_base import warn_other_base
 def load(checkpoint: str | None, config: Config, device: torch.device) -> Task:
     """Return the task with the weights of a checkpoint, or of the base alone, on `device`."""
     # As in training: a frozen base is in the dtype it is computed in, and what was trained in fp32.
-    is_frozen = not (full_model_folder(checkpoint) or (config.lora and config.lora.modules_to_save))
+    full_model = full_model_folder(checkpoint)
+    is_frozen = not (full_model or (config.lora and config.lora.modules_to_save))
     dtype = choose_dtype(config, device) if is_frozen else torch.float32
     task = load_task(config, dtype, device=device)
-    if full_model_folder(checkpoint):
+    if full_model:
         task.load_head(checkpoint)
     elif checkpoint:
         task.load(checkpoint)

@@ -5,7 +5,6 @@ import os
 import torch
 
 from lora.common.errors import UserError
-from lora.config.command_line import Command
 from lora.config.schema import Config
 from lora.model.weights import read_shape
 
@@ -33,7 +32,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def set_determinism(command: Command, device: torch.device) -> None:
+def set_determinism(deterministic: bool, device: torch.device) -> None:
     """Choose algorithms whose sums have a fixed order, where a run on a GPU asks for them.
 
     cuBLAS's variable is read when cuBLAS starts, and a later run in this process, or a part of
@@ -41,7 +40,7 @@ def set_determinism(command: Command, device: torch.device) -> None:
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(command.config.training.deterministic)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def choose_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -50,7 +50,7 @@ def start_loading(
     """
     config, model = command.config, command.config.model
     device = choose_device(config.training.device)
-    set_determinism(command, device)
+    set_determinism(config.training.deterministic, device)
     process_group.join(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of a run before it in this process

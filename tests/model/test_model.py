@@ -27,7 +27,6 @@ from transformers import (
 from lora import inject
 from lora.common.base_model_files import EMBEDDED_BASE, locate_base
 from lora.common.errors import UserError
-from lora.config.command_line import Command
 from lora.config.schema import Config
 from lora.data.batches import Rows
 from lora.data.tokenise import NO_TOKEN, Row
@@ -217,14 +216,11 @@ def test_a_cpu_computes_in_bfloat16_where_it_is_quick_at_it_and_the_base_is_wide
 
 
 @pytest.mark.parametrize("device, asked", [("cpu", True), ("cuda", True), ("cuda", False)])
-def test_algorithms_are_deterministic_where_a_run_on_a_gpu_asks_for_it(
-    configure, monkeypatch, device, asked
-):
+def test_algorithms_are_deterministic_where_a_run_on_a_gpu_asks_for_it(monkeypatch, device, asked):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    command = Command(configure(True, deterministic=asked), Path("none"))
     try:
-        set_determinism(command, torch.device(device))
+        set_determinism(asked, torch.device(device))
         assert torch.are_deterministic_algorithms_enabled() == (asked and device == "cuda")
     finally:
         torch.use_deterministic_algorithms(False)
