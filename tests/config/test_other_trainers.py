@@ -208,6 +208,28 @@ def test_methods_and_trackers(tmp_path):
         read_text(tmp_path, "mixed_precision: bf16\nfp16: true\n")
 
 
+@pytest.mark.parametrize(
+    "words, dtype",
+    [
+        ("dtype: bfloat16, bf16: false", "bfloat16"),
+        ("torch_dtype: bfloat16, fp16: false, bf16: false", "bfloat16"),
+        ("mixed_precision: bf16, bf16: false", "bfloat16"),
+        ("torch_dtype: bfloat16, bf16: true", "bfloat16"),
+        ("dtype: auto, bf16: true", "bfloat16"),
+        ("dtype: auto, bf16: false", "auto"),
+        ("bf16: auto, fp16: false", "auto"),
+        ("bf16: auto, fp16: true", "float16"),
+        ("mixed_precision: no, bf16: false", "float32"),
+    ],
+)
+def test_the_dtype_does_not_depend_on_the_order_of_the_words(words, dtype, tmp_path):
+    for text in (words, ", ".join(reversed(words.split(", ")))):
+        for config in (f"{{{text}}}", f"{{training: {{{text}}}}}"):
+            assert read_text(tmp_path, config).training.dtype == dtype
+    flags = [f"--{word.replace(': ', '=')}" for word in words.split(", ")]
+    assert read(*NAMED, *flags).training.dtype == dtype
+
+
 def test_flags_of_other_trainers(capsys):
     flags = "--model embedded --dataset arithmetic:train:9 arithmetic:test:5 --lr 2e-4 --rank=4"
     flags += " --epochs 2 --save_total_limit 2 --use_flash_attention --trust-remote-code True"
