@@ -32,6 +32,9 @@ def set_key(config: Config, name: str, value: Any, where: str) -> None:
 
         raise UserError(f"{where}: {why_unknown(config, name)}")
     table, field = fields[name]
+    if name == "max_steps" and value == -1:  # in Transformers: not given
+        table.max_steps = None
+        return
     setattr(table, name, check_value(where, value, field.type, field.metadata))
 
 
@@ -80,9 +83,9 @@ def is_own_table(config: Config, title: str, table: Any) -> bool:
     if own_table is None or not isinstance(table, dict) or None in table.values():
         return False
     for name, value in table.items():
-        # [training.optimizer] and max_steps = -1 are other trainers'.
+        # [training.optimizer] is another trainer's.
         is_table = isinstance(value, dict) and name not in table_keys()
-        if not hasattr(own_table, name) or is_table or (name == "max_steps" and value == -1):
+        if not hasattr(own_table, name) or is_table:
             return False
     return True
 
