@@ -232,8 +232,16 @@ def keys_that_are_not_read() -> Iterator[Case]:
         "A1",
         "reasoning that the chat template does not print",
         'render: "reasoning_content": "because", with the embedded base',
-        "reasoning of 1 messages left out",
+        r"left out, as the chat template does not print it: reasoning \(1\)",
         lambda: render(thinking),
+    )
+    with_tools = chat({"content": "one"}, tools=[{"name": "rain", "parameters": {}}])
+    yield Case(
+        "A1",
+        "tools that the chat template does not print",
+        f"render: {shown({'tools': with_tools['tools']})}, with the embedded base",
+        r"left out, as the chat template does not print it: tools \(1\)",
+        lambda: render(with_tools),
     )
     for key in ("images", "videos", "audio"):
         row = chat({"content": "one"}, **{key: ["a.png"]})

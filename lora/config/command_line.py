@@ -28,7 +28,7 @@ from lora.config.resume import (
 )
 from lora.config.run_folder import continued_folder, new_folder, newest_checkpoint, run_folder
 from lora.config.schema import Config, fields_by_key, tables_of
-from lora.config.set_keys import refuse_two_dtypes, set_key, set_tables
+from lora.config.set_keys import set_key, set_tables, settle_dtype
 from lora.config.table import DTYPE_SWITCHES
 from lora.config.unread_keys import print_unread_keys
 
@@ -120,6 +120,7 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     elif saved:
         config = copy.deepcopy(saved)
     apply_flags(config, arguments, [*fields_by_key(config), *DTYPE_SWITCHES])
+    settle_dtype(config, vars(arguments), "flags")
 
     # Checks that need no folder of a run.
     require_model_and_data(config)
@@ -203,8 +204,6 @@ def parse_arguments(argv: list[str], config: Config, description: str) -> Namesp
         arguments, unknown = parser.parse_known_args(our_arguments(config, argv, unknown))
     if unknown:
         raise UserError(f"{unknown[0]}: not expected here. See --help.")
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    refuse_two_dtypes(given, "flags")
     names = ",".join(arguments.allow_change).split(",")
     arguments.allow_change = tuple(name for name in names if name)
     for name in arguments.allow_change:

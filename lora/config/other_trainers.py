@@ -9,7 +9,7 @@ from typing import Any
 from lora.common.base_model_files import require_base
 from lora.common.errors import UserError
 from lora.common.printable_text import print_on_rank_zero
-from lora.config.other_words import AUTOMATIC, MEANINGS, SAME, UNSUPPORTED
+from lora.config.other_words import AUTOMATIC, EVALUATED, MEANINGS, SAME, UNSUPPORTED
 from lora.config.parse_values import nearest, parse_text
 from lora.config.schema import (
     Config,
@@ -134,7 +134,7 @@ class Translation:
             self.notes.append(f"{label} (null: the default, 1.0; 0 is no clipping)")
         elif value is None and self.key_of.get(word) == "max_length":
             self.notes.append(f"{label} (null: the default, 2048 tokens at most)")
-        elif value is None or (word == "max_steps" and value == -1):
+        elif value is None:
             return  # the word is there, but not given
         elif word in MEANINGS:
             self.read_meaning(parents, label, word, value)
@@ -167,15 +167,15 @@ class Translation:
     def read_key(self, parents: list[str], label: str, word: str, value: Any) -> None:
         """Read a word that is a key of ours, unless it may be another's."""
         key = self.key_of[word]
-        evaluation_tables = EVALUATION_TABLES.intersection(parents)
-        if evaluation_tables and key == "batch_size":
+        if EVALUATION_TABLES.intersection(parents) and key == "batch_size":
             self.notes.append(f"{label} ({AUTOMATIC['eval_batch_size']})")
-        elif evaluation_tables and not key.startswith(OF_EVALUATION):
-            hint = f"{key} is that of training; if it is meant, give it outside of this table"
-            self.problems.append(f"{label}: {hint}.")
         elif word in LORA_WORDS and parents and not LORA_TABLES.intersection(parents):
             self.problems.append(f"{label}: {key} is LoRA's; if it is meant, give it in [lora].")
+        elif key == "eval_fraction" and plain(value) == 0:
+            self.problems.append(f"{label} = {value}: {EVALUATED}.")
         else:
+            if word == "lora_target" and value == "all":  # LLaMA-Factory's word
+                value = "all-linear"
             self.set_key(parents, label, key, value)
 
     def read_model_name(self, parents: list[str], label: str, value: Any) -> None:
@@ -189,6 +189,9 @@ class Translation:
         """Keep the value of a key of ours, if there was none before."""
         if key not in self.key_of:
             self.problems.append(f"{label}: {why_unknown(self.config, key)}")
+        elif EVALUATION_TABLES.intersection(parents) and not key.startswith(OF_EVALUATION):
+            hint = f"{key} is that of training; if it is meant, give it outside of this table"
+            self.problems.append(f"{label}: {hint}.")
         elif key == "report_to":  # wandb.enabled and tensorboard.enabled may both be true
             names = self.tables.setdefault("", {}).setdefault("report_to", [])
             names += value if isinstance(value, list) else [value]
@@ -231,5 +234,5 @@ def why_unknown(config: Config, name: str) -> str:
     """Return why the configuration has no key of this name."""
     if config.lora is None and is_lora_key(name):
         return "train.py trains all weights and has no such key; use train_lora.py."
-    known = [*ALIASES, *DTYPE_SWITCHES, *fields_by_key(config)]
+    known = [*ALIASES, *DTYPE_SWITCHES, *fields_by_key(config), *SAME]
     return f"no such key.{nearest(name, known) or ' See --help.'}"

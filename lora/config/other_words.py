@@ -28,6 +28,7 @@ SAME = {
     "dataset_weights": "data_weights",
     "val_set_size": "eval_fraction",
     "validation_split": "eval_fraction",
+    "val_size": "eval_fraction",
     "max_seq_len": "max_length",
     "max_sequence_length": "max_length",
     "model_max_length": "max_length",
@@ -38,6 +39,7 @@ SAME = {
     "rank": "lora_r",
     "lora_rank": "lora_r",
     "lora_target_modules": "target_modules",
+    "lora_target": "target_modules",
     "use_4bit": "load_in_4bit",
     "quantization.enabled": "load_in_4bit",
     "quant_type": "bnb_4bit_quant_type",
@@ -47,6 +49,7 @@ SAME = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
     "max_iters": "max_steps",
+    "iters": "max_steps",
     "max_train_steps": "max_steps",
     "micro_batch_size": "batch_size",
     "per_gpu_train_batch_size": "batch_size",
@@ -72,8 +75,12 @@ SAME = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_offloading": "offload_activations",
     "log_interval": "logging_steps",
+    "steps_per_report": "logging_steps",
     "eval_interval": "eval_steps",
+    "steps_per_eval": "eval_steps",
+    "eval_iters": "max_eval_batches",
     "save_interval": "save_steps",
+    "save_every": "save_steps",
     "early_stopping.patience": "early_stopping_patience",
     "run_name": "experiment_name",
     "out_dir": "output_dir",
@@ -168,6 +175,7 @@ AUTOMATIC = {
     "wandb_entity": f"{NO_SWITCH} WANDB_ENTITY with it",
     "wandb.name": "it is experiment_name",
     "wandb.run_name": "it is experiment_name",
+    "wandb_name": "it is experiment_name",
     "disable_tqdm": "there is a bar on a terminal alone",
     "local_rank": TORCHRUN,
     "ddp_backend": TORCHRUN,
@@ -178,6 +186,7 @@ AUTOMATIC = {
 SHARDED = "torchrun shards full fine-tuning (FSDP2) and replicates LoRA; leave it out"
 ASSISTANT = "only what the assistant says is trained; leave it out"
 BY_STEPS = "give the number of steps: logging_steps, eval_steps, save_steps"
+EVALUATED = "evaluation cannot be switched off; a large eval_steps leaves the first and last one"
 UPLOAD = "nothing is uploaded; after the run: hf upload OWNER/NAME RUN/final_artifact"
 RESUME = "give it as the flag --resume_from"
 TOKENIZER = "the base's own is used; to change it, change it in a copy of the base"
@@ -215,8 +224,8 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "tf32": ((False,), "float32 is computed in float32; for speed, dtype = bfloat16"),
     "train_batch_size": ((), "a step has batch_size x gradient_accumulation_steps examples"),
     "auto_find_batch_size": ((False,), "give batch_size = auto"),
-    "eval_strategy": (("steps",), BY_STEPS),
-    "evaluation_strategy": (("steps",), BY_STEPS),
+    "eval_strategy": (("steps",), f"{BY_STEPS}; {EVALUATED}"),
+    "evaluation_strategy": (("steps",), f"{BY_STEPS}; {EVALUATED}"),
     "save_strategy": (("steps",), BY_STEPS),
     "logging_strategy": (("steps",), BY_STEPS),
     "metric_for_best_model": (("eval_loss", "loss"), "the lowest validation loss is the best"),

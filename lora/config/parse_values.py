@@ -38,7 +38,7 @@ NO_LIMITS: Mapping[str, Any] = key(None, "").metadata
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a question that names the most similar of the known names, or ""."""
-    matches = difflib.get_close_matches(name, known, n=1)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.8)  # a slip of the keys
     return f" Did you mean {matches[0]}?" if matches else ""
 
 

@@ -22,7 +22,8 @@ def set_key(config: Config, name: str, value: Any, where: str) -> None:
     `where` ("--lora_r", "run.toml: lora.lora_r") begins the error messages.
     """
     if name in DTYPE_SWITCHES:
-        setattr(config.training, name, check_value(where, value, bool, NO_LIMITS))
+        value = check_value(where, value, bool, {**NO_LIMITS, "word": "auto"})
+        setattr(config.training, "dtype" if value == "auto" else name, value)
         return
     fields = fields_by_key(config)
     name = ALIASES.get(name, name)
@@ -31,14 +32,31 @@ def set_key(config: Config, name: str, value: Any, where: str) -> None:
 
         raise UserError(f"{where}: {why_unknown(config, name)}")
     table, field = fields[name]
+    if name == "max_steps" and value == -1:  # in Transformers: not given
+        table.max_steps = None
+        return
     setattr(table, name, check_value(where, value, field.type, field.metadata))
 
 
-def refuse_two_dtypes(values: dict[str, Any], where: str) -> None:
-    """Raise UserError where two of dtype, bf16 = true and fp16 = true are given in one place."""
-    chosen = [n for n in ("dtype", *DTYPE_SWITCHES) if values.get(n, False) is not False]
-    if len(chosen) > 1:
-        raise UserError(f"{where}: {' and '.join(chosen)} both choose the dtype; give one of them.")
+def settle_dtype(config: Config, values: dict[str, Any], where: str) -> None:
+    """Set the dtype that dtype, bf16 and fp16 choose, where several are given in one place.
+
+    Their order does not matter: "auto" gives way to a choice, and bf16 = false to both. Raises
+    UserError where two choices differ.
+    """
+    chosen = {}
+    for name in ("dtype", *DTYPE_SWITCHES):
+        if values.get(name) is not None:
+            alone = Config()
+            set_key(alone, name, values[name], f"{where}: {name}")
+            if name == "dtype" or alone.training.dtype != "float32":  # no switch that is false
+                chosen[name] = alone.training.dtype
+    choices = {name: dtype for name, dtype in chosen.items() if dtype != "auto"} or chosen
+    if len(set(choices.values())) > 1:
+        names = " and ".join(choices)
+        raise UserError(f"{where}: {names} both choose the dtype; give one of them.")
+    if choices:
+        config.training.dtype = next(iter(choices.values()))
 
 
 def set_tables(config: Config, tables: dict[str, Any], where: str) -> None:
@@ -56,7 +74,7 @@ def set_tables(config: Config, tables: dict[str, Any], where: str) -> None:
                 raise UserError(f"{key_in_file}: {name} is given twice.")
             set_key(config, name, value, key_in_file)
             given[name] = value
-    refuse_two_dtypes(given, where)
+    settle_dtype(config, given, where)
 
 
 def is_own_table(config: Config, title: str, table: Any) -> bool:
@@ -65,9 +83,9 @@ def is_own_table(config: Config, title: str, table: Any) -> bool:
     if own_table is None or not isinstance(table, dict) or None in table.values():
         return False
     for name, value in table.items():
-        # [training.optimizer] and max_steps = -1 are other trainers'.
+        # [training.optimizer] is another trainer's.
         is_table = isinstance(value, dict) and name not in table_keys()
-        if not hasattr(own_table, name) or is_table or (name == "max_steps" and value == -1):
+        if not hasattr(own_table, name) or is_table:
             return False
     return True
 

@@ -5,6 +5,7 @@ Instead it is put between two private-use characters and the chat is rendered on
 these marks this render must be the plain one, or it is an error.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 import re
@@ -27,14 +28,14 @@ class TurnFormat:
     last_ending: str = ""  # the special token after the last turn
 
 
-def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], int]:
+def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], Counter[str]]:
     """Render a chat, with spans for what the assistant says and what ends its turns.
 
     The pieces together are the template's own render. Only where the template ends the last turn
     without any special token, an end token is added. Raises UserError.
 
     Returns:
-        The pieces, and the number of messages whose reasoning the template does not print.
+        The pieces, and what `unprinted_parts` counts.
     """
     chat = Chat(example.where, example.messages, example.tools, tokenizer)
     turn_format = turn_format_of(tokenizer, tokenizer.chat_template)
@@ -56,8 +57,27 @@ def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], in
         weight = example.message_weights[i] if example.message_weights else 1.0
         if weight > 0:
             weighted_spans.append((start, end, weight))
-    num_unprinted = sum(chat.reasoning(i) not in chat.text for i in turns)
-    return chat.split(text, weighted_spans), num_unprinted
+    return chat.split(text, weighted_spans), unprinted_parts(chat, spans)
+
+
+def unprinted_parts(chat: Chat, spans: list[Span]) -> Counter[str]:
+    """Count what the template does not print of a chat: {"tools": 1, "developer messages": 2}.
+
+    `spans` are those of the answers, which may repeat what another message says.
+    """
+    parts: Counter[str] = Counter()
+    if chat.tools and chat.render(chat.messages, tools=[]) == chat.text:
+        parts["tools"] += 1
+    between_answers = chat.text
+    for start, end in reversed(spans):
+        between_answers = between_answers[:start] + between_answers[end:]
+    for i, message in enumerate(chat.messages):
+        role, content = message["role"], message["content"].strip()
+        if role == "assistant":
+            parts["reasoning"] += chat.reasoning(i) not in chat.text
+        elif content not in between_answers and chat.drops_content(i):
+            parts[f"{role} messages"] += 1
+    return +parts  # without zeros
 
 
 @lru_cache(maxsize=8)

@@ -133,7 +133,7 @@ class Chat:
             with time_limit(RENDER_TIMEOUT):
                 text = self.tokenizer.apply_chat_template(
                     messages,
-                    tools=tools or self.tools,
+                    tools=self.tools if tools is None else tools,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                 )
@@ -175,6 +175,12 @@ class Chat:
             if self.render(without) == self.text:
                 return True
         return False
+
+    def drops_content(self, i: int) -> bool:
+        """Return whether the render is the same with another content of message i."""
+        changed = [*self.messages]
+        changed[i] = {**changed[i], "content": changed[i]["content"] + self.begin_mark}
+        return self.render(changed) == self.text
 
     def tool_calls(self, i: int) -> list[dict]:
         return self.messages[i].get("tool_calls") or []

@@ -1,6 +1,7 @@
 """Counts of tokenised examples, summed shard by shard, and the line that describes them."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,7 +17,7 @@ class Counts:
     examples: int = 0
     cut: int = 0
     without_target: int = 0
-    unprinted_reasoning: int = 0
+    unprinted: Counter[str] = field(default_factory=Counter)  # by the chat template
     rows: int = 0
     tokens: int = 0
     targets: int = 0
@@ -26,6 +27,9 @@ class Counts:
     target_sum: float = 0.0  # of scores, 0 for a language model
     zeros: int = 0  # scores that are 0
     ones: int = 0  # scores that are 1
+
+    def __post_init__(self) -> None:
+        self.unprinted = Counter(self.unprinted)  # JSON has a dict
 
     def add(self, other: "Counts") -> None:
         for name, value in vars(other).items():
@@ -45,7 +49,7 @@ def part_facts(counts: Counts, seq_lens: np.ndarray, part: str, config: Config) 
         )
     if counts.weighted_targets == 0 and part != "eval":  # an evaluation reads no weights
         raise UserError(f"{counts.where}: every {part} example has weight 0; give some more.")
-    names = ("examples", "cut", "without_target", "unprinted_reasoning")
+    names = ("examples", "cut", "without_target", "unprinted")
     facts: dict = {name: getattr(counts, name) for name in names}
     facts.update(rows=counts.rows, tokens=counts.tokens, targets=counts.targets)
     facts["largest_token"] = counts.largest_token
@@ -74,11 +78,9 @@ def describe_data(name: str, facts: dict) -> str:
         if facts[key]:
             share = f"{facts[key] / facts['examples']:.1%}"
             parts.append(f"{facts[key]} examples ({share}) {fate}")
-    if facts["unprinted_reasoning"]:
-        count = facts["unprinted_reasoning"]
-        parts.append(
-            f"reasoning of {count} messages left out, which the chat template does not print"
-        )
+    if facts["unprinted"]:
+        unprinted = [f"{what} ({count})" for what, count in facts["unprinted"].items()]
+        parts.append(f"left out, as the chat template does not print it: {', '.join(unprinted)}")
     if facts.get("labels_left_out"):
         left_out = facts["labels_left_out"]
         parts.append(f"{left_out} labelled steps left out, because they do not fit max_length")

@@ -183,7 +183,7 @@ def tokenise_chunks(
                 counts.examples += 1
                 counts.cut += result.cut
                 counts.without_target += not result.rows
-                counts.unprinted_reasoning += result.unprinted_reasoning
+                counts.unprinted += result.unprinted
                 counts.labels += len(example.labels) - example.labels.count(None)
                 for row in result.rows:
                     yield row, example.dataset_id

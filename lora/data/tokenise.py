@@ -6,6 +6,7 @@
 the label of the step that ends there. A position without a target has NO_TOKEN or NaN.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 import math
@@ -45,7 +46,7 @@ class TokenisedExample:
 
     rows: list[Row] = field(default_factory=list)
     cut: bool = False
-    unprinted_reasoning: int = 0  # messages whose reasoning the chat template leaves out
+    unprinted: Counter[str] = field(default_factory=Counter)  # by the chat template
 
 
 def tokenise(
@@ -78,27 +79,27 @@ def tokenise_texts(
     examples: Sequence[Example], tokenizer: Tokenizer, max_length: int
 ) -> list[TokenisedExample]:
     pieces = []
-    unprinted = []
+    unprinted_parts = []
     for example in examples:
-        num_unprinted = 0
+        unprinted: Counter[str] = Counter()
         if example.messages:
-            example_pieces, num_unprinted = chat_pieces(example, tokenizer)
+            example_pieces, unprinted = chat_pieces(example, tokenizer)
         else:
             example_pieces = [Piece(text) for text in split_text(example.text)]
         pieces.append(example_pieces)
-        unprinted.append(num_unprinted)
+        unprinted_parts.append(unprinted)
     bos = bos_tokens(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     results = []
     encoded_examples = encode_groups(pieces, tokenizer)
-    for example, encoded, num_unprinted in zip(examples, encoded_examples, unprinted):
+    for example, encoded, unprinted in zip(examples, encoded_examples, unprinted_parts):
         tokens, weights = [], []
         for piece_tokens, piece_weights in encoded:
             tokens.extend(piece_tokens)
             weights.extend(piece_weights)
         if example.messages:
             result = chat_row(tokens, weights, max_length)
-            result.unprinted_reasoning = num_unprinted
+            result.unprinted = unprinted
             results.append(result)
             continue
         prefix = [] if tokens[:1] == bos else bos

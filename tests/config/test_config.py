@@ -99,6 +99,9 @@ def test_an_alias_is_its_key_as_a_flag_and_in_a_file(alias, name, value, tmp_pat
         (["--bf16", "false"], "float32"),
         (["--bf16=false", "--fp16=true"], "float16"),
         (["--bf16=true", "--fp16=false"], "bfloat16"),
+        (["--bf16=auto"], "auto"),
+        (["--bf16=false", "--dtype=bfloat16"], "bfloat16"),
+        (["--dtype=bfloat16", "--bf16"], "bfloat16"),
     ],
 )
 def test_bf16_and_fp16_are_real_booleans(flags, dtype):
@@ -183,7 +186,7 @@ ERRORS = [  # and those of tests/scripts/test_inputs.py
     ),
     (["--learning_rate=0"], "--learning_rate = 0.0: expected a number > 0."),
     (["--dtype=float31"], "Did you mean float32?"),
-    (["--bf16=maybe"], "--bf16 = 'maybe': expected true or false."),
+    (["--bf16=maybe"], "--bf16 = 'maybe': expected true or false or auto."),
     (["--lora_r"], "expected one argument"),
     (["--dtype=float32", "--bf16"], "flags: dtype and bf16 both choose the dtype"),
     (["--seed=100000000000000000000"], "expected an integer <= 9223372036854775807"),

@@ -9,6 +9,7 @@ from lora.common.base_model_files import locate_base
 from lora.common.errors import UserError, library_errors
 from lora.common.paths import ROOT
 from lora.config.command_line import read_command_line
+from lora.config.other_trainers import why_unknown
 from lora.config.other_words import AUTOMATIC, MEANINGS, SAME, UNSUPPORTED, VALUES
 from lora.config.schema import Config, fields_by_key, get_lora_config
 from lora.config.set_keys import from_file, set_tables
@@ -111,7 +112,9 @@ def test_yaml_numbers_with_an_exponent_and_keys_without_a_value(tmp_path):
         read_text(tmp_path, text)
     config = read_text(tmp_path, "training: {learning_rate: 2e-4, max_steps: }\n")
     assert (config.training.learning_rate, config.training.max_steps) == (2e-4, None)
-    assert read_text(tmp_path, "max_steps: -1").training.max_steps is None  # as in Transformers
+    for word in ("max_steps", "max_iters"):  # as in Transformers
+        assert read_text(tmp_path, f"{word}: -1").training.max_steps is None
+        assert read(*NAMED, f"--{word}", "-1").training.max_steps is None
 
 
 def test_words_whose_absence_or_false_means_something(tmp_path, capsys):
@@ -122,6 +125,7 @@ def test_words_whose_absence_or_false_means_something(tmp_path, capsys):
     assert config.training.max_grad_norm == 0.5
     assert "gradient_clipping (null: the default, 1.0; 0 is no" in capsys.readouterr().out
     assert read_text(tmp_path, "mixed_precision: no").training.dtype == "float32"
+    assert read_text(tmp_path, "lora_target: all").lora.target_modules == ["all-linear"]
     qlora = read_text(tmp_path, "adapter: qlora\nload_in_4bit: true")
     assert qlora.lora.load_in_4bit
     full = Config()
@@ -179,6 +183,45 @@ def test_all_words_without_a_key_are_told_in_one_line(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("eval: {bits: 4}", "eval.bits: load_in_4bit is that of training; if it is meant, give it"),
+        ("inference: {mixed_precision: bf16}", "inference.mixed_precision: dtype is that of train"),
+        ("test: {model_name: embedded}", "test.model_name: base_model is that of training"),
+        (
+            "eval_strategy: no",
+            "eval_strategy: not supported: .*; evaluation cannot be switched off",
+        ),
+        (
+            "val_set_size: 0",
+            "val_set_size = 0: evaluation cannot be switched off; a large eval_steps",
+        ),
+    ],
+)
+def test_a_word_that_means_something_else_here_is_named(text, message, tmp_path):
+    with pytest.raises(UserError, match=f"c.yaml: {message}"):
+        read_text(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("num_layers", "See --help."),
+        ("global_batch_size", "See --help."),
+        ("template", "See --help."),
+        ("fused", "See --help."),
+        ("learning_rat", "Did you mean learning_rate?"),
+        ("batchsize", "Did you mean batch_size?"),
+        ("max_lenght", "Did you mean max_length?"),
+        ("val_set_siz", "Did you mean val_set_size?"),
+        ("epoch", "Did you mean epochs?"),
+    ],
+)
+def test_only_a_slip_of_the_keys_has_a_nearest_word(name, hint):
+    assert why_unknown(get_lora_config(), name) == f"no such key. {hint}"
+
+
 def test_words_that_need_nothing_are_counted_in_one_note(tmp_path, capsys):
     text = """
         {save_total_limit: 2, trust_remote_code: true, load_in_8bit: false, fsdp: [],
@@ -206,6 +249,28 @@ def test_methods_and_trackers(tmp_path):
         read_text(tmp_path, "method: qlora", lora=False)
     with pytest.raises(UserError, match="mixed_precision and bf16|dtype and fp16 both choose"):
         read_text(tmp_path, "mixed_precision: bf16\nfp16: true\n")
+
+
+@pytest.mark.parametrize(
+    "words, dtype",
+    [
+        ("dtype: bfloat16, bf16: false", "bfloat16"),
+        ("torch_dtype: bfloat16, fp16: false, bf16: false", "bfloat16"),
+        ("mixed_precision: bf16, bf16: false", "bfloat16"),
+        ("torch_dtype: bfloat16, bf16: true", "bfloat16"),
+        ("dtype: auto, bf16: true", "bfloat16"),
+        ("dtype: auto, bf16: false", "auto"),
+        ("bf16: auto, fp16: false", "auto"),
+        ("bf16: auto, fp16: true", "float16"),
+        ("mixed_precision: no, bf16: false", "float32"),
+    ],
+)
+def test_the_dtype_does_not_depend_on_the_order_of_the_words(words, dtype, tmp_path):
+    for text in (words, ", ".join(reversed(words.split(", ")))):
+        for config in (f"{{{text}}}", f"{{training: {{{text}}}}}"):
+            assert read_text(tmp_path, config).training.dtype == dtype
+    flags = [f"--{word.replace(': ', '=')}" for word in words.split(", ")]
+    assert read(*NAMED, *flags).training.dtype == dtype
 
 
 def test_flags_of_other_trainers(capsys):

@@ -495,8 +495,36 @@ def test_a_turn_whose_end_cannot_be_found_is_refused():
 
 
 def test_reasoning_that_the_template_does_not_print_is_counted(qwen3):
-    assert row_of(THINKING, qwen3).unprinted_reasoning == 1  # that of the earlier turn
-    assert row_of(TURN, qwen3).unprinted_reasoning == 0
+    assert row_of(THINKING, qwen3).unprinted == {"reasoning": 1}  # that of the earlier turn
+    assert row_of(TURN, qwen3).unprinted == {}
+
+
+LOOK = {"type": "function", "function": {"name": "look", "description": "d", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    "name, role, tools, unprinted",
+    [
+        ("qwen3", "system", [LOOK], {}),
+        ("qwen3", "developer", [LOOK], {"developer messages": 1}),
+        ("deepseekv3", "developer", [LOOK], {"developer messages": 1, "tools": 1}),
+        ("llama3_1", "developer", [LOOK], {}),
+        ("llama3", "developer", [LOOK], {"tools": 1}),
+        ("qwen3", "tool", None, {}),
+        ("gemma4_v3", "tool", None, {"tool messages": 1}),
+    ],
+)
+def test_messages_and_tools_that_the_template_does_not_print_are_counted(
+    name, role, tools, unprinted
+):
+    (path,) = [path for path in templates_of_trl() if path.stem == name]
+    template = path.read_text(encoding="utf-8")
+    tokenizer = tokenizer_with(template, *special_tokens(template))
+    # The last answer repeats the message, which must not hide that it is not there.
+    other = {"role": role, "content": "22"}
+    chat = [*TURN, other, TURN[1]] if role == "tool" else [other, *TURN]
+    chat[-1] = {"role": "assistant", "content": "it is 22"}
+    assert row_of(chat, tokenizer, tools=tools).unprinted == unprinted
 
 
 # ------------------------------------------------------------- found by benchmarks/chat_masks.py

@@ -248,6 +248,14 @@ def test_cut_rows_and_rows_without_a_target_are_counted_and_said(configure, chat
     )
     line = counts.describe_data("train", facts)
     assert f"{facts['cut']} examples (" in line and "cut off at max_length" in line
+    of_shards = counts.Counts()
+    for unprinted in ({"tools": 1}, {"tools": 1, "developer messages": 1}):
+        shard = counts.Counts(unprinted=unprinted)
+        of_shards.add(shard)
+        of_shards = counts.Counts(**json.loads(json.dumps(vars(of_shards))))  # as it is continued
+    line = counts.describe_data("train", {**facts, "unprinted": of_shards.unprinted})
+    said = "left out, as the chat template does not print it: tools (2), developer messages (1)"
+    assert line.endswith(said)
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):

@@ -48,6 +48,8 @@ def test_render_is_a_command_with_one_line_errors(monkeypatch, capsys):
         monkeypatch, capsys, ROOT / "lora" / "__main__.py", "render", "/no.jsonl"
     )
     assert status == 2 and err == "error: /no.jsonl: No such file or directory.\n"
+    with pytest.raises(UserError, match="directory; several files are a list, not one text"):
+        preview.main(["/no.jsonl,/nor.jsonl"])
 
 
 def test_the_name_of_a_file_has_no_commands_for_the_terminal(tmp_path, capsys):

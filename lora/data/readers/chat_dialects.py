@@ -6,6 +6,7 @@
     TRL                 {"prompt": [messages], "completion": [messages]}
 
 The arguments of calls become objects and "tools" a list, where they are written as JSON in a text.
+A tool without {"type": "function", "function": ...} around it gets that, as templates read it.
 """
 
 from typing import Any
@@ -28,9 +29,10 @@ def in_our_words(where: str, row: dict) -> dict:
     messages = parsed(row[(given or names)[0]])
     if isinstance(messages, list):
         messages = [message_of(where, i, message) for i, message in enumerate(messages, 1)]
-    tools = objects(where, "tools", row)
-    for function in objects(where, "functions", row):
-        tools.append({"type": "function", "function": function})
+    tools = []
+    for tool in objects(where, "tools", row) + objects(where, "functions", row):
+        is_bare = isinstance(tool, dict) and tool.get("name") and not tool.get("function")
+        tools.append({"type": "function", "function": tool} if is_bare else tool)
     return {**row, "messages": messages, "tools": tools}
 
 
