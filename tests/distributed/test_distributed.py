@@ -192,11 +192,10 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_and_with_four(configure,
 
 
 def test_sharded_over_two_processes_resumed_equals_uninterrupted_bitwise(configure, tmp_path):
-    settings = dict(save_steps=2, batch_size=2, lr_scheduler_type="constant", warmup_steps=0)
-    run_of(2, configure(False, name="whole", max_steps=4, **settings), tmp_path)
-    run_of(2, configure(False, name="cut", max_steps=2, **settings), tmp_path)
-    cut = tmp_path / "cut" / "checkpoints" / "checkpoint_step_2"
-    run_of(2, configure(False, name="on", max_steps=4, **settings), tmp_path, resume_from=cut)
+    settings = dict(save_steps=2, batch_size=2, max_steps=4, eval_steps=2, save_optimizer="all")
+    run_of(2, configure(False, name="whole", **settings), tmp_path)
+    middle = tmp_path / "whole" / "checkpoints" / "checkpoint_step_2"
+    run_of(2, configure(False, name="on", **settings), tmp_path, resume_from=middle)
     last = "checkpoints/checkpoint_step_4"
     assert files(tmp_path / "on" / last) == files(tmp_path / "whole" / last)
 

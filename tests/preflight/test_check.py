@@ -576,9 +576,7 @@ def test_the_script_exits_with_3_and_writes_no_run(tmp_path, monkeypatch, capsys
     } == {Path(rows)}
 
 
-def test_answers_that_are_not_to_be_learned_are_no_fault(
-    configure, lines, tmp_path, monkeypatch
-):
+def test_answers_that_are_not_to_be_learned_are_no_fault(configure, lines, tmp_path, monkeypatch):
     check_only(monkeypatch)  # the data
     rows = []
     for i in range(40):

@@ -102,7 +102,9 @@ def test_a_module_of_the_users_called_train_is_named_in_one_line(monkeypatch, co
 
 
 def test_generate_is_eval_with_its_prompt(configure, monkeypatch, capsys):
-    artifact = run(configure(True, task="lm", dtype="float32", seed=3, max_steps=6)) / "final_artifact"
+    artifact = (
+        run(configure(True, task="lm", dtype="float32", seed=3, max_steps=6)) / "final_artifact"
+    )
     questions = ["When is it open?", "12+9?"]
     flags = ["--checkpoint", artifact, "--max_new_tokens=9", "--prompt", questions[1]]
     for sampling in ({}, dict(temperature=1.5, top_p=0.5)):
