@@ -212,6 +212,7 @@ def test_the_loop_gives_the_same_losses_however_a_step_is_cut(configure):
             batch_size=batch_size,
             gradient_accumulation_steps=8 // batch_size,
             max_length=100,
+            max_steps=6,
         )
         lines = map(
             json.loads, (run(config) / "logs" / "train_metrics.jsonl").read_text().splitlines()
@@ -224,8 +225,8 @@ def test_the_loop_gives_the_same_losses_however_a_step_is_cut(configure):
                 if key in line
             ]
         )
-    # fp32 sums in another order, carried through 12 updates
-    assert curves[1] == pytest.approx(curves[0], rel=1e-3) and len(curves[0]) == 24
+    # fp32 sums in another order, carried through 6 updates
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3) and len(curves[0]) == 12
 
 
 def test_gradients_are_clipped(configure):

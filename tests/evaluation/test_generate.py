@@ -208,6 +208,8 @@ def test_a_reloaded_model_says_what_it_said_and_so_does_a_merged_one_in_plain_tr
         eval_data=[chats],
         learning_rate=3e-3,
         max_steps=20,
+        eval_steps=20,
+        save_steps=20,
     )
     artifact = run(configure(lora, **values)) / "final_artifact"
     arguments, config = evaluation.read_arguments(

@@ -26,16 +26,23 @@ from lora.model.load import load_task
 from lora.model.task import Task
 from lora.training import base_integrity, startup
 from lora.training.checkpoint import trainable_parameters
-from tests.conftest import run, script
+from tests.conftest import configuration, run, script
 from tests.preflight.test_check import chat, write
 
 VERSION_1 = ROOT / "tests" / "fixtures" / "written_by_0_1_0" / "final_artifact"
 
 
-@pytest.fixture
-def made(configure):
+@pytest.fixture(scope="module")
+def made_once(tiny_base, tmp_path_factory):
     """The final artifact of a small LoRA run of a scorer."""
-    return run(configure(True, max_steps=2)) / "final_artifact"
+    folder = tmp_path_factory.mktemp("made")
+    return run(configuration(tiny_base, folder, True, max_steps=2)) / "final_artifact"
+
+
+@pytest.fixture
+def made(made_once, tmp_path):
+    """A copy of it, which a test may damage."""
+    return shutil.copytree(made_once, tmp_path / "run" / "final_artifact")
 
 
 # ------------------------------------------------------------------------------------- verification

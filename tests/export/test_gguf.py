@@ -125,8 +125,14 @@ def rounded(weight, kind):
     return weight.to(stored).float()
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
-@pytest.mark.parametrize("family", FAMILIES)
+# How two bytes are written does not depend on the family; q8_0 depends on the shapes.
+@pytest.mark.parametrize(
+    "family, kind",
+    [
+        *((family, kind) for family in FAMILIES for kind in ("f32", "q8_0")),
+        *((next(iter(FAMILIES)), kind) for kind in ("f16", "bf16")),
+    ],
+)
 def test_the_file_holds_the_model_rounded_to_its_type_and_nothing_else(family, kind, tmp_path):
     """Read by transformers, it says what the model with rounded matrices says: the same sums of the
     same numbers.

@@ -109,7 +109,7 @@ def test_transformers_takes_the_folder_of_a_whole_model(configure):
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_a_scorers_head_goes_along(configure, monkeypatch, capsys, tmp_path, lora):
     values = dict(add_special_tokens=["<step>"], dtype="float32")
-    one = run(configure(lora, "one", **values | (ADDED if lora else {})))
+    one = run(configure(lora, "one", max_steps=3, **values | (ADDED if lora else {})))
     artifact = one / "final_artifact"
     assert (artifact / "mlp_head.safetensors").is_file()
     of_eval = eval_loss(capsys, monkeypatch, tmp_path, artifact)
@@ -179,7 +179,7 @@ def test_others_adapters_may_have_metadata_and_checksums_of_their_own(
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_version_1_is_read_everywhere(configure, monkeypatch, capsys, tmp_path, lora):
     values = dict(dtype="float32", **(ADDED if lora else {}))
-    one = run(configure(lora, "one", **values))
+    one = run(configure(lora, "one", max_steps=3, **values))
     artifact = one / "final_artifact"
     as_version_1(artifact)
     assert verify_artifact(artifact)["artifact_version"] == 1

@@ -157,21 +157,22 @@ def test_a_resumed_qlora_run_equals_the_undisturbed_one_to_the_bit(configure, op
         lora_dropout=0.1,
         lr_scheduler_type="constant",
         warmup_steps=0,
+        save_steps=3,
         modules_to_save=["embed_tokens"],  # large enough for 8 bits
     )
-    first = run(configure(True, name="first", max_steps=6, **settings))
+    first = run(configure(True, name="first", max_steps=3, **settings))
     run(
-        configure(True, name="first", **settings),
-        resume_from=first / "checkpoints" / "checkpoint_step_6",
+        configure(True, name="first", max_steps=6, **settings),
+        resume_from=first / "checkpoints" / "checkpoint_step_3",
     )
-    again = run(configure(True, name="again", **settings))
+    again = run(configure(True, name="again", max_steps=6, **settings))
     for name in (
         "lora_adapter/adapter_model.safetensors",
         "mlp_head.safetensors",
         "optimizer.safetensors",
     ):
-        one = load_file(first / "checkpoints" / "checkpoint_step_12" / name)
-        other = load_file(again / "checkpoints" / "checkpoint_step_12" / name)
+        one = load_file(first / "checkpoints" / "checkpoint_step_6" / name)
+        other = load_file(again / "checkpoints" / "checkpoint_step_6" / name)
         assert one.keys() == other.keys() and all(
             torch.equal(one[key], other[key]) for key in one
         ), name
@@ -191,7 +192,7 @@ def test_8_bits_are_used_for_what_is_large(configure):
 
 
 def test_what_was_trained_is_evaluated_and_merged(configure, tmp_path, capsys, monkeypatch):
-    folder = run(configure(True, load_in_4bit=True, learning_rate=3e-2))
+    folder = run(configure(True, load_in_4bit=True, learning_rate=3e-2, max_steps=6))
     results = json.loads((folder / "logs" / "final_results.json").read_text())["best"]
     metadata = json.loads((folder / "final_artifact" / "metadata.json").read_text())
     dense = load_task(configure(True), torch.float32)
@@ -243,6 +244,7 @@ def test_merged_into_the_dequantised_base_equals_the_dequantised_base_with_the_a
             task="lm",
             train_data=["arithmetic:train:60"],
             learning_rate=3e-2,
+            max_steps=6,
         )
     )
     flags = [

@@ -62,11 +62,14 @@ def lines(capsys, monkeypatch, tmp_path):
     return of
 
 
-def end_at(line, monkeypatch):
-    """Leave out the checks of the model that come after `line`."""
-    names = list(model_checks.MODEL)
-    kept = names[: names.index(line) + 1] if line in names else []
-    monkeypatch.setattr(check, "MODEL", {name: model_checks.MODEL[name] for name in kept})
+def check_only(monkeypatch, *lines):
+    """Leave out the other checks of the model, and what no line of these needs before it."""
+    needed = {"adapter has an effect", *lines}  # it gives B an effect
+    if "base unchanged" in lines:
+        needed.add("trained tensors")  # a step of training
+    kept = {name: check for name, check in model_checks.MODEL.items() if name in needed}
+    last = max((i for i, name in enumerate(kept) if name in lines), default=-1)
+    monkeypatch.setattr(check, "MODEL", dict(list(kept.items())[: last + 1]))
 
 
 def chat(i, question="How many are {} boxes of seven pears?", answer="There are {} pears in all."):
@@ -85,9 +88,21 @@ def write(path, rows):
     return [str(path)]
 
 
-@pytest.mark.parametrize("task", ["lm", "score", "chats"])
+DORA = {"use_dora": True, "modules_to_save": ["norm"]}
+
+
+# Texts and chats are rows of one kind to the checks of the model: each kind of training has one.
 @pytest.mark.parametrize(
-    "lora", [{"use_dora": True, "modules_to_save": ["norm"]}, {"lora_r": 4}, {}], ids=str
+    "lora, task",
+    [
+        (DORA, "lm"),
+        (DORA, "score"),
+        ({"lora_r": 4}, "chats"),
+        ({"lora_r": 4}, "score"),
+        ({}, "chats"),
+        ({}, "score"),
+    ],
+    ids=str,
 )
 def test_a_healthy_run_passes_every_line(configure, lines, tmp_path, lora, task):
     settings = {"task": "score" if task == "score" else "lm", **lora}
@@ -133,6 +148,7 @@ def test_on_a_gpu_resuming_is_checked_with_and_without_deterministic_algorithms(
 
     monkeypatch.setitem(model_checks.MODEL, "resuming is exact", on_a_gpu)
     monkeypatch.setattr(model_checks, "weights_after_resuming", recorded)
+    check_only(monkeypatch, "resuming is exact")
     config = configure(True)
     train_lora.main(Command(config, Path("none"), check=True), RawData(config))
     line = "PASS  resuming is exact: with --deterministic, largest difference of the weights 0 (0"
@@ -163,17 +179,21 @@ def test_a_head_alone_passes(configure, lines):
     ],
     ids=["4-bit base", "8-bit optimizer"],
 )
-def test_4_bit_bases_and_8_bit_optimizers_pass_on_the_embedded_base(configure, lines, settings):
+def test_4_bit_bases_and_8_bit_optimizers_pass_on_the_embedded_base(
+    configure, lines, monkeypatch, settings
+):
+    monkeypatch.setattr(trial, "MAX_PARAMETERS", 1)  # two of its layers
     found = lines(configure(True, base_model="embedded", learning_rate=2e-3, **settings))
     assert {*found.values()} == {"PASS"}, found
 
 
-def test_a_4_bit_base_with_biases_is_unchanged(configure, lines, tmp_path):
+def test_a_4_bit_base_with_biases_is_unchanged(configure, lines, tmp_path, monkeypatch):
     """bitsandbytes gives the biases another dtype in its first forward pass."""
     base = tmp_path / "base"
     tiny_llama(attention_bias=True).save_pretrained(base)
     AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(base)
     config = configure(True, base_model=str(base), load_in_4bit=True, target_modules=["q_proj"])
+    check_only(monkeypatch, "base unchanged")
     assert lines(config)["base unchanged"] == "PASS"
 
 
@@ -279,7 +299,7 @@ def test_a_fault_in_the_data_is_found(configure, lines, tmp_path, monkeypatch, f
     if line == "doubled BOS token":
         load = lora.model.weights.load_tokenizer
         monkeypatch.setattr(lora.model.weights, "load_tokenizer", lambda base: with_bos(load(base)))
-    end_at(line, monkeypatch)
+    check_only(monkeypatch, line)
     assert lines(configure(True, **default | settings))[line] == "FAIL"
 
 
@@ -288,7 +308,8 @@ def with_bos(tokenizer):
     return tokenizer
 
 
-def test_what_may_be_meant_is_a_warning(configure, lines, tmp_path):
+def test_what_may_be_meant_is_a_warning(configure, lines, tmp_path, monkeypatch):
+    check_only(monkeypatch)  # the data
     rows = [chat(i) for i in range(40)]
     rows += [chat(41, "What does <|im_end|> mean?"), chat(3), chat(42, answer="yes " * 200)]
     data = write(tmp_path / "rows.jsonl", rows)
@@ -501,7 +522,7 @@ def test_a_fault_in_what_is_computed_is_found(configure, lines, tmp_path, monkey
         plant(monkeypatch)
     else:
         settings |= plant
-    end_at(line, monkeypatch)
+    check_only(monkeypatch, line)
     found = lines(configure(True, task="lm", **settings))
     assert found[line] == "FAIL", found
 
@@ -521,18 +542,20 @@ def test_a_fault_in_what_is_computed_is_found(configure, lines, tmp_path, monkey
 )
 def test_a_fault_in_scores_is_found(configure, lines, monkeypatch, line, owner, name, change):
     wrapped(owner, name, change)(monkeypatch)
-    end_at(line, monkeypatch)
+    check_only(monkeypatch, line)
     assert lines(configure(True))[line] == "FAIL"
 
 
 def test_a_check_that_ends_in_an_error_has_failed(configure, lines, monkeypatch):
     monkeypatch.setattr(LMHead, "predict", lambda self, hidden, targets: hidden[999_999])
+    check_only(monkeypatch, "fresh adapter changes nothing", "merging changes nothing")
     found = lines(configure(True, task="lm"))
     assert found["fresh adapter changes nothing"] == found["merging changes nothing"] == "FAIL"
 
 
 def test_the_script_exits_with_3_and_writes_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    check_only(monkeypatch)  # the data
     rows = write(tmp_path / "rows.jsonl", map(chain, range(40)))[0]
     flags = [
         "--base_model",
@@ -553,7 +576,8 @@ def test_the_script_exits_with_3_and_writes_no_run(tmp_path, monkeypatch, capsys
     } == {Path(rows)}
 
 
-def test_answers_that_are_not_to_be_learned_are_no_fault(configure, lines, tmp_path):
+def test_answers_that_are_not_to_be_learned_are_no_fault(configure, lines, tmp_path, monkeypatch):
+    check_only(monkeypatch)  # the data
     rows = []
     for i in range(40):
         first, second = chat(i), chat(i + 50)
@@ -563,7 +587,8 @@ def test_answers_that_are_not_to_be_learned_are_no_fault(configure, lines, tmp_p
     assert lines(configure(True, task="lm", **data))["target mask"] == "PASS"
 
 
-def test_an_output_layer_that_is_tied_may_be_trained(configure, lines):
+def test_an_output_layer_that_is_tied_may_be_trained(configure, lines, monkeypatch):
+    check_only(monkeypatch, "trained tensors")
     found = lines(configure(True, task="lm", modules_to_save=["lm_head"]))
     assert found["trained tensors"] == "PASS"
 

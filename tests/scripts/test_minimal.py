@@ -23,7 +23,7 @@ import train
 
 PAGE = ROOT / "docs" / "minimal.py"
 CHATS = ROOT / "assets" / "samples" / "chat.jsonl"
-STEPS = 20
+STEPS = 12
 
 spec = importlib.util.spec_from_file_location("minimal", PAGE)
 minimal = importlib.util.module_from_spec(spec)

@@ -35,7 +35,7 @@ def sweep(tiny_base, tmp_path_factory):
         "train_data": ["arithmetic:train:200"],
         "max_eval_batches": 0,
     }
-    many = {"task": "lm", "max_steps": 24, "eval_steps": 8}
+    many = {"task": "lm", "max_steps": 15, "eval_steps": 5}
     make = partial(configuration, tiny_base, tmp_path_factory.mktemp("sweep"), True, **data, **many)
     return {name: run(make(name, **values)) for name, values in settings.items()}
 
@@ -184,7 +184,7 @@ def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
     words = shlex.split(line)
     assert words[:2] == ["python", "train_lora.py"]
     command = read_command_line(words[2:], get_lora_config(), None, "")
-    assert command.config.training.seed == 3 and command.config.training.max_steps == 24
+    assert command.config.training.seed == 3 and command.config.training.max_steps == 15
     assert command.config.output.experiment_name == "s3"
     run(command.config)
     main([*folders, str(command.run_dir), "--sweep", "seed=1,2,3", "lora_r=16"])

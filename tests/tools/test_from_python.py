@@ -28,22 +28,22 @@ def status(folder):
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 def test_train_and_evaluate_are_the_scripts(configure, tmp_path, adapter):
-    config = configure(adapter, "from_python", dtype="float32", max_length="auto")
+    config = configure(adapter, "from_python", dtype="float32", max_length="auto", max_steps=4)
     before = config.as_dict()
     results = lora.train(config)
     assert config.as_dict() == before
     folder = tmp_path / "from_python"
     assert results == json.loads((folder / "logs" / "final_results.json").read_text())
     assert status(folder) == 0
-    by_script = run(configure(adapter, "by_script", dtype="float32"))
+    by_script = run(configure(adapter, "by_script", dtype="float32", max_steps=4))
     expected = json.loads((by_script / "logs" / "final_results.json").read_text())
     assert results["best"] == expected["best"]
     numbers = lora.evaluate(folder / "final_artifact")
     assert numbers["mse"] == pytest.approx(results["best"]["mse"], abs=1e-6)
     others = lora.evaluate(folder / "final_artifact", eval_data=["arithmetic:test:9"])
     assert others["mse"] != numbers["mse"]
-    config.training.max_steps = 14
-    assert lora.train(config, resume_from="auto")["last"]["step"] == 14
+    config.training.max_steps = 6
+    assert lora.train(config, resume_from="auto")["last"]["step"] == 6
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
@@ -102,7 +102,9 @@ def test_a_module_of_the_users_called_train_is_named_in_one_line(monkeypatch, co
 
 
 def test_generate_is_eval_with_its_prompt(configure, monkeypatch, capsys):
-    artifact = run(configure(True, task="lm", dtype="float32", seed=3)) / "final_artifact"
+    artifact = (
+        run(configure(True, task="lm", dtype="float32", seed=3, max_steps=6)) / "final_artifact"
+    )
     questions = ["When is it open?", "12+9?"]
     flags = ["--checkpoint", artifact, "--max_new_tokens=9", "--prompt", questions[1]]
     for sampling in ({}, dict(temperature=1.5, top_p=0.5)):
@@ -147,10 +149,10 @@ def test_only_the_adapter_is_trainable_or_what_else_is_is_named(tiny_base):
         lora.verify_only_adapter_trainable(model, ["embed_tokens"])
 
 
-@pytest.mark.parametrize("place", ["final_artifact", "checkpoints/checkpoint_step_12"])
+@pytest.mark.parametrize("place", ["final_artifact", "checkpoints/checkpoint_step_4"])
 def test_an_adapter_is_loaded_and_verified(configure, tiny_base, tmp_path, place):
     values = dict(task="lm", add_special_tokens=["<step>"], modules_to_save=["embed_tokens"])
-    folder = run(configure(True, **values, dtype="float32")) / place
+    folder = run(configure(True, **values, dtype="float32", max_steps=4)) / place
     model = lora.load_and_verify_adapter(tiny_base, folder)
     lora.verify_only_adapter_trainable(model, ["embed_tokens"])
     task = load_task(saved_config(folder), torch.float32)

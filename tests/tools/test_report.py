@@ -72,7 +72,7 @@ def test_a_language_models_report_has_answers(configure, tmp_path, max_length):
         "train_data": write(tmp_path / "t", map(chat, range(40))),
         "eval_data": write(tmp_path / "e", [chat(1)] * 3),
     }
-    text = report(run(configure(False, task="lm", max_length=max_length, **data)))
+    text = report(run(configure(False, task="lm", max_steps=2, max_length=max_length, **data)))
     assert text.count("How many are 1 boxes") == 3 and "There are 7 pears in all." in text
 
 

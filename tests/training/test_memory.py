@@ -40,7 +40,7 @@ import train_lora
 
 WHOLE = {
     "task": "lm",
-    "max_steps": 6,
+    "max_steps": 4,
     "batch_size": 8,
     "gradient_accumulation_steps": 1,
     "max_length": 128,
@@ -84,12 +84,12 @@ def test_a_step_that_did_not_fit_is_redone_in_smaller_micro_batches_with_the_sam
     assert max(tried) > tokens
     names = ("train/loss", "train/grad_norm")
     torch.testing.assert_close(lines(cut, *names), lines(whole, *names), rtol=1e-6, atol=0)
-    kept = json.loads((cut / "checkpoints/checkpoint_step_6/trainer_state.json").read_text())[
+    kept = json.loads((cut / "checkpoints/checkpoint_step_4/trainer_state.json").read_text())[
         "max_tokens"
     ]
     assert kept <= tokens < WHOLE["batch_size"] * WHOLE["max_length"]
     tried.clear()  # the step that a resumed run begins with is cut as before
-    run(configure(lora, "cut", **WHOLE | {"max_steps": 8}), cut / "checkpoints/checkpoint_step_6")
+    run(configure(lora, "cut", **WHOLE | {"max_steps": 5}), cut / "checkpoints/checkpoint_step_4")
     assert max(tried) <= tokens
 
 
@@ -110,7 +110,7 @@ def test_the_largest_micro_batch_of_the_run_is_tried_before_the_first_step(confi
     record("largest_batches", lambda: None)
     record("batch_at", lambda step: step)
     run(configure(True, **WHOLE))
-    assert tried == [None, 0, 1, 2, 3, 4, 5] and sizes[0] == max(sizes)
+    assert tried == [None, 0, 1, 2, 3] and sizes[0] == max(sizes)
 
 
 def test_halved_micro_batches_are_those_of_a_resumed_run_and_none_is_larger_than_what_fits(
@@ -280,7 +280,7 @@ def test_the_choice_is_in_the_checkpoint_and_a_resumed_run_keeps_it(configure, m
     with monkeypatch.context() as patch:
         patch.setattr("train.choose_checkpointing", lambda run, state: True)
         folder = run(configure(True, **WHOLE))
-    saved = folder / "checkpoints" / "checkpoint_step_6"
+    saved = folder / "checkpoints" / "checkpoint_step_4"
     state = best_checkpoints.trainer_state(saved)
     assert state["facts"]["gradient_checkpointing"]
     assert state["config"]["training"]["gradient_checkpointing"] == "auto"
@@ -291,7 +291,7 @@ def test_the_choice_is_in_the_checkpoint_and_a_resumed_run_keeps_it(configure, m
         return choices[-1]
 
     monkeypatch.setattr("train.choose_checkpointing", recorded)
-    run(configure(True, **WHOLE | {"max_steps": 7}), saved)
+    run(configure(True, **WHOLE | {"max_steps": 5}), saved)
     assert choices == [True]
 
 
@@ -334,7 +334,7 @@ def test_a_dry_run_says_what_would_be_and_leaves_nothing(configure, capsys):
         Command(config, Path(config.output.output_dir) / "run", dry_run=True), RawData(config)
     )
     out = capsys.readouterr().out
-    assert "6 steps of 8 examples" in out and "total  " in out and "time: " in out
+    assert "4 steps of 8 examples" in out and "total  " in out and "time: " in out
     assert not (Path(config.output.output_dir) / "run").exists()
 
 

@@ -80,16 +80,17 @@ SEVERAL_MICRO_BATCHES = {"batch_size": 1, "gradient_accumulation_steps": 8, "max
 )
 def test_resumed_equals_uninterrupted_bitwise(configure, monkeypatch, lora, settings):
     """Killed twice: once saved between evaluations, then saved at one, in the second epoch."""
+    settings = settings | {"max_steps": 8, "train_data": ["arithmetic:train:40"]}  # 1.6 epochs
     whole = run(configure(lora, "whole", **settings))
     config = configure(lora, "cut", save_steps=4, **settings)
     checkpoints = Path(config.output.output_dir) / "cut" / "checkpoints"
     run_until(5, config, monkeypatch)
-    config.output.save_steps = 9
+    config.output.save_steps = 6
     torch.manual_seed(12345)  # whatever the generator's state is
-    run_until(10, config, monkeypatch, checkpoints / "checkpoint_step_4")
+    run_until(7, config, monkeypatch, checkpoints / "checkpoint_step_4")
     torch.manual_seed(54321)
-    cut = run(config, checkpoints / "checkpoint_step_9")
-    last = "checkpoints/checkpoint_step_12"
+    cut = run(config, checkpoints / "checkpoint_step_6")
+    last = "checkpoints/checkpoint_step_8"
     assert files(cut / last) == files(whole / last)
     assert metrics(cut) == metrics(whole)
     states = [best_checkpoints.trainer_state(folder / last) for folder in (cut, whole)]
@@ -181,8 +182,8 @@ def test_a_run_whose_every_update_was_skipped_is_resumed(configure, monkeypatch,
 
 
 def test_a_float32_run_is_resumed_in_float16(configure, monkeypatch):
-    config = configure(True, save_steps=4, dtype="float32")
-    run_until(5, config, monkeypatch)
+    config = configure(True, save_steps=4, max_steps=5, dtype="float32")
+    run_until(4, config, monkeypatch)
     folder = Path(config.output.output_dir) / "run"
     config.training.dtype = "float16"
     checkpoint = str(folder / "checkpoints" / "checkpoint_step_4")
@@ -190,7 +191,7 @@ def test_a_float32_run_is_resumed_in_float16(configure, monkeypatch):
     with pytest.raises(UserError, match="^dtype changed: validation losses .* --experiment_name"):
         train_lora.main(command, RawData(config))
     command.run_dir = folder.with_name("float16")
-    assert train_lora.main(command, RawData(config))["last"]["step"] == 12
+    assert train_lora.main(command, RawData(config))["last"]["step"] == 5
 
 
 @pytest.mark.parametrize(
@@ -426,24 +427,24 @@ def test_early_stopping_counts_evaluations_without_a_new_best_also_over_a_resume
 
 
 def test_a_checkpoint_without_its_optimizer_state_is_refused(configure):
-    config = configure(True)
-    checkpoint_12 = run(config) / "checkpoints" / "checkpoint_step_12"
-    tensors = load_file(checkpoint_12 / "optimizer.safetensors")
+    config = configure(True, max_steps=2)
+    checkpoint = run(config) / "checkpoints" / "checkpoint_step_2"
+    tensors = load_file(checkpoint / "optimizer.safetensors")
     gone = next(name for name in tensors if name.endswith("exp_avg"))
     save_file(
         {name: t for name, t in tensors.items() if name != gone},
-        checkpoint_12 / "optimizer.safetensors",
+        checkpoint / "optimizer.safetensors",
     )
-    write_checksums(checkpoint_12)
-    config.training.max_steps = 20
+    write_checksums(checkpoint)
+    config.training.max_steps = 3
     with pytest.raises(UserError, match=f"not the optimizer's state of this model: .*{gone}"):
-        run(config, checkpoint_12)
+        run(config, checkpoint)
 
 
 def test_a_complete_run_has_nothing_to_resume(configure):
-    config = configure(True)
-    with pytest.raises(UserError, match="that run of 12 steps is complete; raise --max_steps"):
-        run(config, run(config) / "checkpoints" / "checkpoint_step_12")
+    config = configure(True, max_steps=2)
+    with pytest.raises(UserError, match="that run of 2 steps is complete; raise --max_steps"):
+        run(config, run(config) / "checkpoints" / "checkpoint_step_2")
 
 
 def test_what_bounds_a_complete_run_is_named(configure):
@@ -484,8 +485,8 @@ def test_a_tensor_that_never_gets_a_gradient_does_not_keep_a_run_from_being_resu
 
 
 def test_a_dry_run_of_a_resumed_run_counts_what_that_run_would_do(configure, capsys):
-    config = configure(True)
-    last = run(config) / "checkpoints" / "checkpoint_step_12"
+    config = configure(True, max_steps=2)
+    last = run(config) / "checkpoints" / "checkpoint_step_2"
     complete = read_command_line([f"--resume_from={last}", "--dry_run"], get_lora_config(), "", "")
     train_lora.main(complete, RawData(complete.config))
     state = json.loads((last / "trainer_state.json").read_text())

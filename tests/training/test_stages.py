@@ -377,8 +377,7 @@ def test_tokens_without_trained_embeddings_are_refused():
         read_command_line(flags, get_lora_config(), "none.toml", "")
 
 
-@pytest.mark.parametrize("bits", [False, True])
-@pytest.mark.parametrize("modules", [["embed_tokens"], ["norm"]])
+@pytest.mark.parametrize("modules, bits", [(["embed_tokens"], False), (["norm"], True)])
 def test_modules_to_save_learn_in_fp32_beside_a_base_in_half(configure, modules, bits):
     """bfloat16 is what a GPU computes in unless it is told otherwise."""
     folder = run(

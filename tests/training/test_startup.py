@@ -9,6 +9,7 @@ from lora.common.errors import UserError
 from lora.training.startup import describe_moved
 from tests.conftest import run
 from tests.model.test_families import GROUPED, base
+from tests.training.test_resume import run_until
 
 MOE = GROUPED | dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, head_dim=8)
 
@@ -52,7 +53,7 @@ def test_threads_that_the_user_chose_win_over_those_of_the_checkpoint(
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     torch.set_num_threads(2)
     try:
-        run(configure(True, "resumed", max_steps=2), path)
+        run_until(1, configure(True, "resumed", max_steps=2), monkeypatch, path)
         assert torch.get_num_threads() == (1 if under_torchrun else 2)
     finally:
         torch.set_num_threads(1)
