@@ -5,104 +5,72 @@
 
 from typing import Any
 
-# word -> our key of the same meaning; its values are ours, or stand in VALUES.
-SAME = {
-    "model": "base_model",
-    "model.name": "base_model",
-    "model.path": "base_model",
-    "model_id": "base_model",
-    "model_path": "base_model",
-    "model_name_or_path": "base_model",
-    "base_model_name_or_path": "base_model",
-    "pretrained_model_name_or_path": "base_model",
-    "dataset": "train_data",
-    "dataset_path": "train_data",
-    "data_path": "train_data",
-    "train_file": "train_data",
-    "train_path": "train_data",
-    "train_dataset": "train_data",
-    "eval_dataset": "eval_data",
-    "eval_file": "eval_data",
-    "eval_path": "eval_data",
-    "validation_file": "eval_data",
-    "dataset_weights": "data_weights",
-    "val_set_size": "eval_fraction",
-    "validation_split": "eval_fraction",
-    "val_size": "eval_fraction",
-    "max_seq_len": "max_length",
-    "max_sequence_length": "max_length",
-    "model_max_length": "max_length",
-    "sequence_len": "max_length",
-    "cutoff_len": "max_length",
-    "block_size": "max_length",
-    "max_train_samples": "max_samples",
-    "rank": "lora_r",
-    "lora_rank": "lora_r",
-    "lora_target_modules": "target_modules",
-    "lora_target": "target_modules",
-    "use_4bit": "load_in_4bit",
-    "quantization.enabled": "load_in_4bit",
-    "quant_type": "bnb_4bit_quant_type",
-    "double_quant": "bnb_4bit_use_double_quant",
-    "use_nested_quant": "bnb_4bit_use_double_quant",
-    "compute_dtype": "bnb_4bit_compute_dtype",
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "max_iters": "max_steps",
-    "iters": "max_steps",
-    "max_train_steps": "max_steps",
-    "micro_batch_size": "batch_size",
-    "per_gpu_train_batch_size": "batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "grad_accum": "gradient_accumulation_steps",
-    "grad_accum_steps": "gradient_accumulation_steps",
-    "num_warmup_steps": "warmup_steps",
-    "warmup_iters": "warmup_steps",
-    "optimizer.name": "optimizer",
-    "optimizer.type": "optimizer",
-    "lr_scheduler": "lr_scheduler_type",
-    "lr_scheduler.type": "lr_scheduler_type",
-    "scheduler": "lr_scheduler_type",
-    "scheduler.type": "lr_scheduler_type",
-    "grad_clip": "max_grad_norm",
-    "clip_grad_norm": "max_grad_norm",
-    "gradient_clipping": "max_grad_norm",
-    "beta2": "adam_beta2",
-    "random_seed": "seed",
-    "torch_dtype": "dtype",
-    "torch_compile": "compile",
-    "use_gradient_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing": "gradient_checkpointing",
-    "activation_offloading": "offload_activations",
-    "log_interval": "logging_steps",
-    "steps_per_report": "logging_steps",
-    "eval_interval": "eval_steps",
-    "steps_per_eval": "eval_steps",
-    "eval_iters": "max_eval_batches",
-    "save_interval": "save_steps",
-    "save_every": "save_steps",
-    "early_stopping.patience": "early_stopping_patience",
-    "run_name": "experiment_name",
-    "out_dir": "output_dir",
-}
 
-# a value of some key -> ours
-VALUES = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "constant_with_warmup": "constant",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    "torch.bfloat16": "bfloat16",
-    "torch.float16": "float16",
-    "torch.float32": "float32",
-    "causal_lm": "lm",
-    "CAUSAL_LM": "lm",
-    "sft": "lm",
+def by_word(words_of: dict[str, str]) -> dict[str, str]:
+    """Turn {meaning: words with a space between them} into {word: meaning}."""
+    meanings = {}
+    for meaning, words in words_of.items():
+        for word in words.split():
+            meanings[word] = meaning
+    return meanings
+
+
+# our key: the words of the same meaning. Their values are ours, or stand in VALUES.
+OTHER_NAMES = {
+    "base_model": (
+        "model model.name model.path model_id model_path model_name_or_path "
+        "base_model_name_or_path pretrained_model_name_or_path"
+    ),
+    "train_data": "dataset dataset_path data_path train_file train_path train_dataset",
+    "eval_data": "eval_dataset eval_file eval_path validation_file",
+    "data_weights": "dataset_weights",
+    "eval_fraction": "val_set_size validation_split val_size",
+    "max_length": (
+        "max_seq_len max_sequence_length model_max_length sequence_len cutoff_len block_size"
+    ),
+    "max_samples": "max_train_samples",
+    "lora_r": "rank lora_rank",
+    "target_modules": "lora_target_modules lora_target",
+    "load_in_4bit": "use_4bit quantization.enabled",
+    "bnb_4bit_quant_type": "quant_type",
+    "bnb_4bit_use_double_quant": "double_quant use_nested_quant",
+    "bnb_4bit_compute_dtype": "compute_dtype",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "max_steps": "max_iters iters max_train_steps",
+    "batch_size": "micro_batch_size per_gpu_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accum_steps",
+    "warmup_steps": "num_warmup_steps warmup_iters",
+    "optimizer": "optimizer.name optimizer.type",
+    "lr_scheduler_type": "lr_scheduler lr_scheduler.type scheduler scheduler.type",
+    "max_grad_norm": "grad_clip clip_grad_norm gradient_clipping",
+    "adam_beta2": "beta2",
+    "seed": "random_seed",
+    "dtype": "torch_dtype",
+    "compile": "torch_compile",
+    "gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing",
+    "offload_activations": "activation_offloading",
+    "logging_steps": "log_interval steps_per_report",
+    "eval_steps": "eval_interval steps_per_eval",
+    "max_eval_batches": "eval_iters",
+    "save_steps": "save_interval save_every",
+    "early_stopping_patience": "early_stopping.patience",
+    "experiment_name": "run_name",
+    "output_dir": "out_dir",
 }
+SAME = by_word(OTHER_NAMES)
+
+# our value of some key: the others' values
+OTHER_VALUES = {
+    "adamw": "adamw_torch adamw_torch_fused adamw_hf",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "constant": "constant_with_warmup",
+    "bfloat16": "bf16 torch.bfloat16",
+    "float16": "fp16 torch.float16",
+    "float32": "fp32 torch.float32",
+    "lm": "causal_lm CAUSAL_LM sft",
+}
+VALUES = by_word(OTHER_VALUES)
 
 # word -> {its value: the script that it means, or a key and its value; None: already so here}
 METHODS: dict[Any, Any] = {
