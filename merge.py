@@ -141,7 +141,7 @@ def main(arguments: Namespace) -> None:
     quantization = four_bits_of(arguments, source.config) if into_4bit else None
     model = load_base(model_class, source.base_model, quantization)
     config = source.config
-    if config is not None and config.model.add_special_tokens:
+    if config is not None:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
     if (source.folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(str(source.folder))  # with the tokens and template of the run
@@ -244,8 +244,7 @@ def outputs_in_4bit(
 ) -> torch.Tensor:
     """Return the outputs of the adapter on the 4-bit base that it was trained on."""
     model = load_base(model_class, source.base_model, quantization)
-    if source.config.model.add_special_tokens:
-        add_tokens(model, tokenizer, source.config.model.add_special_tokens)
+    add_tokens(model, tokenizer, source.config.model.add_special_tokens)
     if source.adapter:
         load_adapter(model, source.adapter)
     return outputs(model, tokens)

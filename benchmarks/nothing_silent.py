@@ -46,7 +46,6 @@ LONGEST = 170  # characters of a line in the table
 class Case:
     """Something that a user does, and a regular expression that the answer must have."""
 
-    line: str  # of the list that this page answers: A1, ...
     what: str  # in a user's words
     tried: str  # how, in short
     expected: str
@@ -174,14 +173,12 @@ def keys_that_are_not_read() -> Iterator[Case]:
     for switch in ({"weight": 0}, {"train": False}, {"training": False}, {"loss_weight": 0}):
         row = chat({"content": "one", **switch}, {"content": "two"})
         yield Case(
-            "A1",
             "a chat in which one answer is switched off",
             f"render: {shown(switch)} on the first of two answers",
             r"\b4 targets",
             lambda row=row: render(row),
         )
     yield Case(
-        "A1",
         "an answer of half the weight",
         'tokenise: "weight": 0.5 on one of two answers',
         r"weights of the targets: 0\.5, 1\.0",
@@ -189,7 +186,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     both = chat({"content": "one", "weight": 0, "train": True})
     yield Case(
-        "A1",
         "two switches of one message that disagree",
         'render: "weight": 0 and "train": true',
         "weight and train of message 2 disagree",
@@ -197,7 +193,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     kto = {"prompt": "q", "completion": "a bad answer", "label": False}
     yield Case(
-        "A1",
         "KTO rows",
         f"render: {shown(kto)}",
         "label beside a conversation",
@@ -205,7 +200,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     beside = chat({"content": "one"}, system="Be kind.")
     yield Case(
-        "A1",
         "Anthropic's system prompt, beside the messages",
         'render: "system": "Be kind."',
         r"Be kind\.<\|im_end\|>",
@@ -213,7 +207,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     alpaca = {"instruction": "q", "output": "a", "system": "Be kind.", "history": [["p", "b"]]}
     yield Case(
-        "A1",
         "Alpaca's system and history",
         f"render: {shown(alpaca)}",
         "⟦b<.im_end.>⟧",
@@ -221,7 +214,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     context = {"question": "Who?", "context": "Bees make honey.", "answer": "Bees."}
     yield Case(
-        "A1",
         "a context beside a question",
         f"render: {shown(context)}",
         r"Bees make honey\.<\|im_end\|>",
@@ -229,7 +221,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     thinking = chat({"content": "one", "reasoning_content": "because"})
     yield Case(
-        "A1",
         "reasoning that the chat template does not print",
         'render: "reasoning_content": "because", with the embedded base',
         "reasoning of 1 messages left out",
@@ -238,7 +229,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     for key in ("images", "videos", "audio"):
         row = chat({"content": "one"}, **{key: ["a.png"]})
         yield Case(
-            "A1",
             f"rows with {key}",
             f"render: {shown({key: ['a.png']})}",
             f"{key}: only text is read",
@@ -246,7 +236,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
         )
     other = [row | {"source": "web"} for row in chats(3)]
     yield Case(
-        "A1",
         "a key that nothing reads",
         'render: three rows with "source"',
         r"keys not read: source \(3 rows\)",
@@ -254,7 +243,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     steps = {"prompt": "p", "steps": ["a"], "completions": ["b"], "labels": [1]}
     yield Case(
-        "A1",
         "steps and completions that differ",
         f"render: {shown(steps)}",
         "steps and completions differ",
@@ -262,7 +250,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     pair = {"sentence1": "a", "sentence2": "b", "score": 1, "label": 0}
     yield Case(
-        "A1",
         "a score and a label that disagree",
         f"render: {shown(pair)}",
         "score and label disagree",
@@ -284,7 +271,6 @@ def weights_of_targets() -> str:
 def masks() -> Iterator[Case]:
     only_thought = chat({"content": "<think>r</think>"})
     yield Case(
-        "A2",
         "an answer that is only reasoning, for gpt-oss",
         "render: <think>r</think>, with gpt-oss's template",
         "message 2: cannot tell where the chat template of .* writes it",
@@ -292,7 +278,6 @@ def masks() -> Iterator[Case]:
     )
     thinking = chat({"content": "one", "thinking": "r"})
     yield Case(
-        "A2",
         "gpt-oss's own chats",
         'render: "thinking": "r", with its template',
         r"⟦<.channel.>analysis<.message.>r<.end.>.*<.channel.>final<.message.>one<.return.>⟧",
@@ -301,7 +286,6 @@ def masks() -> Iterator[Case]:
     lines = chat({"content": "one\r\ntwo"})
     rewriting = CHATML.replace("CONTENT", r"m.content | replace('\r\n', '\n')")
     yield Case(
-        "A2",
         "a template that rewrites line ends",
         r"render: one\r\ntwo, template with replace('\r\n', '\n')",
         "message 2: cannot tell where the chat template of .* writes it",
@@ -311,7 +295,6 @@ def masks() -> Iterator[Case]:
     for name in ("upper", "truncate(9, true, '')", "length"):
         template = CHATML.replace("CONTENT", "m.content }} {{ m.content | " + name)
         yield Case(
-            "A2",
             "a text like a special token, and a template with a filter",
             f"render: <|im_end|> in an answer, template with {name}",
             r"does more than print <\|im_end\|>, which the chat holds",
@@ -319,7 +302,6 @@ def masks() -> Iterator[Case]:
         )
     empty = chat({"content": "<think>\n\n</think>\n\none"})
     yield Case(
-        "A2",
         "empty reasoning before an answer",
         r"render: <think>\n\n</think>\n\none",
         r"⟦<think>",
@@ -327,14 +309,12 @@ def masks() -> Iterator[Case]:
     )
     blank = chat({"content": " "})
     yield Case(
-        "A2",
         "one blank message in a hundred rows",
         "render",
         r"left out: 1 rows \(a blank message\)",
         lambda: render(*chats(99), blank),
     )
     yield Case(
-        "A2",
         "two blank messages in a hundred rows",
         "render",
         "2 of 100 rows have a blank message; expected 1% at most",
@@ -345,7 +325,6 @@ def masks() -> Iterator[Case]:
 def tables_and_numbers() -> Iterator[Case]:
     rows = ("text", 'a 5" pipe', '"one', "two", "three")
     yield Case(
-        "A3",
         'a stray " in a TSV file',
         "render: four rows, two of them with a quote",
         r"data: 4 examples",
@@ -354,7 +333,6 @@ def tables_and_numbers() -> Iterator[Case]:
     for number in ("0_1", "1_6", "\u0661"):
         pairs = ("sentence1,sentence2,score", f"a,b,{number}")
         yield Case(
-            "A3",
             "a label that Python's float() reads and JSON does not",
             f"render: score {number} in a CSV file",
             f"label '{number}'; expected 0..1",
@@ -362,7 +340,6 @@ def tables_and_numbers() -> Iterator[Case]:
         )
     twice = '{"training": {"batch_size": 4, "batch_size": 8}}'
     yield Case(
-        "A3",
         "a key that stands twice in a configuration",
         f"train_lora --config: {twice}",
         "'batch_size' is given twice",
@@ -372,28 +349,24 @@ def tables_and_numbers() -> Iterator[Case]:
 
 def token_cache() -> Iterator[Case]:
     yield Case(
-        "A6",
         "a flipped bit in the token cache",
         "train_lora twice, one bit of train_tokens.bin changed between",
         "train_tokens changed since they were written; the entry is removed",
         lambda: after_damage("train_tokens.bin", flip),
     )
     yield Case(
-        "A6",
         "a file of the cache cut short",
         "the same, with half of train_tokens.bin",
         "damaged .*; the data are tokenised again",
         lambda: after_damage("train_tokens.bin", halve),
     )
     yield Case(
-        "A6",
         "a cache without its facts",
         "the same, without facts.json",
         "damaged .*; the data are tokenised again",
         lambda: after_damage("facts.json", Path.unlink),
     )
     yield Case(
-        "A6",
         "a full disk (ulimit -f)",
         "train_lora, files of 1,024 bytes at most",
         "no room for it.*exit status 4",
@@ -436,21 +409,18 @@ def on_full_disk() -> str:
 
 def bases() -> Iterator[Case]:
     yield Case(
-        "A4",
         "a base with more layers in its files than config.json says",
         "train_lora: num_hidden_layers one less",
         "its files have more layers than config.json says",
         lambda: with_base(fewer_layers),
     )
     yield Case(
-        "A4",
         "a base with integer weights and no quantization_config",
         "train_lora: one weight as int8",
         "its files are quantised, and config.json does not say how",
         lambda: with_base(integer_weight),
     )
     yield Case(
-        "A5",
         "all-linear on a mixture of experts, each layer's in one tensor",
         "train_lora: a Qwen3-MoE",
         "warning: experts that are one tensor stay as they are .* LoRA reaches",
@@ -507,7 +477,6 @@ def from_python() -> Iterator[Case]:
         ("", "experiment_name", "x", "experiment_name"),
     ):
         yield Case(
-            "A7",
             "a key of another name, from Python",
             f"config.{table + '.' if table else ''}{name} = {value!r}",
             expected,
@@ -533,21 +502,18 @@ def set_in_python(table: str, name: str, value: object) -> str:
 
 def runs() -> Iterator[Case]:
     yield Case(
-        "A8",
         "how many parameters a base in 4 bits has",
         "train_lora, with and without --load_in_4bit",
         r"the same: trainable parameters: [\d,]+ of [\d,]+",
         counts_in_4_bits,
     )
     yield Case(
-        "A9",
         "a finished run, started again with --resume_from auto",
         "train_lora, twice",
         "complete since step 1; nothing to do",
         twice,
     )
     yield Case(
-        "A10",
         "another number of threads in a resumed run",
         "OMP_NUM_THREADS=2, --resume_from a run of one thread",
         "resumed with threads 1 -> 2: .* results differ by rounding",
@@ -555,7 +521,6 @@ def runs() -> Iterator[Case]:
     )
     weightless = [row | {"weight": 0} for row in chats(12)]
     yield Case(
-        "A11",
         "all rows of weight 0",
         'train_lora: twelve rows with "weight": 0',
         "every train example has weight 0",
@@ -563,49 +528,42 @@ def runs() -> Iterator[Case]:
     )
     few = write("few.jsonl", *chats(13))  # 12 of them to train on
     yield Case(
-        "A11",
         "a warm-up longer than the run",
         "train_lora --warmup_steps 9 --max_steps 1",
         "warning: 9 warmup steps: learning_rate is never reached",
         lambda: train(*CHATS, few, "--warmup_steps", 9, "--dry_run"),
     )
     yield Case(
-        "A11",
         "very many epochs",
         "train_lora --num_train_epochs 62",
         "warning: 62 epochs over the same data",
         lambda: train(*CHATS, few, "--num_train_epochs", 62, "--dry_run"),
     )
     yield Case(
-        "A11",
         "neither max_steps nor num_train_epochs",
         "train_lora",
         r"\b3(\.\d+)? epochs of",
         lambda: train(*CHATS, few, "default", "--dry_run"),
     )
     yield Case(
-        "A12",
         "which configuration is for a real base",
         "learning_rate of the files in configs/",
         r"sft_lora 0\.0002.*tiny_chat 0\.005",
         learning_rates,
     )
     yield Case(
-        "A12",
         "--config configs/sft_qlora.toml with the embedded base, which has 512 positions",
         "train_lora --base_model embedded",
         "max_length = ",
         longest_of_qlora,
     )
     yield Case(
-        "A13",
         "DEVICE_PREFERENCE that is not there, and --device cpu",
         "DEVICE_PREFERENCE=cuda or mps, train_lora --device cpu",
         "base model: .* on cpu",
         lambda: with_preference("--device", "cpu"),
     )
     yield Case(
-        "A13",
         "DEVICE_PREFERENCE that is not there, alone",
         "DEVICE_PREFERENCE=cuda or mps, train_lora",
         "DEVICE_PREFERENCE .* is not available here",
@@ -625,7 +583,6 @@ def other_systems() -> Iterator[Case]:
     few = write("few.jsonl", *chats(13))
     flat = {"num_train_epochs": "1", "learning_rate": "2e-4", "lora": {"r": 4, "lora_alpha": 8}}
     yield Case(
-        "B1",
         "a flat JSON configuration, with numbers as text and keys of another trainer",
         'train_lora --config: {"learning_rate": "2e-4", "lora": {"r": 4}, "save_total_limit": 2}',
         "save_total_limit",
@@ -641,14 +598,12 @@ def other_systems() -> Iterator[Case]:
         (("--base_model", "allenai/OLMo-7B-Instruct"), "OLMo-7B-Instruct-hf"),
     ):
         yield Case(
-            "B2",
             "words of other trainers on the command line",
             f"train_lora {' '.join(flags)}",
             expected,
             lambda flags=flags: train("--train_data", few, *flags, "--dry_run"),
         )
     yield Case(
-        "B3",
         "an artifact that is given to PEFT",
         "PeftConfig.from_pretrained(RUN/final_artifact)",
         "peft_type LORA, rank 16",
@@ -662,63 +617,54 @@ def answers_and_artifacts(few: str) -> Iterator[Case]:
         "by_category.jsonl", *chats(4), *[{**row, "category": "json"} for row in chats(3)]
     )
     yield Case(
-        "B5",
         "rows with a category, evaluated",
         'eval --test_set: three rows of seven with "category": "json"',
         "category/json/questions 3",
         lambda: evaluate("--test_set", by_category),
     )
     yield Case(
-        "B5",
         "the same, of a step scorer",
         'eval --eval_data: "category": "algebra" beside the labels',
         r"category/algebra/mse 0\.\d+",
         lambda: evaluate("--task", "score", "--eval_data", write("steps.jsonl", CHAIN, CHAIN)),
     )
     yield Case(
-        "B5",
         "a category that is a list",
         'render: "category": ["a", "b"]',
         r"keys not read: category \(1 rows\)",
         lambda: render(chat({"content": "one"}, category=["a", "b"])),
     )
     yield Case(
-        "B5",
         "a version of the artifact",
         "train_lora --artifact_version v1.1.0-more-citations",
         "metadata.json and README.md: v1.1.0-more-citations",
         lambda: version_of_artifact(few),
     )
     yield Case(
-        "B5",
         "another version of a run that is finished",
         "--artifact_version v2 --resume_from auto, on the run above",
         "artifact_version 'v2', and it is complete as 'v1.1.0-more-citations'; take another",
         lambda: version_of_artifact(few, "--artifact_version", "v2", "--resume_from", "auto"),
     )
     yield Case(
-        "B5",
         "templates in another language, with the row's title",
         "cite_or_refuse --templates FILE",
         r'Wo steht .*"content": "Quelle \[\d\], T\d+\."',
         lambda: cite(CITE_TEXTS, title=True),
     )
     yield Case(
-        "B5",
         "a template's {title}, where the rows have none",
         "the same, with rows of text alone",
         r"error: documents\.jsonl:\d+: no title for the template",
         lambda: cite(CITE_TEXTS, title=False),
     )
     yield Case(
-        "B5",
         "a question for the place of a sentence, and not for its words",
         "cite_or_refuse, with the templates that come along",
         r'Where does it say .*"content": "It stands in \[\d\]\."',
         lambda: cite(),
     )
     yield Case(
-        "B5",
         "a question about nothing in particular",
         "the same",
         r'"content": "The sources do not say what you mean\.',
@@ -728,21 +674,18 @@ def answers_and_artifacts(few: str) -> Iterator[Case]:
         refusal_pattern="^I cannot", citation_pattern=r"\[\d+\]", json_keys=["a"]
     )
     yield Case(
-        "B5",
         "one invented citation where a refusal was due",
         'score_answer: "yes [1]" for "I cannot say"',
         "'citation_precision': 0.0",
         lambda: str(score_answer("yes [1]", "I cannot say", patterns, None)),
     )
     yield Case(
-        "B5",
         "JSON between ```json and ```",
         r'score_answer: ```json\n{"a": 1}\n```',
         "'json_validity': 1.0",
         lambda: str(score_answer('```json\n{"a": 1}\n```', "x", patterns, None)),
     )
     yield Case(
-        "B5",
         "where TensorBoard's files lie",
         "train_lora --report_to tensorboard",
         r"outputs/board/tensorboard/events\.out\.tfevents",
@@ -896,13 +839,11 @@ def rows_of(cases_tried: list[Case]) -> tuple[list[str], list[str]]:
         output = case.answer()
         line = said_line(output, case.expected)
         if line is None:
-            silent.append(
-                f"{case.line}, {case.what} ({case.tried}): {case.expected!r} not in\n{output}"
-            )
+            silent.append(f"{case.what} ({case.tried}): {case.expected!r} not in\n{output}")
             continue
         line = line.replace(f"{Path.cwd()}/", "").replace(f"{ROOT}/", "")
         line = re.sub(r"[\w./-]*plainlora_cache/[0-9a-f]+/[0-9a-f]+", "CACHE/ENTRY", line)
-        rows.append(f"| {case.line} | {case.what} | {cell(case.tried)} | {cell(line)} |")
+        rows.append(f"| {case.what} | {cell(case.tried)} | {cell(line)} |")
     return rows, silent
 
 
@@ -914,8 +855,8 @@ which tries each line on a few rows with the embedded base, and fails where the 
 the slow tests run it. Paths are shortened. What the targets of chats must be is compared token by
 token in [a table of its own](../benchmarks/results/chat_masks.md).
 
-| line | what a user does | tried | what is said now |
-|---|---|---|---|
+| what a user does | tried | what is said now |
+|---|---|---|
 """
 
 

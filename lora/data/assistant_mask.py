@@ -110,11 +110,6 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
     )
 
 
-def answers_follow_prompt(tokenizer: Tokenizer) -> bool:
-    """Return whether the answers of chats stand where the model will be asked for one."""
-    return turn_format_of(tokenizer, tokenizer.chat_template).answers_follow_prompt
-
-
 def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:
     """Return the span of each of the assistant's turns in `chat.text`. Raises UserError."""
     turns = chat.assistant_turns()

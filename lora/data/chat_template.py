@@ -47,10 +47,15 @@ def use_chatml(tokenizer: Tokenizer) -> None:
         problem = "no chat template and no end token, so no turn can be ended"
         raise UserError(f"{tokenizer.name_or_path}: {problem}.")
     # A base that begins its texts with BOS begins its chats so, too.
-    begin = tokenizer("").input_ids[:1]
-    bos = "{{ bos_token }}" if begin and begin == [tokenizer.bos_token_id] else ""
+    bos = "{{ bos_token }}" if bos_tokens(tokenizer) else ""
     tokenizer.chat_template = bos + CHATML.replace("TURN_END", end)
     print(f"the tokenizer has no chat template: using ChatML, with {end} at the end of a turn")
+
+
+def bos_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Return [BOS] where the tokenizer begins its texts with one, else []."""
+    tokens = tokenizer("").input_ids
+    return tokens[:1] if tokens and tokens[0] == tokenizer.bos_token_id else []
 
 
 class Chat:

@@ -92,7 +92,11 @@ class TrainingData:
 
     def local_batches(self, rows: np.ndarray) -> list[Batch]:
         """Return this process's micro-batches of a step that has these rows."""
-        return self.make_batches(self.local_groups(rows), rows)
+        # All processes get equally many, because they gather sharded weights at once.
+        groups_by_process = self.groups_by_process(rows)
+        most_groups = max(len(groups) for groups in groups_by_process)
+        groups = split_groups(groups_by_process[self.rank], most_groups)
+        return self.make_batches(groups, rows)
 
     def largest_batches(self) -> list[Batch]:
         """Return the two largest micro-batches that a step can have on this process."""
@@ -111,13 +115,6 @@ class TrainingData:
             has_targets = len(group) > 0
             batches.append(self.rows.batch(group or [shortest], self.packed, has_targets))
         return batches
-
-    def local_groups(self, rows: np.ndarray) -> list[list[int]]:
-        """Return the rows of each of this process's micro-batches."""
-        # All processes get equally many, because they gather sharded weights at once.
-        groups_by_process = self.groups_by_process(rows)
-        most_groups = max(len(groups) for groups in groups_by_process)
-        return split_groups(groups_by_process[self.rank], most_groups)
 
     def largest_group(self, rows: np.ndarray) -> int:
         """Return the positions of the largest micro-batch of any process in a step of `rows`."""

@@ -200,8 +200,7 @@ def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTr
     model_class = AutoModel if source.is_scorer else class_for(shape)
     quantization = four_bits(config.lora, choose_device("auto"))
     model = load_weights(model_class, base_model, dtype, None, quantization)
-    if config.model.add_special_tokens:
-        add_tokens(model, tokenizer, config.model.add_special_tokens)
+    add_tokens(model, tokenizer, config.model.add_special_tokens)
     if config.model.score_layer:
         cut_above(model, config.model.score_layer)
     load_adapter(model, source.adapter)

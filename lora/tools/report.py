@@ -32,7 +32,7 @@ def page(run: FinishedRun) -> str:
         if metadata:
             from lora.tools.report_samples import held_out_samples  # imports torch
 
-            samples = held_out_samples(run.folder / "final_artifact", metadata)
+            samples = held_out_samples(run.folder / "final_artifact")
     except UserError as error:
         problem = str(error)
         print(printable(f"no samples: {problem}"))

@@ -842,7 +842,7 @@ def test_training_examples_are_not_taken_for_held_out_ones_after_their_file_has_
     folder = run(configure(True, task="lm", train_data=[data], eval_data=[], max_steps=1))
     write(tmp_path / "t.jsonl", rows + rows)
     for checkpoint in ("final_artifact", "checkpoints/checkpoint_step_1"):
-        with pytest.raises(UserError, match="t.jsonl: not the file .*; restore it, or name files"):
+        with pytest.raises(UserError, match="t.jsonl: not the file .*; restore it, or give"):
             evaluate("--checkpoint", folder / checkpoint)
     evaluate("--checkpoint", folder / checkpoint, "--eval_data", data, "--eval_data", data)
     assert "eval: 120 examples" in capsys.readouterr().out

@@ -419,7 +419,7 @@ FAULTS = {
         lambda p: change_row(p, lambda row: [-100 if t < 20 else t for t in row.targets]),
     ),
     "a NaN among the weights": (
-        "finite weights",
+        "loss on a repeated batch",
         in_task(lambda t: first_lora(t).lora_A.weight[0, :1].fill_(torch.nan)),
     ),
     "an untied head": ("tied embeddings", in_task(untie)),

@@ -174,10 +174,6 @@ def form_of(reader: ModuleType, row: dict) -> set[str]:
     return forms[0] if forms else set()
 
 
-def all_blank(form: set[str], row: dict) -> bool:
-    return all(is_blank(row[key]) for key in form)
-
-
 def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleType]:
     return [reader for reader in readers if form_of(reader, row)]
 
@@ -203,7 +199,8 @@ def reader_for(where: str, row: dict, task: str, renamed: Collection[str] = ()) 
 
             def unlikely(reader: ModuleType) -> tuple[bool, bool]:
                 form = form_of(reader, row)
-                return all_blank(form, row), form.isdisjoint(renamed)
+                is_all_blank = all(is_blank(row[key]) for key in form)
+                return is_all_blank, form.isdisjoint(renamed)
 
             return min(task_readers, key=unlikely)  # of equal ones the first
     if fitting:
