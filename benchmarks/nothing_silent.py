@@ -317,7 +317,7 @@ def masks() -> Iterator[Case]:
     yield Case(
         "two blank messages in a hundred rows",
         "render",
-        "2 of 100 rows have a blank message; expected 1% at most",
+        "2 of 100 rows have a blank message; expected at most 1%",
         lambda: render(*chats(98), blank, blank),
     )
 

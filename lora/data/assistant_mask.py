@@ -45,9 +45,7 @@ def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], in
     ends_with_assistant = chat.messages[-1]["role"] == "assistant"
     if ends_with_assistant and tokenizer.eos_token and not chat.specials.search(text, start):
         if text[end:].strip():
-            raise chat.error(
-                f"the template writes {text[end:].strip()[:40]!r} behind the last turn"
-            )
+            raise chat.error(f"the template writes {text[end:].strip()[:40]!r} after the last turn")
         text = text[:end] + tokenizer.eos_token
         spans[-1] = (start, len(text))
 
@@ -64,7 +62,7 @@ def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], in
 def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
     """Learn from a chat of two turns how the tokenizer's template writes them.
 
-    `template` is that template: the result is remembered for both, as a tokenizer may get another.
+    `template` is tokenizer.chat_template, a part of the cache's key because it may be replaced.
     """
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:

@@ -103,7 +103,7 @@ class Chat:
         for character in PRIVATE_USE:
             if character not in written:
                 yield character
-        raise self.error("it holds every character of U+E000..U+F8FF; take some of them out")
+        raise self.error("it holds every character of U+E000..U+F8FF; remove some of them")
 
     def require_own_render(self, messages: list[dict], tools: list | None) -> None:
         """Raise UserError where the template's filters (length, upper, ...) see the stand-ins."""

@@ -77,7 +77,7 @@ class TrainingData:
             self.held_out_sets = {name: dataset_id for dataset_id, name in enumerate(names)}
 
     def cap_max_tokens(self) -> None:
-        """Let no step have a larger micro-batch than the one tried before step 1."""
+        """Lower max_tokens to the largest micro-batch of any step, which is tried before step 1."""
         self.kept_max_tokens = self.max_tokens  # the one that a resumed run begins with
         self.max_tokens = min(self.max_tokens, self.largest_group(self.longest_rows))
 

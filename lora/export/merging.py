@@ -143,7 +143,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def same_tokens(a: Tensor, b: Tensor) -> str:
-    """Say at how many positions two models' logits [b, t, vocabulary] have the same argmax."""
+    """Return at how many positions two models' logits [b, t, vocabulary] have the same argmax."""
     is_same = a.argmax(-1) == b.argmax(-1)
     return f"the same at {is_same.sum()} of {is_same.numel()} positions"
 
@@ -151,7 +151,7 @@ def same_tokens(a: Tensor, b: Tensor) -> str:
 def require_same_outputs(
     source: AdapterSource, base_outputs: Tensor, adapter_outputs: Tensor, merged_outputs: Tensor
 ) -> float:
-    """Return how much the adapter changes the outputs, which merging must not change."""
+    """Return how much the adapter changes the outputs. Raises UserError if merging changes them."""
     size = adapter_outputs.abs().max().item()
     num_outputs = base_outputs.shape[-1]  # an adapter may add tokens
     effect = difference(adapter_outputs[..., :num_outputs], base_outputs)
@@ -161,7 +161,7 @@ def require_same_outputs(
     print(f"merged against adapter, fp32:   {error:.3g}")
     # The sums are the same but for their order. fp32 rounds each to 6e-8, which layers multiply.
     if not error <= 1e-4 * size:  # NaN is not
-        found = f"merged it differs from base + adapter by {error:.3g}, more than rounding"
+        found = f"the merged model differs from base + adapter by {error:.3g}, more than rounding"
         raise UserError(f"--adapter {source.folder}: {found}; use it unmerged.")
     if effect == 0 and source.adapter:
         raise UserError(f"--adapter {source.folder}: it changes nothing; use the base as it is.")

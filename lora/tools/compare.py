@@ -155,7 +155,7 @@ def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> 
     other_losses = other.example_losses(other.best_step)
     shared = [key for key in run_losses if key in other_losses]
     if not shared:
-        return f"{title} cannot tell: no validation examples that both were evaluated on"
+        return f"{title} cannot tell: they share no validation examples"
     differences = [run_losses[key][0] - other_losses[key][0] for key in shared]
     counts = [run_losses[key][1] for key in shared]
     difference, (low, high) = interval(differences, counts)
@@ -284,7 +284,7 @@ def read_runs(folders: Iterable[str]) -> list[FinishedRun]:
         else:
             others.append(folder)
     if others:
-        found = f"left out, because they are no folders of runs: {' '.join(others)}"
+        found = f"left out, because they are not folders of runs: {' '.join(others)}"
         print(printable(found), file=sys.stderr)
     if not runs:
         raise UserError("no folder of a run is named: expected folders like outputs/RUN.")

@@ -39,7 +39,7 @@ DATA_KEYS = ("train_data", "eval_data")
 
 @dataclass
 class FinishedRun:
-    """What the folder of a run says about it. The run may still be in progress, or have failed.
+    """A run, as its folder describes it. The run may still be in progress, or have failed.
 
     Somebody else may have written it: no link is followed out of it, and values are checked.
     """

@@ -191,7 +191,7 @@ def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTr
     base_model = str(base_model)
     source = find_adapter(str(folder), base_model)
     if source.adapter is None:
-        raise UserError(f"{folder}: a score head alone, on the base as it is; expected an adapter.")
+        raise UserError(f"{folder}: only a score head, without an adapter; expected an adapter.")
     config = source.config or get_lora_config()
     warning = source.verify()
     if warning:

@@ -263,7 +263,7 @@ def describe_length(run: Run, train_facts: dict) -> list[str]:
     if data.steps_per_epoch < 1:
         lines.append(f"one step is {1 / data.steps_per_epoch:.3g} passes over the training data")
     if epochs > MANY_EPOCHS:
-        advice = "most of the time is wasted, or the data are learned by heart"
+        advice = "most of the time is wasted, or the data are memorised"
         lines.append(f"warning: {epochs:.0f} epochs over the same data: {advice}")
     warmup = warmup_steps(max_steps, training)
     if warmup >= max_steps:

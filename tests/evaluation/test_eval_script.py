@@ -681,7 +681,7 @@ def test_a_row_without_the_title_that_a_template_names_is_one_line(tmp_path):
 def test_a_corpus_that_is_too_small_leaves_nothing_behind(tmp_path):
     (tmp_path / "one.txt").write_text("One document only.")
     arguments = [str(tmp_path / "one.txt"), "--output", str(tmp_path / "out")]
-    with pytest.raises(UserError, match="1 documents; expected 4 at least"):
+    with pytest.raises(UserError, match="1 documents; expected at least 4"):
         cite_or_refuse.main(arguments)
     short = write(tmp_path / "short.jsonl", [{"text": f"Too short {i}."} for i in range(9)])
     arguments = [short, "--output", str(tmp_path / "out")]

@@ -5,8 +5,8 @@ They use the standard library only, because they run before torch is loaded. A r
     TASK        "lm" or "score"
     FORMS       sets of keys; it reads a row that has all keys of one of them
     OPTIONAL    the other keys that it reads, where a row has them; None: any may be one
-    examples    yields the examples of a row, or the reason why it is left out; of REVEAL,
-                whose examples have several rows, what `reveal.chains` takes
+    examples    yields the examples of a row, or the reason why it is left out. REVEAL's reader
+                yields pieces of evidence, which `reveal.chains` joins into examples
 
 A row of our own formats may have a "weight", a number from 0 on, by which its loss is multiplied.
 Any row may have a "category", a text or an integer, by which eval.py takes means as well.
@@ -46,7 +46,7 @@ def iterate(
     limit: int | None = None,
     notes: bool = True,
 ) -> Iterator[Example]:
-    """Yield the examples of paths and their dataset_ids while they are read. Raises UserError.
+    """Yield the examples of numbered paths; the number becomes their dataset_id. Raises UserError.
 
     Args:
         limit: number of examples after which nothing more is read.
@@ -72,7 +72,7 @@ def iterate(
             total += 1
             yield example
         if total == before:
-            raise UserError(f"{path}: 0 examples; expected one at least.")
+            raise UserError(f"{path}: no examples; expected at least one.")
 
 
 def read_file(
@@ -139,7 +139,7 @@ def read_file(
     was_read_whole = limit is None or num_examples < limit
     if was_read_whole and left_out[BLANK] > MAX_BLANK * num_rows:
         share = f"{left_out[BLANK]} of {num_rows} rows have a blank message"
-        raise UserError(f"{first_blank}: {share}; expected 1% at most. Take them out.")
+        raise UserError(f"{first_blank}: {share}; expected at most 1%. Remove them.")
     if not_read and notes:
         keys = []
         for key, count in not_read.most_common():
