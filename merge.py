@@ -153,8 +153,8 @@ def main(arguments: Namespace) -> None:
     torch.manual_seed(0)
     tokens = torch.randint(shape.get_text_config().vocab_size, (4, 32))
     base_outputs = outputs(model, tokens)
-    if source.adapter:
-        load_adapter(model, source.adapter)
+    if source.adapter_path:
+        load_adapter(model, source.adapter_path)
     merging.require_embeddings(source, model, len(tokenizer), num_base_tokens)
     gguf_type = arguments.gguf_type or "f16"
     if arguments.gguf:
@@ -209,10 +209,10 @@ def main(arguments: Namespace) -> None:
                 print(f"with --dtype float32 the difference would be {in_fp32}")
         if not math.isfinite(rounding):
             raise UserError(f"the outputs in {dtype_name} are not finite; add --dtype float32.")
-        if rounding > effect and source.adapter:
+        if rounding > effect and source.adapter_path:
             found = f"changes more ({rounding:.3g}) than the adapter does"
             raise UserError(f"rounding to {dtype_name} {found}; add --dtype float32.")
-        if source.adapter:
+        if source.adapter_path:
             share = rounding / effect
             verdict = "fine" if share <= 0.1 else "coarse (--dtype float32 keeps more)"
             print(f"{verdict}: rounding changes {share:.2g} times what the adapter changes")
@@ -245,8 +245,8 @@ def outputs_in_4bit(
     """Return the outputs of the adapter on the 4-bit base that it was trained on."""
     model = load_base(model_class, source.base_model, quantization)
     add_tokens(model, tokenizer, source.config.model.add_special_tokens)
-    if source.adapter:
-        load_adapter(model, source.adapter)
+    if source.adapter_path:
+        load_adapter(model, source.adapter_path)
     return outputs(model, tokens)
 
 

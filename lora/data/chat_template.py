@@ -79,7 +79,8 @@ class Chat:
         unused = self.unused_characters(written)
         self.begin_mark = next(unused)
         self.end_mark = next(unused)
-        self.stand_ins = defaultdict(lambda: next(unused))  # special token -> character
+        # special token -> character; a lookup of a new token takes the next unused character
+        self.stand_ins = defaultdict(lambda: next(unused))
 
         self.tools = self.without_specials(tools)
         if any(message.get("tool_calls") for message in messages):

@@ -78,13 +78,13 @@ class TrainingData:
 
     def cap_max_tokens(self) -> None:
         """Lower max_tokens to the largest micro-batch of any step, which is tried before step 1."""
-        self.kept_max_tokens = self.max_tokens  # the one that a resumed run begins with
+        self.uncapped_max_tokens = self.max_tokens  # a resumed run begins with it, and caps it too
         self.max_tokens = min(self.max_tokens, self.largest_group(self.longest_rows))
 
     @property
     def layout(self) -> dict:
         """What a resumed run keeps of this one, whatever its number of processes."""
-        return {"examples_per_step": self.examples_per_step, "max_tokens": self.kept_max_tokens}
+        return {"examples_per_step": self.examples_per_step, "max_tokens": self.uncapped_max_tokens}
 
     def batch_at(self, step: int) -> list[Batch]:
         """Return this process's micro-batches of a step, whatever came before."""
@@ -105,7 +105,10 @@ class TrainingData:
         groups_by_process = self.groups_by_process(rows)
         count = min(2, max(len(groups) for groups in groups_by_process))  # on every process
         groups = sorted(groups_by_process[self.rank], key=self.num_positions, reverse=True)
-        return self.make_batches((groups + [[]])[:count], rows)
+        largest = groups[:count]
+        if len(largest) < count:  # another process has one micro-batch more
+            largest.append([])
+        return self.make_batches(largest, rows)
 
     def make_batches(self, groups: list[list[int]], rows: np.ndarray) -> list[Batch]:
         """Make a micro-batch of each group; an empty group repeats a row without its targets."""

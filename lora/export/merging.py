@@ -29,7 +29,7 @@ class AdapterSource:
     """An adapter, and what it was trained on."""
 
     folder: Path  # the value of --adapter: a checkpoint, an artifact or an adapter
-    adapter: Path | None  # the adapter's own; None: a head that was trained on the frozen base
+    adapter_path: Path | None  # None: only a score head was trained, on the frozen base
     base_model: str
     config: Config | None  # of the run that made it; None for an adapter alone
 
@@ -163,7 +163,7 @@ def require_same_outputs(
     if not error <= 1e-4 * size:  # NaN is not
         found = f"the merged model differs from base + adapter by {error:.3g}, more than rounding"
         raise UserError(f"--adapter {source.folder}: {found}; use it unmerged.")
-    if effect == 0 and source.adapter:
+    if effect == 0 and source.adapter_path:
         raise UserError(f"--adapter {source.folder}: it changes nothing; use the base as it is.")
     if error > effect:
         found = f"merging rounds by {error:.3g}, more than the adapter changes"

@@ -45,12 +45,12 @@ def differing_keys(runs: Sequence[FinishedRun]) -> list[str]:
     """
     keys = {}
     for run in runs:
-        keys.update(run.config)
+        keys.update(run.settings)
     differing = []
     for key in keys:
         # A key without a value, as max_samples, is not in the configuration either.
         is_of_lora = key in vars(LoraConfig())
-        values = [run.config.get(key) for run in runs if key in run.config or not is_of_lora]
+        values = [run.settings.get(key) for run in runs if key in run.settings or not is_of_lora]
         tells_method = key == "lora_r" and len(values) < len(runs)
         if tells_method or any(value != values[0] for value in values):
             differing.append(key)
@@ -69,7 +69,7 @@ def table(runs: Sequence[FinishedRun]) -> list[dict]:
     rows = []
     for run, results in zip(runs, results_of_runs):
         row = {"run": run.name}
-        row.update({key: run.config.get(key) for key in keys})
+        row.update({key: run.settings.get(key) for key in keys})
         if len(hashes) > 1:  # under one path there were several files
             row["data"] = run.data or None
         row.update({name: results.get(name) for name in names})
@@ -135,8 +135,8 @@ def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
     losses_of_setting: dict[str, dict[int, float]] = defaultdict(dict)  # {seed: loss}
     for run in runs:
         if run.has_ended and run.best_step is not None:
-            setting = json.dumps([{**run.config, "seed": None}, run.data], sort_keys=True)
-            losses_of_setting[setting][run.config["seed"]] = run.best_loss
+            setting = json.dumps([{**run.settings, "seed": None}, run.data], sort_keys=True)
+            losses_of_setting[setting][run.settings["seed"]] = run.best_loss
     freedom, squares = 0, 0.0
     for losses in losses_of_setting.values():
         freedom += len(losses) - 1
@@ -180,7 +180,7 @@ def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> 
 
 def loss_name(run: FinishedRun) -> str:
     """Return what the loss of a run is; losses of different names are not on one scale."""
-    return run.config["score_loss"] if run.config["task"] == "score" else "cross entropy"
+    return run.settings["score_loss"] if run.settings["task"] == "score" else "cross entropy"
 
 
 def by_loss(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
@@ -230,7 +230,7 @@ def plot(path: str, runs: Sequence[FinishedRun], key: str | None) -> None:
             curves.legend(fontsize=7)
         if key:
             evaluated = [run for run in group if run.best_step is not None]
-            values = [run.config[key] for run in evaluated]
+            values = [run.settings[key] for run in evaluated]
             axes = figure.add_subplot(len(groups), columns, row * columns + 2)
             axes.plot(values, [run.best_loss for run in evaluated], marker="o", linestyle="none")
             axes.set(xlabel=key, ylabel=f"best validation loss ({loss})")
@@ -244,7 +244,7 @@ def swept_key(runs: Sequence[FinishedRun]) -> str | None:
     """Return the numeric key in which the runs differ, the seed aside, if there is only one."""
     numeric_keys = []
     for key in differing_keys(runs):
-        types = {type(run.config.get(key)) for run in runs}
+        types = {type(run.settings.get(key)) for run in runs}
         if key != "seed" and types <= {int, float}:
             numeric_keys.append(key)
     return numeric_keys[0] if len(numeric_keys) == 1 else None

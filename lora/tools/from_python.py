@@ -190,7 +190,7 @@ def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTr
     """
     base_model = str(base_model)
     source = find_adapter(str(folder), base_model)
-    if source.adapter is None:
+    if source.adapter_path is None:
         raise UserError(f"{folder}: only a score head, without an adapter; expected an adapter.")
     config = source.config or get_lora_config()
     warning = source.verify()
@@ -203,5 +203,5 @@ def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTr
     add_tokens(model, tokenizer, config.model.add_special_tokens)
     if config.model.score_layer:
         cut_above(model, config.model.score_layer)
-    load_adapter(model, source.adapter)
+    load_adapter(model, source.adapter_path)
     return model

@@ -178,6 +178,13 @@ def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleT
     return [reader for reader in readers if form_of(reader, row)]
 
 
+def preference(reader: ModuleType, row: dict, renamed: Collection[str]) -> tuple[bool, bool]:
+    """Return a key by which readers are sorted: blank forms last, forms of --columns first."""
+    form = form_of(reader, row)
+    is_all_blank = all(is_blank(row[key]) for key in form)
+    return is_all_blank, form.isdisjoint(renamed)
+
+
 def reader_for(where: str, row: dict, task: str, renamed: Collection[str] = ()) -> ModuleType:
     """Return the first reader of `task` with a form whose keys the row has. Raises UserError.
 
@@ -196,13 +203,8 @@ def reader_for(where: str, row: dict, task: str, renamed: Collection[str] = ()) 
             fitting += readers_that_fit(view, PUBLISHED)
         task_readers = [reader for reader in fitting if reader.TASK == task]
         if task_readers:
-
-            def unlikely(reader: ModuleType) -> tuple[bool, bool]:
-                form = form_of(reader, row)
-                is_all_blank = all(is_blank(row[key]) for key in form)
-                return is_all_blank, form.isdisjoint(renamed)
-
-            return min(task_readers, key=unlikely)  # of equal ones the first
+            # Of equal ones min() takes the first.
+            return min(task_readers, key=lambda reader: preference(reader, row, renamed))
     if fitting:
         keys = f"keys {', '.join(row)} in a run of --task {task}"
         raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")
