@@ -2,7 +2,7 @@
 
     python benchmarks/hostile.py        writes docs/hostile.md
 
-The cases run as those of nothing_silent.py do. A new case is one more entry of `cases`.
+A new case is one more entry of `cases`.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ import termios
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.nothing_silent import (
+from benchmarks.cases import (
     BASE,
     CHATML,
     CHATS,

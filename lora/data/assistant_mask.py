@@ -79,20 +79,7 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
         return TurnFormat()
 
     (_, first_end), (_, last_end) = spans
-    token_or_character = re.compile(f"{chat.specials.pattern}|.", re.DOTALL)
-    after_first = token_or_character.findall(chat.text, first_end)
-    after_last = token_or_character.findall(chat.text, last_end)
-    ending = ""
-    for unit, unit_after_last in zip(after_first, after_last):
-        if unit != unit_after_last:
-            break
-        ending += unit
-    specials = rf"(?:{chat.specials.pattern})+"
-    match = re.compile(rf"(?:(?!{specials}).)*{specials}", re.DOTALL).match(ending)
-    if match:
-        ending = match[0]  # without what follows a turn
-    elif ending.strip() and chat.text[last_end + len(ending) :].strip():
-        ending = None
+    ending = common_ending(chat, first_end, last_end)
     prompt_leads_to_answer = True
     for prompt, (start, _) in zip(prompts, spans):
         between = chat.text[len(prompt) : start]
@@ -106,6 +93,28 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
         answers_follow_prompt=any(chat.text.startswith(prompt) for prompt in prompts),
         last_ending=behind_last[0].strip() if behind_last else "",
     )
+
+
+def common_ending(chat: Chat, first_end: int, last_end: int) -> str | None:
+    """Return the text that ends both of two turns, "" where none is known; None if they differ.
+
+    The turns end at these characters of `chat.text`, the last one after the first.
+    """
+    token_or_character = re.compile(f"{chat.specials.pattern}|.", re.DOTALL)
+    after_first = token_or_character.findall(chat.text, first_end)
+    after_last = token_or_character.findall(chat.text, last_end)
+    ending = ""
+    for unit, unit_after_last in zip(after_first, after_last):
+        if unit != unit_after_last:
+            break
+        ending += unit
+    specials = rf"(?:{chat.specials.pattern})+"
+    match = re.compile(rf"(?:(?!{specials}).)*{specials}", re.DOTALL).match(ending)
+    if match:
+        return match[0]  # without what follows a turn
+    if ending.strip() and chat.text[last_end + len(ending) :].strip():
+        return None
+    return ending
 
 
 def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:

@@ -15,9 +15,10 @@ from lora.config.schema import get_lora_config
 from lora.config.set_keys import from_dict, set_key
 from lora.evaluation.statistics import bootstrap_samples
 from lora.tools import compare
-from lora.tools.compare import interval, main, spread_of_seeds, table, verdict
+from lora.tools.compare import main, table
 from lora.tools.finished_run import FinishedRun, flat_config
 from lora.tools.sweep import missing_commands, proposed_name
+from lora.tools.verdict import interval, spread_of_seeds, verdict
 from tests.conftest import configuration, run
 
 

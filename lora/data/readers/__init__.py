@@ -129,18 +129,28 @@ def read_file(
                 left_out[result] += 1
             else:
                 yield result
-    for ours, theirs in data.columns.items():
-        if ours not in columns_found and notes:
-            absent = f"--columns {ours}={theirs}: none of its {num_rows:,} rows has it"
-            print_on_rank_zero(f"note: {path}: {absent}")
-    if left_out and notes:
-        reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
-        print_on_rank_zero(f"note: {path}: left out: {', '.join(reasons)}")
+    if notes:
+        absent = []
+        for ours, theirs in data.columns.items():
+            if ours not in columns_found:
+                absent.append(f"--columns {ours}={theirs}")
+        print_notes(path, num_rows, absent, left_out, not_read)
     was_read_whole = limit is None or num_examples < limit
     if was_read_whole and left_out[BLANK] > MAX_BLANK * num_rows:
         share = f"{left_out[BLANK]} of {num_rows} rows have a blank message"
         raise UserError(f"{first_blank}: {share}; expected at most 1%. Remove them.")
-    if not_read and notes:
+
+
+def print_notes(
+    path: str, num_rows: int, absent: list[str], left_out: Counter[str], not_read: Counter[str]
+) -> None:
+    """Print which --columns no row has, why rows are left out, and which keys are not read."""
+    for column in absent:
+        print_on_rank_zero(f"note: {path}: {column}: none of its {num_rows:,} rows has it")
+    if left_out:
+        reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
+        print_on_rank_zero(f"note: {path}: left out: {', '.join(reasons)}")
+    if not_read:
         keys = []
         for key, count in not_read.most_common():
             keys.append(f"{key or 'a column without a name'} ({count:,} rows)")
