@@ -376,7 +376,7 @@ def test_a_killed_process_is_a_want_of_resources(
     monkeypatch.setattr(
         "lora.data.token_cache.tokenise", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     )
-    with pytest.raises(ResourceExhausted, match="is kept, so start again"):
+    with pytest.raises(ResourceExhausted, match="is kept: start again"):
         token_cache.load_or_tokenise(RawData(config), task)
 
 

@@ -516,7 +516,7 @@ def test_a_fault_in_what_is_computed_is_found(configure, lines, tmp_path, monkey
             lambda rendered: [r.targets.reverse() for r in rendered.rows] and rendered,
         ),
         ("loss is the mean over targets", MLPHead, "forward", lambda loss: loss * 1.5),
-        ("resuming is exact", lora.model.task, "load_file", halved),
+        ("resuming is exact", lora.model.task, "load_tensors", halved),
     ],
 )
 def test_a_fault_in_scores_is_found(configure, lines, monkeypatch, line, owner, name, change):
