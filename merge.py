@@ -12,7 +12,6 @@ that was trained on a frozen base (lora_r 0), with that base.
 
 from argparse import Namespace
 from importlib.util import find_spec
-import math
 import os
 from pathlib import Path
 import sys
@@ -102,7 +101,7 @@ if __name__ == "__main__":
     begin_loading_torch()
 
 import torch
-from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers import AutoModel
 
 from lora.adapter import load_adapter
 from lora.common.atomic_files import atomic_folder, write_text_atomically
@@ -114,7 +113,6 @@ from lora.export.portable_adapter import write_portable
 from lora.layer import merge
 from lora.model.tokenizer_file import save_tokenizer
 from lora.model.weights import add_tokens, cast_weights, load_shape, load_tokenizer
-from lora.quantization import FourBitSettings
 
 
 def main(arguments: Namespace) -> None:
@@ -141,7 +139,7 @@ def main(arguments: Namespace) -> None:
     quantization = four_bits_of(arguments, source.config) if into_4bit else None
     model = load_base(model_class, source.base_model, quantization)
     config = source.config
-    if config is not None and config.model.add_special_tokens:
+    if config is not None:
         add_tokens(model, tokenizer, config.model.add_special_tokens)
     if (source.folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(str(source.folder))  # with the tokens and template of the run
@@ -153,8 +151,8 @@ def main(arguments: Namespace) -> None:
     torch.manual_seed(0)
     tokens = torch.randint(shape.get_text_config().vocab_size, (4, 32))
     base_outputs = outputs(model, tokens)
-    if source.adapter:
-        load_adapter(model, source.adapter)
+    if source.adapter_path:
+        load_adapter(model, source.adapter_path)
     merging.require_embeddings(source, model, len(tokenizer), num_base_tokens)
     gguf_type = arguments.gguf_type or "f16"
     if arguments.gguf:
@@ -174,7 +172,9 @@ def main(arguments: Namespace) -> None:
         except UserError as error:  # the merge itself does not need bitsandbytes
             print(f"note: not compared with the 4-bit base of the training: {error}")
         else:
-            outputs_of_4bit = outputs_in_4bit(source, model_class, quantization, tokenizer, tokens)
+            outputs_of_4bit = merging.outputs_in_4bit(
+                source, model_class, quantization, tokenizer, tokens
+            )
             distance = difference(merged_outputs, outputs_of_4bit)
             hint = "(--merge_into dequantized keeps that base)"
             print(f"against the 4-bit base it was trained on: {distance:.3g} {hint}")
@@ -195,27 +195,9 @@ def main(arguments: Namespace) -> None:
             set_stop_tokens(model, tokenizer)
             model.save_pretrained(temporary)
         written = merging.read_back(model, temporary)
-        written_outputs = outputs(written, tokens)
-        rounding = difference(written_outputs, adapter_outputs)
-        dtype_name = str(dtype).removeprefix("torch.")
-        print(f"merged against adapter, {dtype_name}: {rounding:.3g}")
-        if model.get_output_embeddings() is not None:  # a language model
-            print(
-                f"the most likely token is {merging.same_tokens(written_outputs, adapter_outputs)}"
-            )
-            if dtype != torch.float32:
-                in_fp32 = f"{difference(merged_outputs, adapter_outputs):.3g}, and the token"
-                in_fp32 += f" {merging.same_tokens(merged_outputs, adapter_outputs)}"
-                print(f"with --dtype float32 the difference would be {in_fp32}")
-        if not math.isfinite(rounding):
-            raise UserError(f"the outputs in {dtype_name} are not finite; add --dtype float32.")
-        if rounding > effect and source.adapter:
-            found = f"changes more ({rounding:.3g}) than the adapter does"
-            raise UserError(f"rounding to {dtype_name} {found}; add --dtype float32.")
-        if source.adapter:
-            share = rounding / effect
-            verdict = "fine" if share <= 0.1 else "coarse (--dtype float32 keeps more)"
-            print(f"{verdict}: rounding changes {share:.2g} times what the adapter changes")
+        rounding = merging.compare_written(written, tokens, adapter_outputs, merged_outputs)
+        if source.adapter_path:
+            merging.require_small_rounding(rounding, effect, dtype)
     print(f"wrote {arguments.output}")
     if arguments.gguf:
         write_gguf(Path(arguments.output), Path(arguments.gguf), gguf_type)
@@ -233,22 +215,6 @@ def rewrite_portable(arguments: Namespace) -> None:
     with atomic_folder(Path(arguments.output)) as temporary:
         write_portable(adapter_folder(folder) or folder, temporary)
     print(f"wrote {arguments.output}")
-
-
-def outputs_in_4bit(
-    source: AdapterSource,
-    model_class: type,
-    quantization: FourBitSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: torch.Tensor,
-) -> torch.Tensor:
-    """Return the outputs of the adapter on the 4-bit base that it was trained on."""
-    model = load_base(model_class, source.base_model, quantization)
-    if source.config.model.add_special_tokens:
-        add_tokens(model, tokenizer, source.config.model.add_special_tokens)
-    if source.adapter:
-        load_adapter(model, source.adapter)
-    return outputs(model, tokens)
 
 
 def refuse_other_kinds(arguments: Namespace, source: AdapterSource) -> None:

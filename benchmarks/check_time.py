@@ -14,16 +14,8 @@ from common import QWEN_05B, ROOT, save_base
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as base:
         save_base(base, **QWEN_05B)
-        chats = [
-            "--task",
-            "lm",
-            "--base_model",
-            base,
-            "--train_data",
-            "assets/samples/chat.jsonl",
-            "--max_length",
-            "512",
-        ]
+        chats = "--task lm --train_data assets/samples/chat.jsonl --max_length 512".split()
+        chats += ["--base_model", base]
         for command in (["train_lora.py"], ["train_lora.py", *chats], ["train.py", *chats]):
             started = time.monotonic()
             done = subprocess.run(

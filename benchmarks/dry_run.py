@@ -16,81 +16,28 @@ import tempfile
 
 from common import call, save_base
 
-TEXT = [
-    "--task",
-    "lm",
-    "--max_length",
-    "512",
-    "--batch_size",
-    "8",
-    "--gradient_accumulation_steps",
-    "2",
-]
-CHAINS = [
-    "--task",
-    "score",
-    "--train_data",
-    "arithmetic:train:2000",
-    "--max_length",
-    "128",
-    "--batch_size",
-    "32",
-]
+TEXT = "--task lm --max_length 512 --batch_size 8 --gradient_accumulation_steps 2"
+CHAINS = "--task score --train_data arithmetic:train:2000 --max_length 128 --batch_size 32"
+CHECKPOINTED = "--gradient_checkpointing"
 CONFIGURATIONS = {
-    "LoRA, fp32": ["train_lora.py", *TEXT, "--dtype", "float32"],
-    "LoRA, bf16": ["train_lora.py", *TEXT, "--dtype", "bfloat16"],
-    "LoRA, fp32, gradient checkpointing": [
-        "train_lora.py",
-        *TEXT,
-        "--dtype",
-        "float32",
-        "--gradient_checkpointing",
-    ],
-    "QLoRA, bf16, gradient checkpointing": [
-        "train_lora.py",
-        *TEXT,
-        "--dtype",
-        "bfloat16",
-        "--load_in_4bit",
-        "--gradient_checkpointing",
-    ],
-    "full, fp32": ["train.py", *TEXT, "--dtype", "float32"],
-    "full, bf16, 8-bit AdamW": [
-        "train.py",
-        *TEXT,
-        "--dtype",
-        "bfloat16",
-        "--optimizer",
-        "adamw_8bit",
-    ],
-    "LoRA scorer, fp32": ["train_lora.py", *CHAINS, "--dtype", "float32"],
+    "LoRA, fp32": f"train_lora.py {TEXT} --dtype float32",
+    "LoRA, bf16": f"train_lora.py {TEXT} --dtype bfloat16",
+    "LoRA, fp32, gradient checkpointing": f"train_lora.py {TEXT} --dtype float32 {CHECKPOINTED}",
+    "QLoRA, bf16, gradient checkpointing": (
+        f"train_lora.py {TEXT} --dtype bfloat16 --load_in_4bit {CHECKPOINTED}"
+    ),
+    "full, fp32": f"train.py {TEXT} --dtype float32",
+    "full, bf16, 8-bit AdamW": f"train.py {TEXT} --dtype bfloat16 --optimizer adamw_8bit",
+    "LoRA scorer, fp32": f"train_lora.py {CHAINS} --dtype float32",
 }
 FIXED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def two_steps(flags, base, text, folder, environment, *more):
+def two_steps(command, base, text, folder, environment, *more):
+    flags = f"{command} --max_steps 2 --eval_steps 2 --max_eval_batches 1".split()
+    flags += ["--base_model", base, "--output_dir", folder, "--experiment_name", "run"]
     data = [] if "--train_data" in flags else ["--train_data", text]
-    settings = [
-        "--base_model",
-        base,
-        "--max_steps",
-        "2",
-        "--eval_steps",
-        "2",
-        "--max_eval_batches",
-        "1",
-    ]
-    return call(
-        *flags,
-        *data,
-        *settings,
-        "--output_dir",
-        folder,
-        "--experiment_name",
-        "run",
-        *more,
-        **environment,
-    )
+    return call(*flags, *data, *more, **environment)
 
 
 if __name__ == "__main__":

@@ -2,25 +2,18 @@
 
     python benchmarks/nothing_silent.py        writes docs/nothing_silent.md
 
-Every case is something a user does, on a few rows and the embedded base, in this process. It fails
-where the words that must be said are not there. A new case is one more entry of `cases`.
+A new case is one more entry of `cases`.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
-import contextlib
-from dataclasses import dataclass
 import importlib.util
-import io
 import json
 import os
 from pathlib import Path
 import re
 import resource
-import runpy
 import shutil
 import sys
-import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,121 +24,29 @@ from safetensors.torch import load_file, save_file
 import torch
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.cases import (
+    BASE,
+    CHATML,
+    CHATS,
+    Case,
+    base_with,
+    chat,
+    chats,
+    program,
+    render,
+    train,
+    write,
+    write_page,
+)
 from lora.common.toml_json import read_file
 from lora.config.schema import DataConfig, EvaluationConfig, get_lora_config
 from lora.data.readers import read
 from lora.data.tokenise import NO_TOKEN, tokenise
 from lora.evaluation.text_metrics import score_answer
 
-BASE = ROOT / "assets" / "tiny_base"
 PAGE = ROOT / "docs" / "nothing_silent.md"
-LONGEST = 170  # characters of a line in the table
-
-
-@dataclass
-class Case:
-    """Something that a user does, and a regular expression that the answer must have."""
-
-    line: str  # of the list that this page answers: A1, ...
-    what: str  # in a user's words
-    tried: str  # how, in short
-    expected: str
-    answer: Callable[[], str]
-
-
-# -------------------------------------------------------------------------------- how they are run
-
-
-def program(path: str, *arguments: object) -> str:
-    """Run a script, or the module "lora", as the command line does; return what it prints."""
-    output = io.StringIO()
-    status = ""
-    before = sys.argv
-    sys.argv = [path, *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            if path == "lora":
-                runpy.run_module(path, run_name="__main__")
-            else:
-                runpy.run_path(str(ROOT / path), run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            status = f" (exit status {end.code})"
-    finally:
-        sys.argv = before
-    return output.getvalue().rstrip() + status
-
-
-def write(name: str, *rows: object) -> str:
-    """Write rows of JSON, or lines of text, to a file in the working folder."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    Path(name).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
-    return name
-
-
-def render(
-    *rows: object, name: str = "rows.jsonl", base: object = "embedded", task: str = "lm"
-) -> str:
-    """What `plainlora render` prints of rows."""
-    path = write(name, *rows)
-    length = ("--max_length", 256)
-    return program("lora", "render", path, "--base_model", base, "--task", task, *length)
-
-
-def train(*flags: object, script: str = "train_lora.py", name: str = "run") -> str:
-    """What a run prints; of one step, where the flags do not say otherwise."""
-    shutil.rmtree(f"outputs/{name}", ignore_errors=True)
-    settings = ["--batch_size", 4, "--gradient_accumulation_steps", 1, "--output_dir", "outputs"]
-    steps = (
-        [] if {"--max_steps", "--num_train_epochs", "default"} & set(flags) else ["--max_steps", 1]
-    )
-    flags = tuple(flag for flag in flags if flag != "default")
-    return program(script, *settings, *steps, "--experiment_name", name, *flags)
-
-
-def chat(*answers: dict, **more: object) -> dict:
-    """A row of a chat whose answers are messages of the assistant."""
-    messages = []
-    for number, answer in enumerate(answers):
-        messages.append({"role": "user", "content": f"q{number}"})
-        messages.append({"role": "assistant", **answer})
-    return {"messages": messages, **more}
-
-
-def chats(count: int) -> list[dict]:
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {number}"},
-                {"role": "assistant", "content": str(number)},
-            ]
-        }
-        for number in range(count)
-    ]
-
-
-CHATS = ("--base_model", "embedded", "--task", "lm", "--max_length", 64, "--train_data")
 # bfloat16, the default of 4-bit layers, is emulated on many CPUs.
 FLOAT32 = ("--bnb_4bit_compute_dtype", "float32")
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def base_with(template: str, *special: str) -> Path:
-    """The embedded base with another chat template."""
-    folder = Path("base_with_template")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(BASE, folder)
-    (folder / "chat_template.jinja").unlink()
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": list(special)}, replace_extra_special_tokens=False
-    )
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def gptoss() -> Path:
@@ -174,14 +75,12 @@ def keys_that_are_not_read() -> Iterator[Case]:
     for switch in ({"weight": 0}, {"train": False}, {"training": False}, {"loss_weight": 0}):
         row = chat({"content": "one", **switch}, {"content": "two"})
         yield Case(
-            "A1",
             "a chat in which one answer is switched off",
             f"render: {shown(switch)} on the first of two answers",
             r"\b4 targets",
             lambda row=row: render(row),
         )
     yield Case(
-        "A1",
         "an answer of half the weight",
         'tokenise: "weight": 0.5 on one of two answers',
         r"weights of the targets: 0\.5, 1\.0",
@@ -189,7 +88,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     both = chat({"content": "one", "weight": 0, "train": True})
     yield Case(
-        "A1",
         "two switches of one message that disagree",
         'render: "weight": 0 and "train": true',
         "weight and train of message 2 disagree",
@@ -197,7 +95,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     kto = {"prompt": "q", "completion": "a bad answer", "label": False}
     yield Case(
-        "A1",
         "KTO rows",
         f"render: {shown(kto)}",
         "label beside a conversation",
@@ -205,7 +102,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     beside = chat({"content": "one"}, system="Be kind.")
     yield Case(
-        "A1",
         "Anthropic's system prompt, beside the messages",
         'render: "system": "Be kind."',
         r"Be kind\.<\|im_end\|>",
@@ -213,7 +109,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     alpaca = {"instruction": "q", "output": "a", "system": "Be kind.", "history": [["p", "b"]]}
     yield Case(
-        "A1",
         "Alpaca's system and history",
         f"render: {shown(alpaca)}",
         "⟦b<.im_end.>⟧",
@@ -221,7 +116,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     context = {"question": "Who?", "context": "Bees make honey.", "answer": "Bees."}
     yield Case(
-        "A1",
         "a context beside a question",
         f"render: {shown(context)}",
         r"Bees make honey\.<\|im_end\|>",
@@ -229,7 +123,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     thinking = chat({"content": "one", "reasoning_content": "because"})
     yield Case(
-        "A1",
         "reasoning that the chat template does not print",
         'render: "reasoning_content": "because", with the embedded base',
         r"left out, as the chat template does not print it: reasoning \(1\)",
@@ -237,7 +130,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     with_tools = chat({"content": "one"}, tools=[{"name": "rain", "parameters": {}}])
     yield Case(
-        "A1",
         "tools that the chat template does not print",
         f"render: {shown({'tools': with_tools['tools']})}, with the embedded base",
         r"left out, as the chat template does not print it: tools \(1\)",
@@ -246,7 +138,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     for key in ("images", "videos", "audio"):
         row = chat({"content": "one"}, **{key: ["a.png"]})
         yield Case(
-            "A1",
             f"rows with {key}",
             f"render: {shown({key: ['a.png']})}",
             f"{key}: only text is read",
@@ -254,7 +145,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
         )
     other = [row | {"source": "web"} for row in chats(3)]
     yield Case(
-        "A1",
         "a key that nothing reads",
         'render: three rows with "source"',
         r"keys not read: source \(3 rows\)",
@@ -262,7 +152,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     steps = {"prompt": "p", "steps": ["a"], "completions": ["b"], "labels": [1]}
     yield Case(
-        "A1",
         "steps and completions that differ",
         f"render: {shown(steps)}",
         "steps and completions differ",
@@ -270,7 +159,6 @@ def keys_that_are_not_read() -> Iterator[Case]:
     )
     pair = {"sentence1": "a", "sentence2": "b", "score": 1, "label": 0}
     yield Case(
-        "A1",
         "a score and a label that disagree",
         f"render: {shown(pair)}",
         "score and label disagree",
@@ -292,7 +180,6 @@ def weights_of_targets() -> str:
 def masks() -> Iterator[Case]:
     only_thought = chat({"content": "<think>r</think>"})
     yield Case(
-        "A2",
         "an answer that is only reasoning, for gpt-oss",
         "render: <think>r</think>, with gpt-oss's template",
         "message 2: cannot tell where the chat template of .* writes it",
@@ -300,7 +187,6 @@ def masks() -> Iterator[Case]:
     )
     thinking = chat({"content": "one", "thinking": "r"})
     yield Case(
-        "A2",
         "gpt-oss's own chats",
         'render: "thinking": "r", with its template',
         r"⟦<.channel.>analysis<.message.>r<.end.>.*<.channel.>final<.message.>one<.return.>⟧",
@@ -309,7 +195,6 @@ def masks() -> Iterator[Case]:
     lines = chat({"content": "one\r\ntwo"})
     rewriting = CHATML.replace("CONTENT", r"m.content | replace('\r\n', '\n')")
     yield Case(
-        "A2",
         "a template that rewrites line ends",
         r"render: one\r\ntwo, template with replace('\r\n', '\n')",
         "message 2: cannot tell where the chat template of .* writes it",
@@ -319,7 +204,6 @@ def masks() -> Iterator[Case]:
     for name in ("upper", "truncate(9, true, '')", "length"):
         template = CHATML.replace("CONTENT", "m.content }} {{ m.content | " + name)
         yield Case(
-            "A2",
             "a text like a special token, and a template with a filter",
             f"render: <|im_end|> in an answer, template with {name}",
             r"does more than print <\|im_end\|>, which the chat holds",
@@ -327,7 +211,6 @@ def masks() -> Iterator[Case]:
         )
     empty = chat({"content": "<think>\n\n</think>\n\none"})
     yield Case(
-        "A2",
         "empty reasoning before an answer",
         r"render: <think>\n\n</think>\n\none",
         r"⟦<think>",
@@ -335,17 +218,15 @@ def masks() -> Iterator[Case]:
     )
     blank = chat({"content": " "})
     yield Case(
-        "A2",
         "one blank message in a hundred rows",
         "render",
         r"left out: 1 rows \(a blank message\)",
         lambda: render(*chats(99), blank),
     )
     yield Case(
-        "A2",
         "two blank messages in a hundred rows",
         "render",
-        "2 of 100 rows have a blank message; expected 1% at most",
+        "2 of 100 rows have a blank message; expected at most 1%",
         lambda: render(*chats(98), blank, blank),
     )
 
@@ -353,7 +234,6 @@ def masks() -> Iterator[Case]:
 def tables_and_numbers() -> Iterator[Case]:
     rows = ("text", 'a 5" pipe', '"one', "two", "three")
     yield Case(
-        "A3",
         'a stray " in a TSV file',
         "render: four rows, two of them with a quote",
         r"data: 4 examples",
@@ -362,7 +242,6 @@ def tables_and_numbers() -> Iterator[Case]:
     for number in ("0_1", "1_6", "\u0661"):
         pairs = ("sentence1,sentence2,score", f"a,b,{number}")
         yield Case(
-            "A3",
             "a label that Python's float() reads and JSON does not",
             f"render: score {number} in a CSV file",
             f"label '{number}'; expected 0..1",
@@ -370,7 +249,6 @@ def tables_and_numbers() -> Iterator[Case]:
         )
     twice = '{"training": {"batch_size": 4, "batch_size": 8}}'
     yield Case(
-        "A3",
         "a key that stands twice in a configuration",
         f"train_lora --config: {twice}",
         "'batch_size' is given twice",
@@ -380,28 +258,24 @@ def tables_and_numbers() -> Iterator[Case]:
 
 def token_cache() -> Iterator[Case]:
     yield Case(
-        "A6",
         "a flipped bit in the token cache",
         "train_lora twice, one bit of train_tokens.bin changed between",
         "train_tokens changed since they were written; the entry is removed",
         lambda: after_damage("train_tokens.bin", flip),
     )
     yield Case(
-        "A6",
         "a file of the cache cut short",
         "the same, with half of train_tokens.bin",
         "damaged .*; the data are tokenised again",
         lambda: after_damage("train_tokens.bin", halve),
     )
     yield Case(
-        "A6",
         "a cache without its facts",
         "the same, without facts.json",
         "damaged .*; the data are tokenised again",
         lambda: after_damage("facts.json", Path.unlink),
     )
     yield Case(
-        "A6",
         "a full disk (ulimit -f)",
         "train_lora, files of 1,024 bytes at most",
         "no room for it.*exit status 4",
@@ -444,21 +318,18 @@ def on_full_disk() -> str:
 
 def bases() -> Iterator[Case]:
     yield Case(
-        "A4",
         "a base with more layers in its files than config.json says",
         "train_lora: num_hidden_layers one less",
         "its files have more layers than config.json says",
         lambda: with_base(fewer_layers),
     )
     yield Case(
-        "A4",
         "a base with integer weights and no quantization_config",
         "train_lora: one weight as int8",
         "its files are quantised, and config.json does not say how",
         lambda: with_base(integer_weight),
     )
     yield Case(
-        "A5",
         "all-linear on a mixture of experts, each layer's in one tensor",
         "train_lora: a Qwen3-MoE",
         "warning: experts that are one tensor stay as they are .* LoRA reaches",
@@ -515,7 +386,6 @@ def from_python() -> Iterator[Case]:
         ("", "experiment_name", "x", "experiment_name"),
     ):
         yield Case(
-            "A7",
             "a key of another name, from Python",
             f"config.{table + '.' if table else ''}{name} = {value!r}",
             expected,
@@ -541,21 +411,18 @@ def set_in_python(table: str, name: str, value: object) -> str:
 
 def runs() -> Iterator[Case]:
     yield Case(
-        "A8",
         "how many parameters a base in 4 bits has",
         "train_lora, with and without --load_in_4bit",
         r"the same: trainable parameters: [\d,]+ of [\d,]+",
         counts_in_4_bits,
     )
     yield Case(
-        "A9",
         "a finished run, started again with --resume_from auto",
         "train_lora, twice",
         "complete since step 1; nothing to do",
         twice,
     )
     yield Case(
-        "A10",
         "another number of threads in a resumed run",
         "OMP_NUM_THREADS=2, --resume_from a run of one thread",
         "resumed with threads 1 -> 2: .* results differ by rounding",
@@ -563,7 +430,6 @@ def runs() -> Iterator[Case]:
     )
     weightless = [row | {"weight": 0} for row in chats(12)]
     yield Case(
-        "A11",
         "all rows of weight 0",
         'train_lora: twelve rows with "weight": 0',
         "every train example has weight 0",
@@ -571,49 +437,42 @@ def runs() -> Iterator[Case]:
     )
     few = write("few.jsonl", *chats(13))  # 12 of them to train on
     yield Case(
-        "A11",
         "a warm-up longer than the run",
         "train_lora --warmup_steps 9 --max_steps 1",
         "warning: 9 warmup steps: learning_rate is never reached",
         lambda: train(*CHATS, few, "--warmup_steps", 9, "--dry_run"),
     )
     yield Case(
-        "A11",
         "very many epochs",
         "train_lora --num_train_epochs 62",
         "warning: 62 epochs over the same data",
         lambda: train(*CHATS, few, "--num_train_epochs", 62, "--dry_run"),
     )
     yield Case(
-        "A11",
         "neither max_steps nor num_train_epochs",
         "train_lora",
         r"\b3(\.\d+)? epochs of",
         lambda: train(*CHATS, few, "default", "--dry_run"),
     )
     yield Case(
-        "A12",
         "which configuration is for a real base",
         "learning_rate of the files in configs/",
         r"sft_lora 0\.0002.*tiny_chat 0\.005",
         learning_rates,
     )
     yield Case(
-        "A12",
         "--config configs/sft_qlora.toml with the embedded base, which has 512 positions",
         "train_lora --base_model embedded",
         "max_length = ",
         longest_of_qlora,
     )
     yield Case(
-        "A13",
         "DEVICE_PREFERENCE that is not there, and --device cpu",
         "DEVICE_PREFERENCE=cuda or mps, train_lora --device cpu",
         "base model: .* on cpu",
         lambda: with_preference("--device", "cpu"),
     )
     yield Case(
-        "A13",
         "DEVICE_PREFERENCE that is not there, alone",
         "DEVICE_PREFERENCE=cuda or mps, train_lora",
         "DEVICE_PREFERENCE .* is not available here",
@@ -633,7 +492,6 @@ def other_systems() -> Iterator[Case]:
     few = write("few.jsonl", *chats(13))
     flat = {"num_train_epochs": "1", "learning_rate": "2e-4", "lora": {"r": 4, "lora_alpha": 8}}
     yield Case(
-        "B1",
         "a flat JSON configuration, with numbers as text and keys of another trainer",
         'train_lora --config: {"learning_rate": "2e-4", "lora": {"r": 4}, "save_total_limit": 2}',
         "save_total_limit",
@@ -649,14 +507,12 @@ def other_systems() -> Iterator[Case]:
         (("--base_model", "allenai/OLMo-7B-Instruct"), "OLMo-7B-Instruct-hf"),
     ):
         yield Case(
-            "B2",
             "words of other trainers on the command line",
             f"train_lora {' '.join(flags)}",
             expected,
             lambda flags=flags: train("--train_data", few, *flags, "--dry_run"),
         )
     yield Case(
-        "B3",
         "an artifact that is given to PEFT",
         "PeftConfig.from_pretrained(RUN/final_artifact)",
         "peft_type LORA, rank 16",
@@ -670,63 +526,54 @@ def answers_and_artifacts(few: str) -> Iterator[Case]:
         "by_category.jsonl", *chats(4), *[{**row, "category": "json"} for row in chats(3)]
     )
     yield Case(
-        "B5",
         "rows with a category, evaluated",
         'eval --test_set: three rows of seven with "category": "json"',
         "category/json/questions 3",
         lambda: evaluate("--test_set", by_category),
     )
     yield Case(
-        "B5",
         "the same, of a step scorer",
         'eval --eval_data: "category": "algebra" beside the labels',
         r"category/algebra/mse 0\.\d+",
         lambda: evaluate("--task", "score", "--eval_data", write("steps.jsonl", CHAIN, CHAIN)),
     )
     yield Case(
-        "B5",
         "a category that is a list",
         'render: "category": ["a", "b"]',
         r"keys not read: category \(1 rows\)",
         lambda: render(chat({"content": "one"}, category=["a", "b"])),
     )
     yield Case(
-        "B5",
         "a version of the artifact",
         "train_lora --artifact_version v1.1.0-more-citations",
         "metadata.json and README.md: v1.1.0-more-citations",
         lambda: version_of_artifact(few),
     )
     yield Case(
-        "B5",
         "another version of a run that is finished",
         "--artifact_version v2 --resume_from auto, on the run above",
         "artifact_version 'v2', and it is complete as 'v1.1.0-more-citations'; take another",
         lambda: version_of_artifact(few, "--artifact_version", "v2", "--resume_from", "auto"),
     )
     yield Case(
-        "B5",
         "templates in another language, with the row's title",
         "cite_or_refuse --templates FILE",
         r'Wo steht .*"content": "Quelle \[\d\], T\d+\."',
         lambda: cite(CITE_TEXTS, title=True),
     )
     yield Case(
-        "B5",
         "a template's {title}, where the rows have none",
         "the same, with rows of text alone",
         r"error: documents\.jsonl:\d+: no title for the template",
         lambda: cite(CITE_TEXTS, title=False),
     )
     yield Case(
-        "B5",
         "a question for the place of a sentence, and not for its words",
         "cite_or_refuse, with the templates that come along",
         r'Where does it say .*"content": "It stands in \[\d\]\."',
         lambda: cite(),
     )
     yield Case(
-        "B5",
         "a question about nothing in particular",
         "the same",
         r'"content": "The sources do not say what you mean\.',
@@ -736,21 +583,18 @@ def answers_and_artifacts(few: str) -> Iterator[Case]:
         refusal_pattern="^I cannot", citation_pattern=r"\[\d+\]", json_keys=["a"]
     )
     yield Case(
-        "B5",
         "one invented citation where a refusal was due",
         'score_answer: "yes [1]" for "I cannot say"',
         "'citation_precision': 0.0",
         lambda: str(score_answer("yes [1]", "I cannot say", patterns, None)),
     )
     yield Case(
-        "B5",
         "JSON between ```json and ```",
         r'score_answer: ```json\n{"a": 1}\n```',
         "'json_validity': 1.0",
         lambda: str(score_answer('```json\n{"a": 1}\n```', "x", patterns, None)),
     )
     yield Case(
-        "B5",
         "where TensorBoard's files lie",
         "train_lora --report_to tensorboard",
         r"outputs/board/tensorboard/events\.out\.tfevents",
@@ -881,39 +725,6 @@ def shown(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def said_line(output: str, expected: str) -> str | None:
-    """Return the line of an output that has the expected words, in short; None if none has."""
-    for line in output.splitlines():
-        match = re.search(expected, line)
-        if match:
-            start = 0 if match.end() <= LONGEST else match.start()
-            line = line[start:].strip()
-            return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
-    return None
-
-
-def cell(text: str) -> str:
-    text = text.replace("|", "\\|").replace("\r", "\\r").replace("\n", "\\n").replace("`", "'")
-    return f"`{text}`"
-
-
-def rows_of(cases_tried: list[Case]) -> tuple[list[str], list[str]]:
-    """Return the rows of the table, and what is wrong with each case that says something else."""
-    rows, silent = [], []
-    for case in cases_tried:
-        output = case.answer()
-        line = said_line(output, case.expected)
-        if line is None:
-            silent.append(
-                f"{case.line}, {case.what} ({case.tried}): {case.expected!r} not in\n{output}"
-            )
-            continue
-        line = line.replace(f"{Path.cwd()}/", "").replace(f"{ROOT}/", "")
-        line = re.sub(r"[\w./-]*plainlora_cache/[0-9a-f]+/[0-9a-f]+", "CACHE/ENTRY", line)
-        rows.append(f"| {case.line} | {case.what} | {cell(case.tried)} | {cell(line)} |")
-    return rows, silent
-
-
 HEAD = """# Nothing wrong in silence
 
 Data, settings and files that were once trained on or measured wrongly without a word, and what the
@@ -922,33 +733,9 @@ which tries each line on a few rows with the embedded base, and fails where the 
 the slow tests run it. Paths are shortened. What the targets of chats must be is compared token by
 token in [a table of its own](../benchmarks/results/chat_masks.md).
 
-| line | what a user does | tried | what is said now |
-|---|---|---|---|
+| what a user does | tried | what is said now |
+|---|---|---|
 """
-
-
-def write_page(make_cases: Callable[[], list[Case]], page: Path, head: str) -> int:
-    """Try cases in an empty folder, and write the page; return the exit status."""
-    parser = argparse.ArgumentParser(description=head.partition("\n")[0].strip("# "))
-    parser.add_argument("--output", type=Path, default=page)
-    output = parser.parse_args().output.absolute()
-    before = Path.cwd(), os.environ.get("PLAINLORA_CACHE")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["PLAINLORA_CACHE"] = f"{folder}/plainlora_cache"
-        os.chdir(folder)
-        try:
-            rows, silent = rows_of(make_cases())
-        finally:
-            os.chdir(before[0])
-            os.environ.pop("PLAINLORA_CACHE")
-            if before[1] is not None:
-                os.environ["PLAINLORA_CACHE"] = before[1]
-    for problem in silent:
-        print(f"SILENT: {problem}")
-    print(f"{len(rows)} cases say what they must, {len(silent)} do not")
-    if not silent:
-        output.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
-    return 1 if silent else 0
 
 
 def main() -> int:

@@ -18,35 +18,12 @@ STEPS = 8
 
 
 def tokens_per_second(script, base, folder, processes):
-    flags = [
-        "--base_model",
-        base,
-        "--task",
-        "lm",
-        "--train_data",
-        "arithmetic:train:2000",
-        "--max_length",
-        "512",
-    ]
-    flags += [
-        "--batch_size",
-        str(16 // processes),
-        "--gradient_accumulation_steps",
-        "2",
-        "--max_steps",
-        str(STEPS),
-    ]
-    flags += [
-        "--eval_steps",
-        "1000",
-        "--max_eval_batches",
-        "1",
-        "--logging_steps",
-        "1",
-        "--dtype",
-        "float32",
-    ]
-    flags += ["--output_dir", folder, "--experiment_name", str(processes)]
+    settings = (
+        "--task lm --train_data arithmetic:train:2000 --max_length 512 --dtype float32 "
+        f"--batch_size {16 // processes} --gradient_accumulation_steps 2 --max_steps {STEPS} "
+        f"--eval_steps 1000 --max_eval_batches 1 --logging_steps 1 --experiment_name {processes}"
+    )
+    flags = [*settings.split(), "--base_model", base, "--output_dir", folder]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     call(*launcher, script, *flags, OMP_NUM_THREADS="1")
     speeds = [

@@ -34,8 +34,8 @@ import numpy as np
 from real_base import real_base
 
 from lora.evaluation.statistics import bootstrap_samples, interval_95
-from lora.tools.compare import interval
 from lora.tools.finished_run import FinishedRun
+from lora.tools.verdict import interval
 
 DATA = Path(os.environ.get("PLAINLORA_DATA", "data"))
 RESULTS = ROOT / "benchmarks" / "results" / "real.json"

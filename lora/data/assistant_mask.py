@@ -46,9 +46,7 @@ def chat_pieces(example: Example, tokenizer: Tokenizer) -> tuple[list[Piece], Co
     ends_with_assistant = chat.messages[-1]["role"] == "assistant"
     if ends_with_assistant and tokenizer.eos_token and not chat.specials.search(text, start):
         if text[end:].strip():
-            raise chat.error(
-                f"the template writes {text[end:].strip()[:40]!r} behind the last turn"
-            )
+            raise chat.error(f"the template writes {text[end:].strip()[:40]!r} after the last turn")
         text = text[:end] + tokenizer.eos_token
         spans[-1] = (start, len(text))
 
@@ -84,7 +82,7 @@ def unprinted_parts(chat: Chat, spans: list[Span]) -> Counter[str]:
 def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
     """Learn from a chat of two turns how the tokenizer's template writes them.
 
-    `template` is that template: the result is remembered for both, as a tokenizer may get another.
+    `template` is tokenizer.chat_template, a part of the cache's key because it may be replaced.
     """
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
@@ -101,20 +99,7 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
         return TurnFormat()
 
     (_, first_end), (_, last_end) = spans
-    token_or_character = re.compile(f"{chat.specials.pattern}|.", re.DOTALL)
-    after_first = token_or_character.findall(chat.text, first_end)
-    after_last = token_or_character.findall(chat.text, last_end)
-    ending = ""
-    for unit, unit_after_last in zip(after_first, after_last):
-        if unit != unit_after_last:
-            break
-        ending += unit
-    specials = rf"(?:{chat.specials.pattern})+"
-    match = re.compile(rf"(?:(?!{specials}).)*{specials}", re.DOTALL).match(ending)
-    if match:
-        ending = match[0]  # without what follows a turn
-    elif ending.strip() and chat.text[last_end + len(ending) :].strip():
-        ending = None
+    ending = common_ending(chat, first_end, last_end)
     prompt_leads_to_answer = True
     for prompt, (start, _) in zip(prompts, spans):
         between = chat.text[len(prompt) : start]
@@ -130,9 +115,26 @@ def turn_format_of(tokenizer: Tokenizer, template: str) -> TurnFormat:
     )
 
 
-def answers_follow_prompt(tokenizer: Tokenizer) -> bool:
-    """Return whether the answers of chats stand where the model will be asked for one."""
-    return turn_format_of(tokenizer, tokenizer.chat_template).answers_follow_prompt
+def common_ending(chat: Chat, first_end: int, last_end: int) -> str | None:
+    """Return the text that ends both of two turns, "" where none is known; None if they differ.
+
+    The turns end at these characters of `chat.text`, the last one after the first.
+    """
+    token_or_character = re.compile(f"{chat.specials.pattern}|.", re.DOTALL)
+    after_first = token_or_character.findall(chat.text, first_end)
+    after_last = token_or_character.findall(chat.text, last_end)
+    ending = ""
+    for unit, unit_after_last in zip(after_first, after_last):
+        if unit != unit_after_last:
+            break
+        ending += unit
+    specials = rf"(?:{chat.specials.pattern})+"
+    match = re.compile(rf"(?:(?!{specials}).)*{specials}", re.DOTALL).match(ending)
+    if match:
+        return match[0]  # without what follows a turn
+    if ending.strip() and chat.text[last_end + len(ending) :].strip():
+        return None
+    return ending
 
 
 def assistant_spans(chat: Chat, turn_format: TurnFormat) -> list[Span]:

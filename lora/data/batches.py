@@ -94,23 +94,25 @@ class Rows:
         """Make one micro-batch of the rows in `group`, in this order."""
         rows = np.asarray(group)
         seq_lens = self.seq_lens(rows)
-        source = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows])
+        tokens_of_rows = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows]
+        token_indices = np.concatenate(tokens_of_rows)
         position_ids = np.concatenate([np.arange(seq_len) for seq_len in seq_lens])
 
-        # `place` is where each token goes in the flattened [b, t] table.
+        # positions_in_table[k]: where token k goes in the flattened [b, t] table.
         if packed:
-            shape = (1, len(source))
-            place = np.arange(len(source))
+            shape = (1, len(token_indices))
+            positions_in_table = np.arange(len(token_indices))
         else:
             shape = (len(rows), int(seq_lens.max()))
-            place = np.repeat(np.arange(len(rows)), seq_lens) * shape[1] + position_ids
+            first_positions = np.arange(len(rows)) * shape[1]
+            positions_in_table = np.repeat(first_positions, seq_lens) + position_ids
 
         def table(values: np.ndarray) -> Tensor:
             padded = np.zeros(shape, np.int64)
-            padded.flat[place] = values
+            padded.flat[positions_in_table] = values
             return torch.from_numpy(padded)
 
-        targets = self.targets[source]
+        targets = self.targets[token_indices]
         has_target = is_target(targets) & with_targets
         target_dtype = torch.int64 if targets.dtype == np.int32 else torch.float32
         dataset_ids = np.repeat(self.dataset_ids[rows], seq_lens)
@@ -120,14 +122,14 @@ class Rows:
             if not with_targets:
                 features = features[:0]
         return Batch(
-            input_ids=table(self.tokens[source]),
+            input_ids=table(self.tokens[token_indices]),
             position_ids=table(position_ids),
-            token_type_ids=table(self.token_type_ids[source]),
+            token_type_ids=table(self.token_type_ids[token_indices]),
             rows=rows.tolist(),
             seq_lens=seq_lens.tolist(),
-            target_positions=torch.from_numpy(place[has_target]),
+            target_positions=torch.from_numpy(positions_in_table[has_target]),
             targets=torch.from_numpy(targets[has_target]).to(target_dtype),
-            loss_weights=torch.from_numpy(self.loss_weights[source][has_target]),
+            loss_weights=torch.from_numpy(self.loss_weights[token_indices][has_target]),
             dataset_ids=torch.from_numpy(dataset_ids[has_target]),
             features=features,
         )
@@ -142,7 +144,8 @@ class Rows:
         for row, seq_len in zip(rows, self.seq_lens(rows)):
             num_tokens += seq_len
             size = num_tokens if packed else (len(groups[-1]) + 1) * seq_len
-            is_full = size > max_tokens or size - num_tokens > MAX_PADDING * size
+            num_padding = size - num_tokens
+            is_full = size > max_tokens or num_padding > MAX_PADDING * size
             if groups[-1] and is_full:
                 groups.append([])
                 num_tokens = seq_len
@@ -176,12 +179,13 @@ def shard_rows(seq_lens: np.ndarray, world_size: int) -> np.ndarray:
 
     Longest rows first, each to the process with the least work (LPT scheduling; Graham 1969).
     """
-    process = np.zeros(len(seq_lens), np.int64)
-    work = np.zeros(world_size, np.int64)
+    process_of_row = np.zeros(len(seq_lens), np.int64)
+    tokens_of_process = np.zeros(world_size, np.int64)
     for row in np.argsort(-seq_lens, kind="stable"):
-        process[row] = work.argmin()
-        work[process[row]] += seq_lens[row]
-    return process
+        process = tokens_of_process.argmin()
+        process_of_row[row] = process
+        tokens_of_process[process] += seq_lens[row]
+    return process_of_row
 
 
 def split_groups(groups: list[list[int]], count: int) -> list[list[int]]:

@@ -47,10 +47,15 @@ def use_chatml(tokenizer: Tokenizer) -> None:
         problem = "no chat template and no end token, so no turn can be ended"
         raise UserError(f"{tokenizer.name_or_path}: {problem}.")
     # A base that begins its texts with BOS begins its chats so, too.
-    begin = tokenizer("").input_ids[:1]
-    bos = "{{ bos_token }}" if begin and begin == [tokenizer.bos_token_id] else ""
+    bos = "{{ bos_token }}" if bos_tokens(tokenizer) else ""
     tokenizer.chat_template = bos + CHATML.replace("TURN_END", end)
     print(f"the tokenizer has no chat template: using ChatML, with {end} at the end of a turn")
+
+
+def bos_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Return [BOS] where the tokenizer begins its texts with one, else []."""
+    tokens = tokenizer("").input_ids
+    return tokens[:1] if tokens and tokens[0] == tokenizer.bos_token_id else []
 
 
 class Chat:
@@ -74,7 +79,8 @@ class Chat:
         unused = self.unused_characters(written)
         self.begin_mark = next(unused)
         self.end_mark = next(unused)
-        self.stand_ins = defaultdict(lambda: next(unused))  # special token -> character
+        # special token -> character; a lookup of a new token takes the next unused character
+        self.stand_ins = defaultdict(lambda: next(unused))
 
         self.tools = self.without_specials(tools)
         if any(message.get("tool_calls") for message in messages):
@@ -98,7 +104,7 @@ class Chat:
         for character in PRIVATE_USE:
             if character not in written:
                 yield character
-        raise self.error("it holds every character of U+E000..U+F8FF; take some of them out")
+        raise self.error("it holds every character of U+E000..U+F8FF; remove some of them")
 
     def require_own_render(self, messages: list[dict], tools: list | None) -> None:
         """Raise UserError where the template's filters (length, upper, ...) see the stand-ins."""

@@ -49,15 +49,9 @@ def part_facts(counts: Counts, seq_lens: np.ndarray, part: str, config: Config) 
         )
     if counts.weighted_targets == 0 and part != "eval":  # an evaluation reads no weights
         raise UserError(f"{counts.where}: every {part} example has weight 0; give some more.")
-    names = ("examples", "cut", "without_target", "unprinted")
-    facts: dict = {name: getattr(counts, name) for name in names}
-    facts.update(rows=counts.rows, tokens=counts.tokens, targets=counts.targets)
-    facts["largest_token"] = counts.largest_token
-    facts["lengths"] = np.quantile(seq_lens, (0.5, 0.95, 1.0), method="higher").tolist()
-    if config.model.task == "score":
-        facts["label_mean"] = counts.target_sum / counts.targets
-        facts["label_shares"] = [counts.zeros / counts.targets, counts.ones / counts.targets]
-        facts["labels_left_out"] = counts.labels - counts.targets
+    lengths = np.quantile(seq_lens, (0.5, 0.95, 1.0), method="higher").tolist()
+    facts = {**vars(counts), "lengths": lengths}
+    del facts["where"]  # a path
     return facts
 
 
@@ -69,10 +63,11 @@ def describe_data(name: str, facts: dict) -> str:
         f"{name}: {counts}, {facts['tokens']} tokens, {facts['targets']} targets",
         f"lengths: median {median}, 95th percentile {most}, maximum {longest}",
     ]
-    if "label_mean" in facts:
-        zeros, ones = facts["label_shares"]
-        shares = f"{zeros:.1%} are 0, {ones:.1%} are 1"
-        parts.append(f"labels: mean {facts['label_mean']:.3f}, {shares}")
+    if facts["labels"]:  # of a scorer; there is a target, or `part_facts` would have refused
+        mean = facts["target_sum"] / facts["targets"]
+        zeros = facts["zeros"] / facts["targets"]
+        ones = facts["ones"] / facts["targets"]
+        parts.append(f"labels: mean {mean:.3f}, {zeros:.1%} are 0, {ones:.1%} are 1")
     fates = {"cut": "cut off at max_length", "without_target": "left out, without a target"}
     for key, fate in fates.items():
         if facts[key]:
@@ -81,7 +76,8 @@ def describe_data(name: str, facts: dict) -> str:
     if facts["unprinted"]:
         unprinted = [f"{what} ({count})" for what, count in facts["unprinted"].items()]
         parts.append(f"left out, as the chat template does not print it: {', '.join(unprinted)}")
-    if facts.get("labels_left_out"):
-        left_out = facts["labels_left_out"]
-        parts.append(f"{left_out} labelled steps left out, because they do not fit max_length")
+    labels_left_out = facts["labels"] - facts["targets"]
+    if labels_left_out > 0:  # a language model has targets without labels
+        steps = f"{labels_left_out} labelled steps"
+        parts.append(f"{steps} left out, because they do not fit max_length")
     return "; ".join(parts)

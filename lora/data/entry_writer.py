@@ -21,8 +21,8 @@ Arrays = dict[str, np.ndarray]  # the fields of Rows
 class EntryWriter:
     """Appends shards to the arrays of a folder, from where an interrupted writer stopped.
 
-    After each shard progress.json has the length and the hash of every array. So of what follows
-    a crash, only what is known to be right is kept.
+    After each shard, progress.json records the length and the hash of every array. After a crash,
+    only what agrees with it is kept.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -66,7 +66,7 @@ def require_text(where: str, name: str, value: Any) -> str:
         found = f"{name} is {repr(value)[:42]}"
         raise UserError(f"{where}: {found}; expected a text that is not empty.")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        problem = "holds half of a surrogate pair, which is no character; take it out"
+        problem = "contains half of a surrogate pair, which is not a character; remove it"
         raise UserError(f"{where}: {name} {problem}.")
     return value
 
@@ -115,7 +115,7 @@ def refuse_other_training(where: str, row: dict[str, Any]) -> None:
     for key in ("label", "kto_tag"):
         if not is_blank(row.get(key)):
             found = f"a {key} beside a conversation (as for KTO), and every answer would be learned"
-            raise UserError(f"{where}: {found}; keep the good ones and take the key {key} out.")
+            raise UserError(f"{where}: {found}; keep the good ones and remove the key {key}.")
     for key in ("image", "images", "video", "videos", "audio"):
         if not is_blank(row.get(key)) and row[key] != []:
             raise UserError(f"{where}: {key}: only text is read; take other rows.")

@@ -61,7 +61,7 @@ def visible(folder: Path) -> Iterator[Path]:
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         if path.is_symlink() and not path.is_file():
-            raise UserError(f"{path}: a link to a folder or to nothing; put the files there.")
+            raise UserError(f"{path}: a link to a folder, or a broken one; put the files there.")
         if path.is_file():
             yield path
 
@@ -72,7 +72,7 @@ def print_once(text: str) -> None:
 
 
 def note_unread(path: str, files: Iterable[Path]) -> None:
-    """Print which of a set's files are no data that is read."""
+    """Print which files of a set are not read."""
     names = sorted(file.as_posix() for file in files if not is_note(file) and not is_data(file))
     more = f" and {len(names) - 2} more" if len(names) > 3 else ""
     if names:

@@ -35,7 +35,7 @@ def read_rows(path: str, bad_rows: list[UserError] | None = None) -> SourceRows:
 
     Args:
         path: a local file, folder or glob, or one of the Hub (hub_files.py).
-        bad_rows: takes what cannot be read, for `raise_bad_rows`; without it, that is called here.
+        bad_rows: collects the errors, for the caller to raise; None: they are raised here.
     """
     collected = [] if bad_rows is None else bad_rows
     try:
@@ -91,7 +91,7 @@ def reader_of(name: str, file: TextIO) -> Any:
         first_line = file.readline(2**16)
         file.seek(0)
         if JSON_ROW.match(first_line):
-            print_on_rank_zero(f"note: {name}: read as JSON, which it holds")
+            print_on_rank_zero(f"note: {name}: its content is JSON, so it is read as JSON")
             kind = "json"
     if not kind:
         from lora.data.other_files import how_to_convert
@@ -161,7 +161,7 @@ def json_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> Values:
 def text_rows(path: str, file: TextIO, bad_rows: list[UserError]) -> SourceRows:
     """Yield a text file as one document, with line ends read as "\\n".
 
-    A longer one than the memory may hold comes in parts, each up to the end of a line.
+    A text longer than MAX_TEXT_LENGTH is yielded in parts, each of which ends where a line ends.
     """
     where = path
     while part := file.read(MAX_TEXT_LENGTH):

@@ -40,9 +40,10 @@ def hub_files(path: str) -> dict[str, Path]:
         expected = f"{HUB}OWNER/NAME/FILE or {HUB}OWNER/NAME/CONFIG:SPLIT"
         raise UserError(f"{path}: expected {expected} (or OWNER/NAME@REVISION).")
     repository, revision, name, split = match.groups()
-    is_glob = "*" in (name or "")
+    name = name or ""
+    is_glob = "*" in name
     try:
-        is_file = bool(name) and bool(kind_of(name) or name.lower().endswith(ARROW))
+        is_file = bool(kind_of(name)) or name.lower().endswith(ARROW)
         if is_file and not split and not is_glob:
             return {path: Path(hf_hub_download(repository, name, revision=revision, **DATA_SET))}
         folder, files, is_listed = folder_and_names(repository, revision)

@@ -30,7 +30,7 @@ class Mix:
         for path, rows in zip(paths, sets):
             if len(rows) == 0:
                 advice = "leave it out, and its weight, or raise max_samples"
-                raise UserError(f"{path}: none of its rows is left to train on; {advice}.")
+                raise UserError(f"{path}: it has no rows left to train on; {advice}.")
         self.quotas = np.round(np.array(weights) / sum(weights) * SCHEDULE).astype(int)
         if not self.quotas.all():
             problem = f"a share below {1 / SCHEDULE} is never reached; leave that set out"

@@ -83,6 +83,6 @@ def how_to_convert(name: str, beginning: bytes = b"") -> str:
         if name.lower().endswith(endings) or (magic and beginning.startswith(magic)):
             return f"a file of this kind is not read; convert it: {command.replace('FILE', name)}."
     if name.lower().endswith(ARROW):
-        return "no Parquet or Arrow file, by how it begins, or an empty file."
+        return "its first bytes are not those of a Parquet or Arrow file."
     expected = f"a file named .{', .'.join(KINDS)} (or one of these with {', '.join(COMPRESSED)})"
     return f"expected {expected}, or .parquet."

@@ -34,8 +34,8 @@ def in_processes(function: Callable, arguments: Iterable, num_processes: int) ->
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        problem = "a process that tokenised the data was ended, perhaps for want of memory"
-        raise ResourceExhausted(f"{problem}; what it has done is kept, so start again.") from None
+        problem = "a process that tokenised the data was killed, perhaps because memory ran out"
+        raise ResourceExhausted(f"{problem}; its finished work is kept: start again.") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

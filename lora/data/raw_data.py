@@ -86,7 +86,7 @@ class RawData:
 def content_sha256(path: str) -> str | None:
     """Return the sha256 of a file, or a hash of those of a folder or a glob and their kinds.
 
-    None for arithmetic:..., which is made, not read.
+    None for arithmetic:..., which is generated.
     """
     if path.startswith("arithmetic:"):
         return None
@@ -100,7 +100,7 @@ def content_sha256(path: str) -> str | None:
 def changed_path(paths: Sequence[str], recorded: dict[str, str | None]) -> str:
     """Return the first path whose content is not what a run recorded of its data, or "".
 
-    `recorded` is a part of `RawData.files`, of which the paths may have been elsewhere.
+    `recorded` is {path: sha256} as a run saved it, in the order of `paths`; its paths may differ.
     """
     sums = list(recorded.values())
     for i, path in enumerate(dict.fromkeys(paths)):

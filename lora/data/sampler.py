@@ -77,14 +77,14 @@ class TrainingData:
             self.held_out_sets = {name: dataset_id for dataset_id, name in enumerate(names)}
 
     def cap_max_tokens(self) -> None:
-        """Let no step have a larger micro-batch than the one tried before step 1."""
-        self.kept_max_tokens = self.max_tokens  # the one that a resumed run begins with
+        """Lower max_tokens to the largest micro-batch of any step, which is tried before step 1."""
+        self.uncapped_max_tokens = self.max_tokens  # a resumed run begins with it, and caps it too
         self.max_tokens = min(self.max_tokens, self.largest_group(self.longest_rows))
 
     @property
     def layout(self) -> dict:
         """What a resumed run keeps of this one, whatever its number of processes."""
-        return {"examples_per_step": self.examples_per_step, "max_tokens": self.kept_max_tokens}
+        return {"examples_per_step": self.examples_per_step, "max_tokens": self.uncapped_max_tokens}
 
     def batch_at(self, step: int) -> list[Batch]:
         """Return this process's micro-batches of a step, whatever came before."""
@@ -92,7 +92,11 @@ class TrainingData:
 
     def local_batches(self, rows: np.ndarray) -> list[Batch]:
         """Return this process's micro-batches of a step that has these rows."""
-        return self.make_batches(self.local_groups(rows), rows)
+        # All processes get equally many, because they gather sharded weights at once.
+        groups_by_process = self.groups_by_process(rows)
+        most_groups = max(len(groups) for groups in groups_by_process)
+        groups = split_groups(groups_by_process[self.rank], most_groups)
+        return self.make_batches(groups, rows)
 
     def largest_batches(self) -> list[Batch]:
         """Return the two largest micro-batches that a step can have on this process."""
@@ -101,7 +105,10 @@ class TrainingData:
         groups_by_process = self.groups_by_process(rows)
         count = min(2, max(len(groups) for groups in groups_by_process))  # on every process
         groups = sorted(groups_by_process[self.rank], key=self.num_positions, reverse=True)
-        return self.make_batches((groups + [[]])[:count], rows)
+        largest = groups[:count]
+        if len(largest) < count:  # another process has one micro-batch more
+            largest.append([])
+        return self.make_batches(largest, rows)
 
     def make_batches(self, groups: list[list[int]], rows: np.ndarray) -> list[Batch]:
         """Make a micro-batch of each group; an empty group repeats a row without its targets."""
@@ -111,13 +118,6 @@ class TrainingData:
             has_targets = len(group) > 0
             batches.append(self.rows.batch(group or [shortest], self.packed, has_targets))
         return batches
-
-    def local_groups(self, rows: np.ndarray) -> list[list[int]]:
-        """Return the rows of each of this process's micro-batches."""
-        # All processes get equally many, because they gather sharded weights at once.
-        groups_by_process = self.groups_by_process(rows)
-        most_groups = max(len(groups) for groups in groups_by_process)
-        return split_groups(groups_by_process[self.rank], most_groups)
 
     def largest_group(self, rows: np.ndarray) -> int:
         """Return the positions of the largest micro-batch of any process in a step of `rows`."""

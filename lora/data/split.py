@@ -18,7 +18,8 @@ from lora.data.readers import iterate
 WITHOUT_BAR = 1000  # examples, too few to need a progress bar
 SHARD_SIZE = 2**19  # characters of the examples that are tokenised together
 KEPT_SIZE = 2**23  # characters of a data set that is kept in memory, and so read once
-Part = tuple[bool, Example]  # whether it is held out, and an example or a part of one
+# Whether it is held out, and an example or a part of one
+AssignedExample = tuple[bool, Example]
 
 
 class Split:
@@ -32,14 +33,14 @@ class Split:
         """Read and check the data. Raises UserError."""
         self.config = config
         self.documents: set[int] = set()  # indices of texts of which only the end is held out
-        kept: list[Part] = []
+        kept: list[AssignedExample] = []
         total_size = 0
         subjects, contents = array("Q"), array("Q")
         sizes, text_sizes, dataset_ids = array("q"), array("q"), array("i")
         in_held_out_file = bytearray()
         has_chats = False
-        for part in with_bar(read_parts(config)):
-            is_held_out, example = part
+        for assigned in with_bar(read_assigned(config)):
+            is_held_out, example = assigned
             content = str(replace(example, where="", dataset_id=0, category=""))
             subjects.append(hash64(example.subject))
             contents.append(hash64(content))
@@ -49,7 +50,7 @@ class Split:
             in_held_out_file.append(is_held_out)
             has_chats = has_chats or bool(example.messages)
             total_size += len(content)
-            kept.append(part)
+            kept.append(assigned)
             if total_size > KEPT_SIZE:
                 kept.clear()
 
@@ -70,10 +71,10 @@ class Split:
         self.facts = {"chats": has_chats, **count_subjects(subjects, contents, self.is_held_out)}
         self.facts["held_out_subjects"] += len(self.documents)
 
-    def shards(self) -> Iterator[list[Part]]:
+    def shards(self) -> Iterator[list[AssignedExample]]:
         """Yield the examples again, shard by shard."""
-        parts = read_parts(self.config, notes=False) if self.kept is None else self.kept
-        numbered = enumerate(parts)
+        assigned = read_assigned(self.config, notes=False) if self.kept is None else self.kept
+        numbered = enumerate(assigned)
         for size in self.shard_sizes:
             shard = []
             for i, (_, example) in islice(numbered, size):
@@ -93,7 +94,7 @@ class Split:
                     yield example
 
 
-def read_parts(config: Config, notes: bool = True) -> Iterator[Part]:
+def read_assigned(config: Config, notes: bool = True) -> Iterator[AssignedExample]:
     """Yield the examples of the training files, then those of files that are held out as a whole.
 
     `notes` are those of `iterate`. Raises UserError.
@@ -113,14 +114,14 @@ def read_parts(config: Config, notes: bool = True) -> Iterator[Part]:
         yield True, example
 
 
-def with_bar(parts: Iterator[Part]) -> Iterator[Part]:
-    """Yield the parts, with a progress bar where they are many."""
-    yield from islice(parts, WITHOUT_BAR)
+def with_bar(pairs: Iterator[AssignedExample]) -> Iterator[AssignedExample]:
+    """Yield the pairs, with a progress bar where they are many."""
+    yield from islice(pairs, WITHOUT_BAR)
     # Imported here: importing it takes as long as reporting a mistake in the first of them.
     from tqdm import tqdm
 
     bar = tqdm(
-        parts, "reading", unit=" examples", delay=3, disable=None, leave=False, initial=WITHOUT_BAR
+        pairs, "reading", unit=" examples", delay=3, disable=None, leave=False, initial=WITHOUT_BAR
     )
     yield from bar
 

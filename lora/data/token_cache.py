@@ -34,7 +34,7 @@ from lora.data.counts import Counts, part_facts
 from lora.data.entry_writer import ARRAYS, NAMES, PARTS, Arrays, EntryWriter
 from lora.data.examples import Example
 from lora.data.raw_data import RawData, digest
-from lora.data.split import Part
+from lora.data.split import AssignedExample
 from lora.data.tokenise import Row, tokenise
 
 CHUNK = 1000  # examples that the tokenizer's threads share at a time
@@ -143,7 +143,7 @@ def write_entry(entry: Path, raw_data: RawData, tokenizer: Tokenizer, causal: bo
 
 
 def tokenise_shard(
-    shard: list[Part], tokenizer: Tokenizer, causal: bool, config: Config
+    shard: list[AssignedExample], tokenizer: Tokenizer, causal: bool, config: Config
 ) -> dict[str, tuple[Arrays, Counts]]:
     """Return the rows of a shard, and what is counted of them, for each of PARTS."""
     results = {}

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
 from lora.data.assistant_mask import chat_pieces
-from lora.data.chat_template import Piece, Span, WeightedSpan
+from lora.data.chat_template import Piece, Span, WeightedSpan, bos_tokens
 from lora.data.examples import Example
 
 NO_TOKEN = -100
@@ -144,12 +144,6 @@ def split_text(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def bos_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Return [BOS] where the tokenizer begins its texts with one, else []."""
-    tokens = tokenizer("").input_ids
-    return tokens[:1] if tokens and tokens[0] == tokenizer.bos_token_id else []
 
 
 def marker_tokens(data: DataConfig, tokenizer: Tokenizer) -> list[int]:

@@ -270,11 +270,15 @@ def read_request(arguments: Namespace, config: Config) -> EvaluationRequest:
     elif not (request.examples or request.test_set or request.critical or request.queries):
         if arguments.checkpoint:
             require_recorded_data(arguments.checkpoint, config)
-        if config.data.eval_data:
-            request.examples = read(config.data.eval_paths, task, config.data)
-        else:
-            request.examples = list(Split(config).examples(held_out=True))
+        request.examples = held_out_examples(config)
     return request
+
+
+def held_out_examples(config: Config) -> list[Example]:
+    """Read what a run holds out: of `eval_data` all, else a part of the training files."""
+    if config.data.eval_data:
+        return read(config.data.eval_paths, config.model.task, config.data)
+    return list(Split(config).examples(held_out=True))
 
 
 def require_recorded_data(checkpoint: str, config: Config) -> None:
@@ -291,7 +295,7 @@ def require_recorded_data(checkpoint: str, config: Config) -> None:
         changed = changed or changed_path(config.data.train_paths, recorded["train_data"])
     if changed:
         found = "not the file that the run was made with, so what it held out is not known"
-        raise UserError(f"{changed}: {found}; restore it, or name files with --eval_data.")
+        raise UserError(f"{changed}: {found}; restore it, or give eval.py files with --eval_data.")
 
 
 def chain_in_prompt(prompt: str) -> Example:

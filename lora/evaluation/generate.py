@@ -21,9 +21,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lora.common.errors import UserError
 from lora.config.schema import Config, max_batch_tokens
 from lora.data.batches import Rows
-from lora.data.chat_template import Chat, use_chatml
+from lora.data.chat_template import Chat, bos_tokens, use_chatml
 from lora.data.examples import Example
-from lora.data.tokenise import Row, bos_tokens, encode, tokenise
+from lora.data.tokenise import Row, encode, tokenise
 from lora.evaluation.predict import predict
 from lora.evaluation.stop_tokens import stop_tokens
 from lora.model.device import autocast

@@ -125,7 +125,7 @@ def write_final_artifact(run: Run, log: Log, base_files: dict, data_files: dict)
     if config.method == "full" and task.base_dtype != torch.float32:
         dtype = str(task.base_dtype).removeprefix("torch.")
         log.say(
-            f"note: the artifact is rounded to {dtype}, the base's; these numbers are of float32"
+            f"note: the artifact is rounded to the base's {dtype}; these numbers are of float32"
         )
     untrained = loss_before_training(log.run_dir)
     if untrained < best["val"]["loss"]:

@@ -62,8 +62,8 @@ def add_tokenizer(
         known = "llama.cpp knows no tokenizer like this one and would split text otherwise"
         raise UserError(f"gguf: {known}: {steps[:400]}")
     if tokenizer.eos_token_id is None:
-        otherwise = "llama.cpp would end at one of its own choice"
-        raise UserError(f"gguf: the tokenizer has no eos_token, and {otherwise}.")
+        consequence = "llama.cpp would choose one itself"
+        raise UserError(f"gguf: the tokenizer has no eos_token, and {consequence}.")
     texts, types = tokens_and_types(facts, num_embeddings)
     writer.add_token_list(texts)
     writer.add_token_types(types)

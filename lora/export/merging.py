@@ -3,6 +3,7 @@
 from argparse import Namespace
 import copy
 from dataclasses import dataclass, replace
+import math
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora.adapter import load_adapter
 from lora.common.checkpoint_folders import adapter_folder, is_artifact, is_written_by_us
 from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
@@ -18,7 +20,7 @@ from lora.config.schema import QUANTIZATION_KEYS, Config, get_lora_config
 from lora.config.set_keys import saved_config
 from lora.model.pretrained_heads import two_class_state
 from lora.model.task import Task
-from lora.model.weights import four_bits, load_weights
+from lora.model.weights import add_tokens, four_bits, load_weights
 from lora.quantization import FourBitSettings, dense, is_4bit
 from lora.training.base_integrity import file_sums
 from lora.training.other_base import warn_other_base
@@ -29,7 +31,7 @@ class AdapterSource:
     """An adapter, and what it was trained on."""
 
     folder: Path  # the value of --adapter: a checkpoint, an artifact or an adapter
-    adapter: Path | None  # the adapter's own; None: a head that was trained on the frozen base
+    adapter_path: Path | None  # None: only a score head was trained, on the frozen base
     base_model: str
     config: Config | None  # of the run that made it; None for an adapter alone
 
@@ -142,8 +144,23 @@ def difference(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
+def outputs_in_4bit(
+    source: AdapterSource,
+    model_class: type,
+    quantization: FourBitSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """Return the outputs of the adapter on the 4-bit base that it was trained on."""
+    model = load_base(model_class, source.base_model, quantization)
+    add_tokens(model, tokenizer, source.config.model.add_special_tokens)
+    if source.adapter_path:
+        load_adapter(model, source.adapter_path)
+    return outputs(model, tokens)
+
+
 def same_tokens(a: Tensor, b: Tensor) -> str:
-    """Say at how many positions two models' logits [b, t, vocabulary] have the same argmax."""
+    """Return at how many positions two models' logits [b, t, vocabulary] have the same argmax."""
     is_same = a.argmax(-1) == b.argmax(-1)
     return f"the same at {is_same.sum()} of {is_same.numel()} positions"
 
@@ -151,7 +168,7 @@ def same_tokens(a: Tensor, b: Tensor) -> str:
 def require_same_outputs(
     source: AdapterSource, base_outputs: Tensor, adapter_outputs: Tensor, merged_outputs: Tensor
 ) -> float:
-    """Return how much the adapter changes the outputs, which merging must not change."""
+    """Return how much the adapter changes the outputs. Raises UserError if merging changes them."""
     size = adapter_outputs.abs().max().item()
     num_outputs = base_outputs.shape[-1]  # an adapter may add tokens
     effect = difference(adapter_outputs[..., :num_outputs], base_outputs)
@@ -161,9 +178,9 @@ def require_same_outputs(
     print(f"merged against adapter, fp32:   {error:.3g}")
     # The sums are the same but for their order. fp32 rounds each to 6e-8, which layers multiply.
     if not error <= 1e-4 * size:  # NaN is not
-        found = f"merged it differs from base + adapter by {error:.3g}, more than rounding"
+        found = f"the merged model differs from base + adapter by {error:.3g}, more than rounding"
         raise UserError(f"--adapter {source.folder}: {found}; use it unmerged.")
-    if effect == 0 and source.adapter:
+    if effect == 0 and source.adapter_path:
         raise UserError(f"--adapter {source.folder}: it changes nothing; use the base as it is.")
     if error > effect:
         found = f"merging rounds by {error:.3g}, more than the adapter changes"
@@ -181,6 +198,42 @@ def read_back(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             found = "the written weights are not the merged ones, and are not kept"
             raise UserError(f"{folder}: {found}; try another disk.")
     return written
+
+
+def compare_written(
+    written: PreTrainedModel, tokens: Tensor, adapter_outputs: Tensor, merged_outputs: Tensor
+) -> float:
+    """Print and return how far the written model's outputs are from those of the adapter.
+
+    Raises UserError where they are not finite.
+    """
+    written_outputs = outputs(written, tokens)
+    rounding = difference(written_outputs, adapter_outputs)
+    dtype_name = str(written.dtype).removeprefix("torch.")
+    print(f"merged against adapter, {dtype_name}: {rounding:.3g}")
+    if written.get_output_embeddings() is not None:  # a language model
+        print(f"the most likely token is {same_tokens(written_outputs, adapter_outputs)}")
+        if written.dtype != torch.float32:
+            in_fp32 = f"{difference(merged_outputs, adapter_outputs):.3g}, and the token"
+            in_fp32 += f" {same_tokens(merged_outputs, adapter_outputs)}"
+            print(f"with --dtype float32 the difference would be {in_fp32}")
+    if not math.isfinite(rounding):
+        raise UserError(f"the outputs in {dtype_name} are not finite; add --dtype float32.")
+    return rounding
+
+
+def require_small_rounding(rounding: float, effect: float, dtype: torch.dtype) -> None:
+    """Print how rounding to `dtype` compares with the effect of the adapter.
+
+    Raises UserError where it changes the outputs more than the adapter does.
+    """
+    if rounding > effect:
+        found = f"changes more ({rounding:.3g}) than the adapter does"
+        dtype_name = str(dtype).removeprefix("torch.")
+        raise UserError(f"rounding to {dtype_name} {found}; add --dtype float32.")
+    share = rounding / effect
+    verdict = "fine" if share <= 0.1 else "coarse (--dtype float32 keeps more)"
+    print(f"{verdict}: rounding changes {share:.2g} times what the adapter changes")
 
 
 def save_scorer(

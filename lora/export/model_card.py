@@ -9,7 +9,7 @@ import torch
 
 from lora.common.base_model_files import locate_base
 from lora.config.schema import Config
-from lora.data.tokenise import bos_tokens
+from lora.data.chat_template import bos_tokens
 from lora.model.task import Task
 
 PROMPTS = {"lm": "From left to right: 12+9-1", "score": "From left to right: 12+9-1\n12+9=21"}

@@ -131,7 +131,6 @@ def build_model(
         from lora.model.first_layers import cut_above  # asked for by few
 
         cut_above(model, config.model.score_layer)
-    if config.model.add_special_tokens:
-        add_tokens(model, tokenizer, config.model.add_special_tokens)
+    add_tokens(model, tokenizer, config.model.add_special_tokens)
     make_all_trainable(model)
     return model

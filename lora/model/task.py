@@ -6,12 +6,13 @@ the head turns them into the sum of their losses.
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora.adapter import load_adapter, save_adapter
+from lora.adapter_format import load_tensors
 from lora.common.checkpoint_folders import adapter_folder, model_folder
 from lora.common.errors import UserError, library_errors
 from lora.data.batches import Batch
@@ -203,7 +204,7 @@ class Task(nn.Module):
                     return
                 absent = "no mlp_head.safetensors, no score.0 and score.2 (of two rows)"
                 raise UserError(f"{folder}: {absent}; expected a scorer's.")
-            saved = load_file(path)
+            saved = load_tensors(path)
             parameters = dict(self.head.named_parameters())
             unexpected = saved.keys() ^ parameters.keys()
             if unexpected:

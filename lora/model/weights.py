@@ -273,6 +273,8 @@ def add_tokens(
 
     The tokens that the chat template writes are special, so contents of a chat read them as text.
     """
+    if not tokens:
+        return
     # A tokenizer without a template will be given ChatML's, by use_chatml.
     template = str(tokenizer.chat_template or "<|im_start|> <|im_end|>")
     for token in tokens:

@@ -43,7 +43,7 @@ def cut_off(trial: Trial) -> Result:
 def duplicates(trial: Trial) -> Result:
     count, total = trial.facts["repeated"], trial.facts["train"]["examples"]
     measured = f"{count} of {total} examples repeat an earlier one word for word"
-    return require_no_faults(count, total, measured, "take them out, or give them a weight")
+    return require_no_faults(count, total, measured, "remove them, or give them a weight")
 
 
 def overlap(trial: Trial) -> Result:
@@ -165,7 +165,7 @@ def target_mask(trial: Trial) -> Result | None:
 
 
 def learns_from_others(messages: list[dict], learned: str) -> bool:
-    """Say whether `learned` has a message in it that only the user or the system wrote."""
+    """Return whether `learned` contains a message that only the user or the system wrote."""
     # Whole messages, because their tool calls may quote what a user wrote.
     by_assistant = letters([m for m in messages if m["role"] == "assistant"])
     for message in messages:

@@ -12,7 +12,6 @@ from lora.evaluation.predict import evaluate
 from lora.layer import LoRALinear, lora_layers, merge
 from lora.model.compatibility import find_incompatibility
 from lora.model.heads import LMHead
-from lora.model.weights import is_finite
 from lora.preflight.check_result import BUG, FAIL, PASS, WARN, Result, require, require_at_most
 from lora.preflight.trial import Trial, largest_difference, same_gradients, same_tensors
 from lora.target_modules import is_pooler, is_tied
@@ -21,16 +20,6 @@ from lora.training.base_integrity import adapter_parameters, frozen_sums
 from lora.training.optimizer import make_optimizer
 
 UPDATES = 10  # on a repeated batch
-
-
-def finite_weights(trial: Trial) -> Result:
-    tensors = trial.task.state_dict()
-    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    not_finite = [name for name, tensor in floats.items() if not is_finite(tensor)]
-    if not_finite:
-        advice = "the file is damaged: download it again, or choose another --init_from"
-        return Result(FAIL, f"not finite: {first_names(not_finite)}; {advice}")
-    return Result(PASS, f"all {len(tensors)} tensors are finite")
 
 
 def first_names(names: list[str]) -> str:
@@ -268,7 +257,6 @@ def merged(trial: Trial) -> Result | None:
 
 
 MODEL = {
-    "finite weights": finite_weights,
     "tied embeddings": tied_as_declared,
     "model compatibility": model_as_assumed,
     "fresh adapter changes nothing": fresh_adapter,

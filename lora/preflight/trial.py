@@ -98,7 +98,7 @@ class Trial:
 
 
 def sample_rows(rows: Rows, max_tokens: int) -> Rows:
-    """Return the shortest of the first rows: at most `max_tokens` tokens in all, two rows at least.
+    """Return the shortest of the first rows: at least two, and at most `max_tokens` tokens in all.
 
     A row with more than half of them is cut to half, with its first target in the middle.
     """
@@ -133,7 +133,7 @@ def sample_rows(rows: Rows, max_tokens: int) -> Rows:
 
 
 def keep_layers_to_check(task: Task) -> str:
-    """Keep the first layers of a large model, two at least; return a note, "" if all are kept."""
+    """Keep the first layers, at least two, of a large model; return a note, "" if all are kept."""
     layers = decoder_layers(task.model)
     total = len(layers)
     kept, num_parameters = 0, 0

@@ -141,7 +141,7 @@ def split(
 ) -> tuple[list[Document], list[Document]]:
     """Return the training documents and the test documents, at least two of each."""
     if len(documents) < 4:  # a question shows passages of other documents beside the right one
-        expected = "expected 4 at least, two for training and two for the test"
+        expected = "expected at least 4: two for training and two for the test"
         raise UserError(f"{len(documents)} documents; {expected}.")
 
     def order(document: Document) -> bytes:

@@ -1,15 +1,10 @@
 """Runs side by side: how their configurations differ, how they ended, and which is better.
 
-    python -m lora compare outputs/r_*                     a table, the best validation loss first
-    python -m lora compare outputs/r_* --against outputs/r_16    is each better, worse, or neither?
-    python -m lora compare outputs/r_* --sweep lora_r=1,4 seed=1,2   the commands of those not run
-    python -m lora compare outputs/r_* --plot sweep.png    curves, and losses against the swept key
-    python -m lora compare outputs/r_* --format csv        the table alone, for other programs
-
-Two runs are compared at their best steps, on the validation examples that both were evaluated on:
-a 95 % bootstrap interval of the difference of their losses. That says which of two models is
-better, not which of two settings, because another seed gives another model. Where runs differ in
-nothing but their seed, their spread is included in the interval.
+python -m lora compare outputs/r_*                     a table, the best validation loss first
+python -m lora compare outputs/r_* --against outputs/r_16    is each better, worse, or neither?
+python -m lora compare outputs/r_* --sweep lora_r=1,4 seed=1,2   the commands of those not run
+python -m lora compare outputs/r_* --plot sweep.png    curves, and losses against the swept key
+python -m lora compare outputs/r_* --format csv        the table alone, for other programs
 """
 
 import argparse
@@ -19,9 +14,7 @@ import csv
 from importlib.util import find_spec
 import io
 import json
-import math
 from pathlib import Path
-import statistics
 import sys
 
 from lora.common.atomic_files import atomic_file
@@ -31,11 +24,10 @@ from lora.config.flags import Parser
 from lora.config.schema import LoraConfig
 from lora.tools.finished_run import DATA_KEYS, FinishedRun, format_value
 from lora.tools.sweep import missing_commands
+from lora.tools.verdict import loss_name, spread_of_seeds, verdict
 
 BLOCKS = "▁▂▃▄▅▆▇█"  # heights of a curve in the terminal
 MAX_WIDTH = 40  # of a curve in the terminal
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def differing_keys(runs: Sequence[FinishedRun]) -> list[str]:
@@ -45,12 +37,12 @@ def differing_keys(runs: Sequence[FinishedRun]) -> list[str]:
     """
     keys = {}
     for run in runs:
-        keys.update(run.config)
+        keys.update(run.settings)
     differing = []
     for key in keys:
         # A key without a value, as max_samples, is not in the configuration either.
         is_of_lora = key in vars(LoraConfig())
-        values = [run.config.get(key) for run in runs if key in run.config or not is_of_lora]
+        values = [run.settings.get(key) for run in runs if key in run.settings or not is_of_lora]
         tells_method = key == "lora_r" and len(values) < len(runs)
         if tells_method or any(value != values[0] for value in values):
             differing.append(key)
@@ -69,7 +61,7 @@ def table(runs: Sequence[FinishedRun]) -> list[dict]:
     rows = []
     for run, results in zip(runs, results_of_runs):
         row = {"run": run.name}
-        row.update({key: run.config.get(key) for key in keys})
+        row.update({key: run.settings.get(key) for key in keys})
         if len(hashes) > 1:  # under one path there were several files
             row["data"] = run.data or None
         row.update({name: results.get(name) for name in names})
@@ -107,80 +99,6 @@ def aligned(rows: list[list[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(row, widths)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def interval(
-    losses: Sequence[float], counts: Sequence[int], draws: int = 2000, seed: int = 0
-) -> tuple[float, list[float]]:
-    """Return the mean loss of the targets, and its 95 % interval [low, high].
-
-    `losses` [examples], or differences of two runs' losses, are summed over the targets of each
-    example, whose numbers are `counts` [examples].
-    """
-    import numpy as np  # see FinishedRun.example_losses
-
-    from lora.evaluation.statistics import bootstrap_samples, interval_95
-
-    sums, targets = np.asarray(losses, np.float64), np.asarray(counts, np.float64)
-    samples = bootstrap_samples(len(sums), draws, seed)
-    drawn = [sums[sample].sum() / targets[sample].sum() for sample in samples]
-    return sums.sum() / targets.sum(), interval_95(drawn)
-
-
-def spread_of_seeds(runs: Iterable[FinishedRun]) -> tuple[float, int]:
-    """Return the standard deviation of the best loss over seeds, and its degrees of freedom.
-
-    Both are 0 where no two runs differ in nothing but their seed.
-    """
-    losses_of_setting: dict[str, dict[int, float]] = defaultdict(dict)  # {seed: loss}
-    for run in runs:
-        if run.has_ended and run.best_step is not None:
-            setting = json.dumps([{**run.config, "seed": None}, run.data], sort_keys=True)
-            losses_of_setting[setting][run.config["seed"]] = run.best_loss
-    freedom, squares = 0, 0.0
-    for losses in losses_of_setting.values():
-        freedom += len(losses) - 1
-        squares += len(losses) * statistics.pvariance(losses.values())
-    if freedom == 0:
-        return 0.0, 0
-    return math.sqrt(squares / freedom), freedom
-
-
-def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> str:
-    """Return a line: the loss of `run` minus that of `other`, and what follows from it."""
-    title = f"{run.name} minus {other.name}:"
-    if loss_name(run) != loss_name(other):
-        return f"{title} cannot tell: their losses are not on one scale"
-    run_losses = run.example_losses(run.best_step)
-    other_losses = other.example_losses(other.best_step)
-    shared = [key for key in run_losses if key in other_losses]
-    if not shared:
-        return f"{title} cannot tell: no validation examples that both were evaluated on"
-    differences = [run_losses[key][0] - other_losses[key][0] for key in shared]
-    counts = [run_losses[key][1] for key in shared]
-    difference, (low, high) = interval(differences, counts)
-    note = "as models; to compare their settings, train more seeds"
-    deviation, freedom = spread
-    if freedom > 0:
-        # The difference of two seeds has twice the variance of one. Chance from the seeds and
-        # chance from the examples are independent, so their variances are added.
-        chance = STUDENT[min(freedom, len(STUDENT)) - 1] * deviation * math.sqrt(2)
-        low = difference - math.hypot(difference - low, chance)
-        high = difference + math.hypot(high - difference, chance)
-        note = f"standard deviation over seeds {deviation:.5f}"
-    if high < 0:
-        decision = "better"
-    elif low > 0:
-        decision = "worse"
-    else:
-        decision = "cannot tell"
-    measured = f"{difference:+.5f} [{low:+.5f}, {high:+.5f}] over {len(shared)} examples"
-    return f"{title} {measured}: {decision} ({note})"
-
-
-def loss_name(run: FinishedRun) -> str:
-    """Return what the loss of a run is; losses of different names are not on one scale."""
-    return run.config["score_loss"] if run.config["task"] == "score" else "cross entropy"
 
 
 def by_loss(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
@@ -230,7 +148,7 @@ def plot(path: str, runs: Sequence[FinishedRun], key: str | None) -> None:
             curves.legend(fontsize=7)
         if key:
             evaluated = [run for run in group if run.best_step is not None]
-            values = [run.config[key] for run in evaluated]
+            values = [run.settings[key] for run in evaluated]
             axes = figure.add_subplot(len(groups), columns, row * columns + 2)
             axes.plot(values, [run.best_loss for run in evaluated], marker="o", linestyle="none")
             axes.set(xlabel=key, ylabel=f"best validation loss ({loss})")
@@ -244,7 +162,7 @@ def swept_key(runs: Sequence[FinishedRun]) -> str | None:
     """Return the numeric key in which the runs differ, the seed aside, if there is only one."""
     numeric_keys = []
     for key in differing_keys(runs):
-        types = {type(run.config.get(key)) for run in runs}
+        types = {type(run.settings.get(key)) for run in runs}
         if key != "seed" and types <= {int, float}:
             numeric_keys.append(key)
     return numeric_keys[0] if len(numeric_keys) == 1 else None
@@ -284,7 +202,7 @@ def read_runs(folders: Iterable[str]) -> list[FinishedRun]:
         else:
             others.append(folder)
     if others:
-        found = f"left out, because they are no folders of runs: {' '.join(others)}"
+        found = f"left out, because they are not folders of runs: {' '.join(others)}"
         print(printable(found), file=sys.stderr)
     if not runs:
         raise UserError("no folder of a run is named: expected folders like outputs/RUN.")

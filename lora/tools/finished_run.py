@@ -39,14 +39,14 @@ DATA_KEYS = ("train_data", "eval_data")
 
 @dataclass
 class FinishedRun:
-    """What the folder of a run says about it. The run may still be in progress, or have failed.
+    """A run, as its folder describes it. The run may still be in progress, or have failed.
 
     Somebody else may have written it: no link is followed out of it, and values are checked.
     """
 
     folder: Path
-    config: dict  # as `flat_config` returns it
-    tables: dict = field(default_factory=dict)  # the same, table by table
+    settings: dict  # as `flat_config` returns it
+    settings_by_table: dict = field(default_factory=dict)
     lines: list[dict] = field(default_factory=list)  # of logs/train_metrics.jsonl
     results: dict = field(default_factory=dict)  # logs/final_results.json, if it has ended well
     status: dict = field(default_factory=dict)  # status.json
@@ -61,7 +61,8 @@ class FinishedRun:
         run = cls(Path(folder), {})
         # Keys that are newer than the run get their defaults.
         config = from_dict(read_file(run.file("logs/config.json")), str(config_file))
-        run.config, run.tables = flat_config(config), config.as_dict()
+        run.settings = flat_config(config)
+        run.settings_by_table = config.as_dict()
         metrics = run.file("logs/train_metrics.jsonl")
         # The last line may be being written.
         lines = run.read_text("logs/train_metrics.jsonl").split("\n")[:-1]
@@ -89,7 +90,7 @@ class FinishedRun:
 
     def has_other_data(self, other: FinishedRun) -> bool:
         """Return whether the same paths are known to have held other data for another run."""
-        same_paths = all(self.config.get(key) == other.config.get(key) for key in DATA_KEYS)
+        same_paths = all(self.settings.get(key) == other.settings.get(key) for key in DATA_KEYS)
         return same_paths and "" not in (self.data, other.data) and self.data != other.data
 
     def file(self, name: str) -> Path:

@@ -190,8 +190,8 @@ def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTr
     """
     base_model = str(base_model)
     source = find_adapter(str(folder), base_model)
-    if source.adapter is None:
-        raise UserError(f"{folder}: a score head alone, on the base as it is; expected an adapter.")
+    if source.adapter_path is None:
+        raise UserError(f"{folder}: only a score head, without an adapter; expected an adapter.")
     config = source.config or get_lora_config()
     warning = source.verify()
     if warning:
@@ -200,9 +200,8 @@ def load_and_verify_adapter(base_model: str | Path, folder: str | Path) -> PreTr
     model_class = AutoModel if source.is_scorer else class_for(shape)
     quantization = four_bits(config.lora, choose_device("auto"))
     model = load_weights(model_class, base_model, dtype, None, quantization)
-    if config.model.add_special_tokens:
-        add_tokens(model, tokenizer, config.model.add_special_tokens)
+    add_tokens(model, tokenizer, config.model.add_special_tokens)
     if config.model.score_layer:
         cut_above(model, config.model.score_layer)
-    load_adapter(model, source.adapter)
+    load_adapter(model, source.adapter_path)
     return model

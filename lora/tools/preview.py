@@ -54,8 +54,7 @@ def main(argv: Sequence[str]) -> None:
     shape, _, tokenizer = load_shape(config.model.base_model)
     with torch.device("meta"):  # the class of the model is enough, no weights are needed
         model = AutoModel.from_config(shape)
-    if config.model.add_special_tokens:
-        add_tokens(model, tokenizer, config.model.add_special_tokens)
+    add_tokens(model, tokenizer, config.model.add_special_tokens)
     causal = is_causal(model)
     set_max_length(config, shape, first_position(model))
     _, facts = tokenise_examples(examples, tokenizer, causal, config, "data")

@@ -32,7 +32,7 @@ def page(run: FinishedRun) -> str:
         if metadata:
             from lora.tools.report_samples import held_out_samples  # imports torch
 
-            samples = held_out_samples(run.folder / "final_artifact", metadata)
+            samples = held_out_samples(run.folder / "final_artifact")
     except UserError as error:
         problem = str(error)
         print(printable(f"no samples: {problem}"))
@@ -50,7 +50,7 @@ def page(run: FinishedRun) -> str:
         "startup_log": startup_log(run),
         "trained": value_rows({name: metadata.get(name) for name in TRAINED_FACTS}),
         "environment": value_rows(environment),
-        "configuration": {name: value_rows(table) for name, table in run.tables.items()},
+        "configuration": {name: value_rows(table) for name, table in run.settings_by_table.items()},
     }
     return render_template("report.html", values)
 
@@ -65,7 +65,7 @@ def artifact_metadata(run: FinishedRun) -> dict:
 
 def headline(run: FinishedRun) -> str:
     """Return what was trained on which base for which task, and how well it did."""
-    config = run.config
+    config = run.settings
     base = config["base_model"]
     if base == "embedded":
         base = "the embedded base"
@@ -97,7 +97,7 @@ def held_out_size(run: FinishedRun) -> str:
     if not losses:
         return "the held-out data"
     targets = sum(count for _, count in losses.values())
-    what = "labelled steps" if run.config["task"] == "score" else "tokens"
+    what = "labelled steps" if run.settings["task"] == "score" else "tokens"
     return f"{len(losses):,} held-out sequences with {targets:,} {what}"
 
 

@@ -8,13 +8,14 @@ from markupsafe import Markup
 import numpy as np
 import torch
 
-from lora.common.errors import UserError
 from lora.config.schema import Config
 from lora.data.examples import Example
-from lora.data.raw_data import changed_path
-from lora.data.split import Split
 from lora.evaluation.calibration import calibration, expected_calibration_error
-from lora.evaluation.eval_arguments import trained_config
+from lora.evaluation.eval_arguments import (
+    held_out_examples,
+    require_recorded_data,
+    trained_config,
+)
 from lora.evaluation.generate import generate_answers, prompt_tokens, step_scores, text_tokens
 from lora.evaluation.step_metrics import labelled_steps
 from lora.evaluation.step_report import chains
@@ -41,29 +42,18 @@ class Samples:
     reliability_chart: Markup = Markup("")
 
 
-def held_out_samples(artifact: Path, metadata: dict) -> Samples:
+def held_out_samples(artifact: Path) -> Samples:
     """Run the model of a final artifact on held-out examples."""
     config = trained_config(str(artifact))
-    require_recorded_data(config, metadata)
+    # A page is made to be passed on: nothing of another file must come into it. Only the files
+    # that this checks are read below.
+    require_recorded_data(str(artifact), config)
     device = choose_device(config.training.device)
     task = import_script("eval").load(str(artifact), config, device).eval()
-    examples = list(Split(config).examples(held_out=True))
+    examples = held_out_examples(config)
     if config.model.task == "score":
         return score_chains(task, examples[:MAX_SCORED_EXAMPLES], config)
     return Samples(answers_to(task, examples[:MAX_SHOWN_EXAMPLES], config))
-
-
-def require_recorded_data(config: Config, metadata: dict) -> None:
-    """Raise UserError unless the data files are those that the run was made with.
-
-    A page is made to be passed on: somebody's artifact must not put another file of ours into it.
-    """
-    parts = {"train_data": config.data.train_paths, "eval_data": config.data.held_out_paths}
-    for part, paths in parts.items():
-        changed = changed_path(paths, metadata[part])
-        if changed:
-            found = "not the file that the run was made with"
-            raise UserError(f"{changed}: {found}, so that no example of it is shown.")
 
 
 def score_chains(task: Task, examples: Sequence[Example], config: Config) -> Samples:

@@ -29,11 +29,11 @@ def proposed_name(run: FinishedRun, config: Config, names: Iterable[str]) -> str
     places: dict[tuple[int, int], str] = {}  # (start, end) in the name: the new value
     added = ""
     for key in names:
-        old, new = format_value(run.config.get(key)), format_value(values[key])
+        old, new = format_value(run.settings.get(key)), format_value(values[key])
         # A part of another number, as 1 of 1e-2, is not the value.
         pattern = rf"(?<![\d.])(?<!e-){re.escape(old)}(?![\d.]|e-?\d)"
         found = [match.span() for match in re.finditer(pattern, name)]
-        if key in run.config and len(found) == 1 and found[0] not in places:
+        if key in run.settings and len(found) == 1 and found[0] not in places:
             places[found[0]] = new
         elif old != new:
             added += f"_{key}_{new}"
@@ -60,7 +60,7 @@ def missing_commands(
             raise UserError(f"--sweep {key}: given twice; give its values as {key}=A,B.")
         values_of_key[key] = values.split(",")
     config_file = first.file("logs/config.toml")
-    script = "train_lora.py" if "lora_r" in first.config else "train.py"
+    script = "train_lora.py" if "lora_r" in first.settings else "train.py"
     checkpoints = checkpoints_by_step(first.folder / "checkpoints")
     processes = 1
     if checkpoints:
@@ -68,7 +68,7 @@ def missing_commands(
             state = read_state(checkpoints[max(checkpoints)], first.folder)
             processes = state["facts"]["place"]["processes"]
     ended_runs = [run for run in runs if run.has_ended and not run.has_other_data(first)]
-    ended_configs = [run.config for run in ended_runs]
+    ended_configs = [run.settings for run in ended_runs]
     folder = first.folder.resolve().parent
     commands = []
     for combination in itertools.product(*values_of_key.values()):

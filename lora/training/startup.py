@@ -15,7 +15,7 @@ from lora.common.toml_json import read_file
 from lora.config.command_line import Command
 from lora.config.resume import EVALUATION_KEYS, INTERVAL_KEYS, PLACE_KEYS
 from lora.config.schema import Config, LoraConfig
-from lora.data.assistant_mask import answers_follow_prompt
+from lora.data.assistant_mask import turn_format_of
 from lora.data.counts import describe_data
 from lora.data.raw_data import RawData, digest
 from lora.distributed import process_group
@@ -233,9 +233,11 @@ def data_warnings(run: Run, data_facts: dict) -> list[str]:
     if data_facts["overlap"]:
         overlap = f"{data_facts['overlap']} prompts or texts"
         lines.append(f"warning: {overlap} are both in the training and in the held-out data")
-    if data_facts["chats"] and not answers_follow_prompt(task.tokenizer):
-        where = "answers do not follow the chat template's generation prompt"
-        lines.append(f"warning: {where}: they are generated elsewhere than they are trained")
+    if data_facts["chats"]:
+        turn_format = turn_format_of(task.tokenizer, task.tokenizer.chat_template)
+        if not turn_format.answers_follow_prompt:
+            where = "answers do not follow the chat template's generation prompt"
+            lines.append(f"warning: {where}: they are generated elsewhere than they are trained")
     rope = getattr(task.model.config.get_text_config(), "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") == "longrope" and config.data.max_length > original:
@@ -261,7 +263,7 @@ def describe_length(run: Run, train_facts: dict) -> list[str]:
     if data.steps_per_epoch < 1:
         lines.append(f"one step is {1 / data.steps_per_epoch:.3g} passes over the training data")
     if epochs > MANY_EPOCHS:
-        advice = "most of the time is wasted, or the data are learned by heart"
+        advice = "most of the time is wasted, or the data are memorised"
         lines.append(f"warning: {epochs:.0f} epochs over the same data: {advice}")
     warmup = warmup_steps(max_steps, training)
     if warmup >= max_steps:

@@ -601,7 +601,7 @@ def test_without_weights_the_sets_are_one(configure):
 def test_a_set_too_small_to_be_reached_or_with_nothing_left_is_an_error(configure):
     with pytest.raises(UserError, match="a share below 0.0001 is never reached"):
         mixed(configure, [1.0, 1e-6, 1.0])
-    with pytest.raises(UserError, match="arithmetic:train:0: none of its rows is left"):
+    with pytest.raises(UserError, match="arithmetic:train:0: it has no rows left"):
         mixed(configure, [1.0, 1.0, 1.0], counts=(60, 0, 40))
 
 

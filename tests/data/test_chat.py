@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from lora.common.base_model_files import EMBEDDED_BASE
 from lora.common.errors import UserError
 from lora.config.schema import DataConfig
-from lora.data.assistant_mask import answers_follow_prompt, chat_pieces, turn_format_of
+from lora.data.assistant_mask import chat_pieces, turn_format_of
 from lora.data.batches import Rows
 from lora.data.chat_template import use_chatml
 from lora.data.examples import Example
@@ -377,7 +377,8 @@ def test_where_answers_do_not_follow_the_generation_prompt_it_is_known():
     never = set()
     for path in templates_of_trl():
         template = path.read_text()
-        if not answers_follow_prompt(tokenizer_with(template, *special_tokens(template))):
+        tokenizer = tokenizer_with(template, *special_tokens(template))
+        if not turn_format_of(tokenizer, tokenizer.chat_template).answers_follow_prompt:
             never.add(path.stem)
     assert "deepseek_r1_distill" in never
     assert not never & {"qwen2_5", "qwen3", "llama3", "gemma", "gemma2", "gptoss", "phi3"}

@@ -5,7 +5,7 @@ them.
 import json
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -378,6 +378,14 @@ def test_the_backbone_of_a_scorers_checkpoint_brings_its_head_along(configure):
     task = load_task(config, torch.float32)
     head = load_file(checkpoint / "mlp_head.safetensors")
     assert all(torch.equal(tensor, head[name]) for name, tensor in task.head.state_dict().items())
+
+
+def test_a_head_that_is_not_finite_is_refused(task, tmp_path):
+    tensors = task.head.state_dict()
+    tensors["layers.3.bias"][0] = torch.nan
+    save_file(tensors, tmp_path / "mlp_head.safetensors")
+    with pytest.raises(UserError, match="mlp_head.safetensors: not finite numbers: layers.3.bias"):
+        task.load_head(tmp_path)
 
 
 # ---------------------------------------------------------------------------------- phases, serving

@@ -360,7 +360,7 @@ def test_a_card_names_a_base_of_the_hub_unless_only_its_shape_was_taken(configur
     facts = {"best": {"step": 1}, "train_data": {}, "eval_data": {}, "seconds": 1}
     card = model_card(task, config, facts | {"trainable_parameters": 1, "parameters": 1})
     what = "model from random weights in the shape" if init_from else "full fine-tuning"
-    assert f"A {what} of `owner/name`, made with plainlora" in card
+    assert f"A {what} of `owner/name`, trained with plainlora" in card
     assert ('base_model: "owner/name"' in card) == (not init_from)
 
 

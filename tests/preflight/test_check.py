@@ -440,7 +440,7 @@ FAULTS = {
         lambda p: change_row(p, lambda row: [-100 if t < 20 else t for t in row.targets]),
     ),
     "a NaN among the weights": (
-        "finite weights",
+        "loss on a repeated batch",
         in_task(lambda t: first_lora(t).lora_A.weight[0, :1].fill_(torch.nan)),
     ),
     "an untied head": ("tied embeddings", in_task(untie)),
@@ -537,7 +537,7 @@ def test_a_fault_in_what_is_computed_is_found(configure, lines, tmp_path, monkey
             lambda rendered: [r.targets.reverse() for r in rendered.rows] and rendered,
         ),
         ("loss is the mean over targets", MLPHead, "forward", lambda loss: loss * 1.5),
-        ("resuming is exact", lora.model.task, "load_file", halved),
+        ("resuming is exact", lora.model.task, "load_tensors", halved),
     ],
 )
 def test_a_fault_in_scores_is_found(configure, lines, monkeypatch, line, owner, name, change):

@@ -75,7 +75,7 @@ def test_a_run_says_that_its_whole_model_is_rounded(configure, tiny_base, tmp_pa
     AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(base)
     folder = run(configure(lora, task="lm", base_model=str(base), max_steps=2))
-    note = "note: the artifact is rounded to bfloat16, the base's; these numbers are of float32"
+    note = "note: the artifact is rounded to the base's bfloat16; these numbers are of float32"
     assert (note in capsys.readouterr().out) != lora
     card = (folder / "final_artifact" / "README.md").read_text()
     assert ("weights here are rounded to bfloat16, the base's" in card) != lora

@@ -74,8 +74,8 @@ DATA = [
         "lm",
         ":2: not JSON that can be read .'text' is given twice",
     ),
-    (5, "a.jsonl", "", "lm", ": 0 examples"),
-    (5, "a.jsonl.gz", gzip.compress(b"\n\n"), "lm", ": 0 examples"),
+    (5, "a.jsonl", "", "lm", ": no examples"),
+    (5, "a.jsonl.gz", gzip.compress(b"\n\n"), "lm", ": no examples"),
     (
         6,
         "a.jsonl",
@@ -96,7 +96,7 @@ DATA = [
         "a.jsonl",
         CHAT + chat(("user", ""), ("assistant", "x")),
         "lm",
-        ":2: 1 of 2 rows have a blank message; expected 1% at most",
+        ":2: 1 of 2 rows have a blank message; expected at most 1%",
     ),
     (
         9,
@@ -146,7 +146,7 @@ DATA = [
         "a.jsonl",
         TEXT + r'{"text": "\ud800"}' + "\n",
         "lm",
-        ":2: text holds half of a surrogate pair",
+        ":2: text contains half of a surrogate pair",
     ),
     (
         17,

@@ -25,5 +25,6 @@ def test_every_line_of_the_table_is_answered(script, tmp_path, monkeypatch, caps
     page = tmp_path / "page.md"
     monkeypatch.setattr(sys, "argv", ["page", "--output", str(page)])
     assert script.main() == 0, capsys.readouterr().out
-    row = re.compile(r"^(\| [ABC]\d+ \|.*\|) `", re.M)
-    assert row.findall(page.read_text()) == row.findall(script.PAGE.read_text())
+    row = re.compile(r"^(\|.*\|) `", re.M)  # without the answer, which has times and hashes
+    rows = row.findall(page.read_text())
+    assert rows and rows == row.findall(script.PAGE.read_text())

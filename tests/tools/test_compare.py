@@ -15,9 +15,10 @@ from lora.config.schema import get_lora_config
 from lora.config.set_keys import from_dict, set_key
 from lora.evaluation.statistics import bootstrap_samples
 from lora.tools import compare
-from lora.tools.compare import interval, main, spread_of_seeds, table, verdict
+from lora.tools.compare import main, table
 from lora.tools.finished_run import FinishedRun, flat_config
 from lora.tools.sweep import missing_commands, proposed_name
+from lora.tools.verdict import interval, spread_of_seeds, verdict
 from tests.conftest import configuration, run
 
 
@@ -160,7 +161,7 @@ def test_a_key_that_one_of_two_runs_has_not_set_differs(sweep, tmp_path):
 def test_a_run_that_was_stopped_tells_nothing_about_seeds(sweep, tmp_path):
     runs = [FinishedRun.of(str(sweep[name])) for name in ("s1", "s2")]
     stopped = FinishedRun.of(str(shutil.copytree(sweep["s2"], tmp_path / "s3")))
-    stopped.config["seed"], stopped.status = 3, {"exit": 130, "error": "stopped"}
+    stopped.settings["seed"], stopped.status = 3, {"exit": 130, "error": "stopped"}
     for line in stopped.lines:
         line["val/loss"] = 9.0
     assert spread_of_seeds([*runs, stopped]) == spread_of_seeds(runs)
@@ -212,10 +213,10 @@ def test_only_other_seeds_tell_how_much_chance_there_is(sweep):
     assert spread_of_seeds([runs["s1"], runs["s1"]]) == (0.0, 0)
     again = spread_of_seeds([*runs.values(), runs["s1"]])
     assert again == spread_of_seeds(runs.values())
-    config = from_dict(runs["s2"].tables, "test")
+    config = from_dict(runs["s2"].settings_by_table, "test")
     config.output.logging_steps, config.output.save_steps = 3, 7
     config.evaluation.threshold = 0.3
-    assert flat_config(config) == runs["s2"].config
+    assert flat_config(config) == runs["s2"].settings
 
 
 def test_the_picture_of_the_runs_is_written(sweep, tmp_path):

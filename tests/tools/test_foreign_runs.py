@@ -173,15 +173,19 @@ def test_a_linked_folder_is_not_followed(foreign, tmp_path, name):
         report.main([str(foreign)])
 
 
-def test_no_other_file_than_the_runs_data_comes_into_the_page(foreign, tmp_path):
-    assert "no example of it is shown" not in page_of(foreign)
-    secret = write(tmp_path / "secret", [chat(7, question="the secret")] * 3)[0]
+@pytest.mark.parametrize("key", ["train_data", "eval_data"])
+def test_no_other_file_than_the_runs_data_comes_into_the_page(foreign, tmp_path, key):
+    assert "what it held out is not known" not in page_of(foreign)
+    rows = [chat(7, question="the secret"), {"messages": [{"role": "the secret", "content": ""}]}]
+    secret = write(tmp_path / "secret", rows)[0]
     toml = foreign / "final_artifact" / "training_config.toml"
-    own = json.loads((foreign / "logs" / "config.json").read_text())["data"]["eval_data"][0]
+    own = json.loads((foreign / "logs" / "config.json").read_text())["data"][key][0]
     toml.write_text(toml.read_text().replace(own, str(secret)))
     seal(foreign / "final_artifact")
     page = page_of(foreign)
-    assert "the secret" not in page and "no example of it is shown" in page
+    assert "the secret" not in page
+    # With eval_data, the training files are not read, so their errors are not shown.
+    assert ("what it held out is not known" in page) == (key == "eval_data")
 
 
 @pytest.mark.parametrize("name", ["report.html", ".tmp_report.html"])

@@ -183,5 +183,5 @@ def test_a_folder_without_an_adapter_is_refused(configure, tiny_base):
     with pytest.raises(UserError, match="there is no adapter in it"):
         lora.load_and_verify_adapter(tiny_base, full)
     head = run(configure(True, "head", lora_r=0, max_steps=1)) / "final_artifact"
-    with pytest.raises(UserError, match="a score head alone, on the base as it is"):
+    with pytest.raises(UserError, match="only a score head, without an adapter"):
         lora.load_and_verify_adapter(tiny_base, head)

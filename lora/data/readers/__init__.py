@@ -5,8 +5,8 @@ They use the standard library only, because they run before torch is loaded. A r
     TASK        "lm" or "score"
     FORMS       sets of keys; it reads a row that has all keys of one of them
     OPTIONAL    the other keys that it reads, where a row has them; None: any may be one
-    examples    yields the examples of a row, or the reason why it is left out; of REVEAL,
-                whose examples have several rows, what `reveal.chains` takes
+    examples    yields the examples of a row, or the reason why it is left out. REVEAL's reader
+                yields pieces of evidence, which `reveal.chains` joins into examples
 
 A row of our own formats may have a "weight", a number from 0 on, by which its loss is multiplied.
 Any row may have a "category", a text or an integer, by which eval.py takes means as well.
@@ -46,7 +46,7 @@ def iterate(
     limit: int | None = None,
     notes: bool = True,
 ) -> Iterator[Example]:
-    """Yield the examples of paths and their dataset_ids while they are read. Raises UserError.
+    """Yield the examples of numbered paths; the number becomes their dataset_id. Raises UserError.
 
     Args:
         limit: number of examples after which nothing more is read.
@@ -72,7 +72,7 @@ def iterate(
             total += 1
             yield example
         if total == before:
-            raise UserError(f"{path}: 0 examples; expected one at least.")
+            raise UserError(f"{path}: no examples; expected at least one.")
 
 
 def read_file(
@@ -129,18 +129,28 @@ def read_file(
                 left_out[result] += 1
             else:
                 yield result
-    for ours, theirs in data.columns.items():
-        if ours not in columns_found and notes:
-            absent = f"--columns {ours}={theirs}: none of its {num_rows:,} rows has it"
-            print_on_rank_zero(f"note: {path}: {absent}")
-    if left_out and notes:
-        reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
-        print_on_rank_zero(f"note: {path}: left out: {', '.join(reasons)}")
+    if notes:
+        absent = []
+        for ours, theirs in data.columns.items():
+            if ours not in columns_found:
+                absent.append(f"--columns {ours}={theirs}")
+        print_notes(path, num_rows, absent, left_out, not_read)
     was_read_whole = limit is None or num_examples < limit
     if was_read_whole and left_out[BLANK] > MAX_BLANK * num_rows:
         share = f"{left_out[BLANK]} of {num_rows} rows have a blank message"
-        raise UserError(f"{first_blank}: {share}; expected 1% at most. Take them out.")
-    if not_read and notes:
+        raise UserError(f"{first_blank}: {share}; expected at most 1%. Remove them.")
+
+
+def print_notes(
+    path: str, num_rows: int, absent: list[str], left_out: Counter[str], not_read: Counter[str]
+) -> None:
+    """Print which --columns no row has, why rows are left out, and which keys are not read."""
+    for column in absent:
+        print_on_rank_zero(f"note: {path}: {column}: none of its {num_rows:,} rows has it")
+    if left_out:
+        reasons = [f"{count} rows ({reason})" for reason, count in left_out.most_common()]
+        print_on_rank_zero(f"note: {path}: left out: {', '.join(reasons)}")
+    if not_read:
         keys = []
         for key, count in not_read.most_common():
             keys.append(f"{key or 'a column without a name'} ({count:,} rows)")
@@ -174,12 +184,15 @@ def form_of(reader: ModuleType, row: dict) -> set[str]:
     return forms[0] if forms else set()
 
 
-def all_blank(form: set[str], row: dict) -> bool:
-    return all(is_blank(row[key]) for key in form)
-
-
 def readers_that_fit(row: dict, readers: tuple[ModuleType, ...]) -> list[ModuleType]:
     return [reader for reader in readers if form_of(reader, row)]
+
+
+def preference(reader: ModuleType, row: dict, renamed: Collection[str]) -> tuple[bool, bool]:
+    """Return a key by which readers are sorted: blank forms last, forms of --columns first."""
+    form = form_of(reader, row)
+    is_all_blank = all(is_blank(row[key]) for key in form)
+    return is_all_blank, form.isdisjoint(renamed)
 
 
 def reader_for(where: str, row: dict, task: str, renamed: Collection[str] = ()) -> ModuleType:
@@ -200,12 +213,8 @@ def reader_for(where: str, row: dict, task: str, renamed: Collection[str] = ()) 
             fitting += readers_that_fit(view, PUBLISHED)
         task_readers = [reader for reader in fitting if reader.TASK == task]
         if task_readers:
-
-            def unlikely(reader: ModuleType) -> tuple[bool, bool]:
-                form = form_of(reader, row)
-                return all_blank(form, row), form.isdisjoint(renamed)
-
-            return min(task_readers, key=unlikely)  # of equal ones the first
+            # Of equal ones min() takes the first.
+            return min(task_readers, key=lambda reader: preference(reader, row, renamed))
     if fitting:
         keys = f"keys {', '.join(row)} in a run of --task {task}"
         raise UserError(f"{where}: {keys}; add --task {fitting[-1].TASK}, or take other rows.")

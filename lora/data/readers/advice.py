@@ -104,7 +104,8 @@ def chat_columns(kinds: dict[str, str]) -> dict[str, str]:
     lists = [f"{key}.0" for key in kinds if kinds[key] == "list of texts"]
     answer = meaning(texts, ANSWERS) or meaning(lists, ANSWERS)
     prompt = meaning([text for text in texts if text != answer], PROMPTS)
-    if len(texts) == 2 and answer in ("", *texts):  # of two texts, one tells the other
+    # Two texts: if one is known to be the prompt or the answer, the other text is the other one.
+    if len(texts) == 2 and answer in ("", *texts):
         prompt = prompt or next(text for text in texts if text != answer)
         answer = next(text for text in texts if text != prompt)
     if prompt and answer:

@@ -131,7 +131,8 @@ def message_weight(where: str, number: int, message: dict) -> float:
     if message["role"] != "assistant":
         if True in booleans.values():
             problem = f"message {number} ({message['role']}) is to be trained"
-            raise UserError(f"{where}: {problem}, and only the assistant's are; take it out.")
+            switches = " and ".join(booleans)
+            raise UserError(f"{where}: {problem}, but only the assistant's are; remove {switches}.")
         return 1.0
     if False in is_trained:
         return 0.0

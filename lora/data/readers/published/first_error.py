@@ -22,22 +22,28 @@ def examples(where: str, row: dict, data: DataConfig) -> Examples:
     is_joined = row.keys() >= BIG_BENCH | PROCESS_BENCH
     is_big_bench = row.keys() >= BIG_BENCH and not (is_joined and row["input"] is None)
     if is_big_bench:
-        prompt, name, none_is_wrong, none = row["input"], "mistake_index", None, "null"
+        prompt = row["input"]
+        name = "mistake_index"
+        no_error = None
+        no_error_text = "null"
     else:
         if row.keys() >= set(MR_BEN):
             row = as_process_bench(where, row)
             if row["label"] is None:
                 yield "a wrong solution without its first error"
                 return
-        prompt, name, none_is_wrong, none = row["problem"], "label", -1, "-1"
+        prompt = row["problem"]
+        name = "label"
+        no_error = -1
+        no_error_text = "-1"
     steps, first_wrong = row["steps"], row[name]
     count = len(steps) if isinstance(steps, list) else 0
-    if first_wrong == none_is_wrong:
+    if first_wrong == no_error:
         labels = [1.0] * count
     elif type(first_wrong) is int and 0 <= first_wrong < count:
         labels = [1.0] * first_wrong + [0.0] + [None] * (count - first_wrong - 1)
     else:
-        expected = f"expected {none}, or 0 to {count - 1} (the first wrong step)"
+        expected = f"expected {no_error_text}, or 0 to {count - 1} (the first wrong step)"
         raise UserError(f"{where}: {name} {first_wrong!r}; {expected}.")
     yield make_chain(where, prompt, steps, labels)
 
