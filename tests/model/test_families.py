@@ -90,6 +90,7 @@ PADDED_ENCODERS = {
     | NO_DROPOUT
     | dict(relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8),
     "Deberta": SHAPE | NO_DROPOUT | dict(type_vocab_size=2),
+    "MPNet": SHAPE | NO_DROPOUT | dict(max_position_embeddings=66),
 }
 
 
