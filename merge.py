@@ -21,6 +21,7 @@ from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.common.exit_status import one_line_errors, require_one_process
 from lora.common.plain_file import plain_file
+from lora.common.printable_text import printable
 from lora.common.saved_files import refuse_inside_artifact, require_sha256
 from lora.common.signals import begin_loading_torch
 from lora.config.flags import Parser, add_flags
@@ -214,6 +215,8 @@ def rewrite_portable(arguments: Namespace) -> None:
         verify_checksums(folder)
     with atomic_folder(Path(arguments.output)) as temporary:
         write_portable(adapter_folder(folder) or folder, temporary)
+    if (folder / "mlp_head.safetensors").is_file():
+        print(printable(f"note: {folder}: the score head, mlp_head.safetensors, is left out"))
     print(f"wrote {arguments.output}")
 
 

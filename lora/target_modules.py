@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from lora.common.errors import UserError
@@ -40,8 +41,14 @@ def causal_lm_prefix(model: nn.Module) -> str:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Return whether no position sees a later one, according to the model's attention modules."""
-    return all(module.is_causal for module in model.modules() if hasattr(module, "is_causal"))
+    """Return whether no position sees a later one, as the model's attention modules state.
+
+    Where none does, as GPT-J's and DeBERTa's, a model is causal if it has a class for a causal LM.
+    """
+    stated = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if not stated:
+        return type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return all(stated)
 
 
 def first_position(model: nn.Module) -> int:

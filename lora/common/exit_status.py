@@ -86,8 +86,11 @@ def one_line_errors(status: RunStatus | None = None) -> Iterator[None]:
             raise SystemExit(error.status) from None
         if isinstance(error, ProcessLost) or not is_first_process:
             time.sleep(PATIENCE)
+        is_reported = status.has_ended()
+        if is_reported and not is_first_process and not isinstance(error, ProcessLost):
+            raise SystemExit(error.status) from None
         line = error_line(error, status.run_dir)
-        if not (isinstance(error, ProcessLost) and status.has_ended()):
+        if not (is_reported and isinstance(error, (ProcessLost, Interrupted))):
             status.write(error.status, line, **getattr(error, "facts", {}))
         start = "" if isinstance(error, Interrupted) else "error: "
         if not is_unread:

@@ -71,6 +71,8 @@ def resume_command(run_dir: Path | None) -> str:
     if not checkpoints:
         return ""
     newest = checkpoints[max(checkpoints)]
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # set by torchrun
+    if os.environ.get("WORLD_SIZE", "1") != processes:
+        return f"the same command on every machine, with --resume_from {newest.as_posix()}"
     call = script_call(sys.argv[0], int(processes) if processes.isdecimal() else 1)
     return shlex.join([*call, "--resume_from", newest.as_posix()])

@@ -1,12 +1,13 @@
 """Ctrl-C and SIGTERM while training: the step is finished and saved before the run ends.
 
 A second signal ends the process at once. The processes of a run tell each other in the sum that
-they make at every step anyway, so that all of them stop at the same step.
+they make at every step anyway, so that all of them stop at the same step. Before the first step and
+after the last one there is nothing to save: either signal ends the run at once.
 
 While torch is being imported there is nothing to save: Ctrl-C ends the process at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import os
 import signal
@@ -42,15 +43,27 @@ class StopSignal:
 def catch_signals() -> Iterator[StopSignal]:
     """Keep the first SIGINT or SIGTERM of the block in the StopSignal that it is given."""
     stop_signal = StopSignal()
+    with handling([signal.SIGINT, signal.SIGTERM], stop_signal.receive):
+        yield stop_signal
+
+
+def end_on_sigterm(number: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM outside of steps as Ctrl-C is: by an error, so that the end is recorded."""
+    raise Interrupted("ended by SIGTERM.", number)
+
+
+@contextmanager
+def handling(numbers: list[int], handler: Callable) -> Iterator[None]:
+    """Have `handler` receive these signals in the block, if it runs in the main thread."""
     previous = {}
     if threading.current_thread() is threading.main_thread():  # no other may set a handler
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, stop_signal.receive)
+        for number in numbers:
+            previous[number] = signal.signal(number, handler)
     try:
-        yield stop_signal
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 def say_at_once(line: str) -> None:

@@ -37,7 +37,9 @@ def require_model_and_data(config: Config) -> None:
         moved = "it moves the inputs of checkpointed layers"
         raise UserError(f"offload_activations: {moved}; add --gradient_checkpointing.")
     if config.lora and config.model.add_special_tokens and not config.lora.modules_to_save:
-        hint = "LoRA trains no embeddings; add --modules_to_save embed_tokens lm_head"
+        hint = "LoRA trains no embeddings; add --modules_to_save embed_tokens"
+        if config.model.task == "lm":
+            hint += " lm_head"
         raise UserError(f"add_special_tokens: {hint}.")
     require_formats(data)
     if not model:

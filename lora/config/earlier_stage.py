@@ -7,8 +7,8 @@ from lora.common.checksums import verify_checksums
 from lora.common.errors import UserError
 from lora.common.plain_file import plain_file
 from lora.common.printable_text import print_on_rank_zero
-from lora.common.toml_json import read_file
-from lora.config.schema import QUANTIZATION_KEYS, Config, LoraConfig
+from lora.common.toml_json import read_file, toml_value
+from lora.config.schema import QUANTIZATION_KEYS, Config, DataConfig, LoraConfig
 from lora.config.set_keys import saved_config
 
 
@@ -41,6 +41,8 @@ def require_stage(config: Config) -> None:
     before = saved_config(start)
     if adapter and before.lora and config.lora:
         print_other_quantization(start, before.lora, config.lora)
+    if has_head and config.model.task == "score":
+        require_same_layout(start, before.data, config.data)
     saved = before.model
     if saved.score_layer != config.model.score_layer:
         found = "it was trained with all layers; leave --score_layer out, or merge it first"
@@ -64,6 +66,19 @@ def print_other_quantization(start: Path, saved: LoraConfig, lora: LoraConfig) -
         flags = " ".join(f"--{key} {str(getattr(saved, key)).lower()}" for key in changed)
         goes_on = "on a base that is quantised otherwise its losses are others"
         print_on_rank_zero(f"note: init_from {start}: it was trained with {flags}; {goes_on}")
+
+
+def require_same_layout(start: Path, saved: DataConfig, data: DataConfig) -> None:
+    """Raise UserError where a scorer's chains were written otherwise than they would be here."""
+    keys = []
+    for key in ("prompt_format", "step_format", "step_marker"):
+        value = getattr(saved, key)
+        if value != getattr(data, key):
+            keys.append(f"{key} = {toml_value(value)}")
+    if keys:
+        found = f"it was trained with {', '.join(keys)}"
+        mend = "set that; to change it, name the whole scorer (merge.py writes it) as base_model"
+        raise UserError(f"init_from {start}: {found}; {mend}.")
 
 
 def require_same_shape(start: Path, adapter: Path, lora: LoraConfig) -> None:

@@ -77,13 +77,16 @@ class Task(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the backbone's hidden states at all positions of a micro-batch, [b x t, width]."""
-        # A causal model needs no mask for padding on the right, because no token sees it.
         inputs = {"input_ids": batch.input_ids, "use_cache": False}
         if self.packed:
             inputs["position_ids"] = batch.position_ids + self.first_position
             inputs["documents"] = Documents(batch.seq_lens, batch.input_ids.device)
-            if self.uses_token_type_ids:
-                inputs["token_type_ids"] = batch.token_type_ids
+        elif not self.causal:  # no token of a causal model sees the padding on its right
+            num_tokens = torch.tensor(batch.seq_lens, device=batch.position_ids.device)
+            columns = torch.arange(batch.input_ids.shape[1], device=num_tokens.device)
+            inputs["attention_mask"] = columns < num_tokens[:, None]
+        if self.uses_token_type_ids:
+            inputs["token_type_ids"] = batch.token_type_ids
         return self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
 
     def save(

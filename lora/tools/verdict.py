@@ -64,7 +64,8 @@ def verdict(run: FinishedRun, other: FinishedRun, spread: tuple[float, int]) -> 
     other_losses = other.example_losses(other.best_step)
     shared = [key for key in run_losses if key in other_losses]
     if not shared:
-        return f"{title} cannot tell: they share no validation examples"
+        causes = "(do data, tokenizer, layout or max_length differ?)"
+        return f"{title} cannot tell: they share no validation examples of the same tokens {causes}"
     differences = [run_losses[key][0] - other_losses[key][0] for key in shared]
     counts = [run_losses[key][1] for key in shared]
     difference, (low, high) = interval(differences, counts)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 import os
+import signal
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from lora.common.base_model_files import describe_base, locate_base
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
+from lora.common.signals import end_on_sigterm, handling
 from lora.common.toml_json import read_file
 from lora.config.command_line import Command
 from lora.config.resume import EVALUATION_KEYS, INTERVAL_KEYS, PLACE_KEYS
@@ -19,7 +21,7 @@ from lora.data.assistant_mask import turn_format_of
 from lora.data.counts import describe_data
 from lora.data.raw_data import RawData, digest
 from lora.distributed import process_group
-from lora.distributed.collectives import broadcast_from_rank_zero, gather_objects
+from lora.distributed.collectives import broadcast_from_rank_zero, gather_objects, wait_for_all
 from lora.distributed.process_group import world_size
 from lora.layer import LoRALayer, lora_layers
 from lora.model.attention import why_without_flash
@@ -133,7 +135,11 @@ def begin(
     # The name of a run that was given none holds the second at which its process read the clock.
     run_dir = broadcast_from_rank_zero(str, command.run_dir)
     max_steps = total_steps(config.training, run.data.steps_per_epoch)
-    with closing(Log(run_dir, config, max_steps, state, command.continues)) as log:
+    with (
+        closing(Log(run_dir, config, max_steps, state, command.continues)) as log,
+        handling([signal.SIGTERM], end_on_sigterm),
+    ):
+        wait_for_all()  # the folder may be another run's, and the first process alone finds out
         command.status.run_dir = log.run_dir
         if base is not None:
             command.status.write(None)

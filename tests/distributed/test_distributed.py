@@ -8,6 +8,7 @@ from functools import partial
 import json
 import multiprocessing
 import os
+from pathlib import Path
 import resource
 import shutil
 import signal
@@ -16,16 +17,17 @@ import subprocess
 import sys
 import time
 
+from filelock import FileLock
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
 
 from lora.common import exit_status
-from lora.common.errors import UserError
+from lora.common.errors import Stopped, UserError
 from lora.common.exit_status import one_line_errors
 from lora.common.paths import ROOT
-from lora.config.command_line import read_command_line
+from lora.config.command_line import Command, read_command_line
 from lora.config.schema import Config
 from lora.data.batches import shard_rows
 from lora.data.raw_data import RawData
@@ -34,6 +36,7 @@ from lora.model.task import Task
 from tests.conftest import run
 from tests.training.test_resume import files
 import train
+import train_lora
 
 STEPS = 8
 LEARNED = ["arithmetic:train:60"]  # on what is trained on the last step is the best
@@ -67,7 +70,7 @@ def run_of(
     processes, config, folder, resume_from="", prepare=lambda rank: None, status=0, start=run
 ):
     """A whole run of several processes without torchrun: forks of this one, which has loaded torch.
-    What they printed; all end with the same exit status.
+    What they printed; all end with the same exit status, or each with its own of a list.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -92,7 +95,8 @@ def run_of(
         child.start()
     for child in children:
         child.join(180)
-    assert [child.exitcode for child in children] == [status] * processes, out.read_text()
+    statuses = status if isinstance(status, list) else [status] * processes
+    assert [child.exitcode for child in children] == statuses, out.read_text()
     return out.read_text()
 
 
@@ -378,6 +382,51 @@ def test_where_weights_are_sharded_one_process_out_of_memory_ends_the_run_in_one
     out = run_of(2, config, tmp_path, prepare=prepare, status=4)
     assert "error: CUDA out of memory. Tried" in out and "--batch_size 1" in out
     assert "Traceback" not in out.split("error: CUDA")[0]
+
+
+def run_with_status(config, resume_from=""):
+    """As the scripts do: the run's folder gets its status files."""
+    folder = Path(config.output.output_dir) / config.output.experiment_name
+    command = Command(config, folder, str(resume_from), False)
+    with one_line_errors(command.status):
+        train_lora.main(command, RawData(config))
+
+
+def test_where_the_first_process_does_not_get_the_folder_the_others_write_nothing_there(
+    configure, tmp_path
+):
+    """As where a run is started again on several machines, and the first still trains there."""
+    folder = run(configure(True, max_steps=1))
+    status = '{"exit": null}'  # of a run that goes on
+    (folder / "status.json").write_text(status)
+    with FileLock(folder / "logs" / "lock"):
+        out = run_of(
+            2,
+            configure(True, max_steps=2),
+            tmp_path,
+            folder / "checkpoints" / "checkpoint_step_1",
+            prepare=lambda rank: setattr(exit_status, "PATIENCE", 0),
+            status=[2, 4],
+            start=run_with_status,
+        )
+    assert out.count("another process is training there") == 1 and "Traceback" not in out
+    assert (folder / "status.json").read_text() == status
+    assert not (folder / "error.log").exists()
+
+
+def test_an_error_that_all_processes_have_is_said_once_however_late_the_first_one_ends(
+    configure, tmp_path
+):
+    def prepare(rank):
+        exit_status.PATIENCE = 3 * rank
+        Task.forward = fail
+
+    def fail(task, batch):
+        raise Stopped("the same everywhere.")
+
+    config = configure(True, max_steps=1)
+    out = run_of(2, config, tmp_path, prepare=prepare, status=3, start=run_with_status)
+    assert out.count("the same everywhere.") == 1 and "Traceback" not in out
 
 
 def test_what_is_wrong_is_said_once(configure, tmp_path):

@@ -78,6 +78,15 @@ def test_a_portable_adapter_has_one_rank_and_no_scale_and_does_the_same(
     )
 
 
+def test_a_portable_adapter_of_a_scorer_is_without_its_head(configure, tmp_path, capsys):
+    folder = run(configure(True, max_steps=1)) / "final_artifact"
+    call("--adapter", folder, "--portable", "--output", tmp_path / "portable")
+    note = f"note: {folder}: the score head, mlp_head.safetensors, is left out\n"
+    assert note in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "portable").iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 @pytest.mark.parametrize(
     "kind, message", [("DoRA", "no portable form"), ("modules_to_save", "read no whole weights")]
 )

@@ -81,11 +81,22 @@ ENCODERS = {
     "Bert": SHAPE | NO_DROPOUT,
     "Roberta": SHAPE | NO_DROPOUT | dict(max_position_embeddings=66),
 }
+# What a position sees is in their masks only.
+PADDED_ENCODERS = {
+    "ModernBert": SHAPE
+    | dict(pad_token_id=0, local_attention=WINDOW, cls_token_id=1, sep_token_id=2)
+    | dict(bos_token_id=1, eos_token_id=2),
+    "DebertaV2": SHAPE
+    | NO_DROPOUT
+    | dict(relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8),
+    "Deberta": SHAPE | NO_DROPOUT | dict(type_vocab_size=2),
+    "MPNet": SHAPE | NO_DROPOUT | dict(max_position_embeddings=66),
+}
 
 
 def base(family, shape, folder):
     name = family.split()[0]
-    endings = ("Model",) if name in ENCODERS else ("ForCausalLM", "LMHeadModel")
+    endings = ("Model",) if name in ENCODERS | PADDED_ENCODERS else ("ForCausalLM", "LMHeadModel")
     model_class = next(
         getattr(transformers, name + end) for end in endings if hasattr(transformers, name + end)
     )
@@ -169,6 +180,22 @@ def test_together_equals_apart_equals_transformers_own_forward(family, packed, t
     between, to_theirs = packed_differences(family, tmp_path, packed)
     # Fp32 sums in another order
     assert between <= 1e-6 and (family in ENCODERS or to_theirs <= 1e-6)
+
+
+@pytest.mark.parametrize("family", PADDED_ENCODERS)
+def test_an_encoder_that_cannot_be_packed_sees_no_padding(family, tmp_path):
+    folder = base(family, PADDED_ENCODERS[family], tmp_path)
+    task = task_of(folder, "score")
+    assert not task.packed and not task.causal
+    rows = Rows.from_rows(scored(), "score")
+    together = rows.batch(range(3), task.packed)
+    apart = [rows.batch([i], task.packed) for i in range(3)]
+    assert together.input_ids.numel() == 42
+    assert largest_difference(gradients(task, [together]), gradients(task, apart)) <= 1e-6
+    hidden = task.eval().hidden_states(together).view(3, 14, -1)[1, :3]
+    plain = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = plain(together.input_ids[1:2, :3]).last_hidden_state[0]
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", WINDOW_IN_MASK)

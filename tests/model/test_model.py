@@ -16,10 +16,10 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    ConvBertConfig,
+    ConvBertModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    MPNetConfig,
-    MPNetModel,
     RobertaConfig,
     RobertaForMaskedLM,
 )
@@ -96,7 +96,7 @@ def test_a_multimodal_base_is_refused_as_one(tmp_path, task):
 
 
 def test_a_model_that_would_train_silently_wrong_is_refused(tmp_path):
-    folder = save(tmp_path, MPNetModel(MPNetConfig(**SHAPE)))
+    folder = save(tmp_path, ConvBertModel(ConvBertConfig(**SHAPE)))
     with pytest.raises(
         UserError, match="is not supported: .*(see each other|attention modules say|ends in)"
     ) as error:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora.common import exit_status
 from lora.common.errors import Interrupted, UserError
 from lora.common.exit_status import one_line_errors
-from lora.common.known_errors import as_known_error
+from lora.common.known_errors import as_known_error, resume_command
 from lora.common.paths import ROOT
 from lora.common.signals import begin_loading_torch, leave_at_once
 from lora.config.command_line import read_command_line
@@ -168,6 +168,20 @@ def test_ctrl_c_says_at_once_what_happens_and_at_the_end_what_happened(
     (saved,) = [i for i, line in enumerate(lines) if line.startswith("Saved ") and "step_6" in line]
     assert end.value.code == 130 and said < saved
     assert lines[-1].startswith("stopped by SIGINT after step 6, which is saved.")
+
+
+def test_a_run_on_several_machines_goes_on_by_the_command_that_began_it(configure, monkeypatch):
+    folder = run(configure(True, max_steps=1))
+    checkpoint = folder / "checkpoints" / "checkpoint_step_1"
+    monkeypatch.setattr(sys, "argv", ["train_lora.py"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for processes, command in [
+        ("2", "torchrun --nproc_per_node=2 train_lora.py"),
+        ("4", "the same command on every machine, with"),
+    ]:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        assert resume_command(folder) == f"{command} --resume_from {checkpoint}"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("stopped.", signal.SIGINT)])

@@ -360,6 +360,14 @@ def test_8_rows_whose_targets_are_cut_off_are_counted_and_an_error_where_none_is
     assert "warning: 29 training examples repeat an earlier one word for word" in out  # 18
 
 
+def test_rows_whose_steps_have_no_label_are_not_said_to_be_too_long(train, base, tmp_path):
+    row = '{"prompt": "1+%d", "steps": ["2"], "labels": [null]}\n'
+    (tmp_path / "steps.jsonl").write_text("".join(row % i for i in range(30)))
+    message = "no train example has a step with a label; see what becomes of the rows: python -m"
+    flags = [base[0], "--task=score", f"--train_data={tmp_path}/steps.jsonl", "--max_steps=1"]
+    refused(train, tmp_path, message, *flags)
+
+
 @pytest.mark.parametrize("targets", [["nope_proj"], ["q_proj", "nope_proj"]])
 def test_26_a_target_that_matches_nothing_is_refused_and_named(train, base, tmp_path, targets):
     message = "target_modules: 'nope_proj' matches no linear layer; there are .*q_proj"

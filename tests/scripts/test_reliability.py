@@ -13,16 +13,19 @@ import pytest
 from lora.common import atomic_files
 from lora.common.checksums import find_damage
 from lora.common.errors import Interrupted, UserError
+from lora.common.exit_status import one_line_errors
 from lora.common.paths import ROOT
-from lora.config.command_line import read_command_line
+from lora.config.command_line import Command, read_command_line
 from lora.config.schema import get_lora_config
+from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
 from lora.model.task import Task
-from lora.training import best_checkpoints
+from lora.training import best_checkpoints, cached_features
 from lora.training.best_checkpoints import saved_states
 from lora.training.log import SPIKE_WINDOW
 from tests.conftest import run, script
 from tests.training.test_resume import files, metrics
+import train_lora
 
 
 def at_call(monkeypatch, owner, method, number, what):
@@ -68,6 +71,31 @@ def test_a_signal_ends_a_run_after_its_step_and_the_resumed_one_equals_the_undis
     cut = run(config, states[-1]["path"])
     last = "checkpoints/checkpoint_step_8"
     assert files(cut / last) == files(whole / last) and metrics(cut) == metrics(whole)
+
+
+@pytest.mark.parametrize(
+    "owner, method, lora_r",
+    [(cached_features, "outputs_at_targets", 0), (Task, "save_artifact", 16)],
+    ids=["before", "after"],
+)
+def test_sigterm_outside_of_the_steps_is_recorded(
+    configure, tmp_path, monkeypatch, owner, method, lora_r
+):
+    """In linear probing's features before them, and while the artifact is written after them."""
+    config = configure(True, lora_r=lora_r, max_steps=2)
+    command = Command(config, tmp_path / "run", "", False)
+    before = signal.getsignal(signal.SIGTERM)
+    at_call(monkeypatch, owner, method, 1, signals(signal.SIGTERM))
+    with pytest.raises(SystemExit) as end, one_line_errors(command.status):
+        train_lora.main(command, RawData(config))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert end.value.code == status["exit"] == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert status["error"].startswith("ended by SIGTERM.")
+    assert not (tmp_path / "run" / "final_artifact").exists()
+    last = status["error"].partition(" --resume_from ")[2]
+    assert bool(last) == (method == "save_artifact")
+    if last:
+        assert (run(config, last) / "final_artifact" / "adapter_model.safetensors").is_file()
 
 
 def test_a_second_signal_leaves_at_once():

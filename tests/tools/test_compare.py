@@ -257,6 +257,16 @@ def test_a_mistake_is_one_line(sweep, arguments, message):
         main([argument.format(run=sweep["s1"]) for argument in arguments])
 
 
+def test_examples_of_other_tokens_are_not_compared(configure):
+    runs = []
+    for name, step_marker in (("plain", ""), ("marked", ".")):
+        folder = run(configure(True, name, max_steps=1, step_marker=step_marker))
+        runs.append(FinishedRun.of(folder))
+    causes = "(do data, tokenizer, layout or max_length differ?)"
+    line = "plain minus marked: cannot tell: they share no validation examples of the same tokens"
+    assert verdict(*runs, (0.0, 0)) == f"{line} {causes}"
+
+
 def test_losses_of_two_kinds_are_not_compared_and_a_run_that_was_prolonged_has_not_ended(
     configure, capsys
 ):

@@ -239,6 +239,17 @@ def test_tokens_do_not_name_a_head_for_a_stage_that_brings_its_own(configure):
         require_stage(config)
 
 
+def test_a_scorer_goes_on_with_the_layout_that_it_was_trained_on(configure):
+    formats = dict(prompt_format="{prompt}:\n", step_format="{step}\n", step_marker=".")
+    one = run(configure(True, "one", max_steps=1, **formats)) / "final_artifact"
+    require_stage(configure(True, "two", init_from=str(one), **formats))
+    with pytest.raises(UserError) as error:
+        require_stage(configure(True, "two", init_from=str(one)))
+    found = 'prompt_format = "{prompt}:\\n", step_marker = "."'
+    mend = "set that; to change it, name the whole scorer (merge.py writes it) as base_model"
+    assert str(error.value) == f"init_from {one}: it was trained with {found}; {mend}."
+
+
 def test_a_stage_on_a_base_that_is_quantised_otherwise_says_so(configure, capsys):
     one = run(configure(True, "one", **LM)) / "final_artifact"
     capsys.readouterr()
@@ -366,14 +377,17 @@ def test_an_adapter_that_holds_one_of_two_tied_weights_unties_them(tmp_path):
     torch.testing.assert_close(ours(tokens).logits, peers(tokens).logits, rtol=0, atol=1e-5)
 
 
-def test_tokens_without_trained_embeddings_are_refused():
+@pytest.mark.parametrize("task, head", [("lm", " lm_head"), ("score", "")])
+def test_tokens_without_trained_embeddings_are_refused(task, head):
     flags = [
         "--base_model=embedded",
         "--train_data=arithmetic:train:9",
         "--add_special_tokens",
         "<step>",
+        f"--task={task}",
     ]
-    with pytest.raises(UserError, match="LoRA trains no embeddings; add --modules_to_save"):
+    mend = f"LoRA trains no embeddings; add --modules_to_save embed_tokens{head}.$"
+    with pytest.raises(UserError, match=mend):
         read_command_line(flags, get_lora_config(), "none.toml", "")
 
 
