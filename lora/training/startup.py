@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 import os
 from typing import Any
 
@@ -133,7 +133,7 @@ def begin(
     # The name of a run that was given none holds the second at which its process read the clock.
     run_dir = broadcast_from_rank_zero(str, command.run_dir)
     max_steps = total_steps(config.training, run.data.steps_per_epoch)
-    with closing(Log(run_dir, config, max_steps, state, command.continues)) as log:
+    with Log(run_dir, config, max_steps, state, command.continues) as log:
         command.status.run_dir = log.run_dir
         if base is not None:
             command.status.write(None)
