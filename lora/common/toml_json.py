@@ -25,7 +25,18 @@ def toml_value(value: Any) -> str:
     if isinstance(value, dict):
         pairs = [f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items()]
         return "{" + ", ".join(pairs) + "}"
-    return json.dumps(value, ensure_ascii=False, default=os.fspath).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False, default=json_value).replace("\x7f", "\\u007f")
+
+
+def json_value(value: Any) -> Any:
+    """Return what stands in a file for a value that JSON has no word for.
+
+    Numbers and arrays of numpy are numbers and lists. Anything else is text, which is refused with
+    its key when it is read and should have been something else.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def read_file(path: str | Path) -> dict[str, Any]:

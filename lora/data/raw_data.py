@@ -115,9 +115,12 @@ def remembered_sha256(path: Path) -> str:
     identity = (str(path.absolute()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     remembered = cache_folder() / "sha256" / digest(identity)
     try:
-        return remembered.read_text(encoding="ascii")
+        sha256 = remembered.read_text(encoding="ascii")
+        if len(sha256) == 64:  # fewer while another process writes it
+            return sha256
     except (OSError, ValueError):
-        sha256 = file_sha256(path)
+        pass
+    sha256 = file_sha256(path)
     # A file that is being written may change again within the resolution of its time.
     if time.time() - stat.st_mtime > SETTLED:
         with contextlib.suppress(OSError):  # it is only taken again

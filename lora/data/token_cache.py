@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
 import json
+import multiprocessing
 import os
 from pathlib import Path
 import shutil
@@ -124,7 +125,9 @@ def write_entry(entry: Path, raw_data: RawData, tokenizer: Tokenizer, causal: bo
         total = len(split.shard_sizes)
         shards = islice(split.shards(), writer.num_shards, None)
         results: Iterator[dict]
-        if total - writer.num_shards < MANY_SHARDS:
+        # A worker of multiprocessing.Pool is a daemon, which may not start processes.
+        is_daemon = multiprocessing.current_process().daemon
+        if is_daemon or total - writer.num_shards < MANY_SHARDS:
             results = map(tokenise_one, shards)
         else:
             from lora.data.processes import in_processes

@@ -4,7 +4,8 @@
 scripts are imported from where the command `plainlora` finds them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 import gc
 import importlib
 from pathlib import Path
@@ -51,6 +52,19 @@ def import_script(name: str) -> ModuleType:
     return script
 
 
+@contextmanager
+def callers_random_numbers_kept() -> Iterator[None]:
+    """Seed torch's generators for a run alone: the caller's next draws are as without it."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    try:
+        with torch.random.fork_rng(range(num_gpus), device_type="cuda"):
+            yield
+    finally:
+        if num_gpus == 0:  # a GPU that was not used yet begins with the caller's seed
+            torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+@callers_random_numbers_kept()
 def train(config: Config, resume_from: str | Path = "") -> dict | None:
     """Train all weights, or with a [lora] table the adapter, and write the run's folder.
 
@@ -91,10 +105,12 @@ def train(config: Config, resume_from: str | Path = "") -> dict | None:
 
 def command_for(config: Config, resume_from: str) -> Command:
     """Return what a script would do with a file that holds this configuration."""
+    if config.training.max_grad_norm is None:
+        raise UserError("max_grad_norm is None: expected a number >= 0; 0 is no clipping.")
     defaults = get_lora_config() if config.lora else Config()
     with TemporaryDirectory() as folder:
         # A run without experiment_name is called after its file, and here after its base.
-        file = Path(folder) / f"{Path(config.model.base_model).name or 'config'}.toml"
+        file = Path(folder) / f"{Path(config.model.base_model).name or 'config'}.json"
         config.save(file)
         argv = ["--config", str(file), "--resume_from", resume_from]
         try:
@@ -103,6 +119,7 @@ def command_for(config: Config, resume_from: str) -> Command:
             raise UserError(str(error).replace(f"{file}: ", "")) from None
 
 
+@callers_random_numbers_kept()
 def evaluate(
     folder: str | Path,
     eval_data: Sequence[str | Path] = (),
@@ -137,6 +154,7 @@ def evaluate(
     return script.main(arguments, config, script.read_request(arguments, config))
 
 
+@callers_random_numbers_kept()
 def generate(
     folder: str | Path,
     questions: Sequence[str],

@@ -163,6 +163,16 @@ class Log:
         peak = max(peaks, default=None)
         return {"seconds": round(seconds, 1), "tokens": self.run_tokens, "peak_memory": peak}
 
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        try:
+            for tracker in self.trackers:
+                tracker.finish(exit_code=0 if kind is None else 1)
+        finally:
+            self.close()
+
     def close(self) -> None:
         self.bar.close()
         self.metrics_file.close()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 import os
 import signal
 from typing import Any
@@ -136,7 +136,7 @@ def begin(
     run_dir = broadcast_from_rank_zero(str, command.run_dir)
     max_steps = total_steps(config.training, run.data.steps_per_epoch)
     with (
-        closing(Log(run_dir, config, max_steps, state, command.continues)) as log,
+        Log(run_dir, config, max_steps, state, command.continues) as log,
         handling([signal.SIGTERM], end_on_sigterm),
     ):
         wait_for_all()  # the folder may be another run's, and the first process alone finds out

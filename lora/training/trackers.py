@@ -19,7 +19,8 @@ class Tracker:
     config: Config
     start: int  # the step at which the run begins
     say: Callable[[str], None]  # writes a line to the log
-    send: Callable | None = None  # made at the first metrics
+    send: Callable | None = None  # made at the first metrics, as `end` is
+    end: Callable | None = None
     failed: bool = False
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -28,16 +29,28 @@ class Tracker:
         connect = tensorboard if self.name == "tensorboard" else wandb
         try:
             if self.send is None:
-                self.send = connect(self.run_dir, self.config, self.start)
+                self.send, self.end = connect(self.run_dir, self.config, self.start)
             self.send(step, values)
         except Exception as error:  # anything may fail: another's package, the network, a service
-            self.failed = True
-            text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            self.say(f"report_to {self.name}: {text}; the run goes on without it")
+            self.give_up(error)
+
+    def finish(self, exit_code: int) -> None:
+        """End the run at the service, as one that has failed unless `exit_code` is 0."""
+        if self.end is None or self.failed:
+            return
+        try:
+            self.end(exit_code)
+        except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        self.failed = True
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        self.say(f"report_to {self.name}: {text}; the run goes on without it")
 
 
-def tensorboard(run_dir: Path, config: Config, start: int) -> Callable:
-    """Return a function that writes metrics to RUN/tensorboard."""
+def tensorboard(run_dir: Path, config: Config, start: int) -> tuple[Callable, Callable]:
+    """Return functions that write metrics to RUN/tensorboard, and that end it."""
     from torch.utils.tensorboard import SummaryWriter
 
     # What a resumed run writes again takes the place of what was there.
@@ -49,11 +62,13 @@ def tensorboard(run_dir: Path, config: Config, start: int) -> Callable:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return send
+    return send, lambda exit_code: writer.close()
 
 
-def wandb(run_dir: Path, config: Config, start: int) -> Callable:
-    """Return a function that sends metrics to the project of WANDB_PROJECT and WANDB_ENTITY."""
+def wandb(run_dir: Path, config: Config, start: int) -> tuple[Callable, Callable]:
+    """Return functions that send metrics to the project of WANDB_PROJECT and WANDB_ENTITY, and that
+    end the run there.
+    """
     import wandb as package
 
     id_file = run_dir / "logs" / "wandb_id"
@@ -63,9 +78,9 @@ def wandb(run_dir: Path, config: Config, start: int) -> Callable:
         name=run_dir.name,
         id=plain_file(id_file).read_text(encoding="utf-8"),
         resume="allow",  # a resumed run continues the same one
-        reinit="finish_previous",  # one that lora.train has ended in this process
+        reinit="create_new",  # beside one that the caller of lora.train may have
         dir=run_dir / "logs",
         config=config.as_dict(),
         settings=package.Settings(init_timeout=30),
     )
-    return lambda step, values: run.log(values, step=step)
+    return lambda step, values: run.log(values, step=step), run.finish

@@ -76,6 +76,23 @@ def test_a_second_run_reads_no_data_and_tokenises_nothing(configure, chats, monk
     )
 
 
+def test_a_worker_of_a_pool_tokenises_without_processes(configure, chats, monkeypatch):
+    config = settings(configure, chats)
+    process = multiprocessing.current_process()
+    monkeypatch.setitem(process._config, "daemon", True)  # as in one of multiprocessing.Pool
+    monkeypatch.setattr(token_cache, "MANY_SHARDS", 1)
+    rows, _, _ = token_cache.load_or_tokenise(RawData(config), load_task(config, torch.float32))
+    assert len(rows) == 36
+
+
+def test_a_hash_that_another_process_is_writing_is_taken_again(chats, own_cache):
+    os.utime(chats, (1, 1))  # it has settled, so its hash is remembered
+    expected = content_sha256(str(chats))
+    (remembered,) = own_cache.glob("sha256/*")
+    remembered.write_text("")
+    assert content_sha256(str(chats)) == expected == remembered.read_text()
+
+
 def test_max_length_auto_and_its_number_share_an_entry(configure, chats, monkeypatch):
     """A resumed run has the number, where the command says auto."""
     config = settings(configure, chats)

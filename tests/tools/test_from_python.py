@@ -5,6 +5,7 @@ from pathlib import Path
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -86,6 +87,47 @@ def test_what_a_script_would_report_is_raised_so_and_the_next_run_begins_as_befo
         lora.train(configure(True, max_steps=1))
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.get_num_threads() == threads
+
+
+def test_the_callers_random_numbers_go_on_as_without_a_run(configure):
+    torch.manual_seed(7)
+    expected = torch.rand(4)
+    torch.manual_seed(7)
+    drawn = [torch.rand(1)]
+    config = configure(True, task="lm", max_steps=1)
+    lora.train(config)
+    drawn.append(torch.rand(1))
+    artifact = Path(config.output.output_dir) / "run" / "final_artifact"
+    lora.evaluate(artifact)
+    drawn.append(torch.rand(1))
+    lora.generate(artifact, ["12+9?"], max_new_tokens=1, temperature=1.0)
+    drawn.append(torch.rand(1))
+    assert torch.equal(torch.cat(drawn), expected)
+
+
+def test_what_a_loop_gives_is_a_value_of_a_key(configure, tmp_path):
+    """Numbers of numpy and objects of torch, which are none of JSON."""
+    config = configure(True, max_steps=np.int64(1), learning_rate=np.float32(1e-3))
+    config.lora.target_modules = np.array(["q_proj"])
+    config.training.dtype, config.training.device = torch.float32, torch.device("cpu")
+    lora.train(config)
+    assert saved_config(tmp_path / "run" / "final_artifact").training.max_steps == 1
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("dtype", torch.int8, "training.dtype = 'torch.int8': expected one of auto, "),
+        ("lora_r", np.array([1, 2]), r"lora.lora_r = \[1, 2\]: expected an integer"),
+        ("max_grad_norm", float("inf"), "training.max_grad_norm = inf: expected a number"),
+        ("max_grad_norm", None, "max_grad_norm is None: expected a number >= 0; 0 is no clipping"),
+        ("target_modules", {"q_proj"}, "target_modules: .*q_proj.* matches no linear layer"),
+    ],
+    ids=["dtype", "array", "inf", "None", "set"],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_its_key(configure, key, value, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        lora.train(configure(True, **{key: value}))
 
 
 def test_a_module_of_the_users_called_train_is_named_in_one_line(monkeypatch, configure, tmp_path):

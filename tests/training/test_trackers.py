@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora.common.errors import UserError
+from lora.common.errors import Stopped, UserError
 from lora.config import cross_checks
 from lora.config.command_line import read_command_line
 from lora.config.schema import get_lora_config
@@ -29,8 +29,11 @@ def test_a_package_that_is_not_there_is_one_line_before_torch(monkeypatch):
 
 def test_wandb_gets_what_the_runs_own_file_has(configure, monkeypatch):
     """Against a stand-in for the package: its service is not for tests."""
-    got, asked = [], {}
-    session = SimpleNamespace(log=lambda values, step: got.append((step, dict(values))))
+    got, ended, asked = [], [], {}
+    session = SimpleNamespace(
+        log=lambda values, step: got.append((step, dict(values))),
+        finish=lambda exit_code: ended.append(exit_code),
+    )
     package = SimpleNamespace(init=lambda **given: asked.update(given) or session, Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", package)
     folder = run(configure(True, report_to=["wandb"], max_steps=3))
@@ -44,6 +47,11 @@ def test_wandb_gets_what_the_runs_own_file_has(configure, monkeypatch):
         and asked["config"]["lora"]["lora_r"] == 16
         and asked["resume"] == "allow"
     )
+    # A run of the caller's stays as it is, and ours has ended, as its status there says.
+    assert asked["reinit"] == "create_new" and ended == [0]
+    with pytest.raises(Stopped):
+        run(configure(True, "stopped", report_to=["wandb"], max_steps=3, learning_rate=1e30))
+    assert ended == [0, 1]
 
 
 def test_wandb_being_down_is_said_once_and_stops_nothing(configure, monkeypatch):
@@ -86,8 +94,9 @@ def test_a_tracker_that_breaks_midway_is_left(tmp_path, monkeypatch):
         calls.append(step)
         raise OSError("gone")
 
-    monkeypatch.setattr(trackers, "wandb", lambda *_: track)
+    monkeypatch.setattr(trackers, "wandb", lambda *_: (track, calls.append))
     tracker = trackers.Tracker("wandb", tmp_path, None, 0, said.append)
     tracker.metrics(0, {})
     tracker.metrics(1, {})
+    tracker.finish(0)
     assert calls == [0] and len(said) == 1
