@@ -48,19 +48,12 @@ from lora.model.load import load_task
 from lora.model.placement import place_on_device, prepare_layers
 from lora.model.run import Run
 from lora.model.task import Task
-from lora.training import best_checkpoints, checkpoint
+from lora.training import best_checkpoints, checkpoint, startup
 from lora.training.base_integrity import compare_base, measure_base
 from lora.training.gradients import GradientAccumulation
 from lora.training.log import Log
 from lora.training.optimizer import make_optimizer, optimizer_bytes
 from lora.training.schedule import learning_rate_at, stops_early, total_steps
-from lora.training.startup import (
-    begin,
-    choose_checkpointing,
-    describe_run,
-    input_facts,
-    start_loading,
-)
 
 
 def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSignal) -> None:
@@ -225,9 +218,9 @@ def run_training(
             print(f"{command.run_dir}: complete since step {state['step']}; nothing to do")
             process_group.leave()
             return results if rank == 0 else None
-    checkpointing = choose_checkpointing(run, state)
+    checkpointing = startup.choose_checkpointing(run, state)
     prepare_layers(task.model, config.training, checkpointing)
-    description = describe_run(run, data_facts, checkpointing)
+    description = startup.describe_run(run, data_facts, checkpointing)
     if command.check:
         from lora.preflight.check import check
 
@@ -240,9 +233,10 @@ def run_training(
         print(description)
         dry_run(run)
         return None
-    inputs = input_facts(run, raw_data, data_facts)
+    inputs = startup.input_facts(run, raw_data, data_facts)
     place_on_device(task, config, device, dtype)
-    with begin(run, command, inputs, state, hashing) as (log, base, facts), rows.check:
+    begun = startup.begin(run, command, inputs, state, hashing)
+    with begun as (log, base, facts), rows.check:
         facts["gradient_checkpointing"] = checkpointing
         log.say(f"{description}\noutput: {log.run_dir}")
         if task.frozen:
@@ -279,7 +273,7 @@ def results_if_complete(command: Command, state: dict, max_steps: int) -> dict |
 
 
 def main(command: Command, raw_data: RawData) -> dict | None:
-    device, dtype, hashing = start_loading(command)
+    device, dtype, hashing = startup.start_loading(command)
     if process_group.world_size() > 1:
         from lora.model.load_sharded import load_for_sharding
 

@@ -51,8 +51,7 @@ def refuse_other_losses(saved: Config, new: Config) -> None:
     Whether base, data and dtype have changed is not asked here: `Command.require_same` compares
     what is read of them.
     """
-    names = {*vars(new.model), *vars(new.data), "max_eval_batches"}
-    names.add("load_in_4bit")
+    names = {*vars(new.model), *vars(new.data), "max_eval_batches", "load_in_4bit"}
     if new.lora and new.lora.load_in_4bit:
         names |= {*QUANTIZATION_KEYS}
     before, now = key_values(saved), key_values(new)

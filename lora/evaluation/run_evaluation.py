@@ -15,7 +15,7 @@ from torch import Tensor
 from lora.common.atomic_files import write_text_atomically
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
-from lora.common.toml_json import without_nan
+from lora.common.toml_json import to_json, without_nan
 from lora.config.schema import Config, EvaluationConfig, max_batch_tokens
 from lora.data.counts import describe_data
 from lora.data.examples import Example
@@ -46,7 +46,7 @@ class Results:
         if self.critical_questions:
             values["critical_questions"] = self.critical_questions
         path = path.resolve()  # a link is written through
-        write_text_atomically(path, json.dumps(values, indent=2) + "\n")
+        write_text_atomically(path, to_json(values))
         if self.answers:
             lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
             write_text_atomically(answers_path(path), "".join(lines))

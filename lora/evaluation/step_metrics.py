@@ -14,15 +14,8 @@ import numpy as np
 from lora.common.errors import UserError
 from lora.config.schema import EvaluationConfig
 from lora.data.examples import Example
+from lora.evaluation import statistics
 from lora.evaluation.calibration import expected_calibration_error
-from lora.evaluation.statistics import (
-    bootstrap_samples,
-    interval_95,
-    pearson,
-    ranks,
-    spearman,
-    varies,
-)
 from lora.evaluation.trivial_scorers import BASELINES, baseline_scores
 
 Chains = Sequence[Example]
@@ -39,7 +32,7 @@ def auc(scores: np.ndarray, right: np.ndarray) -> float:
     num_right, num_wrong = right.sum(), (~right).sum()
     if num_right == 0 or num_wrong == 0:
         return math.nan
-    wins = ranks(scores)[right].sum() - num_right * (num_right + 1) / 2
+    wins = statistics.ranks(scores)[right].sum() - num_right * (num_right + 1) / 2
     return float(wins / (num_right * num_wrong))
 
 
@@ -119,9 +112,9 @@ class ScoredChains:
         values = {
             "mse": mse,
             "mae": np.abs(scores - labels).mean(),
-            "r2": 1 - mse / labels.var() if varies(labels) else math.nan,
-            "pearson": pearson(scores, labels),
-            "spearman": spearman(scores, labels),
+            "r2": 1 - mse / labels.var() if statistics.varies(labels) else math.nan,
+            "pearson": statistics.pearson(scores, labels),
+            "spearman": statistics.spearman(scores, labels),
             "auc": auc(scores, right),
             "ece": expected_calibration_error(scores, labels),
             "f1": f1((right & predicted_right).sum(), num_errors),
@@ -146,9 +139,8 @@ def best_threshold(examples: Chains, scores: Scores, dataset_id: int | None = No
 def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, Intervals]:
     """Bootstrap the measures over problems: chains of one problem are drawn together.
 
-    One problem alone has no intervals: they are NaN.
-
     The scorers have the same chains and are measured on the same draws, so differences are paired.
+    One problem alone has no intervals: they are NaN.
 
     Returns:
         The 95 % intervals of each scorer, and of the first scorer minus each other one.
@@ -160,7 +152,7 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
     groups = list(chains_of_problem.values())
 
     samples: dict[str, list[Measures]] = {name: [] for name in scorers}
-    for drawn in bootstrap_samples(len(groups), draws):
+    for drawn in statistics.bootstrap_samples(len(groups), draws):
         chains = np.concatenate([groups[i] for i in drawn])
         if not any(len(scorers[first].labels[i]) for i in chains):
             continue  # of none a step has a score
@@ -173,9 +165,10 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
         values_of_first = np.array([sample[measure] for sample in samples[first]])
         for name in scorers:
             values = np.array([sample[measure] for sample in samples[name]])
-            scorer_intervals[name][measure] = interval_95(values)
+            scorer_intervals[name][measure] = statistics.interval_95(values)
             if name in others:
-                difference_intervals[name][measure] = interval_95(values_of_first - values)
+                differences = values_of_first - values
+                difference_intervals[name][measure] = statistics.interval_95(differences)
     return scorer_intervals, difference_intervals
 
 

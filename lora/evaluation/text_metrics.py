@@ -94,8 +94,7 @@ def check_settings(settings: EvaluationConfig) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            invalid = f"not a regular expression ({error})"
-            raise UserError(f"{name} = {pattern!r}: {invalid}.") from None
+            raise UserError(f"{name} = {pattern!r}: not a regular expression ({error}).") from None
 
 
 def rouge_scorer() -> Any:

@@ -8,11 +8,7 @@ import math
 from pathlib import Path
 
 from lora.common.atomic_files import remove_folder, remove_leftovers
-from lora.common.checkpoint_folders import (
-    checkpoints_by_step,
-    has_optimizer,
-    resumable_by_step,
-)
+from lora.common.checkpoint_folders import checkpoints_by_step, has_optimizer, resumable_by_step
 from lora.common.checksums import find_damage
 from lora.common.toml_json import read_file
 from lora.config.schema import Config

@@ -7,8 +7,6 @@ this works where the run itself would not fit.
 from collections.abc import Iterator
 from contextlib import contextmanager
 import logging
-import mmap
-from pathlib import Path
 import weakref
 
 import torch
@@ -26,7 +24,7 @@ from lora.model.run import Run
 from lora.model.task import Task
 from lora.target_modules import decoder_layers
 from lora.training.checkpoint import trainable_parameters
-from lora.training.memory_limit import USABLE
+from lora.training.memory_limit import USABLE, kilobytes
 from lora.training.optimizer import optimizer_bytes
 
 
@@ -224,6 +222,6 @@ def count_step(run: Run, batches: list[Batch]) -> tuple[int, int]:
 def resident_bytes() -> int | None:
     """Return the main memory that this process holds now, or its peak where that is not known."""
     try:
-        return int(Path("/proc/self/statm").read_bytes().split()[1]) * mmap.PAGESIZE
+        return 1024 * kilobytes("/proc/self/status", "VmRSS")
     except OSError:
         return peak_memory_bytes()

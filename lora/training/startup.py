@@ -31,7 +31,7 @@ from lora.model.weights import model_files, weight_files
 from lora.quantization import count_parameters, share_4bit
 from lora.target_modules import decoder_layers, stacked_weights
 from lora.training import base_integrity
-from lora.training.base_integrity import BaseSums, only_adapters_train
+from lora.training.base_integrity import BaseSums, only_adapters_train, warn_other_base
 from lora.training.best_checkpoints import recover
 from lora.training.log import Log
 from lora.training.schedule import total_steps, warmup_steps
@@ -141,8 +141,6 @@ def begin(
             lines = recover(log.run_dir, state["step"] if state else 0)
             model = config.model
             if model.init_from:
-                from lora.training.other_base import warn_other_base
-
                 lines.append(warn_other_base(model.init_from, model.base_model, base_files))
             if state:
                 lines.append(describe_moved(state["facts"]["place"], place))

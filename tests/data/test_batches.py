@@ -377,7 +377,7 @@ def test_all_documents_in_one_call_of_flash_attention_are_each_document_in_one_o
         SimpleNamespace(is_causal=causal), query, key, value, None, **settings
     )
     settings["documents"].has_flash = True
-    monkeypatch.setattr("lora.model.attention.flash_takes", lambda query, value: True)
+    monkeypatch.setattr("lora.model.attention.flash_takes", lambda *widths: True)
     monkeypatch.setattr("lora.model.attention.varlen_attn", varlen)
     together, _ = packed_attention(
         SimpleNamespace(is_causal=causal), query, key, value, None, **settings

@@ -21,8 +21,8 @@ from lora.model.load import load_task
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.training import cached_features
+from lora.training.base_integrity import warn_other_base
 from lora.training.log import Log
-from lora.training.other_base import warn_other_base
 from tests.conftest import run, script
 from tests.distributed.test_distributed import run_of
 from tests.training.test_resume import metrics

@@ -278,7 +278,7 @@ def test_the_gradients_of_sharded_weights_do_not_stay(configure, monkeypatch):
 def test_the_choice_is_in_the_checkpoint_and_a_resumed_run_keeps_it(configure, monkeypatch, capsys):
     assert not choose_checkpointing(planned_run(configure(True), False), None)  # on a CPU
     with monkeypatch.context() as patch:
-        patch.setattr("train.choose_checkpointing", lambda run, state: True)
+        patch.setattr("lora.training.startup.choose_checkpointing", lambda run, state: True)
         folder = run(configure(True, **WHOLE))
     saved = folder / "checkpoints" / "checkpoint_step_6"
     state = best_checkpoints.trainer_state(saved)
@@ -290,7 +290,7 @@ def test_the_choice_is_in_the_checkpoint_and_a_resumed_run_keeps_it(configure, m
         choices.append(choose_checkpointing(run, state))
         return choices[-1]
 
-    monkeypatch.setattr("train.choose_checkpointing", recorded)
+    monkeypatch.setattr("lora.training.startup.choose_checkpointing", recorded)
     run(configure(True, **WHOLE | {"max_steps": 7}), saved)
     assert choices == [True]
 
