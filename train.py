@@ -77,21 +77,22 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     max_steps = total_steps(settings, data.steps_per_epoch)
     folder = log.run_dir / "checkpoints"
 
-    step, resumed_at, was_evaluated = 0, None, False
+    step, was_evaluated = 0, False
+    finished_step = None  # its evaluation and checkpoint exist: a resumed run does not repeat them
     evaluations_without_best, skipped_steps = 0, 0
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
         step = state["step"]
         was_evaluated = state["val"] is not None
-        # A run that now ends at a checkpoint without a validation loss is evaluated there first.
-        resumed_at = step if was_evaluated or step < max_steps else None
+        # If the run ends at a checkpoint that was not evaluated, it is evaluated there first.
+        finished_step = step if was_evaluated or step < max_steps else None
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
     best_losses = best_checkpoints.finite_losses(folder)
-    if not best_losses:  # as where a run is resumed to a new folder, which holds no checkpoint yet
+    if not best_losses:  # a run that is resumed into a new folder has no best checkpoint yet
         evaluations_without_best = 0
-    # A run that has stopped early may have yet to write its artifact.
+    # The run may have been killed after it stopped early and before its artifact was written.
     has_stopped = was_evaluated and stops_early(settings, evaluations_without_best)
     if has_stopped:
         log.say(f"this run stopped early at step {step}; raise --early_stopping_patience to go on")
@@ -108,7 +109,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         # lost. A resumed run has done both at its first step.
         last = step >= max_steps or has_stopped
         metrics, is_among_best = None, False
-        if step != resumed_at and (last or step % settings.eval_steps == 0):
+        if step != finished_step and (last or step % settings.eval_steps == 0):
             metrics, batches, predictions = evaluate(run)
             save_example_losses(log.run_dir, step, run, batches, predictions)
             is_new_best = step > 0 and metrics["loss"] < min(best_losses, default=math.inf)
@@ -123,7 +124,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 log.say(f"Stopping at step {step}: {without}.")
                 last = True
         save_is_due = last or stop or step % config.output.save_steps == 0
-        if (is_among_best or save_is_due) and step not in (0, resumed_at):
+        if (is_among_best or save_is_due) and step not in (0, finished_step):
             data.rows.check.require_undamaged()
             state = {
                 "without_best": evaluations_without_best,
@@ -157,9 +158,9 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         learning_rate = learning_rate_at(step, max_steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
-        # In float16 the scaler itself skips a step whose gradients are not finite.
-        grad_norm_is_fine = scaler.is_enabled() or math.isfinite(grad_norm)
-        if math.isfinite(loss) and grad_norm_is_fine:
+        # In float16 the scaler itself skips an update whose gradients are not finite.
+        may_update = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(grad_norm))
+        if may_update:
             scaler.step(optimizer)
             if not math.isfinite(grad_norm):
                 found = f"step {step}: gradient norm {grad_norm}"
@@ -192,7 +193,7 @@ def run_training(
     """Tokenise, train, and write the artifact with the weights of the best validation loss.
 
     Args:
-        hashing: of the base's weight files, where it has begun (`start_loading`).
+        hashing: the hashes of the base's weight files that `start_loading` has begun to compute.
 
     Returns:
         The results that final_results.json holds; None for --check and --dry_run, and on every

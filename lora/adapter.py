@@ -38,7 +38,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     for name, layer in layers.items():
         for factor, weight in factors(layer).items():
             weights[f"{name}.{factor}"] = weight
-        if layer in embeddings:  # they may have been given rows that no base has
+        if layer in embeddings:  # rows may have been added, which the base's file lacks
             weights[f"{name}.base_layer.weight"] = layer.base_layer.weight
     tensors = {}
     for name, weight in weights.items():

@@ -28,7 +28,7 @@ def processes_on_this_machine() -> int:
 
 
 def hide_bar() -> bool | None:
-    """Return `disable` for tqdm: True but on rank 0, where None shows a bar on a terminal only."""
+    """Return tqdm's `disable`: None (a bar on a terminal only) on rank 0, True on the others."""
     return True if rank() > 0 else None
 
 

@@ -217,7 +217,8 @@ def check_scorer_flags(arguments: Namespace, is_scorer: bool) -> None:
 def trained_config(checkpoint: str) -> Config:
     """Return the configuration of a checkpoint's run, with its full model as the base."""
     config = saved_config(checkpoint)
-    # It shortens what is trained on: a chain whose first wrong step is cut off is not a right one.
+    # Training reads the first N steps. In an evaluation, a chain whose only error comes later would
+    # count as right.
     config.data.max_steps_per_example = None
     full_model = full_model_folder(checkpoint)
     if full_model:

@@ -146,7 +146,7 @@ def generate_answers(
 
 
 def reasoning_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens after which an answer begins, and whose place no text would show."""
+    """Return the tokens that end reasoning or a header, and that decoding would leave out."""
     ends = []
     for i, token in tokenizer.added_tokens_decoder.items():
         is_special_mark = token.special and token.content == THINK_END

@@ -79,7 +79,7 @@ def measure_language(
 
 
 def categories_of(rows: Sequence[Example] | Sequence[Question]) -> list[str]:
-    """Return the category of each row, or "", as for all where there are too many."""
+    """Return the category of each row; "" for one without, and for all if they are too many."""
     categories = [row.category for row in rows]
     count = len(set(categories))
     if count > MAX_CATEGORIES:

@@ -76,9 +76,9 @@ class ScoredChains:
         self.problems: list[str] = []  # of each chain
         self.labels: list[np.ndarray] = []  # of each chain, [steps]
         self.scores: list[np.ndarray] = []
-        # The index of each chain's first wrong step, or -1: by the labels, and by the scores. A
-        # wrong step without a score, as one beyond max_length, is there and is not found. A chain
-        # with such a step and no error before it is not passed either: its predicted error is -2.
+        # The index of each chain's first wrong step, by the labels and by the scores; -1: none. If
+        # a chain is cut (at max_length) before its scores find an error, the scorer has not judged
+        # all of it. It is then neither right nor located: its predicted error, -2, equals no label.
         first_errors, predicted_errors = [], []
         for example, chain_scores in zip(examples, scores):
             labels, labelled_scores = labelled_steps([example], [chain_scores])
@@ -155,7 +155,7 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
     for drawn in statistics.bootstrap_samples(len(groups), draws):
         chains = np.concatenate([groups[i] for i in drawn])
         if not any(len(scorers[first].labels[i]) for i in chains):
-            continue  # of none a step has a score
+            continue  # no step of these chains has a score
         for name, scored in scorers.items():
             samples[name].append(scored.measures(chains))
 

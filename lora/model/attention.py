@@ -89,10 +89,10 @@ def packed_attention(
     unknown = [name for name in given if name not in IGNORED]
     if unknown or attention_mask is not None:
         what = unknown or "an attention mask"
-        raise ValueError(f"packed attention does not know {what} of {type(module).__name__}")
+        raise ValueError(f"packed attention does not support {what} of {type(module).__name__}")
     causal = module.is_causal if is_causal is None else is_causal
     if sliding_window and not causal:
-        raise ValueError("packed attention knows sliding windows of causal models only")
+        raise ValueError("packed attention supports sliding windows in causal models only")
     # Models are tried before they are compiled, and the number of a layer would compile each anew.
     if not sliding_window and not torch.compiler.is_compiling() and has_window(module):
         raise ValueError(f"the window of {type(module).__name__} is in its mask only")

@@ -42,8 +42,8 @@ def find_incompatibility(task: Task, dtype: torch.dtype | None = None) -> str | 
             separate = torch.cat([alone, hidden_states(task, second)])
             if differ(separate, hidden_states(task, first, second), tolerance):
                 return "documents that are packed into one row see each other"
-            # These are the same sums, so they are equal in every type; but for experts, whose
-            # products may be summed in another order where the last token goes to another one.
+            # The same sums give the same bits in every dtype. Experts are the exception: the last
+            # token may go to another expert, which changes the order of the others' sums.
             rounding = tolerance if stacked_weights(task.model) else 1e-6
             sees_later = differ(alone[:-1], hidden_states(task, changed)[:-1], rounding)
             if sees_later == task.causal:
@@ -76,8 +76,9 @@ def differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def refuse_incompatible_layers(task: Task, target_modules: list[str]) -> None:
-    """Raise UserError where LoRA has no effect, as some models read a weight without its layer."""
+    """Raise UserError if the model fails with LoRA, as one that reads a layer's weight itself."""
     problem = find_incompatibility(task)
     if problem:
         names = " ".join(target_modules)
-        raise UserError(f"target_modules {names}: with LoRA there {problem}; name other layers.")
+        where = f"target_modules {names}: with LoRA on these layers"
+        raise UserError(f"{where} {problem}; name other layers.")

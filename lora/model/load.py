@@ -39,7 +39,7 @@ def load_task(
         """Return the task, or None and the reason why the model cannot have this layout."""
         try:
             model = build_model(config, shape, tokenizer, dtype, is_packed)
-        except KeyError as error:  # some models know only their own kinds of attention
+        except KeyError as error:  # some models accept only attention functions of their own
             return None, f"it has no attention {error}"
         settings = config.model
         task = Task(model, tokenizer, base_dtype, settings.head_dropout, settings.score_loss)

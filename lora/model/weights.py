@@ -208,7 +208,7 @@ def load_weights(
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast a model in place, but for what transformers keeps in fp32, as routers of experts."""
+    """Cast a model in place, except what transformers keeps in fp32, such as experts' routers."""
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
     for name, tensor in model.state_dict(keep_vars=True).items():
         stays_fp32 = any(re.search(pattern, name) for pattern in patterns)
@@ -217,7 +217,7 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def read_generation_config(model: PreTrainedModel, source: str) -> None:
-    """Read generation_config.json where a base has it; else it is made of config.json already."""
+    """Read generation_config.json if the base has it; else transformers has used config.json."""
     quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     if cached_file(source, "generation_config.json", **dict.fromkeys(quiet, False)):
         model.generation_config = GenerationConfig.from_pretrained(source)
@@ -230,7 +230,7 @@ def read_generation_config(model: PreTrainedModel, source: str) -> None:
 
 
 def drop_unused_settings(settings: GenerationConfig) -> None:
-    """Drop what its way of generating does not use, with which it could not be saved.
+    """Drop settings that this way of generating ignores: transformers refuses to save them.
 
     Some published models have sampling values and no do_sample, and mean to be sampled from. Raises
     ValueError for what no model could generate with.

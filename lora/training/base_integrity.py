@@ -42,7 +42,7 @@ def file_sums(model: ModelConfig) -> dict[str, str]:
 
 
 def frozen_sums(model: nn.Module) -> dict[str, str]:
-    """Return the sha256 of each frozen tensor. From a GPU, each thread copies one at a time."""
+    """Return the sha256 of each frozen tensor. Each thread copies one at a time from a GPU."""
     return map_in_threads(sha256_of_tensor, frozen_tensors(model))
 
 

@@ -47,7 +47,7 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
     head_state = gather(task.head.state_dict(keep_vars=True) if sharded else {})
     parameters = trainable_parameters(task)
     if optimizer:
-        init_state(optimizer)  # of what has had no gradient yet, as where updates were skipped
+        init_state(optimizer)  # parameters without an update so far have no state
     optimizer_tensors = state_tensors(optimizer, parameters) if optimizer else {}
 
     def gather_optimizer() -> Iterator[tuple[str, Tensor]]:

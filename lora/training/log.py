@@ -25,7 +25,7 @@ from lora.distributed import process_group
 
 SPIKE_WINDOW = 50  # steps whose losses a new one is compared with
 SPIKE = 6.0  # standard deviations above their mean
-FIRST_ROUNDS = 10  # of a loop, which may be slow: the time left is not estimated from them
+FIRST_ROUNDS = 10  # of a loop, before the time left is estimated: the first ones may be slow
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -64,7 +64,7 @@ class Log:
         try:
             self.open_files(config)
         except BaseException:
-            self.lock.release()  # a traceback that is kept, as in a notebook, keeps this log
+            self.lock.release()  # a notebook keeps the traceback, and with it this log
             raise
 
     def open_files(self, config: Config) -> None:

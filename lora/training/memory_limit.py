@@ -19,7 +19,7 @@ def memory_limit(device: torch.device) -> Iterator[None]:
     """Make allocations in the block fail where they exceed the machine's available memory.
 
     Linux grants them all, and kills the process when it uses what is not there: a step could not be
-    done again in smaller micro-batches. A limit that the process has already stays. Start no thread
+    done again in smaller micro-batches. An earlier limit of the process is kept. Start no thread
     in the block: one that finds no memory for its first lines leaves Python waiting for it forever.
     """
     try:

@@ -182,7 +182,7 @@ def drop_gradient(parameter: Tensor) -> None:
 
 
 def count_step(run: Run, batches: list[Batch]) -> tuple[int, int]:
-    """Run micro-batches without contents; return the most bytes that they and their head hold.
+    """Run micro-batches on fake tensors; return the peak bytes of the step, and of its head.
 
     Where the weights are to be sharded these bytes are without the gradients, whose parts are
     summed to their processes as they are made.

@@ -85,7 +85,7 @@ def input_facts(run: Run, raw_data: RawData, data_facts: dict) -> dict[str, Any]
         facts[f"{part}_tokens"] = digest(arrays)[:16]
 
     compared = dict(facts)
-    if run.config.lora:  # of a base that is sharded, the first process alone needs the weights
+    if run.config.lora:  # a sharded base is read by the first process alone
         files = [] if model.init_from == "scratch" else model_files(model.base_model)
         compared["base_model"] = {path.name: path.stat().st_size for path in files}
     first, *others = gather_objects(compared)
@@ -159,7 +159,7 @@ def choose_checkpointing(run: Run, state: dict | None) -> bool:
     setting = run.config.training.gradient_checkpointing
     if setting != "auto":
         return setting
-    if state:  # before "auto", the configuration itself said which
+    if state:  # checkpoints from before "auto" hold true or false in their configuration
         before = state["config"]["training"]["gradient_checkpointing"]
         return state["facts"].get("gradient_checkpointing", before)
     if run.device.type != "cuda":
@@ -302,7 +302,7 @@ def describe_place(device: torch.device) -> dict[str, str | int]:
 
 
 def describe_changed_keys(before: dict, config: Config) -> str:
-    """Say which keys a resumed run changes, of those that change its numbers; "" where none."""
+    """Name the changed keys of a resumed run that can change its numbers, or return ""."""
     changed = []
     for title, table in config.as_dict().items():
         for name, value in table.items():

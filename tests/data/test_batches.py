@@ -419,7 +419,7 @@ def test_values_may_be_narrower_than_queries(kind):
 def test_an_attention_argument_that_would_change_the_result_is_refused(tokenizer):
     task = scorer(lambda c: tiny_llama().model, None)
     batch = rows_of("arithmetic:train:1", "score", tokenizer).batch([0])
-    with pytest.raises(ValueError, match="does not know .'bias'."):
+    with pytest.raises(ValueError, match="does not support .'bias'."):
         task.model(batch.input_ids, use_cache=False, bias=30.0)
 
 
