@@ -50,6 +50,7 @@ from lora.model.run import Run
 from lora.model.task import Task
 from lora.training import best_checkpoints, checkpoint, startup
 from lora.training.base_integrity import compare_base, measure_base
+from lora.training.description import describe_run
 from lora.training.gradients import GradientAccumulation
 from lora.training.log import Log
 from lora.training.optimizer import make_optimizer, optimizer_bytes
@@ -221,7 +222,7 @@ def run_training(
             return results if rank == 0 else None
     checkpointing = startup.choose_checkpointing(run, state)
     prepare_layers(task.model, config.training, checkpointing)
-    description = startup.describe_run(run, data_facts, checkpointing)
+    description = describe_run(run, data_facts, checkpointing)
     if command.check:
         from lora.preflight.check import check
 
