@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora.common.errors import UserError
-from lora.common.operating_system import peak_memory_bytes
+from lora.common.operating_system import resident_bytes
 from lora.data.batches import Batch
 from lora.distributed import process_group
 from lora.distributed.collectives import sum_over_all, wait_for_all
@@ -24,7 +24,7 @@ from lora.model.run import Run
 from lora.model.task import Task
 from lora.target_modules import decoder_layers
 from lora.training.checkpoint import trainable_parameters
-from lora.training.memory_limit import USABLE, kilobytes
+from lora.training.memory_limit import USABLE
 from lora.training.optimizer import optimizer_bytes
 
 
@@ -217,11 +217,3 @@ def count_step(run: Run, batches: list[Batch]) -> tuple[int, int]:
                 found = f"this model cannot be counted in {run.dtype} ({str(error)[:120]})"
                 raise UserError(f"--dry_run: {found}.") from None
     return counter.peak, counter.head_peak
-
-
-def resident_bytes() -> int | None:
-    """Return the main memory that this process holds now, or its peak where that is not known."""
-    try:
-        return 1024 * kilobytes("/proc/self/status", "VmRSS")
-    except OSError:
-        return peak_memory_bytes()
