@@ -141,21 +141,28 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     if arguments.dry_run:
         return Command(config, Path(), resume_from, allowed=arguments.allow_change, dry_run=True)
 
-    # The name and the folder of the run.
-    if not output.experiment_name:
-        stem = Path(config_file).stem if config_file else Path(config.model.base_model).name
-        now = time.strftime("%Y%m%d-%H%M%S")
-        output.experiment_name = f"{stem}_{now}-{os.getpid()}"  # several may start in one second
-    if auto:
-        run_dir = run_folder(config)
-    elif saved:
-        run_dir = continued_folder(saved, config, Path(resume_from))
-    else:
-        run_dir = new_folder(config)
+    output.experiment_name = output.experiment_name or new_name(config, config_file)
+    run_dir = choose_run_dir(config, saved, resume_from, auto)
     command = Command(config, run_dir, resume_from, auto, arguments.allow_change)
     if saved and command.continues:
         resume.refuse_other_losses(saved, config)
     return command
+
+
+def new_name(config: Config, config_file: str | None) -> str:
+    """Return a name for a run that was given none: its config file or base, and the time."""
+    stem = Path(config_file).stem if config_file else Path(config.model.base_model).name
+    now = time.strftime("%Y%m%d-%H%M%S")
+    return f"{stem}_{now}-{os.getpid()}"  # several may start in one second
+
+
+def choose_run_dir(config: Config, saved: Config | None, resume_from: str, auto: bool) -> Path:
+    """Return the folder of a run that is named: its own, or that of the run that it continues."""
+    if auto:
+        return run_folder(config)
+    if saved:
+        return continued_folder(saved, config, Path(resume_from))
+    return new_folder(config)
 
 
 def find_config(name: str | None) -> str | None:
