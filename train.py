@@ -259,7 +259,8 @@ def results_if_complete(command: Command, state: dict, max_steps: int) -> dict |
 
     Raises UserError where --resume_from names a checkpoint of a complete run.
     """
-    training, is_at_end = command.config.training, state["step"] >= max_steps
+    training = command.config.training
+    is_at_end = state["step"] >= max_steps
     if not (command.auto or is_at_end):
         return None
     results = finished_results(command.run_dir, command.config, state, max_steps)

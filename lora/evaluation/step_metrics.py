@@ -213,12 +213,13 @@ def report(
         if dataset_ids:
             f1_of_sets = []
             for set_name, dataset_id in dataset_ids.items():
-                set_measures = ScoredChains(examples, scores, threshold, dataset_id).measures()
-                if set_name == tuned_on and np.isnan(set_measures["processbench_f1"]):
+                scored = ScoredChains(examples, scores, threshold, dataset_id)
+                set_f1 = scored.measures()["processbench_f1"]
+                if set_name == tuned_on and np.isnan(set_f1):
                     needs = "it needs chains with an error and chains without one"
                     raise UserError(f"tune_threshold_on {tuned_on}: {needs}.")
-                f1_of_sets.append(set_measures["processbench_f1"])
-                measures[name][f"{set_name}/processbench_f1"] = set_measures["processbench_f1"]
+                f1_of_sets.append(set_f1)
+                measures[name][f"{set_name}/processbench_f1"] = set_f1
             measures[name]["mean_processbench_f1"] = float(np.mean(f1_of_sets))
     result: dict[str, dict] = {"thresholds": thresholds, "measures": measures}
     result["intervals"], result["differences"] = intervals(scorers, draws)

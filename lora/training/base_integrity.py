@@ -34,7 +34,9 @@ class BaseSums:
 def measure_base(task: Task, config: Config, files: dict[str, str] | None = None) -> BaseSums:
     """Hash a base; `files` are the hashes of its weight files, where they are known already."""
     frozen = frozen_sums(task.model) if config.lora else {}
-    return BaseSums(file_sums(config.model) if files is None else files, frozen)
+    if files is None:
+        files = file_sums(config.model)
+    return BaseSums(files, frozen)
 
 
 def file_sums(model: ModelConfig) -> dict[str, str]:

@@ -52,9 +52,12 @@ class Log:
         self.earlier = earlier.get("totals", {"seconds": 0.0, "tokens": 0, "peak_memory": None})
         self.run_tokens = self.earlier["tokens"]
         self.bar = tqdm(disable=True)  # until the first step
-        self.first_step, self.total = earlier.get("step", 0), max_steps
+        self.first_step = earlier.get("step", 0)
+        self.total = max_steps
         self.began: float | None = None  # at the first step, by time.perf_counter()
-        self.num_tokens, self.seconds = 0, 0.0  # since the last training metrics
+        # Since the last training metrics.
+        self.num_tokens = 0
+        self.seconds = 0.0
         self.losses = deque(maxlen=SPIKE_WINDOW)
         self.trackers = []
         if process_group.rank() > 0:
