@@ -42,19 +42,12 @@ if __name__ == "__main__":
 import torch
 
 from lora.common.printable_text import printable
+from lora.evaluation import run_evaluation
 from lora.evaluation.generate import generate_answers, prompt_tokens, text_tokens
-from lora.evaluation.run_evaluation import (
-    CATEGORY,
-    Results,
-    measure_language,
-    measure_retrieval,
-    measure_steps,
-)
 from lora.model.device import choose_device, choose_dtype
 from lora.model.load import load_task
 from lora.model.task import Task
-from lora.training.base_integrity import file_sums
-from lora.training.other_base import warn_other_base
+from lora.training.base_integrity import file_sums, warn_other_base
 
 
 def load(checkpoint: str | None, config: Config, device: torch.device) -> Task:
@@ -68,8 +61,7 @@ def load(checkpoint: str | None, config: Config, device: torch.device) -> Task:
         task.load_head(checkpoint)
     elif checkpoint:
         task.load(checkpoint)
-        base_model = config.model.base_model
-        warning = warn_other_base(checkpoint, base_model, file_sums(config.model))
+        warning = warn_other_base(checkpoint, config.model.base_model, file_sums(config.model))
         if warning:
             print(warning)
     elif task.head_is_random:
@@ -99,18 +91,19 @@ def main(arguments: Namespace, config: Config, request: EvaluationRequest) -> di
     device = choose_device(config.training.device)
     dtype = choose_dtype(config, device)
     task = load(arguments.checkpoint, config, device)
-    results = Results()
+    results = run_evaluation.Results()
     if config.model.task == "score" and request.examples:
-        numbers = measure_steps(request, arguments, task, config, dtype)
-        print_numbers({name: numbers[name] for name in numbers if name.startswith(CATEGORY)})
+        numbers = run_evaluation.measure_steps(request, arguments, task, config, dtype)
+        in_categories = [name for name in numbers if name.startswith(run_evaluation.CATEGORY)]
+        print_numbers({name: numbers[name] for name in in_categories})
         results.numbers = numbers
     elif arguments.prompt is not None:
         print(printable(answer_prompt(arguments, config, task, dtype)))
     else:
-        results = measure_language(request, task, config, dtype)
+        results = run_evaluation.measure_language(request, task, config, dtype)
         print_numbers(results.numbers)
     if request.queries:
-        numbers = measure_retrieval(request, task, config, dtype)
+        numbers = run_evaluation.measure_retrieval(request, task, config, dtype)
         print_numbers(numbers)
         results.numbers.update(numbers)
     if arguments.output:

@@ -48,19 +48,13 @@ from lora.model.load import load_task
 from lora.model.placement import place_on_device, prepare_layers
 from lora.model.run import Run
 from lora.model.task import Task
-from lora.training import best_checkpoints, checkpoint
+from lora.training import best_checkpoints, checkpoint, startup
 from lora.training.base_integrity import compare_base, measure_base
+from lora.training.description import describe_run
 from lora.training.gradients import GradientAccumulation
 from lora.training.log import Log
 from lora.training.optimizer import make_optimizer, optimizer_bytes
 from lora.training.schedule import learning_rate_at, stops_early, total_steps
-from lora.training.startup import (
-    begin,
-    choose_checkpointing,
-    describe_run,
-    input_facts,
-    start_loading,
-)
 
 
 def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSignal) -> None:
@@ -84,21 +78,22 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
     max_steps = total_steps(settings, data.steps_per_epoch)
     folder = log.run_dir / "checkpoints"
 
-    step, resumed_at, was_evaluated = 0, None, False
+    step, was_evaluated = 0, False
+    finished_step = None  # its evaluation and checkpoint exist: a resumed run does not repeat them
     evaluations_without_best, skipped_steps = 0, 0
     if resume_from:
         state = checkpoint.load(resume_from, task, optimizer)
         step = state["step"]
         was_evaluated = state["val"] is not None
-        # A run that now ends at a checkpoint without a validation loss is evaluated there first.
-        resumed_at = step if was_evaluated or step < max_steps else None
+        # If the run ends at a checkpoint that was not evaluated, it is evaluated there first.
+        finished_step = step if was_evaluated or step < max_steps else None
         evaluations_without_best, skipped_steps = state["without_best"], state["skipped"]
         if state["scaler"]:  # empty: it was not computed in float16
             scaler.load_state_dict(state["scaler"])
     best_losses = best_checkpoints.finite_losses(folder)
-    if not best_losses:  # as where a run is resumed to a new folder, which holds no checkpoint yet
+    if not best_losses:  # a run that is resumed into a new folder has no best checkpoint yet
         evaluations_without_best = 0
-    # A run that has stopped early may have yet to write its artifact.
+    # The run may have been killed after it stopped early and before its artifact was written.
     has_stopped = was_evaluated and stops_early(settings, evaluations_without_best)
     if has_stopped:
         log.say(f"this run stopped early at step {step}; raise --early_stopping_patience to go on")
@@ -115,7 +110,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         # lost. A resumed run has done both at its first step.
         last = step >= max_steps or has_stopped
         metrics, is_among_best = None, False
-        if step != resumed_at and (last or step % settings.eval_steps == 0):
+        if step != finished_step and (last or step % settings.eval_steps == 0):
             metrics, batches, predictions = evaluate(run)
             save_example_losses(log.run_dir, step, run, batches, predictions)
             is_new_best = step > 0 and metrics["loss"] < min(best_losses, default=math.inf)
@@ -130,7 +125,7 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
                 log.say(f"Stopping at step {step}: {without}.")
                 last = True
         save_is_due = last or stop or step % config.output.save_steps == 0
-        if (is_among_best or save_is_due) and step not in (0, resumed_at):
+        if (is_among_best or save_is_due) and step not in (0, finished_step):
             data.rows.check.require_undamaged()
             state = {
                 "without_best": evaluations_without_best,
@@ -164,9 +159,9 @@ def train(run: Run, log: Log, facts: dict, resume_from: str, stop_signal: StopSi
         learning_rate = learning_rate_at(step, max_steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
-        # In float16 the scaler itself skips a step whose gradients are not finite.
-        grad_norm_is_fine = scaler.is_enabled() or math.isfinite(grad_norm)
-        if math.isfinite(loss) and grad_norm_is_fine:
+        # In float16 the scaler itself skips an update whose gradients are not finite.
+        may_update = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(grad_norm))
+        if may_update:
             scaler.step(optimizer)
             if not math.isfinite(grad_norm):
                 found = f"step {step}: gradient norm {grad_norm}"
@@ -199,7 +194,7 @@ def run_training(
     """Tokenise, train, and write the artifact with the weights of the best validation loss.
 
     Args:
-        hashing: of the base's weight files, where it has begun (`start_loading`).
+        hashing: the hashes of the base's weight files that `start_loading` has begun to compute.
 
     Returns:
         The results that final_results.json holds; None for --check and --dry_run, and on every
@@ -225,7 +220,7 @@ def run_training(
             print(f"{command.run_dir}: complete since step {state['step']}; nothing to do")
             process_group.leave()
             return results if rank == 0 else None
-    checkpointing = choose_checkpointing(run, state)
+    checkpointing = startup.choose_checkpointing(run, state)
     prepare_layers(task.model, config.training, checkpointing)
     description = describe_run(run, data_facts, checkpointing)
     if command.check:
@@ -240,9 +235,10 @@ def run_training(
         print(description)
         dry_run(run)
         return None
-    inputs = input_facts(run, raw_data, data_facts)
+    inputs = startup.input_facts(run, raw_data, data_facts)
     place_on_device(task, config, device, dtype)
-    with begin(run, command, inputs, state, hashing) as (log, base, facts), rows.check:
+    begun = startup.begin(run, command, inputs, state, hashing)
+    with begun as (log, base, facts), rows.check:
         facts["gradient_checkpointing"] = checkpointing
         log.say(f"{description}\noutput: {log.run_dir}")
         if task.frozen:
@@ -263,7 +259,8 @@ def results_if_complete(command: Command, state: dict, max_steps: int) -> dict |
 
     Raises UserError where --resume_from names a checkpoint of a complete run.
     """
-    training, is_at_end = command.config.training, state["step"] >= max_steps
+    training = command.config.training
+    is_at_end = state["step"] >= max_steps
     if not (command.auto or is_at_end):
         return None
     results = finished_results(command.run_dir, command.config, state, max_steps)
@@ -279,7 +276,7 @@ def results_if_complete(command: Command, state: dict, max_steps: int) -> dict |
 
 
 def main(command: Command, raw_data: RawData) -> dict | None:
-    device, dtype, hashing = start_loading(command)
+    device, dtype, hashing = startup.start_loading(command)
     if process_group.world_size() > 1:
         from lora.model.load_sharded import load_for_sharding
 

@@ -4,7 +4,6 @@ Every tensor must have a place in the model. PEFT only warns, and the adapter ma
 """
 
 from collections.abc import Collection, Iterable
-import json
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lora import adapter_format, target_modules
 from lora.adapter_format import Tensors, base_name
 from lora.common.errors import UserError, raise_if_any
+from lora.common.toml_json import to_json
 from lora.layer import LoRAEmbedding, LoRALayer, LoRALinear, LoRAOptions, lora_layers, wrap
 from lora.target_modules import causal_lm_prefix, matches_ending, pattern_value
 
@@ -38,7 +38,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     for name, layer in layers.items():
         for factor, weight in factors(layer).items():
             weights[f"{name}.{factor}"] = weight
-        if layer in embeddings:  # they may have been given rows that no base has
+        if layer in embeddings:  # rows may have been added, which the base's file lacks
             weights[f"{name}.base_layer.weight"] = layer.base_layer.weight
     tensors = {}
     for name, weight in weights.items():
@@ -51,8 +51,7 @@ def write_adapter(folder: str | Path, config: dict, tensors: Tensors) -> None:
     """Write both files of an adapter; `tensors` have their names in the model with its head."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    (folder / "adapter_config.json").write_text(to_json(config), encoding="utf-8")
     tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 

@@ -37,8 +37,8 @@ SUPPORTED: dict[str, tuple] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
 }
-# Where B A starts at zero, or is trained on the base as it is. PiSSA and its like start by taking
-# B A out of the base.
+# With these B A starts at zero, or is trained on the unchanged base. PiSSA and others subtract the
+# first B A from the base.
 SUPPORTED_INITS = (True, False, "gaussian", "eva", "orthogonal")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 FLAGS = ("use_rslora", "use_dora", "lora_bias")
@@ -114,7 +114,7 @@ def read_config(folder: str | Path) -> dict:
             raise UserError(f"{path}: {found} is not supported; only {supported[0]!r} is.")
     init = config["init_lora_weights"]
     if init not in SUPPORTED_INITS:
-        why = "such an adapter belongs on a base from which a part was taken out, and is wrong"
+        why = "such an adapter fits a base from which its first B A was subtracted, and is wrong"
         mend = "PEFT can convert it: save_pretrained(path_initial_model_for_weight_conversion=...)"
         raise UserError(f"{path}: init_lora_weights = {init!r}: {why} on any other. {mend}.")
     dropout = config["lora_dropout"]

@@ -64,13 +64,13 @@ class LoRALinear(LoRALayer):
     bitsandbytes' Linear4bit. B starts at zero, so a fresh layer computes what its base computes.
 
     With DoRA, each row of W + update is rescaled to a trained length (Liu et al. 2024, equation 5).
-    The row's own length is a constant to the gradient, as in section 4.3 there.
+    The gradient treats the row's own length as a constant (section 4.3 of that paper).
     """
 
     def __init__(self, base_layer: nn.Module, options: LoRAOptions) -> None:
         super().__init__(base_layer, options)
         if is_4bit(base_layer):
-            # See FourBitQuantizer, which loads a base. This layer may be of a model of the user's.
+            # As in FourBitQuantizer, by which a layer of a user's own model was not made.
             base_layer.support_avx512bf16_for_cpu = False
         elif not base_layer.weight.is_floating_point() or base_layer.weight.itemsize == 1:  # fp8
             kind = type(base_layer).__name__
@@ -114,7 +114,7 @@ class LoRALinear(LoRALayer):
     def dora_scale(self) -> Tensor:
         """Return, for each row of W + update, its trained length / its norm, [out]."""
         with torch.no_grad():
-            # A row of zeros stays one, because its magnitude is 0 too.
+            # A row of zeros stays zero, because its trained length is 0 as well.
             smallest = torch.finfo(torch.float32).tiny
             row_lengths = self.updated_weight().norm(dim=1).clamp_min(smallest)
         return self.lora_magnitude_vector / row_lengths
@@ -195,7 +195,7 @@ def inject(
     """
     fully_trained = find_modules_to_save(model, modules_to_save)
     unsaved = [name for name in classification_head(model) if name not in fully_trained]
-    why = "may be random, another in every session, and is saved if it is named; add"
+    why = "may be drawn at random in every session, and is saved only if it is named; add"
     raise_if_any(unsaved, f"modules_to_save: the head of {type(model).__name__} {why}")
     matched = find_target_modules(model, target_modules)
     targets = [name for name in matched if name not in fully_trained]

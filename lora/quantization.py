@@ -85,7 +85,7 @@ class FourBitQuantizer(HfQuantizer):
 
 
 class Quantise(ConversionOps):
-    """Makes bitsandbytes' Params4bit of a dense weight that was read."""
+    """Quantises a dense weight that was read: it becomes bitsandbytes' Params4bit."""
 
     def __init__(self, settings: FourBitSettings) -> None:
         self.settings = settings

@@ -137,7 +137,7 @@ def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -
     """Return the names of the linear layers that `target_modules` means, in the model's order.
 
     Each target is "all-linear", the end of a name ("q_proj", "self_attn.q_proj"), or a regular
-    expression for the full name, as in PEFT; each must match. The output head must be named.
+    expression for the full name, as in PEFT; each must match. all-linear leaves the head out.
     """
     prefix = causal_lm_prefix(model)
     all_linear = linear_names(model)

@@ -9,6 +9,7 @@ from typing import Any
 from lora.common.checkpoint_folders import is_written_by_us
 from lora.common.errors import UserError
 from lora.common.plain_file import inside_folder
+from lora.common.toml_json import to_json
 
 CHECKSUMS_FILE = "checksums.json"
 # What the Hub and a file manager put into a folder that is uploaded, downloaded or looked at.
@@ -68,7 +69,7 @@ def is_plain(path: Path) -> bool:
 
 
 def checksums_to_bytes(checksums: dict) -> bytes:
-    return (json.dumps(checksums, indent=2) + "\n").encode()
+    return to_json(checksums).encode()
 
 
 def read_checksums(path: Path) -> dict | None:

@@ -17,6 +17,7 @@ import traceback
 
 from lora.common.errors import Interrupted, ProcessLost, UserError
 from lora.common.signals import leave_at_once
+from lora.common.toml_json import to_json
 
 # Seconds that the other processes wait before they report an error. An error that all of them have
 # is reported by rank 0, and torchrun ends the others meanwhile.
@@ -35,7 +36,7 @@ class RunStatus:
             return
         try:
             status = {"exit": exit_status, "error": line, **facts}
-            texts = {"status.json": json.dumps(status, indent=2) + "\n"}
+            texts = {"status.json": to_json(status)}
             if exit_status and sys.exc_info()[0]:
                 texts["error.log"] = traceback.format_exc()
             for name, text in texts.items():

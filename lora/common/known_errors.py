@@ -24,7 +24,7 @@ def as_known_error(error: BaseException) -> UserError | None:
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted.", signal.SIGINT)
     if isinstance(error, BrokenPipeError):
-        return Interrupted("a pipe was closed at its other end, as standard output is.", SIGPIPE)
+        return Interrupted("the reader of standard output, or of another pipe, has ended.", SIGPIPE)
     if errors.is_disk_full(error):
         return ResourceExhausted(f"{text}: no room for it; the checkpoints are as they were.")
     if errors.is_out_of_memory(error):

@@ -35,6 +35,32 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_bytes() -> int | None:
+    """Return the main memory that this process holds now, or its peak where that is not known."""
+    resident = proc_bytes("self/status", "VmRSS")
+    return peak_memory_bytes() if resident is None else resident
+
+
+def data_segment_bytes() -> int | None:
+    """Return the memory of this process that RLIMIT_DATA limits."""
+    return proc_bytes("self/status", "VmData")
+
+
+def available_memory_bytes() -> int | None:
+    """Return the machine's main memory that programs can still take."""
+    return proc_bytes("meminfo", "MemAvailable")
+
+
+def proc_bytes(file: str, name: str) -> int | None:
+    """Return the bytes that the line "NAME: 123 kB" of a file in Linux's /proc tells."""
+    try:
+        lines = Path("/proc", file).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return 1024 * kilobytes
+
+
 def c_library_function(name: str) -> Callable | None:
     """Return a function of the C library that this process runs with."""
     try:

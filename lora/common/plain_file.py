@@ -22,10 +22,7 @@ def plain_file(path: Path, home: Path | None = None) -> Path:
 
 
 def inside_folder(path: Path, home: Path | None = None) -> Path:
-    """Return `path`. Raises UserError for a link that leads out of the folder `home`.
-
-    That is the file's own folder unless it is given.
-    """
+    """Return `path`. Raises UserError for a link out of `home` (default: the file's own folder)."""
     folder = Path(os.path.realpath(home or path.parent))
     allowed = [folder]
     # Links within the folder's repository in the Hub's cache are allowed.

@@ -76,7 +76,7 @@ def begin_loading_torch(is_shown: bool = True) -> None:
     """Say that torch is being loaded, unless it is already, and let Ctrl-C end that in one line."""
     if "torch" in sys.modules:
         return
-    # Whoever ignores it, as a shell does for what runs in the background, is not disturbed.
+    # A process that ignores Ctrl-C, as a shell's background jobs do, goes on ignoring it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave_at_once)
     if is_shown and os.environ.get("RANK", "0") == "0":

@@ -20,6 +20,11 @@ def to_toml(tables: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def to_json(value: Any) -> str:
+    """Return a value as the indented JSON of a file that is written."""
+    return json.dumps(value, indent=2, default=json_value) + "\n"
+
+
 def toml_value(value: Any) -> str:
     """Return a value as TOML, which reads JSON's values except tables and the DEL character."""
     if isinstance(value, dict):

@@ -15,17 +15,10 @@ from lora.common.exit_status import RunStatus, require_one_process
 from lora.common.paths import ROOT, or_packaged
 from lora.common.printable_text import print_on_rank_zero
 from lora.common.toml_json import read_file
+from lora.config import resume
 from lora.config.cross_checks import require_model_and_data, require_packages
 from lora.config.flags import SWITCH, Parser, add_flags, apply_flags
 from lora.config.parse_values import nearest, parse_text
-from lora.config.resume import (
-    checkpoint_config,
-    describe_fact,
-    raise_other_losses,
-    refuse_changed_keys,
-    refuse_changes,
-    refuse_other_losses,
-)
 from lora.config.run_folder import continued_folder, new_folder, newest_checkpoint, run_folder
 from lora.config.schema import Config, fields_by_key, tables_of
 from lora.config.set_keys import set_key, set_tables, settle_dtype
@@ -69,14 +62,14 @@ class Command:
         changed = {}
         for name, fact in facts.items():
             if fact != before.get(name, fact):  # older checkpoints do not have all of them
-                changed[name] = (describe_fact(before[name]), describe_fact(fact))
+                changed[name] = (resume.describe_fact(before[name]), resume.describe_fact(fact))
         model, data = self.config.model, self.config.data
         allowed = {*self.allowed}
         if "base_model" in allowed:
             allowed.add("base_config")
         if allowed & {*vars(model), *vars(data)}:  # what they say is read as other tokens
             allowed |= {"train_tokens", "eval_tokens"}
-        refuse_changes(self.resume_from, changed, allowed)
+        resume.refuse_changes(self.resume_from, changed, allowed)
         if not self.continues:
             return
         # The held-out examples come from the training data where no eval_data are named.
@@ -88,7 +81,7 @@ class Command:
                 earlier, now = list(earlier.values()), list(now.values())
             if now != earlier and name not in not_measured:
                 other_losses.append(name)
-        raise_other_losses(other_losses)
+        resume.raise_other_losses(other_losses)
 
 
 def read_command_line(argv: list[str], config: Config, default_file: str, summary: str) -> Command:
@@ -109,7 +102,7 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     saved = None
     if resume_from and not auto:
         require_checkpoint(resume_from)
-        saved = checkpoint_config(resume_from, config)
+        saved = resume.checkpoint_config(resume_from, config)
     config_file = find_config(arguments.config)
     named = ("base_model", "train_data", "eval_data", "use_prm800k", "use_eqasc", "use_reveal")
     names_nothing = all(getattr(arguments, name) is None for name in named)
@@ -133,13 +126,13 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     if auto:
         resume_from = newest_checkpoint(config)
         if resume_from:
-            saved = checkpoint_config(resume_from, config)
+            saved = resume.checkpoint_config(resume_from, config)
     output = config.output
     if saved:
         output.experiment_name = output.experiment_name or saved.output.experiment_name
         if config.data.max_length == "auto":  # the checkpoint has the number that it became
             config.data.max_length = saved.data.max_length
-        refuse_changed_keys(saved, config, resume_from, arguments.allow_change)
+        resume.refuse_changed_keys(saved, config, resume_from, arguments.allow_change)
     elif config.model.init_from not in ("", "scratch"):
         from lora.config.earlier_stage import require_stage
 
@@ -147,24 +140,30 @@ def read_command_line(argv: list[str], config: Config, default_file: str, summar
     if arguments.check:  # begins with the weights of the base, or of a stage, and writes no run
         return Command(config, Path(), check=True)
     if arguments.dry_run:
-        allowed = arguments.allow_change
-        return Command(config, Path(), resume_from, allowed=allowed, dry_run=True)
+        return Command(config, Path(), resume_from, allowed=arguments.allow_change, dry_run=True)
 
-    # The name and the folder of the run.
-    if not output.experiment_name:
-        stem = Path(config_file).stem if config_file else Path(config.model.base_model).name
-        now = time.strftime("%Y%m%d-%H%M%S")
-        output.experiment_name = f"{stem}_{now}-{os.getpid()}"  # several may start in one second
-    if auto:
-        run_dir = run_folder(config)
-    elif saved:
-        run_dir = continued_folder(saved, config, Path(resume_from))
-    else:
-        run_dir = new_folder(config)
+    output.experiment_name = output.experiment_name or new_name(config, config_file)
+    run_dir = choose_run_dir(config, saved, resume_from, auto)
     command = Command(config, run_dir, resume_from, auto, arguments.allow_change)
     if saved and command.continues:
-        refuse_other_losses(saved, config)
+        resume.refuse_other_losses(saved, config)
     return command
+
+
+def new_name(config: Config, config_file: str | None) -> str:
+    """Return a name for a run that was given none: its config file or base, and the time."""
+    stem = Path(config_file).stem if config_file else Path(config.model.base_model).name
+    now = time.strftime("%Y%m%d-%H%M%S")
+    return f"{stem}_{now}-{os.getpid()}"  # several may start in one second
+
+
+def choose_run_dir(config: Config, saved: Config | None, resume_from: str, auto: bool) -> Path:
+    """Return the folder of a run that is named: its own, or that of the run that it continues."""
+    if auto:
+        return run_folder(config)
+    if saved:
+        return continued_folder(saved, config, Path(resume_from))
+    return new_folder(config)
 
 
 def find_config(name: str | None) -> str | None:

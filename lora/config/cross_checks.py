@@ -69,15 +69,13 @@ def require_formats(data: DataConfig) -> None:
     if weights and weights != files:
         counts = f"{weights} numbers, train_data {files} paths"
         raise UserError(f"data_weights has {counts}; give one for each.")
-    for name in ("prompt_format", "step_format"):
+    for name, placeholder in (("prompt_format", "{prompt}"), ("step_format", "{step}")):
         value = getattr(data, name)
         if "\\n" in value:
             line_break = "for a line break write $'...\\n' in a shell, and \"...\\n\" in TOML"
             raise UserError(f"{name} {value!r}: a backslash and an n; {line_break}.")
-    if "{prompt}" not in data.prompt_format:
-        raise UserError(f"prompt_format {data.prompt_format!r}: expected {{prompt}} in it.")
-    if "{step}" not in data.step_format:
-        raise UserError(f"step_format {data.step_format!r}: expected {{step}} in it.")
+        if placeholder not in value:
+            raise UserError(f"{name} {value!r}: expected {placeholder} in it.")
     _, _, after_marker = data.step_format.partition("{marker}")
     for place in ("{step}", "{number}", "{marker}"):
         if place in after_marker:

@@ -64,7 +64,7 @@ def print_other_quantization(start: Path, saved: LoraConfig, lora: LoraConfig) -
     changed = [key for key in keys if getattr(saved, key) != getattr(lora, key)]
     if changed:
         flags = " ".join(f"--{key} {str(getattr(saved, key)).lower()}" for key in changed)
-        goes_on = "on a base that is quantised otherwise its losses are others"
+        goes_on = "on a base quantised differently its losses differ"
         print_on_rank_zero(f"note: init_from {start}: it was trained with {flags}; {goes_on}")
 
 
@@ -86,7 +86,7 @@ def require_same_shape(start: Path, adapter: Path, lora: LoraConfig) -> None:
     saved = read_file(plain_file(adapter / "adapter_config.json"))
     patterns = (saved.get("rank_pattern"), saved.get("alpha_pattern"))
     if any(patterns) or lora.rank_pattern or lora.alpha_pattern:
-        return  # of ranks that differ, the adapter's r is that of the most layers
+        return  # where ranks differ, the adapter's r is only the most common one
     flags = []
     for key in ("lora_r", "lora_alpha", "use_rslora", "use_dora"):
         value = saved.get("r" if key == "lora_r" else key, False)

@@ -68,7 +68,7 @@ def add_flags(parser: Any, table: Any, names: Collection[str], default: str = ""
         parser.add_argument(f"--{field.name}", help=help, **options)
         for alias in aliases_of(field.name):  # the help of its key names it
             hidden = argparse.SUPPRESS
-            if alias == "model_name":
+            if alias == "model_name":  # perhaps meant as the name of the run
                 options = {**options, "type": require_base}
             parser.add_argument(f"--{alias}", dest=field.name, help=hidden, **options)
 

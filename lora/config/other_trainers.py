@@ -11,13 +11,7 @@ from lora.common.errors import UserError
 from lora.common.printable_text import print_on_rank_zero
 from lora.config.other_words import AUTOMATIC, EVALUATED, MEANINGS, SAME, UNSUPPORTED
 from lora.config.parse_values import nearest, parse_text
-from lora.config.schema import (
-    Config,
-    EvaluationConfig,
-    LoraConfig,
-    fields_by_key,
-    table_keys,
-)
+from lora.config.schema import Config, EvaluationConfig, LoraConfig, fields_by_key, table_keys
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 
 # These words are LoRA's in one of these tables, or outside of any table.

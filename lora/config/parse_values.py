@@ -86,7 +86,7 @@ def parse_pairs(where: str, pairs: list[Any]) -> dict[str, str]:
 
 
 def split_names(items: list[Any]) -> list[Any]:
-    """Split "a,b" and drop "none". A regular expression with a comma has other signs as well."""
+    """Split "a,b" and drop "none". An item with other signs is a regular expression: not split."""
     names = []
     for item in items:
         is_plain = isinstance(item, str) and re.fullmatch(r"[\w., -]*", item)

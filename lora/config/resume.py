@@ -48,11 +48,9 @@ def refuse_changed_keys(saved: Config, new: Config, folder: str, allowed: Collec
 def refuse_other_losses(saved: Config, new: Config) -> None:
     """Raise UserError where a run would go on in its folder, but measure its losses otherwise.
 
-    Whether base, data and dtype have changed is not asked here: `Command.require_same` compares
-    what is read of them.
+    Base, data and dtype are left to `Command.require_same`, which compares what is read of them.
     """
-    names = {*vars(new.model), *vars(new.data), "max_eval_batches"}
-    names.add("load_in_4bit")
+    names = {*vars(new.model), *vars(new.data), "max_eval_batches", "load_in_4bit"}
     if new.lora and new.lora.load_in_4bit:
         names |= {*QUANTIZATION_KEYS}
     before, now = key_values(saved), key_values(new)

@@ -5,12 +5,11 @@ It is read before torch is loaded, so that a wrong flag is reported at once.
 
 import dataclasses
 from dataclasses import dataclass, field
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora.common.atomic_files import write_text_atomically
-from lora.common.toml_json import json_value, to_toml
+from lora.common.toml_json import to_json, to_toml
 from lora.config.parse_values import key, kind_of, nearest
 from lora.config.table import Table
 
@@ -264,10 +263,8 @@ class Config:
 
     def save(self, path: str | Path) -> None:
         """Write TOML, or JSON where the path ends in .json."""
-        text = to_toml(self.as_dict())
-        if Path(path).suffix == ".json":
-            text = json.dumps(self.as_dict(), indent=2, default=json_value) + "\n"
-        write_text_atomically(Path(path), text)
+        to_text = to_json if Path(path).suffix == ".json" else to_toml
+        write_text_atomically(Path(path), to_text(self.as_dict()))
 
 
 def get_lora_config() -> Config:

@@ -27,7 +27,8 @@ def wait_for_all() -> None:
 def on_rank_zero(function: Callable, *arguments: Any) -> Any:
     """Call `function` in the first process only; return its result there, and None in the others.
 
-    An error of the user is raised in all processes, so that none waits for one that has ended.
+    A UserError is raised in all processes. Of another error they raise ProcessLost, so that none
+    waits for one that has ended.
     """
     result, error = None, None
     if rank() == 0:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lora.common.errors import UserError
 from lora.common.operating_system import c_library_function
 from lora.distributed.collectives import on_rank_zero
-from lora.distributed.process_group import hide_bar, rank, world_size
+from lora.distributed.process_group import hide_bar, world_size
 from lora.distributed.sharding import copy_into
 from lora.target_modules import decoder_layers
 
@@ -70,19 +70,14 @@ def scatter_weights(
 ) -> None:
     """Fill the sharded parameters of `task`, and its buffers, from the first process's values.
 
-    Args:
-        parameters: full values by name, which only the first process reads. They are removed one by
-            one, so that their memory is free as soon as they are sent.
-        buffers: the same of the buffers, which every process has whole.
+    The values are by name. The other processes' are not read, and may be on `meta`. Parameters are
+    removed one by one, so that their memory is free as soon as they are sent.
     """
-    is_first = rank() == 0
     malloc_trim = c_library_function("malloc_trim")
     named = list(task.named_parameters())
     for name, parameter in tqdm(named, "sharding weights", disable=hide_bar()):
         if malloc_trim:  # otherwise `keep_freed_memory` keeps what was freed before and sent
             malloc_trim(0)
-        value = parameters.pop(name)
-        copy_into(parameter, value if is_first else None, from_rank_zero=True)
-        del value
+        copy_into(parameter, parameters.pop(name), from_rank_zero=True)
     for name, buffer in task.named_buffers():
-        copy_into(buffer, buffers[name] if is_first else None, from_rank_zero=True)
+        copy_into(buffer, buffers[name], from_rank_zero=True)

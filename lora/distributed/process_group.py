@@ -28,7 +28,7 @@ def processes_on_this_machine() -> int:
 
 
 def hide_bar() -> bool | None:
-    """Return `disable` for tqdm: True but on rank 0, where None shows a bar on a terminal only."""
+    """Return tqdm's `disable`: None (a bar on a terminal only) on rank 0, True on the others."""
     return True if rank() > 0 else None
 
 
@@ -48,7 +48,8 @@ def join(device: torch.device) -> None:
     backend, gpu = "gloo", None
     if device.type == "cuda":
         backend = "nccl"
-        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        num_gpus = torch.cuda.device_count()
         if local_rank >= num_gpus:
             problem = f"this machine has {num_gpus} GPUs; expected that at most"
             raise UserError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: {problem}.")

@@ -20,7 +20,7 @@ EXPRESSION = re.compile(
 def final_answer(example: Example) -> float | str:
     """Return the answer that the majority vote counts: the last step's last number, or its text.
 
-    The text too of an expression, as a fraction or a pair: what follows the last mark of an answer.
+    An expression, such as a fraction or a pair, is a text: what follows the last mark of an answer.
     """
     answer = MARK.split(example.steps[-1])[-1].strip(" \n$.{}").lower()
     answer = re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer)

@@ -9,17 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora.common import saved_files
 from lora.common.checkpoint_folders import model_folder
 from lora.common.checksums import CHECKSUMS_FILE, file_sha256, verify_checksums
 from lora.common.errors import UserError
-from lora.common.saved_files import (
-    METADATA,
-    read_state,
-    read_table,
-    refuse_inside_artifact,
-    require_sha256,
-    verify_artifact,
-)
 from lora.config.command_line import find_config
 from lora.config.cross_checks import require_formats
 from lora.config.flags import Parser, add_flags, apply_flags
@@ -114,7 +107,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
         flag = "--verify_only" if arguments.verify_only else "--expect_sha256"
         raise UserError(f"{flag}: no artifact is named; add --checkpoint DIR.")
     if arguments.verify_only:
-        verify_artifact(checkpoint, arguments.expect_sha256)
+        saved_files.verify_artifact(checkpoint, arguments.expect_sha256)
         print(f"{checkpoint}: verified: every file is as it was written")
         print(f"sha256 of its checksums.json: {file_sha256(Path(checkpoint) / CHECKSUMS_FILE)}")
         raise SystemExit
@@ -124,7 +117,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[Namespace, Config]:
         raise UserError(f"--checkpoint brings its configuration along; {mend}.")
     if checkpoint:
         verify_checksums(checkpoint)
-        require_sha256(checkpoint, arguments.expect_sha256)
+        saved_files.require_sha256(checkpoint, arguments.expect_sha256)
         config = trained_config(checkpoint)
     elif arguments.config:
         config = from_file(find_config(arguments.config))
@@ -157,8 +150,6 @@ def check_combinations(arguments: Namespace, config: Config) -> None:
         raise UserError(f"--output {output}: its folder is not there; make it first.")
     if output and Path(output).exists() and not Path(output).is_file():
         raise UserError(f"--output {output}: a folder or a device; expected the name of a file.")
-    for flag in ("output", "html", "reliability"):
-        refuse_inside_artifact(f"--{flag}", getattr(arguments, flag))
     check_outputs(arguments, config, has_answers=bool(questions))
     if not config.model.base_model:
         raise UserError("nothing to evaluate: add --checkpoint DIR, or --base_model FOLDER.")
@@ -182,6 +173,7 @@ def check_outputs(arguments: Namespace, config: Config, has_answers: bool) -> No
         name = getattr(arguments, flag)
         if not name:
             continue
+        saved_files.refuse_inside_artifact(f"--{flag}", name)
         written = [Path(name).resolve()]
         if flag == "output" and has_answers:
             written.append(answers_path(name))
@@ -225,7 +217,8 @@ def check_scorer_flags(arguments: Namespace, is_scorer: bool) -> None:
 def trained_config(checkpoint: str) -> Config:
     """Return the configuration of a checkpoint's run, with its full model as the base."""
     config = saved_config(checkpoint)
-    # It shortens what is trained on: a chain whose first wrong step is cut off is not a right one.
+    # Training reads the first N steps. In an evaluation, a chain whose only error comes later would
+    # count as right.
     config.data.max_steps_per_example = None
     full_model = full_model_folder(checkpoint)
     if full_model:
@@ -285,9 +278,9 @@ def require_recorded_data(checkpoint: str, config: Config) -> None:
     """Raise UserError where what the checkpoint's run held out cannot be told any more."""
     folder = Path(checkpoint)
     if (folder / "metadata.json").is_file():
-        recorded = read_table(folder / "metadata.json", METADATA)
+        recorded = saved_files.read_table(folder / "metadata.json", saved_files.METADATA)
     elif (folder / "trainer_state.json").is_file():
-        recorded = read_state(folder)["facts"]
+        recorded = saved_files.read_state(folder)["facts"]
     else:
         return  # a merged scorer records no data
     changed = changed_path(config.data.held_out_paths, recorded["eval_data"])

@@ -87,7 +87,7 @@ def group_prompts(
         For each batch the number of new tokens and the indices of its prompts, at least one.
     """
     groups, width = [], 0
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i][1])):
+    for i in sorted(range(len(prompts)), key=lambda index: -len(prompts[index][1])):
         where, tokens = prompts[i]
         new_tokens, expected = max_new_tokens, "1 at least"
         if max_positions:
@@ -146,7 +146,7 @@ def generate_answers(
 
 
 def reasoning_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens after which an answer begins, and whose place no text would show."""
+    """Return the tokens that end reasoning or a header, and that decoding would leave out."""
     ends = []
     for i, token in tokenizer.added_tokens_decoder.items():
         is_special_mark = token.special and token.content == THINK_END

@@ -24,8 +24,7 @@ def read_corpus(path: str) -> dict[str, str]:
     for where, row in files.read_rows(path):
         document_id = read_id(where, row.get("id"))
         if document_id in corpus:
-            second = f"id {document_id} occurs twice"
-            raise UserError(f"{where}: {second}; each needs its own.")
+            raise UserError(f"{where}: id {document_id} occurs twice; each needs its own.")
         corpus[document_id] = require_text(where, "text", row.get("text"))
     if not corpus:
         raise UserError(f"{path}: 0 documents; expected one at least.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora.common.atomic_files import write_text_atomically
 from lora.common.errors import UserError
 from lora.common.printable_text import printable
-from lora.common.toml_json import without_nan
+from lora.common.toml_json import to_json, without_nan
 from lora.config.schema import Config, EvaluationConfig, max_batch_tokens
 from lora.data.counts import describe_data
 from lora.data.examples import Example
@@ -46,7 +46,7 @@ class Results:
         if self.critical_questions:
             values["critical_questions"] = self.critical_questions
         path = path.resolve()  # a link is written through
-        write_text_atomically(path, json.dumps(values, indent=2) + "\n")
+        write_text_atomically(path, to_json(values))
         if self.answers:
             lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
             write_text_atomically(answers_path(path), "".join(lines))
@@ -79,7 +79,7 @@ def measure_language(
 
 
 def categories_of(rows: Sequence[Example] | Sequence[Question]) -> list[str]:
-    """Return the category of each row, or "", as for all where there are too many."""
+    """Return the category of each row; "" for one without, and for all if they are too many."""
     categories = [row.category for row in rows]
     count = len(set(categories))
     if count > MAX_CATEGORIES:
@@ -174,10 +174,7 @@ def measure_steps(
     """Score the steps, show them where this was requested, and measure those with labels."""
     examples, threshold = request.examples, config.evaluation.threshold
     scores = step_scores(examples, task, config, dtype)
-    has_no_score = np.isnan(np.concatenate(scores))
-    if has_no_score.any():
-        too_long = f"do not fit max_length {config.data.max_length} and have no score"
-        print(f"note: {has_no_score.sum()} of {len(has_no_score)} steps {too_long}")
+    print_unscored(scores, config)
     paths = arguments.eval_data or config.data.eval_paths
     if arguments.test_set or arguments.prompt is not None:
         paths = [arguments.test_set or "--prompt"]
@@ -185,15 +182,15 @@ def measure_steps(
         forget_absent_tuning_set(paths, config.evaluation)
 
     labels, labelled_scores = step_metrics.labelled_steps(examples, scores)
-    no_label = "no step has a label"
+    why_no_labels = "no step has a label"
     if any(label is not None for example in examples for label in example.labels):
-        no_label = f"no step with a label fits max_length {config.data.max_length}"
+        why_no_labels = f"no step with a label fits max_length {config.data.max_length}"
     report: dict[str, dict] = {}
     if len(labels):
         report = compare_with_baselines(paths, examples, scores, config)
         threshold = report["thresholds"]["scores"]  # perhaps a tuned one
     elif arguments.reliability or config.evaluation.tune_threshold_on:
-        raise UserError(f"{no_label}: --reliability and --tune_threshold_on need them.")
+        raise UserError(f"{why_no_labels}: --reliability and --tune_threshold_on need them.")
 
     is_prompt = arguments.prompt is not None
     if is_prompt or arguments.test_set:
@@ -202,12 +199,8 @@ def measure_steps(
     numbers, table = {}, []
     if report:
         values, targets = torch.from_numpy(labelled_scores), torch.from_numpy(labels)
-        loss, right = task.head.metrics(values, targets)["loss"], (labels >= 0.5).mean()
-        print(f"{len(labels)} labelled steps, {right:.1%} of them right; loss {loss:.6f}")
-        tuned_on = config.evaluation.tune_threshold_on
-        if tuned_on:
-            thresholds = [f"{value:g} ({name})" for name, value in report["thresholds"].items()]
-            print(f"thresholds tuned on {tuned_on}: {', '.join(thresholds)}")
+        loss = task.head.metrics(values, targets)["loss"]
+        print_labelled(labels, loss, report["thresholds"], config.evaluation.tune_threshold_on)
         if arguments.reliability:
             save_reliability_diagram(arguments.reliability, labelled_scores, labels)
         numbers = {"loss": loss, **report["measures"]["scores"], **report}
@@ -216,7 +209,7 @@ def measure_steps(
     best_results = best_of_n(examples, scores)
     is_shown = is_prompt or arguments.test_set or arguments.html
     if not (report or best_results or is_shown):
-        nothing = f"{no_label} and no solution has an outcome, so nothing is measured"
+        nothing = f"{why_no_labels} and no solution has an outcome, so nothing is measured"
         raise UserError(f"{nothing}; --test_set prints the scores.")
     if best_results and not table:
         table = [["measure", "scores"]]
@@ -234,14 +227,40 @@ def measure_steps(
         print(step_report.INTERVALS, step_report.verdict(report), sep="\n")
 
     def metrics(chosen: list[int]) -> dict:
-        chains, chosen_scores = [examples[i] for i in chosen], [scores[i] for i in chosen]
-        scored = step_metrics.ScoredChains(chains, chosen_scores, threshold)
-        measures = scored.measures() if any(map(len, scored.labels)) else {}
-        for way, (value, _) in best_of_n(chains, chosen_scores).items():
-            measures[f"best_of_n/{way}"] = value
-        return {"chains": len(chains), **measures}
+        chosen_scores = [scores[i] for i in chosen]
+        return measure_chains([examples[i] for i in chosen], chosen_scores, threshold)
 
     return numbers | by_category(categories_of(examples), metrics)
+
+
+def print_unscored(scores: step_metrics.Scores, config: Config) -> None:
+    """Print how many steps have no score, if any."""
+    has_no_score = np.isnan(np.concatenate(scores))
+    if has_no_score.any():
+        too_long = f"do not fit max_length {config.data.max_length} and have no score"
+        print(f"note: {has_no_score.sum()} of {len(has_no_score)} steps {too_long}")
+
+
+def print_labelled(
+    labels: np.ndarray, loss: float, thresholds: dict[str, float], tuned_on: str
+) -> None:
+    """Print how many steps have a label and a score, and the thresholds where they are tuned."""
+    right = (labels >= 0.5).mean()
+    print(f"{len(labels)} labelled steps, {right:.1%} of them right; loss {loss:.6f}")
+    if tuned_on:
+        tuned = [f"{value:g} ({name})" for name, value in thresholds.items()]
+        print(f"thresholds tuned on {tuned_on}: {', '.join(tuned)}")
+
+
+def measure_chains(
+    examples: Sequence[Example], scores: step_metrics.Scores, threshold: float
+) -> dict[str, float]:
+    """Measure the labelled steps of some chains, if there are any, and the best of n."""
+    scored = step_metrics.ScoredChains(examples, scores, threshold)
+    measures = scored.measures() if any(map(len, scored.labels)) else {}
+    for way, (value, _) in best_of_n(examples, scores).items():
+        measures[f"best_of_n/{way}"] = value
+    return {"chains": len(examples), **measures}
 
 
 def forget_absent_tuning_set(paths: Sequence[str], settings: EvaluationConfig) -> None:

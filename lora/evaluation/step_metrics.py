@@ -14,15 +14,8 @@ import numpy as np
 from lora.common.errors import UserError
 from lora.config.schema import EvaluationConfig
 from lora.data.examples import Example
+from lora.evaluation import statistics
 from lora.evaluation.calibration import expected_calibration_error
-from lora.evaluation.statistics import (
-    bootstrap_samples,
-    interval_95,
-    pearson,
-    ranks,
-    spearman,
-    varies,
-)
 from lora.evaluation.trivial_scorers import BASELINES, baseline_scores
 
 Chains = Sequence[Example]
@@ -39,7 +32,7 @@ def auc(scores: np.ndarray, right: np.ndarray) -> float:
     num_right, num_wrong = right.sum(), (~right).sum()
     if num_right == 0 or num_wrong == 0:
         return math.nan
-    wins = ranks(scores)[right].sum() - num_right * (num_right + 1) / 2
+    wins = statistics.ranks(scores)[right].sum() - num_right * (num_right + 1) / 2
     return float(wins / (num_right * num_wrong))
 
 
@@ -83,9 +76,9 @@ class ScoredChains:
         self.problems: list[str] = []  # of each chain
         self.labels: list[np.ndarray] = []  # of each chain, [steps]
         self.scores: list[np.ndarray] = []
-        # The index of each chain's first wrong step, or -1: by the labels, and by the scores. A
-        # wrong step without a score, as one beyond max_length, is there and is not found. A chain
-        # with such a step and no error before it is not passed either: its predicted error is -2.
+        # The index of each chain's first wrong step, by the labels and by the scores; -1: none. If
+        # a chain is cut (at max_length) before its scores find an error, the scorer has not judged
+        # all of it. It is then neither right nor located: its predicted error, -2, equals no label.
         first_errors, predicted_errors = [], []
         for example, chain_scores in zip(examples, scores):
             labels, labelled_scores = labelled_steps([example], [chain_scores])
@@ -119,9 +112,9 @@ class ScoredChains:
         values = {
             "mse": mse,
             "mae": np.abs(scores - labels).mean(),
-            "r2": 1 - mse / labels.var() if varies(labels) else math.nan,
-            "pearson": pearson(scores, labels),
-            "spearman": spearman(scores, labels),
+            "r2": 1 - mse / labels.var() if statistics.varies(labels) else math.nan,
+            "pearson": statistics.pearson(scores, labels),
+            "spearman": statistics.spearman(scores, labels),
             "auc": auc(scores, right),
             "ece": expected_calibration_error(scores, labels),
             "f1": f1((right & predicted_right).sum(), num_errors),
@@ -146,9 +139,8 @@ def best_threshold(examples: Chains, scores: Scores, dataset_id: int | None = No
 def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, Intervals]:
     """Bootstrap the measures over problems: chains of one problem are drawn together.
 
-    One problem alone has no intervals: they are NaN.
-
     The scorers have the same chains and are measured on the same draws, so differences are paired.
+    One problem alone has no intervals: they are NaN.
 
     Returns:
         The 95 % intervals of each scorer, and of the first scorer minus each other one.
@@ -160,10 +152,10 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
     groups = list(chains_of_problem.values())
 
     samples: dict[str, list[Measures]] = {name: [] for name in scorers}
-    for drawn in bootstrap_samples(len(groups), draws):
+    for drawn in statistics.bootstrap_samples(len(groups), draws):
         chains = np.concatenate([groups[i] for i in drawn])
         if not any(len(scorers[first].labels[i]) for i in chains):
-            continue  # of none a step has a score
+            continue  # no step of these chains has a score
         for name, scored in scorers.items():
             samples[name].append(scored.measures(chains))
 
@@ -173,9 +165,10 @@ def intervals(scorers: dict[str, ScoredChains], draws: int) -> tuple[Intervals, 
         values_of_first = np.array([sample[measure] for sample in samples[first]])
         for name in scorers:
             values = np.array([sample[measure] for sample in samples[name]])
-            scorer_intervals[name][measure] = interval_95(values)
+            scorer_intervals[name][measure] = statistics.interval_95(values)
             if name in others:
-                difference_intervals[name][measure] = interval_95(values_of_first - values)
+                differences = values_of_first - values
+                difference_intervals[name][measure] = statistics.interval_95(differences)
     return scorer_intervals, difference_intervals
 
 
@@ -220,12 +213,13 @@ def report(
         if dataset_ids:
             f1_of_sets = []
             for set_name, dataset_id in dataset_ids.items():
-                set_measures = ScoredChains(examples, scores, threshold, dataset_id).measures()
-                if set_name == tuned_on and np.isnan(set_measures["processbench_f1"]):
+                scored = ScoredChains(examples, scores, threshold, dataset_id)
+                set_f1 = scored.measures()["processbench_f1"]
+                if set_name == tuned_on and np.isnan(set_f1):
                     needs = "it needs chains with an error and chains without one"
                     raise UserError(f"tune_threshold_on {tuned_on}: {needs}.")
-                f1_of_sets.append(set_measures["processbench_f1"])
-                measures[name][f"{set_name}/processbench_f1"] = set_measures["processbench_f1"]
+                f1_of_sets.append(set_f1)
+                measures[name][f"{set_name}/processbench_f1"] = set_f1
             measures[name]["mean_processbench_f1"] = float(np.mean(f1_of_sets))
     result: dict[str, dict] = {"thresholds": thresholds, "measures": measures}
     result["intervals"], result["differences"] = intervals(scorers, draws)

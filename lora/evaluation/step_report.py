@@ -48,8 +48,7 @@ def format_number(value: float, sign: str) -> str:
 def table(report: dict) -> Table:
     """Return what `step_metrics.report` measured: a row for each measure, a column for each scorer.
 
-    The interval is that of the scores or, in the column of a baseline, of the scores minus the
-    baseline; see INTERVALS.
+    INTERVALS says which interval stands beside a number.
     """
     measures, differences = report["measures"], report["differences"]
     rows = [["measure", *measures]]

@@ -30,7 +30,7 @@ from lora.data.readers import read
 
 Measures = dict[str, float]
 # A letter or digit of a script with blanks between its words: Latin, Greek, Cyrillic, Armenian or
-# Georgian. The others, as Chinese, are in the ranges that are left out.
+# Georgian. Other scripts, such as Chinese, are in the ranges that are left out.
 LETTER = r"[^\W_\u0590-\u109f\u1100-\u1dff\u2e80-\U0010ffff]"
 IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # and kana
 ROUGE_WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\W_{IDEOGRAPHS}]+")
@@ -94,8 +94,7 @@ def check_settings(settings: EvaluationConfig) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            invalid = f"not a regular expression ({error})"
-            raise UserError(f"{name} = {pattern!r}: {invalid}.") from None
+            raise UserError(f"{name} = {pattern!r}: not a regular expression ({error}).") from None
 
 
 def rouge_scorer() -> Any:

@@ -31,6 +31,7 @@ from lora.common.checksums import CHECKSUMS_FILE, file_sha256, find_damage, writ
 from lora.common.errors import Stopped, UserError
 from lora.common.operating_system import physical_memory_bytes
 from lora.common.paths import ROOT, script_call
+from lora.common.toml_json import to_json
 from lora.config.schema import Config
 from lora.config.set_keys import saved_config
 from lora.data.file_kinds import HUB
@@ -100,7 +101,7 @@ def write_final_artifact(run: Run, log: Log, base_files: dict, data_files: dict)
         "tokens": totals["tokens"],
         "peak_memory_gb": peak and round(peak / 1e9, 3),
     }
-    results_text = json.dumps(results, indent=2) + "\n"
+    results_text = to_json(results)
     write_text_atomically(log.run_dir / "logs" / "final_results.json", results_text)
 
     folder = log.run_dir / "final_artifact"
@@ -112,8 +113,7 @@ def write_final_artifact(run: Run, log: Log, base_files: dict, data_files: dict)
         task.save_artifact(temporary)
         config.save(temporary / "training_config.toml")
         (temporary / "training_metrics.json").write_text(results_text, encoding="utf-8")
-        facts_text = json.dumps(facts, indent=2) + "\n"
-        (temporary / "metadata.json").write_text(facts_text, encoding="utf-8")
+        (temporary / "metadata.json").write_text(to_json(facts), encoding="utf-8")
         (temporary / "README.md").write_text(model_card(task, config, facts), encoding="utf-8")
         write_checksums(temporary)
 

@@ -22,8 +22,7 @@ from lora.model.pretrained_heads import two_class_state
 from lora.model.task import Task
 from lora.model.weights import add_tokens, four_bits, load_weights
 from lora.quantization import FourBitSettings, dense, is_4bit
-from lora.training.base_integrity import file_sums
-from lora.training.other_base import warn_other_base
+from lora.training.base_integrity import file_sums, warn_other_base
 
 
 @dataclass

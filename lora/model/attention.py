@@ -89,10 +89,10 @@ def packed_attention(
     unknown = [name for name in given if name not in IGNORED]
     if unknown or attention_mask is not None:
         what = unknown or "an attention mask"
-        raise ValueError(f"packed attention does not know {what} of {type(module).__name__}")
+        raise ValueError(f"packed attention does not support {what} of {type(module).__name__}")
     causal = module.is_causal if is_causal is None else is_causal
     if sliding_window and not causal:
-        raise ValueError("packed attention knows sliding windows of causal models only")
+        raise ValueError("packed attention supports sliding windows in causal models only")
     # Models are tried before they are compiled, and the number of a layer would compile each anew.
     if not sliding_window and not torch.compiler.is_compiling() and has_window(module):
         raise ValueError(f"the window of {type(module).__name__} is in its mask only")
@@ -107,7 +107,8 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     # varlen_attn has no dropout, no soft cap and no sinks.
     is_plain = not dropout and not softcap and s_aux is None
-    if is_plain and documents.has_flash and flash_takes(query, value):
+    widths = (query.shape[-1], value.shape[-1])
+    if is_plain and documents.has_flash and flash_takes(query.dtype, *widths):
         return flash(query, key, value, documents, settings)[None], None
     return grouped_attention(query, key, value, documents, settings)[None], None
 
@@ -131,11 +132,10 @@ def has_flash(device: torch.device | None) -> bool:
     return is_built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def flash_takes(query: Tensor, value: Tensor) -> bool:
-    """Return whether FlashAttention-2 takes tensors of this type and of this width of the heads."""
-    width = query.shape[-1]
-    is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and width == value.shape[-1] and width <= 256 and width % 8 == 0
+def flash_takes(dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Return whether FlashAttention-2 takes heads of this dtype and of these widths."""
+    is_16_bit = dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and width == value_width and width <= 256 and width % 8 == 0
 
 
 def why_without_flash(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
@@ -144,12 +144,11 @@ def why_without_flash(model: PreTrainedModel, device: torch.device, dtype: torch
     heads = shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     width = getattr(shape, "qk_head_dim", width)  # of MLA, whose values have a width of their own
-    query = torch.empty(0, width, dtype=dtype)
-    value = torch.empty(0, getattr(shape, "v_head_dim", width), dtype=dtype)
+    value_width = getattr(shape, "v_head_dim", width)
     if not has_flash(device):
         return FLASH_NEEDS
-    if not flash_takes(query, value):
-        found = f"heads of width {width} (values {value.shape[-1]}) in {dtype}"
+    if not flash_takes(dtype, width, value_width):
+        found = f"heads of width {width} (values {value_width}) in {dtype}"
         return f"{found}; it takes equal multiples of 8 up to 256 in 16 bits"
     dropouts = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
     is_trained = any(parameter.requires_grad for parameter in model.parameters())

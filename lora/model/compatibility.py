@@ -14,11 +14,11 @@ from lora.target_modules import stacked_weights
 
 @torch.no_grad()
 def find_incompatibility(task: Task, dtype: torch.dtype | None = None) -> str | None:
-    """Return how the model behaves otherwise than the task assumes; None if it does not.
+    """Return which assumption of the task the model violates, or None.
 
     A model whose attention does not go through transformers' AttentionInterface would let packed
     documents see each other, and would train all the same. `dtype` is that of the computation, if
-    it is another one than that of the weights.
+    it is another one than that of the weights. A task that violates none is left in training mode.
     """
     task.eval()
     # A frozen base may be in 16 bits, the trained weights in fp32, and quantised ones in 4 bits.
@@ -27,39 +27,50 @@ def find_incompatibility(task: Task, dtype: torch.dtype | None = None) -> str | 
     for half in (torch.float16, torch.bfloat16):
         if half in dtypes:
             compute_dtype = half
-    # Relative to the largest output, with room to spare.
+    # With room to spare for rounding.
     tolerance = 1e-4 if dtypes == {torch.float32} else 0.05
     vocabulary = task.model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (14,), generator=generator).tolist()
     first, second = tokens[:8], tokens[8:]
     changed = [*first[:-1], (first[-1] + 1) % vocabulary]
-    device = task.model.device
     try:
         # Autocast, because trained fp32 weights meet frozen 16-bit ones.
-        with autocast(device, compute_dtype):
-            alone = hidden_states(task, first)
-            separate = torch.cat([alone, hidden_states(task, second)])
-            if differ(separate, hidden_states(task, first, second), tolerance):
-                return "documents that are packed into one row see each other"
-            # These are the same sums, so they are equal in every type; but for experts, whose
-            # products may be summed in another order where the last token goes to another one.
-            rounding = tolerance if stacked_weights(task.model) else 1e-6
-            sees_later = differ(alone[:-1], hidden_states(task, changed)[:-1], rounding)
-            if sees_later == task.causal:
-                return "whether a position sees later ones is not what its attention modules say"
-            if isinstance(task.head, LMHead):
-                input_ids = torch.tensor([first], device=device)
-                logits = task.model(input_ids, use_cache=False).logits[0].float()
-                if differ(logits, task.head.logits(alone), tolerance):
-                    return "its logits are not those of its output layer on the hidden states"
-            task.train()
-            hidden_states(task, first)  # some models compute differently in training
+        with autocast(task.model.device, compute_dtype):
+            problem = violated_assumption(task, first, second, changed, tolerance)
+            if not problem:
+                task.train()
+                hidden_states(task, first)  # some models compute differently in training
+            return problem
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
         if is_out_of_memory(error):  # which says nothing about the model
             raise
         message = " ".join(str(error).split())[:200]
         return f"a short forward pass ends in {type(error).__name__}: {message}"
+
+
+def violated_assumption(
+    task: Task, first: list[int], second: list[int], changed: list[int], tolerance: float
+) -> str | None:
+    """Return what is wrong with the hidden states or logits of short documents, or None.
+
+    `changed` differs from `first` in its last token. `tolerance` is relative to the largest output.
+    """
+    alone = hidden_states(task, first)
+    separate = torch.cat([alone, hidden_states(task, second)])
+    if differ(separate, hidden_states(task, first, second), tolerance):
+        return "documents that are packed into one row see each other"
+    # The same sums give the same bits in every dtype. Experts are the exception: the last token may
+    # go to another expert, which changes the order of the others' sums.
+    rounding = tolerance if stacked_weights(task.model) else 1e-6
+    sees_later = differ(alone[:-1], hidden_states(task, changed)[:-1], rounding)
+    if sees_later == task.causal:
+        return "whether a position sees later ones is not what its attention modules say"
+    if isinstance(task.head, LMHead):
+        input_ids = torch.tensor([first], device=task.model.device)
+        logits = task.model(input_ids, use_cache=False).logits[0].float()
+        if differ(logits, task.head.logits(alone), tolerance):
+            return "its logits are not those of its output layer on the hidden states"
     return None
 
 
@@ -76,8 +87,9 @@ def differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def refuse_incompatible_layers(task: Task, target_modules: list[str]) -> None:
-    """Raise UserError where LoRA has no effect, as some models read a weight without its layer."""
+    """Raise UserError if the model fails with LoRA, as one that reads a layer's weight itself."""
     problem = find_incompatibility(task)
     if problem:
         names = " ".join(target_modules)
-        raise UserError(f"target_modules {names}: with LoRA there {problem}; name other layers.")
+        where = f"target_modules {names}: with LoRA on these layers"
+        raise UserError(f"{where} {problem}; name other layers.")

@@ -33,10 +33,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_determinism(deterministic: bool, device: torch.device) -> None:
-    """Choose algorithms whose sums have a fixed order, where a run on a GPU asks for them.
+    """On a GPU, choose algorithms with or without a fixed order of sums.
 
-    cuBLAS's variable is read when cuBLAS starts, and a later run in this process, or a part of
-    `--check`, may ask for them.
+    cuBLAS reads its variable once, when it starts. So it is set for every run: a later one in this
+    process, or a part of `--check`, may be deterministic.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

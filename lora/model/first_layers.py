@@ -18,7 +18,7 @@ def keep_first_layers(model: PreTrainedModel, count: int) -> None:
     shape.num_hidden_layers = count
     for key in KEYS_BY_LAYER:
         values = getattr(shape, key, None) or []
-        if len(values) > count:  # Mamba counts its own, and lets none be set
+        if len(values) > count:  # Mamba derives its list from the number, and lets none be set
             setattr(shape, key, values[:count])
 
 

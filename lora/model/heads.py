@@ -65,7 +65,7 @@ class LMHead(nn.Module):
 
     @staticmethod
     def losses(predictions: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of each target, [n], of what `predict` returned."""
+        """Return the loss of each target, [n], from what `predict` returned."""
         return predictions[:, 0]
 
     @staticmethod

@@ -39,7 +39,7 @@ def load_task(
         """Return the task, or None and the reason why the model cannot have this layout."""
         try:
             model = build_model(config, shape, tokenizer, dtype, is_packed)
-        except KeyError as error:  # some models know only their own kinds of attention
+        except KeyError as error:  # some models accept only attention functions of their own
             return None, f"it has no attention {error}"
         settings = config.model
         task = Task(model, tokenizer, base_dtype, settings.head_dropout, settings.score_loss)
@@ -64,14 +64,12 @@ def load_task(
         raise UserError(f"{where}: {shape.model_type} is not supported: {problem}{mend}.")
 
     if isinstance(task.head, MLPHead) and config.model.init_from != "scratch":
-        initialise_score_head(task, task.head, config.model, shape)
+        initialise_score_head(task, config.model, shape)
     set_max_length(config, shape, task.first_position)
     return task
 
 
-def initialise_score_head(
-    task: Task, head: MLPHead, model: ModelConfig, shape: PreTrainedConfig
-) -> None:
+def initialise_score_head(task: Task, model: ModelConfig, shape: PreTrainedConfig) -> None:
     """Give a score head the weights of one that the base brings, or of `head_tokens`, if any."""
     files = weight_files(model)
     # A head that the base brings was trained on its last layer.
@@ -79,12 +77,12 @@ def initialise_score_head(
     reads_last = model.score_layer in (None, last_layer)
     heads = [path for path in files if path.name == "mlp_head.safetensors"]
     if model.head_tokens:
-        load_token_head(head, files, model.head_tokens, task.tokenizer, task.model)
+        load_token_head(task.head, files, model.head_tokens, task.tokenizer, task.model)
         task.head_is_random = False
     elif reads_last and heads:
         task.load_head(heads[0].parent)  # the base is a scorer's artifact or checkpoint
     elif reads_last:
-        task.head_is_random = not initialise_head(head, files)
+        task.head_is_random = not initialise_head(task.head, files)
 
 
 def set_max_length(config: Config, shape: PreTrainedConfig, first_position: int) -> None:

@@ -141,7 +141,7 @@ class Task(nn.Module):
             expected = "expected a checkpoint or an artifact"
             raise UserError(f"{folder}: neither an adapter nor a model in it; {expected}.")
         if self.frozen:
-            problem = "holds more than a head, and lora_r 0 trains no more"
+            problem = "holds more than a head, but with lora_r 0 only the head is trained"
             raise UserError(f"{folder}: {problem}; name the merged base_model.")
         if adapter:
             load_adapter(self.model, adapter)
@@ -189,7 +189,7 @@ class Task(nn.Module):
         if loaded != vocabulary:
             problem = f"has embeddings of {loaded} tokens, not {vocabulary}"
             raise UserError(f"{adapter}: {problem}; add its --add_special_tokens.")
-        # A resumed run would begin with the base's embeddings and head, which are tied.
+        # Refused, because a resumed run would start from the base, where the two are tied.
         if was_tied and not is_tied(self.model):
             problem = "gives the model a head of its own"
             raise UserError(f"{adapter}: {problem}; merge it (merge.py), and train the result.")

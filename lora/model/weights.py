@@ -155,6 +155,7 @@ def load_weights(
     quantization: FourBitSettings | None = None,
 ) -> PreTrainedModel:
     """Return a model with all weights of a base, in `dtype` or quantised. Raises UserError."""
+    where = f"base_model {base_model}"
     source, local = locate_base(base_model)
     if local:
         check_weight_files(source)
@@ -163,7 +164,7 @@ def load_weights(
     # What is quantised is read in the base's own dtype, whatever it is computed in, so that it is
     # the same in training, evaluation and merging.
     read_dtype = (shape.dtype or torch.float32) if quantization else dtype
-    with library_errors(f"base_model {base_model}", KeyError):  # of an attention it does not know
+    with library_errors(where, KeyError):  # of an attention it does not know
         if not issubclass(model_class, PreTrainedModel):  # one of transformers' Auto classes
             with torch.device("meta"):  # allocates no memory
                 empty = model_class.from_config(shape)
@@ -181,34 +182,52 @@ def load_weights(
         model.config.name_or_path = source
         if model.can_generate():
             read_generation_config(model, source)
+    require_all_weights(model, info, where)
+    if quantization:
+        raise_if_any(model.hf_quantizer.quantization_config.damaged, where)
+        finish_quantised(model, quantization, read_dtype, dtype)
+    return model
+
+
+def require_all_weights(model: PreTrainedModel, info: dict[str, Any], where: str) -> None:
+    """Raise UserError for weights that are missing, of another shape or layer, or not finite.
+
+    `info` is what `from_pretrained` says of the loading.
+    """
     beyond = more_layers(model, info["unexpected_keys"])
     fewer = "its files have more layers than config.json says; correct num_hidden_layers"
-    raise_if_any(beyond, f"base_model {base_model}: {fewer}")
+    raise_if_any(beyond, f"{where}: {fewer}")
     mismatched = [name for name, _, _ in info["mismatched_keys"]]
     absent = [name for name in [*info["missing_keys"], *mismatched] if not is_pooler(name)]
-    raise_if_any(absent, f"base_model {base_model}: no weights, or of another shape, for")
+    raise_if_any(absent, f"{where}: no weights, or of another shape, for")
     not_finite = []
     quiet = None if sys.stdout.isatty() else True  # no bar in the processes that print nothing
     for name, parameter in tqdm(list(model.named_parameters()), "reading weights", disable=quiet):
         if parameter.is_floating_point() and not is_finite(parameter):
             not_finite.append(name)
     mend = "copy it again, or take another base"
-    raise_if_any(not_finite, f"base_model {base_model}: not finite ({mend})")
-    if quantization:
-        raise_if_any(model.hf_quantizer.quantization_config.damaged, f"base_model {base_model}")
-        # Whatever is saved of the model has the base's own config.
-        model.hf_quantizer.remove_quantization_config(model)
-        for parameter in model.parameters():
-            if parameter.dtype == read_dtype:  # routers of experts stay in fp32
-                parameter.data = parameter.data.to(dtype)
-            elif hasattr(parameter, "quant_state"):
-                parameter.quant_state.dtype = dtype  # that it is dequantised to
-        model.to(quantization.device)  # where its 4-bit weights are already
-    return model
+    raise_if_any(not_finite, f"{where}: not finite ({mend})")
+
+
+def finish_quantised(
+    model: PreTrainedModel,
+    quantization: FourBitSettings,
+    read_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> None:
+    """Let a quantised model, whose other weights were read in `read_dtype`, compute in `dtype`."""
+    # Whatever is saved of the model has the base's own config.
+    model.hf_quantizer.remove_quantization_config(model)
+    for parameter in model.parameters():
+        if parameter.dtype == read_dtype:  # routers of experts stay in fp32
+            parameter.data = parameter.data.to(dtype)
+        elif hasattr(parameter, "quant_state"):
+            parameter.quant_state.dtype = dtype  # that it is dequantised to
+    model.to(quantization.device)  # where its 4-bit weights are already
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast a model in place, but for what transformers keeps in fp32, as routers of experts."""
+    """Cast a model in place, except what transformers keeps in fp32, such as experts' routers."""
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
     for name, tensor in model.state_dict(keep_vars=True).items():
         stays_fp32 = any(re.search(pattern, name) for pattern in patterns)
@@ -217,7 +236,7 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def read_generation_config(model: PreTrainedModel, source: str) -> None:
-    """Read generation_config.json where a base has it; else it is made of config.json already."""
+    """Read generation_config.json if the base has it; else transformers has used config.json."""
     quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
     if cached_file(source, "generation_config.json", **dict.fromkeys(quiet, False)):
         model.generation_config = GenerationConfig.from_pretrained(source)
@@ -230,7 +249,7 @@ def read_generation_config(model: PreTrainedModel, source: str) -> None:
 
 
 def drop_unused_settings(settings: GenerationConfig) -> None:
-    """Drop what its way of generating does not use, with which it could not be saved.
+    """Drop settings that this way of generating ignores: transformers refuses to save them.
 
     Some published models have sampling values and no do_sample, and mean to be sampled from. Raises
     ValueError for what no model could generate with.

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 import hashlib
 from itertools import chain
-import json
 from pathlib import Path
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 
 from lora.adapter import factors
 from lora.common.atomic_files import write_text_atomically
+from lora.common.checkpoint_folders import model_folder
 from lora.common.checksums import file_sha256, map_in_threads
 from lora.common.errors import Stopped
+from lora.common.toml_json import read_file, to_json
 from lora.config.schema import Config, ModelConfig
 from lora.layer import lora_layers
 from lora.model.task import Task
@@ -33,7 +34,9 @@ class BaseSums:
 def measure_base(task: Task, config: Config, files: dict[str, str] | None = None) -> BaseSums:
     """Hash a base; `files` are the hashes of its weight files, where they are known already."""
     frozen = frozen_sums(task.model) if config.lora else {}
-    return BaseSums(file_sums(config.model) if files is None else files, frozen)
+    if files is None:
+        files = file_sums(config.model)
+    return BaseSums(files, frozen)
 
 
 def file_sums(model: ModelConfig) -> dict[str, str]:
@@ -41,7 +44,7 @@ def file_sums(model: ModelConfig) -> dict[str, str]:
 
 
 def frozen_sums(model: nn.Module) -> dict[str, str]:
-    """Return the sha256 of each frozen tensor. From a GPU, each thread copies one at a time."""
+    """Return the sha256 of each frozen tensor. Each thread copies one at a time from a GPU."""
     return map_in_threads(sha256_of_tensor, frozen_tensors(model))
 
 
@@ -78,8 +81,27 @@ def record_base(run_dir: Path, config: Config, base: BaseSums) -> None:
         "frozen_tensors": len(base.frozen),
         "frozen_sha256": sha256_over(base.frozen),
     }
-    text = json.dumps(record, indent=2) + "\n"
-    write_text_atomically(run_dir / "baseline_checksums.json", text)
+    write_text_atomically(run_dir / "baseline_checksums.json", to_json(record))
+
+
+def warn_other_base(folder: str | Path, base_model: str, files: dict[str, str]) -> str:
+    """Return a warning if the weights in `folder` were trained on another base, "" if not.
+
+    Only what plainlora has written records the weight files of its base, and only an adapter or a
+    head needs one. `files` are those of `base_model`, with their sha256.
+    """
+    folder = Path(folder).resolve()
+    checkpoint = folder.parent if folder.name == "lora_adapter" else folder
+    if model_folder(checkpoint):
+        return ""
+    recorded = None
+    if (checkpoint / "metadata.json").is_file():
+        recorded = read_file(checkpoint / "metadata.json").get("base_files")
+    elif (checkpoint / "trainer_state.json").is_file():
+        recorded = read_file(checkpoint / "trainer_state.json").get("facts", {}).get("base_model")
+    if recorded and recorded != files:
+        return f"warning: {base_model} does not hold the weights that {folder} was trained on"
+    return ""
 
 
 def compare_base(before: BaseSums, after: BaseSums) -> str:
@@ -115,10 +137,7 @@ def adapter_parameters(
 def only_adapters_train(
     model: nn.Module, modules_to_save: Sequence[str], head: nn.Module | None = None
 ) -> str:
-    """Return a line that counts what is trained; raise Stopped where it is more than the adapter.
-
-    The adapter is what `adapter_parameters` returns.
-    """
+    """Return a line that counts what is trained; raise Stopped if it is more than the adapter."""
     parts = adapter_parameters(model, modules_to_save, head)
     allowed = {id(p) for p in chain.from_iterable(parts.values())}
     unexpected = [name for name, p in trainable_parameters(model).items() if id(p) not in allowed]

@@ -8,11 +8,7 @@ import math
 from pathlib import Path
 
 from lora.common.atomic_files import remove_folder, remove_leftovers
-from lora.common.checkpoint_folders import (
-    checkpoints_by_step,
-    has_optimizer,
-    resumable_by_step,
-)
+from lora.common.checkpoint_folders import checkpoints_by_step, has_optimizer, resumable_by_step
 from lora.common.checksums import find_damage
 from lora.common.toml_json import read_file
 from lora.config.schema import Config
@@ -46,8 +42,8 @@ def finite_losses(folder: Path) -> list[float]:
 def best_has_optimizer(folder: Path, config: Config) -> bool:
     """Return, on every process, whether a new best checkpoint in `folder` holds the optimizer.
 
-    With save_optimizer = "last" only the first of a run: if the run is lost before its first
-    save_steps, it is resumed from that one.
+    With save_optimizer = "last" only the first best checkpoint of a run does, so that a run that is
+    lost before its first save_steps can be resumed.
     """
     if config.save_optimizer == "all":
         return True

@@ -12,7 +12,6 @@ dropout are functions of (seed, step).
 
 from collections.abc import Iterator
 from itertools import chain
-import json
 from pathlib import Path
 import time
 
@@ -25,6 +24,7 @@ from lora.common.atomic_files import atomic_folder
 from lora.common.checkpoint_folders import FORMAT_VERSION, OPTIMIZER_FILE
 from lora.common.checksums import write_checksums
 from lora.common.errors import library_errors, raise_if_any
+from lora.common.toml_json import to_json
 from lora.distributed import process_group
 from lora.distributed.collectives import broadcast_from_rank_zero, on_rank_zero, wait_for_all
 from lora.distributed.sharding import any_sharded, copy_into, gather
@@ -47,7 +47,7 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
     head_state = gather(task.head.state_dict(keep_vars=True) if sharded else {})
     parameters = trainable_parameters(task)
     if optimizer:
-        init_state(optimizer)  # of what has had no gradient yet, as where updates were skipped
+        init_state(optimizer)  # parameters without an update so far have no state
     optimizer_tensors = state_tensors(optimizer, parameters) if optimizer else {}
 
     def gather_optimizer() -> Iterator[tuple[str, Tensor]]:
@@ -69,8 +69,7 @@ def save(folder: Path, step: int, task: Task, optimizer: Optimizer | None, state
                 task.save(temporary, dict(model_state) or None, dict(head_state) or None)
                 if optimizer:
                     save_file(dict(optimizer_state), temporary / OPTIMIZER_FILE, {"format": "pt"})
-                values = {"format_version": FORMAT_VERSION, "step": step, **state}
-                text = json.dumps(values, indent=2) + "\n"
+                text = to_json({"format_version": FORMAT_VERSION, "step": step, **state})
                 (temporary / "trainer_state.json").write_text(text, encoding="utf-8")
                 write_checksums(temporary)
             best_checkpoints.prune(folder)

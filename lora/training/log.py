@@ -25,7 +25,7 @@ from lora.distributed import process_group
 
 SPIKE_WINDOW = 50  # steps whose losses a new one is compared with
 SPIKE = 6.0  # standard deviations above their mean
-FIRST_ROUNDS = 10  # of a loop, which may be slow: the time left is not estimated from them
+FIRST_ROUNDS = 10  # of a loop, before the time left is estimated: the first ones may be slow
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -52,9 +52,12 @@ class Log:
         self.earlier = earlier.get("totals", {"seconds": 0.0, "tokens": 0, "peak_memory": None})
         self.run_tokens = self.earlier["tokens"]
         self.bar = tqdm(disable=True)  # until the first step
-        self.first_step, self.total = earlier.get("step", 0), max_steps
+        self.first_step = earlier.get("step", 0)
+        self.total = max_steps
         self.began: float | None = None  # at the first step, by time.perf_counter()
-        self.num_tokens, self.seconds = 0, 0.0  # since the last training metrics
+        # Since the last training metrics.
+        self.num_tokens = 0
+        self.seconds = 0.0
         self.losses = deque(maxlen=SPIKE_WINDOW)
         self.trackers = []
         if process_group.rank() > 0:
@@ -64,7 +67,7 @@ class Log:
         try:
             self.open_files(config)
         except BaseException:
-            self.lock.release()  # a traceback that is kept, as in a notebook, keeps this log
+            self.lock.release()  # a notebook keeps the traceback, and with it this log
             raise
 
     def open_files(self, config: Config) -> None:

@@ -7,8 +7,6 @@ this works where the run itself would not fit.
 from collections.abc import Iterator
 from contextlib import contextmanager
 import logging
-import mmap
-from pathlib import Path
 import weakref
 
 import torch
@@ -17,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora.common.errors import UserError
-from lora.common.operating_system import peak_memory_bytes
+from lora.common.operating_system import resident_bytes
 from lora.data.batches import Batch
 from lora.distributed import process_group
 from lora.distributed.collectives import sum_over_all, wait_for_all
@@ -184,7 +182,7 @@ def drop_gradient(parameter: Tensor) -> None:
 
 
 def count_step(run: Run, batches: list[Batch]) -> tuple[int, int]:
-    """Run micro-batches without contents; return the most bytes that they and their head hold.
+    """Run micro-batches on fake tensors; return the peak bytes of the step, and of its head.
 
     Where the weights are to be sharded these bytes are without the gradients, whose parts are
     summed to their processes as they are made.
@@ -219,11 +217,3 @@ def count_step(run: Run, batches: list[Batch]) -> tuple[int, int]:
                 found = f"this model cannot be counted in {run.dtype} ({str(error)[:120]})"
                 raise UserError(f"--dry_run: {found}.") from None
     return counter.peak, counter.head_peak
-
-
-def resident_bytes() -> int | None:
-    """Return the main memory that this process holds now, or its peak where that is not known."""
-    try:
-        return int(Path("/proc/self/statm").read_bytes().split()[1]) * mmap.PAGESIZE
-    except OSError:
-        return peak_memory_bytes()

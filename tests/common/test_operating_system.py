@@ -108,7 +108,9 @@ def test_memory_is_not_known_where_the_system_does_not_tell_it(monkeypatch):
     assert operating_system.physical_memory_bytes() > operating_system.peak_memory_bytes() > 2**20
     monkeypatch.delattr(os, "sysconf")
     monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(operating_system, "proc_bytes", lambda file, name: None)
     assert operating_system.physical_memory_bytes() is None
+    assert operating_system.resident_bytes() is None
     assert operating_system.peak_memory_bytes() is None
 
 

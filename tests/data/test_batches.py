@@ -378,7 +378,7 @@ def test_all_documents_in_one_call_of_flash_attention_are_each_document_in_one_o
         SimpleNamespace(is_causal=causal), query, key, value, None, **settings
     )
     settings["documents"].has_flash = True
-    monkeypatch.setattr("lora.model.attention.flash_takes", lambda query, value: True)
+    monkeypatch.setattr("lora.model.attention.flash_takes", lambda *widths: True)
     monkeypatch.setattr("lora.model.attention.varlen_attn", varlen)
     together, _ = packed_attention(
         SimpleNamespace(is_causal=causal), query, key, value, None, **settings
@@ -420,7 +420,7 @@ def test_values_may_be_narrower_than_queries(kind):
 def test_an_attention_argument_that_would_change_the_result_is_refused(tokenizer):
     task = scorer(lambda c: tiny_llama().model, None)
     batch = rows_of("arithmetic:train:1", "score", tokenizer).batch([0])
-    with pytest.raises(ValueError, match="does not know .'bias'."):
+    with pytest.raises(ValueError, match="does not support .'bias'."):
         task.model(batch.input_ids, use_cache=False, bias=30.0)
 
 

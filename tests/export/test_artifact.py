@@ -24,7 +24,7 @@ from lora.export import final_artifact
 from lora.export.model_card import model_card
 from lora.model.load import load_task
 from lora.model.task import Task
-from lora.training import base_integrity, startup
+from lora.training import base_integrity, description
 from lora.training.checkpoint import trainable_parameters
 from tests.conftest import configuration, run, script
 from tests.preflight.test_check import chat, write
@@ -457,13 +457,13 @@ def test_a_file_of_the_base_that_changes_stops_the_run(configure, monkeypatch, o
 
 
 def test_what_is_trained_beside_the_adapter_stops_the_run(configure, monkeypatch):
-    measured = startup.only_adapters_train
+    measured = description.only_adapters_train
 
     def unfrozen(model, modules, head):
         model.norm.weight.requires_grad_(True)
         return measured(model, modules, head)
 
-    monkeypatch.setattr(startup, "only_adapters_train", unfrozen)
+    monkeypatch.setattr(description, "only_adapters_train", unfrozen)
     config = configure(True, max_steps=1)
     with pytest.raises(Stopped, match="trained beside the adapter: norm.weight; "):
         run(config)

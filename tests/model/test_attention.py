@@ -195,7 +195,7 @@ def compiled_step(config, monkeypatch, num_layers=2):
 @pytest.mark.slow
 def test_a_compiled_layer_with_flash_attention_is_one_graph_for_all_lengths(configure, monkeypatch):
     monkeypatch.setattr(attention, "has_flash", lambda device: True)
-    monkeypatch.setattr(attention, "flash_takes", lambda query, value: True)
+    monkeypatch.setattr(attention, "flash_takes", lambda *widths: True)
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
     eager, _, _ = compiled_step(configure(True, task="lm"), monkeypatch)
     for checkpointing in (False, True):

@@ -296,7 +296,7 @@ def test_a_layer_whose_weight_is_read_past_it_cannot_be_trained_in_silence(confi
         base_model=str(folder), task="lm", train_data=["arithmetic:train:60"], lora_r=2, max_steps=2
     )
     with pytest.raises(
-        UserError, match="target_modules all-linear: with LoRA there a short forward pass ends in"
+        UserError, match="all-linear: with LoRA on these layers a short forward pass ends in"
     ):
         run(configure(True, **settings))
     run(configure(True, target_modules=["in_proj"], **settings))

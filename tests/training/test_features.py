@@ -21,8 +21,8 @@ from lora.model.load import load_task
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.training import cached_features
+from lora.training.base_integrity import warn_other_base
 from lora.training.log import Log
-from lora.training.other_base import warn_other_base
 from tests.conftest import run, script
 from tests.distributed.test_distributed import run_of
 from tests.training.test_resume import metrics
@@ -180,7 +180,7 @@ def test_stages_before_and_after_a_head_alone(configure, tmp_path):
             read_command_line([*flags, f"--init_from={start}"], get_lora_config(), "none.toml", "")
         with pytest.raises(
             UserError,
-            match="holds more than a head, and lora_r 0 trains no more; name the merged base_model",
+            match="but with lora_r 0 only the head is trained; name the merged base_model",
         ):
             run(configure(True, f"after_{earlier}", lora_r=0, init_from=str(start)))
     with pytest.raises(UserError, match="neither an adapter nor a model in it; expected"):

@@ -16,6 +16,7 @@ from lora.common.errors import (
     is_out_of_memory,
     library_errors,
 )
+from lora.common.operating_system import available_memory_bytes
 from lora.config.command_line import Command
 from lora.data.raw_data import RawData
 from lora.data.sampler import TrainingData
@@ -26,7 +27,7 @@ from lora.model.placement import prepare_layers
 from lora.model.run import Run
 from lora.model.task import Task
 from lora.training import best_checkpoints
-from lora.training.memory_limit import USABLE, kilobytes, memory_limit
+from lora.training.memory_limit import USABLE, memory_limit
 from lora.training.memory_plan import (
     MemoryCounter,
     count_step,
@@ -199,7 +200,7 @@ def test_the_largest_step_of_a_run_on_a_cpu_is_tried_under_that_limit(configure,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not kill for memory")
 def test_what_the_optimizer_will_take_counts_against_that_limit(configure, monkeypatch):
-    available = 1024 * kilobytes("/proc/meminfo", "MemAvailable")
+    available = available_memory_bytes()
     # Linux would grant as much as the machine has.
     monkeypatch.setattr("train.optimizer_bytes", lambda *arguments: int(0.97 * available))
     with pytest.raises(RuntimeError) as caught:
@@ -279,7 +280,7 @@ def test_the_gradients_of_sharded_weights_do_not_stay(configure, monkeypatch):
 def test_the_choice_is_in_the_checkpoint_and_a_resumed_run_keeps_it(configure, monkeypatch, capsys):
     assert not choose_checkpointing(planned_run(configure(True), False), None)  # on a CPU
     with monkeypatch.context() as patch:
-        patch.setattr("train.choose_checkpointing", lambda run, state: True)
+        patch.setattr("lora.training.startup.choose_checkpointing", lambda run, state: True)
         folder = run(configure(True, **WHOLE))
     saved = folder / "checkpoints" / "checkpoint_step_4"
     state = best_checkpoints.trainer_state(saved)
@@ -291,7 +292,7 @@ def test_the_choice_is_in_the_checkpoint_and_a_resumed_run_keeps_it(configure, m
         choices.append(choose_checkpointing(run, state))
         return choices[-1]
 
-    monkeypatch.setattr("train.choose_checkpointing", recorded)
+    monkeypatch.setattr("lora.training.startup.choose_checkpointing", recorded)
     run(configure(True, **WHOLE | {"max_steps": 5}), saved)
     assert choices == [True]
 
