@@ -185,7 +185,7 @@ def load_weights(
     require_all_weights(model, info, where)
     if quantization:
         raise_if_any(model.hf_quantizer.quantization_config.damaged, where)
-        finish_quantised(model, quantization, read_dtype, dtype)
+        finish_quantised(model, quantization.device, read_dtype, dtype)
     return model
 
 
@@ -210,10 +210,7 @@ def require_all_weights(model: PreTrainedModel, info: dict[str, Any], where: str
 
 
 def finish_quantised(
-    model: PreTrainedModel,
-    quantization: FourBitSettings,
-    read_dtype: torch.dtype,
-    dtype: torch.dtype,
+    model: PreTrainedModel, device: torch.device, read_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     """Let a quantised model, whose other weights were read in `read_dtype`, compute in `dtype`."""
     # Whatever is saved of the model has the base's own config.
@@ -223,7 +220,7 @@ def finish_quantised(
             parameter.data = parameter.data.to(dtype)
         elif hasattr(parameter, "quant_state"):
             parameter.quant_state.dtype = dtype  # that it is dequantised to
-    model.to(quantization.device)  # where its 4-bit weights are already
+    model.to(device)  # where its 4-bit weights are already
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
