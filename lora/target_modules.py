@@ -97,15 +97,27 @@ def linear_names(model: nn.Module) -> list[str]:
     """Return the layers "all-linear" means: all linear layers but the output head and a pooler.
 
     Some routers of experts (Llama 4, Phi-3.5-MoE) are nn.Linear too, but return more than products.
+    Gemma 3n clamps the weights of its altup.
     """
     embeddings = embedding_modules(model)
     names = []
     for name, module in model.named_modules():
         is_router = type(module).__name__.endswith("Router")
-        is_linear = isinstance(module, (nn.Linear, Conv1D)) and not is_router
+        is_called = not (is_router or "altup" in name.split(".") or is_read_by_mamba(model, name))
+        is_linear = isinstance(module, (nn.Linear, Conv1D)) and is_called
         if is_linear and module not in embeddings and not is_pooler(name):
             names.append(name)
     return names
+
+
+def is_read_by_mamba(model: nn.Module, name: str) -> bool:
+    """Return whether a layer's weight is given to a kernel by a mixer of Mamba or Mamba-2."""
+    parent, _, leaf = name.rpartition(".")
+    mixer = model.get_submodule(parent)
+    if leaf not in ("x_proj", "dt_proj", "out_proj"):
+        return False
+    is_mamba = hasattr(mixer, "dt_proj") or hasattr(mixer, "chunk_size")  # Mamba-2 has no dt_proj
+    return hasattr(mixer, "A_log") and is_mamba
 
 
 def stacked_weights(model: nn.Module) -> dict[str, int]:

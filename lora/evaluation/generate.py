@@ -124,7 +124,10 @@ def generate_answers(
     if temperature:
         settings.update(do_sample=True, temperature=temperature, top_k=0, top_p=top_p)
         torch.manual_seed(config.training.seed)
-    groups = group_prompts(prompts, max_new_tokens, max_positions, max_batch_tokens(config))
+    max_tokens = max_batch_tokens(config)
+    if model.config.model_type == "deepseek_v4":  # it reads the padding, so each prompt is alone
+        max_tokens = 1
+    groups = group_prompts(prompts, max_new_tokens, max_positions, max_tokens)
     texts = [""] * len(prompts)
     ends, num_cut = reasoning_ends(tokenizer), 0
     progress = tqdm(total=len(prompts), unit="answer", disable=None)

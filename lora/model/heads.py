@@ -25,10 +25,13 @@ class LMHead(nn.Module):
         """`get_output_layer` is called every time, because LoRA may replace the layer."""
         super().__init__()
         self.get_output_layer = get_output_layer
-        # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        self.scale = getattr(config, "logit_scale", None) or 1 / divisor
+        # Cohere and Falcon-H1 multiply their logits, Granite divides them, Gemma 2 and
+        # RecurrentGemma cap them.
+        factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+        self.scale = factor or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
+        if self.softcap is None:
+            self.softcap = getattr(config, "logits_soft_cap", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [n, vocabulary] of the hidden states [n, width], in fp32."""
@@ -44,12 +47,14 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor) -> Tensor:
         """Return the weighted sum of the losses: hidden [n, width], targets (token ids) [n]."""
+        return ChunkedLoss.apply(self, hidden, targets, loss_weights, *self.weight_and_bias())
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return the output layer's weight [vocabulary, width] and bias, with LoRA's update."""
         layer = self.get_output_layer()
         if isinstance(layer, LoRALinear):
-            weight, bias = layer.merged_weight(), layer.merged_bias()
-        else:
-            weight, bias = layer.weight, layer.bias
-        return ChunkedLoss.apply(self, hidden, targets, loss_weights, weight, bias)
+            return layer.merged_weight(), layer.merged_bias()
+        return layer.weight, layer.bias
 
     @torch.no_grad()
     def predict(self, hidden: Tensor, targets: Tensor) -> Tensor:

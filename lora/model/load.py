@@ -34,6 +34,9 @@ def load_task(
     shape, base_dtype, tokenizer = load_shape(base_model)
     if shape.is_encoder_decoder:
         raise UserError(f"{where}: an encoder-decoder; expected a decoder or an encoder.")
+    if shape.model_type == "rwkv":
+        problem = "an evaluation changes its weights in place, and padding its answers"
+        raise UserError(f"{where}: rwkv is not supported: {problem}.")
 
     def try_layout(is_packed: bool) -> tuple[Task | None, str]:
         """Return the task, or None and the reason why the model cannot have this layout."""
@@ -58,7 +61,7 @@ def load_task(
 
     task, problem = try_layout(packed is not False)
     if task is None and packed is None:
-        task, _ = try_layout(False)
+        task, problem = try_layout(False)
     if task is None:
         mend = "" if device.type == "cpu" else "; use --device cpu, or another --dtype"
         raise UserError(f"{where}: {shape.model_type} is not supported: {problem}{mend}.")

@@ -6,6 +6,7 @@ instead); LoRA and merging.
 
 import pytest
 import torch
+from torch import nn
 import torch.nn.functional as F
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM
@@ -16,6 +17,7 @@ from lora.config.schema import get_lora_config
 from lora.data.batches import Rows
 from lora.data.tokenise import NO_SCORE, NO_TOKEN, Row
 from lora.layer import lora_layers
+from lora.model.compatibility import find_incompatibility
 from lora.model.load import load_task
 from tests.conftest import run
 from tests.data.test_batches import gradients
@@ -63,6 +65,10 @@ PADDED = {
     "CodeGen": GPT | dict(rotary_dim=4, n_inner=48),
     "GPTJ": GPT | dict(rotary_dim=4, n_inner=48),
     "Mpt": dict(vocab_size=2048, d_model=32, n_layers=2, n_heads=4),
+    "FalconH1": GROUPED
+    | dict(
+        mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, lm_head_multiplier=0.3
+    ),
     "Mamba": dict(vocab_size=2048, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 # Their attention modules are not given the window, which packed attention therefore cannot keep.
@@ -287,16 +293,25 @@ def test_routers_of_experts_that_return_more_than_products_are_left_out(family, 
     assert torch.equal(model(tokens).last_hidden_state, expected)
 
 
-def test_a_layer_whose_weight_is_read_past_it_cannot_be_trained_in_silence(configure, tmp_path):
-    """Mamba reads weights of dt_proj and out_proj itself, so an update beside these layers would do
-    nothing.
-    """
+def test_layers_of_which_only_the_weight_is_read_are_not_adapted(configure, tmp_path):
+    """Mamba gives a kernel the weights of dt_proj and out_proj: LoRA there would do nothing."""
     folder = base("Mamba", PADDED["Mamba"], tmp_path / "mamba")
     settings = dict(
         base_model=str(folder), task="lm", train_data=["arithmetic:train:60"], lora_r=2, max_steps=2
     )
-    with pytest.raises(
-        UserError, match="all-linear: with LoRA on these layers a short forward pass ends in"
-    ):
-        run(configure(True, **settings))
-    run(configure(True, target_modules=["in_proj"], **settings))
+    with pytest.raises(UserError, match="'out_proj' matches no linear layer"):
+        run(configure(True, target_modules=["out_proj"], **settings))
+    run(configure(True, **settings))
+
+
+def test_training_does_what_the_output_layer_does_or_the_model_is_refused(configure, tmp_path):
+    folder = base("Llama", PACKED["Llama"], tmp_path)
+
+    class Scaled(nn.Linear):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    task = load_task(configure(False, base_model=str(folder), task="lm"), torch.float32)
+    assert find_incompatibility(task) is None
+    task.model.lm_head.__class__ = Scaled
+    assert "not those of its output layer" in find_incompatibility(task)
