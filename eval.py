@@ -93,10 +93,10 @@ def main(arguments: Namespace, config: Config, request: EvaluationRequest) -> di
     task = load(arguments.checkpoint, config, device)
     results = run_evaluation.Results()
     if config.model.task == "score" and request.examples:
-        numbers = run_evaluation.measure_steps(request, arguments, task, config, dtype)
+        results = run_evaluation.measure_steps(request, arguments, task, config, dtype)
+        numbers = results.numbers
         in_categories = [name for name in numbers if name.startswith(run_evaluation.CATEGORY)]
         print_numbers({name: numbers[name] for name in in_categories})
-        results.numbers = numbers
     elif arguments.prompt is not None:
         print(printable(answer_prompt(arguments, config, task, dtype)))
     else:
@@ -107,7 +107,7 @@ def main(arguments: Namespace, config: Config, request: EvaluationRequest) -> di
         print_numbers(numbers)
         results.numbers.update(numbers)
     if arguments.output:
-        results.save(Path(arguments.output))
+        results.save(Path(arguments.output), config.model.task)
     return results.numbers
 
 

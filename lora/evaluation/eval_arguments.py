@@ -63,7 +63,8 @@ def make_parser() -> Parser:
     add("--test_set", metavar="FILE", help=test_help)
     prompt_help = "a question to answer; for a scorer a problem and its steps, one a line"
     add("--prompt", metavar="TEXT", help=prompt_help)
-    add("--output", metavar="FILE", help="JSON file for the numbers; the answers go beside it")
+    output_help = "JSON file for the numbers; the answers or the scores of steps go beside it"
+    add("--output", metavar="FILE", help=output_help)
     verify_help = "only verify that no file of the artifact has changed"
     add("--verify_only", action="store_true", help=verify_help)
     sha256_help = "sha256 that checksums.json must have, as training printed it at its end"
@@ -150,7 +151,7 @@ def check_combinations(arguments: Namespace, config: Config) -> None:
         raise UserError(f"--output {output}: its folder is not there; make it first.")
     if output and Path(output).exists() and not Path(output).is_file():
         raise UserError(f"--output {output}: a folder or a device; expected the name of a file.")
-    check_outputs(arguments, config, has_answers=bool(questions))
+    check_outputs(arguments, config, has_rows=bool(questions) or config.model.task == "score")
     if not config.model.base_model:
         raise UserError("nothing to evaluate: add --checkpoint DIR, or --base_model FOLDER.")
     if not has_prompt and not files and not config.data.train_paths:
@@ -163,7 +164,7 @@ def check_combinations(arguments: Namespace, config: Config) -> None:
         raise UserError("--test_queries and --corpus go together; add the other one.")
 
 
-def check_outputs(arguments: Namespace, config: Config, has_answers: bool) -> None:
+def check_outputs(arguments: Namespace, config: Config, has_rows: bool) -> None:
     """Raise UserError where a file that is to be written would replace another, or an input."""
     inputs = [arguments.test_set, arguments.critical_questions, arguments.config]
     inputs += [arguments.test_queries, arguments.corpus]
@@ -175,8 +176,8 @@ def check_outputs(arguments: Namespace, config: Config, has_answers: bool) -> No
             continue
         saved_files.refuse_inside_artifact(f"--{flag}", name)
         written = [Path(name).resolve()]
-        if flag == "output" and has_answers:
-            written.append(answers_path(name))
+        if flag == "output" and has_rows:
+            written.append(rows_path(name, config.model.task))
         for path in written:
             if path in taken:
                 twice = f"would replace {path}, which this call reads or writes as well"
@@ -184,10 +185,11 @@ def check_outputs(arguments: Namespace, config: Config, has_answers: bool) -> No
             taken.add(path)
 
 
-def answers_path(output: str | Path) -> Path:
-    """Return the file of the answers beside that of --output; a link is written through."""
+def rows_path(output: str | Path, task: str) -> Path:
+    """Return the file of answers or scores beside that of --output; a link is written through."""
     path = Path(output).resolve()
-    return path.with_name(f"{path.name.removesuffix('.json')}.generations.jsonl")
+    rows = "scores" if task == "score" else "generations"
+    return path.with_name(f"{path.name.removesuffix('.json')}.{rows}.jsonl")
 
 
 def check_scorer_flags(arguments: Namespace, is_scorer: bool) -> None:

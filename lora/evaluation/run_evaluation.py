@@ -24,7 +24,7 @@ from lora.data.token_cache import tokenise_examples
 from lora.evaluation import retrieval, step_metrics, step_report, text_metrics
 from lora.evaluation.best_of_n import best_of_n
 from lora.evaluation.calibration import save_reliability_diagram
-from lora.evaluation.eval_arguments import SCORE, EvaluationRequest, answers_path
+from lora.evaluation.eval_arguments import SCORE, EvaluationRequest, rows_path
 from lora.evaluation.generate import embed, generate_answers, plain_text, prompt_tokens, step_scores
 from lora.evaluation.predict import predict
 from lora.evaluation.text_metrics import Measures, Question, mean_scores
@@ -37,19 +37,19 @@ MAX_CATEGORIES = 100
 @dataclass
 class Results:
     numbers: dict = field(default_factory=dict)
-    answers: list[dict] = field(default_factory=list)  # one for each question, with its measures
+    rows: list[dict] = field(default_factory=list)  # an answer and its measures, or a scored chain
     critical_questions: list[dict] = field(default_factory=list)  # whether each was passed
 
-    def save(self, path: Path) -> None:
-        """Write the numbers as JSON, and the answers to a file beside it."""
+    def save(self, path: Path, task: str) -> None:
+        """Write the numbers as JSON, and the rows to a file beside it."""
         values = without_nan(self.numbers)
         if self.critical_questions:
             values["critical_questions"] = self.critical_questions
         path = path.resolve()  # a link is written through
         write_text_atomically(path, to_json(values))
-        if self.answers:
-            lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers]
-            write_text_atomically(answers_path(path), "".join(lines))
+        if self.rows:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
+            write_text_atomically(rows_path(path, task), "".join(lines))
 
 
 def measure_language(
@@ -59,7 +59,7 @@ def measure_language(
     if request.examples:
         results.numbers.update(measure_loss(request.examples, task, config, dtype))
     if request.test_set:
-        results.answers, measures = measure_answers(request.test_set, task, config, dtype)
+        results.rows, measures = measure_answers(request.test_set, task, config, dtype)
         results.numbers.update(means_by_category(request.test_set, measures))
     if request.critical:
         answers, measures = measure_answers(request.critical, task, config, dtype)
@@ -72,7 +72,7 @@ def measure_language(
             results.critical_questions.append(verdict)
             _, _, last_line = text.strip().rpartition("\n")
             print(printable(f"{'PASS' if passed else 'FAIL'}  {where}  {last_line}"))
-        results.answers += answers
+        results.rows += answers
         means = means_by_category(request.critical, measures)
         results.numbers.update({f"critical/{name}": mean for name, mean in means.items()})
     return results
@@ -170,7 +170,7 @@ def measure_retrieval(
 
 def measure_steps(
     request: EvaluationRequest, arguments: Namespace, task: Task, config: Config, dtype: torch.dtype
-) -> dict:
+) -> Results:
     """Score the steps, show them where this was requested, and measure those with labels."""
     examples, threshold = request.examples, config.evaluation.threshold
     scores = step_scores(examples, task, config, dtype)
@@ -207,10 +207,10 @@ def measure_steps(
         table = step_report.table(report)
 
     best_results = best_of_n(examples, scores)
-    is_shown = is_prompt or arguments.test_set or arguments.html
+    is_shown = is_prompt or arguments.test_set or arguments.html or arguments.output
     if not (report or best_results or is_shown):
         nothing = f"{why_no_labels} and no solution has an outcome, so nothing is measured"
-        raise UserError(f"{nothing}; --test_set prints the scores.")
+        raise UserError(f"{nothing}; --test_set prints the scores, and --output writes them.")
     if best_results and not table:
         table = [["measure", "scores"]]
     for name, (value, interval) in best_results.items():
@@ -230,7 +230,21 @@ def measure_steps(
         chosen_scores = [scores[i] for i in chosen]
         return measure_chains([examples[i] for i in chosen], chosen_scores, threshold)
 
-    return numbers | by_category(categories_of(examples), metrics)
+    numbers.update(by_category(categories_of(examples), metrics))
+    return Results(numbers, [scored_chain(*chain) for chain in zip(examples, scores)])
+
+
+def scored_chain(example: Example, scores: np.ndarray) -> dict:
+    """Return a chain as it is saved; a step that does not fit has the score None."""
+    return {
+        "where": example.where,
+        "category": example.category,
+        "prompt": example.prompt,
+        "steps": example.steps,
+        "labels": example.labels,
+        "is_correct": example.outcome,
+        "scores": without_nan(scores.tolist()),
+    }
 
 
 def print_unscored(scores: step_metrics.Scores, config: Config) -> None:

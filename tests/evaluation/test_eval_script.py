@@ -741,12 +741,12 @@ def test_the_names_of_test_sets_have_no_commands_for_the_terminal(configure, tmp
 
 
 def test_results_replace_a_file_and_are_not_written_into_it(tmp_path):
-    results = Results({"loss": 1.0}, answers=[{"answer": "a"}])
+    results = Results({"loss": 1.0}, rows=[{"answer": "a"}])
     for name in ("r.json", "r.generations.jsonl"):
         (tmp_path / name).write_text("before")
         (tmp_path / f"kept_{name}").hardlink_to(tmp_path / name)
         (tmp_path / f".tmp_{name}").symlink_to(tmp_path / f"kept_{name}")
-    results.save(tmp_path / "r.json")
+    results.save(tmp_path / "r.json", "lm")
     assert json.loads((tmp_path / "r.json").read_text()) == {"loss": 1.0}
     assert json.loads((tmp_path / "r.generations.jsonl").read_text()) == {"answer": "a"}
     for name in ("r.json", "r.generations.jsonl"):

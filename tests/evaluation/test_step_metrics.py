@@ -428,6 +428,11 @@ def test_eval_measures_colours_and_writes_of_a_scorer(configure, tmp_path, capsy
         and "t.jsonl:12\np11\n" in shown
         and "  position and length  " in shown
     )
+    chains = [json.loads(line) for line in (tmp_path / "n.scores.jsonl").read_text().splitlines()]
+    for row, chain in zip(rows, chains, strict=True):
+        assert {key: chain[key] for key in row} == row
+        for step, score in zip(chain["steps"], chain["scores"], strict=True):
+            assert any(f"{score:.3f} " in line and step in line for line in shown.splitlines())
     report = shown[shown.index("labelled steps, ") :].splitlines()
     assert max(map(len, report)) <= 100
     assert len([line for line in report if line.startswith("Verdict: by AUC, ")]) == 1
