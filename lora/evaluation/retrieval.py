@@ -27,7 +27,7 @@ def read_corpus(path: str) -> dict[str, str]:
             raise UserError(f"{where}: id {document_id} occurs twice; each needs its own.")
         corpus[document_id] = require_text(where, "text", row.get("text"))
     if not corpus:
-        raise UserError(f"{path}: 0 documents; expected one at least.")
+        raise UserError(f"{path}: 0 documents; expected at least one.")
     return corpus
 
 
@@ -48,7 +48,7 @@ def read_queries(path: str, corpus: dict[str, str]) -> list[Query]:
         text = require_text(where, "query", row.get("query"))
         queries.append((text, {indices[document_id] for document_id in ids}))
     if not queries:
-        raise UserError(f"{path}: 0 queries; expected one at least.")
+        raise UserError(f"{path}: 0 queries; expected at least one.")
     return queries
 
 
