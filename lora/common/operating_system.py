@@ -57,8 +57,8 @@ def proc_bytes(file: str, name: str) -> int | None:
         lines = Path("/proc", file).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-    return 1024 * kilobytes
+    sizes = (1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return next(sizes, None)
 
 
 def c_library_function(name: str) -> Callable | None:

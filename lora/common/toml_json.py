@@ -36,11 +36,13 @@ def toml_value(value: Any) -> str:
 def json_value(value: Any) -> Any:
     """Return what stands in a file for a value that JSON has no word for.
 
-    Numbers and arrays of numpy are numbers and lists. Anything else is text, which is refused with
-    its key when it is read and should have been something else.
+    Numbers and arrays of numpy are numbers and lists, sets are lists. Anything else is its text,
+    which a key of another type refuses when it is read.
     """
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 

@@ -18,11 +18,11 @@ from lora.common.toml_json import read_file
 from lora.config import resume
 from lora.config.cross_checks import require_model_and_data, require_packages
 from lora.config.flags import SWITCH, Parser, add_flags, apply_flags
-from lora.config.parse_values import nearest, parse_text
+from lora.config.parse_values import parse_text
 from lora.config.run_folder import continued_folder, new_folder, newest_checkpoint, run_folder
 from lora.config.schema import Config, fields_by_key, tables_of
 from lora.config.set_keys import set_key, set_tables, settle_dtype
-from lora.config.table import DTYPE_SWITCHES
+from lora.config.table import DTYPE_SWITCHES, key_hint
 from lora.config.unread_keys import print_unread_keys
 
 EVERYDAY_KEYS = {
@@ -207,7 +207,7 @@ def parse_arguments(argv: list[str], config: Config, description: str) -> Namesp
     arguments.allow_change = tuple(name for name in names if name)
     for name in arguments.allow_change:
         if name not in keys:
-            raise UserError(f"--allow_change {name}: no such key.{nearest(name, keys)}")
+            raise UserError(f"--allow_change {name}: no such key.{key_hint(name, keys)}")
     return arguments
 
 

@@ -77,7 +77,7 @@ def require_same_layout(start: Path, saved: DataConfig, data: DataConfig) -> Non
             keys.append(f"{key} = {toml_value(value)}")
     if keys:
         found = f"it was trained with {', '.join(keys)}"
-        mend = "set that; to change it, name the whole scorer (merge.py writes it) as base_model"
+        mend = "set the same; to change it, name the merged scorer as base_model"
         raise UserError(f"init_from {start}: {found}; {mend}.")
 
 

@@ -10,9 +10,9 @@ from lora.common.base_model_files import require_base
 from lora.common.errors import UserError
 from lora.common.printable_text import print_on_rank_zero
 from lora.config.other_words import AUTOMATIC, EVALUATED, MEANINGS, SAME, UNSUPPORTED
-from lora.config.parse_values import nearest, parse_text
+from lora.config.parse_values import parse_text
 from lora.config.schema import Config, EvaluationConfig, LoraConfig, fields_by_key, table_keys
-from lora.config.table import ALIASES, DTYPE_SWITCHES
+from lora.config.table import ALIASES, DTYPE_SWITCHES, key_hint
 
 # These words are LoRA's in one of these tables, or outside of any table.
 LORA_WORDS = ("r", "rank", "alpha", "dropout")
@@ -166,9 +166,10 @@ class Translation:
         elif word in LORA_WORDS and parents and not LORA_TABLES.intersection(parents):
             self.problems.append(f"{label}: {key} is LoRA's; if it is meant, give it in [lora].")
         elif key == "eval_fraction" and plain(value) == 0:
-            self.problems.append(f"{label} = {value}: {EVALUATED}.")
+            held_out = "some examples are held out, or eval_data names them"
+            self.problems.append(f"{label} = {value}: {held_out}; {EVALUATED}.")
         else:
-            if word == "lora_target" and value == "all":  # LLaMA-Factory's word
+            if word == "lora_target" and value in ("all", ["all"]):  # LLaMA-Factory's word
                 value = "all-linear"
             self.set_key(parents, label, key, value)
 
@@ -228,5 +229,5 @@ def why_unknown(config: Config, name: str) -> str:
     """Return why the configuration has no key of this name."""
     if config.lora is None and is_lora_key(name):
         return "train.py trains all weights and has no such key; use train_lora.py."
-    known = [*ALIASES, *DTYPE_SWITCHES, *fields_by_key(config), *SAME]
-    return f"no such key.{nearest(name, known) or ' See --help.'}"
+    known = [*DTYPE_SWITCHES, *fields_by_key(config)]
+    return f"no such key.{key_hint(name, known) or ' See --help.'}"

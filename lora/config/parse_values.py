@@ -1,6 +1,6 @@
 """One value of the configuration: what it may be, and how it is read from text and checked."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import difflib
 import math
@@ -36,10 +36,10 @@ def key(
 NO_LIMITS: Mapping[str, Any] = key(None, "").metadata
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a question that names the most similar of the known names, or ""."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.8)  # a slip of the keys
-    return f" Did you mean {matches[0]}?" if matches else ""
+def nearest(name: str, meanings: Mapping[str, str]) -> str:
+    """Return a question that names what the most similar of the known names means, or ""."""
+    matches = difflib.get_close_matches(name, meanings, n=1, cutoff=0.8)  # a slip of the keys
+    return f" Did you mean {meanings[matches[0]]}?" if matches else ""
 
 
 def kind_of(annotation: Any) -> tuple[Any, type]:
@@ -105,8 +105,9 @@ def check_item(where: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> 
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        or_word = f" or {word}" if word else ""
-        raise UserError(f"{where} = {value!r}: expected {expected}{or_word}.")
+        if word:
+            expected = f"true, false or {word}" if kind is bool else f"{expected} or {word}"
+        raise UserError(f"{where} = {value!r}: expected {expected}.")
     if kind is str and "\0" in value:
         raise UserError(f"{where} = {value!r}: a NUL character; take it out.")
     if choices and value not in choices:
@@ -114,8 +115,8 @@ def check_item(where: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> 
 
         if VALUES.get(value) in choices:
             return VALUES[value]
-        listed = ", ".join(choices)
-        raise UserError(f"{where} = {value!r}: expected one of {listed}.{nearest(value, choices)}")
+        hint = nearest(value, {choice: choice for choice in choices})
+        raise UserError(f"{where} = {value!r}: expected one of {', '.join(choices)}.{hint}")
     bound = broken_bound(value, limits)
     if bound:
         raise UserError(f"{where} = {value}: expected {expected} {bound}.")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora.common.atomic_files import write_text_atomically
 from lora.common.toml_json import to_json, to_toml
-from lora.config.parse_values import key, kind_of, nearest
-from lora.config.table import Table
+from lora.config.parse_values import key, kind_of
+from lora.config.table import Table, key_hint
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATION_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -236,8 +236,8 @@ class Config:
         for table in tables_of(self).values():
             if hasattr(table, name):
                 return table
-        known = fields_by_key(self)
-        raise AttributeError(f"the configuration has no key {name}.{nearest(name, known)}")
+        hint = key_hint(name, fields_by_key(self))
+        raise AttributeError(f"the configuration has no key {name}.{hint}")
 
     @property
     def method(self) -> str:

@@ -32,7 +32,7 @@ def set_key(config: Config, name: str, value: Any, where: str) -> None:
 
         raise UserError(f"{where}: {why_unknown(config, name)}")
     table, field = fields[name]
-    if name == "max_steps" and value == -1:  # in Transformers: not given
+    if name == "max_steps" and value in (-1, "-1"):  # in Transformers: not given
         table.max_steps = None
         return
     setattr(table, name, check_value(where, value, field.type, field.metadata))

@@ -1,9 +1,11 @@
 """The base of the configuration's tables: keys have aliases, and an unknown name is an error."""
 
+from collections.abc import Collection
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora.config.other_words import SAME
 from lora.config.parse_values import nearest
 
 ALIASES = {
@@ -19,6 +21,13 @@ ALIASES = {
 }
 # As in HfArgumentParser: true chooses the dtype, false (alone) asks for full precision.
 DTYPE_SWITCHES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def key_hint(name: str, keys: Collection[str]) -> str:
+    """Return a question that names the key among `keys` that is meant most likely, or ""."""
+    meanings = {key: key for key in keys}
+    meanings.update((word, key) for word, key in {**SAME, **ALIASES}.items() if key in keys)
+    return nearest(name, meanings)
 
 
 @dataclass
@@ -40,6 +49,5 @@ class Table:
         keys = [field.name for field in dataclasses.fields(self)]
         own_name = ALIASES.get(name, name)
         if own_name not in keys and not hasattr(type(self), name):
-            hint = nearest(name, [*keys, *ALIASES])
-            raise AttributeError(f"{type(self).__name__} has no key {name}.{hint}")
+            raise AttributeError(f"{type(self).__name__} has no key {name}.{key_hint(name, keys)}")
         return own_name

@@ -64,7 +64,7 @@ def unprinted_parts(chat: Chat, spans: list[Span]) -> Counter[str]:
     `spans` are those of the answers, which may repeat what another message says.
     """
     parts: Counter[str] = Counter()
-    if chat.tools and chat.render(chat.messages, tools=[]) == chat.text:
+    if chat.tools and chat.renders_the_same(chat.messages, tools=[]):
         parts["tools"] += 1
     between_answers = chat.text
     for start, end in reversed(spans):

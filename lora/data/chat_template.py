@@ -178,7 +178,7 @@ class Chat:
         for answer in (after_reasoning, after_reasoning.strip()):
             without = [*self.messages]
             without[i] = {**message, "content": answer}
-            if self.render(without) == self.text:
+            if self.renders_the_same(without):
                 return True
         return False
 
@@ -186,7 +186,14 @@ class Chat:
         """Return whether the render is the same with another content of message i."""
         changed = [*self.messages]
         changed[i] = {**changed[i], "content": changed[i]["content"] + self.begin_mark}
-        return self.render(changed) == self.text
+        return self.renders_the_same(changed)
+
+    def renders_the_same(self, messages: list[dict], tools: list | None = None) -> bool:
+        """Return whether the template makes the same text of a chat that nobody wrote."""
+        try:
+            return self.render(messages, tools=tools) == self.text
+        except UserError:  # it refuses a value that is not one of its own
+            return False
 
     def tool_calls(self, i: int) -> list[dict]:
         return self.messages[i].get("tool_calls") or []

@@ -42,8 +42,8 @@ class Counts:
 def part_facts(counts: Counts, seq_lens: np.ndarray, part: str, config: Config) -> dict:
     """Return the facts for `describe_data`. Raises UserError where nothing would be learned."""
     if counts.rows == 0 and config.model.task == "score" and counts.labels == 0:
-        shown = "see what becomes of the rows: python -m lora render FILE --task score"
-        raise UserError(f"{counts.where}: no {part} example has a step with a label; {shown}.")
+        mend = "a step scorer learns from labels, so give some steps one"
+        raise UserError(f"{counts.where}: no {part} example has a step with a label; {mend}.")
     if counts.rows == 0:
         raise UserError(
             f"{counts.where}: no {part} example has a target within max_length = "

@@ -33,7 +33,7 @@ def files_of_set(path: str) -> dict[str, Path]:
     files = {file: Path(file) for file in sorted(found) if Path(file).is_file()}
     if not files:
         problem = "a folder without data files" if folder.is_dir() else "No such file or directory"
-        hint = "; several files are a list, not one text" if "," in path else ""
+        hint = "; several files are separate words, or a list in a file" if "," in path else ""
         raise UserError(f"{path}: {problem}{hint}.")
 
     require_one_set(path, list(files))

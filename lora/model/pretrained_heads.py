@@ -20,13 +20,18 @@ from lora.model.heads import LMHead, MLPHead
 
 
 def read_tensors(files: list[Path], prefix: str) -> dict[str, Tensor]:
-    """Read the tensors of safetensors files whose names begin with `prefix`, in fp32."""
+    """Return the tensors of safetensors files whose names begin with `prefix`, in fp32.
+
+    Raises UserError where one holds a number that is not finite.
+    """
     tensors = {}
     for path in files:
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 if name.startswith(prefix):
                     tensors[name] = file.get_tensor(name).float()
+                    if not tensors[name].isfinite().all():
+                        raise UserError(f"{path}: {name} holds numbers that are not finite.")
     return tensors
 
 

@@ -106,6 +106,7 @@ def test_all_modules_help_and_two_steps_work_without_what_only_posix_has(tmp_pat
 
 def test_memory_is_not_known_where_the_system_does_not_tell_it(monkeypatch):
     assert operating_system.physical_memory_bytes() > operating_system.peak_memory_bytes() > 2**20
+    assert operating_system.proc_bytes("meminfo", "NoSuchLine") is None
     monkeypatch.delattr(os, "sysconf")
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(operating_system, "proc_bytes", lambda file, name: None)

@@ -186,7 +186,7 @@ ERRORS = [  # and those of tests/scripts/test_inputs.py
     ),
     (["--learning_rate=0"], "--learning_rate = 0.0: expected a number > 0."),
     (["--dtype=float31"], "Did you mean float32?"),
-    (["--bf16=maybe"], "--bf16 = 'maybe': expected true or false or auto."),
+    (["--bf16=maybe"], "--bf16 = 'maybe': expected true, false or auto."),
     (["--lora_r"], "expected one argument"),
     (["--dtype=float32", "--bf16"], "flags: dtype and bf16 both choose the dtype"),
     (["--seed=100000000000000000000"], "expected an integer <= 9223372036854775807"),
@@ -393,6 +393,7 @@ def test_from_python_aliases_and_keys_of_the_whole_are_set_and_read():
     [
         ("training", "learning_rat", "learning_rate"),
         ("lora", "lora_rr", "lora_r"),
+        ("training", "epochs", "num_train_epochs"),
         ("data", "train_dta", "train_data"),
         ("", "experiment_nam", "experiment_name"),
     ],
@@ -436,7 +437,7 @@ def test_gradient_checkpointing_is_true_false_or_auto(tmp_path, flags, value):
 
 
 def test_what_is_neither_true_nor_false_nor_auto_is_refused():
-    expected = "--gradient_checkpointing = 'often': expected true or false or auto"
+    expected = "--gradient_checkpointing = 'often': expected true, false or auto"
     with pytest.raises(UserError, match=expected):
         read(*NAMED, "--gradient_checkpointing=often")
 

@@ -195,7 +195,7 @@ def test_all_words_without_a_key_are_told_in_one_line(tmp_path, capsys):
         ),
         (
             "val_set_size: 0",
-            "val_set_size = 0: evaluation cannot be switched off; a large eval_steps",
+            "val_set_size = 0: some examples are held out, or eval_data names them; evaluation",
         ),
     ],
 )
@@ -214,8 +214,8 @@ def test_a_word_that_means_something_else_here_is_named(text, message, tmp_path)
         ("learning_rat", "Did you mean learning_rate?"),
         ("batchsize", "Did you mean batch_size?"),
         ("max_lenght", "Did you mean max_length?"),
-        ("val_set_siz", "Did you mean val_set_size?"),
-        ("epoch", "Did you mean epochs?"),
+        ("val_set_siz", "Did you mean eval_fraction?"),
+        ("epoch", "Did you mean num_train_epochs?"),
     ],
 )
 def test_only_a_slip_of_the_keys_has_a_nearest_word(name, hint):

@@ -528,6 +528,16 @@ def test_messages_and_tools_that_the_template_does_not_print_are_counted(
     assert row_of(chat, tokenizer, tools=tools).unprinted == unprinted
 
 
+def test_a_template_that_refuses_what_nobody_wrote_is_asked_for_the_chat_alone():
+    """What is counted is rendered without tools and with another system message."""
+    template = (
+        "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}"
+        "{% if messages[0].content not in ('on', 'off') %}{{ raise_exception('mode') }}{% endif %}"
+    )
+    chat = [{"role": "system", "content": "on"}, *TURN]
+    assert row_of(chat, tokenizer_with(template + CHATML), tools=[LOOK]).unprinted == {}
+
+
 # ------------------------------------------------------------- found by benchmarks/chat_masks.py
 
 CHATML = (

@@ -393,6 +393,20 @@ def test_a_null_function_of_a_call_is_none(tmp_path):
     assert with_null.messages[1]["tool_calls"] == [call]
 
 
+def test_functions_without_a_wrapping_are_wrapped(tmp_path):
+    function = {"name": "f", "parameters": {}}
+    wrapped = {"type": "function", "function": function}
+    flat = {"type": "function", **function}  # of OpenAI's Responses
+    for name, tool in (
+        ("tools", wrapped),
+        ("tools", function),
+        ("tools", flat),
+        ("functions", function),
+    ):
+        (example,) = read([write(tmp_path / "a.jsonl", {"messages": CHAT, name: [tool]})], "lm")
+        assert example.tools == [wrapped]
+
+
 def test_parts_and_keys_that_disagree_are_refused(tmp_path):
     both = [{"role": "user", "from": "gpt", "content": Q}, CHAT[1]]
     cases = {

@@ -363,7 +363,9 @@ def test_8_rows_whose_targets_are_cut_off_are_counted_and_an_error_where_none_is
 def test_rows_whose_steps_have_no_label_are_not_said_to_be_too_long(train, base, tmp_path):
     row = '{"prompt": "1+%d", "steps": ["2"], "labels": [null]}\n'
     (tmp_path / "steps.jsonl").write_text("".join(row % i for i in range(30)))
-    message = "no train example has a step with a label; see what becomes of the rows: python -m"
+    message = (
+        "no train example has a step with a label; a step scorer learns from labels, so give some"
+    )
     flags = [base[0], "--task=score", f"--train_data={tmp_path}/steps.jsonl", "--max_steps=1"]
     refused(train, tmp_path, message, *flags)
 

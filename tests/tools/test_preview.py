@@ -48,7 +48,9 @@ def test_render_is_a_command_with_one_line_errors(monkeypatch, capsys):
         monkeypatch, capsys, ROOT / "lora" / "__main__.py", "render", "/no.jsonl"
     )
     assert status == 2 and err == "error: /no.jsonl: No such file or directory.\n"
-    with pytest.raises(UserError, match="directory; several files are a list, not one text"):
+    with pytest.raises(
+        UserError, match="directory; several files are separate words, or a list in a file"
+    ):
         preview.main(["/no.jsonl,/nor.jsonl"])
 
 

@@ -246,7 +246,7 @@ def test_a_scorer_goes_on_with_the_layout_that_it_was_trained_on(configure):
     with pytest.raises(UserError) as error:
         require_stage(configure(True, "two", init_from=str(one)))
     found = 'prompt_format = "{prompt}:\\n", step_marker = "."'
-    mend = "set that; to change it, name the whole scorer (merge.py writes it) as base_model"
+    mend = "set the same; to change it, name the merged scorer as base_model"
     assert str(error.value) == f"init_from {one}: it was trained with {found}; {mend}."
 
 

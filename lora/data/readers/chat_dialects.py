@@ -32,7 +32,10 @@ def in_our_words(where: str, row: dict) -> dict:
     tools = []
     for tool in objects(where, "tools", row) + objects(where, "functions", row):
         is_bare = isinstance(tool, dict) and tool.get("name") and not tool.get("function")
-        tools.append({"type": "function", "function": tool} if is_bare else tool)
+        if is_bare:
+            function = {key: value for key, value in tool.items() if key != "type"}
+            tool = {"type": "function", "function": function}
+        tools.append(tool)
     return {**row, "messages": messages, "tools": tools}
 
 
