@@ -122,4 +122,5 @@ def saved_config(folder: str | Path) -> Config:
             require_known_format(Path(folder), read_file(plain_file(metadata)))
         return from_dict(read_file(plain_file(toml)), str(toml))
     absent = f"no {state.name} and no {toml.name}"
-    raise UserError(f"{folder}: {absent}; expected a checkpoint or a final_artifact of ours.")
+    expected = "expected a checkpoint or a final_artifact of ours; any other model is a base_model"
+    raise UserError(f"{folder}: {absent}; {expected}.")

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,6 +244,8 @@ def read_request(arguments: Namespace, config: Config) -> EvaluationRequest:
     """Read what is evaluated: the prompt, the files, or what the checkpoint's run held out."""
     request = EvaluationRequest()
     task = config.model.task
+    if arguments.checkpoint:
+        note_trained_files(arguments, config)
     if arguments.prompt is not None:
         if task == "score":
             request.examples = [chain_in_prompt(arguments.prompt)]
@@ -267,6 +270,16 @@ def read_request(arguments: Namespace, config: Config) -> EvaluationRequest:
             require_recorded_data(arguments.checkpoint, config)
         request.examples = held_out_examples(config)
     return request
+
+
+def note_trained_files(arguments: Namespace, config: Config) -> None:
+    """Print which of the files that are evaluated the run was trained on."""
+    trained = [os.path.realpath(path) for path in config.data.train_paths]
+    files = [*(arguments.eval_data or []), arguments.test_set, arguments.critical_questions]
+    for path in files:
+        if path and os.path.realpath(path) in trained:
+            held_out = "without data files, eval.py takes what the run held out"
+            print(f"note: {path}: the run was trained on examples of this file; {held_out}")
 
 
 def held_out_examples(config: Config) -> list[Example]:

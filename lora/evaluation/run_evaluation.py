@@ -107,7 +107,7 @@ def means_by_category(questions: Sequence[Question], measures: Sequence[Measures
     def means(chosen: list[int]) -> dict:
         return {"questions": len(chosen), **mean_scores([measures[i] for i in chosen])}
 
-    return mean_scores(measures) | by_category(categories_of(questions), means)
+    return means(list(range(len(questions)))) | by_category(categories_of(questions), means)
 
 
 def measure_loss(
@@ -130,7 +130,7 @@ def measure_loss(
         numbers = language_metrics(task, values[chosen], targets[chosen])
         return {"targets": len(chosen), **numbers}
 
-    return language_metrics(task, values, targets) | by_category(target_categories, metrics)
+    return metrics(list(range(len(targets)))) | by_category(target_categories, metrics)
 
 
 def language_metrics(task: Task, values: Tensor, targets: Tensor) -> dict[str, float]:

@@ -48,6 +48,7 @@ from lora.training.checkpoint import trainable_parameters
 from lora.training.log import Log
 from lora.training.schedule import stops_early
 
+FEW_STEPS = 50
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes")
 
 
@@ -127,13 +128,25 @@ def write_final_artifact(run: Run, log: Log, base_files: dict, data_files: dict)
         log.say(
             f"note: the artifact is rounded to the base's {dtype}; these numbers are of float32"
         )
-    untrained = loss_before_training(log.run_dir)
-    if untrained < best["val"]["loss"]:
-        before = f"its value before training ({untrained:.4f}); try a lower --learning_rate"
-        log.say(f"warning: the validation loss never fell below {before}")
+    log_doubts(best, last["step"], log)
     log.say(f"sha256 of its {CHECKSUMS_FILE}: {file_sha256(folder / CHECKSUMS_FILE)}")
     log.say(next_commands(folder, config))
     return results
+
+
+def log_doubts(best: dict, last_step: int, log: Log) -> None:
+    """Say where a model may have learned nothing, or too little."""
+    more = "more epochs or a higher --learning_rate may help"
+    untrained = loss_before_training(log.run_dir)
+    r2 = best["val"].get("r2")  # None: of a language model, or of labels that are all equal
+    if untrained < best["val"]["loss"]:
+        before = f"its value before training ({untrained:.4f}); try a lower --learning_rate"
+        log.say(f"warning: the validation loss never fell below {before}")
+    elif r2 is not None and r2 <= 0:
+        same = "no better than if every step had the mean label as its score"
+        log.say(f"warning: r2 is {r2:.2f}, {same}; {more}")
+    elif best["step"] == last_step < FEW_STEPS:
+        log.say(f"note: the loss was lowest after the last of only {last_step} steps; {more}")
 
 
 def loss_before_training(run_dir: Path) -> float:

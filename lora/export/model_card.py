@@ -12,7 +12,7 @@ from lora.config.schema import Config
 from lora.data.chat_template import bos_tokens
 from lora.model.task import Task
 
-PROMPTS = {"lm": "From left to right: 12+9-1", "score": "From left to right: 12+9-1\n12+9=21"}
+PROMPTS = {"lm": "A question", "score": "A problem\nA step\nA step"}
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "card"),
     undefined=StrictUndefined,

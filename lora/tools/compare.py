@@ -230,4 +230,5 @@ def main(argv: Sequence[str]) -> None:
     if arguments.sweep:
         commands = missing_commands(named[0], runs, arguments.sweep)
         if commands:
-            print("\nnot yet run:", *map(printable, commands), sep="\n")
+            title = f"not yet run, with all other keys as in {named[0].folder}:"
+            print("", *map(printable, [title, *commands]), sep="\n")

@@ -17,6 +17,7 @@ from lora.config.set_keys import from_dict, key_values, set_key
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 from lora.tools.finished_run import IGNORED_KEYS, FinishedRun, flat_config, format_value
 
+NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 NAMES = ALIASES | dict.fromkeys(DTYPE_SWITCHES, "dtype")
 
 
@@ -29,17 +30,24 @@ def proposed_name(run: FinishedRun, config: Config, names: Iterable[str]) -> str
     places: dict[tuple[int, int], str] = {}  # (start, end) in the name: the new value
     added = ""
     for key in names:
-        old, new = format_value(run.settings.get(key)), format_value(values[key])
-        # A part of another number, as 1 of 1e-2, is not the value.
-        pattern = rf"(?<![\d.])(?<!e-){re.escape(old)}(?![\d.]|e-?\d)"
-        found = [match.span() for match in re.finditer(pattern, name)]
-        if key in run.settings and len(found) == 1 and found[0] not in places:
+        old, new = run.settings.get(key), format_value(values[key])
+        found = places_of(old, name)
+        if len(found) == 1 and found[0] not in places:
             places[found[0]] = new
-        elif old != new:
+        elif format_value(old) != new:
             added += f"_{key}_{new}"
     for (start, end), new in sorted(places.items(), reverse=True):
         name = name[:start] + new + name[end:]
     return re.sub(r"[^\w.-]+", "-", name + added)
+
+
+def places_of(value: object, name: str) -> list[tuple[int, int]]:
+    """Return where a value stands in a name; a number also as 1e-2 for 0.01."""
+    if isinstance(value, str):
+        return [match.span() for match in re.finditer(re.escape(value), name)]
+    if isinstance(value, bool):
+        return []
+    return [match.span() for match in re.finditer(NUMBER, name) if float(match[0]) == value]
 
 
 def missing_commands(
@@ -78,8 +86,11 @@ def missing_commands(
             set_key(config, key, text, f"--sweep {key}")  # refuses a key that there is not
             flags += [f"--{key}", text]
         if flat_config(config) not in ended_configs:
-            names = [NAMES.get(key, key) for key in values_of_key]
-            flags += ["--experiment_name", proposed_name(first, config, names)]
+            name = proposed_name(first, config, [NAMES.get(key, key) for key in values_of_key])
+            others = [run for run in runs if run.settings != flat_config(config)]
+            while name in [run.folder.resolve().name for run in others]:
+                name += "_2"
+            flags += ["--experiment_name", name]
             flags += ["--output_dir", os.path.relpath(folder), "--resume_from", "auto"]
             commands.append(
                 shlex.join([*script_call(script, processes), "--config", str(config_file), *flags])

@@ -174,14 +174,16 @@ def test_a_sweep_of_a_run_on_several_processes_is_started_so(sweep, tmp_path, ca
         state["facts"]["place"]["processes"] = 2
         path.write_text(json.dumps(state))
     main([str(run_dir), "--sweep", "seed=1,2"])
-    (line,) = capsys.readouterr().out.partition("not yet run:\n")[2].splitlines()
+    *_, title, line = capsys.readouterr().out.splitlines()
+    assert title == f"not yet run, with all other keys as in {run_dir}:"
     assert line.startswith("torchrun --nproc_per_node=2 ")
 
 
 def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
     folders = [str(sweep["s1"]), str(sweep["s2"])]
     main([*folders, "--sweep", "seed=1,2,3", "lora_r=16"])
-    (line,) = capsys.readouterr().out.partition("not yet run:\n")[2].splitlines()
+    *_, title, line = capsys.readouterr().out.splitlines()
+    assert title == f"not yet run, with all other keys as in {sweep['s1']}:"
     words = shlex.split(line)
     assert words[:2] == ["python", "train_lora.py"]
     command = read_command_line(words[2:], get_lora_config(), None, "")
@@ -192,6 +194,14 @@ def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
     assert "not yet run" not in capsys.readouterr().out
 
 
+def test_a_proposed_name_is_not_that_of_a_run_with_other_settings(sweep, capsys):
+    """s3 of "s1" with another seed would be the name of a run with another rank."""
+    runs = [FinishedRun.of(str(sweep["s1"])), FinishedRun.of(str(sweep["s2"]))]
+    runs[1].settings["lora_r"] = 3
+    (command,) = missing_commands(runs[0], runs, ["seed=2"])
+    assert "--experiment_name s2_2 " in command
+
+
 @pytest.mark.parametrize(
     "name, of_run, values, expected",
     [
@@ -199,6 +209,8 @@ def test_what_of_a_sweep_is_missing_is_printed_and_can_be_run(sweep, capsys):
         ("r16", {"lora_r": 16, "lora_alpha": 32.0}, (64, 32.0), "r64"),
         ("r4", {"lora_r": 4, "seed": 1}, (1, 2), "r1_seed_2"),
         ("r4_s1", {"lora_r": 4, "seed": 1}, (1, 2), "r1_s2"),
+        ("r4_lr1e-2", {"lora_r": 4, "learning_rate": 0.01}, (1, 0.001), "r1_lr0.001"),
+        ("r1", {"lora_r": 1, "use_dora": True}, (1, False), "r1_use_dora_False"),
     ],
 )
 def test_every_combination_has_a_name_of_its_own(name, of_run, values, expected):

@@ -24,6 +24,8 @@ TO_MESSAGES = (
     """for i, t in enumerate(json.loads(r)["{key}"])]}})) for r in open("FILE")]' > chats.jsonl"""
 )
 
+UNLABELLED = 'to score chains without labels, add "labels": [null, ...], a null for each step'
+
 
 def why_not_read(row: dict, forms: Sequence[set[str]], task: str) -> str:
     """Return what was found in a row, the nearest forms, and how to read it, if that is known."""
@@ -67,6 +69,8 @@ def advice(kinds: tuple, forms: tuple, task: str) -> str:
     if columns:
         pairs = [f"{ours}={theirs}" for ours, theirs in columns.items() if ours != theirs]
         mend = f"add --columns {' '.join(pairs)}"
+    elif task == "score" and {"prompt", "steps"} <= keys.keys():
+        mend = UNLABELLED
     elif turns and task == "lm":
         mend = TO_MESSAGES.format(key=turns[0])
     listed = ", ".join(f"{key} ({found})" for key, found in keys.items())
