@@ -1,6 +1,7 @@
 """What a run says, where it is written to a file and in a terminal; and what Ctrl-C does."""
 
 import io
+import json
 import os
 from pathlib import Path
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from safetensors.numpy import save_file
@@ -25,6 +27,7 @@ from lora.common.signals import begin_loading_torch, leave_at_once
 from lora.config.command_line import read_command_line
 from lora.config.schema import Config
 from lora.data.sampler import TrainingData
+from lora.export.final_artifact import log_doubts
 from lora.training import cached_features, log
 from tests.conftest import run, script
 from tests.scripts.test_reliability import at_call, signals
@@ -67,6 +70,29 @@ def test_a_run_that_is_worse_than_its_beginning_says_so(configure, capsys, learn
     before = f"its value before training ({losses[0]:.4f}); try a lower --learning_rate"
     warning = f"warning: the validation loss never fell below {before}"
     assert (warning in out) == is_worse
+
+
+@pytest.mark.parametrize(
+    "before, r2, best_step, last_step, expected",
+    [
+        (0.1, 0.0, 30, 30, "warning: the validation loss never fell below its value before"),
+        (1.0, 0.0, 30, 30, "warning: r2 is 0.0000, no better than if every step had the mean"),
+        (1.0, 0.5, 30, 30, "note: the loss was lowest after the last of only 30 steps; more"),
+        (1.0, None, 30, 30, "note: the loss was lowest after the last of only 30 steps; more"),
+        (1.0, 0.5, 20, 30, ""),
+        (1.0, 0.5, 50, 50, ""),
+    ],
+)
+def test_a_run_says_where_it_may_have_learned_too_little(
+    tmp_path, before, r2, best_step, last_step, expected
+):
+    metrics = tmp_path / "logs" / "train_metrics.jsonl"
+    metrics.parent.mkdir()
+    metrics.write_text(json.dumps({"step": 0, "val/loss": before}) + "\n")
+    lines = []
+    log = SimpleNamespace(run_dir=tmp_path, say=lines.append)
+    log_doubts({"step": best_step, "val": {"loss": 0.5, "r2": r2}}, last_step, log)
+    assert len(lines) == bool(expected) and "".join(lines).startswith(expected)
 
 
 @pytest.mark.parametrize("lora", [True, False])
