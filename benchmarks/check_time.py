@@ -21,10 +21,8 @@ if __name__ == "__main__":
             done = subprocess.run(
                 [sys.executable, *command, "--check"], cwd=ROOT, capture_output=True, text=True
             )
-            print(
-                f"{time.monotonic() - started:6.1f} s, exit {done.returncode}: "
-                f"{' '.join(command[:1] + command[3:5])}"
-            )
+            seconds = time.monotonic() - started
+            print(f"{seconds:6.1f} s, exit {done.returncode}: {' '.join(command)}")
             for line in done.stdout.splitlines():
                 if "layers the first" in line or line.startswith(("WARN", "FAIL")):
                     print(f"          {line}")

@@ -114,7 +114,8 @@ def is_read_by_mamba(model: nn.Module, name: str) -> bool:
     """Return whether a layer's weight is given to a kernel by a mixer of Mamba or Mamba-2."""
     parent, _, leaf = name.rpartition(".")
     mixer = model.get_submodule(parent)
-    if leaf not in ("x_proj", "dt_proj", "out_proj"):
+    is_called = leaf != "dt_proj" and hasattr(mixer, "dt_layernorm")  # in Jamba
+    if leaf not in ("x_proj", "dt_proj", "out_proj") or is_called:
         return False
     is_mamba = hasattr(mixer, "dt_proj") or hasattr(mixer, "chunk_size")  # Mamba-2 has no dt_proj
     return hasattr(mixer, "A_log") and is_mamba
@@ -165,7 +166,7 @@ def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -
             matches = [name for name in candidates if matches_target(prefix + name, target)]
         if not matches:
             endings = sorted({name.rpartition(".")[2] for name in candidates})
-            found = f"{target!r} matches no linear layer; there are {', '.join(endings)}"
+            found = f"{target!r} matches no layer that LoRA adapts; there are {', '.join(endings)}"
             raise UserError(f"target_modules: {found}.")
         chosen.update(matches)
     return [name for name in candidates if name in chosen]

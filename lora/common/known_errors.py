@@ -73,6 +73,6 @@ def resume_command(run_dir: Path | None) -> str:
     newest = checkpoints[max(checkpoints)]
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # set by torchrun
     if os.environ.get("WORLD_SIZE", "1") != processes:
-        return f"the same command on every machine, with --resume_from {newest.as_posix()}"
+        return f"the same command for every process, with --resume_from {newest.as_posix()}"
     call = script_call(sys.argv[0], int(processes) if processes.isdecimal() else 1)
     return shlex.join([*call, "--resume_from", newest.as_posix()])

@@ -2,7 +2,7 @@
 
 A second signal ends the process at once. The processes of a run tell each other in the sum that
 they make at every step anyway, so that all of them stop at the same step. Before the first step and
-after the last one there is nothing to save: either signal ends the run at once.
+while the artifact is written there is nothing to save: either signal ends the run at once.
 
 While torch is being imported there is nothing to save: Ctrl-C ends the process at once.
 """

@@ -60,6 +60,8 @@ def violated_assumption(
     alone = hidden_states(task, first)
     separate = torch.cat([alone, hidden_states(task, second)])
     if differ(separate, hidden_states(task, first, second), tolerance):
+        if not task.packed:
+            return "padding changes its hidden states"
         return "documents that are packed into one row see each other"
     # The same sums give the same bits in every dtype. Experts are the exception: the last token may
     # go to another expert, which changes the order of the others' sums.
@@ -73,7 +75,7 @@ def violated_assumption(
         # As in training, which does not call the output layer; some do more than a product.
         products = F.linear(alone, *task.head.weight_and_bias()).float()
         if differ(logits, task.head.scale_and_cap(products), tolerance):
-            return "its logits are not those of its output layer on the hidden states"
+            return "its logits are not its hidden states times the weight of its output layer"
     return None
 
 

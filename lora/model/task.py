@@ -84,7 +84,8 @@ class Task(nn.Module):
         elif not self.causal:  # no token of a causal model sees the padding on its right
             num_tokens = torch.tensor(batch.seq_lens, device=batch.position_ids.device)
             columns = torch.arange(batch.input_ids.shape[1], device=num_tokens.device)
-            inputs["attention_mask"] = columns < num_tokens[:, None]
+            is_token = columns < num_tokens[:, None]
+            inputs["attention_mask"] = is_token.long()  # DeBERTa's convolution subtracts it
         if self.uses_token_type_ids:
             inputs["token_type_ids"] = batch.token_type_ids
         return self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)

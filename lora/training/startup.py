@@ -127,8 +127,8 @@ def begin(
     run_dir = broadcast_from_rank_zero(str, command.run_dir)
     max_steps = total_steps(config.training, run.data.steps_per_epoch)
     with (
+        handling([signal.SIGTERM], end_on_sigterm),  # also while a tracker ends with the log
         Log(run_dir, config, max_steps, state, command.continues) as log,
-        handling([signal.SIGTERM], end_on_sigterm),
     ):
         wait_for_all()  # the folder may be another run's, and the first process alone finds out
         command.status.run_dir = log.run_dir

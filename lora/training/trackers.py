@@ -6,6 +6,7 @@ from pathlib import Path
 import secrets
 
 from lora.common.atomic_files import write_text_atomically
+from lora.common.errors import Interrupted
 from lora.common.plain_file import plain_file
 from lora.config.schema import Config
 
@@ -31,6 +32,8 @@ class Tracker:
             if self.send is None:
                 self.send, self.end = connect(self.run_dir, self.config, self.start)
             self.send(step, values)
+        except Interrupted:
+            raise
         except Exception as error:  # anything may fail: another's package, the network, a service
             self.give_up(error)
 
@@ -40,6 +43,8 @@ class Tracker:
             return
         try:
             self.end(exit_code)
+        except Interrupted:
+            raise
         except Exception as error:
             self.give_up(error)
 

@@ -179,6 +179,7 @@ def test_an_artifact_is_verified_and_another_base_is_said(configure, tmp_path, c
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] += 1e-3
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
     call("--adapter", folder, "--output", tmp_path / "same")
     printed = capsys.readouterr().out
     assert "warning" not in printed and printed.count("\nfine: ") == 2

@@ -103,7 +103,7 @@ def test_targets_are_endings_or_whole_name_patterns(targets, expected):
 def test_a_target_that_matches_nothing_is_an_error_that_lists_what_there_is():
     with pytest.raises(
         UserError,
-        match="'nope_proj' matches no linear layer; there are down_proj, gate_proj, k_proj",
+        match="'nope_proj' matches no layer that LoRA adapts; there are down_proj, gate_proj",
     ):
         inject(tiny_llama(), target_modules=["q_proj", "nope_proj"])
 

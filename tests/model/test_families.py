@@ -95,6 +95,9 @@ PADDED_ENCODERS = {
     "DebertaV2": SHAPE
     | NO_DROPOUT
     | dict(relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8),
+    "DebertaV2 with a convolution": SHAPE
+    | NO_DROPOUT
+    | dict(relative_attention=True, pos_att_type=["p2c"], conv_kernel_size=3, conv_act="gelu"),
     "Deberta": SHAPE | NO_DROPOUT | dict(type_vocab_size=2),
     "MPNet": SHAPE | NO_DROPOUT | dict(max_position_embeddings=66),
 }
@@ -299,9 +302,16 @@ def test_layers_of_which_only_the_weight_is_read_are_not_adapted(configure, tmp_
     settings = dict(
         base_model=str(folder), task="lm", train_data=["arithmetic:train:60"], lora_r=2, max_steps=2
     )
-    with pytest.raises(UserError, match="'out_proj' matches no linear layer"):
+    with pytest.raises(UserError, match="'out_proj' matches no layer that LoRA adapts"):
         run(configure(True, target_modules=["out_proj"], **settings))
     run(configure(True, **settings))
+
+
+def test_of_jamba_dt_proj_alone_is_not_adapted(tmp_path):
+    shape = GROUPED | dict(attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4)
+    model = task_of(base("Jamba", shape, tmp_path), "score").model
+    adapted = {name.rpartition(".")[2] for name in inject(model, 2, 6)}
+    assert {"in_proj", "x_proj", "out_proj", "q_proj"} <= adapted and "dt_proj" not in adapted
 
 
 def test_training_does_what_the_output_layer_does_or_the_model_is_refused(configure, tmp_path):
@@ -314,4 +324,4 @@ def test_training_does_what_the_output_layer_does_or_the_model_is_refused(config
     task = load_task(configure(False, base_model=str(folder), task="lm"), torch.float32)
     assert find_incompatibility(task) is None
     task.model.lm_head.__class__ = Scaled
-    assert "not those of its output layer" in find_incompatibility(task)
+    assert "are not its hidden states times the weight" in find_incompatibility(task)

@@ -204,7 +204,7 @@ def test_a_run_on_several_machines_goes_on_by_the_command_that_began_it(configur
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for processes, command in [
         ("2", "torchrun --nproc_per_node=2 train_lora.py"),
-        ("4", "the same command on every machine, with"),
+        ("4", "the same command for every process, with"),
     ]:
         monkeypatch.setenv("WORLD_SIZE", processes)
         assert resume_command(folder) == f"{command} --resume_from {checkpoint}"

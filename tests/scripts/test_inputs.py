@@ -372,7 +372,7 @@ def test_rows_whose_steps_have_no_label_are_not_said_to_be_too_long(train, base,
 
 @pytest.mark.parametrize("targets", [["nope_proj"], ["q_proj", "nope_proj"]])
 def test_26_a_target_that_matches_nothing_is_refused_and_named(train, base, tmp_path, targets):
-    message = "target_modules: 'nope_proj' matches no linear layer; there are .*q_proj"
+    message = "target_modules: 'nope_proj' matches no layer that LoRA adapts; there are .*q_proj"
     refused(train, tmp_path, message, *base, "--target_modules", *targets)
 
 

@@ -18,7 +18,7 @@ def test_the_plan_says_how_many_epochs_a_run_is(configure, capsys):
     run(configure(True, max_steps=3))
     said = capsys.readouterr().out
     assert "3 steps of 8 examples" in said and "0.4 epochs of 7.5 steps" in said
-    assert "warning" not in said
+    assert "epochs over the same data" not in said and "warmup steps" not in said
 
 
 def test_many_epochs_and_a_warmup_without_an_end_are_warned_of(configure, capsys):

@@ -1,11 +1,12 @@
 """--report_to: the metrics arrive, and nothing that goes wrong there stops a run."""
 
+import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from lora.common.errors import Stopped, UserError
+from lora.common.errors import Interrupted, Stopped, UserError
 from lora.config import cross_checks
 from lora.config.command_line import read_command_line
 from lora.config.schema import get_lora_config
@@ -100,3 +101,14 @@ def test_a_tracker_that_breaks_midway_is_left(tmp_path, monkeypatch):
     tracker.metrics(1, {})
     tracker.finish(0)
     assert calls == [0] and len(said) == 1
+
+
+def test_a_signal_while_a_tracker_ends_ends_the_run(tmp_path, monkeypatch):
+    def stop(*_):
+        raise Interrupted("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr(trackers, "wandb", lambda *_: (lambda *_: None, stop))
+    tracker = trackers.Tracker("wandb", tmp_path, None, 0, print)
+    tracker.metrics(0, {})
+    with pytest.raises(Interrupted):
+        tracker.finish(0)
