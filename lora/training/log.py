@@ -219,9 +219,7 @@ def cut_metrics_after(step: int, path: Path) -> None:
 
 def has_bar() -> bool:
     """Return whether somebody sees the progress bar, which is on stderr, beside what is printed."""
-    if not (sys.stderr.isatty() and sys.stdout.isatty()):
-        return False
-    return 0 not in os.get_terminal_size(sys.stderr.fileno())  # tqdm draws nothing there
+    return sys.stderr.isatty() and sys.stdout.isatty()
 
 
 def time_left(done: int, total: int, seconds: float) -> str:
