@@ -14,6 +14,7 @@ from lora.common import saved_files
 from lora.common.checkpoint_folders import model_folder
 from lora.common.checksums import CHECKSUMS_FILE, file_sha256, verify_checksums
 from lora.common.errors import UserError
+from lora.common.printable_text import printable
 from lora.config.command_line import find_config
 from lora.config.cross_checks import require_formats
 from lora.config.flags import Parser, add_flags, apply_flags
@@ -278,8 +279,9 @@ def note_trained_files(arguments: Namespace, config: Config) -> None:
     files = [*(arguments.eval_data or []), arguments.test_set, arguments.critical_questions]
     for path in files:
         if path and os.path.realpath(path) in trained:
+            trained_on = "the run was trained on examples of this file"
             held_out = "without data files, eval.py takes what the run held out"
-            print(f"note: {path}: the run was trained on examples of this file; {held_out}")
+            print(printable(f"note: {path}: {trained_on}; {held_out}"))
 
 
 def held_out_examples(config: Config) -> list[Example]:

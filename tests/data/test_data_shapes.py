@@ -405,6 +405,9 @@ def test_functions_without_a_wrapping_are_wrapped(tmp_path):
     ):
         (example,) = read([write(tmp_path / "a.jsonl", {"messages": CHAT, name: [tool]})], "lm")
         assert example.tools == [wrapped]
+    hosted = {"type": "search", "name": "web"}
+    (example,) = read([write(tmp_path / "a.jsonl", {"messages": CHAT, "tools": [hosted]})], "lm")
+    assert example.tools == [hosted]
 
 
 def test_parts_and_keys_that_disagree_are_refused(tmp_path):

@@ -31,8 +31,8 @@ def in_our_words(where: str, row: dict) -> dict:
         messages = [message_of(where, i, message) for i, message in enumerate(messages, 1)]
     tools = []
     for tool in objects(where, "tools", row) + objects(where, "functions", row):
-        is_bare = isinstance(tool, dict) and tool.get("name") and not tool.get("function")
-        if is_bare:
+        is_function = isinstance(tool, dict) and tool.get("type", "function") == "function"
+        if is_function and tool.get("name") and not tool.get("function"):
             function = {key: value for key, value in tool.items() if key != "type"}
             tool = {"type": "function", "function": function}
         tools.append(tool)
