@@ -114,7 +114,8 @@ def is_read_by_mamba(model: nn.Module, name: str) -> bool:
     """Return whether a layer's weight is given to a kernel by a mixer of Mamba or Mamba-2."""
     parent, _, leaf = name.rpartition(".")
     mixer = model.get_submodule(parent)
-    is_called = leaf != "dt_proj" and hasattr(mixer, "dt_layernorm")  # in Jamba
+    # Jamba calls all but dt_proj.
+    is_called = leaf != "dt_proj" and type(mixer).__name__ == "JambaMambaMixer"
     if leaf not in ("x_proj", "dt_proj", "out_proj") or is_called:
         return False
     is_mamba = hasattr(mixer, "dt_proj") or hasattr(mixer, "chunk_size")  # Mamba-2 has no dt_proj

@@ -42,7 +42,7 @@ def json_value(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (set, frozenset)):
-        return sorted(value)
+        return sorted(value, key=str)
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 

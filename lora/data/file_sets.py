@@ -33,7 +33,9 @@ def files_of_set(path: str) -> dict[str, Path]:
     files = {file: Path(file) for file in sorted(found) if Path(file).is_file()}
     if not files:
         problem = "a folder without data files" if folder.is_dir() else "No such file or directory"
-        hint = "; several files are separate words, or a list in a file" if "," in path else ""
+        hint = ""
+        if "," in path:
+            hint = "; several files are separate words, or a list in a configuration file"
         raise UserError(f"{path}: {problem}{hint}.")
 
     require_one_set(path, list(files))

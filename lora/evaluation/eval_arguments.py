@@ -279,9 +279,8 @@ def note_trained_files(arguments: Namespace, config: Config) -> None:
     files = [*(arguments.eval_data or []), arguments.test_set, arguments.critical_questions]
     for path in files:
         if path and os.path.realpath(path) in trained:
-            trained_on = "the run was trained on examples of this file"
-            held_out = "without data files, eval.py takes what the run held out"
-            print(printable(f"note: {path}: {trained_on}; {held_out}"))
+            trained_on = "in train_data of the run, so not all of it is held out"
+            print(printable(f"note: {path}: {trained_on}"))
 
 
 def held_out_examples(config: Config) -> list[Example]:

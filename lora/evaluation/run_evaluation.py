@@ -207,10 +207,10 @@ def measure_steps(
         table = step_report.table(report)
 
     best_results = best_of_n(examples, scores)
-    is_shown = is_prompt or arguments.test_set or arguments.html or arguments.output
+    is_shown = is_prompt or arguments.test_set or arguments.html
     if not (report or best_results or is_shown):
         nothing = f"{why_no_labels} and no solution has an outcome, so nothing is measured"
-        raise UserError(f"{nothing}; --test_set prints the scores, and --output writes them.")
+        raise UserError(f"{nothing}; --test_set prints the scores.")
     if best_results and not table:
         table = [["measure", "scores"]]
     for name, (value, interval) in best_results.items():

@@ -145,7 +145,7 @@ def log_doubts(best: dict, last_step: int, log: Log) -> None:
     elif r2 is not None and r2 <= 0:
         same = "no better than if every step had the mean label as its score"
         log.say(f"warning: r2 is {r2:.4f}, {same}; {more}")
-    elif best["step"] == last_step < FEW_STEPS:
+    elif best["step"] == last_step and last_step < FEW_STEPS:
         log.say(f"note: the loss was lowest after the last of only {last_step} steps; {more}")
 
 

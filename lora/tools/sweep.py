@@ -17,7 +17,7 @@ from lora.config.set_keys import from_dict, key_values, set_key
 from lora.config.table import ALIASES, DTYPE_SWITCHES
 from lora.tools.finished_run import IGNORED_KEYS, FinishedRun, flat_config, format_value
 
-NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+NUMBER = r"(?<![\d.])(?:0|[1-9]\d*)(?:\.\d+)?(?:e[+-]?\d+)?(?![\d.])"
 NAMES = ALIASES | dict.fromkeys(DTYPE_SWITCHES, "dtype")
 
 
@@ -43,11 +43,12 @@ def proposed_name(run: FinishedRun, config: Config, names: Iterable[str]) -> str
 
 def places_of(value: object, name: str) -> list[tuple[int, int]]:
     """Return where a value stands in a name; a number also as 1e-2 for 0.01."""
-    if isinstance(value, str):
-        return [match.span() for match in re.finditer(re.escape(value), name)]
-    if isinstance(value, bool):
+    if value is None:
         return []
-    return [match.span() for match in re.finditer(NUMBER, name) if float(match[0]) == value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [match.span() for match in re.finditer(NUMBER, name) if float(match[0]) == value]
+    pattern = rf"(?<![\d.]){re.escape(format_value(value))}(?![\d.])"
+    return [match.span() for match in re.finditer(pattern, name)]
 
 
 def missing_commands(

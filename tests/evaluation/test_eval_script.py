@@ -832,7 +832,7 @@ def test_held_out_files_are_read_without_the_training_files(configure, tmp_path,
     (tmp_path / "t.jsonl").unlink()
     evaluate("--checkpoint", artifact)
     printed = capsys.readouterr().out
-    assert "eval: 1 examples" in printed and "trained on examples" not in printed
+    assert "eval: 1 examples" in printed and "in train_data of the run" not in printed
 
 
 def test_training_examples_are_not_taken_for_held_out_ones_after_their_file_has_changed(
@@ -848,7 +848,7 @@ def test_training_examples_are_not_taken_for_held_out_ones_after_their_file_has_
     evaluate("--checkpoint", folder / checkpoint, "--eval_data", data, "--eval_data", data)
     printed = capsys.readouterr().out
     assert "eval: 120 examples" in printed
-    assert f"note: {data}: the run was trained on examples of this file; without" in printed
+    assert f"note: {data}: in train_data of the run, so not all of it is held out" in printed
 
 
 def test_a_dot_in_the_name_of_the_numbers_stays_in_that_of_the_answers(tiny_base, tmp_path):

@@ -314,6 +314,13 @@ def test_of_jamba_dt_proj_alone_is_not_adapted(tmp_path):
     assert {"in_proj", "x_proj", "out_proj", "q_proj"} <= adapted and "dt_proj" not in adapted
 
 
+def test_falcon_mamba_trains_the_layer_that_it_calls(tmp_path):
+    shape = dict(vocab_size=2048, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = task_of(base("FalconMamba", shape, tmp_path), "score").model
+    assert {name.rpartition(".")[2] for name in inject(model, 2, 6)} == {"in_proj"}
+    assert model.train()(torch.arange(10)[None]).last_hidden_state.isfinite().all()
+
+
 def test_training_does_what_the_output_layer_does_or_the_model_is_refused(configure, tmp_path):
     folder = base("Llama", PACKED["Llama"], tmp_path)
 

@@ -210,7 +210,9 @@ def test_a_proposed_name_is_not_that_of_a_run_with_other_settings(sweep, capsys)
         ("r4", {"lora_r": 4, "seed": 1}, (1, 2), "r1_seed_2"),
         ("r4_s1", {"lora_r": 4, "seed": 1}, (1, 2), "r1_s2"),
         ("r4_lr1e-2", {"lora_r": 4, "learning_rate": 0.01}, (1, 0.001), "r1_lr0.001"),
-        ("r1", {"lora_r": 1, "use_dora": True}, (1, False), "r1_use_dora_False"),
+        ("r1_use_dora_True", {"lora_r": 1, "use_dora": True}, (1, False), "r1_use_dora_False"),
+        ("r16_q_proj", {"target_modules": ["q_proj"]}, (["v_proj"],), "r16_v_proj"),
+        ("2026-12-01_r4", {"lora_r": 1}, (2,), "2026-12-01_r4_lora_r_2"),
     ],
 )
 def test_every_combination_has_a_name_of_its_own(name, of_run, values, expected):

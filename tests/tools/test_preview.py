@@ -49,7 +49,7 @@ def test_render_is_a_command_with_one_line_errors(monkeypatch, capsys):
     )
     assert status == 2 and err == "error: /no.jsonl: No such file or directory.\n"
     with pytest.raises(
-        UserError, match="directory; several files are separate words, or a list in a file"
+        UserError, match="directory; several files are separate words, or a list in a config"
     ):
         preview.main(["/no.jsonl,/nor.jsonl"])
 

@@ -70,7 +70,7 @@ def advice(kinds: tuple, forms: tuple, task: str) -> str:
         pairs = [f"{ours}={theirs}" for ours, theirs in columns.items() if ours != theirs]
         mend = f"add --columns {' '.join(pairs)}"
     elif task == "score" and {"prompt", "steps"} <= keys.keys():
-        mend = UNLABELLED
+        mend += f"; {UNLABELLED}"
     elif turns and task == "lm":
         mend = TO_MESSAGES.format(key=turns[0])
     listed = ", ".join(f"{key} ({found})" for key, found in keys.items())
