@@ -113,11 +113,11 @@ def linear_names(model: nn.Module) -> list[str]:
 def is_read_by_mamba(model: nn.Module, name: str) -> bool:
     """Return whether a layer's weight is given to a kernel by a mixer of Mamba or Mamba-2."""
     parent, _, leaf = name.rpartition(".")
-    mixer = model.get_submodule(parent)
-    # Jamba calls all but dt_proj.
-    is_called = leaf != "dt_proj" and type(mixer).__name__ == "JambaMambaMixer"
-    if leaf not in ("x_proj", "dt_proj", "out_proj") or is_called:
+    if leaf not in ("x_proj", "dt_proj", "out_proj"):
         return False
+    mixer = model.get_submodule(parent)
+    if type(mixer).__name__ == "JambaMambaMixer":
+        return leaf == "dt_proj"  # it calls the others
     is_mamba = hasattr(mixer, "dt_proj") or hasattr(mixer, "chunk_size")  # Mamba-2 has no dt_proj
     return hasattr(mixer, "A_log") and is_mamba
 

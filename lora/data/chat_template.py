@@ -189,10 +189,10 @@ class Chat:
         return self.renders_the_same(changed)
 
     def renders_the_same(self, messages: list[dict], tools: list | None = None) -> bool:
-        """Return whether the template makes the same text of a chat that nobody wrote."""
+        """Return whether changed messages or tools make the chat's text; a refusal makes none."""
         try:
             return self.render(messages, tools=tools) == self.text
-        except UserError:  # it refuses a value that is not one of its own
+        except UserError:
             return False
 
     def tool_calls(self, i: int) -> list[dict]:

@@ -107,7 +107,8 @@ def means_by_category(questions: Sequence[Question], measures: Sequence[Measures
     def means(chosen: list[int]) -> dict:
         return {"questions": len(chosen), **mean_scores([measures[i] for i in chosen])}
 
-    return means(list(range(len(questions)))) | by_category(categories_of(questions), means)
+    numbers = {"questions": len(questions), **mean_scores(measures)}
+    return numbers | by_category(categories_of(questions), means)
 
 
 def measure_loss(
@@ -130,7 +131,8 @@ def measure_loss(
         numbers = language_metrics(task, values[chosen], targets[chosen])
         return {"targets": len(chosen), **numbers}
 
-    return metrics(list(range(len(targets)))) | by_category(target_categories, metrics)
+    numbers = {"targets": len(targets), **language_metrics(task, values, targets)}
+    return numbers | by_category(target_categories, metrics)
 
 
 def language_metrics(task: Task, values: Tensor, targets: Tensor) -> dict[str, float]:

@@ -48,7 +48,7 @@ from lora.training.checkpoint import trainable_parameters
 from lora.training.log import Log
 from lora.training.schedule import stops_early
 
-FEW_STEPS = 50
+FEW_STEPS = 50  # of a run, after which its loss often still falls
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "bitsandbytes")
 
 

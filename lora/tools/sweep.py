@@ -86,10 +86,11 @@ def missing_commands(
         for key, text in zip(values_of_key, combination):
             set_key(config, key, text, f"--sweep {key}")  # refuses a key that there is not
             flags += [f"--{key}", text]
-        if flat_config(config) not in ended_configs:
+        settings = flat_config(config)
+        if settings not in ended_configs:
             name = proposed_name(first, config, [NAMES.get(key, key) for key in values_of_key])
-            others = [run for run in runs if run.settings != flat_config(config)]
-            while name in [run.folder.resolve().name for run in others]:
+            taken = [run.folder.resolve().name for run in runs if run.settings != settings]
+            while name in taken:
                 name += "_2"
             flags += ["--experiment_name", name]
             flags += ["--output_dir", os.path.relpath(folder), "--resume_from", "auto"]

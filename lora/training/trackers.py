@@ -32,8 +32,6 @@ class Tracker:
             if self.send is None:
                 self.send, self.end = connect(self.run_dir, self.config, self.start)
             self.send(step, values)
-        except Interrupted:
-            raise
         except Exception as error:  # anything may fail: another's package, the network, a service
             self.give_up(error)
 

@@ -23,7 +23,6 @@ TO_MESSAGES = (
     '[print(json.dumps({{"messages": [{{"role": ["user", "assistant"][i % 2], "content": t}} '
     """for i, t in enumerate(json.loads(r)["{key}"])]}})) for r in open("FILE")]' > chats.jsonl"""
 )
-
 UNLABELLED = 'to score chains without labels, add "labels": [null, ...], a null for each step'
 
 
